@@ -1,0 +1,194 @@
+//! What can go wrong, and the questions to ask of it.
+
+use std::io;
+
+use crate::open::OpenFailure;
+use crate::{Errno, FeatureFlags, IoctlFlags};
+
+/// The result of this crate's operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an operation failed.
+///
+/// Three questions answer what a fault handler needs to know, for every variant and on every kernel:
+/// [`errno`](Error::errno), [`progress`](Error::progress) and [`is_retryable`](Error::is_retryable). What each errno
+/// means is told with each method of [`Uffd`](crate::Uffd).
+///
+/// ```
+/// use userfaultfd::{Errno, Error};
+///
+/// let stopped = Error::PartiallyCopied(8192);
+/// assert_eq!(stopped.progress(), Some(8192));
+/// assert_eq!(stopped.errno(), Some(Errno::EAGAIN));
+/// assert!(stopped.is_retryable());
+///
+/// let occupied = Error::CopyFailed(Errno::EEXIST);
+/// assert_eq!(occupied.progress(), Some(0));
+/// assert!(!occupied.is_retryable());
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A copy failed without copying anything. `EAGAIN` is never here: that is `PartiallyCopied(0)`.
+    #[error("copying into the range failed")]
+    CopyFailed(#[source] Errno),
+
+    /// A copy stopped after this many bytes, perhaps 0; go on with the rest.
+    ///
+    /// With 0 bytes the memory layout is changing: read the pending events, then try again. After some bytes the
+    /// kernel hides why it stopped; the call for the rest tells.
+    #[error("copying into the range stopped after {0} bytes")]
+    PartiallyCopied(usize),
+
+    /// A message was cut short: the descriptor is not a userfaultfd.
+    #[error("read {read} bytes of an event message of {expected}")]
+    IncompleteMsg {
+        /// Bytes of the incomplete message.
+        read: usize,
+        /// Bytes of a whole message.
+        expected: usize,
+    },
+
+    /// A system call failed.
+    #[error("system call failed")]
+    SystemError(#[from] Errno),
+
+    /// The descriptor is at its end of file: it is not a userfaultfd.
+    #[error("end of file on the descriptor")]
+    ReadEof,
+
+    /// A message of a kind that this version of the crate doesn't know. The other messages of the batch are good.
+    #[error("unknown event {0:#x}")]
+    UnrecognizedEvent(u8),
+
+    /// A required ioctl is missing; here are those that there are.
+    ///
+    /// From [`UffdBuilder::create`](crate::UffdBuilder::create) for an ioctl of the descriptor; from
+    /// [`Uffd::register_with_mode`](crate::Uffd::register_with_mode) for one of the range, which isn't registered then.
+    #[error("a required ioctl is not supported; supported here: {0}")]
+    UnsupportedIoctls(IoctlFlags),
+
+    /// Filling with zeros failed before anything was filled.
+    #[error("filling the range with zeros failed")]
+    ZeropageFailed(#[source] Errno),
+
+    /// `/dev/userfaultfd` was asked for by [`OpenWith::Device`](crate::OpenWith::Device) and can't be opened.
+    #[error("cannot open /dev/userfaultfd (its file permissions decide who may; it exists since Linux 6.1)")]
+    OpenDevUserfaultfd(#[source] io::Error),
+
+    /// No way to create a descriptor worked. The text tells what was tried and what helps.
+    #[error(transparent)]
+    OpenFailed(OpenFailure),
+
+    /// The kernel lacks features that were required with [`require_features`](crate::UffdBuilder::require_features).
+    #[error("this kernel lacks the required userfaultfd features {missing}; it offers {supported}")]
+    UnsupportedFeatures {
+        /// What was required and isn't there.
+        missing: FeatureFlags,
+        /// What is there.
+        supported: FeatureFlags,
+    },
+
+    /// The features are there, but this process may not use them: `EVENT_FORK` takes `CAP_SYS_PTRACE` in the initial
+    /// user namespace.
+    #[error("not permitted to use {0}: CAP_SYS_PTRACE in the initial user namespace is needed")]
+    FeatureNotPermitted(FeatureFlags),
+
+    /// A required feature works only together with another one.
+    #[error("{feature} must be required together with {needs}")]
+    FeatureNeeds {
+        /// The feature that was required.
+        feature: FeatureFlags,
+        /// What must be required with it.
+        needs: FeatureFlags,
+    },
+
+    /// A descriptor to shake hands with has done so before. The kernel allows that once.
+    #[error("the descriptor's handshake is done already; adopt it with Uffd::from")]
+    AlreadyHandshaken,
+
+    /// The descriptor is something else than a userfaultfd.
+    #[error("the descriptor is not a userfaultfd")]
+    NotUserfaultfd,
+
+    /// A buffer without room for anything: an [`EventBuffer`](crate::EventBuffer) of size 0, no regions for a scan.
+    #[error("the buffer has no room")]
+    EmptyBuffer,
+
+    /// An operation without a variant of its own stopped: `MOVE`, `POISON`, a `ZEROPAGE` that had begun.
+    #[error("{ioctl} stopped after {done} bytes")]
+    Stopped {
+        /// Which operation, as the flag of its ioctl.
+        ioctl: IoctlFlags,
+        /// Bytes done before it stopped.
+        done: usize,
+        /// Why. After some bytes this is `EAGAIN`, and the call for the rest tells the reason.
+        #[source]
+        errno: Errno,
+    },
+}
+
+impl Error {
+    /// The kernel's error number behind this error, if there is one.
+    #[must_use]
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Error::CopyFailed(errno) | Error::SystemError(errno) | Error::ZeropageFailed(errno) => {
+                Some(*errno)
+            }
+            Error::Stopped { errno, .. } => Some(*errno),
+            Error::PartiallyCopied(_) => Some(Errno::EAGAIN),
+            Error::OpenDevUserfaultfd(error) => Some(errno_of(error)),
+            Error::OpenFailed(failure) => failure.errno(),
+            Error::UnsupportedFeatures { .. } | Error::FeatureNeeds { .. } => Some(Errno::EINVAL),
+            Error::AlreadyHandshaken | Error::EmptyBuffer => Some(Errno::EINVAL),
+            Error::FeatureNotPermitted(_) => Some(Errno::EPERM),
+            Error::NotUserfaultfd => Some(Errno::ENOTTY),
+            Error::IncompleteMsg { .. }
+            | Error::ReadEof
+            | Error::UnrecognizedEvent(_)
+            | Error::UnsupportedIoctls(_) => None,
+        }
+    }
+
+    /// How many bytes a fill (copy, zeropage, poison, move) did before it stopped; `None` where bytes aren't counted.
+    ///
+    /// Waiters on that part have been woken as asked. To go on, repeat the call for the rest.
+    #[must_use]
+    pub fn progress(&self) -> Option<usize> {
+        match self {
+            Error::PartiallyCopied(done) | Error::Stopped { done, .. } => Some(*done),
+            Error::CopyFailed(_) | Error::ZeropageFailed(_) => Some(0),
+            _ => None,
+        }
+    }
+
+    /// Whether the same call, for the part that isn't done, can succeed later with nothing else changed.
+    ///
+    /// That is so for `EAGAIN` (the memory layout is changing, or a fill did a part) and `EINTR`. Between two tries
+    /// let the thread that changes the layout run, and read its event (see "Events" in the [crate docs](crate)). Bound
+    /// the number of tries, since some kernels have a bug that answers `EAGAIN` for ever.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        matches!(self.errno(), Some(Errno::EAGAIN | Errno::EINTR))
+    }
+}
+
+impl From<Error> for io::Error {
+    /// Keeps the kind that belongs to the errno, and the error itself as the inner one.
+    fn from(error: Error) -> Self {
+        let kind = match &error {
+            Error::ReadEof => io::ErrorKind::UnexpectedEof,
+            Error::IncompleteMsg { .. } | Error::UnrecognizedEvent(_) => io::ErrorKind::InvalidData,
+            Error::UnsupportedIoctls(_) | Error::UnsupportedFeatures { .. } => io::ErrorKind::Unsupported,
+            other => other.errno().map_or(io::ErrorKind::Other, |errno| io::Error::from(errno).kind()),
+        };
+        io::Error::new(kind, error)
+    }
+}
+
+/// The error number of an operating system's error.
+#[allow(deprecated, reason = "nix 0.28 renamed from_i32 to from_raw, and 0.27 is accepted too")]
+pub(crate) fn errno_of(error: &io::Error) -> Errno {
+    Errno::from_i32(error.raw_os_error().unwrap_or(libc::EIO))
+}

@@ -1,0 +1,313 @@
+//! What the pages of a process are: written, present, swapped out, accessed (`PAGEMAP_SCAN`, Linux 6.7).
+//!
+//! A [`Pagemap`] is open for one process. A [`Scan`] says which addresses to look at, which pages to pick and what to do with
+//! them; each call of [`Scan::next_regions`] reports some more of them as [`Region`]s, until all has been looked at.
+//!
+//! Together with [`WP_ASYNC`](crate::FeatureFlags::WP_ASYNC) this is dirty tracking: the kernel notes writes by itself, and one scan
+//! reports the written pages and protects them again, without losing a write in between.
+//!
+//! ```
+//! use userfaultfd::pagemap::{Categories, Pagemap, Region, Scan};
+//! use userfaultfd::{FeatureFlags, RegisterMode, Support, UffdBuilder};
+//!
+//! if !Support::probe()?.features().contains(FeatureFlags::WP_ASYNC) {
+//!     return Ok(()); // before Linux 6.7
+//! }
+//! let page = userfaultfd::page_size();
+//! let mut memory = memmap2::MmapMut::map_anon(16 * page)?;
+//! let start = memory.as_mut_ptr().addr();
+//! let uffd = UffdBuilder::new().require_features(FeatureFlags::WP_ASYNC).create()?;
+//! uffd.register_with_mode(memory.as_mut_ptr().cast(), memory.len(), RegisterMode::WRITE_PROTECT)?;
+//! uffd.write_protect(memory.as_mut_ptr().cast(), memory.len())?;
+//!
+//! memory[3 * page] = 1;
+//! memory[4 * page] = 1;
+//!
+//! let pagemap = Pagemap::of_self()?;
+//! let mut scan = Scan::new(start..start + memory.len());
+//! scan.all_of(Categories::WRITTEN).write_protect(true);
+//! let mut regions = [Region::default(); 8];
+//! let written = scan.next_regions(&pagemap, &mut regions)?.expect("nothing was looked at before");
+//! assert_eq!(written.len(), 1);
+//! assert_eq!(written[0].range(), start + 3 * page..start + 5 * page);
+//! assert!(scan.next_regions(&pagemap, &mut regions)?.is_none());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Sources: [`PAGEMAP_SCAN(2const)`](https://man7.org/linux/man-pages/man2/PAGEMAP_SCAN.2const.html), the kernel's
+//! `admin-guide/mm/pagemap`.
+
+use std::fmt;
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use crate::error::errno_of;
+use crate::features::kernel_flags;
+use crate::{Error, Pid, Result, sys};
+
+kernel_flags! {
+    /// What a page can be. Unknown bits, from newer kernels, are kept.
+    pub struct Categories {
+        /// In a range that is registered for asynchronous write protection.
+        #[doc(alias = "PAGE_IS_WPALLOWED")]
+        WPALLOWED = sys::PAGE_IS_WPALLOWED, 6 . 7, "Asynchronous write protection is possible";
+        /// In such a range pages that nothing has populated count as written, but for holes of hugetlb memory. Up to Linux 7.2
+        /// pages outside of such ranges are reported as written too, so combine it with `WPALLOWED` or scan only your own
+        /// ranges.
+        #[doc(alias = "PAGE_IS_WRITTEN")]
+        WRITTEN = sys::PAGE_IS_WRITTEN, 6 . 7, "Written since it was write-protected";
+        /// Shared memory is of a file here.
+        #[doc(alias = "PAGE_IS_FILE")]
+        FILE = sys::PAGE_IS_FILE, 6 . 7, "Of a file";
+        ///
+        #[doc(alias = "PAGE_IS_PRESENT")]
+        PRESENT = sys::PAGE_IS_PRESENT, 6 . 7, "In memory";
+        ///
+        #[doc(alias = "PAGE_IS_SWAPPED")]
+        SWAPPED = sys::PAGE_IS_SWAPPED, 6 . 7, "Swapped out";
+        ///
+        #[doc(alias = "PAGE_IS_PFNZERO")]
+        PFNZERO = sys::PAGE_IS_PFNZERO, 6 . 7, "The shared zero page";
+        ///
+        #[doc(alias = "PAGE_IS_HUGE")]
+        HUGE = sys::PAGE_IS_HUGE, 6 . 7, "Part of a huge page (transparent or hugetlb)";
+        ///
+        #[doc(alias = "PAGE_IS_SOFT_DIRTY")]
+        SOFT_DIRTY = sys::PAGE_IS_SOFT_DIRTY, 6 . 7, "Soft-dirty: written since /proc/PID/clear_refs said so";
+        ///
+        #[doc(alias = "PAGE_IS_GUARD")]
+        GUARD = sys::PAGE_IS_GUARD, 6 . 16, "A guard of MADV_GUARD_INSTALL";
+        /// Only in ranges that are registered for read-write protection. Use it to find pages in use; pages that aren't reported
+        /// need not be cold.
+        #[doc(alias = "PAGE_IS_ACCESSED")]
+        ACCESSED = sys::PAGE_IS_ACCESSED, 7 . 3, "Accessed since it was read-write-protected";
+    }
+    const _ = !0;
+}
+
+/// Pages that lie side by side and are the same, as far as the scan was told to report.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+pub struct Region(sys::page_region);
+
+impl Region {
+    /// The addresses, in bytes.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.0.start as usize..self.0.end as usize
+    }
+
+    /// What the pages are, of the categories [reported](Scan::report).
+    #[must_use]
+    pub fn categories(&self) -> Categories {
+        Categories::from_bits_retain(self.0.categories)
+    }
+}
+
+impl PartialEq for Region {
+    fn eq(&self, other: &Self) -> bool {
+        (self.range(), self.categories()) == (other.range(), other.categories())
+    }
+}
+
+impl Eq for Region {}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}..{:#x} {}", self.0.start, self.0.end, self.categories())
+    }
+}
+
+/// An open `/proc/PID/pagemap`.
+#[derive(Debug)]
+pub struct Pagemap(OwnedFd);
+
+impl Pagemap {
+    /// Of the calling process.
+    ///
+    /// # Errors
+    ///
+    /// [`SystemError`](Error::SystemError) with `ENOENT` where `/proc` isn't mounted, `EMFILE`.
+    pub fn of_self() -> Result<Self> {
+        Self::open("/proc/self/pagemap")
+    }
+
+    /// Of another process.
+    ///
+    /// # Errors
+    ///
+    /// [`SystemError`](Error::SystemError) with `ENOENT` if there is no such process, `EACCES` or `EPERM` if the caller may not
+    /// read its memory by ptrace(2).
+    pub fn of(pid: Pid) -> Result<Self> {
+        Self::open(&format!("/proc/{pid}/pagemap"))
+    }
+
+    fn open(path: &str) -> Result<Self> {
+        match File::open(path) {
+            Ok(file) => Ok(Self(file.into())),
+            Err(error) => Err(Error::SystemError(errno_of(&error))),
+        }
+    }
+}
+
+impl From<OwnedFd> for Pagemap {
+    /// Adopts an open `/proc/PID/pagemap`.
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+impl AsFd for Pagemap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// What to look at, which pages to pick, and what to do with them.
+///
+/// With nothing said every page of every mapping in the range is picked, and nothing is said of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scan {
+    range: Range<u64>,
+    done: bool,
+    flags: u64,
+    inverted: Categories,
+    all_of: Categories,
+    any_of: Categories,
+    report: Categories,
+    max_pages: u64,
+}
+
+impl Scan {
+    /// Looks at a range of addresses. The start is page-aligned; the end is rounded up to a page.
+    #[must_use]
+    pub fn new(range: Range<usize>) -> Self {
+        Self {
+            range: range.start as u64..range.end as u64,
+            done: false,
+            flags: 0,
+            inverted: Categories::empty(),
+            all_of: Categories::empty(),
+            any_of: Categories::empty(),
+            report: Categories::empty(),
+            max_pages: 0,
+        }
+    }
+
+    /// Picks only pages that are all of these. Reports them, too. Adds to what was said before.
+    pub fn all_of(&mut self, categories: Categories) -> &mut Self {
+        self.all_of |= categories;
+        self.report(categories)
+    }
+
+    /// Picks only pages that are one of these at least. Reports them, too. Adds to what was said before.
+    pub fn any_of(&mut self, categories: Categories) -> &mut Self {
+        self.any_of |= categories;
+        self.report(categories)
+    }
+
+    /// Picks only pages that are none of these. Adds to what was said before.
+    pub fn none_of(&mut self, categories: Categories) -> &mut Self {
+        self.all_of |= categories;
+        self.inverted |= categories;
+        self
+    }
+
+    /// Reports these of the pages picked. Pages side by side that differ in what is reported are regions of their own.
+    /// Adds to what was said before.
+    pub fn report(&mut self, categories: Categories) -> &mut Self {
+        self.report |= categories;
+        self
+    }
+
+    /// Stops a call after so many pages picked; the next one goes on behind them. 0, the default, is no limit.
+    pub fn max_pages(&mut self, pages: usize) -> &mut Self {
+        self.max_pages = pages as u64;
+        self
+    }
+
+    /// Write-protects every page that is picked and was written, in the same step: no write falls between.
+    ///
+    /// Only where asynchronous write protection is on; elsewhere it does nothing, unless
+    /// [`require_async`](Self::require_async). The default is `false`.
+    ///
+    /// Kernels before mid-2025 may lock up on hugetlb memory that isn't populated: there
+    /// [`write_protect`](crate::Uffd::write_protect) the range first, which avoids it.
+    #[doc(alias = "PM_SCAN_WP_MATCHING")]
+    pub fn write_protect(&mut self, write_protect: bool) -> &mut Self {
+        self.set(sys::PM_SCAN_WP_MATCHING, write_protect)
+    }
+
+    /// Fails with `EPERM` on memory that isn't registered for asynchronous write protection. The default is `false`.
+    #[doc(alias = "PM_SCAN_CHECK_WPASYNC")]
+    pub fn require_async(&mut self, require_async: bool) -> &mut Self {
+        self.set(sys::PM_SCAN_CHECK_WPASYNC, require_async)
+    }
+
+    fn set(&mut self, flag: u64, on: bool) -> &mut Self {
+        if on {
+            self.flags |= flag;
+        } else {
+            self.flags &= !flag;
+        }
+        self
+    }
+
+    /// The addresses that haven't been looked at yet.
+    #[must_use]
+    pub fn remaining(&self) -> Range<usize> {
+        self.range.start as usize..self.range.end as usize
+    }
+
+    /// Looks further: reports the next regions into `regions`, and returns those that it filled. An empty slice means that
+    /// nothing was picked in what was looked at; `None` that everything has been looked at before.
+    ///
+    /// With no room in `regions` nothing is reported, but pages are [write-protected](Self::write_protect) all the same.
+    ///
+    /// Since Linux 6.7. What the kernel doesn't lock can change meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`EmptyBuffer`](Error::EmptyBuffer): no room in `regions`, and nothing to protect either.
+    /// [`SystemError`](Error::SystemError), with the scan left where it was, and
+    ///
+    /// - `EINVAL`: the start is unaligned; a category that this kernel doesn't know (`GUARD` before 6.16, `ACCESSED` before
+    ///   7.3).
+    /// - `EFAULT`: the range ends before it starts, or lies beyond the address space.
+    /// - `ENOTTY`: before 6.7, or the descriptor is something else.
+    /// - `EPERM`: [`require_async`](Self::require_async) met other memory.
+    /// - `ENOMEM`: no memory. - `ESRCH`: the process is gone.
+    #[doc(alias = "PAGEMAP_SCAN")]
+    pub fn next_regions<'a>(
+        &mut self,
+        pagemap: &Pagemap,
+        regions: &'a mut [Region],
+    ) -> Result<Option<&'a [Region]>> {
+        if self.done {
+            return Ok(None);
+        }
+        if regions.is_empty() && self.flags & sys::PM_SCAN_WP_MATCHING == 0 {
+            return Err(Error::EmptyBuffer);
+        }
+        let mut arg = sys::pm_scan_arg {
+            size: size_of::<sys::pm_scan_arg>() as u64,
+            flags: self.flags,
+            start: self.range.start,
+            end: self.range.end,
+            walk_end: 0,
+            vec: 0,
+            vec_len: 0,
+            max_pages: self.max_pages,
+            category_inverted: self.inverted.bits(),
+            category_mask: self.all_of.bits(),
+            category_anyof_mask: self.any_of.bits(),
+            return_mask: self.report.bits(),
+        };
+        let filled = sys::pagemap_scan(pagemap.as_fd(), &mut arg, regions)?;
+        // The kernel rounds the end up to a page, so it may have walked past ours.
+        self.done = arg.walk_end >= self.range.end;
+        self.range.start = arg.walk_end.min(self.range.end);
+        Ok(Some(&regions[..filled]))
+    }
+}

@@ -1,0 +1,167 @@
+//! Protection whose faults are delivered: against writes, against any access, and its asynchronous modes.
+
+use std::ffi::c_void;
+use std::os::fd::AsFd;
+
+use crate::uffd::range;
+use crate::{Errno, Error, FeatureFlags, IoctlFlags, Result, Uffd, sys};
+
+impl Uffd {
+    /// Protects a range against writes: each write to it is delivered as
+    /// [`FaultKind::WriteProtected`](crate::FaultKind::WriteProtected) from now on, until it is lifted.
+    ///
+    /// The range must be registered for [`WRITE_PROTECT`](crate::RegisterMode::WRITE_PROTECT), all its mappings; holes are
+    /// skipped. Wakes nobody. Reads are free. The protection is this mapping's own: writes through another mapping or
+    /// the file aren't delivered. On private anonymous memory it does nothing to pages that were never touched, unless
+    /// [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED) is enabled. It is gone after `MADV_DONTNEED` (anonymous memory)
+    /// or a punched hole, in a forked child without [`EVENT_FORK`](FeatureFlags::EVENT_FORK), and after mremap(2)
+    /// without [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP).
+    ///
+    /// With [`WP_ASYNC`](FeatureFlags::WP_ASYNC) nothing is delivered: the kernel lifts the protection of a page
+    /// when it is written, and [`pagemap`](crate::pagemap) tells which pages that were.
+    ///
+    /// `start` and `len`, in bytes, are multiples of the page size, of the huge page size on hugetlb memory.
+    ///
+    /// Since Linux 5.7 on private anonymous memory; 5.19 on shared and hugetlb memory
+    /// ([`WP_HUGETLBFS_SHMEM`](FeatureFlags::WP_HUGETLBFS_SHMEM)).
+    ///
+    /// # Errors
+    ///
+    /// [`SystemError`](Error::SystemError) with
+    ///
+    /// - `EAGAIN`: the memory layout is changing. Read the pending events, then try again.
+    /// - `ENOENT`: nothing is mapped, or a mapping in the range isn't registered for it. **Mappings before that one are
+    ///   protected already.**
+    /// - `EINVAL`: unaligned, empty, beyond the address space; a kernel or CPU without it.
+    /// - `ESRCH`: the process of the range is gone.
+    ///
+    /// # Examples
+    ///
+    /// See the example `write_protect`.
+    ///
+    /// Source: [`UFFDIO_WRITEPROTECT(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_WRITEPROTECT.2const.html).
+    #[doc(alias = "UFFDIO_WRITEPROTECT")]
+    pub fn write_protect(&self, start: *mut c_void, len: usize) -> Result<()> {
+        self.set_write_protection(start, len, sys::UFFDIO_WRITEPROTECT_MODE_WP)
+    }
+
+    /// Lifts the protection of [`write_protect`](Self::write_protect), and wakes who waits if `wake`.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_protect`](Self::write_protect).
+    #[doc(alias = "UFFDIO_WRITEPROTECT")]
+    pub fn remove_write_protection(&self, start: *mut c_void, len: usize, wake: bool) -> Result<()> {
+        let mode = if wake { 0 } else { sys::UFFDIO_WRITEPROTECT_MODE_DONTWAKE };
+        self.set_write_protection(start, len, mode)
+    }
+
+    fn set_write_protection(&self, start: *mut c_void, len: usize, mode: u64) -> Result<()> {
+        let mut arg = sys::uffdio_writeprotect { range: range(start, len), mode };
+        Ok(sys::write_protect(self.as_fd(), &mut arg)?)
+    }
+
+    /// Protects the pages of a range against any access: each access is delivered as
+    /// [`FaultKind::ReadWriteProtected`](crate::FaultKind::ReadWriteProtected) from now on, until it is lifted.
+    ///
+    /// The range must be registered for [`READ_WRITE_PROTECT`](crate::RegisterMode::READ_WRITE_PROTECT). Only pages that
+    /// are present are protected; missing ones fault as before (register for `MISSING`, too). Dropping or
+    /// truncating pages ends it, and so does reclaim of shared memory; anonymous pages keep it when they are swapped out.
+    ///
+    /// With [`RWP_ASYNC`](FeatureFlags::RWP_ASYNC) nothing is delivered: the kernel lifts the protection of a page when it
+    /// is accessed, and [`pagemap`](crate::pagemap) tells which pages that were.
+    ///
+    /// `start` and `len`, in bytes, are multiples of the page size, of the huge page size on hugetlb memory.
+    ///
+    /// Since Linux 7.3: [`FeatureFlags::RWP`].
+    ///
+    /// # Errors
+    ///
+    /// [`SystemError`](Error::SystemError) with
+    ///
+    /// - `EAGAIN`: the memory layout is changing. Read the pending events, then try again.
+    /// - `ENOENT`: nothing is mapped, or a mapping in the range isn't registered for it. Nothing is changed then.
+    /// - `EINVAL`: unaligned, empty, beyond the address space; before 7.3.
+    /// - `ESRCH`: the process of the range is gone.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use userfaultfd::{FeatureFlags, RegisterMode, Support, UffdBuilder};
+    ///
+    /// if Support::probe()?.features().contains(FeatureFlags::RWP) {
+    ///     let mut memory = memmap2::MmapMut::map_anon(65536)?;
+    ///     memory.fill(1);
+    ///     let (start, len) = (memory.as_mut_ptr().cast(), memory.len());
+    ///     let uffd = UffdBuilder::new().require_features(FeatureFlags::RWP).create()?;
+    ///     uffd.register_with_mode(start, len, RegisterMode::READ_WRITE_PROTECT)?;
+    ///     uffd.read_write_protect(start, len)?;
+    ///     uffd.remove_read_write_protection(start, len, true)?;
+    ///     assert_eq!(memory[0], 1);
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// Source: [`UFFDIO_RWPROTECT(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_RWPROTECT.2const.html).
+    #[doc(alias = "UFFDIO_RWPROTECT")]
+    pub fn read_write_protect(&self, start: *mut c_void, len: usize) -> Result<()> {
+        self.set_read_write_protection(start, len, sys::UFFDIO_RWPROTECT_MODE_RWP)
+    }
+
+    /// Lifts the protection of [`read_write_protect`](Self::read_write_protect), and wakes who waits if `wake`.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_write_protect`](Self::read_write_protect).
+    #[doc(alias = "UFFDIO_RWPROTECT")]
+    pub fn remove_read_write_protection(&self, start: *mut c_void, len: usize, wake: bool) -> Result<()> {
+        let mode = if wake { 0 } else { sys::UFFDIO_RWPROTECT_MODE_DONTWAKE };
+        self.set_read_write_protection(start, len, mode)
+    }
+
+    fn set_read_write_protection(&self, start: *mut c_void, len: usize, mode: u64) -> Result<()> {
+        let mut arg = sys::uffdio_rwprotect { range: range(start, len), mode };
+        Ok(sys::read_write_protect(self.as_fd(), &mut arg)?)
+    }
+
+    /// Switches asynchronous modes at run time: those in `enable` on, those in `disable` off.
+    ///
+    /// The kernel knows one: [`FeatureFlags::RWP_ASYNC`]. Switching it on wakes every thread that waits on this
+    /// userfaultfd, and they try their access again.
+    ///
+    /// Since Linux 7.3.
+    ///
+    /// # Errors
+    ///
+    /// [`UnsupportedIoctls`](Error::UnsupportedIoctls) before Linux 7.3. [`SystemError`](Error::SystemError) with
+    ///
+    /// - `EINVAL`: another feature than `RWP_ASYNC`; the same one in both; switching on without [`FeatureFlags::RWP`].
+    /// - `ESRCH`: the process of the userfaultfd is gone.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use userfaultfd::{Error, FeatureFlags, UffdBuilder};
+    ///
+    /// let uffd = UffdBuilder::new().request_features(FeatureFlags::RWP).create()?;
+    /// match uffd.set_async(FeatureFlags::RWP_ASYNC, FeatureFlags::empty()) {
+    ///     Ok(()) => println!("accesses are noted and not delivered"),
+    ///     Err(Error::UnsupportedIoctls(_)) => println!("this takes Linux 7.3"),
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// Source: [`UFFDIO_SET_MODE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_SET_MODE.2const.html).
+    #[doc(alias = "UFFDIO_SET_MODE")]
+    pub fn set_async(&self, enable: FeatureFlags, disable: FeatureFlags) -> Result<()> {
+        let mut arg = sys::uffdio_set_mode { enable: enable.bits(), disable: disable.bits() };
+        sys::set_mode(self.as_fd(), &mut arg).map_err(|errno| match errno {
+            // What a kernel without the operation answers, too.
+            Errno::EINVAL if !self.ioctls().contains(IoctlFlags::SET_MODE) => {
+                Error::UnsupportedIoctls(self.ioctls())
+            }
+            errno => Error::SystemError(errno),
+        })
+    }
+}

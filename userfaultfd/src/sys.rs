@@ -1,0 +1,184 @@
+//! Every system call of the crate, and the only place that makes one.
+//!
+//! The functions are as thin as they can be: a number, a structure, an [`Errno`]. What the answers mean is decided
+//! by the callers. The `unsafe` ones change what memory holds without the compiler knowing; the others only
+//! change how faults on it are handled.
+
+#![expect(unsafe_code, reason = "system calls")]
+
+use std::ffi::CStr;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+pub(crate) use userfaultfd_sys::*;
+
+use crate::Errno;
+use crate::pagemap::Region;
+
+/// The device that creates descriptors for whom its file permissions admit. Linux 6.1.
+pub(crate) const DEVICE: &CStr = c"/dev/userfaultfd";
+
+/// Turns the C convention (-1 and `errno`) into a result.
+fn check(returned: libc::c_int) -> Result<libc::c_int, Errno> {
+    if returned == -1 { Err(Errno::last()) } else { Ok(returned) }
+}
+
+/// Takes ownership of a descriptor number that the kernel has just handed to this process.
+///
+/// # Safety
+///
+/// The caller must make sure that `fd` is open and that nothing else owns it.
+pub(crate) unsafe fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: the caller's promise is that of from_raw_fd.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// userfaultfd(2). `flags`: O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY.
+pub(crate) fn userfaultfd(flags: libc::c_int) -> Result<OwnedFd, Errno> {
+    // SAFETY: the system call takes one integer and touches no memory of the caller.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    // Descriptor numbers are far below i32::MAX, and so is -1.
+    let fd = check(fd as libc::c_int)?;
+    // SAFETY: the kernel made the descriptor for this call, so nothing else owns it.
+    Ok(unsafe { own(fd) })
+}
+
+/// Opens [`DEVICE`].
+pub(crate) fn open_device() -> Result<OwnedFd, Errno> {
+    // Reading is enough for the ioctl, so that a read-only permission is too.
+    // SAFETY: the path is a NUL-terminated constant.
+    let fd = unsafe { libc::open(DEVICE.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    let fd = check(fd)?;
+    // SAFETY: open returned a new descriptor that nothing else owns.
+    Ok(unsafe { own(fd) })
+}
+
+/// USERFAULTFD_IOC_NEW on an open [`DEVICE`]: what [`userfaultfd`] does, admitted by the file's permissions.
+pub(crate) fn new_from_device(device: BorrowedFd<'_>, flags: libc::c_int) -> Result<OwnedFd, Errno> {
+    // SAFETY: this ioctl takes its flags by value and touches no memory of the caller; a foreign descriptor answers
+    // with an errno.
+    let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW as libc::Ioctl, flags) };
+    let fd = check(fd)?;
+    // SAFETY: the ioctl returned a new descriptor that nothing else owns.
+    Ok(unsafe { own(fd) })
+}
+
+/// One line per ioctl: its function, its number, its structure. A new one of the kernel's is one more line.
+macro_rules! ioctls {
+    ($($(#[$meta:meta])* $name:ident: $number:ident($arg:ty);)*) => {$(
+        $(#[$meta])*
+        pub(crate) fn $name(fd: BorrowedFd<'_>, arg: &mut $arg) -> Result<(), Errno> {
+            // SAFETY: the number encodes the size of this very structure, which is borrowed for the call; the kernel
+            // reads and writes nothing else, and memory contents are left alone.
+            let returned = unsafe { libc::ioctl(fd.as_raw_fd(), $number as libc::Ioctl, arg as *mut $arg) };
+            check(returned).map(drop)
+        }
+    )*};
+    ($($(#[$meta:meta])* unsafe $name:ident: $number:ident($arg:ty);)*) => {$(
+        $(#[$meta])*
+        ///
+        /// # Safety
+        ///
+        /// The caller must make sure that no Rust reference is invalidated by what the call puts into the
+        /// destination, and that a source is readable.
+        pub(crate) unsafe fn $name(fd: BorrowedFd<'_>, arg: &mut $arg) -> Result<(), Errno> {
+            // SAFETY: the number encodes the size of this very structure, which is borrowed for the call; the caller
+            // vouches for the ranges that it names.
+            let returned = unsafe { libc::ioctl(fd.as_raw_fd(), $number as libc::Ioctl, arg as *mut $arg) };
+            check(returned).map(drop)
+        }
+    )*};
+}
+
+ioctls! {
+    /// The handshake.
+    api: UFFDIO_API(uffdio_api);
+    /// Faults on the range are delivered from now on.
+    register: UFFDIO_REGISTER(uffdio_register);
+    /// Faults on the range are the kernel's business again.
+    unregister: UFFDIO_UNREGISTER(uffdio_range);
+    /// Waiters on the range try again.
+    wake: UFFDIO_WAKE(uffdio_range);
+    /// Maps what the page cache holds already.
+    r#continue: UFFDIO_CONTINUE(uffdio_continue);
+    /// Protects against writes, or lifts that.
+    write_protect: UFFDIO_WRITEPROTECT(uffdio_writeprotect);
+    /// Protects against any access, or lifts that.
+    read_write_protect: UFFDIO_RWPROTECT(uffdio_rwprotect);
+    /// Switches asynchronous modes.
+    set_mode: UFFDIO_SET_MODE(uffdio_set_mode);
+}
+
+ioctls! {
+    /// Fills missing pages with bytes of the caller.
+    unsafe copy: UFFDIO_COPY(uffdio_copy);
+    /// Fills missing pages with zeros.
+    unsafe zeropage: UFFDIO_ZEROPAGE(uffdio_zeropage);
+    /// Makes any access to the pages a SIGBUS.
+    unsafe poison: UFFDIO_POISON(uffdio_poison);
+    /// Moves pages within the address space.
+    unsafe move_pages: UFFDIO_MOVE(uffdio_move);
+}
+
+/// PAGEMAP_SCAN on a descriptor of /proc/PID/pagemap. Returns how many regions were filled.
+pub(crate) fn pagemap_scan(
+    fd: BorrowedFd<'_>,
+    arg: &mut pm_scan_arg,
+    regions: &mut [Region],
+) -> Result<usize, Errno> {
+    arg.vec_len = regions.len() as u64;
+    // Without room the kernel wants no address either.
+    arg.vec = if regions.is_empty() { 0 } else { regions.as_mut_ptr().expose_provenance() as u64 };
+    // SAFETY: the number encodes the size of `arg`, which is borrowed for the call. The kernel writes at most vec_len
+    // structures at `vec`, of which `regions`, borrowed for the call, has that many in the same layout.
+    let filled = unsafe { libc::ioctl(fd.as_raw_fd(), PAGEMAP_SCAN as libc::Ioctl, arg as *mut pm_scan_arg) };
+    Ok(check(filled)? as usize)
+}
+
+/// read(2), again and again while signals interrupt it. Returns the number of bytes.
+pub(crate) fn read(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
+    loop {
+        // SAFETY: the kernel writes at most buf.len() bytes to buf, which is borrowed for the call.
+        let read = unsafe { libc::read(fd.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len()) };
+        match usize::try_from(read) {
+            Ok(read) => return Ok(read),
+            Err(_) => match Errno::last() {
+                Errno::EINTR => {}
+                errno => return Err(errno),
+            },
+        }
+    }
+}
+
+/// Switches O_NONBLOCK of the open file description, so for every descriptor that shares it.
+pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(), Errno> {
+    // SAFETY: F_GETFL touches no memory.
+    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    let wanted = if nonblocking { flags | libc::O_NONBLOCK } else { flags & !libc::O_NONBLOCK };
+    if wanted != flags {
+        // SAFETY: F_SETFL takes an integer and touches no memory.
+        check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, wanted) })?;
+    }
+    Ok(())
+}
+
+/// Whether a descriptor is a userfaultfd, without changing its state.
+///
+/// The handshake with a version that no kernel accepts tells: a userfaultfd answers EINVAL and clears the
+/// structure (contract of UFFDIO_API since 5.15), anything else leaves it alone. Older kernels leave it alone too
+/// once the handshake is done; then the name under /proc decides.
+pub(crate) fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
+    let mut arg = uffdio_api { api: 0, features: 1 << 63, ioctls: !0 };
+    match api(fd, &mut arg) {
+        Err(Errno::EINVAL) if arg.features == 0 => true,
+        Err(Errno::EINVAL) => std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+            .is_ok_and(|name| name.as_os_str() == "anon_inode:[userfaultfd]"),
+        _ => false,
+    }
+}
+
+/// The page size of the system, in bytes.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: sysconf touches no memory of the caller.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).expect("every Linux system has a page size")
+}

@@ -1,0 +1,456 @@
+//! [`Uffd`]: the descriptor, the ranges registered with it, and what is read from it.
+
+use std::ffi::c_void;
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+
+use crate::error::errno_of;
+use crate::event::{self, Event, EventBuffer, Message};
+use crate::{Errno, Error, FeatureFlags, IoctlFlags, RegisterMode, Result, Support, sys};
+
+/// A userfaultfd: a descriptor through which page faults of one address space are delivered and resolved.
+///
+/// Made by [`UffdBuilder`](crate::UffdBuilder), or adopted: `Uffd::from` takes a descriptor that another process sent
+/// or that a parent left. It belongs for ever to the address space of the process that created it, wherever it is
+/// passed to. All methods take `&self` and can be called from any thread.
+///
+/// # Closing
+///
+/// When the last descriptor of a userfaultfd is closed, all its ranges are unregistered and every waiting thread goes
+/// on: **what is missing then reads as zeros**, silently, and so it does when a handler process dies. Before
+/// closing, fill what is missing, [`poison`](Uffd::poison) it, or hand the descriptor over.
+pub struct Uffd {
+    fd: OwnedFd,
+    terms: Terms,
+}
+
+/// What is known about a descriptor beside its number. A fork's child inherits it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Terms {
+    /// Features enabled and operations of the descriptor; `None` for an adopted one, where the kernel is asked.
+    pub(crate) negotiated: Option<Support>,
+    /// What every registration has to offer.
+    pub(crate) range_ioctls: IoctlFlags,
+}
+
+/// An address as the kernel takes it.
+pub(crate) fn address<T>(pointer: *const T) -> u64 {
+    pointer.expose_provenance() as u64
+}
+
+/// A range as the kernel takes it.
+pub(crate) fn range(start: *mut c_void, len: usize) -> sys::uffdio_range {
+    sys::uffdio_range { start: address(start), len: len as u64 }
+}
+
+impl Uffd {
+    pub(crate) fn new(fd: OwnedFd, terms: Terms) -> Self {
+        Self { fd, terms }
+    }
+
+    /// The features that are enabled: those required and those requested that there are. An adopted descriptor is
+    /// looked up in `/proc/self/fdinfo`; without `/proc` the answer is empty.
+    ///
+    /// What [`set_async`](Self::set_async) switches later doesn't show here. What the kernel offers beyond is told by
+    /// [`Support::probe`].
+    #[must_use]
+    pub fn features(&self) -> FeatureFlags {
+        self.negotiated().features
+    }
+
+    /// The operations of the descriptor (API, REGISTER, UNREGISTER, SET_MODE) that this kernel has. Those of a range
+    /// are returned by [`register_with_mode`](Self::register_with_mode).
+    #[must_use]
+    pub fn ioctls(&self) -> IoctlFlags {
+        self.negotiated().ioctls
+    }
+
+    fn negotiated(&self) -> Support {
+        self.terms.negotiated.unwrap_or_else(|| {
+            let path = format!("/proc/self/fdinfo/{}", self.as_raw_fd());
+            let fdinfo = std::fs::read_to_string(path).unwrap_or_default();
+            parse_fdinfo(&fdinfo)
+                .unwrap_or(Support { features: FeatureFlags::empty(), ioctls: IoctlFlags::empty() })
+        })
+    }
+
+    /// Another descriptor of the same userfaultfd, closed on exec. Whichever reads an event first has it.
+    ///
+    /// # Errors
+    ///
+    /// [`SystemError`](Error::SystemError) with `EMFILE`: no more descriptors.
+    #[doc(alias = "dup")]
+    pub fn try_clone(&self) -> Result<Self> {
+        let fd = self.fd.try_clone().map_err(|error| Error::SystemError(errno_of(&error)))?;
+        Ok(Self { fd, terms: self.terms })
+    }
+
+    /// Switches between reading that waits for an event and reading that doesn't, at run time, for every descriptor
+    /// that shares this one's description: duplicates, passed ones.
+    ///
+    /// # Errors
+    ///
+    /// [`SystemError`](Error::SystemError), which doesn't happen on a userfaultfd.
+    #[doc(alias = "O_NONBLOCK")]
+    pub fn set_nonblocking(&self, nonblocking: bool) -> Result<()> {
+        Ok(sys::set_nonblocking(self.as_fd(), nonblocking)?)
+    }
+
+    /// Registers a range for missing faults: [`register_with_mode`](Self::register_with_mode) with
+    /// [`RegisterMode::MISSING`].
+    ///
+    /// # Errors
+    ///
+    /// As [`register_with_mode`](Self::register_with_mode).
+    #[doc(alias = "UFFDIO_REGISTER")]
+    pub fn register(&self, start: *mut c_void, len: usize) -> Result<IoctlFlags> {
+        self.register_with_mode(start, len, RegisterMode::MISSING)
+    }
+
+    /// Has the faults of a range delivered, and returns the operations that the range accepts.
+    ///
+    /// The range may span mappings and holes; the mappings that are there now are registered, memory mapped into a hole
+    /// later isn't. Pages that are present stay so and raise no missing fault. The kernel splits mappings at the ends
+    /// of the range, turns off transparent huge pages and fault-around on it, and grows the registration with a
+    /// mapping that mremap(2) grows in place.
+    ///
+    /// **Registering again replaces the modes, it doesn't add to them**: a range registered for `MISSING` and then for
+    /// `WRITE_PROTECT` is registered for `WRITE_PROTECT` alone. Asking for fewer modes than before may silently change
+    /// nothing, though the returned operations are those of the smaller set; since Linux 7.3 dropping a
+    /// protection mode is `EBUSY`. This library keeps no record behind your back, so always pass all the modes that
+    /// the range is to have.
+    ///
+    /// `start` and `len`, in bytes, are multiples of the page size; of the huge page size on hugetlb memory.
+    ///
+    /// Since Linux 4.3; each mode as told at [`RegisterMode`].
+    ///
+    /// # Errors
+    ///
+    /// [`UnsupportedIoctls`](Error::UnsupportedIoctls) if the range lacks an operation that
+    /// [`require_ioctls`](crate::UffdBuilder::require_ioctls) asked for: the range is unregistered then, whatever it
+    /// was before. [`SystemError`](Error::SystemError) with
+    ///
+    /// - `EINVAL`: the range is empty, unaligned or beyond the address space; nothing is mapped there; a mapping in it
+    ///   is of a kind that can't have this mode (files, `MINOR` on private anonymous memory); no mode, a mode
+    ///   unknown to this kernel or CPU, `READ_WRITE_PROTECT` without its feature or together with
+    ///   `WRITE_PROTECT`. Nothing is registered then.
+    /// - `EPERM`: a shared mapping of a file that was opened read-only or sealed against writing.
+    /// - `EBUSY`: another userfaultfd has registered a part; Linux 7.3: a protection mode would be dropped.
+    /// - `ENOMEM`: the process of the range is gone; or the limit of mappings is reached (`vm.max_map_count`), with a
+    ///   first part of the range perhaps registered.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use userfaultfd::{IoctlFlags, RegisterMode, UffdBuilder};
+    ///
+    /// let mut memory = memmap2::MmapMut::map_anon(1 << 20)?;
+    /// let uffd = UffdBuilder::new().create()?;
+    /// let ioctls = uffd.register_with_mode(memory.as_mut_ptr().cast(), memory.len(), RegisterMode::MISSING)?;
+    /// assert!(ioctls.contains(IoctlFlags::COPY | IoctlFlags::ZEROPAGE));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// Source: [`UFFDIO_REGISTER(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_REGISTER.2const.html).
+    #[doc(alias = "UFFDIO_REGISTER")]
+    pub fn register_with_mode(
+        &self,
+        start: *mut c_void,
+        len: usize,
+        mode: RegisterMode,
+    ) -> Result<IoctlFlags> {
+        let mut arg = sys::uffdio_register { range: range(start, len), mode: mode.bits(), ioctls: 0 };
+        sys::register(self.as_fd(), &mut arg)?;
+        let ioctls = IoctlFlags::from_bits_retain(arg.ioctls);
+        if !ioctls.contains(self.terms.range_ioctls) {
+            self.unregister(start, len)?;
+            return Err(Error::UnsupportedIoctls(ioctls));
+        }
+        Ok(ioctls)
+    }
+
+    /// Gives the faults of a range back to the kernel, and wakes whoever waits there.
+    ///
+    /// The kernel itself wakes only waiters of missing faults here; this method wakes all of them, whether it
+    /// succeeds or not. Missing pages read as zeros from now on. Protection is lifted; poison stays. Parts that aren't
+    /// registered are skipped, so doing it twice is fine.
+    ///
+    /// `start` and `len`, in bytes, are multiples of the page size; of the huge page size on hugetlb memory.
+    ///
+    /// Since Linux 4.3.
+    ///
+    /// # Errors
+    ///
+    /// [`SystemError`](Error::SystemError) with
+    ///
+    /// - `EINVAL`: the range is empty, unaligned or beyond the address space; nothing is mapped there; a mapping in it
+    ///   can't be registered at all; since a kernel between 6.12 and 6.18, another userfaultfd has registered a part.
+    /// - `ENOMEM`: the process of the range is gone, or the limit of mappings is reached (`vm.max_map_count`).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// let mut memory = memmap2::MmapMut::map_anon(1 << 20)?;
+    /// let (start, len) = (memory.as_mut_ptr().cast(), memory.len());
+    /// let uffd = userfaultfd::UffdBuilder::new().create()?;
+    /// uffd.register(start, len)?;
+    /// uffd.unregister(start, len)?;
+    /// assert_eq!(memory[0], 0); // no fault is delivered any more
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// Source: [`UFFDIO_UNREGISTER(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_UNREGISTER.2const.html).
+    #[doc(alias = "UFFDIO_UNREGISTER")]
+    pub fn unregister(&self, start: *mut c_void, len: usize) -> Result<()> {
+        let unregistered = sys::unregister(self.as_fd(), &mut range(start, len));
+        // Waiters of WP, MINOR and RWP faults would sleep on; so would those of a half-done ENOMEM.
+        let woken = sys::wake(self.as_fd(), &mut range(start, len));
+        Ok(unregistered.and(woken)?)
+    }
+
+    /// Wakes every thread that waits for a fault in the range to be resolved. They try their access again.
+    ///
+    /// For fills that were told not to wake, and after an `EEXIST`, where another fill has done the work. Only waiters
+    /// of this userfaultfd are woken. A thread whose fault isn't resolved faults again, with a new event.
+    ///
+    /// `start` and `len`, in bytes, are multiples of the page size. The range need be neither registered nor mapped.
+    ///
+    /// Since Linux 4.3.
+    ///
+    /// # Errors
+    ///
+    /// [`SystemError`](Error::SystemError) with `EINVAL`: the range is empty, unaligned or beyond the address space.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # let mut memory = memmap2::MmapMut::map_anon(1 << 20)?;
+    /// # let (start, len) = (memory.as_mut_ptr().cast(), memory.len());
+    /// # let uffd = userfaultfd::UffdBuilder::new().create()?;
+    /// # uffd.register(start, len)?;
+    /// // SAFETY: nothing refers to the memory yet.
+    /// unsafe { uffd.zeropage(start, len, false)? };
+    /// uffd.wake(start, len)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// Source: [`UFFDIO_WAKE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_WAKE.2const.html).
+    #[doc(alias = "UFFDIO_WAKE")]
+    pub fn wake(&self, start: *mut c_void, len: usize) -> Result<()> {
+        Ok(sys::wake(self.as_fd(), &mut range(start, len))?)
+    }
+
+    /// Reads one event.
+    ///
+    /// Waits for one on a blocking descriptor, through signals. On a non-blocking one `None` means that there is none,
+    /// or that a fault seen by poll(2) was resolved meanwhile.
+    ///
+    /// **Faults are delivered before other events**, whatever happened first: see "Events" in the
+    /// [crate docs](crate). A message is delivered once, to one reader, and the faulting thread waits until it is
+    /// resolved. The same address may be delivered several times: once for each thread that waits, once more after each
+    /// wake without a resolution and after each signal that a waiting thread takes.
+    ///
+    /// # Errors
+    ///
+    /// - [`UnrecognizedEvent`](Error::UnrecognizedEvent): a kind of event that this crate doesn't know.
+    /// - [`SystemError`](Error::SystemError) with `EINVAL`: the handshake isn't done. With `EMFILE` or `ENFILE`: no
+    ///   descriptor is free for a fork event; it stays queued, so close some and read again.
+    /// - [`NotUserfaultfd`](Error::NotUserfaultfd), [`IncompleteMsg`](Error::IncompleteMsg),
+    ///   [`ReadEof`](Error::ReadEof): the descriptor is something else.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use userfaultfd::{Event, UffdBuilder};
+    ///
+    /// let page = 65536; // a multiple of every page size
+    /// let mut memory = memmap2::MmapMut::map_anon(page)?;
+    /// let start = memory.as_mut_ptr().cast();
+    /// let uffd = UffdBuilder::new().create()?;
+    /// uffd.register(start, page)?;
+    /// std::thread::scope(|scope| {
+    ///     scope.spawn(|| assert_eq!(memory[0], 0));
+    ///     if let Some(Event::Pagefault { addr, .. }) = uffd.read_event()? {
+    ///         assert_eq!(addr, start);
+    ///         // SAFETY: zero is what the memory holds for whoever refers to it.
+    ///         unsafe { uffd.zeropage(start, page, true)? };
+    ///     }
+    ///     Ok(())
+    /// })
+    /// # .map_err(|error: userfaultfd::Error| Box::<dyn std::error::Error>::from(error))
+    /// ```
+    ///
+    /// Source: [`userfaultfd(2)`](https://man7.org/linux/man-pages/man2/userfaultfd.2.html).
+    pub fn read_event(&self) -> Result<Option<Event>> {
+        let mut message = [event::EMPTY];
+        match self.read_messages(&mut message)? {
+            0 => Ok(None),
+            _ => event::claim(&message[0], self.terms).map(Some),
+        }
+    }
+
+    /// Reads as many events as are there and fit into the buffer, in one system call, and takes them out in the order
+    /// of delivery.
+    ///
+    /// Waits for the first on a blocking descriptor, through signals; the iterator of a non-blocking one is empty if
+    /// there is none. An event that can't be decoded is an `Err` item, and the ones behind it are good.
+    /// Dropping the iterator early drops the events that it still had, and closes the descriptors of forks among them;
+    /// [`read_batch`](Self::read_batch) and [`EventBuffer::pop`] lose none.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_event`](Self::read_event); also [`EmptyBuffer`](Error::EmptyBuffer).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use userfaultfd::{EventBuffer, UffdBuilder};
+    ///
+    /// let uffd = UffdBuilder::new().non_blocking(true).create()?;
+    /// let mut buffer = EventBuffer::new(64);
+    /// for event in uffd.read_events(&mut buffer)? {
+    ///     println!("{:?}", event?);
+    /// }
+    /// # Ok::<(), userfaultfd::Error>(())
+    /// ```
+    pub fn read_events<'a>(
+        &self,
+        buf: &'a mut EventBuffer,
+    ) -> Result<impl Iterator<Item = Result<Event>> + use<'a>> {
+        self.read_batch(buf)?;
+        Ok(buf.drain())
+    }
+
+    /// Reads as many events as are there and fit behind those that the buffer still holds, in one system call, and
+    /// returns how many were read. See [`EventBuffer`] for taking them out, in the order of delivery or changes first.
+    ///
+    /// Waits for the first on a blocking descriptor, through signals; 0 on a non-blocking one means that there is none.
+    /// A buffer that is full of events not taken out yet is left alone, with 0.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_event`](Self::read_event), but for events of unknown kind, which are errors when they are taken out;
+    /// also [`EmptyBuffer`](Error::EmptyBuffer). What the buffer holds stays.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use userfaultfd::{EventBuffer, UffdBuilder};
+    ///
+    /// let uffd = UffdBuilder::new().non_blocking(true).create()?;
+    /// let mut buffer = EventBuffer::new(64);
+    /// let read = uffd.read_batch(&mut buffer)?;
+    /// assert_eq!(buffer.len(), read);
+    /// buffer.changes_first();
+    /// while let Some(event) = buffer.pop() {
+    ///     println!("{:?}", event?); // leaving the loop here keeps the other events in the buffer
+    /// }
+    /// # Ok::<(), userfaultfd::Error>(())
+    /// ```
+    pub fn read_batch(&self, buf: &mut EventBuffer) -> Result<usize> {
+        buf.receive(self.terms, |messages| self.read_messages(messages))
+    }
+
+    /// Reads messages, and makes sure that descriptors in them are from the kernel.
+    fn read_messages(&self, messages: &mut [Message]) -> Result<usize> {
+        let read = match sys::read(self.as_fd(), messages.as_flattened_mut()) {
+            Ok(0) => return Err(Error::ReadEof),
+            Ok(bytes) => bytes,
+            Err(Errno::EAGAIN) => return Ok(0),
+            Err(errno) => return Err(errno.into()),
+        };
+        let expected = size_of::<Message>();
+        if read % expected != 0 {
+            return Err(Error::IncompleteMsg { read: read % expected, expected });
+        }
+        let read = read / expected;
+        // A pipe can say anything, and a number in a forged fork message might be anybody's descriptor.
+        let genuine = self.terms.negotiated.is_some();
+        if !genuine && messages[..read].iter().any(event::is_fork) && !sys::is_userfaultfd(self.as_fd()) {
+            return Err(Error::NotUserfaultfd);
+        }
+        Ok(read)
+    }
+}
+
+/// Reads the line `API: aa:<features>:<ioctls>` of a userfaultfd's /proc/PID/fdinfo, all in hexadecimal. The features are
+/// those enabled, with bit 31 set once the handshake is done; the ioctls are those of a descriptor and of ranges together.
+fn parse_fdinfo(fdinfo: &str) -> Option<Support> {
+    const INITIALIZED: u64 = 1 << 31;
+    let mut fields = fdinfo.lines().find_map(|line| line.strip_prefix("API:"))?.trim().split(':');
+    let mut next = || u64::from_str_radix(fields.next()?, 16).ok();
+    let (_version, features, ioctls) = (next()?, next()?, next()?);
+    Some(Support {
+        features: FeatureFlags::from_bits_retain(features & !INITIALIZED),
+        ioctls: IoctlFlags::from_bits_retain(ioctls & !sys::UFFD_API_RANGE_IOCTLS),
+    })
+}
+
+impl fmt::Debug for Uffd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Uffd").field("fd", &self.as_raw_fd()).field("features", &self.features()).finish()
+    }
+}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for Uffd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl IntoRawFd for Uffd {
+    /// The descriptor stays open and is the caller's to close.
+    fn into_raw_fd(self) -> RawFd {
+        self.fd.into_raw_fd()
+    }
+}
+
+#[expect(unsafe_code, reason = "the trait is unsafe")]
+impl FromRawFd for Uffd {
+    /// Adopts a userfaultfd whose handshake is done.
+    ///
+    /// # Safety
+    ///
+    /// The caller must make sure that `fd` is open and that nothing else owns it.
+    unsafe fn from_raw_fd(fd: RawFd) -> Self {
+        // SAFETY: the caller's promise is that of OwnedFd::from_raw_fd.
+        Self::from(unsafe { sys::own(fd) })
+    }
+}
+
+impl From<OwnedFd> for Uffd {
+    /// Adopts a userfaultfd whose handshake is done: one received over a Unix socket, inherited, or fetched with
+    /// pidfd_getfd(2). One whose handshake isn't done belongs to
+    /// [`UffdBuilder::handshake`](crate::UffdBuilder::handshake); operations of anything else fail.
+    fn from(fd: OwnedFd) -> Self {
+        Self::new(fd, Terms::default())
+    }
+}
+
+impl From<Uffd> for OwnedFd {
+    fn from(uffd: Uffd) -> Self {
+        uffd.fd
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fdinfo_tells_what_is_enabled() {
+        let text = "pos:\t0\nflags:\t02\npending:\t1\ntotal:\t2\nAPI:\taa:80010100:80000000000005ff\n";
+        let support = parse_fdinfo(text).unwrap();
+        assert_eq!(support.features, FeatureFlags::MOVE | FeatureFlags::THREAD_ID);
+        assert_eq!(support.ioctls, IoctlFlags::OF_DESCRIPTOR);
+        for broken in ["", "API:", "API:\taa", "API:\taa:zz:0", "pos:\t0\n"] {
+            assert_eq!(parse_fdinfo(broken), None, "{broken:?}");
+        }
+    }
+}
