@@ -1,42 +1,72 @@
 //! Writes `OUT_DIR/bindings.rs`: the committed bindings of the target or, with the feature `bindgen`, new ones.
 
-#[cfg_attr(
-    not(feature = "bindgen"),
-    expect(dead_code, reason = "only bindgen needs clang's and the kernel's names")
-)]
+#[cfg(feature = "bindgen")]
+mod bindings;
+#[cfg(feature = "bindgen")]
+mod generated;
+#[cfg(feature = "bindgen")]
+mod headers;
+#[cfg(feature = "bindgen")]
+mod names;
+#[expect(dead_code, reason = "xtask needs more of it than a build does")]
 mod targets;
 
 use std::path::Path;
+use std::process::ExitCode;
 use std::{env, fs};
 
 use targets::{TARGETS, Target};
 
-fn main() {
-    println!("cargo::rerun-if-changed=build");
-    println!("cargo::rerun-if-changed=src/bindings");
-    println!("cargo::rustc-check-cfg=cfg(no_bindings)");
-    let text = bindings();
-    let out = Path::new(&var("OUT_DIR")).join("bindings.rs");
-    fs::write(&out, text).unwrap_or_else(|e| panic!("cannot write {}: {e}", out.display()));
-}
-
-fn bindings() -> String {
-    let (os, arch, width) =
-        (var("CARGO_CFG_TARGET_OS"), var("CARGO_CFG_TARGET_ARCH"), var("CARGO_CFG_TARGET_POINTER_WIDTH"));
-    let linux = matches!(os.as_str(), "linux" | "android");
-    let target = TARGETS.iter().find(|t| linux && t.arch == arch && t.pointer_width.to_string() == width);
-    match target {
-        Some(target) => committed(target),
-        None => unsupported(&format!("{arch} ({width} bits, {os})")),
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("error: {message}");
+            ExitCode::FAILURE
+        }
     }
 }
 
-fn committed(target: &Target) -> String {
-    let path = Path::new("src/bindings").join(target.encoding.file());
-    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("cannot read {}: {e}", path.display()));
-    text + &syscall(target)
+fn run() -> Result<(), String> {
+    println!("cargo::rerun-if-changed=build");
+    println!("cargo::rerun-if-changed=src/bindings");
+    println!("cargo::rustc-check-cfg=cfg(no_bindings)");
+
+    let os = var("CARGO_CFG_TARGET_OS")?;
+    let arch = var("CARGO_CFG_TARGET_ARCH")?;
+    let width = var("CARGO_CFG_TARGET_POINTER_WIDTH")?;
+    let target = TARGETS.iter().find(|t| t.arch == arch && t.pointer_width.to_string() == width);
+
+    let text = if !matches!(os.as_str(), "linux" | "android") {
+        unsupported(&format!(
+            "userfaultfd is an interface of Linux, and this target's system is {os}. Depend on this crate below \
+             [target.'cfg(any(target_os = \"linux\", target_os = \"android\"))'.dependencies] only."
+        ))
+    } else {
+        #[cfg(feature = "bindgen")]
+        let bindings = Some(generated::bindings(target)?);
+        #[cfg(not(feature = "bindgen"))]
+        let bindings = target.map(committed).transpose()?;
+        match bindings {
+            Some(bindings) => bindings + &target.map(syscall).unwrap_or_default(),
+            None => unsupported(&format!(
+                "userfaultfd-sys has no committed bindings for {arch} with {width}-bit pointers. Enable its feature \
+                 `bindgen` (which needs libclang) and name the kernel's headers for that architecture in the \
+                 environment variable LINUX_HEADERS; or add the architecture to build/targets.rs."
+            )),
+        }
+    };
+    let out = Path::new(&var("OUT_DIR")?).join("bindings.rs");
+    fs::write(&out, text).map_err(|e| format!("{}: {e}", out.display()))
 }
 
+/// The text of the committed bindings.
+fn committed(target: &Target) -> Result<String, String> {
+    let path = Path::new("src/bindings").join(target.encoding.file());
+    fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// Not in the bindings themselves: their text is the same for many targets.
 fn syscall(target: &Target) -> String {
     format!(
         "/// Number of the system call `userfaultfd(flags)`, which C libraries don't wrap.\n\
@@ -45,13 +75,12 @@ fn syscall(target: &Target) -> String {
     )
 }
 
-/// An error of the crate itself, so that it reads like one, and is reported by `cargo check` where it belongs.
-fn unsupported(target: &str) -> String {
+/// An error of the crate, not of its build script, so that it is all that the user sees.
+fn unsupported(message: &str) -> String {
     println!("cargo::rustc-cfg=no_bindings");
-    let message = format!("userfaultfd-sys has no bindings for {target}");
     format!("compile_error!({message:?});\n")
 }
 
-fn var(name: &str) -> String {
-    env::var(name).unwrap_or_else(|e| panic!("{name}: {e}"))
+fn var(name: &str) -> Result<String, String> {
+    env::var(name).map_err(|e| format!("{name}: {e}"))
 }

@@ -268,7 +268,7 @@ impl Uffd {
     /// let start = memory.as_mut_ptr().cast();
     /// let uffd = UffdBuilder::new().create()?;
     /// uffd.register(start, page)?;
-    /// std::thread::scope(|scope| {
+    /// std::thread::scope(|scope| -> userfaultfd::Result<()> {
     ///     scope.spawn(|| assert_eq!(memory[0], 0));
     ///     if let Some(Event::Pagefault { addr, .. }) = uffd.read_event()? {
     ///         assert_eq!(addr, start);
@@ -276,8 +276,8 @@ impl Uffd {
     ///         unsafe { uffd.zeropage(start, page, true)? };
     ///     }
     ///     Ok(())
-    /// })
-    /// # .map_err(|error: userfaultfd::Error| Box::<dyn std::error::Error>::from(error))
+    /// })?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// Source: [`userfaultfd(2)`](https://man7.org/linux/man-pages/man2/userfaultfd.2.html).
