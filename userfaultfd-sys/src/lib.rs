@@ -6,9 +6,10 @@
 //! they mean is said in the manual pages [userfaultfd(2)][userfaultfd] and [ioctl_userfaultfd(2)][ioctls], and in the
 //! kernel's [guide][guide].
 //!
-//! # New bindings on old kernels
-#![doc = concat!("\nThe committed bindings have everything that there is in Linux ", include_str!("bindings/VERSION"))]
-//! and they are right for every kernel since 4.3, because this interface grows without changing what is there:
+#![doc = concat!("# Older kernels, and bindings of Linux ", include_str!("bindings/VERSION"))]
+//!
+//! The committed bindings have everything that the headers of that release have, and they are right for every kernel
+//! since 4.3, because this interface grows without changing what is there:
 //!
 //! - No structure that an ioctl takes has ever changed its size, which is part of the ioctl's number. What is new comes
 //!   as a new ioctl, a new flag or a new feature bit.
