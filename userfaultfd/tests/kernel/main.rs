@@ -1,0 +1,5 @@
+//! What the kernel does, seen through this crate: one module for each of its words.
+
+mod support;
+
+mod copy;

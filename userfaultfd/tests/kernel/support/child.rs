@@ -1,0 +1,168 @@
+//! Tests that need a process of their own: that drop rights, fork, exhaust descriptors or die.
+
+use std::os::fd::OwnedFd;
+use std::process::{Command, Output, Stdio};
+
+/// Names the test whose child this process is.
+const CHILD: &str = "USERFAULTFD_TEST_CHILD";
+
+/// Runs the test `test` once more, alone in a process of its own, with `body` there and nothing else. Returns what that
+/// process said and how it ended; `None` in that process itself, which is done then.
+///
+/// ```ignore
+/// let Some(output) = child::run(test_name!(), || { … }) else { return };
+/// assert!(output.status.success(), "{output:?}");
+/// ```
+pub(crate) fn run(test: &'static str, body: impl FnOnce()) -> Option<Output> {
+    if std::env::var(CHILD).is_ok_and(|child| child == test) {
+        body();
+        return None;
+    }
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(CHILD, test).stdin(Stdio::null());
+    Some(command.output().unwrap())
+}
+
+/// Like [`run`], and passes on what the process said unless it succeeded.
+pub(crate) fn run_well(test: &'static str, body: impl FnOnce()) {
+    if let Some(output) = run(test, body) {
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        for skip in out.lines().filter_map(|line| line.find("SKIP").map(|at| &line[at..])) {
+            println!("{skip}");
+        }
+        assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
+    }
+}
+
+/// Forks this process, runs `body` in the child, which exits with 0 if it returns, and returns the child.
+///
+/// The child has only this thread: `body` must not take a lock that another thread may have held, so it
+/// must not allocate either unless the test runs alone ([`run`]).
+pub(crate) fn fork(body: impl FnOnce()) -> Forked {
+    // SAFETY: the caller keeps to what a forked child may do.
+    match unsafe { libc::fork() } {
+        -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+        0 => {
+            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+            // SAFETY: ends the child without running the parent's handlers.
+            unsafe { libc::_exit(i32::from(done.is_err())) }
+        }
+        pid => Forked(Some(pid)),
+    }
+}
+
+/// A forked child, killed and waited for when dropped.
+#[derive(Debug)]
+pub(crate) struct Forked(Option<libc::pid_t>);
+
+impl Forked {
+    pub(crate) fn pid(&self) -> libc::pid_t {
+        self.0.expect("not waited for yet")
+    }
+
+    /// Kills it.
+    pub(crate) fn kill(&self) {
+        // SAFETY: touches no memory; the child isn't waited for yet, so the id is its own.
+        unsafe { libc::kill(self.pid(), libc::SIGKILL) };
+    }
+
+    /// Waits for its end and returns the wait status.
+    pub(crate) fn wait(mut self) -> i32 {
+        wait(self.0.take().expect("waited for once"))
+    }
+
+    /// Waits for its end, which must be a success.
+    pub(crate) fn succeed(self) {
+        assert_eq!(self.wait(), 0, "wait status of the child");
+    }
+}
+
+impl Drop for Forked {
+    fn drop(&mut self) {
+        if self.0.is_some() {
+            self.kill();
+            wait(self.pid());
+        }
+    }
+}
+
+fn wait(pid: libc::pid_t) -> i32 {
+    let mut status = 0;
+    // SAFETY: status is borrowed for the call.
+    let waited = unsafe { libc::waitpid(pid, &mut status, 0) };
+    assert_eq!(waited, pid, "{}", std::io::Error::last_os_error());
+    status
+}
+
+/// Gives up the rights of the superuser: becomes the user nobody, in no group, without a way back.
+pub(crate) fn drop_rights() {
+    // SAFETY: an empty list of groups.
+    assert_eq!(unsafe { libc::setgroups(0, std::ptr::null()) }, 0);
+    // SAFETY: touches no memory.
+    assert_eq!(unsafe { libc::setresgid(65534, 65534, 65534) }, 0);
+    // SAFETY: touches no memory.
+    assert_eq!(unsafe { libc::setresuid(65534, 65534, 65534) }, 0);
+}
+
+/// Sends a descriptor over a Unix socket.
+pub(crate) fn send_fd(socket: &std::os::unix::net::UnixStream, fd: std::os::fd::BorrowedFd<'_>) {
+    use std::os::fd::AsRawFd;
+    let mut byte = [0u8];
+    let mut data = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+    let mut control = Control::new();
+    let message = control.message(&mut data);
+    // SAFETY: the control buffer has room for one header and one descriptor.
+    let header = unsafe { &mut *libc::CMSG_FIRSTHDR(&message) };
+    header.cmsg_level = libc::SOL_SOCKET;
+    header.cmsg_type = libc::SCM_RIGHTS;
+    // SAFETY: computes a length.
+    header.cmsg_len = unsafe { libc::CMSG_LEN(4) } as _;
+    // SAFETY: the address behind the header, inside the control buffer.
+    let place = unsafe { libc::CMSG_DATA(header) };
+    // SAFETY: the data of the header has room for a descriptor number.
+    unsafe { place.cast::<i32>().write_unaligned(fd.as_raw_fd()) };
+    // SAFETY: everything that the message points to lives until the call returns.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, 0) };
+    assert_eq!(sent, 1, "{}", std::io::Error::last_os_error());
+}
+
+/// Receives a descriptor from a Unix socket.
+pub(crate) fn receive_fd(socket: &std::os::unix::net::UnixStream) -> OwnedFd {
+    use std::os::fd::{AsRawFd, FromRawFd};
+    let mut byte = [0u8];
+    let mut data = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+    let mut control = Control::new();
+    let mut message = control.message(&mut data);
+    // SAFETY: everything that the message points to lives until the call returns.
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
+    assert_eq!(received, 1, "{}", std::io::Error::last_os_error());
+    // SAFETY: the message was just received.
+    let header = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    assert!(!header.is_null(), "no descriptor came");
+    // SAFETY: the address behind the header.
+    let place = unsafe { libc::CMSG_DATA(header) };
+    // SAFETY: a descriptor's number is there, since one was sent.
+    let fd = unsafe { place.cast::<i32>().read_unaligned() };
+    // SAFETY: the kernel opened it for this call.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Room for the control message of one descriptor, aligned as its header is.
+struct Control([u64; 8]);
+
+impl Control {
+    fn new() -> Self {
+        Self([0; 8])
+    }
+
+    fn message(&mut self, data: &mut libc::iovec) -> libc::msghdr {
+        // SAFETY: all zeros is an empty message.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = data;
+        message.msg_iovlen = 1 as _;
+        message.msg_control = self.0.as_mut_ptr().cast();
+        // SAFETY: computes a length.
+        message.msg_controllen = unsafe { libc::CMSG_SPACE(4) } as _;
+        message
+    }
+}

@@ -1,0 +1,85 @@
+//! Huge pages, reserved while a test needs them and given back after it.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::sync::{LazyLock, Mutex};
+
+/// What was in the pool before this process reserved pages.
+static BEFORE: Mutex<Option<usize>> = Mutex::new(None);
+
+/// The size of a huge page, in bytes. 0 where the kernel has none.
+pub(crate) fn page() -> usize {
+    static SIZE: LazyLock<usize> = LazyLock::new(|| 1024 * from_meminfo("Hugepagesize:").unwrap_or(0));
+    *SIZE
+}
+
+/// A number of /proc/meminfo.
+fn from_meminfo(name: &str) -> Option<usize> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// Where the size of the pool stands, for pages of the default size.
+const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+/// Pages in the pool that are this test's alone: one process and one test at a time has any.
+#[derive(Debug)]
+pub(crate) struct HugePages {
+    _lock: File,
+}
+
+/// Makes sure that `pages` huge pages are free. `None`, visibly, if they can't be had.
+pub(crate) fn reserve(test: &str, pages: usize) -> Option<HugePages> {
+    let lock = lock();
+    let free = from_meminfo("HugePages_Free:").unwrap_or(0);
+    if page() != 0 && free < pages {
+        let before: usize =
+            fs::read_to_string(POOL).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+        if fs::write(POOL, (before + pages - free).to_string()).is_ok() {
+            *BEFORE.lock().unwrap() = Some(before);
+        }
+    }
+    let met = page() != 0 && from_meminfo("HugePages_Free:").unwrap_or(0) >= pages;
+    if !met {
+        give_back_all();
+    }
+    super::has(test, "hugetlb", met).then_some(HugePages { _lock: lock })
+}
+
+impl HugePages {
+    /// Makes the pool as large as it is used, so that no page is free, until dropped.
+    pub(crate) fn exhaust(&self) {
+        let total = from_meminfo("HugePages_Total:").unwrap();
+        let free = from_meminfo("HugePages_Free:").unwrap();
+        BEFORE.lock().unwrap().get_or_insert(total);
+        fs::write(POOL, (total - free).to_string()).unwrap();
+        assert_eq!(from_meminfo("HugePages_Free:"), Some(0));
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        give_back_all();
+    }
+}
+
+/// Makes the pool as large as it was.
+pub(crate) fn give_back_all() {
+    let Ok(mut before) = BEFORE.lock() else { return };
+    if let Some(before) = before.take()
+        && let Err(error) = fs::write(POOL, before.to_string())
+    {
+        eprintln!("huge pages are not given back: {POOL} should be {before}: {error}");
+    }
+}
+
+/// Waits until no other test has huge pages, in this process or another.
+fn lock() -> File {
+    let path = std::env::temp_dir().join("userfaultfd-hugetlb.lock");
+    let file = File::options().create(true).truncate(false).write(true).open(path).unwrap();
+    // SAFETY: touches no memory.
+    let locked = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) };
+    assert_eq!(locked, 0, "{}", std::io::Error::last_os_error());
+    file
+}

@@ -1,0 +1,225 @@
+//! Mappings of every kind that a userfaultfd takes. Each test maps its own.
+
+use std::ffi::c_void;
+use std::fmt;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+use userfaultfd::FeatureFlags;
+
+use super::hugetlb::{self, HugePages};
+
+/// What a mapping is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Private anonymous memory.
+    Anonymous,
+    /// Shared anonymous memory.
+    SharedAnonymous,
+    /// A shared mapping of a memfd.
+    Memfd,
+    /// A private mapping of a memfd.
+    PrivateMemfd,
+    /// A shared mapping of hugetlb memory.
+    Hugetlb,
+    /// A private mapping of hugetlb memory.
+    PrivateHugetlb,
+}
+
+impl Kind {
+    pub(crate) const ALL: [Kind; 6] = [
+        Kind::Anonymous,
+        Kind::SharedAnonymous,
+        Kind::Memfd,
+        Kind::PrivateMemfd,
+        Kind::Hugetlb,
+        Kind::PrivateHugetlb,
+    ];
+
+    pub(crate) fn is_hugetlb(self) -> bool {
+        matches!(self, Kind::Hugetlb | Kind::PrivateHugetlb)
+    }
+
+    /// Whether its pages are kept in a page cache that others can map, too.
+    pub(crate) fn is_shared(self) -> bool {
+        !matches!(self, Kind::Anonymous | Kind::PrivateMemfd | Kind::PrivateHugetlb)
+    }
+
+    /// The feature that tells of missing faults on it, of write-protect faults, of minor faults.
+    pub(crate) fn features(self) -> [FeatureFlags; 3] {
+        match self {
+            Kind::Anonymous => [
+                FeatureFlags::empty(),
+                FeatureFlags::PAGEFAULT_FLAG_WP,
+                FeatureFlags::from_bits_retain(1 << 63),
+            ],
+            Kind::SharedAnonymous | Kind::Memfd | Kind::PrivateMemfd => {
+                [FeatureFlags::MISSING_SHMEM, FeatureFlags::WP_HUGETLBFS_SHMEM, FeatureFlags::MINOR_SHMEM]
+            }
+            Kind::Hugetlb | Kind::PrivateHugetlb => [
+                FeatureFlags::MISSING_HUGETLBFS,
+                FeatureFlags::WP_HUGETLBFS_SHMEM,
+                FeatureFlags::MINOR_HUGETLBFS,
+            ],
+        }
+    }
+}
+
+/// A mapping, unmapped when dropped. Its pages are of [`Memory::page`] bytes.
+pub(crate) struct Memory {
+    kind: Kind,
+    start: *mut u8,
+    pages: usize,
+    file: Option<OwnedFd>,
+    /// Given back after the memory is unmapped.
+    _huge_pages: Option<HugePages>,
+}
+
+// SAFETY: a mapping belongs to the process; access to it is by raw pointers, whose users see to order.
+unsafe impl Send for Memory {}
+
+// SAFETY: as for Send.
+unsafe impl Sync for Memory {}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {:p}+{:#x}", self.kind, self.start, self.len())
+    }
+}
+
+impl Memory {
+    /// Maps `pages` pages. `None`, visibly, where hugetlb pages can't be had.
+    pub(crate) fn try_new(test: &str, kind: Kind, pages: usize) -> Option<Self> {
+        if kind.is_hugetlb() {
+            // A copy with a cold source takes a spare page for a moment, and a private write another.
+            let huge_pages = hugetlb::reserve(test, pages + 2)?;
+            Some(Self::map(kind, pages, Some(huge_pages)))
+        } else {
+            Some(Self::map(kind, pages, None))
+        }
+    }
+
+    /// Maps `pages` pages of a kind that can always be had.
+    pub(crate) fn new(kind: Kind, pages: usize) -> Self {
+        assert!(!kind.is_hugetlb(), "hugetlb memory may be missing: try_new");
+        Self::map(kind, pages, None)
+    }
+
+    /// Maps `pages` pages of private anonymous memory.
+    pub(crate) fn anonymous(pages: usize) -> Self {
+        Self::new(Kind::Anonymous, pages)
+    }
+
+    fn map(kind: Kind, pages: usize, huge_pages: Option<HugePages>) -> Self {
+        let page = if kind.is_hugetlb() { hugetlb::page() } else { super::page() };
+        let file = match kind {
+            Kind::Anonymous | Kind::SharedAnonymous => None,
+            Kind::Memfd | Kind::PrivateMemfd => Some(memfd(0, pages * page)),
+            Kind::Hugetlb | Kind::PrivateHugetlb => Some(memfd(libc::MFD_HUGETLB, pages * page)),
+        };
+        let sharing = if kind.is_shared() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+        let anonymous = if file.is_none() { libc::MAP_ANONYMOUS } else { 0 };
+        let fd = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let start = map(pages * page, sharing | anonymous, fd);
+        // Transparent huge pages would fill neighbours.
+        if !kind.is_hugetlb() {
+            // SAFETY: the range was just mapped and is nobody else's.
+            unsafe { libc::madvise(start.cast(), pages * page, libc::MADV_NOHUGEPAGE) };
+        }
+        Self { kind, start, pages, file, _huge_pages: huge_pages }
+    }
+
+    /// Maps the same file once more, shared: what is written there is in the page cache. For memory of a file.
+    pub(crate) fn alias(&self) -> Memory {
+        let file = self.file.as_ref().expect("memory of a file").try_clone().unwrap();
+        let start = map(self.len(), libc::MAP_SHARED, file.as_raw_fd());
+        let kind = if self.kind.is_hugetlb() { Kind::Hugetlb } else { Kind::Memfd };
+        Memory { kind, start, pages: self.pages, file: Some(file), _huge_pages: None }
+    }
+
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Bytes of a page: of a huge page on hugetlb memory.
+    pub(crate) fn page(&self) -> usize {
+        if self.kind.is_hugetlb() { hugetlb::page() } else { super::page() }
+    }
+
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.pages * self.page()
+    }
+
+    pub(crate) fn start(&self) -> *mut c_void {
+        self.start.cast()
+    }
+
+    /// The address of page number `page`, which may be the one behind the last.
+    pub(crate) fn at(&self, page: usize) -> *mut c_void {
+        assert!(page <= self.pages);
+        self.start.wrapping_add(page * self.page()).cast()
+    }
+
+    /// The file behind the mapping.
+    pub(crate) fn file(&self) -> &OwnedFd {
+        self.file.as_ref().expect("memory of a file")
+    }
+
+    /// Reads the first byte of a page. Waits there if the page is missing and somebody handles its faults.
+    pub(crate) fn read(&self, page: usize) -> u8 {
+        assert!(page < self.pages);
+        // SAFETY: inside the mapping, which lives as long as self and is only accessed by raw pointers.
+        unsafe { self.at(page).cast::<u8>().read_volatile() }
+    }
+
+    /// Writes the first byte of a page. Waits there likewise.
+    pub(crate) fn write(&self, page: usize, byte: u8) {
+        assert!(page < self.pages);
+        // SAFETY: as for read.
+        unsafe { self.at(page).cast::<u8>().write_volatile(byte) }
+    }
+
+    /// madvise(2) on some pages; tells the errno.
+    pub(crate) fn advise(&self, first: usize, pages: usize, advice: libc::c_int) -> Result<(), i32> {
+        // SAFETY: the range lies inside the mapping, whose content nobody borrows.
+        let result = unsafe { libc::madvise(self.at(first), pages * self.page(), advice) };
+        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().raw_os_error().unwrap()) }
+    }
+
+    /// Unmaps some pages, which aren't to be accessed any more.
+    pub(crate) fn unmap(&self, first: usize, pages: usize) {
+        // SAFETY: the range lies inside the mapping, whose content nobody borrows.
+        let result = unsafe { libc::munmap(self.at(first), pages * self.page()) };
+        assert_eq!(result, 0);
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is self's own.
+        unsafe { libc::munmap(self.start.cast(), self.len()) };
+    }
+}
+
+fn memfd(flags: libc::c_uint, len: usize) -> OwnedFd {
+    // SAFETY: the name is NUL-terminated.
+    let fd = unsafe { libc::memfd_create(c"test".as_ptr(), flags | libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
+    // SAFETY: a new descriptor of this process, owned by nothing else.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: touches no memory.
+    assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), len.try_into().unwrap()) }, 0);
+    fd
+}
+
+fn map(len: usize, flags: libc::c_int, fd: libc::c_int) -> *mut u8 {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+    let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd, 0) };
+    assert_ne!(start, libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
+    start.cast()
+}

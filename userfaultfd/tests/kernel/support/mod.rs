@@ -1,0 +1,138 @@
+//! What the tests share: what the kernel offers, memory of every kind, time limits, processes of their own.
+
+pub(crate) mod child;
+pub(crate) mod hugetlb;
+pub(crate) mod memory;
+
+use std::sync::{Arc, Condvar, LazyLock, Mutex};
+use std::time::Duration;
+
+use userfaultfd::{FeatureFlags, Support};
+
+/// Names a mask of features, in hexadecimal, that the running kernel must offer: exactly those. A test that is
+/// skipped for one of them fails then. Set by whoever knows which kernel runs.
+pub(crate) const EXPECTED_FEATURES: &str = "USERFAULTFD_EXPECT_FEATURES";
+
+/// Names needs beside features that must be met, by commas: `root`, `hugetlb`, … A test that is skipped for one of
+/// them fails then.
+pub(crate) const EXPECTED_NEEDS: &str = "USERFAULTFD_EXPECT";
+
+static KERNEL: LazyLock<Support> =
+    LazyLock::new(|| Support::probe().expect("a userfaultfd for faults from user mode"));
+
+/// The features that the kernel offers.
+pub(crate) fn features() -> FeatureFlags {
+    KERNEL.features()
+}
+
+/// The mask of [`EXPECTED_FEATURES`].
+pub(crate) fn expected_features() -> Option<FeatureFlags> {
+    let mask = std::env::var(EXPECTED_FEATURES).ok()?;
+    let bits = u64::from_str_radix(mask.trim_start_matches("0x"), 16).expect("a mask in hexadecimal");
+    Some(FeatureFlags::from_bits_retain(bits))
+}
+
+/// Whether `features` are there. If not, says so, and fails where they are expected.
+pub(crate) fn has_features(test: &str, features: FeatureFlags) -> bool {
+    let missing = features.difference(self::features());
+    if missing.is_empty() {
+        return true;
+    }
+    let expected = expected_features().unwrap_or_default();
+    assert!(!expected.intersects(missing), "{test} needs {missing}, which this kernel is expected to have");
+    println!("SKIP {test}: needs {missing}");
+    false
+}
+
+/// Whether a need beside features is met. If not, says so, and fails where it is expected.
+pub(crate) fn has(test: &str, need: &str, met: bool) -> bool {
+    if !met {
+        let expected = std::env::var(EXPECTED_NEEDS).unwrap_or_default();
+        assert!(
+            !expected.split(',').any(|expected| expected == need),
+            "{test} needs {need}, which is expected here"
+        );
+        println!("SKIP {test}: needs {need}");
+    }
+    met
+}
+
+/// Whether this process is the superuser, for whom the kernel's rights are not in the way.
+pub(crate) fn is_root() -> bool {
+    // SAFETY: touches no memory.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// The page size, in bytes.
+pub(crate) fn page() -> usize {
+    userfaultfd::page_size()
+}
+
+/// Ends the process if a test takes longer than a minute: a test that hangs is a fault that nobody resolved.
+#[derive(Debug)]
+pub(crate) struct Watchdog(Arc<(Mutex<bool>, Condvar)>);
+
+impl Watchdog {
+    pub(crate) fn arm(test: &'static str) -> Self {
+        let done = Arc::new((Mutex::new(false), Condvar::new()));
+        let watched = Arc::clone(&done);
+        std::thread::spawn(move || {
+            let (done, changed) = &*watched;
+            let done = done.lock().unwrap();
+            let limit = Duration::from_secs(60);
+            let (done, _) = changed.wait_timeout_while(done, limit, |done| !*done).unwrap();
+            if !*done {
+                eprintln!("{test} hangs");
+                hugetlb::give_back_all();
+                std::process::abort();
+            }
+        });
+        Self(done)
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        let (done, changed) = &*self.0;
+        *done.lock().unwrap() = true;
+        changed.notify_all();
+    }
+}
+
+/// The path of the test that it is called in, as the test harness names it.
+macro_rules! test_name {
+    () => {{
+        fn here() {}
+        let path = std::any::type_name_of_val(&here);
+        let path = path.strip_suffix("::here").unwrap();
+        path.split_once("::").unwrap().1
+    }};
+}
+pub(crate) use test_name;
+
+/// The first line of every test: what it needs. Puts a time limit on the test, and skips it, visibly, where a need isn't
+/// met: `require!()`, `require!(FeatureFlags::MOVE)`, `require!(FeatureFlags::MOVE, root)`, `require!(root)`.
+macro_rules! require {
+    () => {
+        let _watchdog = $crate::support::Watchdog::arm($crate::support::test_name!());
+    };
+    (root) => {
+        require!();
+        if !$crate::support::has($crate::support::test_name!(), "root", $crate::support::is_root()) {
+            return;
+        }
+    };
+    ($features:expr) => {
+        require!();
+        if !$crate::support::has_features($crate::support::test_name!(), $features) {
+            return;
+        }
+    };
+    ($features:expr, root) => {
+        require!($features);
+        if !$crate::support::has($crate::support::test_name!(), "root", $crate::support::is_root()) {
+            return;
+        }
+    };
+}
+pub(crate) use require;
