@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::targets::Encoding;
+use super::targets::Encoding;
 
 /// A tree of kernel headers, in one of three shapes:
 ///
@@ -45,6 +45,11 @@ impl Headers {
     /// Whether the tree has an `asm/` of this architecture of its own.
     pub(crate) fn has_arch(&self, kernel_arch: &str) -> bool {
         !self.arch(kernel_arch).is_empty()
+    }
+
+    /// Whether its `asm/unistd.h` is complete: in a source tree the numbers aren't made yet.
+    pub(crate) fn has_syscalls(&self, kernel_arch: &str) -> bool {
+        self.root.join("arch").join(kernel_arch).join("asm/unistd.h").is_file()
     }
 
     /// Arguments for clang: the headers as this architecture sees them. What an unprepared source tree lacks of them

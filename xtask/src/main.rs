@@ -1,2 +1,56 @@
-//! stub
-fn main(){}
+//! Maintenance of the workspace.
+
+mod bindings;
+mod ci;
+mod diff;
+mod libclang;
+mod sys;
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  bindings --headers DIR [--check] [--version X.Y.Z]
+      Regenerate userfaultfd-sys/src/bindings from a tree of kernel headers; with --check, only say what would change.
+      DIR is a tree of `make headers_install`, a kernel source tree, or has include/ and arch/ARCH/asm/.
+      The kernel's version is taken from the tree (linux/version.h, Makefile or README.md) unless it is given.
+
+  ci [--list] [--step NAME]...
+      Everything that has to pass before a change goes in, or only the named steps.
+";
+
+fn main() -> ExitCode {
+    let mut arguments = env::args().skip(1);
+    let command = arguments.next().unwrap_or_default();
+    let arguments: Vec<String> = arguments.collect();
+    let result = match command.as_str() {
+        "bindings" => bindings::run(&arguments),
+        "ci" => ci::run(&arguments),
+        "" | "help" | "-h" | "--help" => {
+            print!("{USAGE}");
+            Ok(())
+        }
+        _ => Err(format!("no command `{command}`\n\n{USAGE}")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("error: {}", message.trim_end());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The workspace.
+fn root() -> &'static Path {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest)
+}
+
+/// Where what this program makes, and may lose, lies.
+fn scratch() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from).join("xtask")
+}

@@ -1,0 +1,60 @@
+//! libclang, which bindgen loads when it runs: found, or fetched.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::{env, fs};
+
+const HELP: &str = "\
+libclang, with which the headers are read, is neither installed nor could it be fetched. Any of these helps:
+  - install it (Debian, Ubuntu: apt-get install libclang-dev; Fedora: dnf install clang-libs; Arch: pacman -S clang)
+  - have `pip` or `python3 -m pip` at hand, which fetches the package `libclang` into target/xtask/libclang
+  - set LIBCLANG_PATH to the directory of a libclang.so";
+
+/// Loads libclang into this process, and returns its path: the value of LIBCLANG_PATH for other processes.
+///
+/// Looks where clang-sys does (LIBCLANG_PATH, llvm-config, the system's folders), then where an earlier call has put
+/// it, then fetches it.
+pub(crate) fn load() -> Result<PathBuf, String> {
+    let folder = crate::scratch().join("libclang");
+    let unpacked = folder.join("clang/native");
+    let not_found = match clang_sys::load() {
+        Ok(()) => return loaded(),
+        Err(message) => message,
+    };
+    if env::var_os("LIBCLANG_PATH").is_some() {
+        return Err(format!("LIBCLANG_PATH is set, but of no use: {not_found}"));
+    }
+    if !unpacked.is_dir() {
+        fetch(&folder)?;
+    }
+    // SAFETY: this process has no other thread yet that could read the environment.
+    unsafe { env::set_var("LIBCLANG_PATH", &unpacked) };
+    clang_sys::load().map_err(|e| format!("{}: {e}", unpacked.display()))?;
+    loaded()
+}
+
+fn loaded() -> Result<PathBuf, String> {
+    let library = clang_sys::get_library().ok_or("libclang is loaded, but clang-sys doesn't know it")?;
+    Ok(library.path().to_owned())
+}
+
+/// The Python package has nothing but the library in it, for every usual system.
+fn fetch(folder: &Path) -> Result<(), String> {
+    eprintln!("fetching libclang into {}", folder.display());
+    let mut failures = String::new();
+    for pip in [&["pip3"][..], &["pip"], &["python3", "-m", "pip"]] {
+        let mut command = Command::new(pip[0]);
+        command.args(&pip[1..]).args(["install", "--quiet", "--disable-pip-version-check", "--no-deps"]);
+        command.args(["--only-binary", ":all:", "--target"]).arg(folder).arg("libclang");
+        match command.stdin(Stdio::null()).output() {
+            Ok(output) if output.status.success() => return Ok(()),
+            Ok(output) => {
+                failures += &format!("\n{}: {}", pip.join(" "), String::from_utf8_lossy(&output.stderr))
+            }
+            Err(e) => failures += &format!("\n{}: {e}", pip.join(" ")),
+        }
+        // What a failed attempt leaves must not be taken for the library.
+        let _ = fs::remove_dir_all(folder);
+    }
+    Err(format!("{HELP}\n\nWhat was tried:{failures}"))
+}
