@@ -36,8 +36,8 @@ impl Default for UffdBuilder {
 }
 
 impl UffdBuilder {
-    /// A builder that opens by [`OpenWith::Auto`], for faults from user mode only, blocking, not closed on exec, and
-    /// asks for nothing.
+    /// A builder that opens by [`OpenWith::Auto`], for faults from user mode only, blocking, not closed on
+    /// exec, and asks for nothing.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -54,7 +54,8 @@ impl UffdBuilder {
         self
     }
 
-    /// Whether reading returns at once when there is no event, instead of waiting for one. The default is `false`.
+    /// Whether reading returns at once when there is no event, instead of waiting for one. The default is
+    /// `false`.
     ///
     /// poll(2) and epoll(7) work only on a non-blocking descriptor; on a blocking one they report an error.
     #[doc(alias = "O_NONBLOCK")]
@@ -65,9 +66,9 @@ impl UffdBuilder {
 
     /// Whether only faults from user mode are handled. The default is `true`, which needs no rights.
     ///
-    /// With `true`, a system call that is given a missing page (read(2) into it, say) fails with `EFAULT`, and KVM
-    /// guests cannot run on the memory. With `false` such faults are delivered too, which takes access to
-    /// `/dev/userfaultfd`, `CAP_SYS_PTRACE`, or the sysctl `vm.unprivileged_userfaultfd=1`.
+    /// With `true`, a system call that is given a missing page (read(2) into it, say) fails with `EFAULT`,
+    /// and KVM guests cannot run on the memory. With `false` such faults are delivered too, which takes
+    /// access to `/dev/userfaultfd`, `CAP_SYS_PTRACE`, or the sysctl `vm.unprivileged_userfaultfd=1`.
     ///
     /// Before Linux 5.11 there is no such restriction to ask for, and all faults are delivered.
     #[doc(alias = "UFFD_USER_MODE_ONLY")]
@@ -87,14 +88,15 @@ impl UffdBuilder {
 
     /// Features that are welcome. Adds to those requested before. [`Uffd::features`] tells which were got.
     ///
-    /// Left out without an error are those that the kernel lacks, `EVENT_FORK` where this process may not use it,
-    /// and `RWP_ASYNC` where `RWP` isn't asked for.
+    /// Left out without an error are those that the kernel lacks, `EVENT_FORK` where this process may not use
+    /// it, and `RWP_ASYNC` where `RWP` isn't asked for.
     pub fn request_features(&mut self, features: FeatureFlags) -> &mut Self {
         self.wanted.requested |= features;
         self
     }
 
-    /// Operations without which there is to be no [`Uffd`], or no registration. Adds to those required before.
+    /// Operations without which there is to be no [`Uffd`], or no registration. Adds to those required
+    /// before.
     ///
     /// Operations of the descriptor are looked for by [`create`](Self::create), those of a range by
     /// [`Uffd::register_with_mode`]; both fail with [`UnsupportedIoctls`](Error::UnsupportedIoctls).
@@ -115,7 +117,8 @@ impl UffdBuilder {
     ///
     /// - [`OpenFailed`](Error::OpenFailed), [`OpenDevUserfaultfd`](Error::OpenDevUserfaultfd): no descriptor.
     /// - [`UnsupportedFeatures`](Error::UnsupportedFeatures): the kernel lacks a required feature.
-    /// - [`FeatureNotPermitted`](Error::FeatureNotPermitted): `EVENT_FORK` is required without `CAP_SYS_PTRACE`.
+    /// - [`FeatureNotPermitted`](Error::FeatureNotPermitted): `EVENT_FORK` is required without
+    ///   `CAP_SYS_PTRACE`.
     /// - [`FeatureNeeds`](Error::FeatureNeeds): `RWP_ASYNC` is required without `RWP`.
     /// - [`UnsupportedIoctls`](Error::UnsupportedIoctls): a required operation of the descriptor is missing.
     /// - [`SystemError`](Error::SystemError): anything else that `UFFDIO_API` may answer.
@@ -123,12 +126,13 @@ impl UffdBuilder {
         self.shake_hands(open::open(self.open_with, self.flags)?)
     }
 
-    /// Like [`create`](Self::create), through a `/dev/userfaultfd` that is already open: for a process that can't
-    /// open it any more, or that was handed it.
+    /// Like [`create`](Self::create), through a `/dev/userfaultfd` that is already open: for a process that
+    /// can't open it any more, or that was handed it.
     ///
     /// # Errors
     ///
-    /// As [`create`](Self::create). A descriptor of something else is [`OpenFailed`](Error::OpenFailed) with `ENOTTY`.
+    /// As [`create`](Self::create). A descriptor of something else is [`OpenFailed`](Error::OpenFailed) with
+    /// `ENOTTY`.
     ///
     /// ```no_run
     /// use std::fs::File;
@@ -144,8 +148,8 @@ impl UffdBuilder {
         self.shake_hands(open::open_from(device.as_fd(), self.flags)?)
     }
 
-    /// Shakes hands on a userfaultfd that was created elsewhere and hasn't done so. What this builder says about
-    /// creating a descriptor has no effect then. On an error the descriptor is closed.
+    /// Shakes hands on a userfaultfd that was created elsewhere and hasn't done so. What this builder says
+    /// about creating a descriptor has no effect then. On an error the descriptor is closed.
     ///
     /// A descriptor whose handshake is done is adopted by `Uffd::from`.
     ///
@@ -195,9 +199,9 @@ struct Wanted {
 
 /// Gets what is wanted from a kernel, of which only the answers to `api` and `probe` are known here.
 ///
-/// With nothing requested it asks once, for exactly what is required. A handshake that fails leaves the descriptor as
-/// it was and tells nothing but an errno; one that succeeds can't be repeated. So what the kernel offers is probed with
-/// another descriptor, before asking for what it may lack and after a refusal.
+/// With nothing requested it asks once, for exactly what is required. A handshake that fails leaves the
+/// descriptor as it was and tells nothing but an errno; one that succeeds can't be repeated. So what the
+/// kernel offers is probed with another descriptor, before asking for what it may lack and after a refusal.
 fn negotiate(
     wanted: Wanted,
     api: impl Fn(FeatureFlags) -> Result<Support, Errno>,

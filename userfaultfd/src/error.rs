@@ -11,8 +11,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why an operation failed.
 ///
 /// Three questions answer what a fault handler needs to know, for every variant and on every kernel:
-/// [`errno`](Error::errno), [`progress`](Error::progress) and [`is_retryable`](Error::is_retryable). What each errno
-/// means is told with each method of [`Uffd`](crate::Uffd).
+/// [`errno`](Error::errno), [`progress`](Error::progress) and [`is_retryable`](Error::is_retryable). What
+/// each errno means is told with each method of [`Uffd`](crate::Uffd).
 ///
 /// ```
 /// use userfaultfd::{Errno, Error};
@@ -35,8 +35,8 @@ pub enum Error {
 
     /// A copy stopped after this many bytes, perhaps 0; go on with the rest.
     ///
-    /// With 0 bytes the memory layout is changing: read the pending events, then try again. After some bytes the
-    /// kernel hides why it stopped; the call for the rest tells.
+    /// With 0 bytes the memory layout is changing: read the pending events, then try again. After some bytes
+    /// the kernel hides why it stopped; the call for the rest tells.
     #[error("copying into the range stopped after {0} bytes")]
     PartiallyCopied(usize),
 
@@ -57,14 +57,16 @@ pub enum Error {
     #[error("end of file on the descriptor")]
     ReadEof,
 
-    /// A message of a kind that this version of the crate doesn't know. The other messages of the batch are good.
+    /// A message of a kind that this version of the crate doesn't know. The other messages of the batch are
+    /// good.
     #[error("unknown event {0:#x}")]
     UnrecognizedEvent(u8),
 
     /// A required ioctl is missing; here are those that there are.
     ///
     /// From [`UffdBuilder::create`](crate::UffdBuilder::create) for an ioctl of the descriptor; from
-    /// [`Uffd::register_with_mode`](crate::Uffd::register_with_mode) for one of the range, which isn't registered then.
+    /// [`Uffd::register_with_mode`](crate::Uffd::register_with_mode) for one of the range, which isn't
+    /// registered then.
     #[error("a required ioctl is not supported; supported here: {0}")]
     UnsupportedIoctls(IoctlFlags),
 
@@ -80,7 +82,8 @@ pub enum Error {
     #[error(transparent)]
     OpenFailed(OpenFailure),
 
-    /// The kernel lacks features that were required with [`require_features`](crate::UffdBuilder::require_features).
+    /// The kernel lacks features that were required with
+    /// [`require_features`](crate::UffdBuilder::require_features).
     #[error("this kernel lacks the required userfaultfd features {missing}; it offers {supported}")]
     UnsupportedFeatures {
         /// What was required and isn't there.
@@ -89,8 +92,8 @@ pub enum Error {
         supported: FeatureFlags,
     },
 
-    /// The features are there, but this process may not use them: `EVENT_FORK` takes `CAP_SYS_PTRACE` in the initial
-    /// user namespace.
+    /// The features are there, but this process may not use them: `EVENT_FORK` takes `CAP_SYS_PTRACE` in the
+    /// initial user namespace.
     #[error("not permitted to use {0}: CAP_SYS_PTRACE in the initial user namespace is needed")]
     FeatureNotPermitted(FeatureFlags),
 
@@ -111,7 +114,8 @@ pub enum Error {
     #[error("the descriptor is not a userfaultfd")]
     NotUserfaultfd,
 
-    /// A buffer without room for anything: an [`EventBuffer`](crate::EventBuffer) of size 0, no regions for a scan.
+    /// A buffer without room for anything: an [`EventBuffer`](crate::EventBuffer) of size 0, no regions for a
+    /// scan.
     #[error("the buffer has no room")]
     EmptyBuffer,
 
@@ -151,7 +155,8 @@ impl Error {
         }
     }
 
-    /// How many bytes a fill (copy, zeropage, poison, move) did before it stopped; `None` where bytes aren't counted.
+    /// How many bytes a fill (copy, zeropage, poison, move) did before it stopped; `None` where bytes aren't
+    /// counted.
     ///
     /// Waiters on that part have been woken as asked. To go on, repeat the call for the rest.
     #[must_use]
@@ -165,9 +170,10 @@ impl Error {
 
     /// Whether the same call, for the part that isn't done, can succeed later with nothing else changed.
     ///
-    /// That is so for `EAGAIN` (the memory layout is changing, or a fill did a part) and `EINTR`. Between two tries
-    /// let the thread that changes the layout run, and read its event (see "Events" in the [crate docs](crate)). Bound
-    /// the number of tries, since some kernels have a bug that answers `EAGAIN` for ever.
+    /// That is so for `EAGAIN` (the memory layout is changing, or a fill did a part) and `EINTR`. Between two
+    /// tries let the thread that changes the layout run, and read its event (see "Events" in the [crate
+    /// docs](crate)). Bound the number of tries, since some kernels have a bug that answers `EAGAIN` for
+    /// ever.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         matches!(self.errno(), Some(Errno::EAGAIN | Errno::EINTR))

@@ -22,8 +22,8 @@ pub enum ReadWrite {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FaultKind {
-    /// Nothing is there: fill it, with [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage), [`poison`](Uffd::poison) or
-    /// [`move_pages`](Uffd::move_pages).
+    /// Nothing is there: fill it, with [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage),
+    /// [`poison`](Uffd::poison) or [`move_pages`](Uffd::move_pages).
     Missing,
     /// A write to a write-protected page: lift it, with
     /// [`remove_write_protection`](Uffd::remove_write_protection). Since Linux 5.7.
@@ -51,21 +51,23 @@ pub enum Event {
         /// What the thread does.
         rw: ReadWrite,
         /// Where. The first address of the page, of the huge page on hugetlb memory; the very address with
-        /// [`EXACT_ADDRESS`](crate::FeatureFlags::EXACT_ADDRESS). Kernels before 5.18 were inconsistent, so round it down.
+        /// [`EXACT_ADDRESS`](crate::FeatureFlags::EXACT_ADDRESS). Kernels before 5.18 were inconsistent, so
+        /// round it down.
         addr: *mut c_void,
         /// Who: the thread id with [`THREAD_ID`](crate::FeatureFlags::THREAD_ID), 0 without.
         thread_id: Pid,
     },
     /// The process forked. The child has the same ranges registered, with a userfaultfd of its own.
     ///
-    /// With [`EVENT_FORK`](crate::FeatureFlags::EVENT_FORK). A fork that was interrupted may leave one whose operations
-    /// answer `ESRCH`.
+    /// With [`EVENT_FORK`](crate::FeatureFlags::EVENT_FORK). A fork that was interrupted may leave one whose
+    /// operations answer `ESRCH`.
     #[doc(alias = "UFFD_EVENT_FORK")]
     Fork {
         /// The child's.
         uffd: Uffd,
     },
-    /// A range was moved and is registered at its new place. With [`EVENT_REMAP`](crate::FeatureFlags::EVENT_REMAP).
+    /// A range was moved and is registered at its new place. With
+    /// [`EVENT_REMAP`](crate::FeatureFlags::EVENT_REMAP).
     #[doc(alias = "UFFD_EVENT_REMAP")]
     Remap {
         /// The old address.
@@ -75,10 +77,11 @@ pub enum Event {
         /// The old length, in bytes.
         len: usize,
     },
-    /// The pages of a range are about to be dropped; the range stays registered, and what belongs there now is zero.
+    /// The pages of a range are about to be dropped; the range stays registered, and what belongs there now
+    /// is zero.
     ///
-    /// With [`EVENT_REMOVE`](crate::FeatureFlags::EVENT_REMOVE): madvise(2) with `MADV_DONTNEED`, `MADV_FREE` or
-    /// `MADV_REMOVE`. Holes punched by fallocate(2) and what happens through other mappings is not told.
+    /// With [`EVENT_REMOVE`](crate::FeatureFlags::EVENT_REMOVE): madvise(2) with `MADV_DONTNEED`, `MADV_FREE`
+    /// or `MADV_REMOVE`. Holes punched by fallocate(2) and what happens through other mappings is not told.
     #[doc(alias = "UFFD_EVENT_REMOVE")]
     Remove {
         /// The first address.
@@ -87,7 +90,8 @@ pub enum Event {
         end: *mut c_void,
     },
     /// A range was unmapped; nothing of it is registered any more. With
-    /// [`EVENT_UNMAP`](crate::FeatureFlags::EVENT_UNMAP): munmap(2), mmap(2) and mremap(2) over the range, brk(2).
+    /// [`EVENT_UNMAP`](crate::FeatureFlags::EVENT_UNMAP): munmap(2), mmap(2) and mremap(2) over the range,
+    /// brk(2).
     #[doc(alias = "UFFD_EVENT_UNMAP")]
     Unmap {
         /// The first address.
@@ -162,8 +166,8 @@ fn decode(message: &Message) -> Decoded {
     }
 }
 
-/// Decodes a message that was read from a userfaultfd, and takes ownership of the descriptor in it. To be called once for
-/// each message read.
+/// Decodes a message that was read from a userfaultfd, and takes ownership of the descriptor in it. To be
+/// called once for each message read.
 #[expect(unsafe_code, reason = "owning the descriptor of a fork")]
 pub(crate) fn claim(message: &Message, terms: Terms) -> Result<Event> {
     Ok(match decode(message) {
@@ -206,12 +210,13 @@ fn pointer(address: u64) -> *mut c_void {
 
 /// A buffer that events are read into, many with one system call, and taken out of in one of two orders.
 ///
-/// It is allocated once, with room for so many events, and used again and again. A descriptor that comes with a
-/// fork event is owned by the buffer until the event is taken out, and closed if that never happens.
+/// It is allocated once, with room for so many events, and used again and again. A descriptor that comes with
+/// a fork event is owned by the buffer until the event is taken out, and closed if that never happens.
 ///
-/// The kernel delivers faults before other events, whatever happened first. So a fault may be for an address whose
-/// removal or unmapping is told later in the same batch: filling it then fails with `EAGAIN` or `ENOENT`, or puts old
-/// data where zeros belong. A handler that asks for events takes them [changes first](Self::changes_first).
+/// The kernel delivers faults before other events, whatever happened first. So a fault may be for an address
+/// whose removal or unmapping is told later in the same batch: filling it then fails with `EAGAIN` or
+/// `ENOENT`, or puts old data where zeros belong. A handler that asks for events takes them [changes
+/// first](Self::changes_first).
 ///
 /// ```
 /// use userfaultfd::{EventBuffer, UffdBuilder};
@@ -268,12 +273,12 @@ impl EventBuffer {
         self.next == self.end
     }
 
-    /// Puts the events that tell of changes (forks, moves, removals, unmappings, unknown ones) before the faults, both
-    /// in the order of delivery.
+    /// Puts the events that tell of changes (forks, moves, removals, unmappings, unknown ones) before the
+    /// faults, both in the order of delivery.
     pub fn changes_first(&mut self) -> &mut Self {
         let messages = &mut self.messages[self.next..self.end];
-        // Everything before `sorted` is a change. As the kernel delivers faults first, there is one round for each
-        // batch in the buffer.
+        // Everything before `sorted` is a change. As the kernel delivers faults first, there is one round for
+        // each batch in the buffer.
         let mut sorted = 0;
         while let Some(faults) = messages[sorted..].iter().position(|message| !is_pagefault(message)) {
             let rest = &mut messages[sorted..];
@@ -298,13 +303,14 @@ impl EventBuffer {
         Some(claim(&message, self.terms))
     }
 
-    /// Takes all events out, one after the other. What is left when the iterator is dropped is dropped with it, and
-    /// descriptors of forks are closed.
+    /// Takes all events out, one after the other. What is left when the iterator is dropped is dropped with
+    /// it, and descriptors of forks are closed.
     pub fn drain(&mut self) -> Drain<'_> {
         Drain { buffer: self }
     }
 
-    /// The messages that were read and not taken out yet, as the kernel wrote them: `struct uffd_msg`, 32 bytes each.
+    /// The messages that were read and not taken out yet, as the kernel wrote them: `struct uffd_msg`, 32
+    /// bytes each.
     ///
     /// For what [`Event`] doesn't show. A descriptor in them isn't the reader's to use.
     #[must_use]

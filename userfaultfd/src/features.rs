@@ -13,14 +13,15 @@ pub struct Known<F> {
     pub flag: F,
     /// Its name in this crate.
     pub name: &'static str,
-    /// The Linux release that brought it, as (major, minor). Distributions carry things back, and an architecture may
-    /// lack things: this is for people to read. [`Support::probe`] is for programs to ask.
+    /// The Linux release that brought it, as (major, minor). Distributions carry things back, and an
+    /// architecture may lack things: this is for people to read. [`Support::probe`] is for programs to ask.
     pub since: (u16, u16),
     /// What it is, in a few words.
     pub what: &'static str,
 }
 
-/// Defines a flag type of the kernel's: one entry a flag, from which come the constant, its docs and the since-table.
+/// Defines a flag type of the kernel's: one entry a flag, from which come the constant, its docs and the
+/// since-table.
 ///
 /// A flag that a new kernel brings is one more entry here.
 macro_rules! kernel_flags {
@@ -71,21 +72,23 @@ pub(crate) use kernel_flags;
 kernel_flags! {
     /// Features of a userfaultfd: what [`UffdBuilder`] requires or requests, and what a kernel offers.
     ///
-    /// Names are the kernel's without `UFFD_FEATURE_`. Some features change behaviour and work only when asked for;
-    /// others only tell what the kernel can do, work without being asked for, and are worth requiring for the clear
-    /// error on a kernel that lacks them. Bits without a name, from newer kernels, are kept.
+    /// Names are the kernel's without `UFFD_FEATURE_`. Some features change behaviour and work only when
+    /// asked for; others only tell what the kernel can do, work without being asked for, and are worth
+    /// requiring for the clear error on a kernel that lacks them. Bits without a name, from newer kernels,
+    /// are kept.
     ///
     /// Source: `UFFDIO_API(2const)`.
     pub struct FeatureFlags {
         /// Informs: [`RegisterMode::WRITE_PROTECT`] works on private anonymous memory.
         #[doc(alias = "UFFD_FEATURE_PAGEFAULT_FLAG_WP")]
         PAGEFAULT_FLAG_WP = sys::UFFD_FEATURE_PAGEFAULT_FLAG_WP, 5 . 7, "Write-protect faults on anonymous memory";
-        /// Changes behaviour: a fork of the process is an [`Event::Fork`](crate::Event::Fork) that carries a descriptor
-        /// for the child's memory. Takes `CAP_SYS_PTRACE` in the initial user namespace.
+        /// Changes behaviour: a fork of the process is an [`Event::Fork`](crate::Event::Fork) that carries a
+        /// descriptor for the child's memory. Takes `CAP_SYS_PTRACE` in the initial user namespace.
         #[doc(alias = "UFFD_FEATURE_EVENT_FORK")]
         EVENT_FORK = sys::UFFD_FEATURE_EVENT_FORK, 4 . 11, "An event for each fork of the process";
-        /// Changes behaviour: a moved mapping stays registered and is an [`Event::Remap`](crate::Event::Remap). Without it
-        /// the memory at its new place is silently not registered.
+        /// Changes behaviour: a moved mapping stays registered and is an
+        /// [`Event::Remap`](crate::Event::Remap). Without it the memory at its new place is silently not
+        /// registered.
         #[doc(alias = "UFFD_FEATURE_EVENT_REMAP")]
         EVENT_REMAP = sys::UFFD_FEATURE_EVENT_REMAP, 4 . 11, "An event for each mremap(2)";
         /// Changes behaviour: dropped pages are an [`Event::Remove`](crate::Event::Remove), before they go.
@@ -94,13 +97,16 @@ kernel_flags! {
         /// Informs: [`RegisterMode::MISSING`] works on hugetlb memory.
         #[doc(alias = "UFFD_FEATURE_MISSING_HUGETLBFS")]
         MISSING_HUGETLBFS = sys::UFFD_FEATURE_MISSING_HUGETLBFS, 4 . 11, "Missing faults on hugetlb memory";
-        /// Informs: [`RegisterMode::MISSING`] works on shared memory (memfd, tmpfs, shared anonymous, System V).
+        /// Informs: [`RegisterMode::MISSING`] works on shared memory (memfd, tmpfs, shared anonymous, System
+        /// V).
         #[doc(alias = "UFFD_FEATURE_MISSING_SHMEM")]
         MISSING_SHMEM = sys::UFFD_FEATURE_MISSING_SHMEM, 4 . 11, "Missing faults on shared memory";
-        /// Changes behaviour: an unmapped range is an [`Event::Unmap`](crate::Event::Unmap), after it has gone.
+        /// Changes behaviour: an unmapped range is an [`Event::Unmap`](crate::Event::Unmap), after it has
+        /// gone.
         #[doc(alias = "UFFD_FEATURE_EVENT_UNMAP")]
         EVENT_UNMAP = sys::UFFD_FEATURE_EVENT_UNMAP, 4 . 11, "An event for each munmap(2)";
-        /// Changes behaviour: no fault is delivered; the faulting thread gets SIGBUS with the address instead.
+        /// Changes behaviour: no fault is delivered; the faulting thread gets SIGBUS with the address
+        /// instead.
         #[doc(alias = "UFFD_FEATURE_SIGBUS")]
         SIGBUS = sys::UFFD_FEATURE_SIGBUS, 4 . 14, "Faults raise SIGBUS in the faulting thread";
         /// Changes behaviour: a fault tells the thread that ran into it; without it the id is 0.
@@ -118,8 +124,9 @@ kernel_flags! {
         /// Informs: [`RegisterMode::WRITE_PROTECT`] works on shared and hugetlb memory.
         #[doc(alias = "UFFD_FEATURE_WP_HUGETLBFS_SHMEM")]
         WP_HUGETLBFS_SHMEM = sys::UFFD_FEATURE_WP_HUGETLBFS_SHMEM, 5 . 19, "Write-protect faults on shared and hugetlb memory";
-        /// Changes behaviour: write protection holds on anonymous pages that nothing has touched, too. Without it,
-        /// protecting such pages does nothing at all. Shared and hugetlb memory always behaves so.
+        /// Changes behaviour: write protection holds on anonymous pages that nothing has touched, too.
+        /// Without it, protecting such pages does nothing at all. Shared and hugetlb memory always behaves
+        /// so.
         #[doc(alias = "UFFD_FEATURE_WP_UNPOPULATED")]
         WP_UNPOPULATED = sys::UFFD_FEATURE_WP_UNPOPULATED, 6 . 4, "Write protection of untouched anonymous pages";
         /// Informs: [`Uffd::poison`](crate::Uffd::poison) works.
@@ -135,9 +142,9 @@ kernel_flags! {
         /// Changes behaviour: [`RegisterMode::READ_WRITE_PROTECT`] is accepted.
         #[doc(alias = "UFFD_FEATURE_RWP")]
         RWP = sys::UFFD_FEATURE_RWP, 7 . 3, "Read-write protection";
-        /// Changes behaviour: an access to a read-write-protected page lifts the protection without any message;
-        /// [`pagemap`](crate::pagemap) tells which pages were accessed. Needs `RWP` in the same handshake; switched at run time
-        /// by [`Uffd::set_async`](crate::Uffd::set_async).
+        /// Changes behaviour: an access to a read-write-protected page lifts the protection without any
+        /// message; [`pagemap`](crate::pagemap) tells which pages were accessed. Needs `RWP` in the same
+        /// handshake; switched at run time by [`Uffd::set_async`](crate::Uffd::set_async).
         #[doc(alias = "UFFD_FEATURE_RWP_ASYNC")]
         RWP_ASYNC = sys::UFFD_FEATURE_RWP_ASYNC, 7 . 3, "Read-write protection that the kernel lifts by itself";
     }
@@ -146,9 +153,10 @@ kernel_flags! {
 kernel_flags! {
     /// Operations of a userfaultfd: what a descriptor or a registered range accepts.
     ///
-    /// `API`, `REGISTER`, `UNREGISTER` and `SET_MODE` belong to the descriptor and are known from the handshake on; the
-    /// others belong to a range and are what [`Uffd::register_with_mode`](crate::Uffd::register_with_mode) returns. The
-    /// kernel's answer excludes reliably and promises too much: MOVE is listed for shared memory, where it fails.
+    /// `API`, `REGISTER`, `UNREGISTER` and `SET_MODE` belong to the descriptor and are known from the
+    /// handshake on; the others belong to a range and are what
+    /// [`Uffd::register_with_mode`](crate::Uffd::register_with_mode) returns. The kernel's answer excludes
+    /// reliably and promises too much: MOVE is listed for shared memory, where it fails.
     ///
     /// Unknown bits, from newer kernels, are kept.
     pub struct IoctlFlags {
@@ -198,7 +206,8 @@ impl IoctlFlags {
 }
 
 kernel_flags! {
-    /// Which faults of a range are to be delivered, for [`Uffd::register_with_mode`](crate::Uffd::register_with_mode).
+    /// Which faults of a range are to be delivered, for
+    /// [`Uffd::register_with_mode`](crate::Uffd::register_with_mode).
     ///
     /// Source: `UFFDIO_REGISTER(2const)`.
     pub struct RegisterMode {
@@ -208,12 +217,12 @@ kernel_flags! {
         /// See [`Uffd::write_protect`](crate::Uffd::write_protect).
         #[doc(alias = "UFFDIO_REGISTER_MODE_WP")]
         WRITE_PROTECT = sys::UFFDIO_REGISTER_MODE_WP, 5 . 7, "Writes to write-protected pages";
-        /// The page cache holds the page and this mapping doesn't show it yet: memfd, tmpfs, shared anonymous memory,
-        /// hugetlb. Not for private anonymous memory.
+        /// The page cache holds the page and this mapping doesn't show it yet: memfd, tmpfs, shared anonymous
+        /// memory, hugetlb. Not for private anonymous memory.
         #[doc(alias = "UFFDIO_REGISTER_MODE_MINOR")]
         MINOR = sys::UFFDIO_REGISTER_MODE_MINOR, 5 . 13, "Accesses to pages that are cached and not mapped";
-        /// See [`Uffd::read_write_protect`](crate::Uffd::read_write_protect). Needs [`FeatureFlags::RWP`]; excludes
-        /// `WRITE_PROTECT`.
+        /// See [`Uffd::read_write_protect`](crate::Uffd::read_write_protect). Needs [`FeatureFlags::RWP`];
+        /// excludes `WRITE_PROTECT`.
         #[doc(alias = "UFFDIO_REGISTER_MODE_RWP")]
         READ_WRITE_PROTECT = sys::UFFDIO_REGISTER_MODE_RWP, 7 . 3, "Accesses to read-write-protected pages";
     }
@@ -221,7 +230,8 @@ kernel_flags! {
 
 /// What the running kernel offers, found out with a throw-away descriptor.
 ///
-/// `Display` prints a table of every feature and operation that this crate knows, with the release that brought it.
+/// `Display` prints a table of every feature and operation that this crate knows, with the release that
+/// brought it.
 ///
 /// ```
 /// use userfaultfd::{FeatureFlags, Support};
@@ -240,7 +250,8 @@ pub struct Support {
 }
 
 impl Support {
-    /// Asks the kernel. Opens a descriptor for faults from user mode, which takes the fewest rights, and closes it.
+    /// Asks the kernel. Opens a descriptor for faults from user mode, which takes the fewest rights, and
+    /// closes it.
     ///
     /// # Errors
     ///

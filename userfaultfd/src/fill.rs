@@ -32,8 +32,8 @@ bitflags! {
         #[doc(alias = "UFFDIO_CONTINUE_MODE_DONTWAKE")]
         const DONT_WAKE = sys::UFFDIO_CONTINUE_MODE_DONTWAKE;
         /// Map the pages write-protected, in the same step. The range must be registered for
-        /// [`WRITE_PROTECT`](crate::RegisterMode::WRITE_PROTECT). Since Linux 6.4; no feature tells of it, but kernels
-        /// with [`WP_UNPOPULATED`](crate::FeatureFlags::WP_UNPOPULATED) have it.
+        /// [`WRITE_PROTECT`](crate::RegisterMode::WRITE_PROTECT). Since Linux 6.4; no feature tells of it,
+        /// but kernels with [`WP_UNPOPULATED`](crate::FeatureFlags::WP_UNPOPULATED) have it.
         #[doc(alias = "UFFDIO_CONTINUE_MODE_WP")]
         const WRITE_PROTECT = sys::UFFDIO_CONTINUE_MODE_WP;
     }
@@ -61,9 +61,9 @@ struct Stop {
 
 /// What a fill did, from the ioctl's result and the field of its structure that the kernel writes.
 ///
-/// The field holds the bytes done or a negative errno. It is left at the 0 that every call starts with where the request was
-/// refused outright, and by kernels before mid-2025 also where page tables changed below the call. So only a positive
-/// field is a count, and only the result tells whether the call failed.
+/// The field holds the bytes done or a negative errno. It is left at the 0 that every call starts with where
+/// the request was refused outright, and by kernels before mid-2025 also where page tables changed below the
+/// call. So only a positive field is a count, and only the result tells whether the call failed.
 fn outcome(result: Result<(), Errno>, field: i64) -> Result<usize, Stop> {
     let done = usize::try_from(field).unwrap_or(0);
     result.map(|()| done).map_err(|errno| Stop { done, errno })
@@ -75,7 +75,8 @@ fn stopped(ioctl: IoctlFlags) -> impl FnOnce(Stop) -> Error {
 }
 
 impl Uffd {
-    /// Fills missing pages with a copy: [`copy_with`](Self::copy_with) with [`CopyMode::DONT_WAKE`] unless `wake`.
+    /// Fills missing pages with a copy: [`copy_with`](Self::copy_with) with [`CopyMode::DONT_WAKE`] unless
+    /// `wake`.
     ///
     /// # Errors
     ///
@@ -93,13 +94,14 @@ impl Uffd {
 
     /// Fills missing pages with a copy of `src`, and wakes who waits for them.
     ///
-    /// Each page appears whole: no thread sees it half-filled. Permissions of the destination don't matter. On shared memory
-    /// the page goes into the page cache, so every mapping has it. Write protection that was set on the
-    /// missing page is lost unless `mode` sets it again, and poison is healed.
+    /// Each page appears whole: no thread sees it half-filled. Permissions of the destination don't matter.
+    /// On shared memory the page goes into the page cache, so every mapping has it. Write protection that was
+    /// set on the missing page is lost unless `mode` sets it again, and poison is healed.
     ///
-    /// `dst` is an address in the process that created the userfaultfd, `src` one in the calling process. `dst` and `len`
-    /// are multiples of the page size, of the huge page size on hugetlb memory; `src` may be unaligned. One call must
-    /// stay inside one mapping, and mprotect(2) or another registration split a mapping in two.
+    /// `dst` is an address in the process that created the userfaultfd, `src` one in the calling process.
+    /// `dst` and `len` are multiples of the page size, of the huge page size on hugetlb memory; `src` may be
+    /// unaligned. One call must stay inside one mapping, and mprotect(2) or another registration split a
+    /// mapping in two.
     ///
     /// If `src` is itself a missing page of a range that the calling thread handles, the call never returns.
     ///
@@ -107,18 +109,20 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// [`PartiallyCopied`](Error::PartiallyCopied) with the bytes done, perhaps 0, if the memory layout is changing
-    /// (read the pending events, then try again) or a later page can't be filled (the call for the rest tells why).
-    /// [`CopyFailed`](Error::CopyFailed), with nothing copied, and
+    /// [`PartiallyCopied`](Error::PartiallyCopied) with the bytes done, perhaps 0, if the memory layout is
+    /// changing (read the pending events, then try again) or a later page can't be filled (the call for the
+    /// rest tells why). [`CopyFailed`](Error::CopyFailed), with nothing copied, and
     ///
     /// - `EEXIST`: something is there already: a page, of which the page cache may hold more than is mapped;
-    ///   since Linux 7.2 a guard marker; on hugetlb memory since a kernel between 6.12 and 6.18 also an exhausted pool.
-    ///   [`wake`](Uffd::wake) the range, and escalate if the same fault comes back.
+    ///   since Linux 7.2 a guard marker; on hugetlb memory since a kernel between 6.12 and 6.18 also an
+    ///   exhausted pool. [`wake`](Uffd::wake) the range, and escalate if the same fault comes back.
     /// - `ENOENT`: the range isn't mapped, isn't registered, or crosses the end of a mapping.
-    /// - `EINVAL`: unaligned, empty, beyond the address space; `WRITE_PROTECT` without that registration; memory that
-    ///   can't be filled.
-    /// - `EFAULT`: `src` can't be read; or the end of the file lies before the page (shared memory, up to 6.18).
-    /// - `ENOMEM`: no memory, no room in the file system; or beyond the end of the file (shared memory, since 7.2).
+    /// - `EINVAL`: unaligned, empty, beyond the address space; `WRITE_PROTECT` without that registration;
+    ///   memory that can't be filled.
+    /// - `EFAULT`: `src` can't be read; or the end of the file lies before the page (shared memory, up to
+    ///   6.18).
+    /// - `ENOMEM`: no memory, no room in the file system; or beyond the end of the file (shared memory, since
+    ///   7.2).
     /// - `ESRCH`: the process of the range is gone.
     ///
     /// # Safety
@@ -127,8 +131,8 @@ impl Uffd {
     ///
     /// - `src` is valid for reads of `len` bytes during the call, if they are to be what the page holds. (The
     ///   kernel answers `EFAULT` where nothing is mapped.)
-    /// - whoever holds a reference into the missing pages, in whatever process, is to find there what is copied: the
-    ///   content is valid for its type, and no page that was seen as something else is replaced.
+    /// - whoever holds a reference into the missing pages, in whatever process, is to find there what is
+    ///   copied: the content is valid for its type, and no page that was seen as something else is replaced.
     ///
     /// # Examples
     ///
@@ -175,8 +179,8 @@ impl Uffd {
 
     /// Fills missing pages with zeros, and wakes who waits for them if `wake`.
     ///
-    /// On private memory the kernel's shared zero page is mapped, so nothing is allocated until a write. In a range that is
-    /// registered for `MISSING` alone, that write isn't delivered.
+    /// On private memory the kernel's shared zero page is mapped, so nothing is allocated until a write. In a
+    /// range that is registered for `MISSING` alone, that write isn't delivered.
     ///
     /// `start` and `len`, in bytes, are multiples of the page size. One call must stay inside one mapping.
     ///
@@ -184,11 +188,12 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// [`Stopped`](Error::Stopped) after a part; [`ZeropageFailed`](Error::ZeropageFailed) with nothing filled, and
+    /// [`Stopped`](Error::Stopped) after a part; [`ZeropageFailed`](Error::ZeropageFailed) with nothing
+    /// filled, and
     ///
     /// - `EAGAIN`: the memory layout is changing. Read the pending events, then try again.
-    /// - `EEXIST`: something is there already: a page; on private memory also a marker of write protection or poison,
-    ///   so that waking makes the fault come back for ever: use [`copy_with`](Self::copy_with) and
+    /// - `EEXIST`: something is there already: a page; on private memory also a marker of write protection or
+    ///   poison, so that waking makes the fault come back for ever: use [`copy_with`](Self::copy_with) and
     ///   [`CopyMode::WRITE_PROTECT`] there.
     /// - `ENOENT`: the range isn't mapped, isn't registered, or crosses the end of a mapping.
     /// - `EINVAL`: unaligned, empty, beyond the address space; hugetlb memory, files.
@@ -198,8 +203,9 @@ impl Uffd {
     ///
     /// # Safety
     ///
-    /// The caller must make sure that whoever holds a reference into the missing pages, in whatever process, is to
-    /// find zeros there: they are valid for its type, and no page that was seen as something else is replaced.
+    /// The caller must make sure that whoever holds a reference into the missing pages, in whatever process,
+    /// is to find zeros there: they are valid for its type, and no page that was seen as something else is
+    /// replaced.
     ///
     /// # Examples
     ///
@@ -215,7 +221,8 @@ impl Uffd {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
-    /// Source: [`UFFDIO_ZEROPAGE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_ZEROPAGE.2const.html).
+    /// Source:
+    /// [`UFFDIO_ZEROPAGE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_ZEROPAGE.2const.html).
     #[doc(alias = "UFFDIO_ZEROPAGE")]
     pub unsafe fn zeropage(&self, start: *mut c_void, len: usize, wake: bool) -> Result<usize> {
         let mode = if wake { 0 } else { sys::UFFDIO_ZEROPAGE_MODE_DONTWAKE };
@@ -228,8 +235,8 @@ impl Uffd {
         })
     }
 
-    /// Maps what the page cache holds: [`continue_with`](Self::continue_with) with [`ContinueMode::DONT_WAKE`] unless
-    /// `wake`.
+    /// Maps what the page cache holds: [`continue_with`](Self::continue_with) with
+    /// [`ContinueMode::DONT_WAKE`] unless `wake`.
     ///
     /// # Errors
     ///
@@ -240,15 +247,18 @@ impl Uffd {
         self.continue_with(start, len, mode)
     }
 
-    /// Resolves minor faults: maps what the page cache holds, and wakes who waits for it. Returns the bytes mapped.
+    /// Resolves minor faults: maps what the page cache holds, and wakes who waits for it. Returns the bytes
+    /// mapped.
     ///
-    /// The content is what was written through another mapping or the file; it is visible before the pages are. Stopping
-    /// part-way isn't an error: **compare the result with `len`**, and call again for the rest, to learn why.
+    /// The content is what was written through another mapping or the file; it is visible before the pages
+    /// are. Stopping part-way isn't an error: **compare the result with `len`**, and call again for the rest,
+    /// to learn why.
     ///
-    /// `start` and `len`, in bytes, are multiples of the page size, of the huge page size on hugetlb memory. One call must
-    /// stay inside one mapping.
+    /// `start` and `len`, in bytes, are multiples of the page size, of the huge page size on hugetlb memory.
+    /// One call must stay inside one mapping.
     ///
-    /// Since Linux 5.13 on hugetlb memory, 5.14 on shared memory (also its private mappings); never on anonymous private.
+    /// Since Linux 5.13 on hugetlb memory, 5.14 on shared memory (also its private mappings); never on
+    /// anonymous private.
     ///
     /// # Errors
     ///
@@ -258,15 +268,19 @@ impl Uffd {
     /// - `EEXIST`: something is there already. [`wake`](Uffd::wake) the range.
     /// - `EFAULT`: the page cache holds no page there.
     /// - `ENOENT`: the range isn't mapped, isn't registered, or crosses the end of a mapping.
-    /// - `EINVAL`: unaligned, empty, beyond the address space; private anonymous memory, files; `WRITE_PROTECT` without that
-    ///   registration or before 6.4.
-    /// - `EIO`: the page is damaged (hardware). - `ENOMEM`: no memory. - `ESRCH`: the process of the range is gone.
+    /// - `EINVAL`: unaligned, empty, beyond the address space; private anonymous memory, files;
+    ///   `WRITE_PROTECT` without that registration or before 6.4.
+    /// - `EIO`: the page is damaged (hardware).
+    /// - `ENOMEM`: no memory.
+    /// - `ESRCH`: the process of the range is
+    ///   gone.
     ///
     /// # Examples
     ///
     /// See the example `minor`.
     ///
-    /// Source: [`UFFDIO_CONTINUE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_CONTINUE.2const.html).
+    /// Source:
+    /// [`UFFDIO_CONTINUE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_CONTINUE.2const.html).
     #[doc(alias = "UFFDIO_CONTINUE")]
     pub fn continue_with(&self, start: *mut c_void, len: usize, mode: ContinueMode) -> Result<u64> {
         let mut arg = sys::uffdio_continue { range: range(start, len), mode: mode.bits(), mapped: 0 };
@@ -278,16 +292,16 @@ impl Uffd {
         }
     }
 
-    /// Poisons missing pages: any access to them raises SIGBUS, or is `EFAULT` from a system call. Wakes who waits for
-    /// them if `wake`. Returns the bytes poisoned.
+    /// Poisons missing pages: any access to them raises SIGBUS, or is `EFAULT` from a system call. Wakes who
+    /// waits for them if `wake`. Returns the bytes poisoned.
     ///
-    /// For content that is lost for good: a source that fails, memory with hardware errors. No event is delivered
-    /// for a poisoned page. Poison survives [`unregister`](Uffd::unregister); madvise(2) with `MADV_DONTNEED`, or a copy
-    /// or continue over it, ends it. `si_code` is `BUS_MCEERR_AR` on kernels with `CONFIG_MEMORY_FAILURE`,
-    /// `BUS_ADRERR` on others.
+    /// For content that is lost for good: a source that fails, memory with hardware errors. No event is
+    /// delivered for a poisoned page. Poison survives [`unregister`](Uffd::unregister); madvise(2) with
+    /// `MADV_DONTNEED`, or a copy or continue over it, ends it. `si_code` is `BUS_MCEERR_AR` on kernels with
+    /// `CONFIG_MEMORY_FAILURE`, `BUS_ADRERR` on others.
     ///
-    /// `start` and `len`, in bytes, are multiples of the page size, of the huge page size on hugetlb memory. One call must
-    /// stay inside one mapping.
+    /// `start` and `len`, in bytes, are multiples of the page size, of the huge page size on hugetlb memory.
+    /// One call must stay inside one mapping.
     ///
     /// Since Linux 6.6: [`FeatureFlags::POISON`](crate::FeatureFlags::POISON).
     ///
@@ -295,17 +309,19 @@ impl Uffd {
     ///
     /// [`Stopped`](Error::Stopped), with the bytes done and
     ///
-    /// - `EAGAIN`: the memory layout is changing, or a later page can't be poisoned (the call for the rest tells why).
+    /// - `EAGAIN`: the memory layout is changing, or a later page can't be poisoned (the call for the rest
+    ///   tells why).
     /// - `EEXIST`: something is there: a page, a marker.
     /// - `ENOENT`: the range isn't mapped, isn't registered, or crosses the end of a mapping.
     /// - `EINVAL`: unaligned, empty, beyond the address space; memory that can't be poisoned; before 6.6.
     /// - `EFAULT`: the end of the file lies before the page.
-    /// - `ENOMEM`: no memory. - `ESRCH`: the process of the range is gone.
+    /// - `ENOMEM`: no memory.
+    /// - `ESRCH`: the process of the range is gone.
     ///
     /// # Safety
     ///
-    /// The caller must make sure that no reference into the pages is used any more as if it led to memory, or that the
-    /// process may die of SIGBUS.
+    /// The caller must make sure that no reference into the pages is used any more as if it led to memory, or
+    /// that the process may die of SIGBUS.
     ///
     /// # Examples
     ///
@@ -321,14 +337,16 @@ impl Uffd {
         outcome(result, arg.updated).map_err(stopped(IoctlFlags::POISON))
     }
 
-    /// Fills missing pages by moving others there, without a copy, and wakes who waits for them. Returns the bytes moved.
+    /// Fills missing pages by moving others there, without a copy, and wakes who waits for them. Returns the
+    /// bytes moved.
     ///
-    /// The source becomes a hole: zeros where it isn't registered, missing where it is. Write protection of the source is
-    /// lost. On `EBUSY`, which can happen at any time, fall back to [`copy`](Self::copy).
+    /// The source becomes a hole: zeros where it isn't registered, missing where it is. Write protection of
+    /// the source is lost. On `EBUSY`, which can happen at any time, fall back to [`copy`](Self::copy).
     ///
-    /// Source and destination are private anonymous memory of the calling process with the same protection, writable,
-    /// both or neither locked; the destination is registered with this userfaultfd, the source need not be. `src`,
-    /// `dst` and `len`, in bytes, are multiples of the page size; each range lies inside one mapping.
+    /// Source and destination are private anonymous memory of the calling process with the same protection,
+    /// writable, both or neither locked; the destination is registered with this userfaultfd, the source need
+    /// not be. `src`, `dst` and `len`, in bytes, are multiples of the page size; each range lies inside one
+    /// mapping.
     ///
     /// Since Linux 6.8: [`FeatureFlags::MOVE`](crate::FeatureFlags::MOVE).
     ///
@@ -336,21 +354,23 @@ impl Uffd {
     ///
     /// [`Stopped`](Error::Stopped), with the bytes done and
     ///
-    /// - `EAGAIN`: the memory layout is changing, or a later page can't be moved (the call for the rest tells why).
-    /// - `EBUSY`: a source page is shared with a child (also after its death, until written again), pinned, or
-    ///   part of a large folio that can't be split. madvise(2) with `MADV_DONTFORK` keeps children out.
+    /// - `EAGAIN`: the memory layout is changing, or a later page can't be moved (the call for the rest tells
+    ///   why).
+    /// - `EBUSY`: a source page is shared with a child (also after its death, until written again), pinned,
+    ///   or part of a large folio that can't be split. madvise(2) with `MADV_DONTFORK` keeps children out.
     /// - `EEXIST`: something is at the destination: a page, a marker; `src` is `dst`.
     /// - `ENOENT`: the source has a hole, and [`MoveMode::ALLOW_SRC_HOLES`] isn't set; a range isn't mapped.
     /// - `EINVAL`: one of the rules above is broken; unaligned, empty; before 6.8.
-    /// - `ENOMEM`: no memory. - `ESRCH`: the process is gone.
+    /// - `ENOMEM`: no memory.
+    /// - `ESRCH`: the process is gone.
     ///
     /// # Safety
     ///
     /// The caller must make sure that
     ///
     /// - no reference into the source is alive: its content is gone afterwards.
-    /// - whoever holds a reference into the missing pages is to find there what is moved: the content is valid for its
-    ///   type.
+    /// - whoever holds a reference into the missing pages is to find there what is moved: the content is
+    ///   valid for its type.
     ///
     /// # Examples
     ///

@@ -1,4 +1,221 @@
-//! Linux page faults handled in user space.
+//! Page faults handled in user space: Linux `userfaultfd`, the whole interface, exact and safe where it can
+//! be.
+//!
+//! A range of memory is registered with a [`Uffd`]. When a thread touches a page of it that is missing (or
+//! protected), the kernel puts the thread to sleep and tells the holder of the descriptor, who fills the page
+//! (or lifts the protection), and the thread goes on as if nothing had happened. VM monitors restore
+//! snapshots and migrate guests with it; it pages data that is larger than memory, tracks what was written,
+//! and takes snapshots of running programs.
+//!
+//! One page, one fault, one copy:
+//!
+//! ```
+//! use userfaultfd::{Event, UffdBuilder};
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let page = userfaultfd::page_size();
+//!     let mut memory = memmap2::MmapMut::map_anon(page)?;
+//!     let content = vec![b'!'; page];
+//!
+//!     let uffd = UffdBuilder::new().create()?;
+//!     uffd.register(memory.as_mut_ptr().cast(), page)?;
+//!
+//!     std::thread::scope(|scope| -> userfaultfd::Result<()> {
+//!         let reader = scope.spawn(|| memory[0]); // sleeps in its page fault
+//!         let Some(Event::Pagefault { addr, .. }) = uffd.read_event()? else { unreachable!("nothing else is asked for") };
+//!         // SAFETY: `content` is a page of plain bytes, and nobody has seen the missing page.
+//!         unsafe { uffd.copy(content.as_ptr().cast(), addr, page, true)? };
+//!         assert_eq!(reader.join().unwrap(), b'!');
+//!         Ok(())
+//!     })?;
+//!     Ok(())
+//! }
+//! ```
+//!
+//! - [Which mode for what](#which-mode-for-what)
+//! - [Kernels and features](#kernels-and-features)
+//! - [Rights](#rights)
+//! - [A fault handler that is right](#a-fault-handler-that-is-right)
+//! - [Events](#events)
+//! - [Deadlocks to avoid](#deadlocks-to-avoid)
+//! - [Closing the descriptor](#closing-the-descriptor)
+//! - [What is `unsafe`, and why](#what-is-unsafe-and-why)
+//! - [What it doesn't do](#what-it-doesnt-do)
+//!
+//! # Which mode for what
+//!
+//! | to do this | register for | resolve by |
+//! | --- | --- | --- |
+//! | supply content on first access: snapshots, migration, far memory | [`MISSING`] | [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage), [`move_pages`](Uffd::move_pages) |
+//! | the same without a copy, where the handler maps the same memfd or hugetlb file | [`MINOR`] | [`continue`](Uffd::continue) |
+//! | act before a write: live snapshots, dirty tracking with an action | [`WRITE_PROTECT`] | [`remove_write_protection`](Uffd::remove_write_protection) |
+//! | know what was written, cheaply | [`WRITE_PROTECT`] and [`WP_ASYNC`] | nothing: [`pagemap`] tells |
+//! | act before any access, or know what is in use | [`READ_WRITE_PROTECT`] and [`RWP`] | [`remove_read_write_protection`](Uffd::remove_read_write_protection) |
+//! | content that is lost for good | any | [`poison`](Uffd::poison) |
+//! | faults resolved in the faulting thread itself | [`SIGBUS`] | a signal handler that fills the page |
+//!
+//! What works on which memory:
+//!
+//! | | private anonymous | memfd, tmpfs, shared anonymous | hugetlb | other files |
+//! | --- | --- | --- | --- | --- |
+//! | [`MISSING`] | yes | yes | yes | no |
+//! | [`WRITE_PROTECT`] | yes | yes (5.19) | yes (5.19) | with [`WP_ASYNC`], alone |
+//! | [`MINOR`] | no | yes (5.14) | yes (5.13) | no |
+//! | [`READ_WRITE_PROTECT`] | yes | yes | yes | no |
+//! | [`copy`](Uffd::copy), [`poison`](Uffd::poison) | yes | yes | yes | no |
+//! | [`zeropage`](Uffd::zeropage) | yes | yes | no | no |
+//! | [`continue`](Uffd::continue) | no | yes | yes | no |
+//! | [`move_pages`](Uffd::move_pages) | yes, within one process | no | no | no |
+//!
+//! Addresses and lengths are bytes, multiples of the [page size](page_size()); on hugetlb memory multiples of
+//! the huge page size.
+//!
+//! # Kernels and features
+//!
+//! Every operation up to Linux 7.3 is always there, and the running kernel decides, from 5.10 on. **Ask,
+//! don't compare versions**: distributions carry features back, and an architecture or a CPU may lack one.
+//!
+//! - [`Support::probe`] tells what the kernel offers, with a throw-away descriptor.
+//! - [`UffdBuilder::require_features`] fails with the names of what is missing;
+//!   [`UffdBuilder::request_features`] takes what there is, and [`Uffd::features`] tells what was got.
+//! - [`Uffd::register_with_mode`] returns the operations that a range accepts.
+//!
+//! "Not built in", "not permitted" ([`OpenFailure::reason`]) and "not in this kernel"
+//! ([`Error::UnsupportedFeatures`]) are three different answers. Flags, events and faults of newer kernels
+//! come through as they are: [`FaultKind::Unknown`], [`Error::UnrecognizedEvent`], unknown bits.
+//!
+//! # Rights
+//!
+//! Faults from user mode are everybody's to handle: [`UffdBuilder::user_mode_only`] is `true` unless you say
+//! otherwise. Then a system call that is given a missing page fails with `EFAULT`, as if the page weren't
+//! mapped: read(2) into it, write(2) from it, a futex on it, a KVM guest that runs on it. A handler for
+//! those, too, takes `user_mode_only(false)` and one of: access to `/dev/userfaultfd` (its file permissions
+//! decide; Linux 6.1), the capability `CAP_SYS_PTRACE`, or the sysctl `vm.unprivileged_userfaultfd=1`. The
+//! error tells what was tried and how each was refused. Containers often filter the system call itself.
+//!
+//! # A fault handler that is right
+//!
+//! ```no_run
+//! # use std::ffi::c_void;
+//! # use userfaultfd::{Error, Errno, Event, EventBuffer, Result, Uffd};
+//! # fn page_for(_: *mut c_void) -> &'static [u8] { &[] }
+//! # fn retry_later(_: *mut c_void) {}
+//! fn serve(uffd: &Uffd, page: usize) -> Result<()> {
+//!     let mut buffer = EventBuffer::new(64);
+//!     loop {
+//!         uffd.read_batch(&mut buffer)?;
+//!         for event in buffer.changes_first().drain() {
+//!             let Event::Pagefault { addr, .. } = event? else { continue };
+//!             let dst = addr.map_addr(|addr| addr & !(page - 1));
+//!             let src = page_for(dst);
+//!             // SAFETY: `src` is a page of what belongs at `dst`, which nobody has seen as something else.
+//!             match unsafe { uffd.copy(src.as_ptr().cast(), dst, page, true) } {
+//!                 Ok(_) => {}
+//!                 // Filled by another thread: the waiters of this fault may still sleep.
+//!                 Err(Error::CopyFailed(Errno::EEXIST)) => uffd.wake(dst, page)?,
+//!                 // Unmapped meanwhile: nobody waits any more.
+//!                 Err(Error::CopyFailed(Errno::ENOENT)) => {}
+//!                 // The layout is changing: read the next events first, then try again. Dropping it hangs a thread.
+//!                 Err(error) if error.is_retryable() => retry_later(dst),
+//!                 Err(error) => return Err(error),
+//!             }
+//!         }
+//!     }
+//! }
+//! ```
+//!
+//! - **Every fault read needs an end**: filled, woken, or poisoned. A message is delivered once, to one
+//!   reader.
+//! - **The same address comes more than once**: for each thread that waits, after each wake without a fill,
+//!   after each signal that a waiting thread takes. Remember what is filled, or let `EEXIST` tell.
+//! - **`EEXIST` doesn't always mean done.** It is also the answer where a marker is in the way (a
+//!   write-protected or poisoned empty page for [`zeropage`](Uffd::zeropage)), and, since a kernel between
+//!   6.12 and 6.18, to a copy into hugetlb memory with an empty pool. If a fault comes back after a wake,
+//!   escalate: waking it again goes on for ever.
+//! - **A fill stays inside one mapping.** mprotect(2), a partial unmapping or registration splits one in two;
+//!   a copy across the border is `ENOENT` and copies nothing. Go page by page then.
+//! - **`EAGAIN` after some bytes hides the reason.** [`Error::progress`] tells how far it got; the call for
+//!   the rest tells why.
+//! - **A fault from kernel mode with a signal pending spins** at full load until it is resolved. Keep
+//!   periodic signals away from slow handlers.
+//!
+//! # Events
+//!
+//! With [`EVENT_FORK`], [`EVENT_REMAP`], [`EVENT_REMOVE`] and [`EVENT_UNMAP`] the descriptor also tells of
+//! changes to the address space. The thread that makes the change sleeps until the event is *read*; from
+//! before the change until it runs again, every fill answers `EAGAIN`.
+//!
+//! - **Faults are delivered before events**, whatever happened first; within each, in order. So a fault may
+//!   be for a page whose removal comes later in the same batch: [`EventBuffer::changes_first`].
+//! - REMOVE comes before the pages go, UNMAP after, REMAP after. After a REMOVE the range is still
+//!   registered, and what belongs there is zeros. After an UNMAP it is gone. A moving mremap(2) tells UNMAP
+//!   of what it overwrites, REMAP, and UNMAP of the old range.
+//! - **Without the event the change happens silently**: moved memory is not registered at its new place, and
+//!   a forked child reads zeros where pages are missing.
+//! - Nothing tells of holes that are punched with fallocate(2), of changes through other mappings, of
+//!   execve(2) and exit(2). After the last two, operations answer `ESRCH` and nothing is ever delivered
+//!   again; a pidfd tells of the end.
+//!
+//! # Deadlocks to avoid
+//!
+//! - The thread that reads events unmaps, removes, moves or forks itself, on memory that is registered with
+//!   events.
+//! - The handler touches missing memory: its own stack, the heap, the source of a copy. Register nothing that
+//!   the handler uses, and read the source into memory of its own first.
+//! - The handler takes a lock that a faulting thread holds: the allocator's, stdout's, a lazily initialised
+//!   static's.
+//! - A handler of fork events allocates, while the forking thread holds the allocator's locks. Reading and
+//!   decoding here allocates nothing.
+//! - One thread retries on `EAGAIN` without reading the event that must be read first.
+//! - `std::process::Command` with `pre_exec` really forks: with EVENT_FORK another thread has to read the
+//!   event.
+//! - The handler locks or populates registered ranges: mlockall(2), `MADV_POPULATE_READ`.
+//!
+//! # Closing the descriptor
+//!
+//! When the last descriptor of a userfaultfd is closed, also by the death of the handler's process,
+//! everything is unregistered and every waiting thread goes on. **What is missing reads as zeros then**, with
+//! no error anywhere. A handler that must not lose data fills what is missing first, [poisons](Uffd::poison)
+//! it, or hands a [duplicate](Uffd::try_clone) over.
+//!
+//! # What is `unsafe`, and why
+//!
+//! [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage), [`move_pages`](Uffd::move_pages) and
+//! [`poison`](Uffd::poison) decide what memory holds without the compiler knowing. A page that a reference
+//! leads to is missing only until it is first touched; what is put there then must be valid for its type, and
+//! a page that was seen must not become another: that only the caller can know. Moving takes pages away from
+//! under references, and poison makes an access through one kill the process.
+//!
+//! Everything else is safe. [`register`](Uffd::register), [`unregister`](Uffd::unregister),
+//! [`wake`](Uffd::wake) and the protections decide when a thread waits, not what it reads. A thread that
+//! waits for ever is a hang, which isn't unsound. After an `unregister` missing pages are what they would
+//! have been without this crate: zeros. [`continue`](Uffd::continue) maps what the page cache of the shared
+//! file holds, which its other mappings may write at any time: whoever maps a file shared has answered for
+//! that. Reading events owns the descriptors that they carry, after making sure that they are the kernel's.
+//!
+//! # What it doesn't do
+//!
+//! It doesn't start threads, keep a table of what is registered, or retry for you: the operations are the
+//! kernel's, one to one. Raw structures and numbers, for seccomp filters and tracers, are in the crate
+//! `userfaultfd-sys`.
+//!
+//! Sources: [userfaultfd(2)](https://man7.org/linux/man-pages/man2/userfaultfd.2.html),
+//! [ioctl_userfaultfd(2)](https://man7.org/linux/man-pages/man2/ioctl_userfaultfd.2.html), the kernel's
+//! [admin-guide/mm/userfaultfd](https://docs.kernel.org/admin-guide/mm/userfaultfd.html). Where they and the
+//! kernel differ, this documentation follows the kernel.
+//!
+//! [`MISSING`]: RegisterMode::MISSING
+//! [`MINOR`]: RegisterMode::MINOR
+//! [`WRITE_PROTECT`]: RegisterMode::WRITE_PROTECT
+//! [`READ_WRITE_PROTECT`]: RegisterMode::READ_WRITE_PROTECT
+//! [`WP_ASYNC`]: FeatureFlags::WP_ASYNC
+//! [`RWP`]: FeatureFlags::RWP
+//! [`SIGBUS`]: FeatureFlags::SIGBUS
+//! [`EVENT_FORK`]: FeatureFlags::EVENT_FORK
+//! [`EVENT_REMAP`]: FeatureFlags::EVENT_REMAP
+//! [`EVENT_REMOVE`]: FeatureFlags::EVENT_REMOVE
+//! [`EVENT_UNMAP`]: FeatureFlags::EVENT_UNMAP
+
 #![deny(unsafe_code)]
 
 mod builder;
@@ -25,7 +242,7 @@ pub use crate::uffd::Uffd;
 
 /// The page size of the system, in bytes: what addresses and lengths are multiples of, except on huge pages.
 ///
-/// It isn't 4096 everywhere: 16 KiB and 64 KiB are common on arm64, 64 KiB on powerpc64.
+/// It isn't 4096 everywhere: arm64 kernels also have 16 KiB or 64 KiB, powerpc64 kernels mostly 64 KiB.
 #[must_use]
 pub fn page_size() -> usize {
     sys::page_size()

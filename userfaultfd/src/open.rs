@@ -7,8 +7,8 @@ use crate::{Errno, Error, Result, sys};
 
 /// Which way a descriptor is created.
 ///
-/// All ways end in the same kind of descriptor; they differ in who may use them. The device's file permissions admit
-/// to everything. The system call admits everybody to faults from user mode
+/// All ways end in the same kind of descriptor; they differ in who may use them. The device's file
+/// permissions admit to everything. The system call admits everybody to faults from user mode
 /// ([`user_mode_only`](crate::UffdBuilder::user_mode_only)), and to faults from kernel mode whoever has
 /// `CAP_SYS_PTRACE`, or everybody when the sysctl `vm.unprivileged_userfaultfd` is 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -83,8 +83,8 @@ fn new_from_device(device: BorrowedFd<'_>, flags: OpenFlags) -> Result<OwnedFd, 
 
 fn new_from_syscall(flags: OpenFlags) -> Result<OwnedFd, Errno> {
     match sys::userfaultfd(flags.bits()) {
-        // The flag came with 5.11. Before it every descriptor handles both kinds of fault, so without the flag the
-        // caller gets what was asked for and more.
+        // The flag came with 5.11. Before it every descriptor handles both kinds of fault, so without the
+        // flag the caller gets what was asked for and more.
         Err(Errno::EINVAL) if flags.user_mode_only => {
             sys::userfaultfd(OpenFlags { user_mode_only: false, ..flags }.bits())
         }

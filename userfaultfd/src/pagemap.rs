@@ -1,10 +1,12 @@
 //! What the pages of a process are: written, present, swapped out, accessed (`PAGEMAP_SCAN`, Linux 6.7).
 //!
-//! A [`Pagemap`] is open for one process. A [`Scan`] says which addresses to look at, which pages to pick and what to do with
-//! them; each call of [`Scan::next_regions`] reports some more of them as [`Region`]s, until all has been looked at.
+//! A [`Pagemap`] is open for one process. A [`Scan`] says which addresses to look at, which pages to pick and
+//! what to do with them; each call of [`Scan::next_regions`] reports some more of them as [`Region`]s, until
+//! all has been looked at.
 //!
-//! Together with [`WP_ASYNC`](crate::FeatureFlags::WP_ASYNC) this is dirty tracking: the kernel notes writes by itself, and one scan
-//! reports the written pages and protects them again, without losing a write in between.
+//! Together with [`WP_ASYNC`](crate::FeatureFlags::WP_ASYNC) this is dirty tracking: the kernel notes writes
+//! by itself, and one scan reports the written pages and protects them again, without losing a write in
+//! between.
 //!
 //! ```
 //! use userfaultfd::pagemap::{Categories, Pagemap, Region, Scan};
@@ -34,8 +36,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Sources: [`PAGEMAP_SCAN(2const)`](https://man7.org/linux/man-pages/man2/PAGEMAP_SCAN.2const.html), the kernel's
-//! `admin-guide/mm/pagemap`.
+//! Sources: [`PAGEMAP_SCAN(2const)`](https://man7.org/linux/man-pages/man2/PAGEMAP_SCAN.2const.html), the
+//! kernel's `admin-guide/mm/pagemap`.
 
 use std::fmt;
 use std::fs::File;
@@ -52,9 +54,9 @@ kernel_flags! {
         /// In a range that is registered for asynchronous write protection.
         #[doc(alias = "PAGE_IS_WPALLOWED")]
         WPALLOWED = sys::PAGE_IS_WPALLOWED, 6 . 7, "Asynchronous write protection is possible";
-        /// In such a range pages that nothing has populated count as written, but for holes of hugetlb memory. Up to Linux 7.2
-        /// pages outside of such ranges are reported as written too, so combine it with `WPALLOWED` or scan only your own
-        /// ranges.
+        /// In such a range pages that nothing has populated count as written, but for holes of hugetlb
+        /// memory. Up to Linux 7.2 pages outside of such ranges are reported as written too, so combine it
+        /// with `WPALLOWED` or scan only your own ranges.
         #[doc(alias = "PAGE_IS_WRITTEN")]
         WRITTEN = sys::PAGE_IS_WRITTEN, 6 . 7, "Written since it was write-protected";
         /// Shared memory is of a file here.
@@ -78,8 +80,8 @@ kernel_flags! {
         ///
         #[doc(alias = "PAGE_IS_GUARD")]
         GUARD = sys::PAGE_IS_GUARD, 6 . 16, "A guard of MADV_GUARD_INSTALL";
-        /// Only in ranges that are registered for read-write protection. Use it to find pages in use; pages that aren't reported
-        /// need not be cold.
+        /// Only in ranges that are registered for read-write protection. Use it to find pages in use; pages
+        /// that aren't reported need not be cold.
         #[doc(alias = "PAGE_IS_ACCESSED")]
         ACCESSED = sys::PAGE_IS_ACCESSED, 7 . 3, "Accessed since it was read-write-protected";
     }
@@ -137,8 +139,8 @@ impl Pagemap {
     ///
     /// # Errors
     ///
-    /// [`SystemError`](Error::SystemError) with `ENOENT` if there is no such process, `EACCES` or `EPERM` if the caller may not
-    /// read its memory by ptrace(2).
+    /// [`SystemError`](Error::SystemError) with `ENOENT` if there is no such process, `EACCES` or `EPERM` if
+    /// the caller may not read its memory by ptrace(2).
     pub fn of(pid: Pid) -> Result<Self> {
         Self::open(&format!("/proc/{pid}/pagemap"))
     }
@@ -214,14 +216,15 @@ impl Scan {
         self
     }
 
-    /// Reports these of the pages picked. Pages side by side that differ in what is reported are regions of their own.
-    /// Adds to what was said before.
+    /// Reports these of the pages picked. Pages side by side that differ in what is reported are regions of
+    /// their own. Adds to what was said before.
     pub fn report(&mut self, categories: Categories) -> &mut Self {
         self.report |= categories;
         self
     }
 
-    /// Stops a call after so many pages picked; the next one goes on behind them. 0, the default, is no limit.
+    /// Stops a call after so many pages picked; the next one goes on behind them. 0, the default, is no
+    /// limit.
     pub fn max_pages(&mut self, pages: usize) -> &mut Self {
         self.max_pages = pages as u64;
         self
@@ -239,7 +242,8 @@ impl Scan {
         self.set(sys::PM_SCAN_WP_MATCHING, write_protect)
     }
 
-    /// Fails with `EPERM` on memory that isn't registered for asynchronous write protection. The default is `false`.
+    /// Fails with `EPERM` on memory that isn't registered for asynchronous write protection. The default is
+    /// `false`.
     #[doc(alias = "PM_SCAN_CHECK_WPASYNC")]
     pub fn require_async(&mut self, require_async: bool) -> &mut Self {
         self.set(sys::PM_SCAN_CHECK_WPASYNC, require_async)
@@ -260,10 +264,12 @@ impl Scan {
         self.range.start as usize..self.range.end as usize
     }
 
-    /// Looks further: reports the next regions into `regions`, and returns those that it filled. An empty slice means that
-    /// nothing was picked in what was looked at; `None` that everything has been looked at before.
+    /// Looks further: reports the next regions into `regions`, and returns those that it filled. An empty
+    /// slice means that nothing was picked in what was looked at; `None` that everything has been looked at
+    /// before.
     ///
-    /// With no room in `regions` nothing is reported, but pages are [write-protected](Self::write_protect) all the same.
+    /// With no room in `regions` nothing is reported, but pages are [write-protected](Self::write_protect)
+    /// all the same.
     ///
     /// Since Linux 6.7. What the kernel doesn't lock can change meanwhile.
     ///
@@ -272,12 +278,13 @@ impl Scan {
     /// [`EmptyBuffer`](Error::EmptyBuffer): no room in `regions`, and nothing to protect either.
     /// [`SystemError`](Error::SystemError), with the scan left where it was, and
     ///
-    /// - `EINVAL`: the start is unaligned; a category that this kernel doesn't know (`GUARD` before 6.16, `ACCESSED` before
-    ///   7.3).
+    /// - `EINVAL`: the start is unaligned; a category that this kernel doesn't know (`GUARD` before 6.16,
+    ///   `ACCESSED` before 7.3).
     /// - `EFAULT`: the range ends before it starts, or lies beyond the address space.
     /// - `ENOTTY`: before 6.7, or the descriptor is something else.
     /// - `EPERM`: [`require_async`](Self::require_async) met other memory.
-    /// - `ENOMEM`: no memory. - `ESRCH`: the process is gone.
+    /// - `ENOMEM`: no memory.
+    /// - `ESRCH`: the process is gone.
     #[doc(alias = "PAGEMAP_SCAN")]
     pub fn next_regions<'a>(
         &mut self,

@@ -10,15 +10,16 @@ impl Uffd {
     /// Protects a range against writes: each write to it is delivered as
     /// [`FaultKind::WriteProtected`](crate::FaultKind::WriteProtected) from now on, until it is lifted.
     ///
-    /// The range must be registered for [`WRITE_PROTECT`](crate::RegisterMode::WRITE_PROTECT), all its mappings; holes are
-    /// skipped. Wakes nobody. Reads are free. The protection is this mapping's own: writes through another mapping or
-    /// the file aren't delivered. On private anonymous memory it does nothing to pages that were never touched, unless
-    /// [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED) is enabled. It is gone after `MADV_DONTNEED` (anonymous memory)
-    /// or a punched hole, in a forked child without [`EVENT_FORK`](FeatureFlags::EVENT_FORK), and after mremap(2)
-    /// without [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP).
+    /// The range must be registered for [`WRITE_PROTECT`](crate::RegisterMode::WRITE_PROTECT), all its
+    /// mappings; holes are skipped. Wakes nobody. Reads are free. The protection is this mapping's own:
+    /// writes through another mapping or the file aren't delivered. On private anonymous memory it does
+    /// nothing to pages that were never touched, unless [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED) is
+    /// enabled. It is gone after `MADV_DONTNEED` (anonymous memory) or a punched hole, in a forked child
+    /// without [`EVENT_FORK`](FeatureFlags::EVENT_FORK), and after mremap(2) without
+    /// [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP).
     ///
-    /// With [`WP_ASYNC`](FeatureFlags::WP_ASYNC) nothing is delivered: the kernel lifts the protection of a page
-    /// when it is written, and [`pagemap`](crate::pagemap) tells which pages that were.
+    /// With [`WP_ASYNC`](FeatureFlags::WP_ASYNC) nothing is delivered: the kernel lifts the protection of a
+    /// page when it is written, and [`pagemap`](crate::pagemap) tells which pages that were.
     ///
     /// `start` and `len`, in bytes, are multiples of the page size, of the huge page size on hugetlb memory.
     ///
@@ -30,8 +31,8 @@ impl Uffd {
     /// [`SystemError`](Error::SystemError) with
     ///
     /// - `EAGAIN`: the memory layout is changing. Read the pending events, then try again.
-    /// - `ENOENT`: nothing is mapped, or a mapping in the range isn't registered for it. **Mappings before that one are
-    ///   protected already.**
+    /// - `ENOENT`: nothing is mapped, or a mapping in the range isn't registered for it. **Mappings before
+    ///   that one are protected already.**
     /// - `EINVAL`: unaligned, empty, beyond the address space; a kernel or CPU without it.
     /// - `ESRCH`: the process of the range is gone.
     ///
@@ -39,7 +40,8 @@ impl Uffd {
     ///
     /// See the example `write_protect`.
     ///
-    /// Source: [`UFFDIO_WRITEPROTECT(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_WRITEPROTECT.2const.html).
+    /// Source:
+    /// [`UFFDIO_WRITEPROTECT(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_WRITEPROTECT.2const.html).
     #[doc(alias = "UFFDIO_WRITEPROTECT")]
     pub fn write_protect(&self, start: *mut c_void, len: usize) -> Result<()> {
         self.set_write_protection(start, len, sys::UFFDIO_WRITEPROTECT_MODE_WP)
@@ -62,14 +64,16 @@ impl Uffd {
     }
 
     /// Protects the pages of a range against any access: each access is delivered as
-    /// [`FaultKind::ReadWriteProtected`](crate::FaultKind::ReadWriteProtected) from now on, until it is lifted.
+    /// [`FaultKind::ReadWriteProtected`](crate::FaultKind::ReadWriteProtected) from now on, until it is
+    /// lifted.
     ///
-    /// The range must be registered for [`READ_WRITE_PROTECT`](crate::RegisterMode::READ_WRITE_PROTECT). Only pages that
-    /// are present are protected; missing ones fault as before (register for `MISSING`, too). Dropping or
-    /// truncating pages ends it, and so does reclaim of shared memory; anonymous pages keep it when they are swapped out.
+    /// The range must be registered for [`READ_WRITE_PROTECT`](crate::RegisterMode::READ_WRITE_PROTECT). Only
+    /// pages that are present are protected; missing ones fault as before (register for `MISSING`, too).
+    /// Dropping or truncating pages ends it, and so does reclaim of shared memory; anonymous pages keep it
+    /// when they are swapped out.
     ///
-    /// With [`RWP_ASYNC`](FeatureFlags::RWP_ASYNC) nothing is delivered: the kernel lifts the protection of a page when it
-    /// is accessed, and [`pagemap`](crate::pagemap) tells which pages that were.
+    /// With [`RWP_ASYNC`](FeatureFlags::RWP_ASYNC) nothing is delivered: the kernel lifts the protection of a
+    /// page when it is accessed, and [`pagemap`](crate::pagemap) tells which pages that were.
     ///
     /// `start` and `len`, in bytes, are multiples of the page size, of the huge page size on hugetlb memory.
     ///
@@ -80,7 +84,8 @@ impl Uffd {
     /// [`SystemError`](Error::SystemError) with
     ///
     /// - `EAGAIN`: the memory layout is changing. Read the pending events, then try again.
-    /// - `ENOENT`: nothing is mapped, or a mapping in the range isn't registered for it. Nothing is changed then.
+    /// - `ENOENT`: nothing is mapped, or a mapping in the range isn't registered for it. Nothing is changed
+    ///   then.
     /// - `EINVAL`: unaligned, empty, beyond the address space; before 7.3.
     /// - `ESRCH`: the process of the range is gone.
     ///
@@ -102,13 +107,15 @@ impl Uffd {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
-    /// Source: [`UFFDIO_RWPROTECT(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_RWPROTECT.2const.html).
+    /// Source:
+    /// [`UFFDIO_RWPROTECT(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_RWPROTECT.2const.html).
     #[doc(alias = "UFFDIO_RWPROTECT")]
     pub fn read_write_protect(&self, start: *mut c_void, len: usize) -> Result<()> {
         self.set_read_write_protection(start, len, sys::UFFDIO_RWPROTECT_MODE_RWP)
     }
 
-    /// Lifts the protection of [`read_write_protect`](Self::read_write_protect), and wakes who waits if `wake`.
+    /// Lifts the protection of [`read_write_protect`](Self::read_write_protect), and wakes who waits if
+    /// `wake`.
     ///
     /// # Errors
     ///
@@ -126,16 +133,18 @@ impl Uffd {
 
     /// Switches asynchronous modes at run time: those in `enable` on, those in `disable` off.
     ///
-    /// The kernel knows one: [`FeatureFlags::RWP_ASYNC`]. Switching it on wakes every thread that waits on this
-    /// userfaultfd, and they try their access again.
+    /// The kernel knows one: [`FeatureFlags::RWP_ASYNC`]. Switching it on wakes every thread that waits on
+    /// this userfaultfd, and they try their access again.
     ///
     /// Since Linux 7.3.
     ///
     /// # Errors
     ///
-    /// [`UnsupportedIoctls`](Error::UnsupportedIoctls) before Linux 7.3. [`SystemError`](Error::SystemError) with
+    /// [`UnsupportedIoctls`](Error::UnsupportedIoctls) before Linux 7.3. [`SystemError`](Error::SystemError)
+    /// with
     ///
-    /// - `EINVAL`: another feature than `RWP_ASYNC`; the same one in both; switching on without [`FeatureFlags::RWP`].
+    /// - `EINVAL`: another feature than `RWP_ASYNC`; the same one in both; switching on without
+    ///   [`FeatureFlags::RWP`].
     /// - `ESRCH`: the process of the userfaultfd is gone.
     ///
     /// # Examples
@@ -152,7 +161,8 @@ impl Uffd {
     /// # Ok::<(), Error>(())
     /// ```
     ///
-    /// Source: [`UFFDIO_SET_MODE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_SET_MODE.2const.html).
+    /// Source:
+    /// [`UFFDIO_SET_MODE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_SET_MODE.2const.html).
     #[doc(alias = "UFFDIO_SET_MODE")]
     pub fn set_async(&self, enable: FeatureFlags, disable: FeatureFlags) -> Result<()> {
         let mut arg = sys::uffdio_set_mode { enable: enable.bits(), disable: disable.bits() };

@@ -1,8 +1,8 @@
 //! Every system call of the crate, and the only place that makes one.
 //!
-//! The functions are as thin as they can be: a number, a structure, an [`Errno`]. What the answers mean is decided
-//! by the callers. The `unsafe` ones change what memory holds without the compiler knowing; the others only
-//! change how faults on it are handled.
+//! The functions are as thin as they can be: a number, a structure, an [`Errno`]. What the answers mean is
+//! decided by the callers. The `unsafe` ones change what memory holds without the compiler knowing; the
+//! others only change how faults on it are handled.
 
 #![expect(unsafe_code, reason = "system calls")]
 
@@ -54,8 +54,8 @@ pub(crate) fn open_device() -> Result<OwnedFd, Errno> {
 
 /// USERFAULTFD_IOC_NEW on an open [`DEVICE`]: what [`userfaultfd`] does, admitted by the file's permissions.
 pub(crate) fn new_from_device(device: BorrowedFd<'_>, flags: libc::c_int) -> Result<OwnedFd, Errno> {
-    // SAFETY: this ioctl takes its flags by value and touches no memory of the caller; a foreign descriptor answers
-    // with an errno.
+    // SAFETY: this ioctl takes its flags by value and touches no memory of the caller; a foreign descriptor
+    // answers with an errno.
     let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW as libc::Ioctl, flags) };
     let fd = check(fd)?;
     // SAFETY: the ioctl returned a new descriptor that nothing else owns.
@@ -67,8 +67,8 @@ macro_rules! ioctls {
     ($($(#[$meta:meta])* $name:ident: $number:ident($arg:ty);)*) => {$(
         $(#[$meta])*
         pub(crate) fn $name(fd: BorrowedFd<'_>, arg: &mut $arg) -> Result<(), Errno> {
-            // SAFETY: the number encodes the size of this very structure, which is borrowed for the call; the kernel
-            // reads and writes nothing else, and memory contents are left alone.
+            // SAFETY: the number encodes the size of this very structure, which is borrowed for the call; the
+            // kernel reads and writes nothing else, and memory contents are left alone.
             let returned = unsafe { libc::ioctl(fd.as_raw_fd(), $number as libc::Ioctl, arg as *mut $arg) };
             check(returned).map(drop)
         }
@@ -81,8 +81,8 @@ macro_rules! ioctls {
         /// The caller must make sure that no Rust reference is invalidated by what the call puts into the
         /// destination, and that a source is readable.
         pub(crate) unsafe fn $name(fd: BorrowedFd<'_>, arg: &mut $arg) -> Result<(), Errno> {
-            // SAFETY: the number encodes the size of this very structure, which is borrowed for the call; the caller
-            // vouches for the ranges that it names.
+            // SAFETY: the number encodes the size of this very structure, which is borrowed for the call; the
+            // caller vouches for the ranges that it names.
             let returned = unsafe { libc::ioctl(fd.as_raw_fd(), $number as libc::Ioctl, arg as *mut $arg) };
             check(returned).map(drop)
         }
@@ -128,8 +128,9 @@ pub(crate) fn pagemap_scan(
     arg.vec_len = regions.len() as u64;
     // Without room the kernel wants no address either.
     arg.vec = if regions.is_empty() { 0 } else { regions.as_mut_ptr().expose_provenance() as u64 };
-    // SAFETY: the number encodes the size of `arg`, which is borrowed for the call. The kernel writes at most vec_len
-    // structures at `vec`, of which `regions`, borrowed for the call, has that many in the same layout.
+    // SAFETY: the number encodes the size of `arg`, which is borrowed for the call. The kernel writes at most
+    // vec_len structures at `vec`, of which `regions`, borrowed for the call, has that many in the same
+    // layout.
     let filled = unsafe { libc::ioctl(fd.as_raw_fd(), PAGEMAP_SCAN as libc::Ioctl, arg as *mut pm_scan_arg) };
     Ok(check(filled)? as usize)
 }
@@ -164,8 +165,8 @@ pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(
 /// Whether a descriptor is a userfaultfd, without changing its state.
 ///
 /// The handshake with a version that no kernel accepts tells: a userfaultfd answers EINVAL and clears the
-/// structure (contract of UFFDIO_API since 5.15), anything else leaves it alone. Older kernels leave it alone too
-/// once the handshake is done; then the name under /proc decides.
+/// structure (contract of UFFDIO_API since 5.15), anything else leaves it alone. Older kernels leave it alone
+/// too once the handshake is done; then the name under /proc decides.
 pub(crate) fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
     let mut arg = uffdio_api { api: 0, features: 1 << 63, ioctls: !0 };
     match api(fd, &mut arg) {

@@ -10,15 +10,15 @@ use crate::{Errno, Error, FeatureFlags, IoctlFlags, RegisterMode, Result, Suppor
 
 /// A userfaultfd: a descriptor through which page faults of one address space are delivered and resolved.
 ///
-/// Made by [`UffdBuilder`](crate::UffdBuilder), or adopted: `Uffd::from` takes a descriptor that another process sent
-/// or that a parent left. It belongs for ever to the address space of the process that created it, wherever it is
-/// passed to. All methods take `&self` and can be called from any thread.
+/// Made by [`UffdBuilder`](crate::UffdBuilder), or adopted: `Uffd::from` takes a descriptor that another
+/// process sent or that a parent left. It belongs for ever to the address space of the process that created
+/// it, wherever it is passed to. All methods take `&self` and can be called from any thread.
 ///
 /// # Closing
 ///
-/// When the last descriptor of a userfaultfd is closed, all its ranges are unregistered and every waiting thread goes
-/// on: **what is missing then reads as zeros**, silently, and so it does when a handler process dies. Before
-/// closing, fill what is missing, [`poison`](Uffd::poison) it, or hand the descriptor over.
+/// When the last descriptor of a userfaultfd is closed, all its ranges are unregistered and every waiting
+/// thread goes on: **what is missing then reads as zeros**, silently, and so it does when a handler process
+/// dies. Before closing, fill what is missing, [`poison`](Uffd::poison) it, or hand the descriptor over.
 pub struct Uffd {
     fd: OwnedFd,
     terms: Terms,
@@ -27,7 +27,8 @@ pub struct Uffd {
 /// What is known about a descriptor beside its number. A fork's child inherits it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Terms {
-    /// Features enabled and operations of the descriptor; `None` for an adopted one, where the kernel is asked.
+    /// Features enabled and operations of the descriptor; `None` for an adopted one, where the kernel is
+    /// asked.
     pub(crate) negotiated: Option<Support>,
     /// What every registration has to offer.
     pub(crate) range_ioctls: IoctlFlags,
@@ -48,18 +49,18 @@ impl Uffd {
         Self { fd, terms }
     }
 
-    /// The features that are enabled: those required and those requested that there are. An adopted descriptor is
-    /// looked up in `/proc/self/fdinfo`; without `/proc` the answer is empty.
+    /// The features that are enabled: those required and those requested that there are. An adopted
+    /// descriptor is looked up in `/proc/self/fdinfo`; without `/proc` the answer is empty.
     ///
-    /// What [`set_async`](Self::set_async) switches later doesn't show here. What the kernel offers beyond is told by
-    /// [`Support::probe`].
+    /// What [`set_async`](Self::set_async) switches later doesn't show here. What the kernel offers beyond is
+    /// told by [`Support::probe`].
     #[must_use]
     pub fn features(&self) -> FeatureFlags {
         self.negotiated().features
     }
 
-    /// The operations of the descriptor (API, REGISTER, UNREGISTER, SET_MODE) that this kernel has. Those of a range
-    /// are returned by [`register_with_mode`](Self::register_with_mode).
+    /// The operations of the descriptor (API, REGISTER, UNREGISTER, SET_MODE) that this kernel has. Those of
+    /// a range are returned by [`register_with_mode`](Self::register_with_mode).
     #[must_use]
     pub fn ioctls(&self) -> IoctlFlags {
         self.negotiated().ioctls
@@ -85,8 +86,8 @@ impl Uffd {
         Ok(Self { fd, terms: self.terms })
     }
 
-    /// Switches between reading that waits for an event and reading that doesn't, at run time, for every descriptor
-    /// that shares this one's description: duplicates, passed ones.
+    /// Switches between reading that waits for an event and reading that doesn't, at run time, for every
+    /// descriptor that shares this one's description: duplicates, passed ones.
     ///
     /// # Errors
     ///
@@ -109,16 +110,16 @@ impl Uffd {
 
     /// Has the faults of a range delivered, and returns the operations that the range accepts.
     ///
-    /// The range may span mappings and holes; the mappings that are there now are registered, memory mapped into a hole
-    /// later isn't. Pages that are present stay so and raise no missing fault. The kernel splits mappings at the ends
-    /// of the range, turns off transparent huge pages and fault-around on it, and grows the registration with a
-    /// mapping that mremap(2) grows in place.
+    /// The range may span mappings and holes; the mappings that are there now are registered, memory mapped
+    /// into a hole later isn't. Pages that are present stay so and raise no missing fault. The kernel splits
+    /// mappings at the ends of the range, turns off transparent huge pages and fault-around on it, and grows
+    /// the registration with a mapping that mremap(2) grows in place.
     ///
-    /// **Registering again replaces the modes, it doesn't add to them**: a range registered for `MISSING` and then for
-    /// `WRITE_PROTECT` is registered for `WRITE_PROTECT` alone. Asking for fewer modes than before may silently change
-    /// nothing, though the returned operations are those of the smaller set; since Linux 7.3 dropping a
-    /// protection mode is `EBUSY`. This library keeps no record behind your back, so always pass all the modes that
-    /// the range is to have.
+    /// **Registering again replaces the modes, it doesn't add to them**: a range registered for `MISSING` and
+    /// then for `WRITE_PROTECT` is registered for `WRITE_PROTECT` alone. Asking for fewer modes than before
+    /// may silently change nothing, though the returned operations are those of the smaller set; since Linux
+    /// 7.3 dropping a protection mode is `EBUSY`. This library keeps no record behind your back, so always
+    /// pass all the modes that the range is to have.
     ///
     /// `start` and `len`, in bytes, are multiples of the page size; of the huge page size on hugetlb memory.
     ///
@@ -127,17 +128,17 @@ impl Uffd {
     /// # Errors
     ///
     /// [`UnsupportedIoctls`](Error::UnsupportedIoctls) if the range lacks an operation that
-    /// [`require_ioctls`](crate::UffdBuilder::require_ioctls) asked for: the range is unregistered then, whatever it
-    /// was before. [`SystemError`](Error::SystemError) with
+    /// [`require_ioctls`](crate::UffdBuilder::require_ioctls) asked for: the range is unregistered then,
+    /// whatever it was before. [`SystemError`](Error::SystemError) with
     ///
-    /// - `EINVAL`: the range is empty, unaligned or beyond the address space; nothing is mapped there; a mapping in it
-    ///   is of a kind that can't have this mode (files, `MINOR` on private anonymous memory); no mode, a mode
-    ///   unknown to this kernel or CPU, `READ_WRITE_PROTECT` without its feature or together with
-    ///   `WRITE_PROTECT`. Nothing is registered then.
+    /// - `EINVAL`: the range is empty, unaligned or beyond the address space; nothing is mapped there; a
+    ///   mapping in it is of a kind that can't have this mode (files, `MINOR` on private anonymous memory);
+    ///   no mode, a mode unknown to this kernel or CPU, `READ_WRITE_PROTECT` without its feature or together
+    ///   with `WRITE_PROTECT`. Nothing is registered then.
     /// - `EPERM`: a shared mapping of a file that was opened read-only or sealed against writing.
     /// - `EBUSY`: another userfaultfd has registered a part; Linux 7.3: a protection mode would be dropped.
-    /// - `ENOMEM`: the process of the range is gone; or the limit of mappings is reached (`vm.max_map_count`), with a
-    ///   first part of the range perhaps registered.
+    /// - `ENOMEM`: the process of the range is gone; or the limit of mappings is reached
+    ///   (`vm.max_map_count`), with a first part of the range perhaps registered.
     ///
     /// # Examples
     ///
@@ -151,7 +152,8 @@ impl Uffd {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
-    /// Source: [`UFFDIO_REGISTER(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_REGISTER.2const.html).
+    /// Source:
+    /// [`UFFDIO_REGISTER(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_REGISTER.2const.html).
     #[doc(alias = "UFFDIO_REGISTER")]
     pub fn register_with_mode(
         &self,
@@ -172,8 +174,8 @@ impl Uffd {
     /// Gives the faults of a range back to the kernel, and wakes whoever waits there.
     ///
     /// The kernel itself wakes only waiters of missing faults here; this method wakes all of them, whether it
-    /// succeeds or not. Missing pages read as zeros from now on. Protection is lifted; poison stays. Parts that aren't
-    /// registered are skipped, so doing it twice is fine.
+    /// succeeds or not. Missing pages read as zeros from now on. Protection is lifted; poison stays. Parts
+    /// that aren't registered are skipped, so doing it twice is fine.
     ///
     /// `start` and `len`, in bytes, are multiples of the page size; of the huge page size on hugetlb memory.
     ///
@@ -183,9 +185,11 @@ impl Uffd {
     ///
     /// [`SystemError`](Error::SystemError) with
     ///
-    /// - `EINVAL`: the range is empty, unaligned or beyond the address space; nothing is mapped there; a mapping in it
-    ///   can't be registered at all; since a kernel between 6.12 and 6.18, another userfaultfd has registered a part.
-    /// - `ENOMEM`: the process of the range is gone, or the limit of mappings is reached (`vm.max_map_count`).
+    /// - `EINVAL`: the range is empty, unaligned or beyond the address space; nothing is mapped there; a
+    ///   mapping in it can't be registered at all; since a kernel between 6.12 and 6.18, another userfaultfd
+    ///   has registered a part.
+    /// - `ENOMEM`: the process of the range is gone, or the limit of mappings is reached
+    ///   (`vm.max_map_count`).
     ///
     /// # Examples
     ///
@@ -199,7 +203,8 @@ impl Uffd {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
-    /// Source: [`UFFDIO_UNREGISTER(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_UNREGISTER.2const.html).
+    /// Source:
+    /// [`UFFDIO_UNREGISTER(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_UNREGISTER.2const.html).
     #[doc(alias = "UFFDIO_UNREGISTER")]
     pub fn unregister(&self, start: *mut c_void, len: usize) -> Result<()> {
         let unregistered = sys::unregister(self.as_fd(), &mut range(start, len));
@@ -210,16 +215,19 @@ impl Uffd {
 
     /// Wakes every thread that waits for a fault in the range to be resolved. They try their access again.
     ///
-    /// For fills that were told not to wake, and after an `EEXIST`, where another fill has done the work. Only waiters
-    /// of this userfaultfd are woken. A thread whose fault isn't resolved faults again, with a new event.
+    /// For fills that were told not to wake, and after an `EEXIST`, where another fill has done the work.
+    /// Only waiters of this userfaultfd are woken. A thread whose fault isn't resolved faults again, with a
+    /// new event.
     ///
-    /// `start` and `len`, in bytes, are multiples of the page size. The range need be neither registered nor mapped.
+    /// `start` and `len`, in bytes, are multiples of the page size. The range need be neither registered nor
+    /// mapped.
     ///
     /// Since Linux 4.3.
     ///
     /// # Errors
     ///
-    /// [`SystemError`](Error::SystemError) with `EINVAL`: the range is empty, unaligned or beyond the address space.
+    /// [`SystemError`](Error::SystemError) with `EINVAL`: the range is empty, unaligned or beyond the address
+    /// space.
     ///
     /// # Examples
     ///
@@ -242,19 +250,19 @@ impl Uffd {
 
     /// Reads one event.
     ///
-    /// Waits for one on a blocking descriptor, through signals. On a non-blocking one `None` means that there is none,
-    /// or that a fault seen by poll(2) was resolved meanwhile.
+    /// Waits for one on a blocking descriptor, through signals. On a non-blocking one `None` means that there
+    /// is none, or that a fault seen by poll(2) was resolved meanwhile.
     ///
-    /// **Faults are delivered before other events**, whatever happened first: see "Events" in the
-    /// [crate docs](crate). A message is delivered once, to one reader, and the faulting thread waits until it is
-    /// resolved. The same address may be delivered several times: once for each thread that waits, once more after each
-    /// wake without a resolution and after each signal that a waiting thread takes.
+    /// **Faults are delivered before other events**, whatever happened first: see "Events" in the [crate
+    /// docs](crate). A message is delivered once, to one reader, and the faulting thread waits until it is
+    /// resolved. The same address may be delivered several times: once for each thread that waits, once more
+    /// after each wake without a resolution and after each signal that a waiting thread takes.
     ///
     /// # Errors
     ///
     /// - [`UnrecognizedEvent`](Error::UnrecognizedEvent): a kind of event that this crate doesn't know.
-    /// - [`SystemError`](Error::SystemError) with `EINVAL`: the handshake isn't done. With `EMFILE` or `ENFILE`: no
-    ///   descriptor is free for a fork event; it stays queued, so close some and read again.
+    /// - [`SystemError`](Error::SystemError) with `EINVAL`: the handshake isn't done. With `EMFILE` or
+    ///   `ENFILE`: no descriptor is free for a fork event; it stays queued, so close some and read again.
     /// - [`NotUserfaultfd`](Error::NotUserfaultfd), [`IncompleteMsg`](Error::IncompleteMsg),
     ///   [`ReadEof`](Error::ReadEof): the descriptor is something else.
     ///
@@ -289,13 +297,13 @@ impl Uffd {
         }
     }
 
-    /// Reads as many events as are there and fit into the buffer, in one system call, and takes them out in the order
-    /// of delivery.
+    /// Reads as many events as are there and fit into the buffer, in one system call, and takes them out in
+    /// the order of delivery.
     ///
-    /// Waits for the first on a blocking descriptor, through signals; the iterator of a non-blocking one is empty if
-    /// there is none. An event that can't be decoded is an `Err` item, and the ones behind it are good.
-    /// Dropping the iterator early drops the events that it still had, and closes the descriptors of forks among them;
-    /// [`read_batch`](Self::read_batch) and [`EventBuffer::pop`] lose none.
+    /// Waits for the first on a blocking descriptor, through signals; the iterator of a non-blocking one is
+    /// empty if there is none. An event that can't be decoded is an `Err` item, and the ones behind it are
+    /// good. Dropping the iterator early drops the events that it still had, and closes the descriptors of
+    /// forks among them; [`read_batch`](Self::read_batch) and [`EventBuffer::pop`] lose none.
     ///
     /// # Errors
     ///
@@ -321,16 +329,17 @@ impl Uffd {
         Ok(buf.drain())
     }
 
-    /// Reads as many events as are there and fit behind those that the buffer still holds, in one system call, and
-    /// returns how many were read. See [`EventBuffer`] for taking them out, in the order of delivery or changes first.
+    /// Reads as many events as are there and fit behind those that the buffer still holds, in one system
+    /// call, and returns how many were read. See [`EventBuffer`] for taking them out, in the order of
+    /// delivery or changes first.
     ///
-    /// Waits for the first on a blocking descriptor, through signals; 0 on a non-blocking one means that there is none.
-    /// A buffer that is full of events not taken out yet is left alone, with 0.
+    /// Waits for the first on a blocking descriptor, through signals; 0 on a non-blocking one means that
+    /// there is none. A buffer that is full of events not taken out yet is left alone, with 0.
     ///
     /// # Errors
     ///
-    /// As [`read_event`](Self::read_event), but for events of unknown kind, which are errors when they are taken out;
-    /// also [`EmptyBuffer`](Error::EmptyBuffer). What the buffer holds stays.
+    /// As [`read_event`](Self::read_event), but for events of unknown kind, which are errors when they are
+    /// taken out; also [`EmptyBuffer`](Error::EmptyBuffer). What the buffer holds stays.
     ///
     /// # Examples
     ///
@@ -373,8 +382,9 @@ impl Uffd {
     }
 }
 
-/// Reads the line `API: aa:<features>:<ioctls>` of a userfaultfd's /proc/PID/fdinfo, all in hexadecimal. The features are
-/// those enabled, with bit 31 set once the handshake is done; the ioctls are those of a descriptor and of ranges together.
+/// Reads the line `API: aa:<features>:<ioctls>` of a userfaultfd's /proc/PID/fdinfo, all in hexadecimal. The
+/// features are those enabled, with bit 31 set once the handshake is done; the ioctls are those of a
+/// descriptor and of ranges together.
 fn parse_fdinfo(fdinfo: &str) -> Option<Support> {
     const INITIALIZED: u64 = 1 << 31;
     let mut fields = fdinfo.lines().find_map(|line| line.strip_prefix("API:"))?.trim().split(':');
@@ -425,8 +435,8 @@ impl FromRawFd for Uffd {
 }
 
 impl From<OwnedFd> for Uffd {
-    /// Adopts a userfaultfd whose handshake is done: one received over a Unix socket, inherited, or fetched with
-    /// pidfd_getfd(2). One whose handshake isn't done belongs to
+    /// Adopts a userfaultfd whose handshake is done: one received over a Unix socket, inherited, or fetched
+    /// with pidfd_getfd(2). One whose handshake isn't done belongs to
     /// [`UffdBuilder::handshake`](crate::UffdBuilder::handshake); operations of anything else fail.
     fn from(fd: OwnedFd) -> Self {
         Self::new(fd, Terms::default())
