@@ -277,7 +277,36 @@ impl Uffd {
     ///
     /// # Examples
     ///
-    /// See the example `minor`.
+    /// ```
+    /// use userfaultfd::{ContinueMode, FeatureFlags, RegisterMode, Support, UffdBuilder};
+    ///
+    /// if !Support::probe()?.features().contains(FeatureFlags::MINOR_SHMEM) {
+    ///     return Ok(()); // before Linux 5.14
+    /// }
+    /// # use std::os::fd::{FromRawFd, OwnedFd};
+    /// let page = userfaultfd::page_size();
+    /// # let memfd = || {
+    /// #     // SAFETY: the name is NUL-terminated.
+    /// #     let fd = unsafe { libc::memfd_create(c"example".as_ptr(), libc::MFD_CLOEXEC) };
+    /// #     // SAFETY: a new descriptor, owned by nothing else.
+    /// #     unsafe { std::fs::File::from_raw_fd(fd) }
+    /// # };
+    /// let file = memfd();
+    /// file.set_len(page as u64)?;
+    /// // SAFETY: the file is this program's alone.
+    /// let (mut memory, mut handler) =
+    ///     unsafe { (memmap2::MmapMut::map_mut(&file)?, memmap2::MmapMut::map_mut(&file)?) };
+    /// let start = memory.as_mut_ptr().cast();
+    /// let uffd = UffdBuilder::new().create()?;
+    /// uffd.register_with_mode(start, page, RegisterMode::MINOR)?;
+    ///
+    /// handler[0] = 42; // in the page cache now, and not yet mapped at `start`
+    /// assert_eq!(uffd.continue_with(start, page, ContinueMode::empty())?, page as u64);
+    /// assert_eq!(memory[0], 42);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// The example `minor` resolves faults so.
     ///
     /// Source:
     /// [`UFFDIO_CONTINUE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_CONTINUE.2const.html).
@@ -325,7 +354,26 @@ impl Uffd {
     ///
     /// # Examples
     ///
-    /// See the example `poison`.
+    /// ```
+    /// use userfaultfd::{Errno, FeatureFlags, Support, UffdBuilder};
+    ///
+    /// if !Support::probe()?.features().contains(FeatureFlags::POISON) {
+    ///     return Ok(()); // before Linux 6.6
+    /// }
+    /// let page = userfaultfd::page_size();
+    /// let mut memory = memmap2::MmapMut::map_anon(page)?;
+    /// let start = memory.as_mut_ptr().cast();
+    /// let uffd = UffdBuilder::new().create()?;
+    /// uffd.register(start, page)?;
+    /// // SAFETY: nothing accesses the memory any more.
+    /// assert_eq!(unsafe { uffd.poison(start, page, true)? }, page);
+    /// // SAFETY: as above.
+    /// let again = unsafe { uffd.poison(start, page, true) };
+    /// assert_eq!(again.unwrap_err().errno(), Some(Errno::EEXIST));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// The example `poison` shows what an access meets.
     ///
     /// Source: [`UFFDIO_POISON(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_POISON.2const.html).
     #[doc(alias = "UFFDIO_POISON")]
@@ -374,7 +422,24 @@ impl Uffd {
     ///
     /// # Examples
     ///
-    /// See the example `move`.
+    /// ```
+    /// use userfaultfd::{FeatureFlags, MoveMode, Support, UffdBuilder};
+    ///
+    /// if !Support::probe()?.features().contains(FeatureFlags::MOVE) {
+    ///     return Ok(()); // before Linux 6.8
+    /// }
+    /// let page = userfaultfd::page_size();
+    /// let mut memory = memmap2::MmapMut::map_anon(page)?;
+    /// let mut staging = memmap2::MmapMut::map_anon(page)?;
+    /// staging.fill(42);
+    /// let (src, dst) = (staging.as_mut_ptr().cast(), memory.as_mut_ptr().cast());
+    /// let uffd = UffdBuilder::new().create()?;
+    /// uffd.register(dst, page)?;
+    /// // SAFETY: nothing refers to the staging page's content, and any bytes are good for `memory`.
+    /// assert_eq!(unsafe { uffd.move_pages(src, dst, page, MoveMode::empty())? }, page);
+    /// assert_eq!((memory[0], staging[0]), (42, 0));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// Source: [`UFFDIO_MOVE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_MOVE.2const.html).
     #[doc(alias = "UFFDIO_MOVE")]

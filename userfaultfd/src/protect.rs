@@ -38,7 +38,32 @@ impl Uffd {
     ///
     /// # Examples
     ///
-    /// See the example `write_protect`.
+    /// ```
+    /// use userfaultfd::{Event, FaultKind, FeatureFlags, RegisterMode, Support, UffdBuilder};
+    ///
+    /// if !Support::probe()?.features().contains(FeatureFlags::PAGEFAULT_FLAG_WP) {
+    ///     return Ok(()); // this architecture doesn't have it
+    /// }
+    /// let page = userfaultfd::page_size();
+    /// let mut memory = memmap2::MmapMut::map_anon(page)?;
+    /// memory[0] = 1;
+    /// let start = memory.as_mut_ptr().cast();
+    /// let uffd = UffdBuilder::new().create()?;
+    /// uffd.register_with_mode(start, page, RegisterMode::WRITE_PROTECT)?;
+    /// uffd.write_protect(start, page)?;
+    /// assert_eq!(memory[0], 1); // reading is free
+    ///
+    /// std::thread::scope(|scope| -> userfaultfd::Result<()> {
+    ///     scope.spawn(|| memory[0] = 2); // waits
+    ///     if let Some(Event::Pagefault { kind, .. }) = uffd.read_event()? {
+    ///         assert_eq!(kind, FaultKind::WriteProtected);
+    ///         uffd.remove_write_protection(start, page, true)?;
+    ///     }
+    ///     Ok(())
+    /// })?;
+    /// assert_eq!(memory[0], 2);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// Source:
     /// [`UFFDIO_WRITEPROTECT(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_WRITEPROTECT.2const.html).

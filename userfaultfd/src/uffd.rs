@@ -14,6 +14,15 @@ use crate::{Errno, Error, FeatureFlags, IoctlFlags, RegisterMode, Result, Suppor
 /// process sent or that a parent left. It belongs for ever to the address space of the process that created
 /// it, wherever it is passed to. All methods take `&self` and can be called from any thread.
 ///
+/// ```
+/// use std::os::fd::OwnedFd;
+/// use userfaultfd::{Uffd, UffdBuilder};
+///
+/// let fd: OwnedFd = UffdBuilder::new().create()?.into(); // to be sent over a Unix socket, say
+/// let uffd = Uffd::from(fd);
+/// # Ok::<(), userfaultfd::Error>(())
+/// ```
+///
 /// # Closing
 ///
 /// When the last descriptor of a userfaultfd is closed, all its ranges are unregistered and every waiting
@@ -54,6 +63,15 @@ impl Uffd {
     ///
     /// What [`set_async`](Self::set_async) switches later doesn't show here. What the kernel offers beyond is
     /// told by [`Support::probe`].
+    ///
+    /// ```
+    /// use userfaultfd::{FeatureFlags, UffdBuilder};
+    ///
+    /// let uffd = UffdBuilder::new().request_features(FeatureFlags::THREAD_ID).create()?;
+    /// assert!(uffd.features().contains(FeatureFlags::THREAD_ID));
+    /// assert!(!uffd.features().contains(FeatureFlags::SIGBUS)); // there, but nobody asked for it
+    /// # Ok::<(), userfaultfd::Error>(())
+    /// ```
     #[must_use]
     pub fn features(&self) -> FeatureFlags {
         self.negotiated().features
@@ -61,6 +79,14 @@ impl Uffd {
 
     /// The operations of the descriptor (API, REGISTER, UNREGISTER, SET_MODE) that this kernel has. Those of
     /// a range are returned by [`register_with_mode`](Self::register_with_mode).
+    ///
+    /// ```
+    /// use userfaultfd::{IoctlFlags, UffdBuilder};
+    ///
+    /// let uffd = UffdBuilder::new().create()?;
+    /// assert!(uffd.ioctls().contains(IoctlFlags::REGISTER | IoctlFlags::UNREGISTER));
+    /// # Ok::<(), userfaultfd::Error>(())
+    /// ```
     #[must_use]
     pub fn ioctls(&self) -> IoctlFlags {
         self.negotiated().ioctls
@@ -80,6 +106,14 @@ impl Uffd {
     /// # Errors
     ///
     /// [`SystemError`](Error::SystemError) with `EMFILE`: no more descriptors.
+    ///
+    /// ```
+    /// let uffd = userfaultfd::UffdBuilder::new().create()?;
+    /// let another = uffd.try_clone()?;
+    /// drop(uffd); // registered ranges stay so: `another` keeps the userfaultfd open
+    /// # drop(another);
+    /// # Ok::<(), userfaultfd::Error>(())
+    /// ```
     #[doc(alias = "dup")]
     pub fn try_clone(&self) -> Result<Self> {
         let fd = self.fd.try_clone().map_err(|error| Error::SystemError(errno_of(&error)))?;
@@ -92,6 +126,13 @@ impl Uffd {
     /// # Errors
     ///
     /// [`SystemError`](Error::SystemError), which doesn't happen on a userfaultfd.
+    ///
+    /// ```
+    /// let uffd = userfaultfd::UffdBuilder::new().create()?;
+    /// uffd.set_nonblocking(true)?;
+    /// assert!(uffd.read_event()?.is_none()); // doesn't wait
+    /// # Ok::<(), userfaultfd::Error>(())
+    /// ```
     #[doc(alias = "O_NONBLOCK")]
     pub fn set_nonblocking(&self, nonblocking: bool) -> Result<()> {
         Ok(sys::set_nonblocking(self.as_fd(), nonblocking)?)
