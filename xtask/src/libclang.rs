@@ -10,32 +10,41 @@ libclang, with which the headers are read, is neither installed nor could it be 
   - have `pip` or `python3 -m pip` at hand, which fetches the package `libclang` into target/xtask/libclang
   - set LIBCLANG_PATH to the directory of a libclang.so";
 
+/// The first release that knows every target of Rust: the last addition was loongarch64.
+const OLDEST: u32 = 16;
+
 /// Loads libclang into this process, and returns its path: the value of LIBCLANG_PATH for other processes.
 ///
 /// Looks where clang-sys does (LIBCLANG_PATH, llvm-config, the system's folders), then where an earlier call has put
 /// it, then fetches it.
 pub(crate) fn load() -> Result<PathBuf, String> {
-    let folder = crate::scratch().join("libclang");
-    let unpacked = folder.join("clang/native");
-    let not_found = match clang_sys::load() {
-        Ok(()) => return loaded(),
-        Err(message) => message,
+    let unusable = match load_found() {
+        Ok(path) => return Ok(path),
+        Err(reason) => reason,
     };
     if env::var_os("LIBCLANG_PATH").is_some() {
-        return Err(format!("LIBCLANG_PATH is set, but of no use: {not_found}"));
+        return Err(format!("LIBCLANG_PATH is set, but of no use: {unusable}"));
     }
+    let folder = crate::scratch().join("libclang");
+    let unpacked = folder.join("clang/native");
     if !unpacked.is_dir() {
-        fetch(&folder)?;
+        fetch(&folder).map_err(|reason| format!("{reason}\n\n{unusable}"))?;
     }
     // SAFETY: this process has no other thread yet that could read the environment.
     unsafe { env::set_var("LIBCLANG_PATH", &unpacked) };
-    clang_sys::load().map_err(|e| format!("{}: {e}", unpacked.display()))?;
-    loaded()
+    load_found().map_err(|e| format!("{}: {e}", unpacked.display()))
 }
 
-fn loaded() -> Result<PathBuf, String> {
-    let library = clang_sys::get_library().ok_or("libclang is loaded, but clang-sys doesn't know it")?;
-    Ok(library.path().to_owned())
+fn load_found() -> Result<PathBuf, String> {
+    clang_sys::load()?;
+    let path = clang_sys::get_library().map(|library| library.path().to_owned()).unwrap_or_default();
+    match bindgen::clang_version().parsed {
+        Some((major, _)) if major < OLDEST => {
+            clang_sys::unload()?;
+            Err(format!("{} is of release {major}; it takes {OLDEST}", path.display()))
+        }
+        _ => Ok(path),
+    }
 }
 
 /// The Python package has nothing but the library in it, for every usual system.

@@ -1,0 +1,133 @@
+//! The steps.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use super::{Outcome, Step, bare, cargo, execute, output};
+use crate::libclang;
+
+/// An optional header tree beside the repository.
+const HEADERS: &str = "../shared/uapi";
+const NO_HEADERS: &str = "there is no header tree at ../shared/uapi";
+
+/// The oldest nix that the workspace accepts: programs written for userfaultfd 0.9 have it.
+const OLDEST_NIX: &str = "0.27.1";
+
+const fn step(name: &'static str, what: &'static str, run: fn() -> Result<Outcome, String>) -> Step {
+    Step { name, what, run }
+}
+
+/// The tests are last, so that their verdict ends the output.
+pub(super) const STEPS: &[Step] = &[
+    step("fmt", "formatting", fmt),
+    step("clippy", "lints, warnings denied", clippy),
+    step("doc", "documentation, warnings denied", doc),
+    step("docs-rs", "documentation as docs.rs builds it", docs_rs),
+    step("bindings", "the committed bindings are those of ../shared/uapi", bindings),
+    step("bindgen", "feature `bindgen`, with the headers of ../shared/uapi", bindgen),
+    step("package", "both crates, as they would be published", package),
+    step("bare", "a build without libclang, C compiler and kernel headers", bare::run),
+    step("nix", "the library with the oldest nix that it accepts", oldest_nix),
+    step("test", "the README's test command", test),
+];
+
+fn passed(result: Result<(), String>) -> Result<Outcome, String> {
+    result.map(|()| Outcome::Passed)
+}
+
+fn fmt() -> Result<Outcome, String> {
+    passed(execute(&mut cargo(&["fmt", "--all", "--check"])))
+}
+
+fn clippy() -> Result<Outcome, String> {
+    passed(execute(&mut cargo(&["clippy", "--workspace", "--all-targets", "--", "--deny=warnings"])))
+}
+
+fn doc() -> Result<Outcome, String> {
+    let mut command = cargo(&["doc", "--workspace", "--no-deps"]);
+    passed(execute(command.env("RUSTDOCFLAGS", "--deny=warnings")))
+}
+
+fn docs_rs() -> Result<Outcome, String> {
+    let mut command = cargo(&["doc", "--package=userfaultfd-sys", "--package=userfaultfd", "--no-deps"]);
+    passed(execute(command.env("DOCS_RS", "1").env("RUSTDOCFLAGS", "--cfg=docsrs --deny=warnings")))
+}
+
+fn headers() -> Option<PathBuf> {
+    Some(crate::root().join(HEADERS)).filter(|headers| headers.is_dir())
+}
+
+fn bindings() -> Result<Outcome, String> {
+    let Some(headers) = headers() else { return Ok(Outcome::Skipped(NO_HEADERS)) };
+    // A process of its own: bindgen panics at times.
+    let program = env::current_exe().map_err(|e| format!("xtask's own path: {e}"))?;
+    let mut command = Command::new(program);
+    passed(execute(command.args(["bindings", "--check", "--headers"]).arg(headers)))
+}
+
+fn bindgen() -> Result<Outcome, String> {
+    let Some(headers) = headers() else { return Ok(Outcome::Skipped(NO_HEADERS)) };
+    let libclang = libclang::load()?;
+    let run = |arguments: &[&str]| {
+        let mut command = cargo(arguments);
+        execute(command.env("LINUX_HEADERS", &headers).env("LIBCLANG_PATH", &libclang))
+    };
+    run(&["clippy", "--package=userfaultfd", "--features=bindgen", "--", "--deny=warnings"])?;
+    run(&["clippy", "--package=userfaultfd-sys", "--features=bindgen", "--", "--deny=warnings"])?;
+    passed(run(&["test", "--package=userfaultfd-sys", "--features=bindgen"]))
+}
+
+fn package() -> Result<Outcome, String> {
+    let mut command = cargo(&["package", "--package=userfaultfd-sys", "--package=userfaultfd"]);
+    let changes = output(Command::new("git").args(["status", "--porcelain"]).current_dir(crate::root()));
+    if changes.is_ok_and(|changes| !changes.is_empty()) {
+        println!("with changes that aren't committed");
+        command.arg("--allow-dirty");
+    }
+    passed(execute(&mut command))
+}
+
+fn oldest_nix() -> Result<Outcome, String> {
+    // A copy, since the choice of a version is the workspace's Cargo.lock.
+    let copy = crate::scratch().join("oldest-nix");
+    let source = copy.join("source");
+    remove(&source)?;
+    copy_tree(crate::root(), &source)?;
+    let run = |arguments: &[&str]| {
+        let mut command = cargo(arguments);
+        execute(command.current_dir(&source).env("CARGO_TARGET_DIR", copy.join("target")))
+    };
+    if !source.join("Cargo.lock").is_file() {
+        run(&["generate-lockfile"])?;
+    }
+    run(&["update", "--package=nix", "--precise", OLDEST_NIX])?;
+    passed(run(&["test", "--package=userfaultfd", "--lib"]))
+}
+
+fn test() -> Result<Outcome, String> {
+    passed(execute(&mut cargo(&["test", "--workspace"])))
+}
+
+pub(super) fn remove(folder: &Path) -> Result<(), String> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(format!("{}: {e}", folder.display())),
+        _ => Ok(()),
+    }
+}
+
+/// Copies a tree without what git and cargo keep for themselves. Links become what they point to.
+fn copy_tree(from: &Path, to: &Path) -> Result<(), String> {
+    let error = |e| format!("{}: {e}", from.display());
+    fs::create_dir_all(to).map_err(error)?;
+    for entry in fs::read_dir(from).map_err(error)? {
+        let entry = entry.map_err(error)?;
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        if !from.is_dir() {
+            fs::copy(&from, &to).map_err(|e| format!("{}: {e}", from.display()))?;
+        } else if entry.file_name() != ".git" && !from.join("CACHEDIR.TAG").exists() {
+            copy_tree(&from, &to)?;
+        }
+    }
+    Ok(())
+}
