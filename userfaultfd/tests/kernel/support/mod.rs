@@ -1,8 +1,11 @@
 //! What the tests share: what the kernel offers, memory of every kind, time limits, processes of their own.
 
 pub(crate) mod child;
+pub(crate) mod handler;
 pub(crate) mod hugetlb;
 pub(crate) mod memory;
+pub(crate) mod proc;
+pub(crate) mod raw;
 
 use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::time::Duration;

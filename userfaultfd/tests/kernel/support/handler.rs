@@ -1,0 +1,43 @@
+//! What handlers of faults do, in the short form that tests want.
+
+use userfaultfd::{Event, FaultKind, ReadWrite, Uffd};
+
+use super::memory::Memory;
+
+/// An [`Event::Pagefault`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    pub(crate) kind: FaultKind,
+    pub(crate) rw: ReadWrite,
+    pub(crate) addr: usize,
+    pub(crate) thread: libc::pid_t,
+}
+
+impl Fault {
+    /// An event that must be a fault.
+    pub(crate) fn of(event: Event) -> Self {
+        let Event::Pagefault { kind, rw, addr, thread_id } = event else { panic!("{event:?}") };
+        Self { kind, rw, addr: addr.addr(), thread: thread_id.as_raw() }
+    }
+
+    /// Reads an event, which must be a fault. Waits for it on a blocking descriptor.
+    pub(crate) fn next(uffd: &Uffd) -> Self {
+        Self::of(uffd.read_event().unwrap().expect("an event"))
+    }
+}
+
+/// Fills a missing page with a byte, and wakes who waits for it.
+pub(crate) fn fill(uffd: &Uffd, memory: &Memory, page: usize, byte: u8) {
+    let content = vec![byte; memory.page()];
+    // SAFETY: the content lives on, and the memory is only accessed by raw pointers.
+    let copied = unsafe { uffd.copy(content.as_ptr().cast(), memory.at(page), memory.page(), true) };
+    assert_eq!(copied.unwrap(), memory.page());
+}
+
+/// Fills missing pages with zeros, and wakes who waits for them.
+pub(crate) fn zero(uffd: &Uffd, memory: &Memory, first: usize, pages: usize) {
+    let len = pages * memory.page();
+    // SAFETY: the memory is only accessed by raw pointers.
+    let zeroed = unsafe { uffd.zeropage(memory.at(first), len, true) };
+    assert_eq!(zeroed.unwrap(), len);
+}

@@ -1,0 +1,75 @@
+//! What /proc tells of descriptors and threads: the way to see that something waits, without waiting for a time.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd};
+
+use userfaultfd::{FeatureFlags, IoctlFlags};
+
+/// What the kernel tells of a userfaultfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fdinfo {
+    /// Faults that nobody has read.
+    pub(crate) pending: usize,
+    /// Those and the ones read whose threads still wait.
+    pub(crate) total: usize,
+    /// What is enabled, without the bit that says that the handshake is done.
+    pub(crate) features: FeatureFlags,
+    /// What descriptors and ranges have in this kernel, all together.
+    pub(crate) ioctls: IoctlFlags,
+}
+
+/// Looks a userfaultfd up in fdinfo.
+pub(crate) fn fdinfo(fd: impl AsFd) -> Fdinfo {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd())).unwrap();
+    let field = |name: &str| {
+        let value = text.lines().find_map(|line| line.strip_prefix(name));
+        value.unwrap_or_else(|| panic!("no {name} in {text}")).trim()
+    };
+    let api: Vec<_> =
+        field("API:").split(':').map(|number| u64::from_str_radix(number, 16).unwrap()).collect();
+    Fdinfo {
+        pending: field("pending:").parse().unwrap(),
+        total: field("total:").parse().unwrap(),
+        features: FeatureFlags::from_bits_retain(api[1] & !(1 << 31)),
+        ioctls: IoctlFlags::from_bits_retain(api[2]),
+    }
+}
+
+/// Waits until `faults` faults wait to be read.
+pub(crate) fn wait_for_pending(fd: impl AsFd, faults: usize) {
+    wait_until(|| fdinfo(&fd).pending == faults);
+}
+
+/// Waits until a condition holds that nothing tells of. The time limit of the test bounds it.
+pub(crate) fn wait_until(condition: impl Fn() -> bool) {
+    while !condition() {
+        std::thread::yield_now();
+    }
+}
+
+/// The calling thread's id.
+pub(crate) fn thread_id() -> libc::pid_t {
+    // SAFETY: touches no memory.
+    unsafe { libc::syscall(libc::SYS_gettid) as libc::pid_t }
+}
+
+/// Waits until a thread of this process sleeps in a system call.
+pub(crate) fn wait_until_in(thread: libc::pid_t, syscall: libc::c_long) {
+    let number = syscall.to_string();
+    wait_until(|| {
+        // "running" while it isn't asleep, else the number and the arguments.
+        let text = fs::read_to_string(format!("/proc/self/task/{thread}/syscall"));
+        text.expect("a kernel that tells of system calls").split_whitespace().next() == Some(&number)
+    });
+}
+
+/// How many descriptors this process has open. For processes with one test only.
+pub(crate) fn open_descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Whether a descriptor number is an open userfaultfd of this process.
+pub(crate) fn is_userfaultfd(fd: libc::c_int) -> bool {
+    fs::read_link(format!("/proc/self/fd/{fd}"))
+        .is_ok_and(|name| name.as_os_str() == "anon_inode:[userfaultfd]")
+}

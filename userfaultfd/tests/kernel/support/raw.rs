@@ -1,0 +1,59 @@
+//! The kernel's interface without this crate: to see what the kernel itself says, and to prepare descriptors that
+//! the crate hasn't touched.
+
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+use userfaultfd::{Errno, FeatureFlags, IoctlFlags};
+use userfaultfd_sys as sys;
+
+/// Turns the C convention into a result.
+pub(crate) fn check(returned: impl Into<i64>) -> Result<i64, Errno> {
+    let returned = returned.into();
+    if returned == -1 { Err(Errno::last()) } else { Ok(returned) }
+}
+
+/// userfaultfd(2).
+pub(crate) fn userfaultfd(flags: libc::c_int) -> Result<OwnedFd, Errno> {
+    // SAFETY: touches no memory of the caller.
+    let fd = check(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })?;
+    // SAFETY: a new descriptor of this process, owned by nothing else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
+}
+
+/// A descriptor for faults from user mode that hasn't shaken hands, closed on exec.
+pub(crate) fn unshaken(flags: libc::c_int) -> OwnedFd {
+    let flags = flags | libc::O_CLOEXEC;
+    // Before Linux 5.11 there is no restriction to user mode.
+    userfaultfd(flags | sys::UFFD_USER_MODE_ONLY as libc::c_int).or_else(|_| userfaultfd(flags)).unwrap()
+}
+
+/// Whether the kernel can restrict a descriptor to faults from user mode.
+pub(crate) fn knows_user_mode_only() -> bool {
+    userfaultfd(sys::UFFD_USER_MODE_ONLY as libc::c_int).is_ok()
+}
+
+/// The handshake: what the kernel offers.
+pub(crate) fn api(fd: impl AsFd, features: FeatureFlags) -> Result<(FeatureFlags, IoctlFlags), Errno> {
+    let mut arg = sys::uffdio_api { api: sys::UFFD_API, features: features.bits(), ioctls: 0 };
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: the kernel reads and writes the structure, which is borrowed for the call.
+    check(unsafe { libc::ioctl(fd, sys::UFFDIO_API as libc::Ioctl, &raw mut arg) })?;
+    Ok((FeatureFlags::from_bits_retain(arg.features), IoctlFlags::from_bits_retain(arg.ioctls)))
+}
+
+/// What poll(2) says of a descriptor at once, of `POLLIN` and the conditions that it always tells.
+pub(crate) fn poll(fd: impl AsFd) -> libc::c_short {
+    poll_for(fd, 0)
+}
+
+/// Waits until poll(2) says that a descriptor can be read. For non-blocking userfaultfds.
+pub(crate) fn wait_for_event(fd: impl AsFd) {
+    assert_eq!(poll_for(fd, -1), libc::POLLIN);
+}
+
+fn poll_for(fd: impl AsFd, milliseconds: libc::c_int) -> libc::c_short {
+    let mut poll = libc::pollfd { fd: fd.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: the structure is borrowed for the call.
+    check(unsafe { libc::poll(&mut poll, 1, milliseconds) }).unwrap();
+    poll.revents
+}
