@@ -3,3 +3,6 @@
 mod support;
 
 mod copy;
+mod fill;
+mod handshake;
+mod support_probe;

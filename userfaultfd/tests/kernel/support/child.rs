@@ -1,7 +1,9 @@
 //! Tests that need a process of their own: that drop rights, fork, exhaust descriptors or die.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::{Command, Output, Stdio};
+
+use super::raw::check;
 
 /// Names the test whose child this process is.
 const CHILD: &str = "USERFAULTFD_TEST_CHILD";
@@ -49,6 +51,18 @@ pub(crate) fn fork(body: impl FnOnce()) -> Forked {
         }
         pid => Forked(Some(pid)),
     }
+}
+
+/// A userfaultfd of a process that is gone, with `memory` registered there. Takes a test that runs alone ([`run`]).
+pub(crate) fn uffd_of_the_dead(memory: &Memory) -> Uffd {
+    let (here, there) = UnixStream::pair().unwrap();
+    let child = fork(|| {
+        let uffd = super::uffd(FeatureFlags::empty());
+        uffd.register(memory.start(), memory.len()).unwrap();
+        send_fd(&there, uffd.as_fd());
+    });
+    child.succeed();
+    Uffd::from(receive_fd(&here))
 }
 
 /// A forked child, killed and waited for when dropped.
@@ -104,9 +118,41 @@ pub(crate) fn drop_rights() {
     assert_eq!(unsafe { libc::setresuid(65534, 65534, 65534) }, 0);
 }
 
+/// Lowers the limit of open files so that none can be opened, until dropped.
+pub(crate) fn use_up_descriptors() -> Full {
+    let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the structure is borrowed for the call.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut before) }).unwrap();
+    // The lowest number that is free.
+    // SAFETY: touches no memory.
+    let free = check(unsafe { libc::fcntl(0, libc::F_DUPFD_CLOEXEC, 0) }).unwrap();
+    // SAFETY: it was just opened, and nothing owns it.
+    drop(unsafe { OwnedFd::from_raw_fd(free as RawFd) });
+    Full::limit(libc::rlimit { rlim_cur: free as libc::rlim_t, ..before });
+    Full { before }
+}
+
+/// No descriptor can be opened.
+#[derive(Debug)]
+pub(crate) struct Full {
+    before: libc::rlimit,
+}
+
+impl Full {
+    fn limit(limit: libc::rlimit) {
+        // SAFETY: the structure is borrowed for the call.
+        check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }).unwrap();
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        Self::limit(self.before);
+    }
+}
+
 /// Sends a descriptor over a Unix socket.
-pub(crate) fn send_fd(socket: &std::os::unix::net::UnixStream, fd: std::os::fd::BorrowedFd<'_>) {
-    use std::os::fd::AsRawFd;
+pub(crate) fn send_fd(socket: &std::os::unix::net::UnixStream, fd: BorrowedFd<'_>) {
     let mut byte = [0u8];
     let mut data = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
     let mut control = Control::new();
@@ -128,7 +174,6 @@ pub(crate) fn send_fd(socket: &std::os::unix::net::UnixStream, fd: std::os::fd::
 
 /// Receives a descriptor from a Unix socket.
 pub(crate) fn receive_fd(socket: &std::os::unix::net::UnixStream) -> OwnedFd {
-    use std::os::fd::{AsRawFd, FromRawFd};
     let mut byte = [0u8];
     let mut data = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
     let mut control = Control::new();

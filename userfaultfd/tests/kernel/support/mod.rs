@@ -1,16 +1,20 @@
 //! What the tests share: what the kernel offers, memory of every kind, time limits, processes of their own.
 
 pub(crate) mod child;
+pub(crate) mod foreign;
+pub(crate) mod fault;
+pub(crate) mod fill;
 pub(crate) mod handler;
 pub(crate) mod hugetlb;
 pub(crate) mod memory;
 pub(crate) mod proc;
 pub(crate) mod raw;
 
+use std::ffi::c_void;
 use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::time::Duration;
 
-use userfaultfd::{FeatureFlags, Support};
+use userfaultfd::{Errno, Error, FeatureFlags, Support, Uffd, UffdBuilder};
 
 /// Names a mask of features, in hexadecimal, that the running kernel must offer: exactly those. A test that is
 /// skipped for one of them fails then. Set by whoever knows which kernel runs.
@@ -35,16 +39,22 @@ pub(crate) fn expected_features() -> Option<FeatureFlags> {
     Some(FeatureFlags::from_bits_retain(bits))
 }
 
-/// Whether `features` are there. If not, says so, and fails where they are expected.
+/// Whether `features` are there, and may be used. If not, says so, and fails where they are expected.
 pub(crate) fn has_features(test: &str, features: FeatureFlags) -> bool {
     let missing = features.difference(self::features());
     if missing.is_empty() {
-        return true;
+        let forks = features.contains(FeatureFlags::EVENT_FORK);
+        return !forks || has(test, "CAP_SYS_PTRACE", may_watch_forks());
     }
     let expected = expected_features().unwrap_or_default();
     assert!(!expected.intersects(missing), "{test} needs {missing}, which this kernel is expected to have");
     println!("SKIP {test}: needs {missing}");
     false
+}
+
+/// Whether this process may use `EVENT_FORK`, which takes more than that the kernel offers it.
+pub(crate) fn may_watch_forks() -> bool {
+    raw::api(raw::unshaken(0), FeatureFlags::EVENT_FORK) != Err(userfaultfd::Errno::EPERM)
 }
 
 /// Whether a need beside features is met. If not, says so, and fails where it is expected.
@@ -64,6 +74,43 @@ pub(crate) fn has(test: &str, need: &str, met: bool) -> bool {
 pub(crate) fn is_root() -> bool {
     // SAFETY: touches no memory.
     unsafe { libc::geteuid() == 0 }
+}
+
+/// A userfaultfd as most tests want it: it doesn't wait for events, and children that execute don't get it, whose copies
+/// would keep it open.
+pub(crate) fn uffd(features: FeatureFlags) -> Uffd {
+    UffdBuilder::new()
+        .close_on_exec(true)
+        .non_blocking(true)
+        .require_features(features)
+        .create()
+        .expect("the kernel offers the features")
+}
+
+/// The errno of an operation that must fail.
+#[track_caller]
+pub(crate) fn errno<T: std::fmt::Debug>(result: userfaultfd::Result<T>) -> Errno {
+    let error: Error = result.expect_err("must fail");
+    error.errno().unwrap_or_else(|| panic!("no errno: {error:?}"))
+}
+
+/// Ranges that are malformed for operations on `memory`, and why.
+pub(crate) fn bad_ranges(memory: &memory::Memory) -> Vec<(&'static str, *mut c_void, usize)> {
+    let (start, page) = (memory.start(), memory.page());
+    let last_page = std::ptr::without_provenance_mut(page.wrapping_neg());
+    let mut ranges = vec![
+        ("nothing", start, 0),
+        ("unaligned start", start.wrapping_byte_add(1), page),
+        ("unaligned length", start, page + 1),
+        ("less than a page", start, 1),
+        ("past the end of addresses", last_page, page),
+        ("around the end of addresses", start, page.wrapping_neg()),
+    ];
+    if memory.kind().is_hugetlb() {
+        ranges.push(("part of a huge page", start, self::page()));
+        ranges.push(("start inside a huge page", start.wrapping_byte_add(self::page()), page));
+    }
+    ranges
 }
 
 /// The page size, in bytes.
