@@ -97,9 +97,11 @@
 //! # Bindings of other headers
 //!
 //! The feature `bindgen` makes the bindings anew on every build, by libclang, from the headers in the directory that
-//! the environment variable `LINUX_HEADERS` names: either what `make headers_install INSTALL_HDR_PATH=…` has filled, or
-//! a kernel source tree. Without the variable the system's headers are taken. This is for kernels with patches to
-//! userfaultfd, and for architectures that the committed bindings don't cover; [`SYS_userfaultfd`] isn't defined there.
+//! the environment variable `LINUX_HEADERS` names by an absolute path: either what
+//! `make headers_install INSTALL_HDR_PATH=…` has filled, or a kernel source tree. Without the variable the system's
+//! headers are taken. This is for kernels with patches to userfaultfd, and for architectures that have no committed
+//! bindings (where `SYS_userfaultfd` isn't defined).
+//!
 //! Headers without all names that this crate promises, so those before Linux 7.3, are refused with a list of what they
 //! lack. The committed bindings have these names and are right for older kernels too.
 //!

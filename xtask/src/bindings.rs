@@ -37,8 +37,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         version = version.or(generated.version);
         files.push((encoding.file(), format!("{PREFACE}{}", generated.text)));
     }
-    let version = version.map(Ok).or_else(|| version_of_tree(&options.headers)).transpose()?;
-    match &version {
+    match version.or_else(|| version_of_tree(&options.headers)) {
         Some(version) => files.push(("VERSION", format!("{version}\n"))),
         None if options.check => eprintln!("the tree doesn't say its version: VERSION is not checked"),
         None => return Err("the tree doesn't say its version: add --version X.Y.Z".to_owned()),
@@ -145,26 +144,27 @@ fn describe(target: &Target) -> String {
 }
 
 /// The version of a tree without `linux/version.h`: a source tree has it in its Makefile, others may tell it in a
-/// README.md as `Linux X.Y.Z`.
-fn version_of_tree(root: &Path) -> Option<Result<String, String>> {
+/// README.md.
+fn version_of_tree(root: &Path) -> Option<String> {
     let read = |name: &str| fs::read_to_string(root.join(name)).ok();
-    let makefile = read("Makefile").and_then(|text| {
-        let value = |name| {
-            text.lines().find_map(|line| {
-                let (key, value) = line.split_once('=')?;
-                (key.trim() == name).then(|| value.trim().to_owned())
-            })
-        };
-        Some(format!("{}.{}.{}", value("VERSION")?, value("PATCHLEVEL")?, value("SUBLEVEL")?))
-    });
-    let readme = || {
-        let text = read("README.md")?;
-        let mut words = text.split_whitespace();
-        words.find(|word| *word == "Linux")?;
-        words.next().map(|word| word.trim_end_matches(['.', ',', ':']).to_owned())
+    let makefile = read("Makefile").and_then(|text| version_of_makefile(&text));
+    makefile.or_else(|| version_of_readme(&read("README.md")?))
+}
+
+fn version_of_makefile(text: &str) -> Option<String> {
+    let value = |name| {
+        let mut assignments = text.lines().filter_map(|line| line.split_once('='));
+        assignments.find(|(key, _)| key.trim() == name).map(|(_, value)| value.trim())
     };
-    let version = makefile.or_else(readme)?;
-    Some(if is_version(&version) { Ok(version) } else { Err(format!("`{version}` is not a version")) })
+    let version = format!("{}.{}.{}", value("VERSION")?, value("PATCHLEVEL")?, value("SUBLEVEL")?);
+    is_version(&version).then_some(version)
+}
+
+/// The first `Linux X.Y.Z`.
+fn version_of_readme(text: &str) -> Option<String> {
+    let words: Vec<_> = text.split_whitespace().map(|word| word.trim_end_matches(['.', ',', ':'])).collect();
+    let pair = words.windows(2).find(|pair| pair[0] == "Linux" && is_version(pair[1]))?;
+    Some(pair[1].to_owned())
 }
 
 fn is_version(text: &str) -> bool {
@@ -197,4 +197,40 @@ fn write(files: &[(&str, String)]) -> Result<(), String> {
         println!("{}: {}", path.display(), if changed { "written" } else { "unchanged" });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Options, is_version, version_of_makefile, version_of_readme};
+
+    #[test]
+    fn version_is_read_from_a_makefile() {
+        let text = "# SPDX\nVERSION = 7\nPATCHLEVEL = 3\nSUBLEVEL = 4\nEXTRAVERSION =\nNAME = x\n";
+        assert_eq!(version_of_makefile(text).as_deref(), Some("7.3.4"));
+        assert_eq!(version_of_makefile("VERSION = 7\nall: ;\n"), None);
+    }
+
+    #[test]
+    fn version_is_read_from_a_readme() {
+        let text = "The Linux headers, of Linux 7.3.4, installed.";
+        assert_eq!(version_of_readme(text).as_deref(), Some("7.3.4"));
+        assert_eq!(version_of_readme("Linux headers of 7.3.4"), None);
+    }
+
+    #[test]
+    fn versions_have_three_numbers() {
+        assert!(is_version("7.3.4"));
+        for text in ["7.3", "7.3.4.5", "7.3.x", "7.3.-4", ""] {
+            assert!(!is_version(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn arguments_are_checked() {
+        let parse = |line: &str| Options::parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        assert!(parse("--headers x --check").is_ok_and(|options| options.check));
+        for line in ["", "--check", "--headers", "--headers x --version 7", "--headers x y"] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
 }

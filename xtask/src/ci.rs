@@ -2,6 +2,7 @@
 
 mod bare;
 mod steps;
+mod targets;
 
 use std::process::Command;
 use std::time::{Duration, Instant};

@@ -1,10 +1,10 @@
 //! The steps.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::{env, fs};
 
-use super::{Outcome, Step, bare, cargo, execute, output};
+use super::{Outcome, Step, bare, cargo, execute, output, targets};
 use crate::libclang;
 
 /// An optional header tree beside the repository.
@@ -24,6 +24,7 @@ pub(super) const STEPS: &[Step] = &[
     step("clippy", "lints, warnings denied", clippy),
     step("doc", "documentation, warnings denied", doc),
     step("docs-rs", "documentation as docs.rs builds it", docs_rs),
+    step("targets", "every Linux target of this Rust has bindings", targets::run),
     step("bindings", "the committed bindings are those of ../shared/uapi", bindings),
     step("bindgen", "feature `bindgen`, with the headers of ../shared/uapi", bindgen),
     step("package", "both crates, as they would be published", package),
@@ -61,9 +62,8 @@ fn headers() -> Option<PathBuf> {
 fn bindings() -> Result<Outcome, String> {
     let Some(headers) = headers() else { return Ok(Outcome::Skipped(NO_HEADERS)) };
     // A process of its own: bindgen panics at times.
-    let program = env::current_exe().map_err(|e| format!("xtask's own path: {e}"))?;
-    let mut command = Command::new(program);
-    passed(execute(command.args(["bindings", "--check", "--headers"]).arg(headers)))
+    let mut command = cargo(&["run", "--quiet", "--package=xtask", "--", "bindings", "--check", "--headers"]);
+    passed(execute(command.arg(headers)))
 }
 
 fn bindgen() -> Result<Outcome, String> {
