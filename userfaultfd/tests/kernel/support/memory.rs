@@ -2,10 +2,14 @@
 
 use std::ffi::c_void;
 use std::fmt;
+use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::ptr;
+use std::sync::Mutex;
 
-use userfaultfd::FeatureFlags;
+use userfaultfd::{FeatureFlags, RegisterMode};
 
 use super::hugetlb::{self, HugePages};
 
@@ -36,6 +40,11 @@ impl Kind {
         Kind::PrivateHugetlb,
     ];
 
+    /// Bytes of a page.
+    pub(crate) fn page(self) -> usize {
+        if self.is_hugetlb() { hugetlb::page() } else { super::page() }
+    }
+
     pub(crate) fn is_hugetlb(self) -> bool {
         matches!(self, Kind::Hugetlb | Kind::PrivateHugetlb)
     }
@@ -43,6 +52,22 @@ impl Kind {
     /// Whether its pages are kept in a page cache that others can map, too.
     pub(crate) fn is_shared(self) -> bool {
         !matches!(self, Kind::Anonymous | Kind::PrivateMemfd | Kind::PrivateHugetlb)
+    }
+
+    /// Whether it can ever be registered so; and the features that tell whether this kernel can.
+    pub(crate) fn needs(self, modes: RegisterMode) -> Option<FeatureFlags> {
+        if self == Kind::Anonymous && modes.contains(RegisterMode::MINOR) {
+            return None;
+        }
+        let [missing, write_protect, minor] = self.features();
+        let needs = [
+            (RegisterMode::MISSING, missing),
+            (RegisterMode::WRITE_PROTECT, write_protect),
+            (RegisterMode::MINOR, minor),
+            (RegisterMode::READ_WRITE_PROTECT, FeatureFlags::RWP),
+        ];
+        let needs = needs.into_iter().filter(|(mode, _)| modes.contains(*mode));
+        Some(needs.fold(FeatureFlags::empty(), |all, (_, feature)| all | feature))
     }
 
     /// The feature that tells of missing faults on it, of write-protect faults, of minor faults.
@@ -65,14 +90,33 @@ impl Kind {
     }
 }
 
+/// Memory of every kind that can be registered so, of `pages` pages each, one after the other. Kinds that this kernel lacks
+/// are skipped visibly.
+pub(crate) fn each(test: &str, modes: RegisterMode, pages: usize) -> impl Iterator<Item = Memory> {
+    Kind::ALL.into_iter().filter_map(move |kind| {
+        super::has_features(test, kind.needs(modes)?).then(|| Memory::try_new(test, kind, pages))?
+    })
+}
+
+/// What a page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct State {
+    /// It is mapped.
+    pub(crate) present: bool,
+    /// It is protected by a userfaultfd. Told since Linux 5.13, for markers of pages that aren't there, too.
+    pub(crate) protected: bool,
+}
+
 /// A mapping, unmapped when dropped. Its pages are of [`Memory::page`] bytes.
 pub(crate) struct Memory {
     kind: Kind,
     start: *mut u8,
     pages: usize,
     file: Option<OwnedFd>,
+    /// Pages that are unmapped already: somebody else may have mapped something there since.
+    unmapped: Mutex<Vec<Range<usize>>>,
     /// Given back after the memory is unmapped.
-    _huge_pages: Option<HugePages>,
+    huge_pages: Option<HugePages>,
 }
 
 // SAFETY: a mapping belongs to the process; access to it is by raw pointers, whose users see to order.
@@ -91,8 +135,9 @@ impl Memory {
     /// Maps `pages` pages. `None`, visibly, where hugetlb pages can't be had.
     pub(crate) fn try_new(test: &str, kind: Kind, pages: usize) -> Option<Self> {
         if kind.is_hugetlb() {
-            // A copy with a cold source takes a spare page for a moment, and a private write another.
-            let huge_pages = hugetlb::reserve(test, pages + 2)?;
+            // A copy with a cold source takes a spare page for a moment, and an alias of private memory as many again.
+            let aliased = if kind.is_shared() { 0 } else { pages };
+            let huge_pages = hugetlb::reserve(test, pages + aliased + 2)?;
             Some(Self::map(kind, pages, Some(huge_pages)))
         } else {
             Some(Self::map(kind, pages, None))
@@ -110,8 +155,18 @@ impl Memory {
         Self::new(Kind::Anonymous, pages)
     }
 
+    /// Maps `pages` pages of hugetlb memory without a promise that the pool has them.
+    pub(crate) fn unpromised_hugetlb(test: &str, pages: usize) -> Option<Self> {
+        let huge_pages = hugetlb::reserve(test, pages + 2)?;
+        Some(Self::map_with(Kind::Hugetlb, pages, libc::MAP_NORESERVE, Some(huge_pages)))
+    }
+
     fn map(kind: Kind, pages: usize, huge_pages: Option<HugePages>) -> Self {
-        let page = if kind.is_hugetlb() { hugetlb::page() } else { super::page() };
+        Self::map_with(kind, pages, 0, huge_pages)
+    }
+
+    fn map_with(kind: Kind, pages: usize, flags: libc::c_int, huge_pages: Option<HugePages>) -> Self {
+        let page = kind.page();
         let file = match kind {
             Kind::Anonymous | Kind::SharedAnonymous => None,
             Kind::Memfd | Kind::PrivateMemfd => Some(memfd(0, pages * page)),
@@ -120,21 +175,25 @@ impl Memory {
         let sharing = if kind.is_shared() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         let anonymous = if file.is_none() { libc::MAP_ANONYMOUS } else { 0 };
         let fd = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-        let start = map(pages * page, sharing | anonymous, fd);
+        let start = map(pages * page, sharing | anonymous | flags, fd);
         // Transparent huge pages would fill neighbours.
         if !kind.is_hugetlb() {
             // SAFETY: the range was just mapped and is nobody else's.
             unsafe { libc::madvise(start.cast(), pages * page, libc::MADV_NOHUGEPAGE) };
         }
-        Self { kind, start, pages, file, _huge_pages: huge_pages }
+        Self { kind, start, pages, file, unmapped: Mutex::default(), huge_pages }
     }
 
-    /// Maps the same file once more, shared: what is written there is in the page cache. For memory of a file.
+    /// Maps the same pages once more, shared: what is written there is in the page cache. Not for private anonymous
+    /// memory; for shared anonymous memory before it is registered.
     pub(crate) fn alias(&self) -> Memory {
-        let file = self.file.as_ref().expect("memory of a file").try_clone().unwrap();
-        let start = map(self.len(), libc::MAP_SHARED, file.as_raw_fd());
+        let file = self.file.as_ref().map(|file| file.try_clone().unwrap());
+        let start = match &file {
+            Some(file) => map(self.len(), libc::MAP_SHARED, file.as_raw_fd()),
+            None => map_again(self.start, self.len()),
+        };
         let kind = if self.kind.is_hugetlb() { Kind::Hugetlb } else { Kind::Memfd };
-        Memory { kind, start, pages: self.pages, file: Some(file), _huge_pages: None }
+        Memory { kind, start, pages: self.pages, file, unmapped: Mutex::default(), huge_pages: None }
     }
 
     pub(crate) fn kind(&self) -> Kind {
@@ -143,7 +202,7 @@ impl Memory {
 
     /// Bytes of a page: of a huge page on hugetlb memory.
     pub(crate) fn page(&self) -> usize {
-        if self.kind.is_hugetlb() { hugetlb::page() } else { super::page() }
+        self.kind.page()
     }
 
     pub(crate) fn pages(&self) -> usize {
@@ -169,6 +228,29 @@ impl Memory {
         self.file.as_ref().expect("memory of a file")
     }
 
+    /// The huge pages of hugetlb memory.
+    pub(crate) fn huge_pages(&self) -> &HugePages {
+        self.huge_pages.as_ref().expect("hugetlb memory")
+    }
+
+    /// The content of a page.
+    pub(crate) fn content(&self, page: usize) -> Vec<u8> {
+        assert!(page < self.pages);
+        let mut content = vec![0; self.page()];
+        // SAFETY: source and destination are of a page's length, and the mapping is only accessed by raw pointers.
+        unsafe { ptr::copy_nonoverlapping(self.at(page).cast(), content.as_mut_ptr(), content.len()) };
+        content
+    }
+
+    /// What /proc/self/pagemap says of a page, without an access to it.
+    pub(crate) fn state(&self, page: usize) -> State {
+        let mut entry = [0; 8];
+        let at = self.at(page).addr() / super::page() * entry.len();
+        File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entry, at as u64).unwrap();
+        let entry = u64::from_ne_bytes(entry);
+        State { present: entry >> 63 & 1 == 1, protected: entry >> 57 & 1 == 1 }
+    }
+
     /// Reads the first byte of a page. Waits there if the page is missing and somebody handles its faults.
     pub(crate) fn read(&self, page: usize) -> u8 {
         assert!(page < self.pages);
@@ -192,16 +274,39 @@ impl Memory {
 
     /// Unmaps some pages, which aren't to be accessed any more.
     pub(crate) fn unmap(&self, first: usize, pages: usize) {
+        self.unmapped.lock().unwrap().push(first..first + pages);
         // SAFETY: the range lies inside the mapping, whose content nobody borrows.
         let result = unsafe { libc::munmap(self.at(first), pages * self.page()) };
         assert_eq!(result, 0);
+    }
+
+    /// mprotect(2) on some pages.
+    pub(crate) fn protect(&self, first: usize, pages: usize, protection: libc::c_int) {
+        // SAFETY: the range lies inside the mapping, whose content nobody borrows.
+        let result = unsafe { libc::mprotect(self.at(first), pages * self.page(), protection) };
+        assert_eq!(result, 0, "mprotect: {}", std::io::Error::last_os_error());
+    }
+
+    /// Drops some pages from the file, wherever they are mapped.
+    pub(crate) fn punch(&self, first: usize, pages: usize) {
+        let (offset, len) = (first * self.page(), pages * self.page());
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: touches no memory of the caller but what the file's mappings show.
+        let result = unsafe { libc::fallocate(self.file().as_raw_fd(), mode, offset as _, len as _) };
+        assert_eq!(result, 0, "fallocate: {}", std::io::Error::last_os_error());
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping is self's own.
-        unsafe { libc::munmap(self.start.cast(), self.len()) };
+        let unmapped = self.unmapped.get_mut().unwrap();
+        for page in 0..self.pages {
+            if !unmapped.iter().any(|range| range.contains(&page)) {
+                let start = self.start.wrapping_add(page * self.kind.page());
+                // SAFETY: the page is mapped, and self's own.
+                unsafe { libc::munmap(start.cast(), self.kind.page()) };
+            }
+        }
     }
 }
 
@@ -222,4 +327,12 @@ fn map(len: usize, flags: libc::c_int, fd: libc::c_int) -> *mut u8 {
     let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd, 0) };
     assert_ne!(start, libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
     start.cast()
+}
+
+/// Maps the pages of a shared mapping a second time.
+fn map_again(start: *mut u8, len: usize) -> *mut u8 {
+    // SAFETY: an old length of 0 leaves the mapping alone and makes another at an address of the kernel's choice.
+    let again = unsafe { libc::mremap(start.cast(), 0, len, libc::MREMAP_MAYMOVE) };
+    assert_ne!(again, libc::MAP_FAILED, "mremap: {}", std::io::Error::last_os_error());
+    again.cast()
 }

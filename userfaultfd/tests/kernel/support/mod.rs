@@ -1,9 +1,10 @@
 //! What the tests share: what the kernel offers, memory of every kind, time limits, processes of their own.
 
 pub(crate) mod child;
-pub(crate) mod foreign;
+pub(crate) mod dead;
 pub(crate) mod fault;
 pub(crate) mod fill;
+pub(crate) mod foreign;
 pub(crate) mod handler;
 pub(crate) mod hugetlb;
 pub(crate) mod memory;

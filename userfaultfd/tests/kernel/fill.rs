@@ -1,0 +1,222 @@
+//! What UFFDIO_COPY, ZEROPAGE, CONTINUE, POISON and MOVE have in common.
+
+use std::thread;
+
+use userfaultfd::{Errno, Event, FaultKind, FeatureFlags, RegisterMode};
+
+use crate::support::fault::{self, Fault};
+use crate::support::fill::{self, Fill, Filler};
+use crate::support::memory::{Kind, Memory};
+use crate::support::{self, bad_ranges, child, dead, page, raw, require, test_name};
+
+/// The kind of fault that an operation resolves.
+fn kind_of(fill: Fill) -> FaultKind {
+    if fill == Fill::Continue { FaultKind::Minor } else { FaultKind::Missing }
+}
+
+#[test]
+fn each_operation_resolves_a_fault_on_memory_that_it_fits() {
+    require!();
+    for filler in fill::each(test_name!(), 2).filter(|filler| filler.fill != Fill::Poison) {
+        let (fill, memory) = (filler.fill, &filler.memory);
+        let byte = fault::during(
+            &filler.uffd,
+            memory,
+            || memory.read(1),
+            |faults| {
+                assert_eq!(faults.next(), Fault::read(kind_of(fill), memory, 1), "{filler:?}");
+                assert_eq!(filler.run(1, 1, true).unwrap(), memory.page(), "{filler:?}");
+            },
+        );
+        assert_eq!(byte, fill.byte(), "{filler:?}");
+        assert!(!memory.state(0).present, "{filler:?}");
+        fault::assert_silent(&filler.uffd);
+    }
+}
+
+#[test]
+fn each_operation_is_invalid_on_memory_that_it_does_not_fit() {
+    require!();
+    for (fill, kind) in Fill::ALL.into_iter().flat_map(|fill| Kind::ALL.map(|kind| (fill, kind))) {
+        let needs = fill.needs() | kind.needs(RegisterMode::MISSING).unwrap();
+        if fill.fits(kind) || !support::has_features(test_name!(), needs) {
+            continue;
+        }
+        let Some(memory) = Memory::try_new(test_name!(), kind, 2) else { continue };
+        let filler = Filler::over(fill, support::uffd(FeatureFlags::empty()), memory);
+        filler.uffd.register(filler.memory.start(), filler.memory.len()).unwrap();
+        filler.assert_stopped(&filler.run(0, 2, true), 0, Errno::EINVAL);
+        assert!(!filler.memory.state(0).present, "{filler:?}");
+    }
+}
+
+#[test]
+fn a_request_is_done_whole_or_tells_how_far_it_got() {
+    require!();
+    for filler in fill::each(test_name!(), 4) {
+        let whole = filler.memory.page();
+        assert_eq!(filler.run(1, 1, true).unwrap(), whole, "{filler:?}");
+        // The second of two pages is occupied, and the call for the rest tells that.
+        filler.assert_stopped(&filler.run(0, 4, true), 1, Errno::EAGAIN);
+        filler.assert_stopped(&filler.run(1, 3, true), 0, Errno::EEXIST);
+        assert_eq!(filler.run(2, 2, true).unwrap(), 2 * whole, "{filler:?}");
+        filler.assert_stopped(&filler.run(0, 4, true), 0, Errno::EEXIST);
+    }
+}
+
+#[test]
+fn malformed_ranges_are_invalid() {
+    require!();
+    for filler in fill::each(test_name!(), 2) {
+        for (why, start, len) in bad_ranges(&filler.memory) {
+            let result = filler.run_at(start, len, true);
+            assert!(result.is_err(), "{why}: {filler:?}");
+            filler.assert_stopped(&result, 0, Errno::EINVAL);
+        }
+        assert!((0..2).all(|page| !filler.memory.state(page).present), "{filler:?}");
+    }
+}
+
+#[test]
+fn a_range_that_is_not_registered_whole_in_one_mapping_is_not_there() {
+    require!();
+    for filler in fill::each(test_name!(), 4) {
+        let memory = &filler.memory;
+        // Registered, registered and read-only, not registered.
+        memory.protect(1, 1, libc::PROT_READ);
+        filler.uffd.unregister(memory.at(2), 2 * memory.page()).unwrap();
+        let crossing = if filler.fill == Fill::Move { Errno::EINVAL } else { Errno::ENOENT };
+        filler.assert_stopped(&filler.run(0, 2, true), 0, crossing);
+        filler.assert_stopped(&filler.run(1, 2, true), 0, crossing);
+        filler.assert_stopped(&filler.run(2, 2, true), 0, crossing);
+        assert!((0..4).all(|page| !memory.state(page).present), "{filler:?}");
+        assert_eq!(filler.run(0, 1, true).unwrap(), memory.page(), "{filler:?}");
+    }
+}
+
+#[test]
+fn an_address_where_nothing_is_mapped_is_not_there() {
+    require!();
+    for filler in fill::each(test_name!(), 1) {
+        let nowhere = std::ptr::without_provenance_mut(filler.memory.page());
+        filler.assert_stopped(&filler.run_at(nowhere, filler.memory.page(), true), 0, Errno::ENOENT);
+    }
+}
+
+#[test]
+fn a_fill_that_does_not_wake_leaves_that_to_wake() {
+    require!();
+    for filler in fill::each(test_name!(), 1).filter(|filler| filler.fill != Fill::Poison) {
+        let (uffd, memory) = (&filler.uffd, &filler.memory);
+        let byte = fault::during(
+            uffd,
+            memory,
+            || memory.read(0),
+            |faults| {
+                faults.next();
+                filler.run(0, 1, false).unwrap();
+                assert!(memory.state(0).present);
+                assert_eq!(fault::waiters(uffd), 1, "{filler:?}");
+                uffd.wake(memory.start(), memory.len()).unwrap();
+            },
+        );
+        assert_eq!(byte, filler.fill.byte(), "{filler:?}");
+    }
+}
+
+#[test]
+fn a_partial_fill_wakes_the_part() {
+    require!();
+    for filler in fill::each(test_name!(), 3).filter(|filler| filler.fill != Fill::Poison) {
+        let (uffd, memory) = (&filler.uffd, &filler.memory);
+        filler.run(2, 1, true).unwrap();
+        let read = |page| move || memory.read(page);
+        let bytes = fault::during_all(uffd, memory, [read(0), read(1)], |faults| {
+            faults.next();
+            faults.next();
+            filler.assert_stopped(&filler.run(0, 3, true), 2, Errno::EAGAIN);
+        });
+        assert_eq!(bytes, [filler.fill.byte(); 2], "{filler:?}");
+    }
+}
+
+#[test]
+fn another_userfaultfd_fills_but_wakes_only_its_own_waiters() {
+    require!();
+    for filler in fill::each(test_name!(), 1).filter(|filler| filler.fill != Fill::Poison) {
+        let (uffd, memory) = (&filler.uffd, &filler.memory);
+        let foreign = support::uffd(FeatureFlags::empty());
+        let byte = fault::during(
+            uffd,
+            memory,
+            || memory.read(0),
+            |faults| {
+                faults.next();
+                let result = filler.run_by(&foreign, memory.start(), memory.len(), true);
+                if filler.fill == Fill::Move {
+                    filler.assert_stopped(&result, 0, Errno::EINVAL);
+                    filler.run(0, 1, false).unwrap();
+                } else {
+                    assert_eq!(result.unwrap(), memory.len(), "{filler:?}");
+                }
+                foreign.wake(memory.start(), memory.len()).unwrap();
+                assert_eq!(fault::waiters(uffd), 1, "{filler:?}");
+                uffd.wake(memory.start(), memory.len()).unwrap();
+            },
+        );
+        assert_eq!(byte, filler.fill.byte(), "{filler:?}");
+    }
+}
+
+#[test]
+fn fills_are_to_be_tried_again_while_the_layout_changes() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    for fill in Fill::ALL {
+        let filler = Filler::try_with(test_name!(), fill, fill.home(), 2, FeatureFlags::EVENT_REMOVE);
+        let Some(filler) = filler else { continue };
+        let (uffd, memory) = (&filler.uffd, &filler.memory);
+        thread::scope(|scope| {
+            let remover = scope.spawn(|| memory.advise(0, 1, libc::MADV_DONTNEED).unwrap());
+            raw::wait_for_event(uffd);
+            let attempt = filler.run(1, 1, true);
+            let event = uffd.read_event().unwrap();
+            filler.assert_stopped(&attempt, 0, Errno::EAGAIN);
+            let Some(Event::Remove { start, end }) = event else { panic!("{event:?}") };
+            assert_eq!((start, end), (memory.at(0), memory.at(1)));
+            remover.join().unwrap();
+        });
+        // The remover is through, so it isn't changing any more.
+        assert_eq!(filler.run(1, 1, true).unwrap(), memory.page(), "{filler:?}");
+    }
+}
+
+#[test]
+fn fills_of_a_process_that_is_gone_find_none() {
+    require!();
+    child::run_well(test_name!(), || {
+        for fill in Fill::ALL {
+            if !support::has_features(test_name!(), fill.needs()) {
+                continue;
+            }
+            let memory = Memory::new(fill.home(), 2);
+            let gone = dead::uffd(&memory);
+            let filler = Filler::over(fill, gone, memory);
+            // Pages are moved only within the caller's own memory, and that is asked first.
+            let errno = if fill == Fill::Move { Errno::EINVAL } else { Errno::ESRCH };
+            filler.assert_stopped(&filler.run(0, 1, true), 0, errno);
+        }
+    });
+}
+
+#[test]
+fn a_kernel_without_an_operation_says_that_it_is_invalid() {
+    require!();
+    for fill in [Fill::Poison, Fill::Move] {
+        if support::features().contains(fill.needs()) {
+            continue;
+        }
+        let filler = Filler::over(fill, support::uffd(FeatureFlags::empty()), Memory::anonymous(1));
+        filler.uffd.register(filler.memory.start(), page()).unwrap();
+        filler.assert_stopped(&filler.run(0, 1, true), 0, Errno::EINVAL);
+    }
+}

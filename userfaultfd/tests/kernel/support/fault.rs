@@ -1,0 +1,107 @@
+//! Threads that run into faults, and the faults.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::{panic, thread};
+
+use userfaultfd::{FaultKind, ReadWrite, Uffd};
+
+pub(crate) use super::handler::Fault;
+use super::memory::Memory;
+use super::proc;
+
+impl Fault {
+    /// The fault that a read of `page` delivers.
+    pub(crate) fn read(kind: FaultKind, memory: &Memory, page: usize) -> Self {
+        Self { kind, rw: ReadWrite::Read, addr: memory.at(page).addr(), thread: 0 }
+    }
+
+    /// The fault that a write to `page` delivers.
+    pub(crate) fn write(kind: FaultKind, memory: &Memory, page: usize) -> Self {
+        Self { rw: ReadWrite::Write, ..Self::read(kind, memory, page) }
+    }
+}
+
+/// The faults of the threads that [`during`] runs.
+#[derive(Debug)]
+pub(crate) struct Faults<'a> {
+    uffd: &'a Uffd,
+    /// Has reached its end when the threads are done.
+    done: UnixStream,
+}
+
+impl Faults<'_> {
+    /// Waits for the next fault. Fails if the threads get through without one.
+    #[track_caller]
+    pub(crate) fn next(&self) -> Fault {
+        loop {
+            match self.uffd.read_event().unwrap() {
+                Some(event) => return Fault::of(event),
+                None => assert!(wait_readable(self.uffd, &self.done), "no fault was delivered"),
+            }
+        }
+    }
+}
+
+/// Waits until there is an event. Tells whether there is one, or it was `done` that got readable.
+fn wait_readable(uffd: &Uffd, done: &UnixStream) -> bool {
+    let poll = |fd: i32| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut fds = [poll(uffd.as_raw_fd()), poll(done.as_raw_fd())];
+    // SAFETY: the array lives until the call returns, and its length is right.
+    while unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {}
+    fds[0].revents & libc::POLLIN != 0
+}
+
+/// Runs `access` in a thread of its own, and meanwhile `answer` here, which gets the faults of it and must resolve them.
+/// Returns what `access` returns, and the faults are over then. The descriptor must not be a blocking one.
+pub(crate) fn during<T: Send>(
+    uffd: &Uffd,
+    memory: &Memory,
+    access: impl FnOnce() -> T + Send,
+    answer: impl FnOnce(&Faults<'_>),
+) -> T {
+    during_all(uffd, memory, [access], answer).pop().unwrap()
+}
+
+/// [`during`] with several threads.
+pub(crate) fn during_all<T: Send, A: FnOnce() -> T + Send>(
+    uffd: &Uffd,
+    memory: &Memory,
+    accesses: impl IntoIterator<Item = A>,
+    answer: impl FnOnce(&Faults<'_>),
+) -> Vec<T> {
+    let (done, end) = UnixStream::pair().unwrap();
+    thread::scope(|scope| {
+        let threads: Vec<_> = accesses
+            .into_iter()
+            .map(|access| {
+                let end = end.try_clone().unwrap();
+                scope.spawn(move || {
+                    let _end = end;
+                    access()
+                })
+            })
+            .collect();
+        drop(end);
+        let faults = Faults { uffd, done };
+        let answered = panic::catch_unwind(panic::AssertUnwindSafe(|| answer(&faults)));
+        if let Err(panic) = answered {
+            // The threads must not wait on, or the test would hang instead of failing.
+            let _ = uffd.unregister(memory.start(), memory.len());
+            panic::resume_unwind(panic);
+        }
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// How many threads wait for a fault to be resolved, whether or not it was read.
+pub(crate) fn waiters(uffd: &Uffd) -> usize {
+    proc::fdinfo(uffd).total
+}
+
+/// Checks that there is no event. For an access that is over and wasn't to be delivered.
+#[track_caller]
+pub(crate) fn assert_silent(uffd: &Uffd) {
+    let event = uffd.read_event().unwrap();
+    assert!(event.is_none(), "{event:?}");
+}
