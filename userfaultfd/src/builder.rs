@@ -132,7 +132,7 @@ impl UffdBuilder {
     /// # Errors
     ///
     /// As [`create`](Self::create). A descriptor of something else is [`OpenFailed`](Error::OpenFailed) with
-    /// `ENOTTY`.
+    /// `ENOTTY`, or with `EINVAL` where that has ioctls of its own.
     ///
     /// ```no_run
     /// use std::fs::File;
