@@ -5,4 +5,6 @@ mod support;
 mod copy;
 mod fill;
 mod handshake;
+mod register;
+mod open;
 mod support_probe;

@@ -53,18 +53,6 @@ pub(crate) fn fork(body: impl FnOnce()) -> Forked {
     }
 }
 
-/// A userfaultfd of a process that is gone, with `memory` registered there. Takes a test that runs alone ([`run`]).
-pub(crate) fn uffd_of_the_dead(memory: &Memory) -> Uffd {
-    let (here, there) = UnixStream::pair().unwrap();
-    let child = fork(|| {
-        let uffd = super::uffd(FeatureFlags::empty());
-        uffd.register(memory.start(), memory.len()).unwrap();
-        send_fd(&there, uffd.as_fd());
-    });
-    child.succeed();
-    Uffd::from(receive_fd(&here))
-}
-
 /// A forked child, killed and waited for when dropped.
 #[derive(Debug)]
 pub(crate) struct Forked(Option<libc::pid_t>);
@@ -123,19 +111,26 @@ pub(crate) fn use_up_descriptors() -> Full {
     let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the structure is borrowed for the call.
     check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut before) }).unwrap();
-    // The lowest number that is free.
+    // A limit below the number that a duplicate starts at, 3, would be another error. These fill what is free there.
+    let fillers: Vec<_> = std::iter::repeat_with(lowest_free).take_while(|fd| fd.as_raw_fd() <= 3).collect();
+    let limit = lowest_free().as_raw_fd() as libc::rlim_t;
+    Full::limit(libc::rlimit { rlim_cur: limit, ..before });
+    Full { before, _fillers: fillers }
+}
+
+/// Opens the lowest number that is free.
+fn lowest_free() -> OwnedFd {
     // SAFETY: touches no memory.
-    let free = check(unsafe { libc::fcntl(0, libc::F_DUPFD_CLOEXEC, 0) }).unwrap();
-    // SAFETY: it was just opened, and nothing owns it.
-    drop(unsafe { OwnedFd::from_raw_fd(free as RawFd) });
-    Full::limit(libc::rlimit { rlim_cur: free as libc::rlim_t, ..before });
-    Full { before }
+    let fd = check(unsafe { libc::fcntl(0, libc::F_DUPFD_CLOEXEC, 0) }).unwrap();
+    // SAFETY: it was just opened, and nothing else owns it.
+    unsafe { OwnedFd::from_raw_fd(fd as RawFd) }
 }
 
 /// No descriptor can be opened.
 #[derive(Debug)]
 pub(crate) struct Full {
     before: libc::rlimit,
+    _fillers: Vec<OwnedFd>,
 }
 
 impl Full {

@@ -1,8 +1,12 @@
 //! What handlers of faults do, in the short form that tests want.
 
-use userfaultfd::{Event, FaultKind, ReadWrite, Uffd};
+use std::io::Write;
+use std::os::fd::AsRawFd;
+
+use userfaultfd::{Errno, Event, FaultKind, ReadWrite, Uffd};
 
 use super::memory::Memory;
+use super::raw::check;
 
 /// An [`Event::Pagefault`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,4 +44,12 @@ pub(crate) fn zero(uffd: &Uffd, memory: &Memory, first: usize, pages: usize) {
     // SAFETY: the memory is only accessed by raw pointers.
     let zeroed = unsafe { uffd.zeropage(memory.at(first), len, true) };
     assert_eq!(zeroed.unwrap(), len);
+}
+
+/// Has the kernel write a byte to a page: read(2) from a pipe.
+pub(crate) fn kernel_write(memory: &Memory, page: usize, byte: u8) -> Result<(), Errno> {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(&[byte]).unwrap();
+    // SAFETY: the byte lies in the memory, which is only accessed by raw pointers.
+    check(unsafe { libc::read(reader.as_raw_fd(), memory.at(page), 1) } as i64).map(drop)
 }

@@ -7,7 +7,9 @@ pub(crate) mod fill;
 pub(crate) mod foreign;
 pub(crate) mod handler;
 pub(crate) mod hugetlb;
+pub(crate) mod mapping;
 pub(crate) mod memory;
+pub(crate) mod mounts;
 pub(crate) mod proc;
 pub(crate) mod raw;
 
