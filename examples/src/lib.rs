@@ -1,1 +1,111 @@
-//! stub
+//! What the examples share: an exit status that tells why, and memory that takes more than one call to get.
+//!
+//! An example ends with
+//!
+//! - 0: it did what it shows.
+//! - 1: something failed. The standard error says what.
+//! - [`UNMET`], 2: this machine or this process lacks something. The last line of the standard error says what it
+//!   is, after `needs`, and how to get it. The tests show that line as `SKIP`.
+
+use std::error::Error;
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::FromRawFd;
+use std::process::ExitCode;
+
+use memmap2::{MmapMut, MmapOptions};
+use userfaultfd::{FeatureFlags, Known};
+
+/// What an example, or a thread of it, ends with.
+pub type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
+
+/// The exit status of an example whose needs aren't met.
+pub const UNMET: u8 = 2;
+
+/// Something that is missing here, and how to get it.
+#[derive(Debug)]
+pub struct Needs(pub String);
+
+impl fmt::Display for Needs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "needs {}", self.0)
+    }
+}
+
+impl Error for Needs {}
+
+/// Runs an example, and makes an exit status of how it ends.
+pub fn run(example: impl FnOnce() -> Result<()>) -> ExitCode {
+    let Err(error) = example() else { return ExitCode::SUCCESS };
+    // This library's errors don't repeat their cause, so that is told here.
+    eprintln!("{error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        eprintln!("  {error}");
+        cause = error.source();
+    }
+    match error.downcast_ref() {
+        Some(userfaultfd::Error::UnsupportedFeatures { missing, .. }) => {
+            eprintln!("needs {}", since(*missing))
+        }
+        Some(userfaultfd::Error::FeatureNotPermitted(_)) => {
+            eprintln!("needs CAP_SYS_PTRACE: be root, or run: sudo setcap cap_sys_ptrace=ep PROGRAM");
+        }
+        _ if error.is::<Needs>() => {}
+        _ => return ExitCode::FAILURE,
+    }
+    ExitCode::from(UNMET)
+}
+
+/// Features with the releases that brought them: `MOVE (Linux 6.8)`.
+#[must_use]
+pub fn since(features: FeatureFlags) -> String {
+    let known = FeatureFlags::known().iter().filter(|known| features.contains(known.flag));
+    let names =
+        known.map(|Known { name, since: (major, minor), .. }| format!("{name} (Linux {major}.{minor})"));
+    names.collect::<Vec<_>>().join(", ")
+}
+
+/// A file of `len` bytes that is in memory and nowhere else. It can be mapped more than once.
+///
+/// # Errors
+///
+/// Those of memfd_create(2) and ftruncate(2).
+pub fn memfd(len: usize) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated constant, and nothing else is passed by pointer.
+    let fd = unsafe { libc::memfd_create(c"userfaultfd-example".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel made the descriptor for the call above, so nothing else owns it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len as u64)?;
+    Ok(file)
+}
+
+/// The size of a huge page, in bytes, if nobody says otherwise. `None` where the kernel has no hugetlb memory.
+#[must_use]
+pub fn huge_page_size() -> Option<usize> {
+    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("Hugepagesize:"))?;
+    let kib: usize = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(1024 * kib)
+}
+
+/// Private memory of `pages` huge pages of `size` bytes.
+///
+/// With `reserve` the pages are set aside for it, so that touching them can't fail. Without, anybody can map any number
+/// of them, and touching them may raise SIGBUS.
+///
+/// # Errors
+///
+/// `ENOMEM`: so many pages aren't to be had. `EINVAL`: no huge pages of this size. `EPERM`: not for this user.
+pub fn map_huge(pages: usize, size: usize, reserve: bool) -> io::Result<MmapMut> {
+    let mut options = MmapOptions::new();
+    options.len(pages * size).huge(Some(size.trailing_zeros() as u8));
+    if !reserve {
+        options.no_reserve_swap();
+    }
+    options.map_anon()
+}

@@ -1,0 +1,26 @@
+//! One page, one fault, one copy: the README's program. Any kernel; no rights from Linux 5.11 on.
+
+use std::{error::Error, thread};
+
+use userfaultfd::{Event, UffdBuilder, page_size};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    // A page of memory that nobody has touched yet, and somebody to tell when one does.
+    let mut memory = memmap2::MmapMut::map_anon(page_size())?;
+    let uffd = UffdBuilder::new().create()?;
+    uffd.register(memory.as_mut_ptr().cast(), memory.len())?;
+
+    let handler = thread::spawn(move || {
+        let Some(Event::Pagefault { addr, rw, .. }) = uffd.read_event()? else { unreachable!() };
+        println!("{rw:?} fault at {addr:p}");
+        let content = vec![42; page_size()];
+        // SAFETY: `content` is readable, and 42s are as good as any bytes to whoever reads `memory`.
+        unsafe { uffd.copy(content.as_ptr().cast(), addr, page_size(), true) }
+    });
+
+    let byte = memory[0]; // sleeps here until the copy is done
+    let copied = handler.join().unwrap()?;
+    println!("copied {copied} bytes, the first is {byte}");
+    assert_eq!(byte, 42);
+    Ok(())
+}
