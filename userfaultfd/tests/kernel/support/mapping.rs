@@ -1,0 +1,110 @@
+//! Memory that is out of the ordinary: most of it can't be registered.
+
+use std::ffi::c_void;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+use userfaultfd::Errno;
+
+use super::raw::check;
+use super::{has, page};
+
+/// Some pages of the base size, unmapped when dropped.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    pub(crate) start: *mut c_void,
+    pub(crate) len: usize,
+}
+
+impl Mapping {
+    /// mmap(2) at an address of the kernel's choice; without a file anonymous.
+    pub(crate) fn new(
+        pages: usize,
+        protection: libc::c_int,
+        flags: libc::c_int,
+        file: Option<BorrowedFd<'_>>,
+    ) -> Result<Self, Errno> {
+        let len = pages * page();
+        let (anonymous, fd) = file.map_or((libc::MAP_ANONYMOUS, -1), |file| (0, file.as_raw_fd()));
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+        let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags | anonymous, fd, 0) };
+        if start == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(Self { start, len }) }
+    }
+
+    /// A shared mapping for reading and writing.
+    pub(crate) fn shared(pages: usize, file: BorrowedFd<'_>) -> Result<Self, Errno> {
+        Self::new(pages, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, Some(file))
+    }
+
+    /// A private mapping for reading and writing.
+    pub(crate) fn private(pages: usize, file: BorrowedFd<'_>) -> Result<Self, Errno> {
+        Self::new(pages, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE, Some(file))
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is self's own.
+        unsafe { libc::munmap(self.start, self.len) };
+    }
+}
+
+/// A nameless file of some pages on a file system that isn't shared memory. `None`, visibly, where the temporary files
+/// lie in shared memory.
+pub(crate) fn regular_file(test: &str, pages: usize) -> Option<File> {
+    let path = format!("userfaultfd-{}-{test}", std::process::id()).replace(':', "-");
+    let path = std::env::temp_dir().join(path);
+    let file = File::options().create_new(true).read(true).write(true).open(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    file.set_len((pages * page()) as u64).unwrap();
+    // SAFETY: all zeros is a structure without meaning.
+    let mut filesystem: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the structure is borrowed for the call.
+    check(unsafe { libc::fstatfs(file.as_raw_fd(), &mut filesystem) }).unwrap();
+    has(test, "regular files", filesystem.f_type as u32 != libc::TMPFS_MAGIC as u32).then_some(file)
+}
+
+/// memfd_create(2), of some pages.
+pub(crate) fn memfd(flags: libc::c_uint, pages: usize) -> OwnedFd {
+    // SAFETY: the name is NUL-terminated.
+    let fd = check(unsafe { libc::memfd_create(c"test".as_ptr(), flags | libc::MFD_CLOEXEC) }).unwrap();
+    sized(fd, pages)
+}
+
+/// memfd_secret(2), of some pages, where there is such a thing.
+pub(crate) fn secret(test: &str, pages: usize) -> Option<OwnedFd> {
+    // SAFETY: touches no memory.
+    let fd = check(unsafe { libc::syscall(libc::SYS_memfd_secret, libc::O_CLOEXEC) });
+    has(test, "memfd_secret", fd.is_ok()).then(|| sized(fd.unwrap(), pages))
+}
+
+/// A segment of System V shared memory, where there is such a thing.
+pub(crate) fn system_v(test: &str, pages: usize) -> Option<Mapping> {
+    let len = pages * page();
+    // SAFETY: touches no memory.
+    let id = check(unsafe { libc::shmget(libc::IPC_PRIVATE, len, 0o600) });
+    if !has(test, "System V shared memory", id.is_ok()) {
+        return None;
+    }
+    let id = id.unwrap() as libc::c_int;
+    // SAFETY: an address of the kernel's choice replaces nothing.
+    let start = unsafe { libc::shmat(id, ptr::null(), 0) };
+    // SAFETY: that command takes no structure. The segment goes with its last mapping.
+    check(unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) }).unwrap();
+    assert!(start.addr() < usize::MAX, "shmat: {}", Errno::last());
+    Some(Mapping { start, len })
+}
+
+fn sized(fd: i64, pages: usize) -> OwnedFd {
+    // SAFETY: a new descriptor of this process, owned by nothing else.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) };
+    // SAFETY: touches no memory.
+    check(unsafe { libc::ftruncate(fd.as_raw_fd(), (pages * page()) as _) }).unwrap();
+    fd
+}
+
+/// Another descriptor of a file, through which it can only be read.
+pub(crate) fn read_only(file: impl AsFd) -> OwnedFd {
+    File::open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd())).unwrap().into()
+}
