@@ -1,0 +1,1 @@
+//! PAGEMAP_SCAN.
