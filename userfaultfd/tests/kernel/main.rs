@@ -13,6 +13,7 @@ mod poison;
 mod read_write_protect;
 mod register;
 mod set_mode;
+mod rights;
 mod support_probe;
 mod unregister;
 mod wake;

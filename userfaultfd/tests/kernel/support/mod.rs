@@ -12,6 +12,8 @@ pub(crate) mod memory;
 pub(crate) mod mounts;
 pub(crate) mod proc;
 pub(crate) mod raw;
+pub(crate) mod seccomp;
+pub(crate) mod sysctl;
 
 use std::ffi::c_void;
 use std::sync::{Arc, Condvar, LazyLock, Mutex};
@@ -137,6 +139,7 @@ impl Watchdog {
             if !*done {
                 eprintln!("{test} hangs");
                 hugetlb::give_back_all();
+                sysctl::restore();
                 std::process::abort();
             }
         });
@@ -157,7 +160,7 @@ macro_rules! test_name {
     () => {{
         fn here() {}
         let path = std::any::type_name_of_val(&here);
-        let path = path.strip_suffix("::here").unwrap();
+        let path = path.strip_suffix("::here").unwrap().trim_end_matches("::{{closure}}");
         path.split_once("::").unwrap().1
     }};
 }
