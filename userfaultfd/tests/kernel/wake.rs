@@ -1,1 +1,114 @@
 //! UFFDIO_WAKE.
+
+use std::ptr;
+
+use userfaultfd::{Errno, FaultKind, FeatureFlags};
+
+use crate::support::fault::{self, Fault};
+use crate::support::memory::Memory;
+use crate::support::{bad_ranges, child, dead, errno, page, require, test_name, uffd};
+
+/// Fills a missing page with zeros, and wakes nobody.
+fn fill(uffd: &userfaultfd::Uffd, memory: &Memory, page: usize) {
+    // SAFETY: the memory is only accessed by raw pointers.
+    unsafe { uffd.zeropage(memory.at(page), memory.page(), false) }.unwrap();
+}
+
+#[test]
+fn a_wake_without_a_resolution_brings_the_fault_back() {
+    require!();
+    for (mode, memory, uffd) in fault::each_mode(test_name!(), 1) {
+        let kind = fault::provoke(&uffd, &memory, mode);
+        fault::during(
+            &uffd,
+            &memory,
+            || memory.write(0, 9),
+            |faults| {
+                for _ in 0..3 {
+                    assert_eq!(faults.next(), Fault::write(kind, &memory, 0), "{memory:?}");
+                    uffd.wake(memory.start(), memory.len()).unwrap();
+                }
+                faults.next();
+                uffd.unregister(memory.start(), memory.len()).unwrap();
+            },
+        );
+        assert_eq!(memory.read(0), 9, "{memory:?}");
+    }
+}
+
+#[test]
+fn only_waiters_of_the_range_are_woken() {
+    require!();
+    let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(3));
+    uffd.register(memory.start(), memory.len()).unwrap();
+    let memory = &memory;
+    let read = |page| move || memory.read(page);
+    fault::during_all(&uffd, memory, [0, 1, 2].map(read), |faults| {
+        (0..3).for_each(|_| drop(faults.next()));
+        for round in 0..3 {
+            uffd.wake(memory.at(1), page()).unwrap();
+            assert_eq!(faults.next(), Fault::read(FaultKind::Missing, memory, 1), "{round}");
+        }
+        assert_eq!(fault::waiters(&uffd), 3);
+        (0..3).for_each(|page| fill(&uffd, memory, page));
+        uffd.wake(memory.start(), memory.len()).unwrap();
+    });
+}
+
+#[test]
+fn one_wake_is_for_all_waiters_of_a_page() {
+    require!();
+    let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(1));
+    uffd.register(memory.start(), memory.len()).unwrap();
+    let bytes = fault::during_all(&uffd, &memory, [(); 5].map(|()| || memory.read(0)), |faults| {
+        (0..5).for_each(|_| assert_eq!(faults.next(), Fault::read(FaultKind::Missing, &memory, 0)));
+        fill(&uffd, &memory, 0);
+        assert_eq!(fault::waiters(&uffd), 5);
+        uffd.wake(memory.start(), memory.len()).unwrap();
+    });
+    assert_eq!(bytes, [0; 5]);
+}
+
+#[test]
+fn waiters_whose_exact_address_is_told_are_woken_by_the_page() {
+    require!(FeatureFlags::EXACT_ADDRESS);
+    let (uffd, memory) = (uffd(FeatureFlags::EXACT_ADDRESS), Memory::anonymous(1));
+    uffd.register(memory.start(), memory.len()).unwrap();
+    let inside = memory.at(0).wrapping_byte_add(page() - 3);
+    let address = inside.addr();
+    let read = || {
+        // SAFETY: inside the mapping, which is only accessed by raw pointers.
+        unsafe { ptr::with_exposed_provenance::<u8>(address).read_volatile() }
+    };
+    fault::during(&uffd, &memory, read, |faults| {
+        assert_eq!(faults.next().addr, address);
+        fill(&uffd, &memory, 0);
+        uffd.wake(memory.start(), memory.len()).unwrap();
+    });
+}
+
+#[test]
+fn a_range_need_not_be_registered_nor_mapped() {
+    require!();
+    let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(1));
+    uffd.wake(memory.start(), memory.len()).unwrap();
+    uffd.wake(ptr::without_provenance_mut(page()), page()).unwrap();
+}
+
+#[test]
+fn malformed_ranges_are_invalid() {
+    require!();
+    let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(2));
+    for (why, start, len) in bad_ranges(&memory) {
+        assert_eq!(errno(uffd.wake(start, len)), Errno::EINVAL, "{why}");
+    }
+}
+
+#[test]
+fn nobody_is_woken_where_the_process_is_gone() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(1);
+        dead::uffd(&memory).wake(memory.start(), memory.len()).unwrap();
+    });
+}

@@ -4,10 +4,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::{panic, thread};
 
-use userfaultfd::{FaultKind, ReadWrite, Uffd};
+use userfaultfd::{FaultKind, FeatureFlags, ReadWrite, RegisterMode, Uffd};
 
 pub(crate) use super::handler::Fault;
-use super::memory::Memory;
+use super::memory::{self, Memory};
 use super::proc;
 
 impl Fault {
@@ -104,4 +104,38 @@ pub(crate) fn waiters(uffd: &Uffd) -> usize {
 pub(crate) fn assert_silent(uffd: &Uffd) {
     let event = uffd.read_event().unwrap();
     assert!(event.is_none(), "{event:?}");
+}
+
+/// Registers memory for one kind of fault, and sees to it that the next write to the first page delivers one. Returns its
+/// kind.
+pub(crate) fn provoke(uffd: &Uffd, memory: &Memory, mode: RegisterMode) -> FaultKind {
+    let (start, len) = (memory.start(), memory.len());
+    match mode {
+        RegisterMode::MINOR => memory.alias().write(0, 1),
+        RegisterMode::WRITE_PROTECT | RegisterMode::READ_WRITE_PROTECT => memory.write(0, 1),
+        _ => {}
+    }
+    uffd.register_with_mode(start, len, mode).unwrap();
+    match mode {
+        RegisterMode::MISSING => FaultKind::Missing,
+        RegisterMode::MINOR => FaultKind::Minor,
+        RegisterMode::WRITE_PROTECT => {
+            uffd.write_protect(start, len).unwrap();
+            FaultKind::WriteProtected
+        }
+        RegisterMode::READ_WRITE_PROTECT => {
+            uffd.read_write_protect(start, len).unwrap();
+            FaultKind::ReadWriteProtected
+        }
+        other => panic!("not one mode: {other}"),
+    }
+}
+
+/// Every mode with memory of every kind that can be registered for it, of `pages` pages, and a userfaultfd for that.
+pub(crate) fn each_mode(test: &str, pages: usize) -> impl Iterator<Item = (RegisterMode, Memory, Uffd)> {
+    RegisterMode::all().iter().flat_map(move |mode| {
+        let features =
+            if mode == RegisterMode::READ_WRITE_PROTECT { FeatureFlags::RWP } else { FeatureFlags::empty() };
+        memory::each(test, mode, pages).map(move |memory| (mode, memory, super::uffd(features)))
+    })
 }

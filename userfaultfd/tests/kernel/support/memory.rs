@@ -3,15 +3,18 @@
 use std::ffi::c_void;
 use std::fmt;
 use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::ptr;
 use std::sync::Mutex;
 
-use userfaultfd::{FeatureFlags, RegisterMode};
+use userfaultfd::{Errno, FeatureFlags, RegisterMode};
 
 use super::hugetlb::{self, HugePages};
+use super::raw::check;
 
 /// What a mapping is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +97,9 @@ impl Kind {
 /// are skipped visibly.
 pub(crate) fn each(test: &str, modes: RegisterMode, pages: usize) -> impl Iterator<Item = Memory> {
     Kind::ALL.into_iter().filter_map(move |kind| {
-        super::has_features(test, kind.needs(modes)?).then(|| Memory::try_new(test, kind, pages))?
+        let needs = kind.needs(modes)?;
+        let part = format!("{test} ({kind:?}, {modes})");
+        super::has_features(&part, needs).then(|| Memory::try_new(&part, kind, pages))?
     })
 }
 
@@ -263,6 +268,16 @@ impl Memory {
         assert!(page < self.pages);
         // SAFETY: as for read.
         unsafe { self.at(page).cast::<u8>().write_volatile(byte) }
+    }
+
+    /// Has the kernel read the first byte of a page: `EFAULT` where it can't, which would be a signal elsewhere.
+    pub(crate) fn read_by_kernel(&self, page: usize) -> Result<u8, Errno> {
+        let (mut reader, writer) = UnixStream::pair().unwrap();
+        // SAFETY: only the kernel reads from the address, and says so if it can't.
+        check(unsafe { libc::write(writer.as_raw_fd(), self.at(page), 1) } as i64)?;
+        let mut byte = [0];
+        reader.read_exact(&mut byte).unwrap();
+        Ok(byte[0])
     }
 
     /// madvise(2) on some pages; tells the errno.
