@@ -1,0 +1,233 @@
+//! Running a program with a time limit, and what it may find missing.
+
+use std::env;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use userfaultfd::FeatureFlags;
+use userfaultfd_examples::UNMET;
+
+/// An example that runs longer hangs: a fault that nobody resolves.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What an example said, and how it ended.
+#[derive(Debug)]
+pub(crate) struct Output {
+    pub(crate) status: ExitStatus,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+/// What an example may find missing.
+#[derive(Debug)]
+pub(crate) enum Need {
+    Features(FeatureFlags),
+    /// As in `USERFAULTFD_EXPECT`.
+    Named(&'static str),
+}
+
+impl Need {
+    /// Whether this run was told that it is met.
+    fn is_expected(&self) -> bool {
+        match self {
+            Need::Features(features) => env::var("USERFAULTFD_EXPECT_FEATURES").is_ok_and(|mask| {
+                let mask =
+                    u64::from_str_radix(mask.trim_start_matches("0x"), 16).expect("a mask in hexadecimal");
+                FeatureFlags::from_bits_retain(mask).contains(*features)
+            }),
+            Need::Named(name) => env::var("USERFAULTFD_EXPECT")
+                .is_ok_and(|names| names.split(',').any(|expected| expected == *name)),
+        }
+    }
+}
+
+impl Output {
+    /// The output of a success. `None`, visibly, if a need isn't met.
+    pub(crate) fn unless_unmet(self, test: &str, need: Need) -> Option<Self> {
+        if self.status.code() == Some(UNMET.into()) && !need.is_expected() {
+            let needs = self.err.lines().last().unwrap_or_default();
+            skip(test, needs.strip_prefix("needs ").expect("the last line tells what is needed"));
+            return None;
+        }
+        assert!(self.status.success(), "{self:?}");
+        Some(self)
+    }
+}
+
+pub(crate) fn skip(test: &str, needs: &str) {
+    println!("SKIP {test}: needs {needs}");
+}
+
+/// The command of a built example.
+pub(crate) fn command(example: &str) -> Command {
+    Command::new(path(example))
+}
+
+/// The same, run by the user nobody.
+pub(crate) fn nobodys_command(example: &str) -> Command {
+    // By a descriptor, since a directory on the way may be closed to that user.
+    let file = File::open(path(example)).expect("an example that is there");
+    let mut command = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    command.uid(NOBODY).gid(NOBODY);
+    let keep_open = move || {
+        let _ = &file;
+        Ok(())
+    };
+    // SAFETY: the closure does nothing; it owns the file as long as there is the command.
+    unsafe { command.pre_exec(keep_open) };
+    command
+}
+
+const NOBODY: u32 = 65534;
+
+/// `target/PROFILE/examples/EXAMPLE`, from `target/PROFILE/deps/run-HASH`.
+fn path(example: &str) -> PathBuf {
+    let directory = env::var_os("USERFAULTFD_EXAMPLES").map_or_else(
+        || {
+            let test = env::current_exe().expect("the path of this program");
+            test.parent().and_then(|deps| deps.parent()).expect("a directory of the profile").join("examples")
+        },
+        PathBuf::from,
+    );
+    let path = directory.join(example);
+    assert!(
+        path.exists(),
+        "{} isn't there: `cargo test --test` builds no examples, `cargo build --examples` does",
+        path.display()
+    );
+    path
+}
+
+/// Has userfaultfd(2) refused with `EPERM`, as the filters of containers do.
+pub(crate) fn forbid_userfaultfd(command: &mut Command) {
+    const fn instruction(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
+        libc::sock_filter { code: code as u16, jt, jf, k }
+    }
+    static FILTER: [libc::sock_filter; 4] = [
+        // The number of the system call is the first word. If it is this one, go on; else skip an instruction.
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_userfaultfd as u32),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let install = || {
+        let program = libc::sock_fprog { len: FILTER.len() as u16, filter: FILTER.as_ptr().cast_mut() };
+        // SAFETY: takes numbers and touches no memory. Without it a filter takes rights.
+        if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel reads the program and its instructions, which are static.
+        match unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) } {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    };
+    // SAFETY: the closure makes two system calls, and neither allocates nor locks.
+    unsafe { command.pre_exec(install) };
+}
+
+/// Runs a command, which is killed with all that it has started if it hangs.
+pub(crate) fn run(command: &mut Command) -> Output {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let mut child = command.spawn().expect("a program that can be started");
+    let group = child.id() as libc::pid_t;
+    let (done, watched) = mpsc::channel::<()>();
+    let watchdog = thread::spawn(move || {
+        let hangs = watched.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout);
+        if hangs {
+            // SAFETY: touches no memory. The child is waited for when this thread has ended, so the number is its own.
+            unsafe { libc::kill(-group, libc::SIGKILL) };
+        }
+        hangs
+    });
+    let err = child.stderr.take().map(|mut pipe| thread::spawn(move || read(&mut pipe)));
+    let out = child.stdout.take().map(|mut pipe| read(&mut pipe)).unwrap_or_default();
+    let err = err.map(|reader| reader.join().expect("a reader doesn't panic")).unwrap_or_default();
+    drop(done);
+    let hangs = watchdog.join().expect("the watchdog doesn't panic");
+    let status = child.wait().expect("a child to wait for");
+    assert!(!hangs, "{command:?} hangs; it said\n{out}\n{err}");
+    Output { status, out, err }
+}
+
+fn read(pipe: &mut impl Read) -> String {
+    let mut text = String::new();
+    pipe.read_to_string(&mut text).expect("text");
+    text
+}
+
+pub(crate) fn is_root() -> bool {
+    // SAFETY: touches no memory.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// The text with every address as `0x…`.
+pub(crate) fn masked(text: &str) -> String {
+    let mut parts = text.split("0x");
+    let mut masked = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let rest = part.trim_start_matches(|digit: char| digit.is_ascii_hexdigit() || digit == '…');
+        masked.extend(["0x…", rest]);
+    }
+    masked
+}
+
+/// The code blocks of a Markdown text: their language, and what is in them.
+pub(crate) fn blocks(markdown: &str) -> Vec<(&str, &str)> {
+    // Text and blocks take turns.
+    let blocks = markdown.split("```").skip(1).step_by(2);
+    blocks.map(|block| block.split_once('\n').expect("a line of its own")).collect()
+}
+
+/// Where the size of the pool of huge pages stands, for pages of the default size.
+const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+/// Huge pages, given back when dropped.
+pub(crate) struct Reserved {
+    before: Option<String>,
+    /// Held until the pages are given back.
+    _lock: Option<File>,
+}
+
+/// Makes sure that so many huge pages are free, as far as this process may.
+pub(crate) fn reserve_huge_pages(pages: u64) -> Reserved {
+    let lock = lock_pool();
+    let before = fs::read_to_string(POOL).ok();
+    let size = before.as_ref().and_then(|size| size.trim().parse::<u64>().ok()).unwrap_or(0);
+    let more = pages.saturating_sub(free_huge_pages());
+    let grown = more != 0 && fs::write(POOL, (size + more).to_string()).is_ok();
+    Reserved { before: before.filter(|_| grown), _lock: lock }
+}
+
+fn free_huge_pages() -> u64 {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let free = meminfo.lines().find_map(|line| line.strip_prefix("HugePages_Free:"));
+    free.and_then(|free| free.trim().parse().ok()).unwrap_or(0)
+}
+
+/// Waits until no other test of this workspace holds huge pages.
+fn lock_pool() -> Option<File> {
+    let path = env::temp_dir().join("userfaultfd-hugetlb.lock");
+    // Another user's file in a sticky directory can be opened, but not with O_CREAT, not even by root
+    // (fs.protected_regular).
+    let file = File::open(&path).or_else(|_| File::create_new(&path)).or_else(|_| File::open(&path)).ok()?;
+    // SAFETY: touches no memory.
+    let locked = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) };
+    (locked == 0).then_some(file)
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let Some(before) = &self.before else { return };
+        if let Err(error) = fs::write(POOL, before) {
+            eprintln!("huge pages are not given back: {POOL} should be {before}: {error}");
+        }
+    }
+}
