@@ -1,5 +1,6 @@
 //! What UFFDIO_COPY, ZEROPAGE, CONTINUE, POISON and MOVE have in common.
 
+use std::os::fd::AsFd;
 use std::thread;
 
 use userfaultfd::{Errno, Event, FaultKind, FeatureFlags, RegisterMode};
@@ -7,7 +8,7 @@ use userfaultfd::{Errno, Event, FaultKind, FeatureFlags, RegisterMode};
 use crate::support::fault::{self, Fault};
 use crate::support::fill::{self, Fill, Filler};
 use crate::support::memory::{Kind, Memory};
-use crate::support::{self, bad_ranges, child, dead, page, raw, require, test_name};
+use crate::support::{self, bad_ranges, child, dead, mapping, page, raw, require, test_name};
 
 /// The kind of fault that an operation resolves.
 fn kind_of(fill: Fill) -> FaultKind {
@@ -218,5 +219,101 @@ fn a_kernel_without_an_operation_says_that_it_is_invalid() {
         let filler = Filler::over(fill, support::uffd(FeatureFlags::empty()), Memory::anonymous(1));
         filler.uffd.register(filler.memory.start(), page()).unwrap();
         filler.assert_stopped(&filler.run(0, 1, true), 0, Errno::EINVAL);
+    }
+}
+
+/// What can be in the slot of a page that isn't there.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Marker {
+    WriteProtection,
+    Poison,
+    Guard,
+}
+
+impl Marker {
+    /// The features that putting it into memory of a kind takes.
+    fn needs(self, kind: Kind) -> FeatureFlags {
+        match self {
+            Marker::WriteProtection if kind == Kind::Anonymous => FeatureFlags::WP_UNPOPULATED,
+            Marker::WriteProtection => FeatureFlags::WP_HUGETLBFS_SHMEM,
+            Marker::Poison => FeatureFlags::POISON,
+            Marker::Guard => FeatureFlags::empty(),
+        }
+    }
+
+    /// Puts it into the first page. Tells whether the kernel can.
+    fn put(self, filler: &Filler) -> bool {
+        let (uffd, memory) = (&filler.uffd, &filler.memory);
+        let (start, len) = (memory.start(), memory.len());
+        match self {
+            Marker::WriteProtection => {
+                let modes = filler.fill.modes() | RegisterMode::WRITE_PROTECT;
+                uffd.register_with_mode(start, len, modes).unwrap();
+                uffd.write_protect(start, memory.page()).unwrap();
+                true
+            }
+            // SAFETY: nobody accesses the page before it is filled.
+            Marker::Poison => unsafe { uffd.poison(start, memory.page(), true) }.is_ok(),
+            Marker::Guard => memory.advise(0, 1, MADV_GUARD_INSTALL).is_ok(),
+        }
+    }
+}
+
+const MADV_GUARD_INSTALL: libc::c_int = 102;
+
+/// Whether an operation replaces markers that it finds.
+fn replaces_markers(fill: Fill, kind: Kind) -> bool {
+    match fill {
+        Fill::Copy | Fill::Continue => true,
+        Fill::Zeropage => kind.is_shared(),
+        Fill::Poison | Fill::Move => false,
+    }
+}
+
+#[test]
+fn a_marker_is_replaced_or_in_the_way() {
+    require!();
+    let markers = [Marker::WriteProtection, Marker::Poison, Marker::Guard];
+    let fills = Fill::ALL.into_iter().flat_map(|fill| Kind::ALL.map(|kind| (fill, kind)));
+    for ((fill, kind), marker) in fills.flat_map(|pair| markers.map(|marker| (pair, marker))) {
+        if !fill.fits(kind) || marker == Marker::Guard && kind.is_hugetlb() {
+            continue;
+        }
+        let part = format!("{} ({marker:?})", test_name!());
+        let Some(filler) = Filler::try_with(&part, fill, kind, 2, marker.needs(kind)) else { continue };
+        if !marker.put(&filler) {
+            println!("SKIP {part}: needs guards on {kind:?}");
+            continue;
+        }
+        let result = filler.run(0, 1, true);
+        let memory = &filler.memory;
+        let protected = memory.state(0).protected;
+        if replaces_markers(fill, kind) && (result.is_ok() || marker != Marker::Guard) {
+            assert_eq!(result.unwrap(), memory.page(), "{marker:?} {filler:?}");
+            // Protection is lost, and the page can be read.
+            assert!(!protected, "{filler:?}");
+            assert_eq!(memory.read(0), fill.byte(), "{marker:?} {filler:?}");
+        } else {
+            // Since Linux 7.2 guards stay whatever the operation.
+            filler.assert_stopped(&result, 0, Errno::EEXIST);
+            assert!(!memory.state(0).present, "{marker:?} {filler:?}");
+            assert_eq!(protected, marker == Marker::WriteProtection, "{marker:?} {filler:?}");
+        }
+    }
+}
+
+#[test]
+fn files_with_asynchronous_write_protection_cannot_be_filled() {
+    require!(FeatureFlags::WP_ASYNC);
+    let Some(file) = mapping::regular_file(test_name!(), 1) else { return };
+    let mapping = mapping::Mapping::shared(1, file.as_fd()).unwrap();
+    for fill in Fill::ALL {
+        if !support::has_features(test_name!(), fill.needs()) {
+            continue;
+        }
+        let filler = Filler::over(fill, support::uffd(FeatureFlags::WP_ASYNC), Memory::anonymous(1));
+        filler.uffd.register_with_mode(mapping.start, page(), RegisterMode::WRITE_PROTECT).unwrap();
+        let result = filler.run_at(mapping.start, page(), true);
+        filler.assert_stopped(&result, 0, Errno::EINVAL);
     }
 }

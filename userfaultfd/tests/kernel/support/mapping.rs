@@ -1,14 +1,15 @@
 //! Memory that is out of the ordinary: most of it can't be registered.
 
-use std::ffi::c_void;
+use std::ffi::{CString, c_void};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::ptr;
 
 use userfaultfd::Errno;
 
 use super::raw::check;
-use super::{has, page};
+use super::{has, mounts, page};
 
 /// Some pages of the base size, unmapped when dropped.
 #[derive(Debug)]
@@ -77,6 +78,23 @@ pub(crate) fn secret(test: &str, pages: usize) -> Option<OwnedFd> {
     // SAFETY: touches no memory.
     let fd = check(unsafe { libc::syscall(libc::SYS_memfd_secret, libc::O_CLOEXEC) });
     has(test, "memfd_secret", fd.is_ok()).then(|| sized(fd.unwrap(), pages))
+}
+
+/// An empty file in shared memory that has room for so many pages. For tests that run alone as the superuser; the file
+/// system hides the temporary files from them.
+pub(crate) fn file_with_room_for(test: &str, pages: usize) -> Option<File> {
+    let own = mounts::own();
+    if !has(test, "mounts of its own", own) {
+        return None;
+    }
+    let directory = std::env::temp_dir();
+    let target = CString::new(directory.as_os_str().as_bytes()).unwrap();
+    let options = CString::new(format!("size={}", pages * page())).unwrap();
+    let (source, options) = (c"tmpfs".as_ptr(), options.as_ptr().cast());
+    // SAFETY: the strings are NUL-terminated and live until the call returns.
+    check(unsafe { libc::mount(source, target.as_ptr(), source, 0, options) }).unwrap();
+    let path = directory.join("crowded");
+    Some(File::options().create_new(true).read(true).write(true).open(path).unwrap())
 }
 
 /// A segment of System V shared memory, where there is such a thing.
