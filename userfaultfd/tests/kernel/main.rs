@@ -17,6 +17,7 @@ mod read_write_protect;
 mod register;
 mod rights;
 mod set_mode;
+mod signals;
 mod support_probe;
 mod unregister;
 mod wake;

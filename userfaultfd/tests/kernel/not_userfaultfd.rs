@@ -1,17 +1,17 @@
 //! Descriptors of something else, taken for userfaultfds: anything may be read from them.
 
 use std::fs::File;
-use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use userfaultfd::{Errno, Error, EventBuffer, Uffd};
 
 use crate::support::memory::Memory;
-use crate::support::{errno, foreign, require};
+use crate::support::{errno, foreign, raw, require};
 
 /// A pipe that is taken for a userfaultfd, and what is to be read from it.
-fn pipe(bytes: &[u8]) -> (Uffd, PipeWriter) {
-    let (reader, mut writer) = std::io::pipe().unwrap();
+fn pipe(bytes: &[u8]) -> (Uffd, File) {
+    let (reader, mut writer) = raw::pipe();
     writer.write_all(bytes).unwrap();
     (Uffd::from(OwnedFd::from(reader)), writer)
 }
@@ -63,7 +63,7 @@ fn an_event_that_nobody_knows_is_an_error_and_the_next_one_is_good() {
 #[test]
 fn a_forged_fork_does_not_touch_the_descriptor_that_it_names() {
     require!();
-    let (mut innocent, mut writer): (PipeReader, PipeWriter) = std::io::pipe().unwrap();
+    let (mut innocent, mut writer) = raw::pipe();
     let forged = message(0x13, writer.as_raw_fd() as u32);
     for bytes in [forged.to_vec(), [message(0x12, 0), forged].concat()] {
         let (uffd, _writer) = pipe(&bytes);
@@ -104,7 +104,7 @@ fn a_descriptor_that_cannot_be_read_is_an_error() {
     require!();
     let directory = Uffd::from(OwnedFd::from(File::open("/proc").unwrap()));
     assert_eq!(errno(directory.read_event()), Errno::EISDIR);
-    let (_reader, writer) = std::io::pipe().unwrap();
+    let (_reader, writer) = raw::pipe();
     assert_eq!(errno(Uffd::from(OwnedFd::from(writer)).read_event()), Errno::EBADF);
 }
 

@@ -136,7 +136,7 @@ fn where_the_device_is_no_use_the_system_call_is() {
             (Device::Missing, Errno::ENOENT),
             (Device::WithoutDriver, Errno::ENXIO),
             (Device::NotAllowed, Errno::EACCES),
-            (Device::AnotherDevice, Errno::ENOTTY),
+            (Device::Foreign, Errno::ENOTTY),
             (Device::File, Errno::ENOTTY),
             (Device::Directory, Errno::ENOTTY),
         ] {

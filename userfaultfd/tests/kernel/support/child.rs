@@ -152,8 +152,10 @@ pub(crate) fn send_fd(socket: &std::os::unix::net::UnixStream, fd: BorrowedFd<'_
     let mut data = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
     let mut control = Control::new();
     let message = control.message(&mut data);
-    // SAFETY: the control buffer has room for one header and one descriptor.
-    let header = unsafe { &mut *libc::CMSG_FIRSTHDR(&message) };
+    // SAFETY: the message was just set up.
+    let header = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    // SAFETY: the control buffer has room for one header and one descriptor, and nothing else refers to it.
+    let header = unsafe { &mut *header };
     header.cmsg_level = libc::SOL_SOCKET;
     header.cmsg_type = libc::SCM_RIGHTS;
     // SAFETY: computes a length.

@@ -2,14 +2,14 @@
 
 use std::fs::File;
 use std::net::UdpSocket;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use super::raw::check;
+use super::raw::{own, pipe};
 
 /// One of each kind, with its name.
 pub(crate) fn descriptors() -> Vec<(&'static str, OwnedFd)> {
-    let (reader, writer) = std::io::pipe().unwrap();
+    let (reader, writer) = pipe();
     let mut descriptors: Vec<(_, OwnedFd)> = vec![
         ("the reading end of a pipe", reader.into()),
         ("the writing end of a pipe", writer.into()),
@@ -30,10 +30,4 @@ pub(crate) fn descriptors() -> Vec<(&'static str, OwnedFd)> {
     descriptors.extend(UdpSocket::bind("127.0.0.1:0").ok().map(|socket| ("a UDP socket", socket.into())));
     descriptors.extend(File::open("/dev/userfaultfd").ok().map(|device| ("the device", device.into())));
     descriptors
-}
-
-fn own(fd: libc::c_int) -> OwnedFd {
-    check(fd).unwrap();
-    // SAFETY: a new descriptor of this process, owned by nothing else.
-    unsafe { OwnedFd::from_raw_fd(fd) }
 }

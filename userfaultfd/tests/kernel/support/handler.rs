@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use userfaultfd::{Errno, Event, FaultKind, ReadWrite, Uffd};
 
 use super::memory::Memory;
-use super::raw::check;
+use super::raw::{check, pipe};
 
 /// An [`Event::Pagefault`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub(crate) fn zero(uffd: &Uffd, memory: &Memory, first: usize, pages: usize) {
 
 /// Has the kernel write a byte to a page: read(2) from a pipe.
 pub(crate) fn kernel_write(memory: &Memory, page: usize, byte: u8) -> Result<(), Errno> {
-    let (reader, mut writer) = std::io::pipe().unwrap();
+    let (reader, mut writer) = pipe();
     writer.write_all(&[byte]).unwrap();
     // SAFETY: the byte lies in the memory, which is only accessed by raw pointers.
     check(unsafe { libc::read(reader.as_raw_fd(), memory.at(page), 1) } as i64).map(drop)

@@ -13,6 +13,7 @@ pub(crate) mod mounts;
 pub(crate) mod proc;
 pub(crate) mod raw;
 pub(crate) mod seccomp;
+pub(crate) mod signal;
 pub(crate) mod sysctl;
 
 use std::ffi::c_void;

@@ -15,7 +15,7 @@ pub(crate) enum Device {
     /// A device on a filesystem whose devices can't be opened.
     NotAllowed,
     /// /dev/null by this name.
-    AnotherDevice,
+    Foreign,
     File,
     Directory,
 }
@@ -36,7 +36,7 @@ pub(crate) fn replace(device: Device) {
         Device::Missing => {}
         // A major number for local use.
         Device::WithoutDriver => node(60, 0),
-        Device::NotAllowed | Device::AnotherDevice => node(1, 3),
+        Device::NotAllowed | Device::Foreign => node(1, 3),
         Device::File => drop(File::create("/dev/userfaultfd").unwrap()),
         Device::Directory => fs::create_dir("/dev/userfaultfd").unwrap(),
     }

@@ -1,6 +1,7 @@
 //! The kernel's interface without this crate: to see what the kernel itself says, and to prepare descriptors that
 //! the crate hasn't touched.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use userfaultfd::{Errno, FeatureFlags, IoctlFlags};
@@ -10,6 +11,21 @@ use userfaultfd_sys as sys;
 pub(crate) fn check(returned: impl Into<i64>) -> Result<i64, Errno> {
     let returned = returned.into();
     if returned == -1 { Err(Errno::last()) } else { Ok(returned) }
+}
+
+/// A descriptor that a system call returned.
+pub(crate) fn own(fd: libc::c_int) -> OwnedFd {
+    check(fd).unwrap();
+    // SAFETY: a new descriptor of this process, owned by nothing else.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// pipe2(2): the reading and the writing end, closed on exec.
+pub(crate) fn pipe() -> (File, File) {
+    let mut ends = [0; 2];
+    // SAFETY: the kernel writes two descriptors to the array.
+    check(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) }).unwrap();
+    (own(ends[0]).into(), own(ends[1]).into())
 }
 
 /// userfaultfd(2).
