@@ -3,6 +3,7 @@
 mod support;
 
 mod copy;
+mod events;
 mod fill;
 mod handshake;
 mod minor;

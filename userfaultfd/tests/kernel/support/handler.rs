@@ -1,12 +1,16 @@
 //! What handlers of faults do, in the short form that tests want.
 
 use std::io::Write;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::sync::mpsc;
+use std::{panic, thread};
 
 use userfaultfd::{Errno, Event, FaultKind, ReadWrite, Uffd};
 
 use super::memory::Memory;
-use super::raw::{check, pipe};
+use super::proc::thread_id;
+use super::raw::{check, pipe, wait_for_event};
 
 /// An [`Event::Pagefault`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +32,51 @@ impl Fault {
     pub(crate) fn next(uffd: &Uffd) -> Self {
         Self::of(uffd.read_event().unwrap().expect("an event"))
     }
+}
+
+/// An event that tells of a change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    Remap { from: usize, to: usize, len: usize },
+    Remove(Range<usize>),
+    Unmap(Range<usize>),
+}
+
+impl Change {
+    /// Waits for an event, which must be such a one, on a non-blocking descriptor.
+    pub(crate) fn next(uffd: &Uffd) -> Self {
+        wait_for_event(uffd);
+        match uffd.read_event().unwrap().expect("an event") {
+            Event::Remap { from, to, len } => Self::Remap { from: from.addr(), to: to.addr(), len },
+            Event::Remove { start, end } => Self::Remove(start.addr()..end.addr()),
+            Event::Unmap { start, end } => Self::Unmap(start.addr()..end.addr()),
+            event => panic!("{event:?}"),
+        }
+    }
+}
+
+/// Runs `change` in a thread of its own, and meanwhile `test` here, which gets that thread's id and must read the events
+/// that the change waits for. Returns what `change` returns. The descriptor must not be a blocking one.
+pub(crate) fn while_changing<T: Send>(
+    uffd: &Uffd,
+    change: impl FnOnce() -> T + Send,
+    test: impl FnOnce(libc::pid_t),
+) -> T {
+    let (sender, ids) = mpsc::channel();
+    thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            sender.send(thread_id()).unwrap();
+            change()
+        });
+        let id = ids.recv().unwrap();
+        let tested = panic::catch_unwind(panic::AssertUnwindSafe(|| test(id)));
+        // The thread must not wait on, or the test would hang instead of failing.
+        while tested.is_err() && !thread.is_finished() {
+            let _ = uffd.read_event();
+        }
+        tested.unwrap_or_else(|panic| panic::resume_unwind(panic));
+        thread.join().unwrap()
+    })
 }
 
 /// Fills a missing page with a byte, and wakes who waits for it.

@@ -43,6 +43,10 @@ impl Kind {
         Kind::PrivateHugetlb,
     ];
 
+    /// Those with pages of the base size.
+    pub(crate) const SMALL: [Kind; 4] =
+        [Kind::Anonymous, Kind::SharedAnonymous, Kind::Memfd, Kind::PrivateMemfd];
+
     /// Bytes of a page.
     pub(crate) fn page(self) -> usize {
         if self.is_hugetlb() { hugetlb::page() } else { super::page() }
@@ -96,10 +100,20 @@ impl Kind {
 /// Memory of every kind that can be registered so, of `pages` pages each, one after the other. Kinds that this kernel lacks
 /// are skipped visibly.
 pub(crate) fn each(test: &str, modes: RegisterMode, pages: usize) -> impl Iterator<Item = Memory> {
-    Kind::ALL.into_iter().filter_map(move |kind| {
+    each_of(test, &Kind::ALL, modes, pages)
+}
+
+/// [`each`] of some kinds.
+pub(crate) fn each_of(
+    test: &str,
+    kinds: &[Kind],
+    modes: RegisterMode,
+    pages: usize,
+) -> impl Iterator<Item = Memory> {
+    kinds.iter().filter_map(move |kind| {
         let needs = kind.needs(modes)?;
         let part = format!("{test} ({kind:?}, {modes})");
-        super::has_features(&part, needs).then(|| Memory::try_new(&part, kind, pages))?
+        super::has_features(&part, needs).then(|| Memory::try_new(&part, *kind, pages))?
     })
 }
 
@@ -228,6 +242,11 @@ impl Memory {
         self.start.wrapping_add(page * self.page()).cast()
     }
 
+    /// The addresses of some pages.
+    pub(crate) fn range(&self, first: usize, pages: usize) -> Range<usize> {
+        self.at(first).addr()..self.at(first + pages).addr()
+    }
+
     /// The file behind the mapping.
     pub(crate) fn file(&self) -> &OwnedFd {
         self.file.as_ref().expect("memory of a file")
@@ -293,6 +312,29 @@ impl Memory {
         // SAFETY: the range lies inside the mapping, whose content nobody borrows.
         let result = unsafe { libc::munmap(self.at(first), pages * self.page()) };
         assert_eq!(result, 0);
+    }
+
+    /// Moves some pages over those of another mapping, by mremap(2) with `flags` in addition. They aren't to be accessed
+    /// here any more, unless `flags` keeps them mapped.
+    pub(crate) fn move_over(&self, first: usize, pages: usize, to: &Memory, flags: libc::c_int) {
+        assert!(pages <= to.pages);
+        if flags & libc::MREMAP_DONTUNMAP == 0 {
+            self.unmapped.lock().unwrap().push(first..first + pages);
+        }
+        let (len, flags) = (pages * self.page(), libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | flags);
+        // SAFETY: both ranges lie inside their mappings, whose content nobody borrows.
+        let moved = unsafe { libc::mremap(self.at(first), len, len, flags, to.start()) };
+        assert_eq!(moved, to.start(), "mremap: {}", std::io::Error::last_os_error());
+    }
+
+    /// Makes the mapping of `from` pages one of `to` pages in its place, by mremap(2). What is behind it must be unmapped.
+    pub(crate) fn resize(&self, from: usize, to: usize) {
+        let mut unmapped = self.unmapped.lock().unwrap();
+        unmapped.retain(|range| range.start < from);
+        unmapped.push(to..self.pages);
+        // SAFETY: the range is a mapping whose content nobody borrows.
+        let resized = unsafe { libc::mremap(self.start(), from * self.page(), to * self.page(), 0) };
+        assert_eq!(resized, self.start(), "mremap: {}", std::io::Error::last_os_error());
     }
 
     /// mprotect(2) on some pages.
