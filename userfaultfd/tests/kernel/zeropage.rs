@@ -1,1 +1,118 @@
-//! UFFDIO_ZEROPAGE.
+//! UFFDIO_ZEROPAGE. What it has in common with other fills is tested in `fill`.
+
+use std::os::fd::AsRawFd;
+
+use userfaultfd::{CopyMode, Errno, Error, FaultKind, FeatureFlags, RegisterMode, Result, Uffd};
+
+use crate::support::fault::{self, Fault};
+use crate::support::memory::{self, Kind, Memory};
+use crate::support::raw::check;
+use crate::support::{errno, page, require, test_name, uffd};
+
+/// Fills some pages with zeros, and wakes who waits for them.
+fn zeropage(uffd: &Uffd, memory: &Memory, first: usize, pages: usize) -> Result<usize> {
+    // SAFETY: the memory is only accessed by raw pointers.
+    unsafe { uffd.zeropage(memory.at(first), pages * memory.page(), true) }
+}
+
+#[test]
+fn zeros_are_there_and_a_later_write_is_not_delivered() {
+    require!();
+    for memory in memory::each_of(test_name!(), &Kind::SMALL, RegisterMode::MISSING, 1) {
+        let uffd = uffd(FeatureFlags::empty());
+        uffd.register(memory.start(), memory.len()).unwrap();
+        let content = fault::during(
+            &uffd,
+            &memory,
+            || memory.content(0),
+            |faults| {
+                assert_eq!(faults.next(), Fault::read(FaultKind::Missing, &memory, 0));
+                assert_eq!(zeropage(&uffd, &memory, 0, 1).unwrap(), page());
+            },
+        );
+        assert_eq!(content, vec![0; page()], "{memory:?}");
+        memory.write(0, 1);
+        assert_eq!(memory.read(0), 1);
+        fault::assert_silent(&uffd);
+    }
+}
+
+#[test]
+fn zeros_cannot_be_had_where_a_page_of_the_file_is() {
+    require!();
+    for memory in memory::each_of(test_name!(), &Kind::SMALL, RegisterMode::MISSING, 1) {
+        if memory.kind() == Kind::Anonymous {
+            continue;
+        }
+        let (uffd, alias) = (uffd(FeatureFlags::empty()), memory.alias());
+        uffd.register(memory.start(), memory.len()).unwrap();
+        alias.write(0, 5);
+        let result = zeropage(&uffd, &memory, 0, 1);
+        if memory.kind().is_shared() {
+            assert_eq!(errno(result), Errno::EEXIST, "{memory:?}");
+            assert_eq!(memory.read(0), 5);
+        } else {
+            // Private memory doesn't look into the file.
+            assert_eq!(result.unwrap(), page());
+            assert_eq!((memory.read(0), alias.read(0)), (0, 5));
+        }
+    }
+}
+
+#[test]
+fn there_are_no_zeros_beyond_the_end_of_the_file() {
+    require!(FeatureFlags::MISSING_SHMEM);
+    for kind in [Kind::Memfd, Kind::PrivateMemfd] {
+        let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::new(kind, 2));
+        uffd.register(memory.start(), memory.len()).unwrap();
+        // SAFETY: touches no memory that is accessed afterwards.
+        check(unsafe { libc::ftruncate(memory.file().as_raw_fd(), page() as _) }).unwrap();
+        match zeropage(&uffd, &memory, 0, 2) {
+            Err(Error::Stopped { done, errno: Errno::EAGAIN, .. }) if done == page() => {}
+            other => panic!("{memory:?} {other:?}"),
+        }
+        let errno = errno(zeropage(&uffd, &memory, 1, 1));
+        println!("{}: {errno:?} on {kind:?}", test_name!());
+        // Since Linux 7.2 the second on shared memory.
+        assert!(matches!(errno, Errno::EFAULT | Errno::ENOMEM), "{errno:?}");
+    }
+}
+
+/// Zeros can't replace the marker of write protection on private memory, which a handler must not take for
+/// "somebody else was faster".
+#[test]
+fn a_protected_page_that_is_missing_takes_a_copy() {
+    require!(FeatureFlags::WP_UNPOPULATED);
+    let (uffd, memory) = (uffd(FeatureFlags::WP_UNPOPULATED), Memory::anonymous(1));
+    let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
+    uffd.register_with_mode(memory.start(), memory.len(), modes).unwrap();
+    uffd.write_protect(memory.start(), memory.len()).unwrap();
+    let missing = Fault::read(FaultKind::Missing, &memory, 0);
+    let zeros = vec![0; page()];
+    fault::during(
+        &uffd,
+        &memory,
+        || memory.read(0),
+        |faults| {
+            for _ in 0..3 {
+                assert_eq!(faults.next(), missing);
+                assert_eq!(errno(zeropage(&uffd, &memory, 0, 1)), Errno::EEXIST);
+                uffd.wake(memory.start(), memory.len()).unwrap();
+            }
+            assert_eq!(faults.next(), missing);
+            let mode = CopyMode::WRITE_PROTECT;
+            // SAFETY: the zeros live on, and the memory is only accessed by raw pointers.
+            unsafe { uffd.copy_with(zeros.as_ptr().cast(), memory.start(), page(), mode) }.unwrap();
+        },
+    );
+    fault::during(
+        &uffd,
+        &memory,
+        || memory.write(0, 1),
+        |faults| {
+            assert_eq!(faults.next(), Fault::write(FaultKind::WriteProtected, &memory, 0));
+            uffd.remove_write_protection(memory.start(), memory.len(), true).unwrap();
+        },
+    );
+    assert_eq!(memory.read(0), 1);
+}
