@@ -1,7 +1,8 @@
-//! Fork events: a child's memory is registered like its parent's, and the parent is handed the userfaultfd for it.
+//! Fork events: a child's memory is registered like its parent's, and the parent is handed the userfaultfd for
+//! it.
 //!
-//! Linux 4.11. Needs the capability CAP_SYS_PTRACE in the initial user namespace: be root outside of containers with user
-//! namespaces, or `sudo setcap cap_sys_ptrace=ep target/debug/examples/fork_events`.
+//! Linux 4.11. Needs the capability CAP_SYS_PTRACE in the initial user namespace: be root, outside of a user
+//! namespace, or `sudo setcap cap_sys_ptrace=ep target/debug/examples/fork_events`.
 
 use std::process::ExitCode;
 use std::sync::{Arc, Barrier};
@@ -25,8 +26,8 @@ fn parent_and_child() -> Result<()> {
         move || handle_fork(&uffd, &ready)
     });
 
-    // fork(3) returns when the handler has read the event, and holds the allocator's locks until then. A handler that
-    // allocates on its way to reading waits for them, for ever; and starting a thread allocates.
+    // fork(3) returns when the handler has read the event, and holds the allocator's locks until then. A handler
+    // that allocates on its way to reading waits for them, for ever; and a thread that starts allocates.
     ready.wait();
     // SAFETY: the child has one thread, which reads memory and exits: both are fine while locks may be held.
     let child = match unsafe { libc::fork() } {
@@ -56,7 +57,7 @@ fn handle_fork(uffd: &Uffd, ready: &Barrier) -> Result<()> {
     fill(uffd, b'P')
 }
 
-/// Fills the page that the next fault asks for. `addr` is an address of the process that faults, the content is here.
+/// Fills the page that the next fault asks for: with content of this process, at an address of the one that faults.
 fn fill(uffd: &Uffd, letter: u8) -> Result<()> {
     let Some(Event::Pagefault { addr, .. }) = uffd.read_event()? else {
         return Err("another event than a fault".into());

@@ -1,6 +1,6 @@
 //! Missing faults on hugetlb memory: told, and filled, by the huge page.
 //!
-//! Linux 4.11; no rights from Linux 5.11 on. Needs two huge pages that are free, which an administrator reserves:
+//! Linux 4.11; no rights from Linux 5.11 on. Needs two huge pages that are free. An administrator reserves them:
 //! `echo 2 > /proc/sys/vm/nr_hugepages` (and `echo 0 > …` to have the memory back).
 
 use std::process::ExitCode;

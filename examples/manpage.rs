@@ -28,7 +28,8 @@ fn read_pages(pages: usize) -> Result<()> {
     // Non-blocking, as poll(2) wants it.
     let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(true).create()?;
 
-    // Memory that has no pages yet. The kernel gets each when it is first touched, from here on by asking the handler.
+    // Memory that has no pages yet. Each comes when it is first touched: from the kernel, and once the memory is
+    // registered from the handler.
     let mut memory = MmapMut::map_anon(pages.checked_mul(page_size()).ok_or("too many pages")?)?;
     println!("Address returned by mmap() = {:p}", memory.as_ptr());
     uffd.register(memory.as_mut_ptr().cast(), memory.len())?;
@@ -42,7 +43,7 @@ fn read_pages(pages: usize) -> Result<()> {
 
     // Not on a page boundary, to show what the handler is told.
     for at in (0xf..memory.len()).step_by(1024) {
-        // Read before println! locks the standard output: the handler needs that, too, and would never get it.
+        // Read before println! locks the standard output. The handler needs that, too, and would never get it.
         let byte = memory[at];
         println!("Read address {:p} in main(): {}", memory.as_ptr().wrapping_add(at), char::from(byte));
     }

@@ -1,5 +1,5 @@
-//! Minor faults: a file in memory is mapped twice. One mapping fills it; faults on the other are told, so that each page
-//! gets a last change before it is mapped there. Nothing is copied.
+//! Minor faults: a file in memory is mapped twice. One mapping fills it. Faults on the other are delivered, and
+//! each page gets a last change before it is mapped there. Nothing is copied.
 //!
 //! Linux 5.14, on 64-bit architectures that have it: x86-64, arm64 and others. No rights from Linux 5.11 on.
 
@@ -23,8 +23,8 @@ fn two_mappings() -> Result<()> {
     let memory = MmapRaw::map_raw(&file)?;
     let alias = MmapRaw::map_raw(&file)?;
 
-    // Writing through `alias` puts the pages into the page cache. `memory` doesn't show them yet: touching one there is
-    // a minor fault. (A page that the cache lacks would be a missing fault, which isn't asked for here.)
+    // Writing through `alias` puts the pages into the page cache. `memory` doesn't show them yet: touching one
+    // there is a minor fault. (A page that the cache lacks is a missing fault, which isn't asked for here.)
     for (index, letter) in CONTENT.iter().enumerate() {
         // SAFETY: the page lies inside the mapping, and no other thread knows of it yet.
         unsafe { alias.as_mut_ptr().wrapping_add(index * page_size()).write_volatile(*letter) };

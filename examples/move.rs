@@ -41,7 +41,7 @@ fn fill(uffd: &Uffd, ready: &mut MmapMut) -> userfaultfd::Result<&'static str> {
     // SAFETY: nothing refers into the source, which is whole pages of this process; main, which waits at the
     // destination, takes any bytes.
     match unsafe { uffd.move_pages(source, addr, page_size(), MoveMode::empty()) } {
-        // The source may always turn out to be pinned, or shared with a child since a fork. Copying works then.
+        // The source may turn out to be pinned, or shared with a child since a fork. Copying works then.
         Err(error) if error.errno() == Some(Errno::EBUSY) => {
             // SAFETY: the source is readable, and main takes any bytes.
             unsafe { uffd.copy(source, addr, page_size(), true)? };

@@ -1,5 +1,5 @@
-//! What this kernel offers, what this process may do, what registered memory accepts; and for everything that is refused
-//! the reason, and what helps.
+//! What this kernel offers, what this process may do, what registered memory accepts; and for everything that is
+//! refused the reason, and what helps.
 //!
 //! Any kernel, any rights. The first thing to run where something doesn't work, and to add to a bug report.
 
@@ -142,8 +142,8 @@ fn offers(out: &mut impl Write, support: Support) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "\n\"no\" is a kernel before the release under \"since\", one built without the feature, or one for an\n\
-         architecture or CPU that lacks it. A newer kernel may help; rights don't."
+        "\n\"no\" is a kernel before the release under \"since\", one built without the feature, or one for\n\
+         an architecture or CPU that lacks it. A newer kernel may help; rights don't."
     )
 }
 
@@ -151,7 +151,7 @@ fn offers(out: &mut impl Write, support: Support) -> io::Result<()> {
 struct Memory {
     name: &'static str,
     map: fn() -> io::Result<MmapRaw>,
-    /// The feature that tells of missing faults, of write-protect faults, of minor faults; `None` where there never are.
+    /// The features that tell of missing, write-protect and minor faults; `None` where there never are any.
     features: [Option<FeatureFlags>; 3],
 }
 
@@ -190,10 +190,7 @@ fn ranges(out: &mut impl Write, support: Support) -> io::Result<()> {
             writeln!(out, "{:<22} {name:<19} {answer}", kind.name)?;
         }
     }
-    writeln!(
-        out,
-        "\nThe kernel excludes reliably and promises too much: MOVE is listed for shared memory, where it fails."
-    )
+    writeln!(out, "\nThe kernel promises too much: MOVE is listed for shared memory, where it fails.")
 }
 
 /// Registers a page of fresh memory. Returns the operations, or why there are none.

@@ -1,7 +1,8 @@
-//! Write-protect faults: a snapshot of memory that goes on being written. Each page is saved at its first write.
+//! Write-protect faults: a snapshot of memory that goes on being written. A page is saved before its first write.
 //!
 //! Linux 5.7, on architectures that have it: x86-64, arm64, some riscv64. No rights from Linux 5.11 on.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::{ptr, thread};
 
@@ -34,7 +35,7 @@ fn snapshot() -> Result<()> {
 
     let uffd = UffdBuilder::new().require_features(FeatureFlags::PAGEFAULT_FLAG_WP).create()?;
     uffd.register_with_mode(memory.as_mut_ptr().cast(), memory.len(), RegisterMode::WRITE_PROTECT)?;
-    // The moment of the snapshot. This costs the same however much memory there is to save.
+    // The moment of the snapshot. Nothing is copied yet.
     uffd.write_protect(memory.as_mut_ptr().cast(), memory.len())?;
 
     let start = memory.as_mut_ptr().addr();
@@ -47,27 +48,25 @@ fn snapshot() -> Result<()> {
 
     let now: String = (0..CONTENT.len()).map(letter_at).collect();
     println!("memory now: {now}");
-    let saved_letter =
-        |index| saved.iter().find(|(page, _)| *page == index).map(|(_, bytes)| bytes[0].into());
-    let then: String =
-        (0..CONTENT.len()).map(|index| saved_letter(index).unwrap_or_else(|| letter_at(index))).collect();
-    println!("snapshot:   {then}");
+    // A page that wasn't saved wasn't written.
+    let then = |index| saved.get(&index).map_or_else(|| letter_at(index), |page| page[0].into());
+    println!("snapshot:   {}", (0..CONTENT.len()).map(then).collect::<String>());
     Ok(())
 }
 
 /// Saves each page that is about to be written, then lets the write go on. Returns the pages by their index.
-fn save_before_writes(uffd: &Uffd, start: usize) -> Result<Vec<(usize, Vec<u8>)>> {
-    let mut saved = Vec::new();
+fn save_before_writes(uffd: &Uffd, start: usize) -> Result<BTreeMap<usize, Vec<u8>>> {
+    let mut saved = BTreeMap::new();
     while saved.len() < WRITTEN.len() {
         let Some(Event::Pagefault { kind: FaultKind::WriteProtected, addr, .. }) = uffd.read_event()? else {
             return Err("an event that nobody asked for".into());
         };
         let mut copy = vec![0; page_size()];
-        // SAFETY: the mapping outlives this thread, reading from it is free, and who would write to the page waits.
+        // SAFETY: the mapping outlives this thread. Reading it raises no fault, and who would write to it waits.
         unsafe { ptr::copy_nonoverlapping(addr.cast(), copy.as_mut_ptr(), copy.len()) };
         let index = (addr.addr() - start) / page_size();
         println!("write to page {index}: saved {} bytes of {}", copy.len(), char::from(copy[0]));
-        saved.push((index, copy));
+        saved.insert(index, copy);
         uffd.remove_write_protection(addr, page_size(), true)?;
     }
     Ok(saved)

@@ -4,8 +4,8 @@
 //!
 //! - 0: it did what it shows.
 //! - 1: something failed. The standard error says what.
-//! - [`UNMET`], 2: this machine or this process lacks something. The last line of the standard error says what it
-//!   is, after `needs`, and how to get it. The tests show that line as `SKIP`.
+//! - [`UNMET`], 2: this machine or this process lacks something. The last line of the standard error says what,
+//!   after `needs`, and how to get it. The tests show that line as `SKIP`.
 
 use std::error::Error;
 use std::fmt;
@@ -84,7 +84,7 @@ pub fn memfd(len: usize) -> io::Result<File> {
     Ok(file)
 }
 
-/// The size of a huge page, in bytes, if nobody says otherwise. `None` where the kernel has no hugetlb memory.
+/// The default size of a huge page, in bytes. `None` where the kernel has no hugetlb memory.
 #[must_use]
 pub fn huge_page_size() -> Option<usize> {
     let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
@@ -95,12 +95,12 @@ pub fn huge_page_size() -> Option<usize> {
 
 /// Private memory of `pages` huge pages of `size` bytes.
 ///
-/// With `reserve` the pages are set aside for it, so that touching them can't fail. Without, anybody can map any number
-/// of them, and touching them may raise SIGBUS.
+/// With `reserve` the pages are set aside for it, so that touching them can't fail. Without, anybody can map any
+/// number of them, and touching them may raise SIGBUS.
 ///
 /// # Errors
 ///
-/// `ENOMEM`: so many pages aren't to be had. `EINVAL`: no huge pages of this size. `EPERM`: not for this user.
+/// `ENOMEM`: so many pages aren't free. `EINVAL`: there are no huge pages of this size.
 pub fn map_huge(pages: usize, size: usize, reserve: bool) -> io::Result<MmapMut> {
     let mut options = MmapOptions::new();
     options.len(pages * size).huge(Some(size.trailing_zeros() as u8));

@@ -1,9 +1,9 @@
 //! Runs every example and checks what it prints; and holds the READMEs to the program that they show.
 //!
-//! An example that says that something is missing here is shown as `SKIP`, or is a failure where the run was told
-//! that it is there: `USERFAULTFD_EXPECT_FEATURES` (a mask in hexadecimal) and `USERFAULTFD_EXPECT` (`CAP_SYS_PTRACE`,
-//! `hugetlb`), as for the tests of the library. `USERFAULTFD_EXAMPLES` names the directory of the built examples,
-//! where that isn't the one beside this test's.
+//! An example that says that something is missing here is shown as `SKIP`. That is a failure where the run was
+//! told that it is there: by `USERFAULTFD_EXPECT_FEATURES` (a mask in hexadecimal) and `USERFAULTFD_EXPECT`
+//! (`CAP_SYS_PTRACE`, `hugetlb`), as for the tests of the library. `USERFAULTFD_EXAMPLES` names the directory of
+//! the built examples, where it isn't the one beside this test's.
 
 mod support;
 

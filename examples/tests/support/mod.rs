@@ -111,7 +111,7 @@ pub(crate) fn forbid_userfaultfd(command: &mut Command) {
         libc::sock_filter { code: code as u16, jt, jf, k }
     }
     static FILTER: [libc::sock_filter; 4] = [
-        // The number of the system call is the first word. If it is this one, go on; else skip an instruction.
+        // The number of the system call is the first word. If it isn't this one, skip an instruction.
         instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
         instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_userfaultfd as u32),
         instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
@@ -142,7 +142,7 @@ pub(crate) fn run(command: &mut Command) -> Output {
     let watchdog = thread::spawn(move || {
         let hangs = watched.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout);
         if hangs {
-            // SAFETY: touches no memory. The child is waited for when this thread has ended, so the number is its own.
+            // SAFETY: touches no memory. The child is waited for after this thread, so the number is still its own.
             unsafe { libc::kill(-group, libc::SIGKILL) };
         }
         hangs
