@@ -1,1 +1,108 @@
-//! UFFDIO_SET_MODE.
+//! UFFDIO_SET_MODE, of Linux 7.3.
+
+use userfaultfd::{Errno, Error, FaultKind, FeatureFlags, IoctlFlags, RegisterMode};
+
+use crate::support::fault::{self, Fault};
+use crate::support::memory::Memory;
+use crate::support::{child, dead, errno, features, page, require, test_name, uffd};
+
+const NONE: FeatureFlags = FeatureFlags::empty();
+const RWP: FeatureFlags = FeatureFlags::RWP;
+const RWP_ASYNC: FeatureFlags = FeatureFlags::RWP_ASYNC;
+
+#[test]
+fn protection_becomes_asynchronous_and_back() {
+    require!(RWP | RWP_ASYNC);
+    let (uffd, memory) = (uffd(RWP), Memory::anonymous(1));
+    memory.write(0, 1);
+    let (start, len) = (memory.start(), memory.len());
+    uffd.register_with_mode(start, len, RegisterMode::READ_WRITE_PROTECT).unwrap();
+    for _ in 0..2 {
+        uffd.set_async(RWP_ASYNC, NONE).unwrap();
+        uffd.read_write_protect(start, len).unwrap();
+        assert_eq!(memory.read(0), 1);
+        fault::assert_silent(&uffd);
+        uffd.set_async(NONE, RWP_ASYNC).unwrap();
+        uffd.read_write_protect(start, len).unwrap();
+        fault::during(
+            &uffd,
+            &memory,
+            || memory.read(0),
+            |faults| {
+                let expected = Fault::read(FaultKind::ReadWriteProtected, &memory, 0);
+                assert_eq!(faults.next(), expected);
+                uffd.remove_read_write_protection(start, len, true).unwrap();
+            },
+        );
+    }
+}
+
+#[test]
+fn every_waiter_tries_again_when_it_becomes_asynchronous() {
+    require!(RWP | RWP_ASYNC);
+    let (uffd, memory) = (uffd(RWP), Memory::anonymous(2));
+    memory.write(0, 1);
+    let modes = RegisterMode::MISSING | RegisterMode::READ_WRITE_PROTECT;
+    uffd.register_with_mode(memory.start(), memory.len(), modes).unwrap();
+    uffd.read_write_protect(memory.start(), memory.len()).unwrap();
+    let memory = &memory;
+    let read = |page| move || memory.read(page);
+    let bytes = fault::during_all(&uffd, memory, [read(0), read(1)], |faults| {
+        let mut kinds = [faults.next().kind, faults.next().kind];
+        kinds.sort_by_key(|kind| *kind == FaultKind::Missing);
+        assert_eq!(kinds, [FaultKind::ReadWriteProtected, FaultKind::Missing]);
+        uffd.set_async(RWP_ASYNC, NONE).unwrap();
+        // The one goes on, the other comes back.
+        assert_eq!(faults.next(), Fault::read(FaultKind::Missing, memory, 1));
+        // SAFETY: the memory is only accessed by raw pointers.
+        unsafe { uffd.zeropage(memory.at(1), page(), true) }.unwrap();
+    });
+    assert_eq!(bytes, [1, 0]);
+}
+
+#[test]
+fn nothing_to_switch_is_fine() {
+    require!(RWP);
+    uffd(RWP).set_async(NONE, NONE).unwrap();
+    uffd(NONE).set_async(NONE, NONE).unwrap();
+}
+
+#[test]
+fn only_what_is_known_and_negotiated_is_switched() {
+    require!(RWP | RWP_ASYNC);
+    let uffd = uffd(RWP);
+    let invalid = [
+        (RWP_ASYNC, RWP_ASYNC),
+        (FeatureFlags::WP_ASYNC, NONE),
+        (NONE, FeatureFlags::WP_ASYNC),
+        (RWP, NONE),
+        (FeatureFlags::from_bits_retain(1 << 40), NONE),
+    ];
+    for (enable, disable) in invalid {
+        assert_eq!(errno(uffd.set_async(enable, disable)), Errno::EINVAL, "{enable} {disable}");
+    }
+    let without = self::uffd(NONE);
+    assert_eq!(errno(without.set_async(RWP_ASYNC, NONE)), Errno::EINVAL);
+    without.set_async(NONE, RWP_ASYNC).unwrap();
+}
+
+#[test]
+fn a_process_that_is_gone_is_not_found() {
+    require!(RWP);
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(1);
+        assert_eq!(errno(dead::uffd(&memory).set_async(NONE, RWP_ASYNC)), Errno::ESRCH);
+    });
+}
+
+#[test]
+fn a_kernel_without_it_is_told_from_an_invalid_mode() {
+    require!();
+    if features().contains(RWP) {
+        return;
+    }
+    match uffd(NONE).set_async(RWP_ASYNC, NONE) {
+        Err(Error::UnsupportedIoctls(ioctls)) => assert!(!ioctls.contains(IoctlFlags::SET_MODE)),
+        other => panic!("{other:?}"),
+    }
+}
