@@ -5,6 +5,7 @@ mod support;
 mod copy;
 mod events;
 mod fill;
+mod fork;
 mod handshake;
 mod minor;
 mod move_pages;

@@ -8,8 +8,7 @@ use userfaultfd::{Errno, Error, OpenRefusal, OpenWith, Uffd, UffdBuilder};
 use crate::support::handler::{Fault, kernel_write, zero};
 use crate::support::memory::Memory;
 use crate::support::mounts::{self, Device};
-use crate::support::raw::{self, check};
-use crate::support::{child, foreign, has, proc, require, test_name};
+use crate::support::{child, foreign, has, proc, raw, require, test_name};
 
 /// The ways that are open to this process.
 fn ways(test: &str) -> Vec<OpenWith> {
@@ -57,12 +56,7 @@ fn the_flags_of_the_descriptor_are_those_asked_for() {
             ways(test_name!()).into_iter().map(|way| builder.open_with(way).create().unwrap()).collect();
         made.extend(device.as_ref().map(|device| builder.from_device(device).unwrap()));
         for uffd in made {
-            // SAFETY: touches no memory.
-            let of_descriptor = check(unsafe { libc::fcntl(uffd.as_raw_fd(), libc::F_GETFD) }).unwrap();
-            assert_eq!(of_descriptor & i64::from(libc::FD_CLOEXEC) != 0, close_on_exec);
-            // SAFETY: touches no memory.
-            let of_file = check(unsafe { libc::fcntl(uffd.as_raw_fd(), libc::F_GETFL) }).unwrap();
-            assert_eq!(of_file & i64::from(libc::O_NONBLOCK) != 0, non_blocking);
+            assert_eq!(raw::flags(&uffd), (close_on_exec, non_blocking));
         }
     }
 }

@@ -1,12 +1,16 @@
 //! Tests that need a process of their own: that drop rights, fork, exhaust descriptors or die.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 
 use super::raw::check;
 
 /// Names the test whose child this process is.
 const CHILD: &str = "USERFAULTFD_TEST_CHILD";
+
+/// What that process was told when it was executed once more.
+const STAGE: &str = "USERFAULTFD_TEST_STAGE";
 
 /// Runs the test `test` once more, alone in a process of its own, with `body` there and nothing else. Returns what that
 /// process said and how it ended; `None` in that process itself, which is done then.
@@ -20,9 +24,14 @@ pub(crate) fn run(test: &'static str, body: impl FnOnce()) -> Option<Output> {
         body();
         return None;
     }
+    Some(alone(test).stdin(Stdio::null()).output().unwrap())
+}
+
+/// This program, with one test alone.
+fn alone(test: &'static str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(CHILD, test).stdin(Stdio::null());
-    Some(command.output().unwrap())
+    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(CHILD, test);
+    command
 }
 
 /// Like [`run`], and passes on what the process said unless it succeeded.
@@ -34,6 +43,17 @@ pub(crate) fn run_well(test: &'static str, body: impl FnOnce()) {
         }
         assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
     }
+}
+
+/// Replaces this process by another one that runs the test `test` alone, where [`stage`] is `stage`.
+pub(crate) fn execute(test: &'static str, stage: &str) -> ! {
+    let error = alone(test).env(STAGE, stage).exec();
+    panic!("execve: {error}");
+}
+
+/// What [`execute`] was told, in the process that it executed.
+pub(crate) fn stage() -> Option<String> {
+    std::env::var(STAGE).ok()
 }
 
 /// Forks this process, runs `body` in the child, which exits with 0 if it returns, and returns the child.
@@ -112,7 +132,10 @@ pub(crate) fn use_up_descriptors() -> Full {
     // SAFETY: the structure is borrowed for the call.
     check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut before) }).unwrap();
     // A limit below the number that a duplicate starts at, 3, would be another error. These fill what is free there.
-    let fillers: Vec<_> = std::iter::repeat_with(lowest_free).take_while(|fd| fd.as_raw_fd() <= 3).collect();
+    // No allocation here: see `proc::read`.
+    let mut fillers = [const { None }; 4];
+    let free = std::iter::repeat_with(lowest_free).take_while(|fd| fd.as_raw_fd() <= 3);
+    fillers.iter_mut().zip(free).for_each(|(filler, fd)| *filler = Some(fd));
     let limit = lowest_free().as_raw_fd() as libc::rlim_t;
     Full::limit(libc::rlimit { rlim_cur: limit, ..before });
     Full { before, _fillers: fillers }
@@ -130,7 +153,7 @@ fn lowest_free() -> OwnedFd {
 #[derive(Debug)]
 pub(crate) struct Full {
     before: libc::rlimit,
-    _fillers: Vec<OwnedFd>,
+    _fillers: [Option<OwnedFd>; 4],
 }
 
 impl Full {

@@ -3,13 +3,13 @@
 use std::io::Write;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::{panic, thread};
 
 use userfaultfd::{Errno, Event, FaultKind, ReadWrite, Uffd};
 
 use super::memory::Memory;
-use super::proc::thread_id;
+use super::proc::{thread_id, wait_until};
 use super::raw::{check, pipe, wait_for_event};
 
 /// An [`Event::Pagefault`].
@@ -57,19 +57,24 @@ impl Change {
 
 /// Runs `change` in a thread of its own, and meanwhile `test` here, which gets that thread's id and must read the events
 /// that the change waits for. Returns what `change` returns. The descriptor must not be a blocking one.
+///
+/// If the change is a fork, it waits with the allocator's locks held: until its event is read, `test` must not allocate.
 pub(crate) fn while_changing<T: Send>(
     uffd: &Uffd,
     change: impl FnOnce() -> T + Send,
     test: impl FnOnce(libc::pid_t),
 ) -> T {
-    let (sender, ids) = mpsc::channel();
+    let (id, go) = (AtomicI32::new(0), AtomicBool::new(false));
     thread::scope(|scope| {
-        let thread = scope.spawn(move || {
-            sender.send(thread_id()).unwrap();
+        let thread = scope.spawn(|| {
+            id.store(thread_id(), Ordering::SeqCst);
+            wait_until(|| go.load(Ordering::SeqCst));
             change()
         });
-        let id = ids.recv().unwrap();
-        let tested = panic::catch_unwind(panic::AssertUnwindSafe(|| test(id)));
+        wait_until(|| id.load(Ordering::SeqCst) != 0);
+        // From here on nothing is allocated.
+        go.store(true, Ordering::SeqCst);
+        let tested = panic::catch_unwind(panic::AssertUnwindSafe(|| test(id.load(Ordering::SeqCst))));
         // The thread must not wait on, or the test would hang instead of failing.
         while tested.is_err() && !thread.is_finished() {
             let _ = uffd.read_event();

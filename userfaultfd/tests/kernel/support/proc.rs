@@ -1,6 +1,8 @@
 //! What /proc tells of descriptors and threads: the way to see that something waits, without waiting for a time.
 
-use std::fs;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 
 use userfaultfd::{FeatureFlags, IoctlFlags};
@@ -18,20 +20,32 @@ pub(crate) struct Fdinfo {
     pub(crate) ioctls: IoctlFlags,
 }
 
+/// Reads a small file of /proc, without allocating: a thread that waits in fork(2) for its event to be read holds the
+/// locks of the allocator meanwhile.
+fn read<'a>(path: fmt::Arguments<'_>, text: &'a mut [u8; 512]) -> Option<&'a str> {
+    let mut name = [0; 64];
+    let mut rest = &mut name[..];
+    rest.write_fmt(path).unwrap();
+    let unused = rest.len();
+    let name = str::from_utf8(&name[..64 - unused]).unwrap();
+    let len = File::open(name).ok()?.read(text).ok()?;
+    str::from_utf8(&text[..len]).ok()
+}
+
 /// Looks a userfaultfd up in fdinfo.
 pub(crate) fn fdinfo(fd: impl AsFd) -> Fdinfo {
-    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd())).unwrap();
+    let mut text = [0; 512];
+    let text = read(format_args!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd()), &mut text).unwrap();
     let field = |name: &str| {
         let value = text.lines().find_map(|line| line.strip_prefix(name));
         value.unwrap_or_else(|| panic!("no {name} in {text}")).trim()
     };
-    let api: Vec<_> =
-        field("API:").split(':').map(|number| u64::from_str_radix(number, 16).unwrap()).collect();
+    let mut api = field("API:").split(':').map(|number| u64::from_str_radix(number, 16).unwrap()).skip(1);
     Fdinfo {
         pending: field("pending:").parse().unwrap(),
         total: field("total:").parse().unwrap(),
-        features: FeatureFlags::from_bits_retain(api[1] & !(1 << 31)),
-        ioctls: IoctlFlags::from_bits_retain(api[2]),
+        features: FeatureFlags::from_bits_retain(api.next().unwrap() & !(1 << 31)),
+        ioctls: IoctlFlags::from_bits_retain(api.next().unwrap()),
     }
 }
 
@@ -55,11 +69,12 @@ pub(crate) fn thread_id() -> libc::pid_t {
 
 /// Waits until a thread of this process sleeps in a system call.
 pub(crate) fn wait_until_in(thread: libc::pid_t, syscall: libc::c_long) {
-    let number = syscall.to_string();
     wait_until(|| {
+        let mut text = [0; 512];
+        let text = read(format_args!("/proc/self/task/{thread}/syscall"), &mut text);
         // "running" while it isn't asleep, else the number and the arguments.
-        let text = fs::read_to_string(format!("/proc/self/task/{thread}/syscall"));
-        text.expect("a kernel that tells of system calls").split_whitespace().next() == Some(&number)
+        let text = text.expect("a kernel that tells of system calls");
+        text.split_whitespace().next().unwrap().parse() == Ok(syscall)
     });
 }
 

@@ -57,6 +57,16 @@ pub(crate) fn api(fd: impl AsFd, features: FeatureFlags) -> Result<(FeatureFlags
     Ok((FeatureFlags::from_bits_retain(arg.features), IoctlFlags::from_bits_retain(arg.ioctls)))
 }
 
+/// Whether a descriptor is closed on exec, and whether it is non-blocking.
+pub(crate) fn flags(fd: impl AsFd) -> (bool, bool) {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: touches no memory.
+    let of_descriptor = check(unsafe { libc::fcntl(fd, libc::F_GETFD) }).unwrap();
+    // SAFETY: touches no memory.
+    let of_file = check(unsafe { libc::fcntl(fd, libc::F_GETFL) }).unwrap();
+    (of_descriptor & i64::from(libc::FD_CLOEXEC) != 0, of_file & i64::from(libc::O_NONBLOCK) != 0)
+}
+
 /// What poll(2) says of a descriptor at once, of `POLLIN` and the conditions that it always tells.
 pub(crate) fn poll(fd: impl AsFd) -> libc::c_short {
     poll_for(fd, 0)
