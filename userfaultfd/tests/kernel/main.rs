@@ -3,9 +3,11 @@
 mod support;
 
 mod copy;
+mod descriptor;
 mod events;
 mod fill;
 mod fork;
+mod gone;
 mod handshake;
 mod minor;
 mod move_pages;
