@@ -30,7 +30,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// A copy failed without copying anything. `EAGAIN` is never here: that is `PartiallyCopied(0)`.
-    #[error("copying into the range failed")]
+    #[error("copying into the range failed ({0:?})")]
     CopyFailed(#[source] Errno),
 
     /// A copy stopped after this many bytes, perhaps 0; go on with the rest.
@@ -50,7 +50,7 @@ pub enum Error {
     },
 
     /// A system call failed.
-    #[error("system call failed")]
+    #[error("system call failed ({0:?})")]
     SystemError(#[from] Errno),
 
     /// The descriptor is at its end of file: it is not a userfaultfd.
@@ -71,7 +71,7 @@ pub enum Error {
     UnsupportedIoctls(IoctlFlags),
 
     /// Filling with zeros failed before anything was filled.
-    #[error("filling the range with zeros failed")]
+    #[error("filling the range with zeros failed ({0:?})")]
     ZeropageFailed(#[source] Errno),
 
     /// `/dev/userfaultfd` was asked for by [`OpenWith::Device`](crate::OpenWith::Device) and can't be opened.
@@ -120,7 +120,7 @@ pub enum Error {
     EmptyBuffer,
 
     /// An operation without a variant of its own stopped: `MOVE`, `POISON`, a `ZEROPAGE` that had begun.
-    #[error("{ioctl} stopped after {done} bytes")]
+    #[error("{ioctl} stopped after {done} bytes ({errno:?})")]
     Stopped {
         /// Which operation, as the flag of its ioctl.
         ioctl: IoctlFlags,

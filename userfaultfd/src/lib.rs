@@ -10,24 +10,28 @@
 //! One page, one fault, one copy:
 //!
 //! ```
-//! use userfaultfd::{Event, UffdBuilder};
+//! use std::{error::Error, thread};
 //!
-//! fn main() -> Result<(), Box<dyn std::error::Error>> {
-//!     let page = userfaultfd::page_size();
-//!     let mut memory = memmap2::MmapMut::map_anon(page)?;
-//!     let content = vec![b'!'; page];
+//! use userfaultfd::{Event, UffdBuilder, page_size};
 //!
+//! fn main() -> Result<(), Box<dyn Error>> {
+//!     // A page of memory that nobody has touched yet, and somebody to tell when one does.
+//!     let mut memory = memmap2::MmapMut::map_anon(page_size())?;
 //!     let uffd = UffdBuilder::new().create()?;
-//!     uffd.register(memory.as_mut_ptr().cast(), page)?;
+//!     uffd.register(memory.as_mut_ptr().cast(), memory.len())?;
 //!
-//!     std::thread::scope(|scope| -> userfaultfd::Result<()> {
-//!         let reader = scope.spawn(|| memory[0]); // sleeps in its page fault
-//!         let Some(Event::Pagefault { addr, .. }) = uffd.read_event()? else { unreachable!("nothing else is asked for") };
-//!         // SAFETY: `content` is a page of plain bytes, and nobody has seen the missing page.
-//!         unsafe { uffd.copy(content.as_ptr().cast(), addr, page, true)? };
-//!         assert_eq!(reader.join().unwrap(), b'!');
-//!         Ok(())
-//!     })?;
+//!     let handler = thread::spawn(move || {
+//!         let Some(Event::Pagefault { addr, rw, .. }) = uffd.read_event()? else { unreachable!() };
+//!         println!("{rw:?} fault at {addr:p}");
+//!         let content = vec![42; page_size()];
+//!         // SAFETY: `content` is readable, and 42s are as good as any bytes to whoever reads `memory`.
+//!         unsafe { uffd.copy(content.as_ptr().cast(), addr, page_size(), true) }
+//!     });
+//!
+//!     let byte = memory[0]; // sleeps here until the copy is done
+//!     let copied = handler.join().unwrap()?;
+//!     println!("copied {copied} bytes, the first is {byte}");
+//!     assert_eq!(byte, 42);
 //!     Ok(())
 //! }
 //! ```
@@ -164,6 +168,8 @@
 //!   the handler uses, and read the source into memory of its own first.
 //! - The handler takes a lock that a faulting thread holds: the allocator's, stdout's, a lazily initialised
 //!   static's.
+//! - A thread forks before the handler of fork events is on its way to read: starting a thread takes locks that
+//!   fork(2) holds until the event is read. Let the handler say that it is there.
 //! - A handler of fork events allocates, while the forking thread holds the allocator's locks. Reading and
 //!   decoding here allocates nothing.
 //! - One thread retries on `EAGAIN` without reading the event that must be read first.

@@ -106,7 +106,7 @@ fn new_from_syscall(flags: OpenFlags) -> Result<OwnedFd, Errno> {
 ///   - sysctl vm.unprivileged_userfaultfd=1, from an administrator
 ///   - the capability CAP_SYS_PTRACE
 /// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct OpenFailure {
     device_open: Option<Errno>,
     device_ioctl: Option<Errno>,
@@ -157,13 +157,15 @@ impl OpenFailure {
 
     /// What helps: each line a way of its own.
     pub fn remedies(&self) -> impl Iterator<Item = &'static str> {
+        const DEVICE: &str = "access to the device, from an administrator: setfacl -m u:$USER:rw /dev/userfaultfd \
+                              (in a container: --device /dev/userfaultfd)";
         let remedies: &[&str] = match (self.reason(), self.user_mode_only) {
             (OpenRefusal::NotBuiltIn, _) => &[
                 "a kernel with CONFIG_USERFAULTFD=y; in a container, a seccomp profile that allows userfaultfd",
             ],
             (OpenRefusal::NotPermitted, false) => &[
                 "UffdBuilder::user_mode_only(true), if no system call has to touch missing pages",
-                "access to the device, from an administrator: setfacl -m u:$USER:rw /dev/userfaultfd",
+                DEVICE,
                 "sysctl vm.unprivileged_userfaultfd=1, from an administrator",
                 "the capability CAP_SYS_PTRACE",
             ],
@@ -171,7 +173,7 @@ impl OpenFailure {
             (OpenRefusal::NotPermitted, true) => &[
                 "in a container, a seccomp profile that allows userfaultfd: \
                  user_mode_only(true) needs no rights, so a filter refused it",
-                "access to the device, from an administrator: setfacl -m u:$USER:rw /dev/userfaultfd",
+                DEVICE,
                 "before Linux 5.11: sysctl vm.unprivileged_userfaultfd=1, from an administrator, or CAP_SYS_PTRACE",
             ],
             (OpenRefusal::Other, _) if self.errno() == Some(Errno::EMFILE) => {
@@ -184,6 +186,13 @@ impl OpenFailure {
 }
 
 impl std::error::Error for OpenFailure {}
+
+impl fmt::Debug for OpenFailure {
+    /// The same as `Display`: this is what a failed `unwrap` or `main` shows, and where the remedies are needed.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
 
 /// An errno as its name and its text.
 struct Named(Errno);
