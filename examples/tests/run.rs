@@ -213,11 +213,8 @@ fn refused_creation_tells_what_helps() {
         assert_eq!(output.status.code(), Some(i32::from(!probe)), "{output:?}");
         let told = if probe { output.out } else { output.err };
         assert!(told.contains("EPERM"), "{example}: {told}");
-        // hello_fault leaves its error to the standard library.
-        if example != "hello_fault" {
-            for part in ["/dev/userfaultfd", "hat helps", "seccomp"] {
-                assert!(told.contains(part), "{example}: {part} is not in: {told}");
-            }
+        for part in ["/dev/userfaultfd", "hat helps", "seccomp"] {
+            assert!(told.contains(part), "{example}: {part} is not in: {told}");
         }
     }
 }
@@ -235,4 +232,11 @@ fn the_readmes_show_hello_fault_and_what_it_prints() {
         let (language, shown) = blocks[at + 1];
         assert_eq!((language, masked(shown)), ("text", printed.clone()));
     }
+    let crate_page: String = include_str!("../../userfaultfd/src/lib.rs")
+        .lines()
+        .map_while(|line| line.strip_prefix("//!"))
+        .flat_map(|line| [line.strip_prefix(' ').unwrap_or(line), "\n"])
+        .collect();
+    let first = crate_page.split("```\n").nth(1).expect("a program");
+    assert_eq!(first, program);
 }
