@@ -71,7 +71,7 @@ fn timed(step: &Step) -> (Result<Outcome, String>, Duration) {
 }
 
 /// The cargo that runs this program, in the workspace.
-fn cargo(arguments: &[&str]) -> Command {
+pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(arguments).current_dir(crate::root());
     command
@@ -85,7 +85,7 @@ fn execute(command: &mut Command) -> Result<(), String> {
 }
 
 /// Runs a command for what it says.
-fn output(command: &mut Command) -> Result<String, String> {
+pub(crate) fn output(command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|e| format!("{}: {e}", display(command)))?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
@@ -96,7 +96,7 @@ fn output(command: &mut Command) -> Result<String, String> {
 }
 
 /// The command without the path of its program, and with the environment that is set for it.
-fn display(command: &Command) -> String {
+pub(crate) fn display(command: &Command) -> String {
     let program = std::path::Path::new(command.get_program());
     let mut words: Vec<_> = command
         .get_envs()

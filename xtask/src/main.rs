@@ -3,6 +3,7 @@
 mod bindings;
 mod ci;
 mod diff;
+mod kernels;
 mod libclang;
 mod sys;
 
@@ -29,8 +30,9 @@ fn main() -> ExitCode {
     let result = match command.as_str() {
         "bindings" => bindings::run(&arguments),
         "ci" => ci::run(&arguments),
+        "kernels" => kernels::run(&arguments),
         "" | "help" | "-h" | "--help" => {
-            print!("{USAGE}");
+            print!("{USAGE}\n{}", kernels::USAGE);
             Ok(())
         }
         _ => Err(format!("no command `{command}`\n\n{USAGE}")),

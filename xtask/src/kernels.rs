@@ -1,0 +1,321 @@
+//! `cargo xtask kernels`: the workspace's tests on other kernels, in virtual machines.
+
+mod apt;
+mod binaries;
+mod cpio;
+mod image;
+mod packages;
+mod qemu;
+mod report;
+mod sources;
+mod table;
+mod verdict;
+mod version;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use guest_init::{Pass, Plan, Transcript, User};
+
+use binaries::Built;
+use packages::Packages;
+use qemu::Machine;
+use table::{Arch, Expectation, Features, Kernel, Table};
+use verdict::Verdict;
+
+pub(crate) const USAGE: &str = "\
+  kernels [NAME]... [--all] [--list] [--kernel PATH [--arch ARCH] [--features MASK]] [--shell NAME]
+          [--qemu PATH] [--limit SECONDS]
+      Run the workspace's tests on the kernels of xtask/kernels.toml, or the named ones of them, in virtual machines:
+      as root and as a user without rights. QEMU and the kernels are Debian packages, fetched into the target folder.
+      --all       kernels of other architectures, too
+      --list      only show the kernels
+      --kernel    a kernel image instead, which must offer exactly the features MASK if that is given
+      --shell     no tests but a shell on the console of this kernel, with the binaries in /tests
+      --qemu      the emulator to use; else one in PATH, else a fetched one
+      --limit     how long a guest may run
+";
+
+/// Guests that run at a time: each emulates two processors.
+const AT_A_TIME: usize = 2;
+
+/// Seconds that a guest may run, and a test binary in it.
+const LIMIT: u64 = 600;
+const BINARY_LIMIT: u64 = 240;
+
+/// What a guest gets: pages for the tests that need huge ones, and bytes to swap to.
+const HUGE_PAGES: usize = 32;
+const SWAP: u64 = 256 << 20;
+
+pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
+    let options = Options::parse(arguments)?;
+    let table = Table::read()?;
+    if options.list {
+        list(&table);
+        return Ok(());
+    }
+    let folder = crate::scratch().join("kernels");
+    fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let subjects = options.subjects(&table)?;
+    let packages = Packages::prepare(&folder, &options, &table, &subjects)?;
+    if let Some(name) = &options.shell {
+        let [subject] = &subjects[..] else { return Err(format!("--shell {name}: one kernel at a time")) };
+        let built = binaries::build(&subject.arch, &folder.join("build"))?;
+        return machine(&folder, &packages, subject, &built, true)?.0.run_here();
+    }
+    run_all(&folder, &packages, &subjects, &options)
+}
+
+/// A kernel to run, and what is expected of it.
+struct Subject {
+    name: String,
+    arch: Arch,
+    source: Source,
+    root: Expectation,
+    nobody: Expectation,
+}
+
+/// Where a kernel comes from.
+enum Source {
+    Image(PathBuf),
+    Packages(Kernel),
+}
+
+impl Subject {
+    fn expectation(&self, user: User) -> Expectation {
+        if user == User::Root { self.root.clone() } else { self.nobody.clone() }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Options {
+    names: Vec<String>,
+    all: bool,
+    list: bool,
+    kernel: Option<PathBuf>,
+    arch: Option<String>,
+    features: Option<u64>,
+    shell: Option<String>,
+    qemu: Option<PathBuf>,
+    limit: Option<u64>,
+}
+
+impl Options {
+    fn parse(arguments: &[String]) -> Result<Self, String> {
+        let mut options = Options::default();
+        let mut arguments = arguments.iter();
+        while let Some(argument) = arguments.next() {
+            let mut value = || arguments.next().cloned().ok_or_else(|| format!("{argument} needs a value"));
+            match argument.as_str() {
+                "--all" => options.all = true,
+                "--list" => options.list = true,
+                "--kernel" => options.kernel = Some(value()?.into()),
+                "--arch" => options.arch = Some(value()?),
+                "--features" => options.features = Some(mask(&value()?)?),
+                "--shell" => options.shell = Some(value()?),
+                "--qemu" => options.qemu = Some(value()?.into()),
+                "--limit" => {
+                    let value = value()?;
+                    options.limit = Some(value.parse().map_err(|e| format!("--limit {value}: {e}"))?);
+                }
+                name if !name.starts_with('-') => options.names.push(name.to_owned()),
+                _ => return Err(format!("kernels: unexpected argument `{argument}`")),
+            }
+        }
+        if options.kernel.is_none() && (options.features.is_some() || options.arch.is_some()) {
+            return Err("--features and --arch tell about the image of --kernel".to_owned());
+        }
+        if options.kernel.is_some() && !options.names.is_empty() {
+            return Err("either --kernel or names".to_owned());
+        }
+        Ok(options)
+    }
+
+    /// The kernels to run.
+    fn subjects(&self, table: &Table) -> Result<Vec<Subject>, String> {
+        if let Some(path) = &self.kernel {
+            let path = path.canonicalize().map_err(|e| format!("{}: {e}", path.display()))?;
+            let arch = table.arch(self.arch.as_deref().unwrap_or(std::env::consts::ARCH))?.clone();
+            let expectation = Expectation { features: self.features, ..Expectation::default() };
+            let (root, nobody) = (expectation.clone(), expectation);
+            return Ok(vec![Subject {
+                name: image::file_name(&path),
+                arch,
+                source: Source::Image(path),
+                root,
+                nobody,
+            }]);
+        }
+        let names: Vec<String> = self.shell.iter().chain(&self.names).cloned().collect();
+        let subject = |kernel: &Kernel| {
+            Ok(Subject {
+                name: kernel.name.clone(),
+                arch: table.arch(&kernel.arch)?.clone(),
+                source: Source::Packages(kernel.clone()),
+                root: table.expectation(kernel, User::Root),
+                nobody: table.expectation(kernel, User::Nobody),
+            })
+        };
+        table.select(&names, self.all)?.into_iter().map(subject).collect()
+    }
+}
+
+fn mask(text: &str) -> Result<u64, String> {
+    let digits = text.strip_prefix("0x").unwrap_or(text);
+    u64::from_str_radix(digits, 16).map_err(|e| format!("--features {text}: {e}"))
+}
+
+fn list(table: &Table) {
+    println!("{:12} {:10} {:>9}  package", "kernel", "machine", "features");
+    for kernel in &table.kernel {
+        let all = if kernel.only_with_all { " (--all)" } else { "" };
+        let features = format!("{:#x}", kernel.features);
+        println!("{:12} {:10} {features:>9}  {}{all}", kernel.name, kernel.arch, kernel.packages.join(", "));
+    }
+}
+
+fn run_all(
+    folder: &Path,
+    packages: &Packages,
+    subjects: &[Subject],
+    options: &Options,
+) -> Result<(), String> {
+    let features = Features::read()?;
+    let limit = Duration::from_secs(options.limit.unwrap_or(LIMIT));
+    let mut built: Vec<(String, Built)> = Vec::new();
+    for subject in subjects {
+        if !built.iter().any(|(target, _)| *target == subject.arch.target) {
+            eprintln!("building the tests for {}", subject.arch.target);
+            let binaries = binaries::build(&subject.arch, &folder.join("build"))?;
+            built.push((subject.arch.target.clone(), binaries));
+        }
+    }
+    let work = |subject: &Subject| -> Result<Verdict, String> {
+        let built = built.iter().find(|(target, _)| *target == subject.arch.target);
+        let (_, built) = built.ok_or("its binaries weren't built")?;
+        let (machine, plan) = machine(folder, packages, subject, built, false)?;
+        guest(folder, subject, &machine, &plan, limit, &features)
+    };
+
+    let queue = Mutex::new(subjects.iter().enumerate());
+    let done = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        let worker = || {
+            loop {
+                // The lock is held for this statement alone.
+                let Some((i, subject)) = queue.lock().ok().and_then(|mut queue| queue.next()) else { return };
+                let start = Instant::now();
+                let verdict =
+                    work(subject).unwrap_or_else(|e| Verdict { problems: vec![e], ..Verdict::default() });
+                let how = if verdict.is_good() { "passed" } else { "FAILED" };
+                eprintln!("{:12} {how} in {:.0} s", subject.name, start.elapsed().as_secs_f32());
+                if let Ok(mut done) = done.lock() {
+                    done.push((i, verdict));
+                }
+            }
+        };
+        (0..AT_A_TIME).for_each(|_| drop(scope.spawn(worker)));
+    });
+    let mut done = done.into_inner().map_err(|e| e.to_string())?;
+    done.sort_by_key(|(i, _)| *i);
+    let named = subjects.iter().map(|subject| subject.name.clone());
+    let guests: Vec<_> = named.zip(done.into_iter().map(|(_, verdict)| verdict)).collect();
+
+    println!("\n{}\nlogs: {}/NAME.log", report::report(&guests), folder.display());
+    let failed: Vec<_> = guests.iter().filter(|(_, v)| !v.is_good()).map(|(name, _)| name.as_str()).collect();
+    if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", "))) }
+}
+
+/// The machine of a kernel, with its first file system made, and what it is to do.
+fn machine(
+    folder: &Path,
+    packages: &Packages,
+    subject: &Subject,
+    built: &Built,
+    shell: bool,
+) -> Result<(Machine, Plan), String> {
+    let kernel = packages.kernel(subject)?;
+    let environment = |user| {
+        let mut variables = subject.expectation(user).environment();
+        variables.push(("USERFAULTFD_EXAMPLES".to_owned(), format!("/{}", image::EXAMPLES)));
+        variables
+    };
+    let in_guest = |folder: &str, name: &str| format!("/{folder}/{name}");
+    let plan = Plan {
+        console: subject.arch.console.clone(),
+        modules: kernel.modules.iter().map(|m| in_guest(image::MODULES, &image::file_name(m))).collect(),
+        huge_pages: HUGE_PAGES,
+        swap: SWAP,
+        limit: BINARY_LIMIT,
+        binaries: built.tests.iter().map(|test| in_guest(image::TESTS, &test.name)).collect(),
+        passes: [User::Root, User::Nobody].map(|user| Pass { user, environment: environment(user) }).to_vec(),
+        shell,
+    };
+    let busybox = if shell { Some(packages.busybox(subject)?) } else { None };
+    let initramfs = folder.join(format!("{}.cpio", subject.name));
+    image::write(&initramfs, built, &plan, &kernel.modules, busybox.as_deref())?;
+    let qemu = packages.qemu(subject)?;
+    Ok((Machine { qemu, arch: subject.arch.clone(), kernel: kernel.image, initramfs }, plan))
+}
+
+/// Runs a guest and judges it.
+fn guest(
+    folder: &Path,
+    subject: &Subject,
+    machine: &Machine,
+    plan: &Plan,
+    limit: Duration,
+    features: &Features,
+) -> Result<Verdict, String> {
+    let console = folder.join(format!("{}.console", subject.name));
+    let status = machine.run(&console, limit)?;
+    let said = fs::read(&console).map_err(|e| format!("{}: {e}", console.display()))?;
+    let log = folder.join(format!("{}.log", subject.name));
+    let readable = Transcript::readable(&said);
+    fs::write(&log, &readable).map_err(|e| format!("{}: {e}", log.display()))?;
+
+    let transcript = Transcript::read(&said);
+    let runs = plan.binaries.len() * plan.passes.len();
+    let mut verdict = verdict::judge(&transcript, runs, |user| subject.expectation(user), features);
+    let problem = match status {
+        None => Some(format!("it did not end in {} s and was killed", limit.as_secs())),
+        Some(status) if !status.success() => Some(format!("QEMU: {status}")),
+        Some(_) if !transcript.has_ended() => Some("it ended early".to_owned()),
+        Some(_) => None,
+    };
+    if let Some(problem) = problem {
+        verdict.problems.push(format!("{problem}; its last output:"));
+        let lines: Vec<&str> = readable.lines().collect();
+        verdict.problems.extend(lines.iter().rev().take(30).rev().map(|line| format!("  {line}")));
+    }
+    // Made again in no time, and large.
+    let _ = fs::remove_file(&machine.initramfs);
+    Ok(verdict)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Options, String> {
+        Options::parse(&arguments.iter().map(|argument| (*argument).to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn options_that_make_no_sense_are_refused() {
+        assert_eq!(parse(&["--kernel", "k", "--features", "0x1ff"]).unwrap().features, Some(0x1ff));
+        assert_eq!(parse(&["--limit", "5", "6.1", "7.3"]).unwrap().names, ["6.1", "7.3"]);
+        for wrong in [
+            &["--features", "1ff"][..],
+            &["--kernel", "k", "--features", "some"],
+            &["--kernel"],
+            &["--kernel", "k", "6.1"],
+            &["--fast"],
+            &["--limit", "soon"],
+        ] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Debian packages, fetched and unpacked into a folder of ours: the system's package manager, with a root of its own.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use super::sources;
+
+/// Lists of packages are fetched again after this time.
+const FRESH: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What APT is configured with on this machine, and what is left to it.
+const SYSTEM: &str = "/etc/apt";
+
+/// A root of APT's that has nothing to do with the system's.
+pub(super) struct Apt {
+    folder: PathBuf,
+    /// This machine's architecture, by Debian's name.
+    host: String,
+    /// What came of fetching lists, for errors.
+    remarks: String,
+}
+
+impl Apt {
+    /// Prepares the root in `folder`, with lists of the suites for the architectures, which aren't fetched if that was
+    /// done of late.
+    pub(super) fn open(folder: PathBuf, suites: &[&str], archs: &[&str]) -> Result<Self, String> {
+        let host = output(Command::new("dpkg").arg("--print-architecture")).map_err(|reason| {
+            format!(
+                "packages are fetched and unpacked by apt-get and dpkg, which this machine has not: {reason}"
+            )
+        })?;
+        let mut apt = Apt { folder, host: host.trim().to_owned(), remarks: String::new() };
+        let archs: BTreeSet<&str> = archs.iter().copied().chain([apt.host.as_str()]).collect();
+        let archs: Vec<&str> = archs.into_iter().collect();
+        let configured = sources::configured(Path::new(SYSTEM));
+        let text = sources::other_suites(&configured, &code_name(), suites, &archs);
+        if text.is_empty() {
+            return Err(format!(
+                "none of the package sources in {SYSTEM} is this distribution's own, so there is no mirror to fetch from"
+            ));
+        }
+        for folder in [
+            "etc/sources",
+            "etc/apt.conf.d",
+            "etc/preferences.d",
+            "state/lists/partial",
+            "cache/archives/partial",
+            "trees",
+        ] {
+            create(&apt.folder.join(folder))?;
+        }
+        write(&apt.folder.join("state/status"), "")?;
+        let conf = apt.configuration(&archs);
+        write(&apt.folder.join("apt.conf"), &conf)?;
+        let file = apt.folder.join("etc/sources/kernels.sources");
+        let changed = fs::read_to_string(&file).ok().as_deref() != Some(text.as_str());
+        let stamp = apt.folder.join("updated");
+        if changed || age(&stamp).is_none_or(|age| age > FRESH) {
+            write(&file, &text)?;
+            apt.update(&stamp)?;
+        }
+        Ok(apt)
+    }
+
+    /// The files of this root, and how to fetch: proxies, time-outs, keys are the system's.
+    fn configuration(&self, archs: &[&str]) -> String {
+        let own = self.folder.display();
+        let system = output(Command::new("apt-config").arg("dump")).unwrap_or_default();
+        let how = system.lines().filter(|line| {
+            line.starts_with("Acquire::") && !line.ends_with(" \"\";") && !line.contains("IndexTargets")
+        });
+        let how: Vec<&str> = how.collect();
+        let archs: Vec<_> = archs.iter().map(|arch| format!("\"{arch}\";")).collect();
+        format!(
+            "{}\n\
+             Dir::Etc \"{own}/etc\";\n\
+             Dir::Etc::sourcelist \"{own}/etc/none\";\n\
+             Dir::Etc::sourceparts \"{own}/etc/sources\";\n\
+             Dir::Etc::trusted \"{SYSTEM}/trusted.gpg\";\n\
+             Dir::Etc::trustedparts \"{SYSTEM}/trusted.gpg.d\";\n\
+             Dir::Etc::netrc \"{SYSTEM}/auth.conf\";\n\
+             Dir::Etc::netrcparts \"{SYSTEM}/auth.conf.d\";\n\
+             Dir::State \"{own}/state\";\n\
+             Dir::State::status \"{own}/state/status\";\n\
+             Dir::Cache \"{own}/cache\";\n\
+             Acquire::Languages \"none\";\n\
+             APT::Architecture \"{}\";\n\
+             APT::Architectures {{ {} }};\n\
+             APT::Sandbox::User \"root\";\n",
+            how.join("\n"),
+            self.host,
+            archs.join(" "),
+        )
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("APT_CONFIG", self.folder.join("apt.conf")).env("LC_ALL", "C");
+        command.env("DEBIAN_FRONTEND", "noninteractive").current_dir(&self.folder).stdin(Stdio::null());
+        command
+    }
+
+    /// Fetches the lists. A suite that can't be had is missed only by the kernels that are in it.
+    fn update(&mut self, stamp: &Path) -> Result<(), String> {
+        eprintln!("fetching lists of packages");
+        let mut command = self.command("apt-get");
+        let output = command.arg("update").output().map_err(|e| format!("apt-get: {e}"))?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        self.remarks = errors.trim().to_owned();
+        let lists = fs::read_dir(self.folder.join("state/lists")).into_iter().flatten().flatten();
+        if lists.into_iter().any(|list| list.file_name().to_string_lossy().contains("_Packages")) {
+            write(stamp, "")
+        } else {
+            Err(format!("apt-get update: no list of packages could be fetched\n{}", self.remarks))
+        }
+    }
+
+    /// The newest package that matches the first of `patterns` that any matches.
+    pub(super) fn newest(&self, patterns: &[String]) -> Result<String, String> {
+        let first = patterns.first().and_then(|pattern| pattern.split('*').next()).unwrap_or_default();
+        let start = first.split_inclusive('-').take(1).collect::<String>();
+        let list =
+            output(self.command("apt-cache").args(["search", "--names-only"]).arg(format!("^{start}")))?;
+        let names: Vec<&str> = list.lines().filter_map(|line| line.split(' ').next()).collect();
+        let newest =
+            patterns.iter().find_map(|pattern| super::version::newest(pattern, names.iter().copied()));
+        newest.map(str::to_owned).ok_or_else(|| {
+            let remarks = if self.remarks.is_empty() { String::new() } else { format!("\n{}", self.remarks) };
+            format!("no package {} at the configured mirror{remarks}", patterns.join(" or "))
+        })
+    }
+
+    /// The folder into which packages are unpacked: those named, each with `:ARCHITECTURE` if it isn't this machine's.
+    pub(super) fn packages(&self, names: &[String]) -> Result<PathBuf, String> {
+        let mut command = self.command("apt-get");
+        let uris = output(command.args(["download", "--print-uris"]).args(names))?;
+        self.tree(names, &files(&uris))
+    }
+
+    /// Likewise, with everything that the packages depend on.
+    pub(super) fn with_dependencies(&self, names: &[&str]) -> Result<PathBuf, String> {
+        let mut command = self.command("apt-get");
+        command.args(["install", "--yes", "--no-install-recommends", "--print-uris"]).args(names);
+        let files = files(&output(&mut command)?);
+        let all = files.iter().filter_map(|file| {
+            let mut parts = file.trim_end_matches(".deb").splitn(3, '_');
+            let (name, version) = (parts.next()?, parts.next()?);
+            let arch = parts.next()?;
+            let arch = if arch == "all" { String::new() } else { format!(":{arch}") };
+            Some(format!("{name}{arch}={}", version.replace("%3a", ":")))
+        });
+        self.tree(&all.collect::<Vec<_>>(), &files)
+    }
+
+    /// The folder of an exact set of package files.
+    fn tree(&self, names: &[String], files: &[String]) -> Result<PathBuf, String> {
+        let Some(last) = files.last() else {
+            return Err(format!("apt-get download {}: nothing to fetch", names.join(" ")));
+        };
+        // A path of libraries has no room for a colon.
+        let name = last.trim_end_matches(".deb").replace("%3a", ".");
+        let tree = self.folder.join("trees").join(format!("{name}-{:08x}", hash(files)));
+        if tree.is_dir() {
+            return Ok(tree);
+        }
+        eprintln!("fetching {name}{}", if files.len() > 1 { " and what it needs" } else { "" });
+        // Another run may do the same at the same time.
+        let work = self.folder.join(format!("work-{}", std::process::id()));
+        remove(&work)?;
+        let (packages, unpacked) = (work.join("packages"), work.join("unpacked"));
+        create(&packages)?;
+        create(&unpacked)?;
+        output(self.command("apt-get").arg("download").args(names).current_dir(&packages))?;
+        for package in fs::read_dir(&packages).map_err(|e| format!("{}: {e}", packages.display()))?.flatten()
+        {
+            output(Command::new("dpkg").arg("--extract").arg(package.path()).arg(&unpacked))?;
+        }
+        if fs::rename(&unpacked, &tree).is_err() && !tree.is_dir() {
+            return Err(format!("{} can't be made", tree.display()));
+        }
+        remove(&work)?;
+        Ok(tree)
+    }
+}
+
+/// The file names in what `--print-uris` prints: `'URI' FILE SIZE HASH`.
+fn files(uris: &str) -> Vec<String> {
+    let of_packages = uris.lines().filter(|line| line.starts_with('\''));
+    of_packages
+        .filter_map(|line| Some(line.rsplit_once('\'')?.1.split_whitespace().next()?.to_owned()))
+        .collect()
+}
+
+/// FNV-1a.
+fn hash(names: &[String]) -> u32 {
+    let bytes = names.iter().flat_map(|name| name.bytes().chain([0]));
+    bytes.fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+}
+
+/// The machine's release, by its code name.
+fn code_name() -> String {
+    let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    name.unwrap_or_default().trim_matches('"').to_owned()
+}
+
+fn age(file: &Path) -> Option<Duration> {
+    let modified = fs::metadata(file).ok()?.modified().ok()?;
+    SystemTime::now().duration_since(modified).ok()
+}
+
+fn create(folder: &Path) -> Result<(), String> {
+    fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))
+}
+
+fn remove(folder: &Path) -> Result<(), String> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(format!("{}: {e}", folder.display())),
+        _ => Ok(()),
+    }
+}
+
+fn write(file: &Path, text: &str) -> Result<(), String> {
+    fs::write(file, text).map_err(|e| format!("{}: {e}", file.display()))
+}
+
+fn output(command: &mut Command) -> Result<String, String> {
+    crate::ci::output(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_names_are_found_in_uris() {
+        let text = "\
+Reading package lists...
+'http://mirror.example/pool/q/qemu_10.0%2bds-1_amd64.deb' qemu_1%3a10.0+ds-1_amd64.deb 10278596 SHA256:0a
+'http://mirror.example/pool/s/seabios_1_all.deb' seabios_1_all.deb 163272
+";
+        assert_eq!(files(text), ["qemu_1%3a10.0+ds-1_amd64.deb", "seabios_1_all.deb"]);
+        assert_eq!(files("E: no such package\n"), <[String; 0]>::default());
+    }
+}

@@ -1,0 +1,232 @@
+//! xtask/kernels.toml: which kernels there are, and what the suite must find on each.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use guest_init::User;
+use serde::Deserialize;
+
+/// Where the table lies in the workspace.
+const PATH: &str = "xtask/kernels.toml";
+
+/// What the file says.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct Table {
+    /// What tests may ask for beside features.
+    pub(super) needs: Vec<String>,
+    /// What the unprivileged user lacks.
+    pub(super) nobody_lacks: Vec<String>,
+    pub(super) arch: BTreeMap<String, Arch>,
+    pub(super) kernel: Vec<Kernel>,
+}
+
+/// A machine that QEMU emulates.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct Arch {
+    /// What the binaries are built for.
+    pub(super) target: String,
+    /// The architecture, by Debian's name.
+    pub(super) debian: String,
+    pub(super) qemu: String,
+    pub(super) qemu_package: String,
+    pub(super) qemu_suites: Vec<String>,
+    pub(super) qemu_arguments: Vec<String>,
+    /// The terminal that is the machine's first serial port.
+    pub(super) console: String,
+    /// Modules to load, as far as the kernel has them.
+    pub(super) modules: Vec<String>,
+}
+
+/// A kernel, and what it offers.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct Kernel {
+    pub(super) name: String,
+    pub(super) arch: String,
+    /// Patterns of packages: of the first that any matches, the newest.
+    pub(super) packages: Vec<String>,
+    pub(super) suites: Vec<String>,
+    /// The mask of features.
+    pub(super) features: u64,
+    /// Needs of tests that it doesn't meet.
+    pub(super) lacks: Vec<String>,
+    /// Whether it takes `--all`, or its name, to run it.
+    #[serde(default)]
+    pub(super) only_with_all: bool,
+}
+
+impl Table {
+    pub(super) fn read() -> Result<Self, String> {
+        let text = fs::read_to_string(crate::root().join(PATH)).map_err(|e| format!("{PATH}: {e}"))?;
+        Self::parse(&text)
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let table: Table = toml::from_str(text).map_err(|e| format!("{PATH}: {e}"))?;
+        let mut names = BTreeSet::new();
+        for kernel in &table.kernel {
+            if !names.insert(&kernel.name) {
+                return Err(format!("{PATH}: two kernels are named {}", kernel.name));
+            }
+            table.arch(&kernel.arch)?;
+        }
+        Ok(table)
+    }
+
+    pub(super) fn arch(&self, name: &str) -> Result<&Arch, String> {
+        let names = || self.arch.keys().cloned().collect::<Vec<_>>().join(", ");
+        self.arch.get(name).ok_or_else(|| format!("{PATH}: no architecture {name}, there is {}", names()))
+    }
+
+    /// The kernels of these names; without names those that are run by default, or all.
+    pub(super) fn select(&self, names: &[String], all: bool) -> Result<Vec<&Kernel>, String> {
+        if names.is_empty() {
+            return Ok(self.kernel.iter().filter(|kernel| all || !kernel.only_with_all).collect());
+        }
+        let find = |name: &String| {
+            let kernel = self.kernel.iter().find(|kernel| kernel.name == *name);
+            kernel.ok_or_else(|| format!("no kernel `{name}`: see --list"))
+        };
+        names.iter().map(find).collect()
+    }
+
+    /// What a kernel must meet, and what is lacking there, for one of the users.
+    pub(super) fn expectation(&self, kernel: &Kernel, user: User) -> Expectation {
+        let nobodys = if user == User::Nobody { self.nobody_lacks.as_slice() } else { &[] };
+        let lacks: Vec<String> = kernel.lacks.iter().chain(nobodys).cloned().collect();
+        let mut needs = self.needs.clone();
+        needs.retain(|need| !lacks.iter().any(|lack| covers(lack, need)));
+        Expectation { features: Some(kernel.features), needs, lacks: Some(lacks) }
+    }
+}
+
+/// What a run of the suite must find.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Expectation {
+    /// The mask of features, if it is known.
+    pub(super) features: Option<u64>,
+    /// Needs that are met.
+    pub(super) needs: Vec<String>,
+    /// Needs that aren't, if all of them are known.
+    pub(super) lacks: Option<Vec<String>>,
+}
+
+impl Expectation {
+    /// The environment variables that tell the suite.
+    pub(super) fn environment(&self) -> Vec<(String, String)> {
+        let mut variables = Vec::new();
+        if let Some(features) = self.features {
+            variables.push(("USERFAULTFD_EXPECT_FEATURES".to_owned(), format!("{features:#x}")));
+        }
+        if !self.needs.is_empty() {
+            variables.push(("USERFAULTFD_EXPECT".to_owned(), self.needs.join(",")));
+        }
+        variables
+    }
+
+    /// Whether a test may be skipped for what it says that it needs: names of features joined by `|`, or one thing of
+    /// another kind.
+    pub(super) fn allows(&self, need: &str, features: &Features) -> bool {
+        let bits: Option<u64> =
+            need.split(" | ").map(|name| features.bit(name)).try_fold(0, |a, b| Some(a | b?));
+        match (bits, self.features, &self.lacks) {
+            (Some(bits), Some(offered), _) => bits & offered == 0,
+            (_, _, Some(lacks)) => lacks.iter().any(|lack| covers(lack, need)),
+            (_, _, None) => true,
+        }
+    }
+}
+
+/// Whether `lack` is `need`, where a `*` at the end stands for anything.
+fn covers(lack: &str, need: &str) -> bool {
+    lack.strip_suffix('*').map_or(lack == need, |start| need.starts_with(start))
+}
+
+/// The features' names and bits, from the committed bindings: this program can do without their being compiled.
+#[derive(Debug)]
+pub(super) struct Features(BTreeMap<String, u64>);
+
+impl Features {
+    pub(super) fn read() -> Result<Self, String> {
+        const BINDINGS: &str = "userfaultfd-sys/src/bindings/generic.rs";
+        let text =
+            fs::read_to_string(crate::root().join(BINDINGS)).map_err(|e| format!("{BINDINGS}: {e}"))?;
+        let features = Self::parse(&text);
+        if features.0.is_empty() { Err(format!("{BINDINGS} has no features")) } else { Ok(features) }
+    }
+
+    fn parse(text: &str) -> Self {
+        let feature = |line: &str| {
+            let (name, value) = line.strip_prefix("pub const UFFD_FEATURE_")?.split_once(": u64 = ")?;
+            Some((name.to_owned(), value.strip_suffix(';')?.parse().ok()?))
+        };
+        Self(text.lines().filter_map(feature).collect())
+    }
+
+    fn bit(&self, name: &str) -> Option<u64> {
+        self.0.get(name).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn features() -> Features {
+        Features::parse(
+            "pub const UFFD_FEATURE_MOVE: u64 = 65536;\npub const UFFD_FEATURE_POISON: u64 = 16384;\n",
+        )
+    }
+
+    #[test]
+    fn the_table_of_the_tree_is_sound() {
+        let table = Table::read().unwrap();
+        let default = table.select(&[], false).unwrap();
+        assert!(default.len() >= 5 && default.iter().all(|kernel| kernel.arch == "x86_64"));
+        assert_eq!(table.select(&["5.10".to_owned()], false).unwrap()[0].features, 0x1ff);
+        assert!(table.select(&["4.4".to_owned()], true).is_err());
+        for kernel in &table.kernel {
+            assert!(kernel.packages.iter().all(|p| p.contains('*') && p.starts_with("linux-")), "{kernel:?}");
+        }
+    }
+
+    #[test]
+    fn the_bindings_tell_the_features() {
+        let features = Features::read().unwrap();
+        assert_eq!(features.bit("RWP_ASYNC"), Some(1 << 18));
+        assert_eq!(features.bit("root"), None);
+    }
+
+    #[test]
+    fn a_skip_is_allowed_only_for_what_is_lacking() {
+        let lacks = Some(vec!["root".to_owned(), "guards on *".to_owned()]);
+        let expectation = Expectation { features: Some(16384), needs: Vec::new(), lacks };
+        let allows = |need| expectation.allows(need, &features());
+        assert!(allows("MOVE") && allows("root") && allows("guards on Hugetlb"));
+        assert!(!allows("POISON") && !allows("MOVE | POISON") && !allows("MOVE | NEWER"));
+        assert!(!allows("hugetlb") && !allows("guards") && !allows(""));
+        assert!(Expectation::default().allows("anything", &features()));
+        // A mask without a list of what is lacking.
+        let mask = Expectation { features: Some(16384), ..Expectation::default() };
+        assert!(mask.allows("root", &features()) && !mask.allows("POISON", &features()));
+    }
+
+    #[test]
+    fn the_suite_is_told_what_is_not_lacking() {
+        let table = Table::parse(
+            "needs = ['root', 'hugetlb', 'swap']\nnobody-lacks = ['root']\n[arch]\n[[kernel]]\nname = '1'\n\
+             arch = 'x'\npackages = []\nsuites = []\nfeatures = 0x1ff\nlacks = ['swap']\n",
+        );
+        assert!(table.unwrap_err().contains("no architecture x"));
+        let mut table = Table::read().unwrap();
+        table.needs = ["root", "hugetlb", "swap"].map(str::to_owned).to_vec();
+        table.nobody_lacks = vec!["root".to_owned()];
+        table.kernel[0].lacks = vec!["swap".to_owned()];
+        let told = |user| table.expectation(&table.kernel[0], user).environment();
+        assert_eq!(told(User::Root)[0].1, "0x1ff");
+        assert_eq!(told(User::Root)[1].1, "root,hugetlb");
+        assert_eq!(told(User::Nobody)[1].1, "hugetlb");
+    }
+}
