@@ -1,12 +1,12 @@
 //! What UFFDIO_COPY, ZEROPAGE, CONTINUE, POISON and MOVE have in common.
 
 use std::os::fd::AsFd;
-use std::thread;
 
-use userfaultfd::{Errno, Event, FaultKind, FeatureFlags, RegisterMode};
+use userfaultfd::{Errno, FaultKind, FeatureFlags, RegisterMode};
 
 use crate::support::fault::{self, Fault};
 use crate::support::fill::{self, Fill, Filler};
+use crate::support::handler::{self, Change};
 use crate::support::memory::{Kind, Memory};
 use crate::support::{self, bad_ranges, child, dead, mapping, page, raw, require, test_name};
 
@@ -176,15 +176,12 @@ fn fills_are_to_be_tried_again_while_the_layout_changes() {
         let filler = Filler::try_with(test_name!(), fill, fill.home(), 2, FeatureFlags::EVENT_REMOVE);
         let Some(filler) = filler else { continue };
         let (uffd, memory) = (&filler.uffd, &filler.memory);
-        thread::scope(|scope| {
-            let remover = scope.spawn(|| memory.advise(0, 1, libc::MADV_DONTNEED).unwrap());
+        let remove = || memory.advise(0, 1, libc::MADV_DONTNEED).unwrap();
+        handler::while_changing(uffd, remove, |_| {
             raw::wait_for_event(uffd);
             let attempt = filler.run(1, 1, true);
-            let event = uffd.read_event().unwrap();
+            assert_eq!(Change::next(uffd), Change::Remove(memory.range(0, 1)));
             filler.assert_stopped(&attempt, 0, Errno::EAGAIN);
-            let Some(Event::Remove { start, end }) = event else { panic!("{event:?}") };
-            assert_eq!((start, end), (memory.at(0), memory.at(1)));
-            remover.join().unwrap();
         });
         // The remover is through, so it isn't changing any more.
         assert_eq!(filler.run(1, 1, true).unwrap(), memory.page(), "{filler:?}");

@@ -81,9 +81,11 @@ fn pages_are_told_by_what_they_are() {
         let mut scan = Scan::new(all(&memory));
         let found = run(scan.report(reported), &pagemap, 4);
         assert_eq!(found[..expected.len()], expected, "{memory:?}");
-        // What isn't there is a page nevertheless, and one of huge pages is huge.
-        let hole = if kind.is_hugetlb() { Categories::HUGE } else { Categories::empty() };
-        assert_eq!(found[expected.len()..], [(addresses(&memory, 2, 3), hole)], "{memory:?}");
+        // What isn't there is a page nevertheless. Of huge pages it is a huge one where there is a page table.
+        let [(hole, categories)] = &found[expected.len()..] else { panic!("{found:?} {memory:?}") };
+        assert_eq!(*hole, addresses(&memory, 2, 3), "{memory:?}");
+        let huge = if kind.is_hugetlb() { Categories::HUGE } else { Categories::empty() };
+        assert!(huge.contains(*categories), "{found:?} {memory:?}");
     }
 }
 
@@ -138,7 +140,7 @@ fn a_scan_goes_on_where_it_stopped() {
     let Some(pagemap) = pagemap(test_name!()) else { return };
     let memory = Memory::anonymous(12);
     let written = [0, 2, 3, 4, 6, 8, 9, 11];
-    written.map(|page| memory.write(page, 1));
+    written.iter().for_each(|page| memory.write(*page, 1));
     for room in 1..6 {
         for limit in 0..5 {
             let mut scan = Scan::new(all(&memory));
@@ -166,19 +168,18 @@ fn categories_are_required_excluded_and_chosen_from() {
     let memory = Memory::anonymous(3);
     memory.write(0, 1);
     memory.read(1);
-    let picked = |choose: &dyn Fn(&mut Scan)| {
+    let picked = |choose: &dyn Fn(&mut Scan) -> &mut Scan| {
         let mut scan = Scan::new(all(&memory));
-        choose(&mut scan);
-        pages_of(&memory, &run(&mut scan, &pagemap, 3))
+        pages_of(&memory, &run(choose(&mut scan), &pagemap, 3))
     };
     let (present, zero) = (Categories::PRESENT, Categories::PFNZERO);
-    assert_eq!(picked(&|scan| drop(scan.all_of(present))), [0, 1]);
-    assert_eq!(picked(&|scan| drop(scan.all_of(present | zero))), [1]);
-    assert_eq!(picked(&|scan| drop(scan.all_of(present).none_of(zero))), [0]);
-    assert_eq!(picked(&|scan| drop(scan.any_of(present | zero))), [0, 1]);
-    assert_eq!(picked(&|scan| drop(scan.any_of(zero | Categories::SWAPPED))), [1]);
-    assert_eq!(picked(&|scan| drop(scan.none_of(present))), [2]);
-    assert_eq!(picked(&|scan| drop(scan.all_of(present).any_of(Categories::SWAPPED))), []);
+    assert_eq!(picked(&|scan| scan.all_of(present)), [0, 1]);
+    assert_eq!(picked(&|scan| scan.all_of(present | zero)), [1]);
+    assert_eq!(picked(&|scan| scan.all_of(present).none_of(zero)), [0]);
+    assert_eq!(picked(&|scan| scan.any_of(present | zero)), [0, 1]);
+    assert_eq!(picked(&|scan| scan.any_of(zero | Categories::SWAPPED)), [1]);
+    assert_eq!(picked(&|scan| scan.none_of(present)), [2]);
+    assert_eq!(picked(&|scan| scan.all_of(present).any_of(Categories::SWAPPED)), []);
     // Of what is picked only what is to be reported is, and equal neighbours are one.
     let mut scan = Scan::new(all(&memory));
     let found = run(scan.none_of(Categories::SWAPPED).any_of(present), &pagemap, 3);
@@ -296,7 +297,7 @@ fn an_end_inside_a_page_is_the_end_of_the_page() {
     require!();
     let Some(pagemap) = pagemap(test_name!()) else { return };
     let memory = Memory::anonymous(2);
-    [0, 1].map(|page| memory.write(page, 1));
+    (0..2).for_each(|page| memory.write(page, 1));
     let Range { start, .. } = all(&memory);
     let mut scan = Scan::new(start..start + 1);
     assert_eq!(pages_of(&memory, &run(scan.all_of(Categories::PRESENT), &pagemap, 1)), [0]);

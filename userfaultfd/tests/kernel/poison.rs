@@ -33,8 +33,9 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     CODE.store(content.si_code, Ordering::Relaxed);
     // The field follows the address, which is behind three integers.
     let lsb = (3 * size_of::<i32>()).next_multiple_of(align_of::<usize>()) + size_of::<usize>();
+    let lsb = info.cast::<u8>().wrapping_add(lsb).cast::<i16>();
     // SAFETY: inside the structure.
-    LSB.store(unsafe { info.byte_add(lsb).cast::<i16>().read() }.into(), Ordering::Relaxed);
+    LSB.store(unsafe { lsb.read() }.into(), Ordering::Relaxed);
     ADDRESS.store(address, Ordering::Relaxed);
     let page = PAGE.load(Ordering::Relaxed);
     let start = ptr::without_provenance_mut(address / page * page);

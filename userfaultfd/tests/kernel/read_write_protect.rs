@@ -1,16 +1,14 @@
 //! UFFDIO_RWPROTECT, of Linux 7.3.
 
 use std::ptr;
-use std::thread;
 
 use userfaultfd::pagemap::{Categories, Pagemap, Region, Scan};
-use userfaultfd::{CopyMode, Errno, Event, FaultKind, FeatureFlags, RegisterMode, Uffd};
+use userfaultfd::{CopyMode, Errno, FaultKind, FeatureFlags, RegisterMode, Uffd};
 
 use crate::support::fault::{self, Fault};
-use crate::support::memory::{self, Kind, Memory};
-use crate::support::{
-    bad_ranges, child, dead, errno, features, handler, page, raw, require, test_name, uffd,
-};
+use crate::support::handler::{self, Change};
+use crate::support::memory::{self, Memory};
+use crate::support::{bad_ranges, child, dead, errno, features, page, raw, require, test_name, uffd};
 
 const READ_WRITE_PROTECT: RegisterMode = RegisterMode::READ_WRITE_PROTECT;
 
@@ -199,7 +197,7 @@ fn holes_are_skipped() {
     require!(FeatureFlags::RWP);
     child::run_well(test_name!(), || {
         let (uffd, memory) = (uffd(FeatureFlags::RWP), Memory::anonymous(3));
-        [0, 2].map(|page| memory.write(page, 1));
+        [0, 2].into_iter().for_each(|page| memory.write(page, 1));
         memory.unmap(1, 1);
         uffd.register_with_mode(memory.start(), memory.len(), READ_WRITE_PROTECT).unwrap();
         uffd.read_write_protect(memory.start(), memory.len()).unwrap();
@@ -228,21 +226,18 @@ fn ranges_that_are_malformed_or_not_registered_are_refused() {
 #[test]
 fn protection_is_to_be_tried_again_while_the_layout_changes() {
     require!(FeatureFlags::RWP | FeatureFlags::EVENT_REMOVE);
-    for (memory, uffd) in each(test_name!(), FeatureFlags::EVENT_REMOVE, 2) {
-        if memory.kind() != Kind::Anonymous {
-            break;
-        }
-        thread::scope(|scope| {
-            let remover = scope.spawn(|| memory.advise(0, 1, libc::MADV_DONTNEED).unwrap());
-            raw::wait_for_event(&uffd);
-            let protected = uffd.read_write_protect(memory.at(1), page());
-            let lifted = uffd.remove_read_write_protection(memory.at(1), page(), true);
-            assert!(matches!(uffd.read_event().unwrap(), Some(Event::Remove { .. })));
-            remover.join().unwrap();
-            assert_eq!([errno(protected), errno(lifted)], [Errno::EAGAIN; 2]);
-        });
-        uffd.read_write_protect(memory.at(1), page()).unwrap();
-    }
+    let (uffd, memory) = (uffd(FeatureFlags::RWP | FeatureFlags::EVENT_REMOVE), Memory::anonymous(2));
+    memory.write(1, 1);
+    uffd.register_with_mode(memory.start(), memory.len(), READ_WRITE_PROTECT).unwrap();
+    let remove = || memory.advise(0, 1, libc::MADV_DONTNEED).unwrap();
+    handler::while_changing(&uffd, remove, |_| {
+        raw::wait_for_event(&uffd);
+        let protected = uffd.read_write_protect(memory.at(1), page());
+        let lifted = uffd.remove_read_write_protection(memory.at(1), page(), true);
+        assert_eq!(Change::next(&uffd), Change::Remove(memory.range(0, 1)));
+        assert_eq!([errno(protected), errno(lifted)], [Errno::EAGAIN; 2]);
+    });
+    uffd.read_write_protect(memory.at(1), page()).unwrap();
 }
 
 #[test]

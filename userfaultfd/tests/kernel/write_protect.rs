@@ -1,11 +1,11 @@
 //! UFFDIO_WRITEPROTECT.
 
 use std::ptr;
-use std::thread;
 
-use userfaultfd::{Errno, Error, Event, FaultKind, FeatureFlags, RegisterMode, Uffd};
+use userfaultfd::{Errno, Error, FaultKind, FeatureFlags, RegisterMode, Uffd};
 
 use crate::support::fault::{self, Fault};
+use crate::support::handler::{self, Change};
 use crate::support::memory::{self, Kind, Memory};
 use crate::support::{bad_ranges, child, dead, errno, page, raw, require, test_name, uffd};
 
@@ -232,11 +232,11 @@ fn holes_are_skipped() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     child::run_well(test_name!(), || {
         let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(3));
-        [0, 2].map(|page| memory.write(page, 1));
+        [0, 2].into_iter().for_each(|page| memory.write(page, 1));
         memory.unmap(1, 1);
         uffd.register_with_mode(memory.start(), memory.len(), WRITE_PROTECT).unwrap();
         uffd.write_protect(memory.start(), memory.len()).unwrap();
-        [0, 2].map(|page| write_through_protection(&uffd, &memory, page, 2));
+        [0, 2].into_iter().for_each(|page| write_through_protection(&uffd, &memory, page, 2));
     });
 }
 
@@ -262,16 +262,15 @@ fn protection_is_to_be_tried_again_while_the_layout_changes() {
     let (uffd, memory) = (uffd(FeatureFlags::EVENT_REMOVE), Memory::anonymous(2));
     memory.write(1, 1);
     uffd.register_with_mode(memory.start(), memory.len(), WRITE_PROTECT).unwrap();
-    thread::scope(|scope| {
-        let remover = scope.spawn(|| memory.advise(0, 1, libc::MADV_DONTNEED).unwrap());
+    let remove = || memory.advise(0, 1, libc::MADV_DONTNEED).unwrap();
+    handler::while_changing(&uffd, remove, |_| {
         raw::wait_for_event(&uffd);
         let protected = uffd.write_protect(memory.at(1), page());
         let lifted = uffd.remove_write_protection(memory.at(1), page(), true);
         // These work all the same.
         let others = [uffd.wake(memory.at(1), page()), uffd.unregister(memory.at(1), page())];
         let registered = uffd.register_with_mode(memory.at(1), page(), WRITE_PROTECT);
-        assert!(matches!(uffd.read_event().unwrap(), Some(Event::Remove { .. })));
-        remover.join().unwrap();
+        assert_eq!(Change::next(&uffd), Change::Remove(memory.range(0, 1)));
         for result in [protected, lifted] {
             let error = result.unwrap_err();
             assert!(matches!(error, Error::SystemError(Errno::EAGAIN)), "{error:?}");

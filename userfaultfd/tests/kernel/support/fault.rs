@@ -133,9 +133,12 @@ pub(crate) fn provoke(uffd: &Uffd, memory: &Memory, mode: RegisterMode) -> Fault
 
 /// Every mode with memory of every kind that can be registered for it, of `pages` pages, and a userfaultfd for that.
 pub(crate) fn each_mode(test: &str, pages: usize) -> impl Iterator<Item = (RegisterMode, Memory, Uffd)> {
-    RegisterMode::all().iter().flat_map(move |mode| {
-        let features =
+    let modes = RegisterMode::all().iter().filter_map(move |mode| {
+        let rwp =
             if mode == RegisterMode::READ_WRITE_PROTECT { FeatureFlags::RWP } else { FeatureFlags::empty() };
+        super::has_features(test, rwp).then_some((mode, rwp))
+    });
+    modes.flat_map(move |(mode, features)| {
         memory::each(test, mode, pages).map(move |memory| (mode, memory, super::uffd(features)))
     })
 }
