@@ -58,6 +58,8 @@ fn every_memory_takes_its_modes_and_tells_its_operations() {
                 let got = uffd.register_with_mode(memory.start(), memory.len(), modes);
                 let got = got.map_err(|error| error.errno().unwrap());
                 assert_eq!(got, answer(memory.kind(), modes, enabled), "{memory:?} {modes} {enabled}");
+                // Closing would do, but another test's child may hold the descriptor for a moment.
+                uffd.unregister(memory.start(), memory.len()).unwrap();
             }
         }
     }
@@ -179,6 +181,7 @@ fn permissions_of_private_memory_do_not_matter() {
                 answer => answer,
             };
             assert_eq!(got.map_err(|error| error.errno().unwrap()), expected, "{modes}");
+            uffd.unregister(memory.start(), memory.len()).unwrap();
         }
     }
 }
@@ -243,7 +246,7 @@ fn memory_of_another_userfaultfd_is_busy() {
     assert_eq!(errno(uffd.register(memory.at(1), page())), Errno::EBUSY);
     assert_delivered(&uffd, &memory, &[(0, false), (2, false)]);
     assert_delivered(&other, &memory, &[(1, true)]);
-    drop(other);
+    other.unregister(memory.at(1), page()).unwrap();
     uffd.register(memory.start(), memory.len()).unwrap();
 }
 

@@ -103,7 +103,7 @@ impl Filler {
         if !has_features(&part, kind.needs(fill.modes())? | fill.needs() | features) {
             return None;
         }
-        let memory = Memory::try_new(&part, kind, pages)?;
+        let memory = Memory::try_new(test, kind, pages)?;
         let filler = Self::over(fill, uffd(features), memory);
         filler.uffd.register_with_mode(filler.memory.start(), filler.memory.len(), fill.modes()).unwrap();
         Some(filler)

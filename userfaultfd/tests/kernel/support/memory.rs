@@ -113,7 +113,7 @@ pub(crate) fn each_of(
     kinds.iter().filter_map(move |kind| {
         let needs = kind.needs(modes)?;
         let part = format!("{test} ({kind:?}, {modes})");
-        super::has_features(&part, needs).then(|| Memory::try_new(&part, *kind, pages))?
+        super::has_features(&part, needs).then(|| Memory::try_new(test, *kind, pages))?
     })
 }
 

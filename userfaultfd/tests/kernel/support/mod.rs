@@ -16,6 +16,7 @@ pub(crate) mod seccomp;
 pub(crate) mod signal;
 pub(crate) mod sysctl;
 
+use std::collections::BTreeSet;
 use std::ffi::c_void;
 use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::time::Duration;
@@ -54,8 +55,17 @@ pub(crate) fn has_features(test: &str, features: FeatureFlags) -> bool {
     }
     let expected = expected_features().unwrap_or_default();
     assert!(!expected.intersects(missing), "{test} needs {missing}, which this kernel is expected to have");
-    println!("SKIP {test}: needs {missing}");
+    skip(test, &missing);
     false
+}
+
+/// Says what a test lacks, once: many try one kind of memory after the other.
+fn skip(test: &str, need: &dyn std::fmt::Display) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let said = format!("{test}: needs {need}");
+    if SAID.lock().unwrap().insert(said.clone()) {
+        println!("SKIP {said}");
+    }
 }
 
 /// Whether this process may use `EVENT_FORK`, which takes more than that the kernel offers it.
@@ -71,7 +81,7 @@ pub(crate) fn has(test: &str, need: &str, met: bool) -> bool {
             !expected.split(',').any(|expected| expected == need),
             "{test} needs {need}, which is expected here"
         );
-        println!("SKIP {test}: needs {need}");
+        skip(test, &need);
     }
     met
 }
