@@ -235,10 +235,8 @@ fn negotiate(
     if ask.contains(FeatureFlags::WP_ASYNC) {
         ask |= FeatureFlags::WP_UNPOPULATED & offered.features;
     }
-    Ok(Terms {
-        negotiated: Some(Support { features: ask, ioctls: offered.ioctls }),
-        range_ioctls: wanted.ioctls.difference(IoctlFlags::OF_DESCRIPTOR),
-    })
+    let got = Support { features: ask, ioctls: offered.ioctls };
+    Ok(Terms::negotiated(got, wanted.ioctls.difference(IoctlFlags::OF_DESCRIPTOR)))
 }
 
 /// Why the handshake was refused.
@@ -309,7 +307,7 @@ mod tests {
         fn negotiate(self, required: FeatureFlags, requested: FeatureFlags) -> Result<FeatureFlags> {
             let wanted = Wanted { required, requested, ..Wanted::default() };
             let terms = negotiate(wanted, |features| self.api(features), || Ok(self.offer()))?;
-            Ok(terms.negotiated.expect("the builder knows its terms").features)
+            Ok(terms.support().expect("the builder knows its terms").features)
         }
     }
 

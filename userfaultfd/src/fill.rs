@@ -64,12 +64,14 @@ struct Stop {
 /// The field holds the bytes done or a negative errno. It is left at the 0 that every call starts with where
 /// the request was refused outright, and by kernels before mid-2025 also where page tables changed below the
 /// call. So only a positive field is a count, and only the result tells whether the call failed.
+#[inline]
 fn outcome(result: Result<(), Errno>, field: i64) -> Result<usize, Stop> {
     let done = usize::try_from(field).unwrap_or(0);
     result.map(|()| done).map_err(|errno| Stop { done, errno })
 }
 
 /// The error of an operation that has no variant of its own.
+#[inline]
 fn stopped(ioctl: IoctlFlags) -> impl FnOnce(Stop) -> Error {
     move |Stop { done, errno }| Error::Stopped { ioctl, done, errno }
 }
@@ -86,6 +88,7 @@ impl Uffd {
     ///
     /// As [`copy_with`](Self::copy_with).
     #[doc(alias = "UFFDIO_COPY")]
+    #[inline]
     pub unsafe fn copy(&self, src: *const c_void, dst: *mut c_void, len: usize, wake: bool) -> Result<usize> {
         let mode = if wake { CopyMode::empty() } else { CopyMode::DONT_WAKE };
         // SAFETY: the caller's promises are the same.
@@ -154,6 +157,7 @@ impl Uffd {
     ///
     /// Source: [`UFFDIO_COPY(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_COPY.2const.html).
     #[doc(alias = "UFFDIO_COPY")]
+    #[inline]
     pub unsafe fn copy_with(
         &self,
         src: *const c_void,
@@ -224,6 +228,7 @@ impl Uffd {
     /// Source:
     /// [`UFFDIO_ZEROPAGE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_ZEROPAGE.2const.html).
     #[doc(alias = "UFFDIO_ZEROPAGE")]
+    #[inline]
     pub unsafe fn zeropage(&self, start: *mut c_void, len: usize, wake: bool) -> Result<usize> {
         let mode = if wake { 0 } else { sys::UFFDIO_ZEROPAGE_MODE_DONTWAKE };
         let mut arg = sys::uffdio_zeropage { range: range(start, len), mode, zeropage: 0 };
@@ -242,6 +247,7 @@ impl Uffd {
     ///
     /// As [`continue_with`](Self::continue_with).
     #[doc(alias = "UFFDIO_CONTINUE")]
+    #[inline]
     pub fn r#continue(&self, start: *mut c_void, len: usize, wake: bool) -> Result<u64> {
         let mode = if wake { ContinueMode::empty() } else { ContinueMode::DONT_WAKE };
         self.continue_with(start, len, mode)
@@ -311,6 +317,7 @@ impl Uffd {
     /// Source:
     /// [`UFFDIO_CONTINUE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_CONTINUE.2const.html).
     #[doc(alias = "UFFDIO_CONTINUE")]
+    #[inline]
     pub fn continue_with(&self, start: *mut c_void, len: usize, mode: ContinueMode) -> Result<u64> {
         let mut arg = sys::uffdio_continue { range: range(start, len), mode: mode.bits(), mapped: 0 };
         let result = sys::r#continue(self.as_fd(), &mut arg);
@@ -377,6 +384,7 @@ impl Uffd {
     ///
     /// Source: [`UFFDIO_POISON(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_POISON.2const.html).
     #[doc(alias = "UFFDIO_POISON")]
+    #[inline]
     pub unsafe fn poison(&self, start: *mut c_void, len: usize, wake: bool) -> Result<usize> {
         let mode = if wake { 0 } else { sys::UFFDIO_POISON_MODE_DONTWAKE };
         let mut arg = sys::uffdio_poison { range: range(start, len), mode, updated: 0 };
@@ -443,6 +451,7 @@ impl Uffd {
     ///
     /// Source: [`UFFDIO_MOVE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_MOVE.2const.html).
     #[doc(alias = "UFFDIO_MOVE")]
+    #[inline]
     pub unsafe fn move_pages(
         &self,
         src: *mut c_void,

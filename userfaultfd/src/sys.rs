@@ -18,6 +18,7 @@ use crate::pagemap::Region;
 pub(crate) const DEVICE: &CStr = c"/dev/userfaultfd";
 
 /// Turns the C convention (-1 and `errno`) into a result.
+#[inline]
 fn check(returned: libc::c_int) -> Result<libc::c_int, Errno> {
     if returned == -1 { Err(Errno::last()) } else { Ok(returned) }
 }
@@ -27,6 +28,7 @@ fn check(returned: libc::c_int) -> Result<libc::c_int, Errno> {
 /// # Safety
 ///
 /// The caller must make sure that `fd` is open and that nothing else owns it.
+#[inline]
 pub(crate) unsafe fn own(fd: RawFd) -> OwnedFd {
     // SAFETY: the caller's promise is that of from_raw_fd.
     unsafe { OwnedFd::from_raw_fd(fd) }
@@ -66,6 +68,7 @@ pub(crate) fn new_from_device(device: BorrowedFd<'_>, flags: libc::c_int) -> Res
 macro_rules! ioctls {
     ($($(#[$meta:meta])* $name:ident: $number:ident($arg:ty);)*) => {$(
         $(#[$meta])*
+        #[inline]
         pub(crate) fn $name(fd: BorrowedFd<'_>, arg: &mut $arg) -> Result<(), Errno> {
             // SAFETY: the number encodes the size of this very structure, which is borrowed for the call; the
             // kernel reads and writes nothing else, and memory contents are left alone.
@@ -80,6 +83,7 @@ macro_rules! ioctls {
         ///
         /// The caller must make sure that no Rust reference is invalidated by what the call puts into the
         /// destination, and that a source is readable.
+        #[inline]
         pub(crate) unsafe fn $name(fd: BorrowedFd<'_>, arg: &mut $arg) -> Result<(), Errno> {
             // SAFETY: the number encodes the size of this very structure, which is borrowed for the call; the
             // caller vouches for the ranges that it names.
@@ -136,16 +140,28 @@ pub(crate) fn pagemap_scan(
 }
 
 /// read(2), again and again while signals interrupt it. Returns the number of bytes.
+#[inline]
 pub(crate) fn read(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
+    match read_once(fd, buf) {
+        Err(Errno::EINTR) => read_again(fd, buf),
+        result => result,
+    }
+}
+
+#[inline]
+fn read_once(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
+    // SAFETY: the kernel writes at most buf.len() bytes to buf, which is borrowed for the call.
+    let read = unsafe { libc::read(fd.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len()) };
+    usize::try_from(read).map_err(|_| Errno::last())
+}
+
+/// Out of the way of [`read`].
+#[cold]
+fn read_again(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
     loop {
-        // SAFETY: the kernel writes at most buf.len() bytes to buf, which is borrowed for the call.
-        let read = unsafe { libc::read(fd.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len()) };
-        match usize::try_from(read) {
-            Ok(read) => return Ok(read),
-            Err(_) => match Errno::last() {
-                Errno::EINTR => {}
-                errno => return Err(errno),
-            },
+        match read_once(fd, buf) {
+            Err(Errno::EINTR) => {}
+            result => return result,
         }
     }
 }

@@ -34,21 +34,40 @@ pub struct Uffd {
 }
 
 /// What is known about a descriptor beside its number. A fork's child inherits it.
+///
+/// No `Option` is in it: the compiler would keep the kind of an [`Event`] in the unused values of that, and telling
+/// events apart would take twice the time.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Terms {
-    /// Features enabled and operations of the descriptor; `None` for an adopted one, where the kernel is
-    /// asked.
-    pub(crate) negotiated: Option<Support>,
+    features: FeatureFlags,
+    /// Empty for an adopted descriptor, never otherwise.
+    ioctls: IoctlFlags,
     /// What every registration has to offer.
     pub(crate) range_ioctls: IoctlFlags,
 }
 
+impl Terms {
+    /// With features enabled, operations of the descriptor, and what every registration has to offer.
+    pub(crate) fn negotiated(support: Support, range_ioctls: IoctlFlags) -> Self {
+        Self { features: support.features, ioctls: support.ioctls, range_ioctls }
+    }
+
+    /// Features enabled and operations of the descriptor; `None` for an adopted one, where the kernel is asked.
+    #[inline]
+    pub(crate) fn support(&self) -> Option<Support> {
+        let Self { features, ioctls, .. } = *self;
+        (!ioctls.is_empty()).then_some(Support { features, ioctls })
+    }
+}
+
 /// An address as the kernel takes it.
+#[inline]
 pub(crate) fn address<T>(pointer: *const T) -> u64 {
     pointer.expose_provenance() as u64
 }
 
 /// A range as the kernel takes it.
+#[inline]
 pub(crate) fn range(start: *mut c_void, len: usize) -> sys::uffdio_range {
     sys::uffdio_range { start: address(start), len: len as u64 }
 }
@@ -93,7 +112,7 @@ impl Uffd {
     }
 
     fn negotiated(&self) -> Support {
-        self.terms.negotiated.unwrap_or_else(|| {
+        self.terms.support().unwrap_or_else(|| {
             let path = format!("/proc/self/fdinfo/{}", self.as_raw_fd());
             let fdinfo = std::fs::read_to_string(path).unwrap_or_default();
             parse_fdinfo(&fdinfo)
@@ -285,6 +304,7 @@ impl Uffd {
     ///
     /// Source: [`UFFDIO_WAKE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_WAKE.2const.html).
     #[doc(alias = "UFFDIO_WAKE")]
+    #[inline]
     pub fn wake(&self, start: *mut c_void, len: usize) -> Result<()> {
         Ok(sys::wake(self.as_fd(), &mut range(start, len))?)
     }
@@ -330,11 +350,12 @@ impl Uffd {
     /// ```
     ///
     /// Source: [`userfaultfd(2)`](https://man7.org/linux/man-pages/man2/userfaultfd.2.html).
+    #[inline(always)]
     pub fn read_event(&self) -> Result<Option<Event>> {
         let mut message = [event::EMPTY];
         match self.read_messages(&mut message)? {
             0 => Ok(None),
-            _ => event::claim(&message[0], self.terms).map(Some),
+            _ => event::claim(&message[0], &self.terms).map(Some),
         }
     }
 
@@ -362,6 +383,7 @@ impl Uffd {
     /// }
     /// # Ok::<(), userfaultfd::Error>(())
     /// ```
+    #[inline]
     pub fn read_events<'a>(
         &self,
         buf: &'a mut EventBuffer,
@@ -397,29 +419,40 @@ impl Uffd {
     /// }
     /// # Ok::<(), userfaultfd::Error>(())
     /// ```
+    #[inline]
     pub fn read_batch(&self, buf: &mut EventBuffer) -> Result<usize> {
         buf.receive(self.terms, |messages| self.read_messages(messages))
     }
 
     /// Reads messages, and makes sure that descriptors in them are from the kernel.
+    #[inline]
     fn read_messages(&self, messages: &mut [Message]) -> Result<usize> {
         let read = match sys::read(self.as_fd(), messages.as_flattened_mut()) {
-            Ok(0) => return Err(Error::ReadEof),
-            Ok(bytes) => bytes,
+            Ok(read) => read,
             Err(Errno::EAGAIN) => return Ok(0),
             Err(errno) => return Err(errno.into()),
         };
+        if self.terms.support().is_none() || read == 0 || read % size_of::<Message>() != 0 {
+            self.verify(read, messages)?;
+        }
+        Ok(read / size_of::<Message>())
+    }
+
+    /// Makes sure that so many bytes of messages may be from a userfaultfd.
+    #[inline(never)]
+    fn verify(&self, read: usize, messages: &[Message]) -> Result<()> {
         let expected = size_of::<Message>();
-        if read % expected != 0 {
-            return Err(Error::IncompleteMsg { read: read % expected, expected });
+        match read % expected {
+            _ if read == 0 => Err(Error::ReadEof),
+            // A pipe can say anything, and a number in a forged fork message might be anybody's descriptor.
+            0 if messages[..read / expected].iter().any(event::is_fork)
+                && !sys::is_userfaultfd(self.as_fd()) =>
+            {
+                Err(Error::NotUserfaultfd)
+            }
+            0 => Ok(()),
+            rest => Err(Error::IncompleteMsg { read: rest, expected }),
         }
-        let read = read / expected;
-        // A pipe can say anything, and a number in a forged fork message might be anybody's descriptor.
-        let genuine = self.terms.negotiated.is_some();
-        if !genuine && messages[..read].iter().any(event::is_fork) && !sys::is_userfaultfd(self.as_fd()) {
-            return Err(Error::NotUserfaultfd);
-        }
-        Ok(read)
     }
 }
 
@@ -444,12 +477,14 @@ impl fmt::Debug for Uffd {
 }
 
 impl AsFd for Uffd {
+    #[inline]
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 }
 
 impl AsRawFd for Uffd {
+    #[inline]
     fn as_raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
