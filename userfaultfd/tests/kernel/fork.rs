@@ -143,12 +143,15 @@ fn faults_are_read_even_if_the_fork_behind_them_cannot_be() {
     require!(FeatureFlags::EVENT_FORK, root);
     child::run_well(test_name!(), || {
         let (uffd, memory) = watched();
-        let forking = AtomicBool::new(false);
+        let (started, forking) = (AtomicBool::new(false), AtomicBool::new(false));
         std::thread::scope(|scope| {
+            // Starting a thread, too, takes locks that a fork holds.
             let reader = scope.spawn(|| {
+                started.store(true, Ordering::SeqCst);
                 proc::wait_until(|| forking.load(Ordering::SeqCst));
                 memory.read(0)
             });
+            proc::wait_until(|| started.load(Ordering::SeqCst));
             let mut buffer = EventBuffer::new(4);
             let read_while_full = |_| {
                 wait_for_event(&uffd);

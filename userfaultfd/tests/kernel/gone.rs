@@ -82,7 +82,7 @@ fn faults_of_a_killed_process_are_gone() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(1);
-        let (child, uffd) = child_with_uffd(&memory, || drop(memory.read(0)));
+        let (child, uffd) = child_with_uffd(&memory, || _ = memory.read(0));
         wait_for_event(&uffd);
         child.kill();
         child.wait();

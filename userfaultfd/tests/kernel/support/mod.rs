@@ -136,32 +136,45 @@ pub(crate) fn page() -> usize {
 
 /// Ends the process if a test takes longer than a minute: a test that hangs is a fault that nobody resolved.
 #[derive(Debug)]
-pub(crate) struct Watchdog(Arc<(Mutex<bool>, Condvar)>);
+pub(crate) struct Watchdog(Arc<(Mutex<Watch>, Condvar)>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Watch {
+    Starting,
+    Running,
+    Done,
+}
 
 impl Watchdog {
     pub(crate) fn arm(test: &'static str) -> Self {
-        let done = Arc::new((Mutex::new(false), Condvar::new()));
-        let watched = Arc::clone(&done);
+        let watch = Arc::new((Mutex::new(Watch::Starting), Condvar::new()));
+        let watched = Arc::clone(&watch);
         std::thread::spawn(move || {
-            let (done, changed) = &*watched;
-            let done = done.lock().unwrap();
+            let (watch, changed) = &*watched;
+            let mut watch = watch.lock().unwrap();
+            *watch = Watch::Running;
+            changed.notify_all();
             let limit = Duration::from_secs(60);
-            let (done, _) = changed.wait_timeout_while(done, limit, |done| !*done).unwrap();
-            if !*done {
+            let (watch, _) =
+                changed.wait_timeout_while(watch, limit, |watch| *watch == Watch::Running).unwrap();
+            if *watch == Watch::Running {
                 eprintln!("{test} hangs");
                 hugetlb::give_back_all();
                 sysctl::restore();
                 std::process::abort();
             }
         });
-        Self(done)
+        // Starting a thread takes locks, which the test may make a fork hold for ever.
+        let (starting, changed) = &*watch;
+        drop(changed.wait_while(starting.lock().unwrap(), |watch| *watch == Watch::Starting).unwrap());
+        Self(watch)
     }
 }
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        let (done, changed) = &*self.0;
-        *done.lock().unwrap() = true;
+        let (watch, changed) = &*self.0;
+        *watch.lock().unwrap() = Watch::Done;
         changed.notify_all();
     }
 }

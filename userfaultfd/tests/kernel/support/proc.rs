@@ -27,9 +27,9 @@ fn read<'a>(path: fmt::Arguments<'_>, text: &'a mut [u8; 512]) -> Option<&'a str
     let mut rest = &mut name[..];
     rest.write_fmt(path).unwrap();
     let unused = rest.len();
-    let name = str::from_utf8(&name[..64 - unused]).unwrap();
+    let name = std::str::from_utf8(&name[..64 - unused]).unwrap();
     let len = File::open(name).ok()?.read(text).ok()?;
-    str::from_utf8(&text[..len]).ok()
+    std::str::from_utf8(&text[..len]).ok()
 }
 
 /// Looks a userfaultfd up in fdinfo.
