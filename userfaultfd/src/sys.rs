@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "system calls")]
 
 use std::ffi::CStr;
+use std::io::Write;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 pub(crate) use userfaultfd_sys::*;
@@ -182,15 +183,28 @@ pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(
 ///
 /// The handshake with a version that no kernel accepts tells: a userfaultfd answers EINVAL and clears the
 /// structure (contract of UFFDIO_API since 5.15), anything else leaves it alone. Older kernels leave it alone
-/// too once the handshake is done; then the name under /proc decides.
+/// too once the handshake is done; then the name decides.
 pub(crate) fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
     let mut arg = uffdio_api { api: 0, features: 1 << 63, ioctls: !0 };
     match api(fd, &mut arg) {
-        Err(Errno::EINVAL) if arg.features == 0 => true,
-        Err(Errno::EINVAL) => std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
-            .is_ok_and(|name| name.as_os_str() == "anon_inode:[userfaultfd]"),
+        Err(Errno::EINVAL) => arg.features == 0 || is_named_userfaultfd(fd),
         _ => false,
     }
+}
+
+/// Whether /proc has a userfaultfd's name for a descriptor. Allocates nothing: this may be asked about a fork event,
+/// and the forking thread holds the allocator's locks until that is read.
+fn is_named_userfaultfd(fd: BorrowedFd<'_>) -> bool {
+    const NAME: &[u8] = b"anon_inode:[userfaultfd]";
+    let mut path = [0; 32];
+    if write!(&mut path[..], "/proc/self/fd/{}\0", fd.as_raw_fd()).is_err() {
+        return false;
+    }
+    // One byte more tells a longer name.
+    let mut name = [0; NAME.len() + 1];
+    // SAFETY: the path is NUL-terminated, and the kernel writes at most name.len() bytes to name.
+    let len = unsafe { libc::readlink(path.as_ptr().cast(), name.as_mut_ptr().cast(), name.len()) };
+    usize::try_from(len).is_ok_and(|len| &name[..len] == NAME)
 }
 
 /// The page size of the system, in bytes.
@@ -198,4 +212,24 @@ pub(crate) fn page_size() -> usize {
     // SAFETY: sysconf touches no memory of the caller.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).expect("every Linux system has a page size")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn the_name_tells_a_userfaultfd() {
+        let flags = libc::O_CLOEXEC | UFFD_USER_MODE_ONLY as libc::c_int;
+        match userfaultfd(flags).or_else(|_| userfaultfd(libc::O_CLOEXEC)) {
+            Ok(uffd) => assert!(is_named_userfaultfd(uffd.as_fd())),
+            Err(errno) => println!("SKIP: no userfaultfd here: {errno}"),
+        }
+        for path in ["/proc/self/exe", "/proc/self/fd", "/"] {
+            assert!(!is_named_userfaultfd(File::open(path).unwrap().as_fd()), "{path}");
+        }
+    }
 }
