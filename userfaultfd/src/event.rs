@@ -421,6 +421,7 @@ impl Drop for Drain<'_> {
 mod tests {
     use std::io::Read;
     use std::os::fd::{AsRawFd, IntoRawFd};
+    use std::os::unix::net::UnixStream;
 
     use super::*;
     use crate::FeatureFlags;
@@ -443,17 +444,17 @@ mod tests {
         message(sys::UFFD_EVENT_REMOVE, [start, start + 0x1000, 0])
     }
 
-    /// A message of a fork, with a real descriptor, and the other end of its pipe.
-    fn fork() -> (Message, std::io::PipeReader) {
-        let (reader, writer) = std::io::pipe().unwrap();
+    /// A message of a fork, with a real descriptor, and the other end of its socket.
+    fn fork() -> (Message, UnixStream) {
+        let (reader, writer) = UnixStream::pair().unwrap();
         let mut message = EMPTY;
         message[0] = sys::UFFD_EVENT_FORK;
         message[8..12].copy_from_slice(&writer.into_raw_fd().to_ne_bytes());
         (message, reader)
     }
 
-    /// Whether the writing end is closed, for which it waits.
-    fn is_closed(mut reader: std::io::PipeReader) -> bool {
+    /// Whether the other end is closed, for which it waits.
+    fn is_closed(mut reader: UnixStream) -> bool {
         reader.read(&mut [0]).unwrap() == 0
     }
 
