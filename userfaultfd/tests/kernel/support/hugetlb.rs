@@ -67,9 +67,8 @@ impl Drop for HugePages {
 /// Makes the pool as large as it was.
 pub(crate) fn give_back_all() {
     let Ok(mut before) = BEFORE.lock() else { return };
-    if let Some(before) = before.take()
-        && let Err(error) = fs::write(POOL, before.to_string())
-    {
+    let Some(before) = before.take() else { return };
+    if let Err(error) = fs::write(POOL, before.to_string()) {
         eprintln!("huge pages are not given back: {POOL} should be {before}: {error}");
     }
 }

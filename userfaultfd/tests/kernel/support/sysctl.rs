@@ -49,9 +49,8 @@ impl Drop for Sysctl {
 /// Gives it back the value that it had.
 pub(crate) fn restore() {
     let Ok(mut before) = BEFORE.lock() else { return };
-    if let Some(before) = before.take()
-        && let Err(error) = fs::write(PATH, &before)
-    {
+    let Some(before) = before.take() else { return };
+    if let Err(error) = fs::write(PATH, &before) {
         eprintln!("{PATH} should be {before}: {error}");
     }
 }
