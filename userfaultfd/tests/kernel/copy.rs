@@ -2,7 +2,6 @@
 
 use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd};
-use std::ptr;
 
 use userfaultfd::{CopyMode, Errno, Error, FaultKind, FeatureFlags, RegisterMode, Result, Uffd};
 
@@ -10,7 +9,7 @@ use crate::support::fault::{self, Fault};
 use crate::support::mapping::{self, Mapping};
 use crate::support::memory::{self, Kind, Memory};
 use crate::support::raw::check;
-use crate::support::{child, errno, has, page, require, test_name, uffd};
+use crate::support::{child, errno, has, nowhere, page, require, test_name, uffd};
 
 /// Bytes that differ from page to page and within a page.
 fn pattern(len: usize) -> Vec<u8> {
@@ -130,7 +129,7 @@ fn a_source_that_cannot_be_read_stops_the_copy() {
     for memory in memory::each(test_name!(), RegisterMode::MISSING, 2) {
         let uffd = uffd(FeatureFlags::empty());
         uffd.register(memory.start(), memory.len()).unwrap();
-        for source in [closed, ptr::without_provenance_mut(page())] {
+        for source in [closed, nowhere()] {
             let result = copy_from(&uffd, source, &memory, memory.page());
             assert!(matches!(result, Err(Error::CopyFailed(Errno::EFAULT))), "{memory:?} {result:?}");
         }

@@ -8,7 +8,7 @@ use crate::support::fault::{self, Fault};
 use crate::support::fill::{self, Fill, Filler};
 use crate::support::handler::{self, Change};
 use crate::support::memory::{Kind, Memory};
-use crate::support::{self, bad_ranges, child, dead, mapping, page, raw, require, test_name};
+use crate::support::{self, bad_ranges, child, dead, mapping, nowhere, page, raw, require, test_name};
 
 /// The kind of fault that an operation resolves.
 fn kind_of(fill: Fill) -> FaultKind {
@@ -99,8 +99,7 @@ fn a_range_that_is_not_registered_whole_in_one_mapping_is_not_there() {
 fn an_address_where_nothing_is_mapped_is_not_there() {
     require!();
     for filler in fill::each(test_name!(), 1) {
-        let nowhere = std::ptr::without_provenance_mut(filler.memory.page());
-        filler.assert_stopped(&filler.run_at(nowhere, filler.memory.page(), true), 0, Errno::ENOENT);
+        filler.assert_stopped(&filler.run_at(nowhere(), page(), true), 0, Errno::ENOENT);
     }
 }
 
@@ -193,7 +192,8 @@ fn fills_of_a_process_that_is_gone_find_none() {
     require!();
     child::run_well(test_name!(), || {
         for fill in Fill::ALL {
-            if !support::has_features(test_name!(), fill.needs()) {
+            let needs = fill.needs() | fill.home().needs(fill.modes()).unwrap();
+            if !support::has_features(test_name!(), needs) {
                 continue;
             }
             let memory = Memory::new(fill.home(), 2);
@@ -278,8 +278,8 @@ fn a_marker_is_replaced_or_in_the_way() {
         }
         let part = format!("{} ({marker:?})", test_name!());
         let Some(filler) = Filler::try_with(&part, fill, kind, 2, marker.needs(kind)) else { continue };
-        if !marker.put(&filler) {
-            println!("SKIP {part}: needs guards on {kind:?}");
+        let put = marker.put(&filler);
+        if marker == Marker::Guard && !support::has(test_name!(), "MADV_GUARD_INSTALL", put) {
             continue;
         }
         let result = filler.run(0, 1, true);

@@ -8,7 +8,7 @@ use userfaultfd::{Errno, Error, FaultKind, FeatureFlags, MoveMode, RegisterMode,
 use crate::support::fault::{self, Fault};
 use crate::support::memory::{Kind, Memory};
 use crate::support::raw::check;
-use crate::support::{child, errno, has, page, require, test_name, uffd};
+use crate::support::{child, errno, has, nowhere, page, require, test_name, uffd};
 
 /// Moves the first `pages` pages of a source to the beginning of a destination.
 fn move_pages(
@@ -181,9 +181,8 @@ fn each_range_must_lie_in_one_mapping() {
     source.protect(1, 1, libc::PROT_READ);
     assert_eq!(errno(move_pages(&uffd, &source, &memory, 2, PLAIN)), Errno::EINVAL);
     assert!(source.state(0).present);
-    let nowhere = std::ptr::without_provenance_mut(page());
     // SAFETY: the destination is only accessed by raw pointers, and the source is nothing.
-    let result = unsafe { uffd.move_pages(nowhere, memory.start(), page(), PLAIN) };
+    let result = unsafe { uffd.move_pages(nowhere(), memory.start(), page(), PLAIN) };
     assert_eq!(errno(result), Errno::ENOENT);
 }
 

@@ -1,14 +1,12 @@
 //! UFFDIO_RWPROTECT, of Linux 7.3.
 
-use std::ptr;
-
 use userfaultfd::pagemap::{Categories, Pagemap, Region, Scan};
 use userfaultfd::{CopyMode, Errno, FaultKind, FeatureFlags, RegisterMode, Uffd};
 
 use crate::support::fault::{self, Fault};
 use crate::support::handler::{self, Change};
 use crate::support::memory::{self, Memory};
-use crate::support::{bad_ranges, child, dead, errno, features, page, raw, require, test_name, uffd};
+use crate::support::{bad_ranges, child, errno, features, nowhere, page, raw, require, test_name, uffd};
 
 const READ_WRITE_PROTECT: RegisterMode = RegisterMode::READ_WRITE_PROTECT;
 
@@ -215,8 +213,7 @@ fn ranges_that_are_malformed_or_not_registered_are_refused() {
             assert_eq!(errno(lifted), Errno::EINVAL, "{why} {memory:?}");
         }
         assert_eq!(protected(&memory), [false; 2], "{memory:?}");
-        let nowhere = ptr::without_provenance_mut(page());
-        assert_eq!(errno(uffd.read_write_protect(nowhere, page())), Errno::ENOENT);
+        assert_eq!(errno(uffd.read_write_protect(nowhere(), page())), Errno::ENOENT);
     }
     let (uffd, memory) = (uffd(FeatureFlags::RWP), Memory::anonymous(1));
     uffd.register(memory.start(), memory.len()).unwrap();
@@ -238,16 +235,6 @@ fn protection_is_to_be_tried_again_while_the_layout_changes() {
         assert_eq!([errno(protected), errno(lifted)], [Errno::EAGAIN; 2]);
     });
     uffd.read_write_protect(memory.at(1), page()).unwrap();
-}
-
-#[test]
-fn a_process_that_is_gone_is_not_found() {
-    require!(FeatureFlags::RWP);
-    child::run_well(test_name!(), || {
-        let memory = Memory::anonymous(1);
-        let gone = dead::uffd(&memory);
-        assert_eq!(errno(gone.read_write_protect(memory.start(), memory.len())), Errno::ESRCH);
-    });
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::support::fault::{self, Fault};
 use crate::support::mapping::{self, Mapping};
 use crate::support::memory::{Kind, Memory};
 use crate::support::raw::check;
-use crate::support::{bad_ranges, child, dead, errno, features, has, page, require, test_name, uffd};
+use crate::support::{bad_ranges, child, errno, features, has, nowhere, page, require, test_name, uffd};
 
 const MISSING: RegisterMode = RegisterMode::MISSING;
 const WRITE_PROTECT: RegisterMode = RegisterMode::WRITE_PROTECT;
@@ -80,8 +80,8 @@ fn ranges_that_are_malformed_or_empty_of_mappings_are_invalid() {
     require!();
     for memory in Kind::ALL.into_iter().filter_map(|kind| Memory::try_new(test_name!(), kind, 2)) {
         let uffd = uffd(FeatureFlags::empty());
-        let nowhere = ("nothing mapped", ptr::without_provenance_mut(page()), page());
-        for (why, start, len) in bad_ranges(&memory).into_iter().chain([nowhere]) {
+        let unmapped = ("nothing mapped", nowhere(), page());
+        for (why, start, len) in bad_ranges(&memory).into_iter().chain([unmapped]) {
             assert_eq!(errno(uffd.register(start, len)), Errno::EINVAL, "{why} {memory:?}");
         }
     }
@@ -328,16 +328,6 @@ fn a_range_without_a_required_operation_is_not_registered() {
         assert_delivered(&uffd, &memory, &[(0, false)]);
         build(IoctlFlags::COPY | IoctlFlags::WAKE).register(memory.start(), memory.len()).unwrap();
     }
-}
-
-#[test]
-fn memory_of_a_process_that_is_gone_is_not_there_to_register() {
-    require!();
-    child::run_well(test_name!(), || {
-        let memory = Memory::anonymous(1);
-        let gone = dead::uffd(&memory);
-        assert_eq!(errno(gone.register(memory.start(), memory.len())), Errno::ENOMEM);
-    });
 }
 
 #[test]

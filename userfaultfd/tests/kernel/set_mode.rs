@@ -4,7 +4,7 @@ use userfaultfd::{Errno, Error, FaultKind, FeatureFlags, IoctlFlags, RegisterMod
 
 use crate::support::fault::{self, Fault};
 use crate::support::memory::Memory;
-use crate::support::{child, dead, errno, features, page, require, test_name, uffd};
+use crate::support::{child, errno, features, page, require, test_name, uffd};
 
 const NONE: FeatureFlags = FeatureFlags::empty();
 const RWP: FeatureFlags = FeatureFlags::RWP;
@@ -84,15 +84,6 @@ fn only_what_is_known_and_negotiated_is_switched() {
     let without = self::uffd(NONE);
     assert_eq!(errno(without.set_async(RWP_ASYNC, NONE)), Errno::EINVAL);
     without.set_async(NONE, RWP_ASYNC).unwrap();
-}
-
-#[test]
-fn a_process_that_is_gone_is_not_found() {
-    require!(RWP);
-    child::run_well(test_name!(), || {
-        let memory = Memory::anonymous(1);
-        assert_eq!(errno(dead::uffd(&memory).set_async(NONE, RWP_ASYNC)), Errno::ESRCH);
-    });
 }
 
 #[test]

@@ -6,7 +6,7 @@ use userfaultfd::{Errno, FaultKind, FeatureFlags};
 
 use crate::support::fault::{self, Fault};
 use crate::support::memory::Memory;
-use crate::support::{bad_ranges, child, dead, errno, page, require, test_name, uffd};
+use crate::support::{bad_ranges, errno, nowhere, page, require, test_name, uffd};
 
 /// Fills a missing page with zeros, and wakes nobody.
 fn fill(uffd: &userfaultfd::Uffd, memory: &Memory, page: usize) {
@@ -92,7 +92,7 @@ fn a_range_need_not_be_registered_nor_mapped() {
     require!();
     let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(1));
     uffd.wake(memory.start(), memory.len()).unwrap();
-    uffd.wake(ptr::without_provenance_mut(page()), page()).unwrap();
+    uffd.wake(nowhere(), page()).unwrap();
 }
 
 #[test]
@@ -102,13 +102,4 @@ fn malformed_ranges_are_invalid() {
     for (why, start, len) in bad_ranges(&memory) {
         assert_eq!(errno(uffd.wake(start, len)), Errno::EINVAL, "{why}");
     }
-}
-
-#[test]
-fn nobody_is_woken_where_the_process_is_gone() {
-    require!();
-    child::run_well(test_name!(), || {
-        let memory = Memory::anonymous(1);
-        dead::uffd(&memory).wake(memory.start(), memory.len()).unwrap();
-    });
 }

@@ -1,13 +1,11 @@
 //! UFFDIO_WRITEPROTECT.
 
-use std::ptr;
-
 use userfaultfd::{Errno, Error, FaultKind, FeatureFlags, RegisterMode, Uffd};
 
 use crate::support::fault::{self, Fault};
 use crate::support::handler::{self, Change};
-use crate::support::memory::{self, Kind, Memory};
-use crate::support::{bad_ranges, child, dead, errno, page, raw, require, test_name, uffd};
+use crate::support::memory::{self, Kind, Memory, State};
+use crate::support::{bad_ranges, child, errno, nowhere, page, raw, require, test_name, uffd};
 
 const WRITE_PROTECT: RegisterMode = RegisterMode::WRITE_PROTECT;
 
@@ -137,7 +135,7 @@ fn dropped_pages_lose_it_on_private_anonymous_memory_alone() {
 }
 
 #[test]
-fn a_hole_in_the_file_keeps_it_or_ends_it() {
+fn a_hole_in_the_file_keeps_it() {
     require!();
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 1) {
         if !matches!(memory.kind(), Kind::Memfd | Kind::Hugetlb) {
@@ -146,14 +144,8 @@ fn a_hole_in_the_file_keeps_it_or_ends_it() {
         memory.write(0, 1);
         uffd.write_protect(memory.start(), memory.len()).unwrap();
         memory.punch(0, 1);
-        let kept = memory.state(0).protected;
-        println!("{}: kept: {kept} on {:?}", test_name!(), memory.kind());
-        if kept {
-            write_through_protection(&uffd, &memory, 0, 2);
-        } else {
-            memory.write(0, 2);
-        }
-        fault::assert_silent(&uffd);
+        assert_eq!(memory.state(0), State { present: false, protected: true }, "{memory:?}");
+        write_through_protection(&uffd, &memory, 0, 2);
     }
 }
 
@@ -196,13 +188,22 @@ fn asynchronous_protection_is_lifted_by_the_write_itself() {
 #[test]
 fn many_mappings_are_protected_at_once_and_what_is_not_registered_ends_that() {
     require!();
+    if !memory::tells_protection(test_name!()) {
+        return;
+    }
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 4) {
         (0..4).for_each(|page| memory.write(page, 1));
         // Registered, and another registered mapping, then two that aren't.
         memory.protect(0, 1, libc::PROT_READ);
         uffd.unregister(memory.at(2), 2 * memory.page()).unwrap();
-        uffd.write_protect(memory.start(), 2 * memory.page()).unwrap();
         let protected = || [0, 1, 2, 3].map(|page| memory.state(page).protected);
+        if let Err(error) = uffd.write_protect(memory.start(), 2 * memory.page()) {
+            // Up to a kernel between 6.1 and 6.12.
+            println!("{}: one mapping at a time", test_name!());
+            assert_eq!(error.errno(), Some(Errno::ENOENT));
+            assert_eq!(protected(), [false; 4], "{memory:?}");
+            continue;
+        }
         assert_eq!(protected(), [true, true, false, false], "{memory:?}");
         uffd.remove_write_protection(memory.start(), 2 * memory.page(), true).unwrap();
         assert_eq!(protected(), [false; 4], "{memory:?}");
@@ -235,8 +236,13 @@ fn holes_are_skipped() {
         [0, 2].into_iter().for_each(|page| memory.write(page, 1));
         memory.unmap(1, 1);
         uffd.register_with_mode(memory.start(), memory.len(), WRITE_PROTECT).unwrap();
-        uffd.write_protect(memory.start(), memory.len()).unwrap();
-        [0, 2].into_iter().for_each(|page| write_through_protection(&uffd, &memory, page, 2));
+        match uffd.write_protect(memory.start(), memory.len()) {
+            Ok(()) => {
+                [0, 2].into_iter().for_each(|page| write_through_protection(&uffd, &memory, page, 2));
+            }
+            // Up to a kernel between 6.1 and 6.12.
+            Err(error) => assert_eq!(error.errno(), Some(Errno::ENOENT)),
+        }
     });
 }
 
@@ -251,8 +257,7 @@ fn ranges_that_are_malformed_or_empty_of_mappings_are_refused() {
             assert_eq!(errno(lifted), Errno::EINVAL, "{why} {memory:?}");
         }
         assert!((0..2).all(|page| !memory.state(page).protected), "{memory:?}");
-        let nowhere = ptr::without_provenance_mut(page());
-        assert_eq!(errno(uffd.write_protect(nowhere, page())), Errno::ENOENT);
+        assert_eq!(errno(uffd.write_protect(nowhere(), page())), Errno::ENOENT);
     }
 }
 
@@ -279,18 +284,6 @@ fn protection_is_to_be_tried_again_while_the_layout_changes() {
         assert!(registered.is_ok() && others.iter().all(Result::is_ok), "{registered:?} {others:?}");
     });
     uffd.write_protect(memory.at(1), page()).unwrap();
-}
-
-#[test]
-fn a_process_that_is_gone_is_not_found() {
-    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
-    child::run_well(test_name!(), || {
-        let memory = Memory::anonymous(1);
-        let gone = dead::uffd(&memory);
-        assert_eq!(errno(gone.write_protect(memory.start(), memory.len())), Errno::ESRCH);
-        let lifted = gone.remove_write_protection(memory.start(), memory.len(), true);
-        assert_eq!(errno(lifted), Errno::ESRCH);
-    });
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The five operations that resolve a missing or minor fault, as one: what they have in common is tested in one table.
 
 use std::ffi::c_void;
+use std::fmt;
 
 use userfaultfd::{Errno, Error, FeatureFlags, IoctlFlags, MoveMode, RegisterMode, Result, Uffd};
 
@@ -76,13 +77,18 @@ impl Fill {
 }
 
 /// An operation, a userfaultfd, memory that is registered with it, and what to fill it from.
-#[derive(Debug)]
 pub(crate) struct Filler {
     pub(crate) fill: Fill,
     pub(crate) uffd: Uffd,
     pub(crate) memory: Memory,
     content: Vec<u8>,
     source: Memory,
+}
+
+impl fmt::Debug for Filler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} on {:?}", self.fill, self.memory)
+    }
 }
 
 impl Filler {

@@ -9,10 +9,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::ptr;
-use std::sync::Mutex;
+use std::sync::{LazyLock, Mutex};
 
 use userfaultfd::{Errno, FeatureFlags, RegisterMode};
 
+use super::fault;
 use super::hugetlb::{self, HugePages};
 use super::raw::check;
 
@@ -124,6 +125,17 @@ pub(crate) struct State {
     pub(crate) present: bool,
     /// It is protected by a userfaultfd. Told since Linux 5.13, for markers of pages that aren't there, too.
     pub(crate) protected: bool,
+}
+
+/// Whether this kernel tells of protection in /proc/self/pagemap. If not, says so.
+pub(crate) fn tells_protection(test: &str) -> bool {
+    static TELLS: LazyLock<bool> = LazyLock::new(|| {
+        let (uffd, memory) = (super::uffd(FeatureFlags::empty()), Memory::anonymous(1));
+        fault::provoke(&uffd, &memory, RegisterMode::WRITE_PROTECT);
+        memory.state(0).protected
+    });
+    let protects = super::features().contains(FeatureFlags::PAGEFAULT_FLAG_WP);
+    !protects || super::has(test, "protection in pagemap", *TELLS)
 }
 
 /// A mapping, unmapped when dropped. Its pages are of [`Memory::page`] bytes.
@@ -342,6 +354,14 @@ impl Memory {
         // SAFETY: the range lies inside the mapping, whose content nobody borrows.
         let result = unsafe { libc::mprotect(self.at(first), pages * self.page(), protection) };
         assert_eq!(result, 0, "mprotect: {}", std::io::Error::last_os_error());
+    }
+
+    /// Makes the file as long as some pages. Those behind are gone wherever they are mapped.
+    pub(crate) fn truncate(&self, pages: usize) {
+        let len = pages * self.page();
+        // SAFETY: touches no memory of the caller but what the file's mappings show.
+        let result = unsafe { libc::ftruncate(self.file().as_raw_fd(), len as _) };
+        assert_eq!(result, 0, "ftruncate: {}", std::io::Error::last_os_error());
     }
 
     /// Drops some pages from the file, wherever they are mapped.

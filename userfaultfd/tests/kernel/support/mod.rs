@@ -129,6 +129,14 @@ pub(crate) fn bad_ranges(memory: &memory::Memory) -> Vec<(&'static str, *mut c_v
     ranges
 }
 
+/// An address at which nothing is mapped, nor will be by another test: below it the kernel maps nothing without being told
+/// to. A page of the base size.
+pub(crate) fn nowhere() -> *mut c_void {
+    let lowest = std::fs::read_to_string("/proc/sys/vm/mmap_min_addr").unwrap();
+    let lowest: usize = lowest.trim().parse().unwrap();
+    std::ptr::without_provenance_mut(lowest.max(1).next_multiple_of(page()))
+}
+
 /// The page size, in bytes.
 pub(crate) fn page() -> usize {
     userfaultfd::page_size()
