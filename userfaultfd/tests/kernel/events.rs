@@ -113,13 +113,38 @@ fn removing_pages_is_told_before_they_go() {
 }
 
 #[test]
-fn a_hole_that_is_punched_is_not_told() {
+fn what_others_do_to_the_file_is_not_told() {
     require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::MISSING_SHMEM);
-    let features = FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP;
-    let watched = Watched::new(features, Memory::new(Kind::Memfd, 2));
-    watched.memory.punch(1, 1);
+    let ways: [fn(&Memory); 3] = [
+        |memory| memory.punch(1, 1),
+        |memory| {
+            memory.truncate(1);
+            memory.truncate(2);
+        },
+        |memory| memory.alias().advise(1, 1, libc::MADV_REMOVE).unwrap(),
+    ];
+    for drop_page in ways {
+        let features = FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP;
+        let watched = Watched::new(features, Memory::new(Kind::Memfd, 2));
+        drop_page(&watched.memory);
+        assert_silent(&watched.uffd);
+        watched.assert_missing(&watched.memory, 1);
+    }
+}
+
+#[test]
+fn what_keeps_the_content_is_not_told() {
+    require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMAP);
+    let features = FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMAP;
+    let watched = Watched::new(features, Memory::anonymous(2));
+    let memory = &watched.memory;
+    memory.protect(1, 1, libc::PROT_READ);
+    memory.protect(1, 1, libc::PROT_READ | libc::PROT_WRITE);
+    for advice in [libc::MADV_COLD, libc::MADV_PAGEOUT, libc::MADV_WILLNEED, libc::MADV_DONTFORK] {
+        memory.advise(1, 1, advice).unwrap();
+    }
     assert_silent(&watched.uffd);
-    watched.assert_missing(&watched.memory, 1);
+    assert_eq!(memory.read(1), BYTE);
 }
 
 #[test]

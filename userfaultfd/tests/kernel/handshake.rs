@@ -6,7 +6,7 @@ use userfaultfd::{Errno, Error, FeatureFlags, IoctlFlags, Uffd, UffdBuilder};
 
 use crate::support::handler::{Fault, zero};
 use crate::support::memory::Memory;
-use crate::support::{self, child, foreign, proc, raw, require, test_name};
+use crate::support::{self, child, foreign, has, mounts, proc, raw, require, test_name};
 
 /// A feature that no kernel has.
 const UNKNOWN: FeatureFlags = FeatureFlags::from_bits_retain(1 << 62);
@@ -156,6 +156,26 @@ fn every_handle_tells_what_is_enabled() {
         assert_eq!((uffd.features(), uffd.ioctls()), (features, ioctls), "{uffd:?}");
         assert_eq!(proc::fdinfo(&uffd).features, features);
     }
+}
+
+#[test]
+fn without_proc_an_adopted_descriptor_tells_nothing() {
+    require!(FeatureFlags::THREAD_ID, root);
+    child::run_well(test_name!(), || {
+        if !has(test_name!(), "mount namespaces", mounts::own()) {
+            return;
+        }
+        mounts::hide_proc();
+        let features = FeatureFlags::THREAD_ID;
+        let uffd = UffdBuilder::new().require_features(features).create().unwrap();
+        assert_eq!(uffd.features(), features);
+        let adopted = Uffd::from(OwnedFd::from(uffd));
+        assert!(adopted.features().is_empty() && adopted.ioctls().is_empty());
+        // What it is can still be told.
+        let error = UffdBuilder::new().handshake(raw::pipe().0.into()).unwrap_err();
+        assert!(matches!(error, Error::NotUserfaultfd), "{error:?}");
+        UffdBuilder::new().handshake(raw::unshaken(0)).unwrap();
+    });
 }
 
 #[test]

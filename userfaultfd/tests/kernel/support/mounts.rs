@@ -42,6 +42,11 @@ pub(crate) fn replace(device: Device) {
     }
 }
 
+/// Hides /proc. Takes [`own`] mounts.
+pub(crate) fn hide_proc() {
+    assert!(mount(c"tmpfs", c"/proc", Some(c"tmpfs"), 0));
+}
+
 fn mount(source: &CStr, target: &CStr, filesystem: Option<&CStr>, flags: libc::c_ulong) -> bool {
     let filesystem = filesystem.map_or(ptr::null(), CStr::as_ptr);
     // SAFETY: the strings are NUL-terminated, and no options are passed.
