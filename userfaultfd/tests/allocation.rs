@@ -1,0 +1,339 @@
+//! A handler that is running neither allocates nor frees. Else it could wait for a lock of the allocator's, held by a
+//! thread that waits for the handler: one that faulted inside the allocator, or one that forks under `EVENT_FORK`.
+
+#[path = "kernel/support/mod.rs"]
+#[expect(dead_code, reason = "it has what the tests of the kernel need")]
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::hint::black_box;
+use std::os::fd::OwnedFd;
+
+use userfaultfd::{CopyMode, Errno, Error, Event, EventBuffer, FaultKind, FeatureFlags, Uffd, UffdBuilder};
+
+use crate::support::child::{self, Forked};
+use crate::support::fault::{during, during_all, each_mode, provoke};
+use crate::support::fill;
+use crate::support::handler::while_changing;
+use crate::support::memory::Memory;
+use crate::support::raw::wait_for_event;
+use crate::support::{page, require, test_name, uffd};
+
+/// The system's allocator, which counts how often each thread calls it.
+struct Counting;
+
+thread_local! {
+    static CALLS: Cell<usize> = const { Cell::new(0) };
+}
+
+fn count() {
+    // No storage of this kind is left when a thread is about to end; no test measures then.
+    let _ = CALLS.try_with(|calls| calls.set(calls.get() + 1));
+}
+
+// SAFETY: passes everything on, and keeps to what it counts with, which doesn't allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promises are the same.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        count();
+        // SAFETY: the caller's promises are the same.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promises are the same.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promises are the same.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Does the work, and tells how often this thread called the allocator meanwhile.
+fn allocations<T>(work: impl FnOnce() -> T) -> (T, usize) {
+    let before = CALLS.get();
+    let done = work();
+    (done, CALLS.get() - before)
+}
+
+/// Does the work, which must not call the allocator.
+#[track_caller]
+fn quietly<T>(work: impl FnOnce() -> T) -> T {
+    let (done, calls) = allocations(work);
+    assert_eq!(calls, 0, "calls of the allocator");
+    done
+}
+
+/// Reads the next event. Waits for it on descriptors of both kinds.
+fn next(uffd: &Uffd) -> Event {
+    loop {
+        match uffd.read_event().unwrap() {
+            Some(event) => return event,
+            None => wait_for_event(uffd),
+        }
+    }
+}
+
+/// Reads the next event, which must be a fault, and tells where it is.
+fn next_fault(uffd: &Uffd) -> *mut c_void {
+    match next(uffd) {
+        Event::Pagefault { addr, .. } => addr,
+        event => panic!("{event:?}"),
+    }
+}
+
+/// Checks that an operation failed with `errno`, and asks all questions of the error.
+fn assert_failed<T>(result: Result<T, Error>, errno: Errno) {
+    let Err(error) = result else { panic!("no error") };
+    assert_eq!(error.errno(), Some(errno));
+    assert_eq!(error.is_retryable(), errno == Errno::EAGAIN);
+    assert_eq!(error.progress().unwrap_or(0), 0);
+}
+
+#[test]
+fn the_count_counts() {
+    let (_, calls) = allocations(|| drop(black_box(Box::new(1))));
+    assert_eq!(calls, 2);
+    let (mut bytes, calls) = allocations(|| black_box(vec![0_u8; 100]));
+    assert_eq!(calls, 1);
+    let ((), calls) = allocations(|| bytes.reserve(1000));
+    assert_eq!(calls, 1);
+}
+
+#[test]
+fn a_handler_of_missing_pages_is_quiet() {
+    require!();
+    for non_blocking in [false, true] {
+        let memory = Memory::anonymous(8);
+        let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(non_blocking).create().unwrap();
+        uffd.register(memory.start(), memory.len()).unwrap();
+        let (content, len) = (vec![42_u8; page()], page());
+        let content = content.as_ptr().cast();
+        let touch = || (0..memory.pages()).map(|page| memory.read(page)).collect::<Vec<_>>();
+        let seen = during(&uffd, &memory, touch, |_| {
+            quietly(|| {
+                for page in 0..memory.pages() {
+                    let addr = next_fault(&uffd);
+                    assert_eq!(addr, memory.at(page));
+                    let filled = match page % 4 {
+                        // SAFETY: the content lives on, and the memory is accessed only by raw pointers.
+                        0 => unsafe { uffd.copy(content, addr, len, true) },
+                        // SAFETY: as above.
+                        1 => unsafe { uffd.copy_with(content, addr, len, CopyMode::DONT_WAKE) },
+                        // SAFETY: as above.
+                        2 => unsafe { uffd.zeropage(addr, len, true) },
+                        // SAFETY: as above.
+                        _ => unsafe { uffd.zeropage(addr, len, false) },
+                    };
+                    assert_eq!(filled.unwrap(), len);
+                    // SAFETY: as above.
+                    assert_failed(unsafe { uffd.copy(content, addr, len, true) }, Errno::EEXIST);
+                    // SAFETY: as above.
+                    assert_failed(unsafe { uffd.zeropage(addr, len, true) }, Errno::EEXIST);
+                    uffd.wake(addr, len).unwrap();
+                }
+            });
+        });
+        assert_eq!(seen, [42, 42, 0, 0, 42, 42, 0, 0]);
+    }
+}
+
+#[test]
+fn a_handler_of_batches_is_quiet() {
+    require!();
+    const THREADS: usize = 4;
+    let (memory, uffd) = (Memory::anonymous(32), uffd(FeatureFlags::empty()));
+    uffd.register(memory.start(), memory.len()).unwrap();
+    let mut buffer = EventBuffer::new(THREADS);
+    let (memory, share) = (&memory, memory.pages() / THREADS);
+    let touch =
+        |thread: usize| move || (thread * share..(thread + 1) * share).for_each(|page| memory.write(page, 1));
+    during_all(&uffd, memory, (0..THREADS).map(touch), |_| {
+        quietly(|| {
+            let mut served = 0;
+            while served < memory.pages() {
+                wait_for_event(&uffd);
+                for event in uffd.read_events(&mut buffer).unwrap() {
+                    let Event::Pagefault { addr, .. } = event.unwrap() else { panic!("no fault") };
+                    // SAFETY: the memory is accessed only by raw pointers.
+                    unsafe { uffd.zeropage(addr, page(), true) }.unwrap();
+                    served += 1;
+                }
+            }
+            assert_eq!(uffd.read_events(&mut buffer).unwrap().count(), 0);
+        });
+    });
+}
+
+#[test]
+fn a_handler_that_takes_changes_first_is_quiet() {
+    require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMAP);
+    let memory = Memory::anonymous(4);
+    let target = Memory::anonymous(1);
+    let uffd = uffd(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMAP);
+    uffd.register(memory.start(), memory.len()).unwrap();
+    let mut buffer = EventBuffer::new(8);
+    let change = || {
+        assert_eq!(memory.read(0), 0);
+        memory.advise(0, 1, libc::MADV_DONTNEED).unwrap();
+        assert_eq!(memory.read(0), 0);
+        memory.move_over(0, 1, &target, 0);
+        memory.unmap(2, 1);
+    };
+    let [mut faults, mut removed, mut moved, mut unmapped] = [0; 4];
+    while_changing(&uffd, change, |_| {
+        quietly(|| {
+            // Moving unmaps too.
+            while unmapped < 2 {
+                wait_for_event(&uffd);
+                uffd.read_batch(&mut buffer).unwrap();
+                buffer.changes_first();
+                while let Some(event) = buffer.pop() {
+                    match event.unwrap() {
+                        Event::Pagefault { addr, .. } => {
+                            // The fault may be read before the thread that removed has gone on.
+                            // SAFETY: the memory is accessed only by raw pointers.
+                            while let Err(error) = unsafe { uffd.zeropage(addr, page(), true) } {
+                                assert!(error.is_retryable());
+                                std::thread::yield_now();
+                            }
+                            faults += 1;
+                        }
+                        Event::Remove { .. } => removed += 1,
+                        Event::Remap { .. } => moved += 1,
+                        Event::Unmap { .. } => unmapped += 1,
+                        event => panic!("{event:?}"),
+                    }
+                }
+            }
+        });
+    });
+    assert_eq!([faults, removed, moved, unmapped], [2, 1, 1, 2]);
+}
+
+#[test]
+fn operations_while_the_layout_changes_are_quiet() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    let (memory, uffd) = (Memory::anonymous(2), uffd(FeatureFlags::EVENT_REMOVE));
+    uffd.register(memory.start(), memory.len()).unwrap();
+    let (content, len) = (vec![42_u8; page()], page());
+    let (content, start) = (content.as_ptr().cast(), memory.start());
+    while_changing(
+        &uffd,
+        || memory.advise(1, 1, libc::MADV_DONTNEED).unwrap(),
+        |_| {
+            quietly(|| {
+                wait_for_event(&uffd);
+                // SAFETY: the content lives on, and the memory is accessed only by raw pointers.
+                assert_failed(unsafe { uffd.copy(content, start, len, true) }, Errno::EAGAIN);
+                // SAFETY: as above.
+                let copied = unsafe { uffd.copy_with(content, start, len, CopyMode::empty()) };
+                assert!(matches!(copied, Err(Error::PartiallyCopied(0))));
+                // SAFETY: as above.
+                assert_failed(unsafe { uffd.zeropage(start, len, true) }, Errno::EAGAIN);
+                assert!(matches!(next(&uffd), Event::Remove { .. }));
+            });
+        },
+    );
+}
+
+#[test]
+fn a_handler_of_forks_is_quiet() {
+    require!(FeatureFlags::EVENT_FORK, root);
+    // In a process of its own, whose other threads wait: the fork takes the allocator's locks.
+    child::run_well(test_name!(), || {
+        let (memory, uffd) = (Memory::anonymous(1), uffd(FeatureFlags::EVENT_FORK));
+        uffd.register(memory.start(), memory.len()).unwrap();
+        // Another handler may have been handed the descriptor, and then makes sure that it is one.
+        let adopted = Uffd::from(OwnedFd::from(uffd.try_clone().unwrap()));
+        let mut buffer = EventBuffer::new(1);
+        for way in 0..4 {
+            let child = while_changing(
+                &uffd,
+                || child::fork(|| {}),
+                |_| {
+                    quietly(|| {
+                        wait_for_event(&uffd);
+                        match way {
+                            0 => assert!(matches!(next(&uffd), Event::Fork { .. })),
+                            1 => assert!(matches!(next(&adopted), Event::Fork { .. })),
+                            2 => assert_eq!(uffd.read_events(&mut buffer).unwrap().count(), 1),
+                            // Dropped with the batch.
+                            _ => drop(uffd.read_events(&mut buffer).unwrap()),
+                        }
+                    });
+                },
+            );
+            Forked::succeed(child);
+        }
+    });
+}
+
+#[test]
+fn every_fill_is_quiet_on_success_and_where_a_page_is() {
+    require!();
+    for filler in fill::each(test_name!(), 2) {
+        quietly(|| {
+            assert!(filler.run(0, 1, true).is_ok());
+            assert!(filler.run(0, 1, true).is_err());
+            assert!(filler.run(1, 1, false).is_ok());
+            assert!(filler.run_at(std::ptr::null_mut(), 0, true).is_err());
+            filler.uffd.wake(filler.memory.at(1), filler.memory.page()).unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_handler_of_every_kind_of_fault_is_quiet() {
+    require!();
+    for (mode, memory, uffd) in each_mode(test_name!(), 1) {
+        let kind = provoke(&uffd, &memory, mode);
+        let content = vec![42_u8; memory.len()];
+        let (start, len, content) = (memory.start(), memory.len(), content.as_ptr().cast());
+        during(
+            &uffd,
+            &memory,
+            || memory.write(0, 1),
+            |_| {
+                quietly(|| {
+                    assert_eq!(next_fault(&uffd), start);
+                    match kind {
+                        FaultKind::Missing => {
+                            // SAFETY: the content lives on, and the memory is accessed only by raw pointers.
+                            assert_eq!(unsafe { uffd.copy(content, start, len, true) }.unwrap(), len);
+                        }
+                        FaultKind::Minor => {
+                            assert_eq!(uffd.r#continue(start, len, true).unwrap(), len as u64);
+                            assert_failed(uffd.r#continue(start, len, true), Errno::EEXIST);
+                        }
+                        FaultKind::WriteProtected => {
+                            uffd.remove_write_protection(start, len, true).unwrap();
+                            uffd.write_protect(start, len).unwrap();
+                            uffd.remove_write_protection(start, len, true).unwrap();
+                        }
+                        FaultKind::ReadWriteProtected => {
+                            uffd.remove_read_write_protection(start, len, true).unwrap();
+                            uffd.read_write_protect(start, len).unwrap();
+                            uffd.remove_read_write_protection(start, len, true).unwrap();
+                        }
+                        kind => panic!("{kind:?}"),
+                    }
+                });
+            },
+        );
+    }
+}
