@@ -209,33 +209,6 @@ fn a_page_that_the_cache_got_meanwhile_takes_but_a_wake() {
 }
 
 #[test]
-fn nothing_is_copied_beyond_the_end_of_the_file() {
-    require!();
-    for memory in memory::each(test_name!(), RegisterMode::MISSING, 2) {
-        // Anonymous memory has no file, and for private huge pages the kernel doesn't ask.
-        if !matches!(memory.kind(), Kind::Memfd | Kind::PrivateMemfd | Kind::Hugetlb) {
-            continue;
-        }
-        let uffd = uffd(FeatureFlags::empty());
-        uffd.register(memory.start(), memory.len()).unwrap();
-        // SAFETY: touches no memory that is accessed afterwards.
-        check(unsafe { libc::ftruncate(memory.file().as_raw_fd(), memory.page() as _) }).unwrap();
-        let content = pattern(memory.len());
-        let whole = copy(&uffd, &content, &memory, CopyMode::empty());
-        assert!(
-            matches!(whole, Err(Error::PartiallyCopied(done)) if done == memory.page()),
-            "{memory:?} {whole:?}"
-        );
-        // SAFETY: the content lives on, and the memory is only accessed by raw pointers.
-        let rest = unsafe { uffd.copy(content.as_ptr().cast(), memory.at(1), memory.page(), true) };
-        let errno = errno(rest);
-        println!("{}: {errno:?} on {:?}", test_name!(), memory.kind());
-        // Since Linux 7.2 the second on shared memory.
-        assert!(matches!(errno, Errno::EFAULT | Errno::ENOMEM), "{errno:?}");
-    }
-}
-
-#[test]
 fn a_file_system_without_room_stops_the_copy() {
     require!(FeatureFlags::MISSING_SHMEM, root);
     child::run_well(test_name!(), || {

@@ -1,6 +1,6 @@
 //! What UFFDIO_COPY, ZEROPAGE, CONTINUE, POISON and MOVE have in common.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use userfaultfd::{Errno, FaultKind, FeatureFlags, RegisterMode};
 
@@ -8,6 +8,7 @@ use crate::support::fault::{self, Fault};
 use crate::support::fill::{self, Fill, Filler};
 use crate::support::handler::{self, Change};
 use crate::support::memory::{Kind, Memory};
+use crate::support::raw::check;
 use crate::support::{self, bad_ranges, child, dead, mapping, nowhere, page, raw, require, test_name};
 
 /// The kind of fault that an operation resolves.
@@ -216,6 +217,34 @@ fn a_kernel_without_an_operation_says_that_it_is_invalid() {
         let filler = Filler::over(fill, support::uffd(FeatureFlags::empty()), Memory::anonymous(1));
         filler.uffd.register(filler.memory.start(), page()).unwrap();
         filler.assert_stopped(&filler.run(0, 1, true), 0, Errno::EINVAL);
+    }
+}
+
+#[test]
+fn nothing_is_filled_beyond_the_end_of_the_file() {
+    require!();
+    for filler in fill::each(test_name!(), 2) {
+        let (memory, kind) = (&filler.memory, filler.memory.kind());
+        if matches!(kind, Kind::Anonymous | Kind::SharedAnonymous) {
+            continue;
+        }
+        let possible: &[Errno] = match (filler.fill, kind.is_hugetlb()) {
+            // The second on shared memory since Linux 7.2.
+            (Fill::Copy | Fill::Zeropage, false) => &[Errno::EFAULT, Errno::ENOMEM],
+            // The first on small pages, of which the cache can't have one there.
+            (Fill::Continue, _) => &[Errno::EINVAL, Errno::EFAULT],
+            (Fill::Copy, true) if kind == Kind::PrivateHugetlb => continue, // The kernel doesn't ask.
+            (Fill::Poison, true) => continue,                               // Nor here.
+            _ => &[Errno::EFAULT],
+        };
+        // SAFETY: touches no memory that is accessed afterwards.
+        check(unsafe { libc::ftruncate(memory.file().as_raw_fd(), memory.page() as _) }).unwrap();
+        filler.assert_stopped(&filler.run(0, 2, true), 1, Errno::EAGAIN);
+        let rest = filler.run(1, 1, true);
+        let errno = rest.as_ref().expect_err("beyond the end").errno().unwrap();
+        println!("{}: {errno:?}: {filler:?}", test_name!());
+        assert!(possible.contains(&errno), "{errno:?}: {filler:?}");
+        filler.assert_stopped(&rest, 0, errno);
     }
 }
 

@@ -59,25 +59,6 @@ fn zeros_cannot_be_had_where_a_page_of_the_file_is() {
     }
 }
 
-#[test]
-fn there_are_no_zeros_beyond_the_end_of_the_file() {
-    require!(FeatureFlags::MISSING_SHMEM);
-    for kind in [Kind::Memfd, Kind::PrivateMemfd] {
-        let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::new(kind, 2));
-        uffd.register(memory.start(), memory.len()).unwrap();
-        // SAFETY: touches no memory that is accessed afterwards.
-        check(unsafe { libc::ftruncate(memory.file().as_raw_fd(), page() as _) }).unwrap();
-        match zeropage(&uffd, &memory, 0, 2) {
-            Err(Error::Stopped { done, errno: Errno::EAGAIN, .. }) if done == page() => {}
-            other => panic!("{memory:?} {other:?}"),
-        }
-        let errno = errno(zeropage(&uffd, &memory, 1, 1));
-        println!("{}: {errno:?} on {kind:?}", test_name!());
-        // Since Linux 7.2 the second on shared memory.
-        assert!(matches!(errno, Errno::EFAULT | Errno::ENOMEM), "{errno:?}");
-    }
-}
-
 /// Zeros can't replace the marker of write protection on private memory, which a handler must not take for
 /// "somebody else was faster".
 #[test]
