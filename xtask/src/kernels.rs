@@ -27,7 +27,7 @@ use verdict::Verdict;
 
 pub(crate) const USAGE: &str = "\
   kernels [NAME]... [--all] [--list] [--kernel PATH [--arch ARCH] [--features MASK]] [--shell NAME]
-          [--qemu PATH] [--limit SECONDS]
+          [--qemu PATH] [--limit SECONDS] [-- ARGUMENT...]
       Run the workspace's tests on the kernels of xtask/kernels.toml, or the named ones of them, in virtual machines:
       as root and as a user without rights. QEMU and the kernels are Debian packages, fetched into the target folder.
       --all       kernels of other architectures, too
@@ -36,6 +36,7 @@ pub(crate) const USAGE: &str = "\
       --shell     no tests but a shell on the console of this kernel, with the binaries in /tests
       --qemu      the emulator to use; else one in PATH, else a fetched one
       --limit     how long a guest may run
+      ARGUMENT    for every test binary: part of the names of the tests to run
 ";
 
 /// Guests that run at a time: each emulates two processors.
@@ -63,7 +64,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     if let Some(name) = &options.shell {
         let [subject] = &subjects[..] else { return Err(format!("--shell {name}: one kernel at a time")) };
         let built = binaries::build(&subject.arch, &folder.join("build"))?;
-        return machine(&folder, &packages, subject, &built, true)?.0.run_here();
+        return machine(&folder, &packages, subject, &built, &options)?.0.run_here();
     }
     run_all(&folder, &packages, &subjects, &options)
 }
@@ -100,6 +101,7 @@ struct Options {
     shell: Option<String>,
     qemu: Option<PathBuf>,
     limit: Option<u64>,
+    arguments: Vec<String>,
 }
 
 impl Options {
@@ -120,6 +122,7 @@ impl Options {
                     let value = value()?;
                     options.limit = Some(value.parse().map_err(|e| format!("--limit {value}: {e}"))?);
                 }
+                "--" => options.arguments.extend(arguments.by_ref().cloned()),
                 name if !name.starts_with('-') => options.names.push(name.to_owned()),
                 _ => return Err(format!("kernels: unexpected argument `{argument}`")),
             }
@@ -195,7 +198,7 @@ fn run_all(
     let work = |subject: &Subject| -> Result<Verdict, String> {
         let built = built.iter().find(|(target, _)| *target == subject.arch.target);
         let (_, built) = built.ok_or("its binaries weren't built")?;
-        let (machine, plan) = machine(folder, packages, subject, built, false)?;
+        let (machine, plan) = machine(folder, packages, subject, built, options)?;
         guest(folder, subject, &machine, &plan, limit, &features)
     };
 
@@ -234,7 +237,7 @@ fn machine(
     packages: &Packages,
     subject: &Subject,
     built: &Built,
-    shell: bool,
+    options: &Options,
 ) -> Result<(Machine, Plan), String> {
     let kernel = packages.kernel(subject)?;
     let environment = |user| {
@@ -251,9 +254,14 @@ fn machine(
         limit: BINARY_LIMIT,
         binaries: built.tests.iter().map(|test| in_guest(image::TESTS, &test.name)).collect(),
         passes: [User::Root, User::Nobody].map(|user| Pass { user, environment: environment(user) }).to_vec(),
-        shell,
+        // What a test that passes says is shown, too: that is where it says what it was skipped for.
+        arguments: ["--show-output".to_owned()]
+            .into_iter()
+            .chain(options.arguments.iter().cloned())
+            .collect(),
+        shell: options.shell.is_some(),
     };
-    let busybox = if shell { Some(packages.busybox(subject)?) } else { None };
+    let busybox = if plan.shell { Some(packages.busybox(subject)?) } else { None };
     let initramfs = folder.join(format!("{}.cpio", subject.name));
     image::write(&initramfs, built, &plan, &kernel.modules, busybox.as_deref())?;
     let qemu = packages.qemu(subject)?;
@@ -306,7 +314,11 @@ mod tests {
     #[test]
     fn options_that_make_no_sense_are_refused() {
         assert_eq!(parse(&["--kernel", "k", "--features", "0x1ff"]).unwrap().features, Some(0x1ff));
-        assert_eq!(parse(&["--limit", "5", "6.1", "7.3"]).unwrap().names, ["6.1", "7.3"]);
+        let options = parse(&["--limit", "5", "6.1", "7.3", "--", "copy::", "--exact"]).unwrap();
+        assert_eq!(
+            (options.names, options.arguments),
+            (vec!["6.1".into(), "7.3".into()], vec!["copy::".into(), "--exact".into()])
+        );
         for wrong in [
             &["--features", "1ff"][..],
             &["--kernel", "k", "--features", "some"],

@@ -26,10 +26,10 @@ fn main() -> ExitCode {
         }
     };
     let voice = Voice::new();
-    if let Err(reason) = serve(&guest, &voice) {
-        voice.say(Record::Note(reason));
+    match serve(&guest, &voice) {
+        Ok(()) => voice.end(),
+        Err(reason) => voice.say(Record::Note(reason)),
     }
-    voice.end();
     guest.power_off()
 }
 
@@ -38,10 +38,10 @@ fn serve(guest: &Guest, voice: &Voice) -> Result<(), String> {
     let text = std::fs::read_to_string(Plan::PATH).map_err(|e| format!("{}: {e}", Plan::PATH))?;
     let plan: Plan = text.parse()?;
     machine::set_up(guest, &plan, voice);
-    voice.say(machine::kernel());
     if plan.shell {
         return shell::run(guest, &plan);
     }
+    voice.say(machine::kernel());
     for pass in &plan.passes {
         run::pass(guest, &plan, pass, voice)?;
     }

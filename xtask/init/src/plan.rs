@@ -21,6 +21,8 @@ pub struct Plan {
     pub limit: u64,
     /// Programs to run.
     pub binaries: Vec<String>,
+    /// What each of them gets on its command line.
+    pub arguments: Vec<String>,
     /// As whom to run each of them.
     pub passes: Vec<Pass>,
     /// Whether to give a shell instead of running anything.
@@ -88,6 +90,7 @@ impl fmt::Display for Plan {
         self.modules.iter().try_for_each(|module| writeln!(f, "module {module}"))?;
         writeln!(f, "huge-pages {}\nswap {}\nlimit {}", self.huge_pages, self.swap, self.limit)?;
         self.binaries.iter().try_for_each(|binary| writeln!(f, "binary {binary}"))?;
+        self.arguments.iter().try_for_each(|argument| writeln!(f, "argument {argument}"))?;
         for pass in &self.passes {
             writeln!(f, "pass {}", pass.user)?;
             pass.environment.iter().try_for_each(|(name, value)| writeln!(f, "set {name}={value}"))?;
@@ -112,6 +115,7 @@ impl FromStr for Plan {
                 "swap" => plan.swap = number()?,
                 "limit" => plan.limit = number()?,
                 "binary" => plan.binaries.push(value.to_owned()),
+                "argument" => plan.arguments.push(value.to_owned()),
                 "pass" => plan.passes.push(Pass { user: value.parse()?, environment: Vec::new() }),
                 "set" => {
                     let pass = plan.passes.last_mut().ok_or_else(wrong)?;
@@ -140,6 +144,7 @@ mod tests {
             swap: 1 << 40,
             limit: 5,
             binaries: vec!["/tests/with space".to_owned()],
+            arguments: vec!["--exact".to_owned(), "a b".to_owned()],
             passes: vec![
                 Pass { user: User::Root, environment: variables.to_vec() },
                 Pass { user: User::Nobody, environment: Vec::new() },

@@ -24,8 +24,7 @@ pub(crate) fn pass(guest: &Guest, plan: &Plan, pass: &Pass, voice: &Voice) -> Re
     for path in &plan.binaries {
         voice.say(Record::Start { user: pass.user, binary: path.clone() });
         let start = Instant::now();
-        let ending =
-            binary(guest, path, pass, Duration::from_secs(plan.limit), voice).unwrap_or_else(Ending::NotRun);
+        let ending = binary(guest, path, plan, pass, voice).unwrap_or_else(Ending::NotRun);
         let milliseconds = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
         log.pass_on(voice);
         voice.say(Record::Done { ending, milliseconds });
@@ -33,14 +32,14 @@ pub(crate) fn pass(guest: &Guest, plan: &Plan, pass: &Pass, voice: &Voice) -> Re
     Ok(())
 }
 
-fn binary(guest: &Guest, path: &str, pass: &Pass, limit: Duration, voice: &Voice) -> Result<Ending, String> {
+fn binary(guest: &Guest, path: &str, plan: &Plan, pass: &Pass, voice: &Voice) -> Result<Ending, String> {
+    let limit = Duration::from_secs(plan.limit);
     let temporary = machine::temporary_folder(guest, pass.user)?;
     let error = |e| format!("{path}: {e}");
     // One way for both outputs keeps their order.
     let (ours, theirs) = UnixStream::pair().map_err(error)?;
     let mut command = Command::new(path);
-    // What a test that passes says is shown, too: that is where it says what it was skipped for.
-    command.arg("--show-output").current_dir("/").env_clear();
+    command.args(&plan.arguments).current_dir("/").env_clear();
     command.env("PATH", "/bin").env("HOME", "/").env("TMPDIR", temporary).env("RUST_BACKTRACE", "1");
     command.envs(pass.environment.iter().map(|(name, value)| (name, value)));
     command.uid(pass.user.id()).gid(pass.user.id()).process_group(0);

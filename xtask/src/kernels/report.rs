@@ -11,6 +11,9 @@ use super::verdict::{Outcome, Verdict};
 /// Lines of a failed test that are shown; the log has all.
 const SHOWN: usize = 40;
 
+/// Characters of a line that are shown.
+const WIDTH: usize = 180;
+
 const USERS: [User; 2] = [User::Root, User::Nobody];
 
 /// The table, and beneath it what it leaves open.
@@ -29,7 +32,8 @@ fn table(guests: &[(String, Verdict)]) -> String {
     let heads = ["", ""].into_iter().chain(counts).chain(counts);
     rows.extend(heads.map(str::to_owned).collect::<Vec<_>>().try_into().ok());
     for (name, verdict) in guests {
-        let mut binaries: Vec<&String> = verdict.outcomes.iter().map(|outcome| &outcome.binary).collect();
+        let with_tests = verdict.outcomes.iter().filter(|outcome| !outcome.is_empty());
+        let mut binaries: Vec<&String> = with_tests.map(|outcome| &outcome.binary).collect();
         binaries.sort();
         binaries.dedup();
         for binary in &binaries {
@@ -94,7 +98,9 @@ fn section(
         }
         let _ = writeln!(text, "  {name} ({})", verdict.release);
         for line in lines {
-            let _ = writeln!(text, "    {line}");
+            let shown: String = line.chars().take(WIDTH).collect();
+            let more = if shown.len() < line.len() { "…" } else { "" };
+            let _ = writeln!(text, "    {shown}{more}");
         }
     }
 }
@@ -114,20 +120,27 @@ fn skips(outcomes: &[Outcome]) -> Vec<String> {
     lines
 }
 
-/// The lines without repetition, in the order of their first.
+/// The lines, each in the place of the first that says the same but for numbers.
 fn counted(lines: &[String]) -> Vec<String> {
-    let mut counts: Vec<(&String, usize)> = Vec::new();
+    let mut counts: Vec<(String, &String, usize)> = Vec::new();
     for line in lines {
-        match counts.iter_mut().find(|(known, _)| *known == line) {
-            Some((_, count)) => *count += 1,
-            None => counts.push((line, 1)),
+        let key = without_numbers(line);
+        match counts.iter_mut().find(|(known, ..)| *known == key) {
+            Some((.., count)) => *count += 1,
+            None => counts.push((key, line, 1)),
         }
     }
-    let show = |(line, count): (&String, usize)| match count {
+    let show = |(_, line, count): (String, &String, usize)| match count {
         1 => line.clone(),
-        _ => format!("{line} ({count} times)"),
+        _ => format!("{line} (and {} like this)", count - 1),
     };
     counts.into_iter().map(show).collect()
+}
+
+/// The words that have no digit.
+fn without_numbers(line: &str) -> String {
+    let words = line.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.contains(char::is_numeric));
+    words.collect::<Vec<_>>().join(" ")
 }
 
 fn failures(verdict: &Verdict) -> Vec<String> {
@@ -156,4 +169,66 @@ fn said<'a>(outcome: &'a Outcome, test: &str) -> impl Iterator<Item = &'a String
     let own = format!("---- {test} ");
     let lines = outcome.output.iter().skip_while(move |line| **line != start).skip(1);
     lines.take_while(move |line| !line.starts_with("---- ") || line.starts_with(&own)).take(SHOWN)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+
+    fn outcome(user: User, failed: &[&str]) -> Outcome {
+        let skip = ("b".to_owned(), BTreeSet::from(["MOVE".to_owned()]));
+        Outcome {
+            user,
+            binary: "kernel".to_owned(),
+            passed: 3,
+            failed: failed.iter().map(|test| (*test).to_owned()).collect(),
+            skipped: BTreeMap::from([skip]),
+            milliseconds: 1540,
+            problems: Vec::new(),
+            output: [
+                "---- c stdout ----",
+                "it broke",
+                "---- c stdout ----",
+                "inside",
+                "---- d stdout ----",
+                "no",
+            ]
+            .map(str::to_owned)
+            .to_vec(),
+        }
+    }
+
+    #[test]
+    fn the_table_shows_both_users_and_beneath_it_is_why() {
+        let verdict = Verdict {
+            release: "6.1.0".to_owned(),
+            outcomes: vec![outcome(User::Root, &["c"]), outcome(User::Nobody, &[])],
+            ..Verdict::default()
+        };
+        let text = report(&[("6.1".to_owned(), verdict)]);
+        let row = text.lines().find(|line| line.starts_with("6.1")).unwrap();
+        let cells: Vec<_> = row.split_whitespace().collect();
+        assert_eq!(cells, ["6.1", "kernel", "|", "3", "1!", "1", "1.5", "|", "3", "0", "1", "1.5"]);
+        assert!(text.contains("as nobody:   1 needs MOVE"), "{text}");
+        assert!(text.contains("as root: kernel: c\n      it broke\n"), "{text}");
+        assert!(text.contains("inside") && !text.contains("      no\n"), "{text}");
+    }
+
+    #[test]
+    fn lines_that_differ_in_numbers_are_one() {
+        let lines = ["killing a:1 at 7ff0", "other", "killing a:2 at 0x7ff1"].map(str::to_owned);
+        assert_eq!(counted(&lines), ["killing a:1 at 7ff0 (and 1 like this)", "other"]);
+    }
+
+    #[test]
+    fn a_guest_that_ran_nothing_is_in_the_table() {
+        let verdict = Verdict { problems: vec!["it ended early".to_owned()], ..Verdict::default() };
+        let text = report(&[("5.10".to_owned(), verdict)]);
+        assert!(
+            text.contains("5.10") && text.contains("(nothing ran)") && text.contains("it ended early"),
+            "{text}"
+        );
+    }
 }

@@ -126,12 +126,9 @@ impl Expectation {
         variables
     }
 
-    /// Whether a test may be skipped for what it says that it needs: names of features joined by `|`, or one thing of
-    /// another kind.
+    /// Whether a test may be skipped for what it says that it needs: features, or one thing of another kind.
     pub(super) fn allows(&self, need: &str, features: &Features) -> bool {
-        let bits: Option<u64> =
-            need.split(" | ").map(|name| features.bit(name)).try_fold(0, |a, b| Some(a | b?));
-        match (bits, self.features, &self.lacks) {
+        match (features.bits(need), self.features, &self.lacks) {
             (Some(bits), Some(offered), _) => bits & offered == 0,
             (_, _, Some(lacks)) => lacks.iter().any(|lack| covers(lack, need)),
             (_, _, None) => true,
@@ -139,9 +136,12 @@ impl Expectation {
     }
 }
 
-/// Whether `lack` is `need`, where a `*` at the end stands for anything.
+/// Whether `lack` is `need`, or the part of it before an explanation. A `*` at the end stands for anything.
 fn covers(lack: &str, need: &str) -> bool {
-    lack.strip_suffix('*').map_or(lack == need, |start| need.starts_with(start))
+    match lack.strip_suffix('*') {
+        Some(start) => need.starts_with(start),
+        None => need.strip_prefix(lack).is_some_and(|rest| rest.is_empty() || rest.starts_with([',', ':'])),
+    }
 }
 
 /// The features' names and bits, from the committed bindings: this program can do without their being compiled.
@@ -165,8 +165,11 @@ impl Features {
         Self(text.lines().filter_map(feature).collect())
     }
 
-    fn bit(&self, name: &str) -> Option<u64> {
-        self.0.get(name).copied()
+    /// The bits of what are features' names and nothing else: `MOVE | POISON`, or `MOVE (Linux 6.8), POISON (Linux 6.6)`.
+    fn bits(&self, names: &str) -> Option<u64> {
+        let name = |part: &str| part.split(" (Linux ").next().map(str::to_owned);
+        let mut names = names.split(" | ").flat_map(|part| part.split(", "));
+        names.try_fold(0, |bits, part| Some(bits | self.0.get(&name(part)?)?))
     }
 }
 
@@ -195,8 +198,10 @@ mod tests {
     #[test]
     fn the_bindings_tell_the_features() {
         let features = Features::read().unwrap();
-        assert_eq!(features.bit("RWP_ASYNC"), Some(1 << 18));
-        assert_eq!(features.bit("root"), None);
+        assert_eq!(features.bits("RWP_ASYNC"), Some(1 << 18));
+        assert_eq!(features.bits("RWP | RWP_ASYNC"), Some(3 << 17));
+        assert_eq!(features.bits("RWP (Linux 7.3), RWP_ASYNC (Linux 7.3)"), Some(3 << 17));
+        assert_eq!(features.bits("root"), None);
     }
 
     #[test]
@@ -206,6 +211,9 @@ mod tests {
         let allows = |need| expectation.allows(need, &features());
         assert!(allows("MOVE") && allows("root") && allows("guards on Hugetlb"));
         assert!(!allows("POISON") && !allows("MOVE | POISON") && !allows("MOVE | NEWER"));
+        assert!(
+            allows("root: be it") && allows("root, to drop it") && !allows("rooted") && !allows("a root")
+        );
         assert!(!allows("hugetlb") && !allows("guards") && !allows(""));
         assert!(Expectation::default().allows("anything", &features()));
         // A mask without a list of what is lacking.

@@ -21,6 +21,13 @@ pub(super) struct Outcome {
     pub(super) output: Vec<String>,
 }
 
+impl Outcome {
+    /// Whether there was no test, and nothing wrong with that.
+    pub(super) fn is_empty(&self) -> bool {
+        self.passed == 0 && self.failed.is_empty() && self.skipped.is_empty() && self.problems.is_empty()
+    }
+}
+
 /// What came of a guest.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Verdict {
@@ -184,5 +191,114 @@ fn check_skips(outcome: &mut Outcome, expectation: &Expectation, features: &Feat
                     .push(format!("{test} was skipped for {need}, which isn't listed as lacking"));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use guest_init::encode;
+
+    use super::*;
+    use crate::kernels::table;
+
+    const OUTPUT: &str = "
+running 5 tests
+test a::one ... ok
+test a::two - should panic ... ok
+test a::three ... FAILED
+test a::four ... ok
+test a::five ... ignored, takes a day
+
+successes:
+
+---- a::four stdout ----
+SKIP a::four: needs MOVE
+SKIP a::four: needs hugetlb
+
+failures:
+    a::three
+
+test result: FAILED. 3 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.50s
+";
+
+    fn judged(output: &str, ending: Ending, lacks: &[&str]) -> Verdict {
+        let mut records = vec![
+            Record::Kernel { release: "6.1".to_owned(), features: Ok(0x1fff) },
+            Record::Start { user: User::Root, binary: "/tests/kernel".to_owned() },
+        ];
+        records.extend(output.lines().map(|line| Record::Output(line.to_owned())));
+        records.extend([Record::Done { ending, milliseconds: 7 }, Record::End]);
+        judge_records(&records, 1, lacks)
+    }
+
+    fn judge_records(records: &[Record], runs: usize, lacks: &[&str]) -> Verdict {
+        let lines: Vec<_> = (0..).zip(records).map(|(number, record)| encode(number, record)).collect();
+        let transcript = Transcript::read(lines.join("\r\n").as_bytes());
+        let lacks: Vec<_> = lacks.iter().map(|lack| (*lack).to_owned()).collect();
+        let expectation =
+            |_| table::Expectation { features: Some(0x1fff), needs: Vec::new(), lacks: Some(lacks.clone()) };
+        judge(&transcript, runs, expectation, &Features::read().unwrap())
+    }
+
+    #[test]
+    fn results_are_counted() {
+        let verdict = judged(OUTPUT, Ending::Exit(101), &["hugetlb"]);
+        let outcome = &verdict.outcomes[0];
+        assert_eq!((outcome.passed, outcome.milliseconds), (2, 7));
+        assert!(outcome.failed.iter().eq(["a::three"]));
+        assert!(outcome.skipped.keys().eq(["a::five", "a::four"]));
+        assert_eq!(outcome.problems, <[String; 0]>::default());
+        assert!(!verdict.is_good());
+        let verdict = judged(&OUTPUT.replace("FAILED", "ok"), Ending::Exit(0), &["hugetlb"]);
+        assert!(verdict.is_good(), "{verdict:?}");
+    }
+
+    #[test]
+    fn a_skip_that_nobody_expects_is_a_failure() {
+        let verdict = judged(&OUTPUT.replace("FAILED", "ok"), Ending::Exit(0), &[]);
+        assert!(!verdict.is_good());
+        assert!(verdict.outcomes[0].problems[0].contains("a::four was skipped for hugetlb"), "{verdict:?}");
+        // A feature that the kernel offers.
+        let output = OUTPUT.replace("FAILED", "ok").replace("MOVE", "MINOR_SHMEM");
+        assert!(!judged(&output, Ending::Exit(0), &["hugetlb"]).is_good());
+        // A line that looks like one but isn't.
+        let output = OUTPUT.replace("FAILED", "ok").replace("a::four: needs MOVE", "a::four for MOVE");
+        assert!(!judged(&output, Ending::Exit(0), &["hugetlb"]).is_good());
+    }
+
+    #[test]
+    fn tests_that_do_not_report_are_a_failure() {
+        let part: String = OUTPUT.lines().take(4).map(|line| format!("{line}\n")).collect();
+        for ending in [Ending::Signal(6), Ending::Limit, Ending::Exit(0)] {
+            let verdict = judged(&part, ending, &[]);
+            assert!(verdict.outcomes[0].problems[0].contains("2 of 5"), "{verdict:?}");
+        }
+        assert!(!judged("", Ending::NotRun("no such file".to_owned()), &[]).is_good());
+    }
+
+    #[test]
+    fn a_test_without_harness_is_one_test() {
+        let verdict = judged("all is well\n", Ending::Exit(0), &[]);
+        assert_eq!((verdict.is_good(), verdict.outcomes[0].passed), (true, 1));
+        assert!(!judged("it is not\n", Ending::Exit(1), &[]).is_good());
+    }
+
+    #[test]
+    fn other_features_a_crash_and_lost_lines_are_failures() {
+        let kernel = |mask| Record::Kernel { release: "6.1".to_owned(), features: mask };
+        let start = Record::Start { user: User::Root, binary: "/tests/a".to_owned() };
+        let done = Record::Done { ending: Ending::Exit(0), milliseconds: 0 };
+        let all = |mask| vec![kernel(mask), start.clone(), done.clone(), Record::End];
+        assert!(judge_records(&all(Ok(0x1fff)), 1, &[]).is_good());
+        assert!(!judge_records(&all(Ok(0x1ff)), 1, &[]).is_good());
+        assert!(!judge_records(&all(Err("ENOSYS".to_owned())), 1, &[]).is_good());
+        assert!(!judge_records(&all(Ok(0x1fff)), 2, &[]).is_good());
+        let crashed = judge_records(&all(Ok(0x1fff))[..2], 1, &[]);
+        assert!(crashed.outcomes[0].problems[0].contains("the guest ended before it"), "{crashed:?}");
+        let log =
+            [encode(0, &kernel(Ok(0x1fff))), encode(2, &start), encode(3, &done), encode(4, &Record::End)];
+        let transcript = Transcript::read(log.join("\n").as_bytes());
+        let verdict = judge(&transcript, 1, |_| Expectation::default(), &Features::read().unwrap());
+        assert!(verdict.problems[0].contains("1 lines"), "{verdict:?}");
     }
 }
