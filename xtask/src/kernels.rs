@@ -1,16 +1,13 @@
 //! `cargo xtask kernels`: the workspace's tests on other kernels, in virtual machines.
 
-mod apt;
 mod binaries;
 mod cpio;
 mod image;
 mod packages;
 mod qemu;
 mod report;
-mod sources;
 mod table;
 mod verdict;
-mod version;
 
 use std::fs;
 use std::path::{Path, PathBuf};

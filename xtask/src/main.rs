@@ -1,5 +1,6 @@
 //! Maintenance of the workspace.
 
+mod apt;
 mod bindings;
 mod ci;
 mod diff;

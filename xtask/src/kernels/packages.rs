@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::apt::Apt;
 use super::qemu::Qemu;
 use super::table::Table;
 use super::{Options, Source, Subject};
+use crate::apt::Apt;
 
 const QEMU_HELP: &str = "install it, or give its path with --qemu";
 const KERNEL_HELP: &str = "give a kernel image with --kernel";

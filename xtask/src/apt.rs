@@ -1,12 +1,13 @@
 //! Debian packages, fetched and unpacked into a folder of ours: the system's package manager, with a root of its own.
 
+mod sources;
+mod version;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
-
-use super::sources;
 
 /// Lists of packages are fetched again after this time.
 const FRESH: Duration = Duration::from_secs(24 * 60 * 60);
@@ -15,7 +16,7 @@ const FRESH: Duration = Duration::from_secs(24 * 60 * 60);
 const SYSTEM: &str = "/etc/apt";
 
 /// A root of APT's that has nothing to do with the system's.
-pub(super) struct Apt {
+pub(crate) struct Apt {
     folder: PathBuf,
     /// This machine's architecture, by Debian's name.
     host: String,
@@ -26,7 +27,7 @@ pub(super) struct Apt {
 impl Apt {
     /// Prepares the root in `folder`, with lists of the suites for the architectures, which aren't fetched if that was
     /// done of late.
-    pub(super) fn open(folder: PathBuf, suites: &[&str], archs: &[&str]) -> Result<Self, String> {
+    pub(crate) fn open(folder: PathBuf, suites: &[&str], archs: &[&str]) -> Result<Self, String> {
         let host = output(Command::new("dpkg").arg("--print-architecture")).map_err(|reason| {
             format!(
                 "packages are fetched and unpacked by apt-get and dpkg, which this machine has not: {reason}"
@@ -55,7 +56,7 @@ impl Apt {
         write(&apt.folder.join("state/status"), "")?;
         let conf = apt.configuration(&archs);
         write(&apt.folder.join("apt.conf"), &conf)?;
-        let file = apt.folder.join("etc/sources/kernels.sources");
+        let file = apt.folder.join("etc/sources/suites.sources");
         let changed = fs::read_to_string(&file).ok().as_deref() != Some(text.as_str());
         let stamp = apt.folder.join("updated");
         if changed || age(&stamp).is_none_or(|age| age > FRESH) {
@@ -103,7 +104,7 @@ impl Apt {
         command
     }
 
-    /// Fetches the lists. A suite that can't be had is missed only by the kernels that are in it.
+    /// Fetches the lists. A suite that can't be had is missed only by those who want what is in it.
     fn update(&mut self, stamp: &Path) -> Result<(), String> {
         eprintln!("fetching lists of packages");
         let mut command = self.command("apt-get");
@@ -119,14 +120,13 @@ impl Apt {
     }
 
     /// The newest package that matches the first of `patterns` that any matches.
-    pub(super) fn newest(&self, patterns: &[String]) -> Result<String, String> {
+    pub(crate) fn newest(&self, patterns: &[String]) -> Result<String, String> {
         let first = patterns.first().and_then(|pattern| pattern.split('*').next()).unwrap_or_default();
         let start = first.split_inclusive('-').take(1).collect::<String>();
         let list =
             output(self.command("apt-cache").args(["search", "--names-only"]).arg(format!("^{start}")))?;
         let names: Vec<&str> = list.lines().filter_map(|line| line.split(' ').next()).collect();
-        let newest =
-            patterns.iter().find_map(|pattern| super::version::newest(pattern, names.iter().copied()));
+        let newest = patterns.iter().find_map(|pattern| version::newest(pattern, names.iter().copied()));
         newest.map(str::to_owned).ok_or_else(|| {
             let remarks = if self.remarks.is_empty() { String::new() } else { format!("\n{}", self.remarks) };
             format!("no package {} at the configured mirror{remarks}", patterns.join(" or "))
@@ -134,14 +134,14 @@ impl Apt {
     }
 
     /// The folder into which packages are unpacked: those named, each with `:ARCHITECTURE` if it isn't this machine's.
-    pub(super) fn packages(&self, names: &[String]) -> Result<PathBuf, String> {
+    pub(crate) fn packages(&self, names: &[String]) -> Result<PathBuf, String> {
         let mut command = self.command("apt-get");
         let uris = output(command.args(["download", "--print-uris"]).args(names))?;
         self.tree(names, &files(&uris))
     }
 
     /// Likewise, with everything that the packages depend on.
-    pub(super) fn with_dependencies(&self, names: &[&str]) -> Result<PathBuf, String> {
+    pub(crate) fn with_dependencies(&self, names: &[&str]) -> Result<PathBuf, String> {
         let mut command = self.command("apt-get");
         command.args(["install", "--yes", "--no-install-recommends", "--print-uris"]).args(names);
         let files = files(&output(&mut command)?);
