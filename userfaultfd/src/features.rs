@@ -97,8 +97,8 @@ kernel_flags! {
         /// Informs: [`RegisterMode::MISSING`] works on hugetlb memory.
         #[doc(alias = "UFFD_FEATURE_MISSING_HUGETLBFS")]
         MISSING_HUGETLBFS = sys::UFFD_FEATURE_MISSING_HUGETLBFS, 4 . 11, "Missing faults on hugetlb memory";
-        /// Informs: [`RegisterMode::MISSING`] works on shared memory (memfd, tmpfs, shared anonymous, System
-        /// V).
+        /// Informs: [`RegisterMode::MISSING`] works on shared memory (memfd, tmpfs, shared anonymous),
+        /// but not on segments of System V.
         #[doc(alias = "UFFD_FEATURE_MISSING_SHMEM")]
         MISSING_SHMEM = sys::UFFD_FEATURE_MISSING_SHMEM, 4 . 11, "Missing faults on shared memory";
         /// Changes behaviour: an unmapped range is an [`Event::Unmap`](crate::Event::Unmap), after it has

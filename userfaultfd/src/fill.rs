@@ -122,10 +122,10 @@ impl Uffd {
     /// - `ENOENT`: the range isn't mapped, isn't registered, or crosses the end of a mapping.
     /// - `EINVAL`: unaligned, empty, beyond the address space; `WRITE_PROTECT` without that registration;
     ///   memory that can't be filled.
-    /// - `EFAULT`: `src` can't be read; or the end of the file lies before the page (shared memory, up to
-    ///   6.18).
-    /// - `ENOMEM`: no memory, no room in the file system; or beyond the end of the file (shared memory, since
-    ///   7.2).
+    /// - `EFAULT`: `src` can't be read; or the end of the file lies before the page. (Of private hugetlb
+    ///   mappings that isn't asked.)
+    /// - `ENOMEM`: no memory, no room in the file system; since 7.2, for shared mappings of small pages, also
+    ///   that the end of the file lies before the page.
     /// - `ESRCH`: the process of the range is gone.
     ///
     /// # Safety
@@ -202,7 +202,8 @@ impl Uffd {
     /// - `ENOENT`: the range isn't mapped, isn't registered, or crosses the end of a mapping.
     /// - `EINVAL`: unaligned, empty, beyond the address space; hugetlb memory, files.
     /// - `EFAULT`: the end of the file lies before the page.
-    /// - `ENOMEM`: no memory, no room in the file system.
+    /// - `ENOMEM`: no memory, no room in the file system; since 7.2, on shared mappings, also that the end of
+    ///   the file lies before the page.
     /// - `ESRCH`: the process of the range is gone.
     ///
     /// # Safety
@@ -275,11 +276,11 @@ impl Uffd {
     /// - `EFAULT`: the page cache holds no page there.
     /// - `ENOENT`: the range isn't mapped, isn't registered, or crosses the end of a mapping.
     /// - `EINVAL`: unaligned, empty, beyond the address space; private anonymous memory, files;
-    ///   `WRITE_PROTECT` without that registration or before 6.4.
+    ///   `WRITE_PROTECT` without that registration or before 6.4; up to 6.18, on small pages, also that the
+    ///   end of the file lies before the page, which is `EFAULT` elsewhere.
     /// - `EIO`: the page is damaged (hardware).
     /// - `ENOMEM`: no memory.
-    /// - `ESRCH`: the process of the range is
-    ///   gone.
+    /// - `ESRCH`: the process of the range is gone.
     ///
     /// # Examples
     ///
@@ -333,7 +334,7 @@ impl Uffd {
     ///
     /// For content that is lost for good: a source that fails, memory with hardware errors. No event is
     /// delivered for a poisoned page. Poison survives [`unregister`](Uffd::unregister); madvise(2) with
-    /// `MADV_DONTNEED`, or a copy or continue over it, ends it. `si_code` is `BUS_MCEERR_AR` on kernels with
+    /// `MADV_DONTNEED`, or a copy or continue over it, on shared memory also zeros, ends it. `si_code` is `BUS_MCEERR_AR` on kernels with
     /// `CONFIG_MEMORY_FAILURE`, `BUS_ADRERR` on others.
     ///
     /// `start` and `len`, in bytes, are multiples of the page size, of the huge page size on hugetlb memory.
@@ -350,7 +351,7 @@ impl Uffd {
     /// - `EEXIST`: something is there: a page, a marker.
     /// - `ENOENT`: the range isn't mapped, isn't registered, or crosses the end of a mapping.
     /// - `EINVAL`: unaligned, empty, beyond the address space; memory that can't be poisoned; before 6.6.
-    /// - `EFAULT`: the end of the file lies before the page.
+    /// - `EFAULT`: the end of the file lies before the page. (Of huge pages that isn't asked.)
     /// - `ENOMEM`: no memory.
     /// - `ESRCH`: the process of the range is gone.
     ///
@@ -416,9 +417,9 @@ impl Uffd {
     ///   or part of a large folio that can't be split. madvise(2) with `MADV_DONTFORK` keeps children out.
     /// - `EEXIST`: something is at the destination: a page, a marker; `src` is `dst`.
     /// - `ENOENT`: the source has a hole, and [`MoveMode::ALLOW_SRC_HOLES`] isn't set; a range isn't mapped.
-    /// - `EINVAL`: one of the rules above is broken; unaligned, empty; before 6.8.
+    /// - `EINVAL`: one of the rules above is broken, also where the process of the userfaultfd is another one,
+    ///   alive or gone; unaligned, empty; before 6.8.
     /// - `ENOMEM`: no memory.
-    /// - `ESRCH`: the process is gone.
     ///
     /// # Safety
     ///

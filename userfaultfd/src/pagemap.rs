@@ -284,7 +284,7 @@ impl Scan {
     /// - `ENOTTY`: before 6.7, or the descriptor is something else.
     /// - `EPERM`: [`require_async`](Self::require_async) met other memory.
     /// - `ENOMEM`: no memory.
-    /// - `ESRCH`: the process is gone.
+    /// - `ESRCH`: the process is gone. Some kernels, of 6.18 for one, find nothing then instead.
     #[doc(alias = "PAGEMAP_SCAN")]
     pub fn next_regions<'a>(
         &mut self,

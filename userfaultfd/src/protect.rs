@@ -14,9 +14,10 @@ impl Uffd {
     /// mappings; holes are skipped. Wakes nobody. Reads are free. The protection is this mapping's own:
     /// writes through another mapping or the file aren't delivered. On private anonymous memory it does
     /// nothing to pages that were never touched, unless [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED) is
-    /// enabled. It is gone after `MADV_DONTNEED` (anonymous memory) or a punched hole, in a forked child
-    /// without [`EVENT_FORK`](FeatureFlags::EVENT_FORK), and after mremap(2) without
-    /// [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP).
+    /// enabled. It is gone after `MADV_DONTNEED` on private anonymous memory, in a forked child without
+    /// [`EVENT_FORK`](FeatureFlags::EVENT_FORK), and after mremap(2) without
+    /// [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP). On other memory it outlives the page, also where a hole is
+    /// punched into the file.
     ///
     /// With [`WP_ASYNC`](FeatureFlags::WP_ASYNC) nothing is delivered: the kernel lifts the protection of a
     /// page when it is written, and [`pagemap`](crate::pagemap) tells which pages that were.
@@ -32,7 +33,8 @@ impl Uffd {
     ///
     /// - `EAGAIN`: the memory layout is changing. Read the pending events, then try again.
     /// - `ENOENT`: nothing is mapped, or a mapping in the range isn't registered for it. **Mappings before
-    ///   that one are protected already.**
+    ///   that one are protected already.** Up to a kernel between 6.1 and 6.12 also that the range isn't one
+    ///   mapping, with nothing protected.
     /// - `EINVAL`: unaligned, empty, beyond the address space; a kernel or CPU without it.
     /// - `ESRCH`: the process of the range is gone.
     ///
