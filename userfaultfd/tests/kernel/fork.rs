@@ -254,7 +254,16 @@ fn protection_stays_in_a_child_that_is_told() {
             assert_silent(&uffd);
             // It is this process's, too.
             assert_eq!(memory.read(0), 1);
-            assert!(memory.state(0).protected);
+            let write = Fault::write(FaultKind::WriteProtected, &memory, 0);
+            during(
+                &uffd,
+                &memory,
+                || memory.write(0, 3),
+                |faults| {
+                    assert_eq!(faults.next(), write);
+                    uffd.remove_write_protection(memory.start(), memory.len(), true).unwrap();
+                },
+            );
         }
     });
 }
