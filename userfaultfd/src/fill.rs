@@ -334,8 +334,8 @@ impl Uffd {
     ///
     /// For content that is lost for good: a source that fails, memory with hardware errors. No event is
     /// delivered for a poisoned page. Poison survives [`unregister`](Uffd::unregister); madvise(2) with
-    /// `MADV_DONTNEED`, or a copy or continue over it, on shared memory also zeros, ends it. `si_code` is `BUS_MCEERR_AR` on kernels with
-    /// `CONFIG_MEMORY_FAILURE`, `BUS_ADRERR` on others.
+    /// `MADV_DONTNEED`, or a copy or continue over it, on shared memory also zeros, ends it. `si_code` is
+    /// `BUS_MCEERR_AR` on kernels with `CONFIG_MEMORY_FAILURE`, `BUS_ADRERR` on others.
     ///
     /// `start` and `len`, in bytes, are multiples of the page size, of the huge page size on hugetlb memory.
     /// One call must stay inside one mapping.
@@ -417,7 +417,7 @@ impl Uffd {
     ///   or part of a large folio that can't be split. madvise(2) with `MADV_DONTFORK` keeps children out.
     /// - `EEXIST`: something is at the destination: a page, a marker; `src` is `dst`.
     /// - `ENOENT`: the source has a hole, and [`MoveMode::ALLOW_SRC_HOLES`] isn't set; a range isn't mapped.
-    /// - `EINVAL`: one of the rules above is broken, also where the process of the userfaultfd is another one,
+    /// - `EINVAL`: one of the rules above is broken, also where the process of the userfaultfd is another,
     ///   alive or gone; unaligned, empty; before 6.8.
     /// - `ENOMEM`: no memory.
     ///
