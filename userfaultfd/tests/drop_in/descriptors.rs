@@ -7,6 +7,7 @@ use std::os::unix::io::{AsFd, AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
+use userfaultfd as uffd;
 use userfaultfd::{FeatureFlags, IoctlFlags, Uffd, UffdBuilder};
 
 use crate::mapping::{Mapping, page_size};
@@ -104,6 +105,52 @@ fn a_builder_is_a_chain_or_a_variable() {
     }
     let (first, second) = (builder.create().unwrap(), builder.create().unwrap());
     assert_ne!(first.as_raw_fd(), second.as_raw_fd());
+}
+
+/// What a program adds to the type.
+trait ZeroPage {
+    unsafe fn zero_page(&self, page: *mut libc::c_void) -> userfaultfd::Result<usize>;
+}
+
+impl ZeroPage for Uffd {
+    unsafe fn zero_page(&self, page: *mut libc::c_void) -> userfaultfd::Result<usize> {
+        // SAFETY: the caller's promises are the same.
+        unsafe { self.zeropage(page, page_size(), true) }
+    }
+}
+
+#[test]
+fn operations_of_a_range_are_required_of_a_builder() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let memory = Mapping::anonymous(1);
+    let uffd = uffd::UffdBuilder::new()
+        .close_on_exec(true)
+        .require_ioctls(uffd::IoctlFlags::ZEROPAGE | uffd::IoctlFlags::WRITE_PROTECT)
+        .require_features(uffd::FeatureFlags::PAGEFAULT_FLAG_WP)
+        .create()
+        .unwrap();
+    let modes = uffd::RegisterMode::MISSING | uffd::RegisterMode::WRITE_PROTECT;
+    uffd.register_with_mode(memory.ptr, memory.len, modes).unwrap();
+    // SAFETY: nothing has read the memory.
+    assert_eq!(unsafe { uffd.zero_page(memory.ptr) }.unwrap(), page_size());
+}
+
+#[test]
+fn faults_of_the_kernel_are_asked_for_and_done_without() {
+    require!();
+    let mut privileged = UffdBuilder::new();
+    privileged
+        .close_on_exec(true)
+        .user_mode_only(false)
+        .require_features(FeatureFlags::empty())
+        .require_ioctls(IoctlFlags::empty());
+    let uffd = match privileged.create() {
+        Ok(uffd) => uffd,
+        Err(_) => privileged.user_mode_only(true).create().expect("a userfaultfd"),
+    };
+    let memory = Mapping::anonymous(1);
+    uffd.register(memory.ptr, memory.len).unwrap();
+    uffd.unregister(memory.ptr, memory.len).unwrap();
 }
 
 #[test]
