@@ -7,9 +7,9 @@ use std::thread;
 use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, Result, Uffd, UffdBuilder};
 
 use crate::support::fault::during_all;
-use crate::support::handler::{Fault, fill, zero};
+use crate::support::handler::{Fault, fill, while_changing, zero};
 use crate::support::memory::Memory;
-use crate::support::proc::{self, wait_for_pending, wait_until_in};
+use crate::support::proc::{self, wait_for_pending, wait_until, wait_until_in};
 use crate::support::raw::{poll, wait_for_event};
 use crate::support::{require, uffd};
 
@@ -161,28 +161,31 @@ fn faults_are_delivered_before_changes_unless_changes_are_asked_for_first() {
         let uffd = uffd(FeatureFlags::EVENT_REMOVE);
         let memory = missing(&uffd, 2);
         fill(&uffd, &memory, 0, 1);
-        thread::scope(|scope| {
+        let mut buffer = EventBuffer::new(8);
+        let read_both = |_| {
             // The change is there before the fault.
-            let remover = scope.spawn(|| memory.advise(0, 1, libc::MADV_DONTNEED));
             wait_for_event(&uffd);
-            let reader = scope.spawn(|| memory.read(1));
-            wait_for_pending(&uffd, 1);
+            during_all(&uffd, &memory, [|| memory.read(1)], |_| {
+                wait_for_pending(&uffd, 1);
+                assert_eq!(uffd.read_batch(&mut buffer).unwrap(), 2);
+                // Once the event is read the thread that made the change goes on, and then fills are accepted.
+                wait_until(|| {
+                    // SAFETY: the memory is only accessed by raw pointers.
+                    let zeroed = unsafe { uffd.zeropage(memory.at(1), memory.page(), true) };
+                    zeroed.is_ok_and(|zeroed| zeroed == memory.page())
+                });
+            });
+        };
+        while_changing(&uffd, || memory.advise(0, 1, libc::MADV_DONTNEED), read_both).unwrap();
 
-            let mut buffer = EventBuffer::new(8);
-            assert_eq!(uffd.read_batch(&mut buffer).unwrap(), 2);
-            if changes_first {
-                buffer.changes_first();
-            }
-            let kinds: Vec<_> = buffer.as_bytes().chunks(32).map(|message| message[0]).collect();
-            assert_eq!(kinds, expected);
-            let faults: Vec<_> =
-                buffer.drain().map(|event| matches!(event.unwrap(), Event::Pagefault { .. })).collect();
-            assert_eq!(faults, expected.map(|kind| kind == FAULT));
-
-            remover.join().unwrap().unwrap();
-            zero(&uffd, &memory, 1, 1);
-            reader.join().unwrap();
-        });
+        if changes_first {
+            buffer.changes_first();
+        }
+        let kinds: Vec<_> = buffer.as_bytes().chunks(32).map(|message| message[0]).collect();
+        assert_eq!(kinds, expected);
+        let faults: Vec<_> =
+            buffer.drain().map(|event| matches!(event.unwrap(), Event::Pagefault { .. })).collect();
+        assert_eq!(faults, expected.map(|kind| kind == FAULT));
     }
 }
 
