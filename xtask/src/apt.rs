@@ -12,6 +12,12 @@ use std::time::{Duration, SystemTime};
 /// Lists of packages are fetched again after this time.
 const FRESH: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Lists of this age are no reason for a failure.
+const JUST_NOW: Duration = Duration::from_secs(10 * 60);
+
+/// A file with what APT had to say when the lists were fetched, which was when it was written.
+const UPDATED: &str = "updated";
+
 /// What APT is configured with on this machine, and what is left to it.
 const SYSTEM: &str = "/etc/apt";
 
@@ -20,8 +26,6 @@ pub(crate) struct Apt {
     folder: PathBuf,
     /// This machine's architecture, by Debian's name.
     host: String,
-    /// What came of fetching lists, for errors.
-    remarks: String,
 }
 
 impl Apt {
@@ -33,7 +37,7 @@ impl Apt {
                 "packages are fetched and unpacked by apt-get and dpkg, which this machine has not: {reason}"
             )
         })?;
-        let mut apt = Apt { folder, host: host.trim().to_owned(), remarks: String::new() };
+        let apt = Apt { folder, host: host.trim().to_owned() };
         let archs: BTreeSet<&str> = archs.iter().copied().chain([apt.host.as_str()]).collect();
         let archs: Vec<&str> = archs.into_iter().collect();
         let configured = sources::configured(Path::new(SYSTEM));
@@ -58,10 +62,9 @@ impl Apt {
         write(&apt.folder.join("apt.conf"), &conf)?;
         let file = apt.folder.join("etc/sources/suites.sources");
         let changed = fs::read_to_string(&file).ok().as_deref() != Some(text.as_str());
-        let stamp = apt.folder.join("updated");
-        if changed || age(&stamp).is_none_or(|age| age > FRESH) {
+        if changed || apt.are_lists_older_than(FRESH) {
             write(&file, &text)?;
-            apt.update(&stamp)?;
+            apt.update()?;
         }
         Ok(apt)
     }
@@ -105,54 +108,72 @@ impl Apt {
     }
 
     /// Fetches the lists. A suite that can't be had is missed only by those who want what is in it.
-    fn update(&mut self, stamp: &Path) -> Result<(), String> {
+    fn update(&self) -> Result<(), String> {
         eprintln!("fetching lists of packages");
         let mut command = self.command("apt-get");
         let output = command.arg("update").output().map_err(|e| format!("apt-get: {e}"))?;
         let errors = String::from_utf8_lossy(&output.stderr);
-        self.remarks = errors.trim().to_owned();
         let lists = fs::read_dir(self.folder.join("state/lists")).into_iter().flatten().flatten();
         if lists.into_iter().any(|list| list.file_name().to_string_lossy().contains("_Packages")) {
-            write(stamp, "")
+            write(&self.folder.join(UPDATED), errors.trim())
         } else {
-            Err(format!("apt-get update: no list of packages could be fetched\n{}", self.remarks))
+            Err(format!("apt-get update: no list of packages could be fetched\n{}", errors.trim()))
         }
+    }
+
+    fn are_lists_older_than(&self, time: Duration) -> bool {
+        let modified = fs::metadata(self.folder.join(UPDATED)).and_then(|file| file.modified());
+        let age = modified.ok().and_then(|modified| SystemTime::now().duration_since(modified).ok());
+        age.is_none_or(|age| age > time)
+    }
+
+    /// Does something with the lists; once more with new ones if that fails, since a mirror has only the newest of a
+    /// package.
+    fn with_lists<T>(&self, act: impl Fn() -> Result<T, String>) -> Result<T, String> {
+        act().or_else(|reason| {
+            if !self.are_lists_older_than(JUST_NOW) {
+                return Err(reason);
+            }
+            self.update()?;
+            act()
+        })
     }
 
     /// The newest package that matches the first of `patterns` that any matches.
     pub(crate) fn newest(&self, patterns: &[String]) -> Result<String, String> {
         let first = patterns.first().and_then(|pattern| pattern.split('*').next()).unwrap_or_default();
         let start = first.split_inclusive('-').take(1).collect::<String>();
-        let list =
-            output(self.command("apt-cache").args(["search", "--names-only"]).arg(format!("^{start}")))?;
-        let names: Vec<&str> = list.lines().filter_map(|line| line.split(' ').next()).collect();
-        let newest = patterns.iter().find_map(|pattern| version::newest(pattern, names.iter().copied()));
-        newest.map(str::to_owned).ok_or_else(|| {
-            let remarks = if self.remarks.is_empty() { String::new() } else { format!("\n{}", self.remarks) };
-            format!("no package {} at the configured mirror{remarks}", patterns.join(" or "))
-        })
+        let find = || {
+            let mut command = self.command("apt-cache");
+            let list = output(command.args(["search", "--names-only"]).arg(format!("^{start}")))?;
+            let names: Vec<&str> = list.lines().filter_map(|line| line.split(' ').next()).collect();
+            let newest = patterns.iter().find_map(|pattern| version::newest(pattern, names.iter().copied()));
+            newest.map(str::to_owned).ok_or_else(|| {
+                let remarks = fs::read_to_string(self.folder.join(UPDATED)).unwrap_or_default();
+                format!("no package {} at the configured mirror\n{remarks}", patterns.join(" or "))
+            })
+        };
+        self.with_lists(find)
     }
 
     /// The folder into which packages are unpacked: those named, each with `:ARCHITECTURE` if it isn't this machine's.
     pub(crate) fn packages(&self, names: &[String]) -> Result<PathBuf, String> {
-        let mut command = self.command("apt-get");
-        let uris = output(command.args(["download", "--print-uris"]).args(names))?;
-        self.tree(names, &files(&uris))
+        self.with_lists(|| {
+            let mut command = self.command("apt-get");
+            let uris = output(command.args(["download", "--print-uris"]).args(names))?;
+            self.tree(names, &files(&uris))
+        })
     }
 
     /// Likewise, with everything that the packages depend on.
     pub(crate) fn with_dependencies(&self, names: &[&str]) -> Result<PathBuf, String> {
-        let mut command = self.command("apt-get");
-        command.args(["install", "--yes", "--no-install-recommends", "--print-uris"]).args(names);
-        let files = files(&output(&mut command)?);
-        let all = files.iter().filter_map(|file| {
-            let mut parts = file.trim_end_matches(".deb").splitn(3, '_');
-            let (name, version) = (parts.next()?, parts.next()?);
-            let arch = parts.next()?;
-            let arch = if arch == "all" { String::new() } else { format!(":{arch}") };
-            Some(format!("{name}{arch}={}", version.replace("%3a", ":")))
-        });
-        self.tree(&all.collect::<Vec<_>>(), &files)
+        self.with_lists(|| {
+            let mut command = self.command("apt-get");
+            command.args(["install", "--yes", "--no-install-recommends", "--print-uris"]).args(names);
+            let files = files(&output(&mut command)?);
+            let exact = files.iter().filter_map(|file| exact(file));
+            self.tree(&exact.collect::<Vec<_>>(), &files)
+        })
     }
 
     /// The folder of an exact set of package files.
@@ -194,6 +215,14 @@ fn files(uris: &str) -> Vec<String> {
         .collect()
 }
 
+/// What names the package of a file to APT: `NAME_VERSION_ARCHITECTURE.deb` is `NAME:ARCHITECTURE=VERSION`.
+fn exact(file: &str) -> Option<String> {
+    let mut parts = file.trim_end_matches(".deb").splitn(3, '_');
+    let (name, version, arch) = (parts.next()?, parts.next()?, parts.next()?);
+    let arch = if arch == "all" { String::new() } else { format!(":{arch}") };
+    Some(format!("{name}{arch}={}", version.replace("%3a", ":")))
+}
+
 /// FNV-1a.
 fn hash(names: &[String]) -> u32 {
     let bytes = names.iter().flat_map(|name| name.bytes().chain([0]));
@@ -205,11 +234,6 @@ fn code_name() -> String {
     let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let name = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
     name.unwrap_or_default().trim_matches('"').to_owned()
-}
-
-fn age(file: &Path) -> Option<Duration> {
-    let modified = fs::metadata(file).ok()?.modified().ok()?;
-    SystemTime::now().duration_since(modified).ok()
 }
 
 fn create(folder: &Path) -> Result<(), String> {
@@ -243,6 +267,8 @@ Reading package lists...
 'http://mirror.example/pool/s/seabios_1_all.deb' seabios_1_all.deb 163272
 ";
         assert_eq!(files(text), ["qemu_1%3a10.0+ds-1_amd64.deb", "seabios_1_all.deb"]);
+        assert_eq!(exact("qemu_1%3a10.0+ds-1_amd64.deb").as_deref(), Some("qemu:amd64=1:10.0+ds-1"));
+        assert_eq!(exact("seabios_1_all.deb").as_deref(), Some("seabios=1"));
         assert_eq!(files("E: no such package\n"), <[String; 0]>::default());
     }
 }

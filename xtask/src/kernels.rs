@@ -39,9 +39,8 @@ pub(crate) const USAGE: &str = "\
 /// Guests that run at a time: each emulates two processors.
 const AT_A_TIME: usize = 2;
 
-/// Seconds that a guest may run, and a test binary in it.
+/// Seconds that a guest may run.
 const LIMIT: u64 = 600;
-const BINARY_LIMIT: u64 = 240;
 
 /// What a guest gets: pages for the tests that need huge ones, and bytes to swap to.
 const HUGE_PAGES: usize = 32;
@@ -133,6 +132,11 @@ impl Options {
         Ok(options)
     }
 
+    /// Seconds that a guest may run.
+    fn limit(&self) -> u64 {
+        self.limit.unwrap_or(LIMIT)
+    }
+
     /// The kernels to run.
     fn subjects(&self, table: &Table) -> Result<Vec<Subject>, String> {
         if let Some(path) = &self.kernel {
@@ -183,7 +187,7 @@ fn run_all(
     options: &Options,
 ) -> Result<(), String> {
     let features = Features::read()?;
-    let limit = Duration::from_secs(options.limit.unwrap_or(LIMIT));
+    let limit = Duration::from_secs(options.limit());
     let mut built: Vec<(String, Built)> = Vec::new();
     for subject in subjects {
         if !built.iter().any(|(target, _)| *target == subject.arch.target) {
@@ -248,7 +252,8 @@ fn machine(
         modules: kernel.modules.iter().map(|m| in_guest(image::MODULES, &image::file_name(m))).collect(),
         huge_pages: HUGE_PAGES,
         swap: SWAP,
-        limit: BINARY_LIMIT,
+        // One that hangs leaves the others time.
+        limit: options.limit() / 3,
         binaries: built.tests.iter().map(|test| in_guest(image::TESTS, &test.name)).collect(),
         passes: [User::Root, User::Nobody].map(|user| Pass { user, environment: environment(user) }).to_vec(),
         // What a test that passes says is shown, too: that is where it says what it was skipped for.

@@ -9,7 +9,6 @@ use super::table::Table;
 use super::{Options, Source, Subject};
 use crate::apt::Apt;
 
-const QEMU_HELP: &str = "install it, or give its path with --qemu";
 const KERNEL_HELP: &str = "give a kernel image with --kernel";
 
 /// Where packages are from.
@@ -81,7 +80,11 @@ impl Packages {
             Qemu::unpacked(&tree, &arch.qemu)
         };
         fetch().map_err(|reason| {
-            format!("{} is not in PATH, and could not be fetched: {QEMU_HELP}\n{reason}", arch.qemu)
+            format!(
+                "{} is not in PATH, and could not be fetched: install it (Debian's package {}), or give its path with \
+                 --qemu\n{reason}",
+                arch.qemu, arch.qemu_package
+            )
         })
     }
 
