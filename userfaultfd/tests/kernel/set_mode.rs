@@ -20,8 +20,7 @@ fn protection_becomes_asynchronous_and_back() {
     for _ in 0..2 {
         uffd.set_async(RWP_ASYNC, NONE).unwrap();
         uffd.read_write_protect(start, len).unwrap();
-        assert_eq!(memory.read(0), 1);
-        fault::assert_silent(&uffd);
+        assert_eq!(fault::silently(&uffd, &memory, || memory.read(0)), 1);
         uffd.set_async(NONE, RWP_ASYNC).unwrap();
         uffd.read_write_protect(start, len).unwrap();
         fault::during(

@@ -38,13 +38,12 @@ fn a_write_is_delivered_and_a_read_is_not() {
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 2) {
         (0..2).for_each(|page| memory.write(page, 1));
         uffd.write_protect(memory.start(), memory.len()).unwrap();
-        assert_eq!([0, 1].map(|page| memory.read(page)), [1, 1], "{memory:?}");
-        fault::assert_silent(&uffd);
+        let bytes = fault::silently(&uffd, &memory, || [0, 1].map(|page| memory.read(page)));
+        assert_eq!(bytes, [1, 1], "{memory:?}");
         for page in 0..2 {
             write_through_protection(&uffd, &memory, page, 2);
-            memory.write(page, 3);
+            fault::silently(&uffd, &memory, || memory.write(page, 3));
         }
-        fault::assert_silent(&uffd);
     }
 }
 
@@ -95,8 +94,7 @@ fn untouched_pages_are_protected_but_for_private_anonymous_ones() {
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 1) {
         uffd.write_protect(memory.start(), memory.len()).unwrap();
         if memory.kind() == Kind::Anonymous {
-            memory.write(0, 1);
-            fault::assert_silent(&uffd);
+            fault::silently(&uffd, &memory, || memory.write(0, 1));
         } else {
             write_through_protection(&uffd, &memory, 0, 1);
         }
@@ -126,8 +124,7 @@ fn dropped_pages_lose_it_on_private_anonymous_memory_alone() {
             continue;
         }
         if memory.kind() == Kind::Anonymous {
-            memory.write(0, 2);
-            fault::assert_silent(&uffd);
+            fault::silently(&uffd, &memory, || memory.write(0, 2));
         } else {
             write_through_protection(&uffd, &memory, 0, 2);
         }
@@ -159,9 +156,8 @@ fn writes_through_another_mapping_are_not_delivered() {
         let alias = memory.alias();
         memory.write(0, 1);
         uffd.write_protect(memory.start(), memory.len()).unwrap();
-        alias.write(0, 2);
+        fault::silently(&uffd, &memory, || alias.write(0, 2));
         assert_eq!(memory.read(0), 2);
-        fault::assert_silent(&uffd);
         write_through_protection(&uffd, &memory, 0, 3);
     }
 }
@@ -174,14 +170,13 @@ fn asynchronous_protection_is_lifted_by_the_write_itself() {
         let protected = || [0, 1].map(|page| memory.state(page).protected);
         uffd.write_protect(memory.start(), memory.len()).unwrap();
         assert_eq!(protected(), [true; 2], "{memory:?}");
-        memory.write(0, 2);
+        fault::silently(&uffd, &memory, || memory.write(0, 2));
         assert_eq!(protected(), [false, true], "{memory:?}");
-        memory.write(1, 2);
+        fault::silently(&uffd, &memory, || memory.write(1, 2));
         assert_eq!(protected(), [false, false], "{memory:?}");
         uffd.write_protect(memory.start(), memory.len()).unwrap();
         uffd.remove_write_protection(memory.start(), memory.len(), true).unwrap();
         assert_eq!(protected(), [false, false], "{memory:?}");
-        fault::assert_silent(&uffd);
     }
 }
 

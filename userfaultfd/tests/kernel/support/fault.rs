@@ -31,6 +31,13 @@ pub(crate) struct Faults<'a> {
 }
 
 impl Faults<'_> {
+    /// Waits until the threads are through. Fails if there is an event.
+    #[track_caller]
+    fn none(&self) {
+        let event = wait_readable(self.uffd, &self.done).then(|| self.uffd.read_event().unwrap());
+        assert!(event.is_none(), "{event:?}");
+    }
+
     /// Waits for the next fault. Fails if the threads get through without one.
     #[track_caller]
     pub(crate) fn next(&self) -> Fault {
@@ -41,6 +48,12 @@ impl Faults<'_> {
             }
         }
     }
+}
+
+/// Runs `access` in a thread of its own, which must get through without a fault. Returns what it returns.
+#[track_caller]
+pub(crate) fn silently<T: Send>(uffd: &Uffd, memory: &Memory, access: impl FnOnce() -> T + Send) -> T {
+    during(uffd, memory, access, |faults| faults.none())
 }
 
 /// Waits until there is an event. Tells whether there is one, or it was `done` that got readable.
