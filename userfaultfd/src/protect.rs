@@ -70,6 +70,7 @@ impl Uffd {
     /// Source:
     /// [`UFFDIO_WRITEPROTECT(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_WRITEPROTECT.2const.html).
     #[doc(alias = "UFFDIO_WRITEPROTECT")]
+    #[inline]
     pub fn write_protect(&self, start: *mut c_void, len: usize) -> Result<()> {
         self.set_write_protection(start, len, sys::UFFDIO_WRITEPROTECT_MODE_WP)
     }
@@ -80,11 +81,13 @@ impl Uffd {
     ///
     /// As [`write_protect`](Self::write_protect).
     #[doc(alias = "UFFDIO_WRITEPROTECT")]
+    #[inline]
     pub fn remove_write_protection(&self, start: *mut c_void, len: usize, wake: bool) -> Result<()> {
         let mode = if wake { 0 } else { sys::UFFDIO_WRITEPROTECT_MODE_DONTWAKE };
         self.set_write_protection(start, len, mode)
     }
 
+    #[inline]
     fn set_write_protection(&self, start: *mut c_void, len: usize, mode: u64) -> Result<()> {
         let mut arg = sys::uffdio_writeprotect { range: range(start, len), mode };
         Ok(sys::write_protect(self.as_fd(), &mut arg)?)
@@ -137,6 +140,7 @@ impl Uffd {
     /// Source:
     /// [`UFFDIO_RWPROTECT(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_RWPROTECT.2const.html).
     #[doc(alias = "UFFDIO_RWPROTECT")]
+    #[inline]
     pub fn read_write_protect(&self, start: *mut c_void, len: usize) -> Result<()> {
         self.set_read_write_protection(start, len, sys::UFFDIO_RWPROTECT_MODE_RWP)
     }
@@ -148,11 +152,13 @@ impl Uffd {
     ///
     /// As [`read_write_protect`](Self::read_write_protect).
     #[doc(alias = "UFFDIO_RWPROTECT")]
+    #[inline]
     pub fn remove_read_write_protection(&self, start: *mut c_void, len: usize, wake: bool) -> Result<()> {
         let mode = if wake { 0 } else { sys::UFFDIO_RWPROTECT_MODE_DONTWAKE };
         self.set_read_write_protection(start, len, mode)
     }
 
+    #[inline]
     fn set_read_write_protection(&self, start: *mut c_void, len: usize, mode: u64) -> Result<()> {
         let mut arg = sys::uffdio_rwprotect { range: range(start, len), mode };
         Ok(sys::read_write_protect(self.as_fd(), &mut arg)?)
