@@ -23,7 +23,7 @@ pub(crate) fn run(test: &'static str, body: impl FnOnce()) -> Option<Output> {
     if std::env::var(CHILD).is_ok_and(|child| child == test) {
         // Not to be left behind if the parent runs into its time limit.
         // SAFETY: touches no memory.
-        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) };
         body();
         return None;
     }

@@ -17,10 +17,13 @@ pub(crate) fn refuse_userfaultfd(errno: Errno) -> bool {
         instruction(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
     ];
     let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+    // The kernel takes all of them as longs.
+    let (one, none, mode): (libc::c_ulong, libc::c_ulong, libc::c_ulong) =
+        (1, 0, libc::SECCOMP_MODE_FILTER.into());
     // Without it only the superuser may have a filter.
     // SAFETY: touches no memory.
-    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).unwrap();
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, one, none, none, none) }).unwrap();
     // SAFETY: the program and its instructions are borrowed for the call, in which the kernel copies them.
-    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+    let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) };
     check(set).is_ok()
 }
