@@ -1,7 +1,7 @@
 //! UFFDIO_COPY. What it has in common with other fills is tested in `fill`.
 
 use std::ffi::c_void;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 
 use userfaultfd::{CopyMode, Errno, Error, FaultKind, FeatureFlags, RegisterMode, Result, Uffd};
 

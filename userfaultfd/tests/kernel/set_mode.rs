@@ -4,7 +4,7 @@ use userfaultfd::{Errno, Error, FaultKind, FeatureFlags, IoctlFlags, RegisterMod
 
 use crate::support::fault::{self, Fault};
 use crate::support::memory::Memory;
-use crate::support::{child, errno, features, page, require, test_name, uffd};
+use crate::support::{errno, features, page, require, uffd};
 
 const NONE: FeatureFlags = FeatureFlags::empty();
 const RWP: FeatureFlags = FeatureFlags::RWP;

@@ -1,12 +1,9 @@
 //! UFFDIO_ZEROPAGE. What it has in common with other fills is tested in `fill`.
 
-use std::os::fd::AsRawFd;
-
-use userfaultfd::{CopyMode, Errno, Error, FaultKind, FeatureFlags, RegisterMode, Result, Uffd};
+use userfaultfd::{CopyMode, Errno, FaultKind, FeatureFlags, RegisterMode, Result, Uffd};
 
 use crate::support::fault::{self, Fault};
 use crate::support::memory::{self, Kind, Memory};
-use crate::support::raw::check;
 use crate::support::{errno, page, require, test_name, uffd};
 
 /// Fills some pages with zeros, and wakes who waits for them.
