@@ -35,7 +35,8 @@ fn a_second_handshake_is_refused() {
     let error = UffdBuilder::new().handshake(uffd.into()).unwrap_err();
     assert!(matches!(error, Error::AlreadyHandshaken), "{error:?}");
 
-    // A handshake that asked for nothing counts, too, and one that asks for a feature that isn't there is told apart.
+    // A handshake that asked for nothing counts, too, and one that asks for a feature that isn't there is
+    // told apart.
     let descriptor = raw::unshaken(0);
     raw::api(&descriptor, FeatureFlags::empty()).unwrap();
     let again = descriptor.try_clone().unwrap();

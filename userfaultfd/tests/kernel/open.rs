@@ -8,7 +8,7 @@ use userfaultfd::{Errno, Error, OpenRefusal, OpenWith, Uffd, UffdBuilder};
 use crate::support::handler::{Fault, kernel_write, zero};
 use crate::support::memory::Memory;
 use crate::support::mounts::{self, Device};
-use crate::support::{child, foreign, has, proc, raw, require, test_name};
+use crate::support::{self, child, foreign, has, proc, raw, require, test_name};
 
 /// The ways that are open to this process.
 fn ways(test: &str) -> Vec<OpenWith> {
@@ -82,6 +82,9 @@ fn for_user_mode_only_the_kernel_s_own_faults_are_refused() {
 #[test]
 fn without_it_the_kernel_s_own_faults_are_delivered() {
     require!(root);
+    if !has(test_name!(), "CAP_SYS_PTRACE", support::may_watch_forks()) {
+        return;
+    }
     for way in ways(test_name!()) {
         let memory = Memory::anonymous(1);
         let uffd = UffdBuilder::new().open_with(way).user_mode_only(false).create().unwrap();
@@ -126,6 +129,7 @@ fn where_the_device_is_no_use_the_system_call_is() {
         if !has(test_name!(), "mount namespaces", mounts::own()) {
             return;
         }
+        let user_mode_only = !support::may_watch_forks();
         for (device, errno) in [
             (Device::Missing, Errno::ENOENT),
             (Device::WithoutDriver, Errno::ENXIO),
@@ -138,7 +142,7 @@ fn where_the_device_is_no_use_the_system_call_is() {
             let before = proc::open_descriptors();
             let uffd = UffdBuilder::new().create().unwrap();
             assert!(proc::is_userfaultfd(uffd.as_raw_fd()), "{device:?}");
-            UffdBuilder::new().user_mode_only(false).create().unwrap();
+            UffdBuilder::new().user_mode_only(user_mode_only).create().unwrap();
 
             let error = UffdBuilder::new().open_with(OpenWith::Device).create().unwrap_err();
             assert_eq!(error.errno(), Some(errno), "{device:?}: {error:?}");

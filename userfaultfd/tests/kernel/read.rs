@@ -13,8 +13,8 @@ use crate::support::proc::{self, wait_for_pending, wait_until, wait_until_in};
 use crate::support::raw::{poll, wait_for_event};
 use crate::support::{require, uffd};
 
-/// Has every page read by a thread of its own, and runs `test` when all these faults are there to be read. Afterwards
-/// the pages are filled with zeros.
+/// Has every page read by a thread of its own, and runs `test` when all these faults are there to be read.
+/// Afterwards the pages are filled with zeros.
 fn with_pending_faults(uffd: &Uffd, memory: &Memory, test: impl FnOnce()) {
     let accesses = (0..memory.pages()).map(|page| move || memory.read(page));
     during_all(uffd, memory, accesses, |_| {
@@ -168,7 +168,8 @@ fn faults_are_delivered_before_changes_unless_changes_are_asked_for_first() {
             during_all(&uffd, &memory, [|| memory.read(1)], |_| {
                 wait_for_pending(&uffd, 1);
                 assert_eq!(uffd.read_batch(&mut buffer).unwrap(), 2);
-                // Once the event is read the thread that made the change goes on, and then fills are accepted.
+                // Once the event is read the thread that made the change goes on, and then fills are
+                // accepted.
                 wait_until(|| {
                     // SAFETY: the memory is only accessed by raw pointers.
                     let zeroed = unsafe { uffd.zeropage(memory.at(1), memory.page(), true) };

@@ -19,8 +19,8 @@ use crate::support::{self, child, require, test_name, uffd};
 
 const SIGNAL: libc::c_int = libc::SIGUSR1;
 
-/// Runs `read` in a thread of its own and sends a signal there each time that it sleeps in read(2), `times` times;
-/// runs `end` when it sleeps there once more. Returns what `read` returns.
+/// Runs `read` in a thread of its own and sends a signal there each time that it sleeps in read(2), `times`
+/// times; runs `end` when it sleeps there once more. Returns what `read` returns.
 fn interrupt<T: Send>(read: impl FnOnce() -> T + Send, times: usize, end: impl FnOnce()) -> T {
     let (sender, threads) = mpsc::channel();
     thread::scope(|scope| {
@@ -107,6 +107,9 @@ fn a_waiting_thread_that_takes_a_signal_reports_its_fault_again() {
 #[test]
 fn a_system_call_that_waits_for_a_page_ends_well_after_a_signal() {
     require!(FeatureFlags::THREAD_ID, root);
+    if !support::has(test_name!(), "CAP_SYS_PTRACE", support::may_watch_forks()) {
+        return;
+    }
     child::run_well(test_name!(), || {
         signal::count(SIGNAL);
         let mut builder = UffdBuilder::new();

@@ -12,8 +12,8 @@ const CHILD: &str = "USERFAULTFD_TEST_CHILD";
 /// What that process was told when it was executed once more.
 const STAGE: &str = "USERFAULTFD_TEST_STAGE";
 
-/// Runs the test `test` once more, alone in a process of its own, with `body` there and nothing else. Returns what that
-/// process said and how it ended; `None` in that process itself, which is done then.
+/// Runs the test `test` once more, alone in a process of its own, with `body` there and nothing else. Returns
+/// what that process said and how it ended; `None` in that process itself, which is done then.
 ///
 /// ```ignore
 /// let Some(output) = child::run(test_name!(), || { … }) else { return };
@@ -134,8 +134,8 @@ pub(crate) fn use_up_descriptors() -> Full {
     let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the structure is borrowed for the call.
     check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut before) }).unwrap();
-    // A limit below the number that a duplicate starts at, 3, would be another error. These fill what is free there.
-    // No allocation here: see `proc::read`.
+    // A limit below the number that a duplicate starts at, 3, would be another error. These fill what is free
+    // there. No allocation here: see `proc::read`.
     let mut fillers = [const { None }; 4];
     let free = std::iter::repeat_with(lowest_free).take_while(|fd| fd.as_raw_fd() <= 3);
     fillers.iter_mut().zip(free).for_each(|(filler, fd)| *filler = Some(fd));

@@ -55,10 +55,12 @@ impl Change {
     }
 }
 
-/// Runs `change` in a thread of its own, and meanwhile `test` here, which gets that thread's id and must read the events
-/// that the change waits for. Returns what `change` returns. The descriptor must not be a blocking one.
+/// Runs `change` in a thread of its own, and meanwhile `test` here, which gets that thread's id and must read
+/// the events that the change waits for. Returns what `change` returns. The descriptor must not be a blocking
+/// one.
 ///
-/// If the change is a fork, it waits with the allocator's locks held: until its event is read, `test` must not allocate.
+/// If the change is a fork, it waits with the allocator's locks held: until its event is read, `test` must
+/// not allocate.
 pub(crate) fn while_changing<T: Send>(
     uffd: &Uffd,
     change: impl FnOnce() -> T + Send,

@@ -1,4 +1,5 @@
-//! What /proc tells of descriptors and threads: the way to see that something waits, without waiting for a time.
+//! What /proc tells of descriptors and threads: the way to see that something waits, without waiting for a
+//! time.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -20,8 +21,8 @@ pub(crate) struct Fdinfo {
     pub(crate) ioctls: IoctlFlags,
 }
 
-/// Reads a small file of /proc, without allocating: a thread that waits in fork(2) for its event to be read holds the
-/// locks of the allocator meanwhile.
+/// Reads a small file of /proc, without allocating: a thread that waits in fork(2) for its event to be read
+/// holds the locks of the allocator meanwhile.
 fn read<'a>(path: fmt::Arguments<'_>, text: &'a mut [u8; 512]) -> Option<&'a str> {
     let mut name = [0; 64];
     let mut rest = &mut name[..];

@@ -1,5 +1,5 @@
-//! The kernel's interface without this crate: to see what the kernel itself says, and to prepare descriptors that
-//! the crate hasn't touched.
+//! The kernel's interface without this crate: to see what the kernel itself says, and to prepare descriptors
+//! that the crate hasn't touched.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};

@@ -4,7 +4,8 @@ use userfaultfd::Errno;
 
 use super::raw::check;
 
-/// Has userfaultfd(2) answer an errno in the calling thread from now on. Tells whether the kernel has filters.
+/// Has userfaultfd(2) answer an errno in the calling thread from now on. Tells whether the kernel has
+/// filters.
 pub(crate) fn refuse_userfaultfd(errno: Errno) -> bool {
     const LOAD_WORD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     const JUMP_IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;

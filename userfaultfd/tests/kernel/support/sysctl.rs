@@ -17,7 +17,8 @@ pub(crate) struct Sysctl {
     _lock: File,
 }
 
-/// Waits until no other test has it, in this process or another. `None` where the kernel lacks it, before 5.2.
+/// Waits until no other test has it, in this process or another. `None` where the kernel lacks it, before
+/// 5.2.
 pub(crate) fn lock() -> Option<Sysctl> {
     let lock = File::open(PATH).ok()?;
     // SAFETY: touches no memory.
