@@ -3,7 +3,6 @@
 mod sources;
 mod version;
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -21,27 +20,28 @@ const UPDATED: &str = "updated";
 /// What APT is configured with on this machine, and what is left to it.
 const SYSTEM: &str = "/etc/apt";
 
-/// A root of APT's that has nothing to do with the system's.
+/// A root of APT's that has nothing to do with the system's, for one architecture.
 pub(crate) struct Apt {
     folder: PathBuf,
-    /// This machine's architecture, by Debian's name.
-    host: String,
+    /// By Debian's name.
+    arch: String,
+}
+
+/// This machine's architecture, by Debian's name.
+pub(crate) fn host() -> Result<String, String> {
+    let arch = output(Command::new("dpkg").arg("--print-architecture"));
+    arch.map(|arch| arch.trim().to_owned()).map_err(|reason| {
+        format!("packages are fetched and unpacked by apt-get and dpkg, which this machine has not: {reason}")
+    })
 }
 
 impl Apt {
-    /// Prepares the root in `folder`, with lists of the suites for the architectures, which aren't fetched if that was
-    /// done of late.
-    pub(crate) fn open(folder: PathBuf, suites: &[&str], archs: &[&str]) -> Result<Self, String> {
-        let host = output(Command::new("dpkg").arg("--print-architecture")).map_err(|reason| {
-            format!(
-                "packages are fetched and unpacked by apt-get and dpkg, which this machine has not: {reason}"
-            )
-        })?;
-        let apt = Apt { folder, host: host.trim().to_owned() };
-        let archs: BTreeSet<&str> = archs.iter().copied().chain([apt.host.as_str()]).collect();
-        let archs: Vec<&str> = archs.into_iter().collect();
+    /// Prepares the root in `folder`, with lists of the suites, which aren't fetched if that was done of late.
+    pub(crate) fn open(folder: PathBuf, suites: &[&str], arch: &str) -> Result<Self, String> {
+        host()?;
+        let apt = Apt { folder, arch: arch.to_owned() };
         let configured = sources::configured(Path::new(SYSTEM));
-        let text = sources::other_suites(&configured, &code_name(), suites, &archs);
+        let text = sources::other_suites(&configured, &code_name(), suites, arch);
         if text.is_empty() {
             return Err(format!(
                 "none of the package sources in {SYSTEM} is this distribution's own, so there is no mirror to fetch from"
@@ -58,7 +58,7 @@ impl Apt {
             create(&apt.folder.join(folder))?;
         }
         write(&apt.folder.join("state/status"), "")?;
-        let conf = apt.configuration(&archs);
+        let conf = apt.configuration();
         write(&apt.folder.join("apt.conf"), &conf)?;
         let file = apt.folder.join("etc/sources/suites.sources");
         let changed = fs::read_to_string(&file).ok().as_deref() != Some(text.as_str());
@@ -70,14 +70,13 @@ impl Apt {
     }
 
     /// The files of this root, and how to fetch: proxies, time-outs, keys are the system's.
-    fn configuration(&self, archs: &[&str]) -> String {
+    fn configuration(&self) -> String {
         let own = self.folder.display();
         let system = output(Command::new("apt-config").arg("dump")).unwrap_or_default();
         let how = system.lines().filter(|line| {
             line.starts_with("Acquire::") && !line.ends_with(" \"\";") && !line.contains("IndexTargets")
         });
         let how: Vec<&str> = how.collect();
-        let archs: Vec<_> = archs.iter().map(|arch| format!("\"{arch}\";")).collect();
         format!(
             "{}\n\
              Dir::Etc \"{own}/etc\";\n\
@@ -91,12 +90,11 @@ impl Apt {
              Dir::State::status \"{own}/state/status\";\n\
              Dir::Cache \"{own}/cache\";\n\
              Acquire::Languages \"none\";\n\
-             APT::Architecture \"{}\";\n\
-             APT::Architectures {{ {} }};\n\
+             APT::Architecture \"{arch}\";\n\
+             APT::Architectures {{ \"{arch}\"; }};\n\
              APT::Sandbox::User \"root\";\n",
             how.join("\n"),
-            self.host,
-            archs.join(" "),
+            arch = self.arch,
         )
     }
 
@@ -156,34 +154,48 @@ impl Apt {
         self.with_lists(find)
     }
 
-    /// The folder into which packages are unpacked: those named, each with `:ARCHITECTURE` if it isn't this machine's.
-    pub(crate) fn packages(&self, names: &[String]) -> Result<PathBuf, String> {
+    /// The newest version of a package that starts with `start`.
+    pub(crate) fn version(&self, name: &str, start: &str) -> Result<String, String> {
         self.with_lists(|| {
-            let mut command = self.command("apt-get");
-            let uris = output(command.args(["download", "--print-uris"]).args(names))?;
-            self.tree(names, &files(&uris))
+            // Lines of ` NAME | VERSION | SOURCE`, the newest first.
+            let list = output(self.command("apt-cache").args(["madison", name]))?;
+            let mut versions = list.lines().filter_map(|line| line.split('|').nth(1)).map(str::trim);
+            let found = versions.find(|version| version.starts_with(start));
+            found
+                .map(str::to_owned)
+                .ok_or_else(|| format!("no package {name} {start} at the configured mirror"))
         })
     }
 
-    /// Likewise, with everything that the packages depend on.
+    /// The folder into which the named packages are unpacked, as far as a part of a path in them starts with one of
+    /// `wanted`.
+    pub(crate) fn packages(&self, names: &[String], wanted: &[&str]) -> Result<PathBuf, String> {
+        self.with_lists(|| {
+            let mut command = self.command("apt-get");
+            let uris = output(command.args(["download", "--print-uris"]).args(names))?;
+            self.tree(names, &file_names(&uris), wanted)
+        })
+    }
+
+    /// The folder into which the named packages are unpacked, with everything that they depend on.
     pub(crate) fn with_dependencies(&self, names: &[&str]) -> Result<PathBuf, String> {
         self.with_lists(|| {
             let mut command = self.command("apt-get");
             command.args(["install", "--yes", "--no-install-recommends", "--print-uris"]).args(names);
-            let files = files(&output(&mut command)?);
+            let files = file_names(&output(&mut command)?);
             let exact = files.iter().filter_map(|file| exact(file));
-            self.tree(&exact.collect::<Vec<_>>(), &files)
+            self.tree(&exact.collect::<Vec<_>>(), &files, &[""])
         })
     }
 
     /// The folder of an exact set of package files.
-    fn tree(&self, names: &[String], files: &[String]) -> Result<PathBuf, String> {
+    fn tree(&self, names: &[String], files: &[String], wanted: &[&str]) -> Result<PathBuf, String> {
         let Some(last) = files.last() else {
             return Err(format!("apt-get download {}: nothing to fetch", names.join(" ")));
         };
         // A path of libraries has no room for a colon.
         let name = last.trim_end_matches(".deb").replace("%3a", ".");
-        let tree = self.folder.join("trees").join(format!("{name}-{:08x}", hash(files)));
+        let tree = self.folder.join("trees").join(format!("{name}-{:08x}", hash(files, wanted)));
         if tree.is_dir() {
             return Ok(tree);
         }
@@ -199,6 +211,7 @@ impl Apt {
         {
             output(Command::new("dpkg").arg("--extract").arg(package.path()).arg(&unpacked))?;
         }
+        keep(&unpacked, wanted)?;
         if fs::rename(&unpacked, &tree).is_err() && !tree.is_dir() {
             return Err(format!("{} can't be made", tree.display()));
         }
@@ -207,8 +220,25 @@ impl Apt {
     }
 }
 
+/// The files under a folder, sorted.
+pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => folders.push(entry.path()),
+                Ok(kind) if kind.is_file() => found.push(entry.path()),
+                _ => {}
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
 /// The file names in what `--print-uris` prints: `'URI' FILE SIZE HASH`.
-fn files(uris: &str) -> Vec<String> {
+fn file_names(uris: &str) -> Vec<String> {
     let of_packages = uris.lines().filter(|line| line.starts_with('\''));
     of_packages
         .filter_map(|line| Some(line.rsplit_once('\'')?.1.split_whitespace().next()?.to_owned()))
@@ -224,9 +254,30 @@ fn exact(file: &str) -> Option<String> {
 }
 
 /// FNV-1a.
-fn hash(names: &[String]) -> u32 {
-    let bytes = names.iter().flat_map(|name| name.bytes().chain([0]));
+fn hash(names: &[String], wanted: &[&str]) -> u32 {
+    let texts = names.iter().map(String::as_str).chain(wanted.iter().copied());
+    let bytes = texts.flat_map(|text| text.bytes().chain([0]));
     bytes.fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+}
+
+/// Removes everything under `folder` but paths of which a part starts with one of `wanted`.
+fn keep(folder: &Path, wanted: &[&str]) -> Result<(), String> {
+    for entry in fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?.flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        if wanted.iter().any(|wanted| name.to_string_lossy().starts_with(wanted)) {
+            continue;
+        }
+        let removed = if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            keep(&path, wanted)?;
+            // What is left in it keeps it.
+            let _ = fs::remove_dir(&path);
+            Ok(())
+        } else {
+            fs::remove_file(&path)
+        };
+        removed.map_err(|e| format!("{}: {e}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// The machine's release, by its code name.
@@ -266,9 +317,28 @@ Reading package lists...
 'http://mirror.example/pool/q/qemu_10.0%2bds-1_amd64.deb' qemu_1%3a10.0+ds-1_amd64.deb 10278596 SHA256:0a
 'http://mirror.example/pool/s/seabios_1_all.deb' seabios_1_all.deb 163272
 ";
-        assert_eq!(files(text), ["qemu_1%3a10.0+ds-1_amd64.deb", "seabios_1_all.deb"]);
+        assert_eq!(file_names(text), ["qemu_1%3a10.0+ds-1_amd64.deb", "seabios_1_all.deb"]);
         assert_eq!(exact("qemu_1%3a10.0+ds-1_amd64.deb").as_deref(), Some("qemu:amd64=1:10.0+ds-1"));
         assert_eq!(exact("seabios_1_all.deb").as_deref(), Some("seabios=1"));
-        assert_eq!(files("E: no such package\n"), <[String; 0]>::default());
+        assert_eq!(file_names("E: no such package\n"), <[String; 0]>::default());
+    }
+
+    #[test]
+    fn what_is_not_wanted_is_removed() {
+        let folder = std::env::temp_dir().join(format!("xtask-keep-{}", std::process::id()));
+        let paths =
+            ["boot/vmlinuz-1", "boot/config-1", "lib/1/kernel/zram.ko.xz", "usr/library/std/lib.rs", "x/y"];
+        for path in paths {
+            let path = folder.join(path);
+            create(path.parent().unwrap()).unwrap();
+            write(&path, "").unwrap();
+        }
+        keep(&folder, &["vmlinu", "zram.ko", "library"]).unwrap();
+        let left: Vec<_> = paths.iter().filter(|path| folder.join(path).exists()).collect();
+        assert_eq!(left, [&paths[0], &paths[2], &paths[3]]);
+        assert!(!folder.join("x").exists());
+        keep(&folder, &[""]).unwrap();
+        assert!(folder.join(paths[0]).exists());
+        fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -9,16 +9,17 @@ mod report;
 mod table;
 mod verdict;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use guest_init::{Pass, Plan, Transcript, User};
 
 use binaries::Built;
-use packages::Packages;
-use qemu::Machine;
+use packages::{Files, Packages};
+use qemu::{Machine, Qemu};
 use table::{Arch, Expectation, Features, Kernel, Table};
 use verdict::Verdict;
 
@@ -42,8 +43,7 @@ const AT_A_TIME: usize = 2;
 /// Seconds that a guest may run.
 const LIMIT: u64 = 600;
 
-/// What a guest gets: pages for the tests that need huge ones, and bytes to swap to.
-const HUGE_PAGES: usize = 32;
+/// Bytes that a guest can swap to.
 const SWAP: u64 = 256 << 20;
 
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
@@ -55,14 +55,12 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     }
     let folder = crate::scratch().join("kernels");
     fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-    let subjects = options.subjects(&table)?;
-    let packages = Packages::prepare(&folder, &options, &table, &subjects)?;
+    let guests = prepare(&folder, options.subjects(&table)?, &options, &table)?;
     if let Some(name) = &options.shell {
-        let [subject] = &subjects[..] else { return Err(format!("--shell {name}: one kernel at a time")) };
-        let built = binaries::build(&subject.arch, &folder.join("build"))?;
-        return machine(&folder, &packages, subject, &built, &options)?.0.run_here();
+        let [guest] = &guests[..] else { return Err(format!("--shell {name}: one kernel at a time")) };
+        return guest.machine(&folder, &options)?.0.run_here();
     }
-    run_all(&folder, &packages, &subjects, &options)
+    run_all(&folder, &guests, &options)
 }
 
 /// A kernel to run, and what is expected of it.
@@ -180,41 +178,65 @@ fn list(table: &Table) {
     }
 }
 
-fn run_all(
+/// A kernel with everything that it takes to run it.
+struct Guest {
+    subject: Subject,
+    qemu: Qemu,
+    kernel: Files,
+    busybox: Option<PathBuf>,
+    built: Arc<Built>,
+}
+
+/// Finds or fetches everything, and builds the binaries. What can't be had is an error before the first guest starts.
+fn prepare(
     folder: &Path,
-    packages: &Packages,
-    subjects: &[Subject],
+    subjects: Vec<Subject>,
     options: &Options,
-) -> Result<(), String> {
-    let features = Features::read()?;
-    let limit = Duration::from_secs(options.limit());
-    let mut built: Vec<(String, Built)> = Vec::new();
+    table: &Table,
+) -> Result<Vec<Guest>, String> {
+    let packages = Packages::new(folder, options, table);
+    let mut guests = Vec::new();
+    let mut built: BTreeMap<String, Arc<Built>> = BTreeMap::new();
     for subject in subjects {
-        if !built.iter().any(|(target, _)| *target == subject.arch.target) {
-            eprintln!("building the tests for {}", subject.arch.target);
-            let binaries = binaries::build(&subject.arch, &folder.join("build"))?;
-            built.push((subject.arch.target.clone(), binaries));
+        let (qemu, kernel) = (packages.qemu(&subject)?, packages.kernel(&subject)?);
+        let busybox = options.shell.as_ref().map(|_| packages.busybox(&subject)).transpose()?;
+        eprintln!("{:12} {} in {}", subject.name, image::file_name(&kernel.image), qemu.version()?);
+        guests.push((subject, qemu, kernel, busybox));
+    }
+    for (subject, ..) in &guests {
+        let target = &subject.arch.target;
+        if !built.contains_key(target) {
+            eprintln!("building the tests for {target}");
+            built.insert(target.clone(), Arc::new(binaries::build(&subject.arch, &folder.join("build"))?));
         }
     }
-    let work = |subject: &Subject| -> Result<Verdict, String> {
-        let built = built.iter().find(|(target, _)| *target == subject.arch.target);
-        let (_, built) = built.ok_or("its binaries weren't built")?;
-        let (machine, plan) = machine(folder, packages, subject, built, options)?;
-        guest(folder, subject, &machine, &plan, limit, &features)
+    let guest = |(subject, qemu, kernel, busybox): (Subject, _, _, _)| {
+        let built = built.get(&subject.arch.target).map(Arc::clone).ok_or("its binaries weren't built")?;
+        Ok(Guest { subject, qemu, kernel, busybox, built })
+    };
+    guests.into_iter().map(guest).collect()
+}
+
+fn run_all(folder: &Path, guests: &[Guest], options: &Options) -> Result<(), String> {
+    let features = Features::read()?;
+    let limit = Duration::from_secs(options.limit());
+    let work = |guest: &Guest| -> Result<Verdict, String> {
+        let (machine, plan) = guest.machine(folder, options)?;
+        run_guest(folder, &guest.subject, &machine, &plan, limit, &features)
     };
 
-    let queue = Mutex::new(subjects.iter().enumerate());
+    let queue = Mutex::new(guests.iter().enumerate());
     let done = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         let worker = || {
             loop {
                 // The lock is held for this statement alone.
-                let Some((i, subject)) = queue.lock().ok().and_then(|mut queue| queue.next()) else { return };
+                let Some((i, guest)) = queue.lock().ok().and_then(|mut queue| queue.next()) else { return };
                 let start = Instant::now();
                 let verdict =
-                    work(subject).unwrap_or_else(|e| Verdict { problems: vec![e], ..Verdict::default() });
+                    work(guest).unwrap_or_else(|e| Verdict { problems: vec![e], ..Verdict::default() });
                 let how = if verdict.is_good() { "passed" } else { "FAILED" };
-                eprintln!("{:12} {how} in {:.0} s", subject.name, start.elapsed().as_secs_f32());
+                eprintln!("{:12} {how} in {:.0} s", guest.subject.name, start.elapsed().as_secs_f32());
                 if let Ok(mut done) = done.lock() {
                     done.push((i, verdict));
                 }
@@ -224,7 +246,7 @@ fn run_all(
     });
     let mut done = done.into_inner().map_err(|e| e.to_string())?;
     done.sort_by_key(|(i, _)| *i);
-    let named = subjects.iter().map(|subject| subject.name.clone());
+    let named = guests.iter().map(|guest| guest.subject.name.clone());
     let guests: Vec<_> = named.zip(done.into_iter().map(|(_, verdict)| verdict)).collect();
 
     println!("\n{}\nlogs: {}/NAME.log", report::report(&guests), folder.display());
@@ -232,46 +254,42 @@ fn run_all(
     if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", "))) }
 }
 
-/// The machine of a kernel, with its first file system made, and what it is to do.
-fn machine(
-    folder: &Path,
-    packages: &Packages,
-    subject: &Subject,
-    built: &Built,
-    options: &Options,
-) -> Result<(Machine, Plan), String> {
-    let kernel = packages.kernel(subject)?;
-    let environment = |user| {
-        let mut variables = subject.expectation(user).environment();
-        variables.push(("USERFAULTFD_EXAMPLES".to_owned(), format!("/{}", image::EXAMPLES)));
-        variables
-    };
-    let in_guest = |folder: &str, name: &str| format!("/{folder}/{name}");
-    let plan = Plan {
-        console: subject.arch.console.clone(),
-        modules: kernel.modules.iter().map(|m| in_guest(image::MODULES, &image::file_name(m))).collect(),
-        huge_pages: HUGE_PAGES,
-        swap: SWAP,
-        // One that hangs leaves the others time.
-        limit: options.limit() / 3,
-        binaries: built.tests.iter().map(|test| in_guest(image::TESTS, &test.name)).collect(),
-        passes: [User::Root, User::Nobody].map(|user| Pass { user, environment: environment(user) }).to_vec(),
+impl Guest {
+    /// The machine, with its first file system made, and what it is to do.
+    fn machine(&self, folder: &Path, options: &Options) -> Result<(Machine, Plan), String> {
+        let Self { subject, kernel, built, .. } = self;
+        let environment = |user| {
+            let mut variables = subject.expectation(user).environment();
+            variables.push(("USERFAULTFD_EXAMPLES".to_owned(), format!("/{}", image::EXAMPLES)));
+            variables
+        };
+        let in_guest = |folder: &str, name: &str| format!("/{folder}/{name}");
+        let modules = kernel.modules.iter().map(|path| in_guest(image::MODULES, &image::file_name(path)));
         // What a test that passes says is shown, too: that is where it says what it was skipped for.
-        arguments: ["--show-output".to_owned()]
-            .into_iter()
-            .chain(options.arguments.iter().cloned())
-            .collect(),
-        shell: options.shell.is_some(),
-    };
-    let busybox = if plan.shell { Some(packages.busybox(subject)?) } else { None };
-    let initramfs = folder.join(format!("{}.cpio", subject.name));
-    image::write(&initramfs, built, &plan, &kernel.modules, busybox.as_deref())?;
-    let qemu = packages.qemu(subject)?;
-    Ok((Machine { qemu, arch: subject.arch.clone(), kernel: kernel.image, initramfs }, plan))
+        let arguments = ["--show-output".to_owned()].into_iter().chain(options.arguments.iter().cloned());
+        let plan = Plan {
+            console: subject.arch.console.clone(),
+            modules: modules.collect(),
+            huge_pages: subject.arch.huge_pages,
+            swap: SWAP,
+            // One that hangs leaves the others time.
+            limit: options.limit() / 3,
+            binaries: built.tests.iter().map(|test| in_guest(image::TESTS, &test.name)).collect(),
+            passes: [User::Root, User::Nobody]
+                .map(|user| Pass { user, environment: environment(user) })
+                .to_vec(),
+            arguments: arguments.collect(),
+            shell: self.busybox.is_some(),
+        };
+        let initramfs = folder.join(format!("{}.cpio", subject.name));
+        image::write(&initramfs, built, &plan, &kernel.modules, self.busybox.as_deref())?;
+        let (qemu, kernel) = (self.qemu.clone(), kernel.image.clone());
+        Ok((Machine { qemu, arch: subject.arch.clone(), kernel, initramfs }, plan))
+    }
 }
 
 /// Runs a guest and judges it.
-fn guest(
+fn run_guest(
     folder: &Path,
     subject: &Subject,
     machine: &Machine,

@@ -104,7 +104,7 @@ fn stanza(fields: Vec<(String, String)>) -> Option<Source> {
 ///
 /// `release` is the code name of the machine's release, which tells the distribution's own sources from others. A
 /// suite for security has a mirror of its own. Each suite is a stanza: one that doesn't exist doesn't hide others.
-pub(super) fn other_suites(configured: &[Source], release: &str, suites: &[&str], archs: &[&str]) -> String {
+pub(super) fn other_suites(configured: &[Source], release: &str, suites: &[&str], arch: &str) -> String {
     let with = |matches: &dyn Fn(&str) -> bool| -> Vec<&Source> {
         let has = |source: &&Source| {
             source.suites.iter().any(|suite| matches(suite)) && source.components.iter().any(|c| c == "main")
@@ -126,7 +126,7 @@ pub(super) fn other_suites(configured: &[Source], release: &str, suites: &[&str]
         let mirrors = if suite.ends_with("-security") { &security } else { &main };
         for source in mirrors {
             text += &format!("Types: deb\nURIs: {}\nSuites: {suite}\n", source.uris.join(" "));
-            text += &format!("Components: main\nArchitectures: {}\n", archs.join(" "));
+            text += &format!("Components: main\nArchitectures: {arch}\n");
             source.fields.iter().for_each(|(name, value)| text += &format!("{name}: {value}\n"));
             text += "\n";
         }
@@ -204,7 +204,7 @@ deb\thttp://mirror.example/debian-security   bookworm-security main
 
     #[test]
     fn suites_come_from_the_mirror_that_has_their_kind() {
-        let text = other_suites(&deb822(DEB822), "bookworm", &["trixie", "trixie-security"], &["amd64"]);
+        let text = other_suites(&deb822(DEB822), "bookworm", &["trixie", "trixie-security"], "amd64");
         let stanzas: Vec<_> = text.split("\n\n").filter(|stanza| !stanza.is_empty()).collect();
         assert_eq!(stanzas.len(), 2, "{text}");
         assert_eq!(
@@ -223,8 +223,8 @@ deb\thttp://mirror.example/debian-security   bookworm-security main
     #[test]
     fn a_machine_without_updates_has_its_mirror_found_by_the_release() {
         let configured = one_line("deb http://mirror.example/debian bookworm main\n");
-        let text = other_suites(&configured, "bookworm", &["trixie", "trixie-security"], &["amd64", "arm64"]);
-        assert!(text.contains("Suites: trixie\n") && text.contains("Architectures: amd64 arm64\n"), "{text}");
+        let text = other_suites(&configured, "bookworm", &["trixie", "trixie-security"], "arm64");
+        assert!(text.contains("Suites: trixie\n") && text.contains("Architectures: arm64\n"), "{text}");
         assert!(!text.contains("trixie-security"), "{text}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
@@ -30,18 +30,11 @@ const NOT_TESTED: [&str; 2] = ["xtask", "guest-init"];
 
 /// Builds the tests of the workspace, its examples, and process 1.
 pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
-    if !arch.target.starts_with(std::env::consts::ARCH) {
-        return Err(format!("test binaries for {} take a cross tool chain", arch.target));
-    }
-    let build = |arguments: &[&str], packages: &[&str]| {
-        let mut words: Vec<&str> = arguments.to_vec();
-        words.extend(packages);
-        run(arch, folder, &words)
-    };
-    let excluded = ["--workspace", "--exclude", NOT_TESTED[0], "--exclude", NOT_TESTED[1]];
-    let tests = build(&["test", "--no-run", "--tests"], &excluded)?;
-    let examples = build(&["build", "--examples"], &excluded)?;
-    let init = build(&["build", "--bins"], &["--package", NOT_TESTED[1]])?;
+    let build = |subcommand: &str, arguments: &[&str]| run(cargo(arch, subcommand, arguments)?, folder);
+    let rest = ["--workspace", "--exclude", NOT_TESTED[0], "--exclude", NOT_TESTED[1]];
+    let tests = build("test", &[&["--no-run", "--tests"], &rest[..]].concat())?;
+    let examples = build("build", &[&["--examples"], &rest[..]].concat())?;
+    let init = build("build", &["--bins", "--package", NOT_TESTED[1]])?;
     let init = init.into_iter().next().ok_or("cargo built no process 1")?;
     if tests.is_empty() {
         return Err("cargo built no test".to_owned());
@@ -49,14 +42,23 @@ pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
     Ok(Built { init, tests, examples })
 }
 
-fn run(arch: &Arch, folder: &Path, arguments: &[&str]) -> Result<Vec<Binary>, String> {
-    let mut command = crate::ci::cargo(arguments);
-    command.args(["--quiet", "--message-format=json-render-diagnostics", "--target", &arch.target]);
-    command.env("CARGO_TARGET_DIR", folder);
+/// Cargo, for static programs of an architecture.
+fn cargo(arch: &Arch, subcommand: &str, arguments: &[&str]) -> Result<Command, String> {
+    if arch.target.split('-').next() != Some(std::env::consts::ARCH) {
+        return Err(format!("this machine can't build programs for {}", arch.target));
+    }
+    let mut command = crate::ci::cargo(&[subcommand, "--target", &arch.target]);
+    command.args(arguments);
     // The flags hold for the target alone, not for build scripts, since --target is given.
     command.env_remove("CARGO_ENCODED_RUSTFLAGS").env("RUSTFLAGS", "-Ctarget-feature=+crt-static");
+    command.env("CARGO_PROFILE_DEV_DEBUG", "0");
+    Ok(command)
+}
+
+fn run(mut command: Command, folder: &Path) -> Result<Vec<Binary>, String> {
+    command.args(["--quiet", "--message-format=json-render-diagnostics"]).env("CARGO_TARGET_DIR", folder);
     // Small enough to be unpacked by many guests; back-traces have the names of functions.
-    command.env("CARGO_PROFILE_DEV_DEBUG", "0").env("CARGO_PROFILE_DEV_STRIP", "debuginfo");
+    command.env("CARGO_PROFILE_DEV_STRIP", "debuginfo");
     command.stdin(Stdio::null()).stderr(Stdio::inherit());
     let shown = crate::ci::display(&command);
     let output = command.output().map_err(|e| format!("{shown}: {e}"))?;

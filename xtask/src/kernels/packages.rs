@@ -1,69 +1,60 @@
 //! What a run needs and this machine may not have: QEMU, kernels, a shell.
 
-use std::collections::BTreeSet;
-use std::fs;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use super::qemu::Qemu;
 use super::table::Table;
 use super::{Options, Source, Subject};
-use crate::apt::Apt;
+use crate::apt::{self, Apt};
 
 const KERNEL_HELP: &str = "give a kernel image with --kernel";
 
 /// Where packages are from.
 pub(super) struct Packages {
-    /// Why there are none, on a machine that can't fetch any.
-    apt: Result<Apt, String>,
-    qemu: Option<PathBuf>,
+    folder: PathBuf,
     suites: Vec<String>,
+    /// By architecture, those that were needed.
+    roots: RefCell<BTreeMap<String, Rc<Apt>>>,
+    qemu: Option<PathBuf>,
 }
 
 /// A kernel and its modules.
+#[derive(Clone, Debug)]
 pub(super) struct Files {
     pub(super) image: PathBuf,
     pub(super) modules: Vec<PathBuf>,
 }
 
 impl Packages {
-    /// Prepares what has to be fetched for these kernels, if anything.
-    pub(super) fn prepare(
-        folder: &Path,
-        options: &Options,
-        table: &Table,
-        subjects: &[Subject],
-    ) -> Result<Self, String> {
+    pub(super) fn new(folder: &Path, options: &Options, table: &Table) -> Self {
         // All suites of the table: which kernels are run doesn't change where a package comes from.
-        let kernels = table.kernel.iter().flat_map(|kernel| &kernel.suites);
-        let suites: BTreeSet<&str> = kernels
-            .chain(table.arch.values().flat_map(|arch| &arch.qemu_suites))
-            .map(String::as_str)
-            .collect();
-        let suites: Vec<&str> = suites.into_iter().collect();
-        let archs: Vec<&str> = subjects.iter().map(|subject| subject.arch.debian.as_str()).collect();
-        let installed =
-            |subject: &Subject| options.qemu.is_some() || Qemu::find(&subject.arch.qemu).is_some();
-        let needed = options.shell.is_some()
-            || subjects.iter().any(|s| matches!(s.source, Source::Packages(_)) || !installed(s));
-        let apt = if needed {
-            Apt::open(folder.join("apt"), &suites, &archs)
-        } else {
-            Err("not needed".to_owned())
-        };
-        let suites = suites.into_iter().map(str::to_owned).collect();
-        let packages = Self { apt, qemu: options.qemu.clone(), suites };
-        // Everything that can be missing is, before the long work starts.
-        for subject in subjects {
-            let qemu = packages.qemu(subject)?;
-            let version = qemu.version()?;
-            let kernel = packages.kernel(subject)?;
-            eprintln!("{:12} {} in {version}", subject.name, super::image::file_name(&kernel.image));
+        let suites: BTreeSet<&String> =
+            table.kernel.iter().flat_map(|kernel| &kernel.suites).chain(&table.tool_suites).collect();
+        Self {
+            folder: folder.join("apt"),
+            suites: suites.into_iter().cloned().collect(),
+            roots: RefCell::default(),
+            qemu: options.qemu.clone(),
         }
-        Ok(packages)
     }
 
-    fn apt(&self) -> Result<&Apt, String> {
-        self.apt.as_ref().map_err(Clone::clone)
+    /// The packages of an architecture, by Debian's name.
+    pub(super) fn of(&self, arch: &str) -> Result<Rc<Apt>, String> {
+        if let Some(apt) = self.roots.borrow().get(arch) {
+            return Ok(Rc::clone(apt));
+        }
+        let suites: Vec<&str> = self.suites.iter().map(String::as_str).collect();
+        let apt = Rc::new(Apt::open(self.folder.join(arch), &suites, arch)?);
+        self.roots.borrow_mut().insert(arch.to_owned(), Rc::clone(&apt));
+        Ok(apt)
+    }
+
+    /// The packages of this machine's architecture.
+    pub(super) fn of_host(&self) -> Result<Rc<Apt>, String> {
+        self.of(&apt::host()?)
     }
 
     /// QEMU for a kernel: the given one, the installed one, or a fetched one.
@@ -76,7 +67,7 @@ impl Packages {
             return Ok(qemu);
         }
         let fetch = || {
-            let tree = self.apt()?.with_dependencies(&[&arch.qemu_package])?;
+            let tree = self.of_host()?.with_dependencies(&[&arch.qemu_package])?;
             Qemu::unpacked(&tree, &arch.qemu)
         };
         fetch().map_err(|reason| {
@@ -95,16 +86,17 @@ impl Packages {
             Source::Packages(kernel) => kernel,
         };
         let fetch = || {
-            let apt = self.apt()?;
+            let apt = self.of(&subject.arch.debian)?;
             let image = apt.newest(&kernel.packages)?;
             let mut names = vec![image.clone()];
             // What used to be one package is two.
             names.extend(
                 image.strip_prefix("linux-binary-").map(|version| format!("linux-modules-{version}")),
             );
-            let names: Vec<_> = names.iter().map(|name| format!("{name}:{}", subject.arch.debian)).collect();
-            let tree = apt.packages(&names)?;
-            let files = files(&tree);
+            let modules: Vec<_> = subject.arch.modules.iter().map(|name| format!("{name}.ko")).collect();
+            let wanted: Vec<_> = modules.iter().map(String::as_str).chain(["vmlinu"]).collect();
+            let tree = apt.packages(&names, &wanted)?;
+            let files = apt::files(&tree);
             let is_image = |path: &&PathBuf| {
                 let name = super::image::file_name(path);
                 name.starts_with("vmlinuz") || name.starts_with("vmlinux")
@@ -130,26 +122,10 @@ impl Packages {
 
     /// A shell and the usual tools in one static program.
     pub(super) fn busybox(&self, subject: &Subject) -> Result<PathBuf, String> {
-        let tree = self.apt()?.packages(&[format!("busybox-static:{}", subject.arch.debian)])?;
+        let apt = self.of(&subject.arch.debian)?;
+        let tree = apt.packages(&["busybox-static".to_owned()], &["busybox"])?;
         let paths = ["bin/busybox", "usr/bin/busybox"].map(|path| tree.join(path));
         let found = paths.into_iter().find(|path| path.is_file());
         found.ok_or_else(|| format!("no busybox in {}", tree.display()))
     }
-}
-
-/// The files under a folder, sorted.
-fn files(folder: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut folders = vec![folder.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() => folders.push(entry.path()),
-                Ok(kind) if kind.is_file() => found.push(entry.path()),
-                _ => {}
-            }
-        }
-    }
-    found.sort();
-    found
 }

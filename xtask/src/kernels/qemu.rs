@@ -90,7 +90,7 @@ impl Machine {
         let mut command = self.qemu.command();
         command.args(&self.arch.qemu_arguments);
         // Never the hardware's virtualisation: most machines that run this are virtual themselves.
-        command.args(["-accel", "tcg,thread=multi", "-smp", "2", "-m", "1024"]);
+        command.args(["-accel", "tcg,thread=multi", "-smp", "2", "-m", &self.arch.memory.to_string()]);
         command.args(["-no-user-config", "-no-reboot", "-nic", "none", "-display", "none"]);
         command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initramfs);
         let console = &self.arch.console;

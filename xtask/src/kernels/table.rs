@@ -17,6 +17,8 @@ pub(super) struct Table {
     pub(super) needs: Vec<String>,
     /// What the unprivileged user lacks.
     pub(super) nobody_lacks: Vec<String>,
+    /// Where QEMU, the shell and what programs for other machines take are looked for.
+    pub(super) tool_suites: Vec<String>,
     pub(super) arch: BTreeMap<String, Arch>,
     pub(super) kernel: Vec<Kernel>,
 }
@@ -31,10 +33,13 @@ pub(super) struct Arch {
     pub(super) debian: String,
     pub(super) qemu: String,
     pub(super) qemu_package: String,
-    pub(super) qemu_suites: Vec<String>,
     pub(super) qemu_arguments: Vec<String>,
     /// The terminal that is the machine's first serial port.
     pub(super) console: String,
+    /// MiB that a guest has.
+    pub(super) memory: usize,
+    /// Huge pages that are reserved.
+    pub(super) huge_pages: usize,
     /// Modules to load, as far as the kernel has them.
     pub(super) modules: Vec<String>,
 }
@@ -224,7 +229,7 @@ mod tests {
     #[test]
     fn the_suite_is_told_what_is_not_lacking() {
         let table = Table::parse(
-            "needs = ['root', 'hugetlb', 'swap']\nnobody-lacks = ['root']\n[arch]\n[[kernel]]\nname = '1'\n\
+            "needs = ['root', 'hugetlb', 'swap']\nnobody-lacks = ['root']\ntool-suites = []\n[arch]\n[[kernel]]\nname = '1'\n\
              arch = 'x'\npackages = []\nsuites = []\nfeatures = 0x1ff\nlacks = ['swap']\n",
         );
         assert!(table.unwrap_err().contains("no architecture x"));
