@@ -30,7 +30,8 @@ fn copy(uffd: &Uffd, source: &[u8], memory: &Memory, mode: CopyMode) -> Result<u
 
 /// Copies from any address.
 fn copy_from(uffd: &Uffd, source: *const c_void, memory: &Memory, len: usize) -> Result<usize> {
-    // SAFETY: the kernel says so if the source can't be read, and the memory is only accessed by raw pointers.
+    // SAFETY: the kernel says so if the source can't be read, and the memory is only accessed by raw
+    // pointers.
     unsafe { uffd.copy(source, memory.start(), len, true) }
 }
 

@@ -81,7 +81,8 @@ fn pages_are_told_by_what_they_are() {
         let mut scan = Scan::new(all(&memory));
         let found = run(scan.report(reported), &pagemap, 4);
         assert_eq!(found[..expected.len()], expected, "{memory:?}");
-        // What isn't there is a page nevertheless. Of huge pages it is a huge one where there is a page table.
+        // What isn't there is a page nevertheless. Of huge pages it is a huge one where there is a page
+        // table.
         let [(hole, categories)] = &found[expected.len()..] else { panic!("{found:?} {memory:?}") };
         assert_eq!(*hole, addresses(&memory, 2, 3), "{memory:?}");
         let huge = if kind.is_hugetlb() { Categories::HUGE } else { Categories::empty() };
@@ -186,8 +187,8 @@ fn categories_are_required_excluded_and_chosen_from() {
     assert_eq!(found, [(addresses(&memory, 0, 2), present)]);
 }
 
-/// The point of scanning and protecting in one step: whoever copies the pages that a scan tells, scan after scan, has
-/// everything in the end.
+/// The point of scanning and protecting in one step: whoever copies the pages that a scan tells, scan after
+/// scan, has everything in the end.
 #[test]
 fn no_write_falls_between_scanning_and_protecting() {
     require!(FeatureFlags::WP_ASYNC);

@@ -10,7 +10,8 @@ use crate::support::{bad_ranges, child, errno, features, nowhere, page, raw, req
 
 const READ_WRITE_PROTECT: RegisterMode = RegisterMode::READ_WRITE_PROTECT;
 
-/// Memory of every kind with `pages` pages that are there, registered for read-write protection, and its userfaultfd.
+/// Memory of every kind with `pages` pages that are there, registered for read-write protection, and its
+/// userfaultfd.
 fn each(test: &str, features: FeatureFlags, pages: usize) -> impl Iterator<Item = (Memory, Uffd)> {
     memory::each(test, READ_WRITE_PROTECT, pages).map(move |memory| {
         (0..pages).for_each(|page| memory.write(page, 1));

@@ -65,8 +65,9 @@ fn wait_readable(uffd: &Uffd, done: &UnixStream) -> bool {
     fds[0].revents & libc::POLLIN != 0
 }
 
-/// Runs `access` in a thread of its own, and meanwhile `answer` here, which gets the faults of it and must resolve them.
-/// Returns what `access` returns, and the faults are over then. The descriptor must not be a blocking one.
+/// Runs `access` in a thread of its own, and meanwhile `answer` here, which gets the faults of it and must
+/// resolve them. Returns what `access` returns, and the faults are over then. The descriptor must not be a
+/// blocking one.
 pub(crate) fn during<T: Send>(
     uffd: &Uffd,
     memory: &Memory,
@@ -119,8 +120,8 @@ pub(crate) fn assert_silent(uffd: &Uffd) {
     assert!(event.is_none(), "{event:?}");
 }
 
-/// Registers memory for one kind of fault, and sees to it that the next write to the first page delivers one. Returns its
-/// kind.
+/// Registers memory for one kind of fault, and sees to it that the next write to the first page delivers one.
+/// Returns its kind.
 pub(crate) fn provoke(uffd: &Uffd, memory: &Memory, mode: RegisterMode) -> FaultKind {
     let (start, len) = (memory.start(), memory.len());
     match mode {
@@ -144,7 +145,8 @@ pub(crate) fn provoke(uffd: &Uffd, memory: &Memory, mode: RegisterMode) -> Fault
     }
 }
 
-/// Every mode with memory of every kind that can be registered for it, of `pages` pages, and a userfaultfd for that.
+/// Every mode with memory of every kind that can be registered for it, of `pages` pages, and a userfaultfd
+/// for that.
 pub(crate) fn each_mode(test: &str, pages: usize) -> impl Iterator<Item = (RegisterMode, Memory, Uffd)> {
     let modes = RegisterMode::all().iter().filter_map(move |mode| {
         let rwp =

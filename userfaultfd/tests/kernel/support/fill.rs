@@ -1,4 +1,5 @@
-//! The five operations that resolve a missing or minor fault, as one: what they have in common is tested in one table.
+//! The five operations that resolve a missing or minor fault, as one: what they have in common is tested in
+//! one table.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -92,7 +93,8 @@ impl fmt::Debug for Filler {
 }
 
 impl Filler {
-    /// For memory of a kind, registered for what the operation resolves. `None`, visibly, where this kernel lacks it.
+    /// For memory of a kind, registered for what the operation resolves. `None`, visibly, where this kernel
+    /// lacks it.
     pub(crate) fn try_new(test: &str, fill: Fill, kind: Kind, pages: usize) -> Option<Self> {
         Self::try_with(test, fill, kind, pages, FeatureFlags::empty())
     }

@@ -51,8 +51,8 @@ impl Drop for Mapping {
     }
 }
 
-/// A nameless file of some pages on a file system that isn't shared memory. `None`, visibly, where the temporary files
-/// lie in shared memory.
+/// A nameless file of some pages on a file system that isn't shared memory. `None`, visibly, where the
+/// temporary files lie in shared memory.
 pub(crate) fn regular_file(test: &str, pages: usize) -> Option<File> {
     let path = format!("userfaultfd-{}-{test}", std::process::id()).replace(':', "-");
     let path = std::env::temp_dir().join(path);
@@ -80,8 +80,8 @@ pub(crate) fn secret(test: &str, pages: usize) -> Option<OwnedFd> {
     has(test, "memfd_secret", fd.is_ok()).then(|| sized(fd.unwrap(), pages))
 }
 
-/// An empty file in shared memory that has room for so many pages. For tests that run alone as the superuser; the file
-/// system hides the temporary files from them.
+/// An empty file in shared memory that has room for so many pages. For tests that run alone as the superuser;
+/// the file system hides the temporary files from them.
 pub(crate) fn file_with_room_for(test: &str, pages: usize) -> Option<File> {
     let own = mounts::own();
     if !has(test, "mounts of its own", own) {

@@ -98,8 +98,8 @@ impl Kind {
     }
 }
 
-/// Memory of every kind that can be registered so, of `pages` pages each, one after the other. Kinds that this kernel lacks
-/// are skipped visibly.
+/// Memory of every kind that can be registered so, of `pages` pages each, one after the other. Kinds that
+/// this kernel lacks are skipped visibly.
 pub(crate) fn each(test: &str, modes: RegisterMode, pages: usize) -> impl Iterator<Item = Memory> {
     each_of(test, &Kind::ALL, modes, pages)
 }
@@ -166,7 +166,8 @@ impl Memory {
     /// Maps `pages` pages. `None`, visibly, where hugetlb pages can't be had.
     pub(crate) fn try_new(test: &str, kind: Kind, pages: usize) -> Option<Self> {
         if kind.is_hugetlb() {
-            // A copy with a cold source takes a spare page for a moment, and an alias of private memory as many again.
+            // A copy with a cold source takes a spare page for a moment, and an alias of private memory as
+            // many again.
             let aliased = if kind.is_shared() { 0 } else { pages };
             let huge_pages = hugetlb::reserve(test, pages + aliased + 2)?;
             Some(Self::map(kind, pages, Some(huge_pages)))
@@ -215,8 +216,8 @@ impl Memory {
         Self { kind, start, pages, file, unmapped: Mutex::default(), huge_pages }
     }
 
-    /// Maps the same pages once more, shared: what is written there is in the page cache. Not for private anonymous
-    /// memory; for shared anonymous memory before it is registered.
+    /// Maps the same pages once more, shared: what is written there is in the page cache. Not for private
+    /// anonymous memory; for shared anonymous memory before it is registered.
     pub(crate) fn alias(&self) -> Memory {
         let file = self.file.as_ref().map(|file| file.try_clone().unwrap());
         let start = match &file {
@@ -273,7 +274,8 @@ impl Memory {
     pub(crate) fn content(&self, page: usize) -> Vec<u8> {
         assert!(page < self.pages);
         let mut content = vec![0; self.page()];
-        // SAFETY: source and destination are of a page's length, and the mapping is only accessed by raw pointers.
+        // SAFETY: source and destination are of a page's length, and the mapping is only accessed by raw
+        // pointers.
         unsafe { ptr::copy_nonoverlapping(self.at(page).cast(), content.as_mut_ptr(), content.len()) };
         content
     }
@@ -301,7 +303,8 @@ impl Memory {
         unsafe { self.at(page).cast::<u8>().write_volatile(byte) }
     }
 
-    /// Has the kernel read the first byte of a page: `EFAULT` where it can't, which would be a signal elsewhere.
+    /// Has the kernel read the first byte of a page: `EFAULT` where it can't, which would be a signal
+    /// elsewhere.
     pub(crate) fn read_by_kernel(&self, page: usize) -> Result<u8, Errno> {
         let (mut reader, writer) = UnixStream::pair().unwrap();
         // SAFETY: only the kernel reads from the address, and says so if it can't.
@@ -326,8 +329,8 @@ impl Memory {
         assert_eq!(result, 0);
     }
 
-    /// Moves some pages over those of another mapping, by mremap(2) with `flags` in addition. They aren't to be accessed
-    /// here any more, unless `flags` keeps them mapped.
+    /// Moves some pages over those of another mapping, by mremap(2) with `flags` in addition. They aren't to
+    /// be accessed here any more, unless `flags` keeps them mapped.
     pub(crate) fn move_over(&self, first: usize, pages: usize, to: &Memory, flags: libc::c_int) {
         assert!(pages <= to.pages);
         if flags & libc::MREMAP_DONTUNMAP == 0 {
@@ -339,7 +342,8 @@ impl Memory {
         assert_eq!(moved, to.start(), "mremap: {}", std::io::Error::last_os_error());
     }
 
-    /// Makes the mapping of `from` pages one of `to` pages in its place, by mremap(2). What is behind it must be unmapped.
+    /// Makes the mapping of `from` pages one of `to` pages in its place, by mremap(2). What is behind it must
+    /// be unmapped.
     pub(crate) fn resize(&self, from: usize, to: usize) {
         let mut unmapped = self.unmapped.lock().unwrap();
         unmapped.retain(|range| range.start < from);
@@ -408,7 +412,8 @@ fn map(len: usize, flags: libc::c_int, fd: libc::c_int) -> *mut u8 {
 
 /// Maps the pages of a shared mapping a second time.
 fn map_again(start: *mut u8, len: usize) -> *mut u8 {
-    // SAFETY: an old length of 0 leaves the mapping alone and makes another at an address of the kernel's choice.
+    // SAFETY: an old length of 0 leaves the mapping alone and makes another at an address of the kernel's
+    // choice.
     let again = unsafe { libc::mremap(start.cast(), 0, len, libc::MREMAP_MAYMOVE) };
     assert_ne!(again, libc::MAP_FAILED, "mremap: {}", std::io::Error::last_os_error());
     again.cast()

@@ -23,12 +23,12 @@ use std::time::Duration;
 
 use userfaultfd::{Errno, Error, FeatureFlags, Support, Uffd, UffdBuilder};
 
-/// Names a mask of features, in hexadecimal, that the running kernel must offer: exactly those. A test that is
-/// skipped for one of them fails then. Set by whoever knows which kernel runs.
+/// Names a mask of features, in hexadecimal, that the running kernel must offer: exactly those. A test that
+/// is skipped for one of them fails then. Set by whoever knows which kernel runs.
 pub(crate) const EXPECTED_FEATURES: &str = "USERFAULTFD_EXPECT_FEATURES";
 
-/// Names needs beside features that must be met, by commas: `root`, `hugetlb`, … A test that is skipped for one of
-/// them fails then.
+/// Names needs beside features that must be met, by commas: `root`, `hugetlb`, … A test that is skipped for
+/// one of them fails then.
 pub(crate) const EXPECTED_NEEDS: &str = "USERFAULTFD_EXPECT";
 
 static KERNEL: LazyLock<Support> =
@@ -64,8 +64,13 @@ fn skip(test: &str, need: &dyn std::fmt::Display) {
     static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let said = format!("{test}: needs {need}");
     if SAID.lock().unwrap().insert(said.clone()) {
-        println!("SKIP {said}");
+        show(&format!("SKIP {said}\n"));
     }
+}
+
+/// Shows a text past the test harness, which keeps to itself what a passing test prints.
+pub(crate) fn show(text: &str) {
+    std::io::stderr().write_all(text.as_bytes()).expect("standard error is open");
 }
 
 /// Whether this process may use `EVENT_FORK`, which takes more than that the kernel offers it.
@@ -92,8 +97,8 @@ pub(crate) fn is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
-/// A userfaultfd as most tests want it: it doesn't wait for events, and children that execute don't get it, whose copies
-/// would keep it open.
+/// A userfaultfd as most tests want it: it doesn't wait for events, and children that execute don't get it,
+/// whose copies would keep it open.
 pub(crate) fn uffd(features: FeatureFlags) -> Uffd {
     UffdBuilder::new()
         .close_on_exec(true)
@@ -129,8 +134,8 @@ pub(crate) fn bad_ranges(memory: &memory::Memory) -> Vec<(&'static str, *mut c_v
     ranges
 }
 
-/// An address at which nothing is mapped, nor will be by another test: below it the kernel maps nothing without being told
-/// to. A page of the base size.
+/// An address at which nothing is mapped, nor will be by another test: below it the kernel maps nothing
+/// without being told to. A page of the base size.
 pub(crate) fn nowhere() -> *mut c_void {
     let lowest = std::fs::read_to_string("/proc/sys/vm/mmap_min_addr").unwrap();
     let lowest: usize = lowest.trim().parse().unwrap();
@@ -198,8 +203,9 @@ macro_rules! test_name {
 }
 pub(crate) use test_name;
 
-/// The first line of every test: what it needs. Puts a time limit on the test, and skips it, visibly, where a need isn't
-/// met: `require!()`, `require!(FeatureFlags::MOVE)`, `require!(FeatureFlags::MOVE, root)`, `require!(root)`.
+/// The first line of every test: what it needs. Puts a time limit on the test, and skips it, visibly, where a
+/// need isn't met: `require!()`, `require!(FeatureFlags::MOVE)`, `require!(FeatureFlags::MOVE, root)`,
+/// `require!(root)`.
 macro_rules! require {
     () => {
         let _watchdog = $crate::support::Watchdog::arm($crate::support::test_name!());
