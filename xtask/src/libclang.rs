@@ -1,8 +1,9 @@
 //! libclang, which bindgen loads when it runs: found, or fetched.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::{env, fs};
+use std::env;
+use std::path::PathBuf;
+
+use crate::pip;
 
 const HELP: &str = "\
 libclang, with which the headers are read, is neither installed nor could it be fetched. Any of these helps:
@@ -28,7 +29,9 @@ pub(crate) fn load() -> Result<PathBuf, String> {
     let folder = crate::scratch().join("libclang");
     let unpacked = folder.join("clang/native");
     if !unpacked.is_dir() {
-        fetch(&folder).map_err(|reason| format!("{reason}\n\n{unusable}"))?;
+        // The Python package has nothing but the library in it, for every usual system.
+        pip::install(&folder, &["libclang"])
+            .map_err(|tried| format!("{HELP}\n\nWhat was tried:{tried}\n\n{unusable}"))?;
     }
     // SAFETY: this process has no other thread yet that could read the environment.
     unsafe { env::set_var("LIBCLANG_PATH", &unpacked) };
@@ -45,25 +48,4 @@ fn load_found() -> Result<PathBuf, String> {
         }
         _ => Ok(path),
     }
-}
-
-/// The Python package has nothing but the library in it, for every usual system.
-fn fetch(folder: &Path) -> Result<(), String> {
-    eprintln!("fetching libclang into {}", folder.display());
-    let mut failures = String::new();
-    for pip in [&["pip3"][..], &["pip"], &["python3", "-m", "pip"]] {
-        let mut command = Command::new(pip[0]);
-        command.args(&pip[1..]).args(["install", "--quiet", "--disable-pip-version-check", "--no-deps"]);
-        command.args(["--only-binary", ":all:", "--target"]).arg(folder).arg("libclang");
-        match command.stdin(Stdio::null()).output() {
-            Ok(output) if output.status.success() => return Ok(()),
-            Ok(output) => {
-                failures += &format!("\n{}: {}", pip.join(" "), String::from_utf8_lossy(&output.stderr))
-            }
-            Err(e) => failures += &format!("\n{}: {e}", pip.join(" ")),
-        }
-        // What a failed attempt leaves must not be taken for the library.
-        let _ = fs::remove_dir_all(folder);
-    }
-    Err(format!("{HELP}\n\nWhat was tried:{failures}"))
 }

@@ -3,9 +3,11 @@
 mod apt;
 mod bindings;
 mod ci;
+mod cross;
 mod diff;
 mod kernels;
 mod libclang;
+mod pip;
 mod sys;
 
 use std::env;
@@ -31,9 +33,10 @@ fn main() -> ExitCode {
     let result = match command.as_str() {
         "bindings" => bindings::run(&arguments),
         "ci" => ci::run(&arguments),
+        "cross" => cross::run(&arguments),
         "kernels" => kernels::run(&arguments),
         "" | "help" | "-h" | "--help" => {
-            print!("{USAGE}\n{}", kernels::USAGE);
+            print!("{USAGE}\n{}\n{}", cross::USAGE, kernels::USAGE);
             Ok(())
         }
         _ => Err(format!("no command `{command}`\n\n{USAGE}")),
