@@ -41,8 +41,8 @@ fn alone(test: &'static str) -> Command {
 pub(crate) fn run_well(test: &'static str, body: impl FnOnce()) {
     if let Some(output) = run(test, body) {
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        for skip in out.lines().filter_map(|line| line.find("SKIP").map(|at| &line[at..])) {
-            println!("{skip}");
+        for skip in err.lines().filter(|line| line.starts_with("SKIP ")) {
+            super::show(skip);
         }
         assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
     }

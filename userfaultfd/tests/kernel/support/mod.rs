@@ -18,6 +18,7 @@ pub(crate) mod sysctl;
 
 use std::collections::BTreeSet;
 use std::ffi::c_void;
+use std::io::Write;
 use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::time::Duration;
 
@@ -64,13 +65,17 @@ fn skip(test: &str, need: &dyn std::fmt::Display) {
     static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let said = format!("{test}: needs {need}");
     if SAID.lock().unwrap().insert(said.clone()) {
-        show(&format!("SKIP {said}\n"));
+        show(&format!("SKIP {said}"));
     }
 }
 
-/// Shows a text past the test harness, which keeps to itself what a passing test prints.
-pub(crate) fn show(text: &str) {
-    std::io::stderr().write_all(text.as_bytes()).expect("standard error is open");
+/// Shows a line, past the test harness unless that was told to show what a passing test prints.
+pub(crate) fn show(line: &str) {
+    if std::env::args().any(|argument| argument == "--show-output") {
+        println!("{line}");
+    } else {
+        writeln!(std::io::stderr(), "{line}").expect("standard error is open");
+    }
 }
 
 /// Whether this process may use `EVENT_FORK`, which takes more than that the kernel offers it.
