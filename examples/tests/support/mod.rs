@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -61,8 +61,13 @@ impl Output {
     }
 }
 
+/// Says it, past the test harness unless that was told to show what a passing test prints.
 pub(crate) fn skip(test: &str, needs: &str) {
-    println!("SKIP {test}: needs {needs}");
+    if env::args().any(|argument| argument == "--show-output") {
+        println!("SKIP {test}: needs {needs}");
+    } else {
+        writeln!(io::stderr(), "SKIP {test}: needs {needs}").expect("standard error is open");
+    }
 }
 
 /// The command of a built example.
