@@ -78,7 +78,7 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
 }
 
 /// Runs a command that shows its own output.
-fn execute(command: &mut Command) -> Result<(), String> {
+pub(crate) fn execute(command: &mut Command) -> Result<(), String> {
     println!("$ {}", display(command));
     let status = command.status().map_err(|e| format!("{}: {e}", display(command)))?;
     if status.success() { Ok(()) } else { Err(format!("{}: {status}", display(command))) }

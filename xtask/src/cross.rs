@@ -15,7 +15,8 @@ use serde_json::Value;
 
 use emulator::Emulator;
 use report::{Cell, Outcome, Row};
-use rust::{Library, Rust};
+use rust::Library;
+pub(crate) use rust::{HELP, Rust};
 use targets::Target;
 pub(crate) use toolchain::Toolchain;
 

@@ -8,6 +8,7 @@ mod diff;
 mod kernels;
 mod libclang;
 mod pip;
+mod sanitize;
 mod sys;
 
 use std::env;
@@ -35,8 +36,9 @@ fn main() -> ExitCode {
         "ci" => ci::run(&arguments),
         "cross" => cross::run(&arguments),
         "kernels" => kernels::run(&arguments),
+        "sanitize" => sanitize::run(&arguments),
         "" | "help" | "-h" | "--help" => {
-            print!("{USAGE}\n{}\n{}", cross::USAGE, kernels::USAGE);
+            print!("{USAGE}\n{}\n{}\n{}", cross::USAGE, kernels::USAGE, sanitize::USAGE);
             Ok(())
         }
         _ => Err(format!("no command `{command}`\n\n{USAGE}")),

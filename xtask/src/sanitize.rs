@@ -1,0 +1,224 @@
+//! `cargo xtask sanitize`: memory errors, data races, and what bytes no kernel writes do.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use crate::ci::{execute, output};
+use crate::cross::{self, Rust};
+
+pub(crate) const USAGE: &str = "\
+  sanitize [address] [thread] [fuzz] [--runs N] [--require]
+      Run the tests under AddressSanitizer and ThreadSanitizer, and fuzz the decoding of events; all three if none is
+      named.
+      --runs      how many inputs to fuzz with; ten million otherwise
+      --require   what can't be had is a failure
+";
+
+const RUNS: u64 = 10_000_000;
+
+/// What is tested: everything that users get.
+const TESTED: [&str; 9] = [
+    "--workspace",
+    "--exclude",
+    "xtask",
+    "--exclude",
+    "guest-init",
+    "--lib",
+    "--tests",
+    "--examples",
+    "--no-fail-fast",
+];
+
+/// How the library is compiled for libFuzzer, as cargo-fuzz does.
+const COVERAGE: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares --cfg=fuzzing -Ccodegen-units=1 -Cdebug-assertions \
+    -Zsanitizer=address";
+
+const FUZZ: &str = "userfaultfd/fuzz";
+
+enum Failure {
+    Failed(String),
+    NotAvailable(String),
+}
+
+impl From<String> for Failure {
+    fn from(reason: String) -> Self {
+        Self::Failed(reason)
+    }
+}
+
+type Act = fn(&Installed, u64) -> Result<(), Failure>;
+const STEPS: [(&str, Act); 3] = [("address", address), ("thread", thread), ("fuzz", fuzz)];
+
+pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
+    let (mut selected, mut runs, mut require) = (Vec::new(), RUNS, false);
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--require" => require = true,
+            "--runs" => {
+                let value = arguments.next().ok_or("--runs needs a number")?;
+                runs = value.parse().map_err(|e| format!("--runs {value}: {e}"))?;
+            }
+            name => {
+                let step = STEPS.into_iter().find(|(known, _)| *known == name);
+                selected.push(step.ok_or_else(|| format!("sanitize: unexpected argument `{name}`"))?);
+            }
+        }
+    }
+    if selected.is_empty() {
+        selected = STEPS.to_vec();
+    }
+    let installed = Installed::find()?;
+    let mut text = format!("\n{:10} {:>7}  result\n", "sanitizer", "seconds");
+    let mut failed = Vec::new();
+    for (name, act) in selected {
+        println!("\n=== {name}");
+        let start = Instant::now();
+        let (result, is_bad) = match act(&installed, runs) {
+            Ok(()) => ("passed".to_owned(), false),
+            Err(Failure::Failed(reason)) => (format!("FAILED: {reason}"), true),
+            Err(Failure::NotAvailable(reason)) => (format!("not available: {reason}"), require),
+        };
+        text += &format!("{name:10} {:7.0}  {result}\n", start.elapsed().as_secs_f32());
+        if is_bad {
+            failed.push(name);
+        }
+    }
+    println!("{text}");
+    if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", "))) }
+}
+
+/// The compiler of this machine.
+struct Installed {
+    rustc: PathBuf,
+    target: String,
+    /// Of LLVM, the number that sanitizers' run times and the code that calls them have to share.
+    llvm: String,
+}
+
+impl Installed {
+    fn find() -> Result<Self, String> {
+        let rustc = PathBuf::from(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+        let about = about(&rustc)?;
+        let target = field(&about, "host: ").ok_or("rustc names no host")?.to_owned();
+        let llvm = llvm(&about)?;
+        Ok(Self { rustc, target, llvm })
+    }
+
+    /// The run time of a sanitizer, which comes with some builds of the compiler.
+    fn runtime(&self, sanitizer: &str) -> Result<PathBuf, Failure> {
+        let mut command = Command::new(&self.rustc);
+        let folder = output(command.args(["--print", "target-libdir", "--target", &self.target]))?;
+        let end = format!("_rt.{sanitizer}.a");
+        let entries = fs::read_dir(folder.trim()).into_iter().flatten().flatten();
+        let found = entries.map(|entry| entry.path()).find(|path| path.to_string_lossy().ends_with(&end));
+        found.ok_or_else(|| {
+            let help = "have a Rust of rust-lang.org installed";
+            Failure::NotAvailable(format!("no librustc{end} in {}: {help}", folder.trim()))
+        })
+    }
+
+    fn cargo(&self, subcommand: &str, rustflags: &str, folder: &str) -> Command {
+        let mut command = crate::ci::cargo(&[subcommand, "--target", &self.target]);
+        command.env("RUSTC_BOOTSTRAP", "1").env_remove("CARGO_ENCODED_RUSTFLAGS").env("RUSTFLAGS", rustflags);
+        command.env("CARGO_TARGET_DIR", self::folder(folder));
+        command
+    }
+}
+
+fn folder(name: &str) -> PathBuf {
+    crate::scratch().join("sanitize").join(name)
+}
+
+fn about(rustc: &Path) -> Result<String, String> {
+    output(Command::new(rustc).arg("-vV"))
+}
+
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.strip_prefix(name))
+}
+
+/// The first number of LLVM's version.
+fn llvm(about: &str) -> Result<String, String> {
+    let version = field(about, "LLVM version: ").ok_or("rustc names no LLVM")?;
+    Ok(version.split('.').next().unwrap_or_default().to_owned())
+}
+
+fn address(installed: &Installed, _: u64) -> Result<(), Failure> {
+    installed.runtime("asan")?;
+    let mut command = installed.cargo("test", "-Zsanitizer=address", "address");
+    command.args(TESTED);
+    Ok(execute(&mut command)?)
+}
+
+/// Here the standard library must be built with the sanitizer, too: or what synchronises by it looks unsynchronised.
+fn thread(installed: &Installed, _: u64) -> Result<(), Failure> {
+    let runtime = installed.runtime("tsan")?;
+    let rust = Rust::current().map_err(Failure::NotAvailable)?;
+    if !rust.has_sources() {
+        return Err(Failure::NotAvailable(format!("Rust {} has no sources: {}", rust.version, cross::HELP)));
+    }
+    println!("Rust {}: {}", rust.version, rust.origin);
+    if llvm(&about(&rust.rustc)?)? != installed.llvm {
+        let reason = format!("Rust {} has another LLVM than the run time of the installed one", rust.version);
+        return Err(Failure::NotAvailable(format!("{reason}: {}", cross::HELP)));
+    }
+    // The run time is named, since a compiler of Debian's has none of its own.
+    let flags = format!(
+        "-Zsanitizer=thread -Zexternal-clangrt -Clink-arg=-Wl,--whole-archive -Clink-arg={} \
+         -Clink-arg=-Wl,--no-whole-archive",
+        runtime.display()
+    );
+    let mut command = installed.cargo("test", &flags, "thread");
+    command.arg("-Zbuild-std").args(TESTED).env("RUSTC", &rust.rustc);
+    // Tests fork while the harness has other threads; their children only make system calls.
+    command.env("TSAN_OPTIONS", "die_after_fork=0");
+    Ok(execute(&mut command)?)
+}
+
+fn fuzz(installed: &Installed, runs: u64) -> Result<(), Failure> {
+    installed.runtime("asan")?;
+    let sources = crate::root().join(FUZZ);
+    let mut command = installed.cargo("build", COVERAGE, "fuzz");
+    execute(command.args(["--release", "--manifest-path"]).arg(sources.join("Cargo.toml")))?;
+
+    let (corpus, findings) = (folder("corpus"), folder("findings"));
+    for folder in [&corpus, &findings] {
+        fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    }
+    let program = folder("fuzz").join(&installed.target).join("release/events");
+    let mut command = Command::new(program);
+    command.arg(format!("-runs={runs}")).arg(format!("-artifact_prefix={}/", findings.display()));
+    // A byte, and as many messages as fill the largest buffer twice.
+    command.args(["-max_len=513", "-print_final_stats=1"]).arg(&corpus).arg(sources.join("seeds/events"));
+    // Most of the time would go into remembering who allocated what.
+    command.env("ASAN_OPTIONS", "malloc_context_size=2:quarantine_size_mb=4");
+    execute(&mut command).map_err(|reason| {
+        Failure::Failed(format!("{reason}; inputs that fail are in {}", findings.display()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_compiler_says_of_itself_is_read() {
+        let about = "rustc 1.95.0\nhost: x86_64-unknown-linux-gnu\nLLVM version: 22.1.2\n";
+        assert_eq!(field(about, "host: "), Some("x86_64-unknown-linux-gnu"));
+        assert_eq!(llvm(about).as_deref(), Ok("22"));
+        assert!(llvm("rustc 1.95.0\n").is_err());
+    }
+
+    #[test]
+    fn wrong_arguments_are_refused() {
+        for wrong in [&["memory"][..], &["--runs"], &["--runs", "many"], &["--fast"]] {
+            let arguments: Vec<_> = wrong.iter().map(|argument| (*argument).to_owned()).collect();
+            assert!(run(&arguments).is_err(), "{wrong:?}");
+        }
+    }
+}
