@@ -14,7 +14,7 @@
 //! - No structure that an ioctl takes has ever changed its size, which is part of the ioctl's number. What is new comes
 //!   as a new ioctl, a new flag or a new feature bit.
 //! - A kernel refuses what it doesn't know: a system call flag, an ioctl, a mode or a feature of a newer kernel is
-//!   `EINVAL`. It never ignores it.
+//!   `EINVAL`. (Kernels from 6.1 to 6.1.25 ignored unknown features, so compare what the handshake returns, too.)
 //! - The handshake, [`UFFDIO_API`] with `features` zero, answers with the features and ioctls that the running kernel
 //!   has. It succeeds once for each descriptor, so ask on one that is closed afterwards.
 //!
