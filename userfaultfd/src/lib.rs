@@ -23,7 +23,7 @@
 //!     let handler = thread::spawn(move || {
 //!         let Some(Event::Pagefault { addr, rw, .. }) = uffd.read_event()? else { unreachable!() };
 //!         println!("{rw:?} fault at {addr:p}");
-//!         let content = vec![42; page_size()];
+//!         let content = vec![42u8; page_size()];
 //!         // SAFETY: `content` is readable, and 42s are as good as any bytes to whoever reads `memory`.
 //!         unsafe { uffd.copy(content.as_ptr().cast(), addr, page_size(), true) }
 //!     });

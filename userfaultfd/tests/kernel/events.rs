@@ -175,7 +175,7 @@ fn unmapping_is_told_after_the_pages_went() {
                 },
             );
             assert_silent(uffd);
-            let content = vec![1; memory.page()];
+            let content = vec![1u8; memory.page()];
             // SAFETY: the content lives on, and nothing is mapped at the destination.
             let copied = unsafe { uffd.copy(content.as_ptr().cast(), memory.at(1), memory.page(), true) };
             assert_eq!(errno(copied), Errno::ENOENT);

@@ -68,7 +68,7 @@ fn a_process_that_executes_another_program_is_gone() {
         });
         here.read_exact(&mut [0]).unwrap();
         // It lives, and the memory doesn't.
-        let content = vec![1; memory.len()];
+        let content = vec![1u8; memory.len()];
         // SAFETY: the content lives on, and the destination is in the memory that is gone.
         let copied = unsafe { uffd.copy(content.as_ptr().cast(), memory.start(), memory.len(), true) };
         assert_eq!(errno(copied), Errno::ESRCH);

@@ -113,7 +113,7 @@ fn operations_on_anything_else_fail() {
     require!();
     let memory = Memory::anonymous(1);
     let (start, len) = (memory.start(), memory.len());
-    let content = vec![1; len];
+    let content = vec![1u8; len];
     for (name, descriptor) in foreign::descriptors() {
         let uffd = Uffd::from(descriptor);
         // SAFETY: the content lives on, and the memory is only accessed by raw pointers.
