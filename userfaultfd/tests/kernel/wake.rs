@@ -81,7 +81,9 @@ fn waiters_whose_exact_address_is_told_are_woken_by_the_page() {
         unsafe { ptr::with_exposed_provenance::<u8>(address).read_volatile() }
     };
     fault::during(&uffd, &memory, read, |faults| {
-        assert_eq!(faults.next().addr, address);
+        // The processor of s390x doesn't tell more than the page.
+        let told = if cfg!(target_arch = "s390x") { memory.at(0).addr() } else { address };
+        assert_eq!(faults.next().addr, told);
         fill(&uffd, &memory, 0);
         uffd.wake(memory.start(), memory.len()).unwrap();
     });
