@@ -28,9 +28,15 @@ pub(super) struct Built {
 /// This package and what it is made of: not for guests.
 const NOT_TESTED: [&str; 2] = ["xtask", "guest-init"];
 
-/// Builds the tests of the workspace, its examples, and process 1.
+/// Builds the tests of the workspace, its examples, and process 1. On this machine's own architecture that is done in
+/// `folder`, elsewhere where the tool chain has what it needs.
 pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
-    let build = |subcommand: &str, arguments: &[&str]| run(cargo(arch, subcommand, arguments)?, folder);
+    let own = arch.target.split('-').next() == Some(std::env::consts::ARCH);
+    let toolchain = if own { None } else { Some(crate::cross::toolchain(&arch.target)?) };
+    let build = |subcommand: &str, arguments: &[&str]| match &toolchain {
+        Some(toolchain) => run(&mut toolchain.cargo(subcommand, arguments)),
+        None => run(&mut own_cargo(&arch.target, folder, subcommand, arguments)),
+    };
     let rest = ["--workspace", "--exclude", NOT_TESTED[0], "--exclude", NOT_TESTED[1]];
     let tests = build("test", &[&["--no-run", "--tests"], &rest[..]].concat())?;
     let examples = build("build", &[&["--examples"], &rest[..]].concat())?;
@@ -42,25 +48,22 @@ pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
     Ok(Built { init, tests, examples })
 }
 
-/// Cargo, for static programs of an architecture.
-fn cargo(arch: &Arch, subcommand: &str, arguments: &[&str]) -> Result<Command, String> {
-    if arch.target.split('-').next() != Some(std::env::consts::ARCH) {
-        return Err(format!("this machine can't build programs for {}", arch.target));
-    }
-    let mut command = crate::ci::cargo(&[subcommand, "--target", &arch.target]);
-    command.args(arguments);
+/// Cargo, for static programs of this machine's architecture.
+fn own_cargo(target: &str, folder: &Path, subcommand: &str, arguments: &[&str]) -> Command {
+    let mut command = crate::ci::cargo(&[subcommand, "--target", target]);
+    command.args(arguments).env("CARGO_TARGET_DIR", folder);
     // The flags hold for the target alone, not for build scripts, since --target is given.
     command.env_remove("CARGO_ENCODED_RUSTFLAGS").env("RUSTFLAGS", "-Ctarget-feature=+crt-static");
     command.env("CARGO_PROFILE_DEV_DEBUG", "0");
-    Ok(command)
+    command
 }
 
-fn run(mut command: Command, folder: &Path) -> Result<Vec<Binary>, String> {
-    command.args(["--quiet", "--message-format=json-render-diagnostics"]).env("CARGO_TARGET_DIR", folder);
+fn run(command: &mut Command) -> Result<Vec<Binary>, String> {
+    command.args(["--quiet", "--message-format=json-render-diagnostics"]);
     // Small enough to be unpacked by many guests; back-traces have the names of functions.
     command.env("CARGO_PROFILE_DEV_STRIP", "debuginfo");
     command.stdin(Stdio::null()).stderr(Stdio::inherit());
-    let shown = crate::ci::display(&command);
+    let shown = crate::ci::display(command);
     let output = command.output().map_err(|e| format!("{shown}: {e}"))?;
     if !output.status.success() {
         return Err(format!("{shown}: {}", output.status));
