@@ -54,7 +54,7 @@ fn a_copy_that_stops_at_a_page_goes_on_and_says_so() {
     let memory = Mapping::anonymous(4);
     let uffd = UffdBuilder::new().close_on_exec(true).create().unwrap();
     uffd.register(memory.ptr, memory.len).unwrap();
-    let content = vec![7; memory.len];
+    let content = vec![7u8; memory.len];
     copy_all(&uffd, &content[..page_size()], memory.page(2) as usize).unwrap();
     // Two pages are copied; the call for the rest tells why it stopped.
     let stopped = copy_all(&uffd, &content, memory.ptr as usize).unwrap_err();
@@ -74,7 +74,7 @@ fn an_unregistered_range_is_enoent() {
     require!();
     let memory = Mapping::anonymous(1);
     let uffd = UffdBuilder::new().close_on_exec(true).create().unwrap();
-    let content = vec![7; memory.len];
+    let content = vec![7u8; memory.len];
     let copied = copy_all(&uffd, &content, memory.ptr as usize);
     let Err(PagerError::Uffd(UffdError::CopyFailed(errno))) = copied else { panic!("{copied:?}") };
     assert_eq!(errno, Errno::ENOENT);
