@@ -181,10 +181,10 @@ fn thread(installed: &Installed, _: u64) -> Result<(), Failure> {
         let reason = format!("Rust {} has another LLVM than the run time of the installed one", rust.version);
         return Err(Failure::NotAvailable(format!("{reason}: {}", cross::HELP)));
     }
-    // The run time is named, since a compiler of Debian's has none of its own.
+    // The run time is named, since a compiler of Debian's has none of its own; first, so that what it needs follows.
     let flags = format!(
-        "-Zsanitizer=thread -Zexternal-clangrt -Clink-arg=-Wl,--whole-archive -Clink-arg={} \
-         -Clink-arg=-Wl,--no-whole-archive",
+        "-Zsanitizer=thread -Zexternal-clangrt -Zpre-link-arg=-Wl,--whole-archive -Zpre-link-arg={} \
+         -Zpre-link-arg=-Wl,--no-whole-archive -Clink-arg=-lm",
         runtime.display()
     );
     test(|subcommand| {
