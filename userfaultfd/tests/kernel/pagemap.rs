@@ -289,9 +289,9 @@ fn malformed_ranges_are_refused() {
     let mut regions = [Region::default()];
     let mut scan = |range| Scan::new(range).next_regions(&pagemap, &mut regions).map(drop);
     assert_eq!(errno(scan(start + 1..end)), Errno::EINVAL);
-    assert_eq!(errno(scan(end..start)), Errno::EFAULT);
-    // On s390x every address is a process's: the kernel has a space of its own.
+    // On s390x every address is a process's, so nothing is too long: the kernel has a space of its own.
     if !cfg!(target_arch = "s390x") {
+        assert_eq!(errno(scan(end..start)), Errno::EFAULT);
         assert_eq!(errno(scan(start..usize::MAX)), Errno::EFAULT);
     }
 }
