@@ -11,6 +11,9 @@ use crate::libclang;
 const HEADERS: &str = "../shared/uapi";
 const NO_HEADERS: &str = "there is no header tree at ../shared/uapi";
 
+const NO_APT: &str = "there are no apt-get and dpkg here to fetch kernels with; \
+    run `cargo xtask kernels --qemu PATH --kernel PATH --features MASK` with a kernel of yours";
+
 /// The oldest nix that the workspace accepts: programs written for userfaultfd 0.9 have it.
 const OLDEST_NIX: &str = "0.27.1";
 
@@ -30,6 +33,7 @@ pub(super) const STEPS: &[Step] = &[
     step("package", "both crates, as they would be published", package),
     step("bare", "a build without libclang, C compiler and kernel headers", bare::run),
     step("nix", "the library with the oldest nix that it accepts", oldest_nix),
+    step("kernels", "the tests on other kernels, in virtual machines", kernels),
     step("test", "the README's test command", test),
 ];
 
@@ -103,6 +107,16 @@ fn oldest_nix() -> Result<Outcome, String> {
     }
     run(&["update", "--package=nix", "--precise", OLDEST_NIX])?;
     passed(run(&["test", "--package=userfaultfd", "--lib"]))
+}
+
+/// Where there is APT, a kernel that can't be had is a failure: a mirror that is away for an hour must not look like
+/// kernels that were tested. Elsewhere no change to the tree could make the step pass.
+fn kernels() -> Result<Outcome, String> {
+    if let Err(reason) = crate::apt::host() {
+        println!("{reason}");
+        return Ok(Outcome::Skipped(NO_APT));
+    }
+    passed(crate::kernels::run(&[]))
 }
 
 fn test() -> Result<Outcome, String> {
