@@ -231,6 +231,7 @@ mod features;
 mod fill;
 mod open;
 pub mod pagemap;
+pub mod pager;
 mod protect;
 mod sys;
 mod uffd;
