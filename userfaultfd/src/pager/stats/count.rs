@@ -1,0 +1,145 @@
+//! A number that one thread counts up and any thread reads.
+
+#[cfg(not(target_has_atomic = "64"))]
+pub(super) use halves::Count;
+#[cfg(target_has_atomic = "64")]
+pub(super) use whole::Count;
+
+/// Where 64 bits are written at once.
+#[cfg(target_has_atomic = "64")]
+mod whole {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// One thread writes, so that it needs no locked instruction: what it loads is what it stored last.
+    #[derive(Debug, Default)]
+    pub(in crate::pager) struct Count(AtomicU64);
+
+    impl Count {
+        pub(in crate::pager) const fn new() -> Self {
+            Self(AtomicU64::new(0))
+        }
+
+        #[inline]
+        pub(in crate::pager) fn get(&self) -> u64 {
+            self.0.load(Ordering::Relaxed)
+        }
+
+        /// Only for the thread that writes, as the rest of the setters.
+        #[inline]
+        pub(in crate::pager) fn set(&self, value: u64) {
+            self.0.store(value, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Where they aren't: 32-bit mips, powerpc, riscv, old arm and others. Tested everywhere.
+#[cfg(any(test, not(target_has_atomic = "64")))]
+mod halves {
+    use std::hint;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// The upper half is there twice, written before and after the lower one, and read the other way round. A reader
+    /// that finds both the same has the lower half that belongs to them.
+    #[derive(Debug, Default)]
+    pub(in crate::pager) struct Count {
+        before: AtomicU32,
+        lower: AtomicU32,
+        after: AtomicU32,
+    }
+
+    impl Count {
+        pub(in crate::pager) const fn new() -> Self {
+            Self { before: AtomicU32::new(0), lower: AtomicU32::new(0), after: AtomicU32::new(0) }
+        }
+
+        #[inline]
+        pub(in crate::pager) fn get(&self) -> u64 {
+            loop {
+                // Each load sees at least what was stored before the store that the load before it saw.
+                let upper = self.after.load(Ordering::Acquire);
+                let lower = self.lower.load(Ordering::Acquire);
+                if self.before.load(Ordering::Acquire) == upper {
+                    return u64::from(upper) << 32 | u64::from(lower);
+                }
+                hint::spin_loop();
+            }
+        }
+
+        #[inline]
+        pub(in crate::pager) fn set(&self, value: u64) {
+            let (upper, lower) = ((value >> 32) as u32, value as u32);
+            self.before.store(upper, Ordering::Release);
+            self.lower.store(lower, Ordering::Release);
+            self.after.store(upper, Ordering::Release);
+        }
+    }
+}
+
+impl Count {
+    #[inline]
+    pub(in crate::pager) fn add(&self, more: u64) {
+        self.set(self.get().saturating_add(more));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use super::{Count, halves};
+
+    /// Passes borders of the lower half again and again.
+    const STEP: u64 = (1 << 32) / 3;
+    const STEPS: u64 = 300_000;
+
+    macro_rules! reader_sees_multiples_that_grow {
+        ($count:expr) => {
+            let count = $count;
+            let running = AtomicBool::new(true);
+            let (seen, last) = thread::scope(|scope| {
+                let reader = scope.spawn(|| {
+                    let (mut seen, mut last) = (0_u64, 0);
+                    while running.load(Ordering::Relaxed) {
+                        let now = count.get();
+                        assert!(now >= last, "{now:#x} after {last:#x}");
+                        assert_eq!(now % STEP, 0, "{now:#x} was never stored");
+                        seen += u64::from(now != last);
+                        last = now;
+                    }
+                    (seen, count.get())
+                });
+                // The reader looks between two steps, at least now and then, on a machine with one CPU too.
+                for step in 1..=STEPS {
+                    count.set(step * STEP);
+                    if step % 4096 == 0 {
+                        thread::yield_now();
+                    }
+                }
+                running.store(false, Ordering::Relaxed);
+                reader.join().unwrap()
+            });
+            assert_eq!(last, STEPS * STEP);
+            eprintln!("{seen} different values seen");
+        };
+    }
+
+    #[test]
+    fn a_reader_sees_whole_values_that_grow() {
+        reader_sees_multiples_that_grow!(Count::new());
+    }
+
+    #[test]
+    fn a_reader_of_halves_sees_whole_values_that_grow() {
+        reader_sees_multiples_that_grow!(halves::Count::new());
+    }
+
+    #[test]
+    fn adding_saturates() {
+        let count = Count::new();
+        count.add(u64::MAX - 1);
+        count.add(1);
+        count.add(1);
+        assert_eq!(count.get(), u64::MAX);
+    }
+}

@@ -1,0 +1,325 @@
+//! How long things took.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::count::Count;
+
+/// Buckets between a power of two and the next: a bound is at most an eighth above what it stands for.
+const STEPS: u64 = 8;
+
+/// All 64 bits of nanoseconds: 0 to 7 have a bucket each, then there are `STEPS` for each power of two.
+const BUCKETS: usize = bucket_of(u64::MAX) + 1;
+
+const fn bucket_of(nanos: u64) -> usize {
+    let shift = (nanos | STEPS).ilog2() - STEPS.ilog2();
+    (shift as u64 * STEPS + (nanos >> shift)) as usize
+}
+
+/// The longest duration of a bucket, in nanoseconds.
+const fn upper_bound(bucket: usize) -> u64 {
+    let bucket = bucket as u64;
+    if bucket < 2 * STEPS {
+        return bucket;
+    }
+    let (shift, first) = (bucket / STEPS - 1, bucket % STEPS + STEPS);
+    (first << shift) + ((1 << shift) - 1)
+}
+
+fn nanos_of(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// How often something took how long. Plain data: it can be cloned, compared, and added to another.
+///
+/// Durations are counted in buckets that are an eighth of their lower bound wide, or a nanosecond. So
+/// [quantiles](Self::quantile) are upper bounds, at most an eighth too long; the mean and the maximum are exact. More
+/// than 584 years count as that.
+///
+/// ```
+/// use std::time::Duration;
+/// use userfaultfd::pager::Histogram;
+///
+/// let mut histogram = Histogram::default();
+/// for micros in 1..=100 {
+///     histogram.record(Duration::from_micros(micros));
+/// }
+/// assert_eq!(histogram.count(), 100);
+/// assert_eq!(histogram.mean(), Some(Duration::from_nanos(50_500)));
+/// assert_eq!(histogram.max(), Some(Duration::from_micros(100)));
+/// let median = histogram.quantile(0.5).unwrap();
+/// assert!(median >= Duration::from_micros(50) && median < Duration::from_nanos(56_250));
+/// println!("{histogram}");
+/// ```
+#[derive(Clone, PartialEq, Eq)]
+pub struct Histogram {
+    buckets: [u64; BUCKETS],
+    total: u64,
+    max: u64,
+}
+
+impl Histogram {
+    /// Counts a duration.
+    pub fn record(&mut self, duration: Duration) {
+        let nanos = nanos_of(duration);
+        self.buckets[bucket_of(nanos)] += 1;
+        self.total = self.total.saturating_add(nanos);
+        self.max = self.max.max(nanos);
+    }
+
+    /// Adds what another one has counted.
+    pub fn merge(&mut self, other: &Self) {
+        for (count, more) in self.buckets.iter_mut().zip(&other.buckets) {
+            *count += more;
+        }
+        self.total = self.total.saturating_add(other.total);
+        self.max = self.max.max(other.max);
+    }
+
+    /// How many durations were counted.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+
+    /// A duration that this part of all (0.5: the half) doesn't exceed: an upper bound, at most an eighth too long.
+    /// What is below 0 counts as 0, what is above 1 as 1. `None` if nothing was counted.
+    #[must_use]
+    pub fn quantile(&self, part: f64) -> Option<Duration> {
+        let count = self.count();
+        let rank = ((part * count as f64).ceil() as u64).clamp(1, count.max(1));
+        let mut seen = 0;
+        let bucket = self.buckets.iter().position(|&here| {
+            seen += here;
+            seen >= rank
+        })?;
+        Some(self.bound(bucket))
+    }
+
+    /// The longest. `None` if nothing was counted.
+    #[must_use]
+    pub fn max(&self) -> Option<Duration> {
+        (self.count() != 0).then_some(Duration::from_nanos(self.max))
+    }
+
+    /// The mean. `None` if nothing was counted.
+    #[must_use]
+    pub fn mean(&self) -> Option<Duration> {
+        self.total.checked_div(self.count()).map(Duration::from_nanos)
+    }
+
+    /// All durations together.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        Duration::from_nanos(self.total)
+    }
+
+    /// The buckets that hold something, from the shortest: the longest duration that would be counted there, and how
+    /// many were.
+    pub fn iter(&self) -> impl Iterator<Item = (Duration, u64)> + '_ {
+        let filled = self.buckets.iter().enumerate().filter(|&(_, &count)| count != 0);
+        filled.map(|(bucket, &count)| (Duration::from_nanos(upper_bound(bucket)), count))
+    }
+
+    /// What is known of the durations in a bucket.
+    fn bound(&self, bucket: usize) -> Duration {
+        Duration::from_nanos(upper_bound(bucket).min(self.max))
+    }
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self { buckets: [0; BUCKETS], total: 0, max: 0 }
+    }
+}
+
+impl fmt::Debug for Histogram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.iter()).finish()
+    }
+}
+
+/// One line: how many, mean, quantiles, maximum. With `{:#}` also a bar for each power of two in between.
+impl fmt::Display for Histogram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Some(mean), Some(max)) = (self.mean(), self.max()) else { return f.write_str("none") };
+        write!(f, "{} in {:.1?}: mean {mean:.1?}", self.count(), self.total())?;
+        for (name, part) in [("half", 0.5), ("90 %", 0.9), ("99 %", 0.99), ("99.9 %", 0.999)] {
+            if let Some(bound) = self.quantile(part) {
+                write!(f, ", {name} ≤ {bound:.1?}")?;
+            }
+        }
+        write!(f, ", max {max:.1?}")?;
+        if f.alternate() {
+            self.write_bars(f)?;
+        }
+        Ok(())
+    }
+}
+
+impl Histogram {
+    fn write_bars(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const WIDTH: u64 = 40;
+        let powers: Vec<(usize, u64)> =
+            self.buckets.chunks(STEPS as usize).map(|power| power.iter().sum()).enumerate().collect();
+        let Some(first) = powers.iter().position(|&(_, count)| count != 0) else { return Ok(()) };
+        let last = powers.iter().rposition(|&(_, count)| count != 0).unwrap_or(first);
+        let most = powers.iter().map(|&(_, count)| count).max().unwrap_or(1);
+        for &(power, count) in &powers[first..=last] {
+            let bound = Duration::from_nanos(upper_bound((power + 1) * STEPS as usize - 1));
+            // Rounded up, so that a bar is there for a single one, too. The product fits where u64 doesn't.
+            let bar = (u128::from(count) * u128::from(WIDTH)).div_ceil(u128::from(most)) as usize;
+            write!(f, "\n  ≤ {:>8} {count:>10}", format!("{bound:.1?}"))?;
+            if bar != 0 {
+                write!(f, " {:#<bar$}", "")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where one thread counts durations that any other reads.
+#[derive(Debug)]
+pub(in crate::pager) struct Recorder {
+    buckets: [Count; BUCKETS],
+    total: Count,
+    max: Count,
+}
+
+impl Recorder {
+    pub(in crate::pager) const fn new() -> Self {
+        Self { buckets: [const { Count::new() }; BUCKETS], total: Count::new(), max: Count::new() }
+    }
+
+    /// Counts a duration. Only for the one thread that writes.
+    #[inline]
+    pub(in crate::pager) fn record(&self, duration: Duration) {
+        let nanos = nanos_of(duration);
+        // Before the bucket: who sees the duration counted mostly sees it in these too.
+        self.total.add(nanos);
+        if nanos > self.max.get() {
+            self.max.set(nanos);
+        }
+        self.buckets[bucket_of(nanos)].add(1);
+    }
+
+    /// What was counted. Of a duration that is being counted right now any part may be there.
+    pub(in crate::pager) fn snapshot(&self) -> Histogram {
+        let mut histogram = Histogram::default();
+        for (count, source) in histogram.buckets.iter_mut().zip(&self.buckets) {
+            *count = source.get();
+        }
+        histogram.total = self.total.get();
+        histogram.max = self.max.get();
+        histogram
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NANO: Duration = Duration::from_nanos(1);
+
+    #[test]
+    fn buckets_leave_no_gap_and_are_an_eighth_wide() {
+        let mut lower = 0;
+        for bucket in 0..BUCKETS {
+            let upper = upper_bound(bucket);
+            assert_eq!((bucket_of(lower), bucket_of(upper)), (bucket, bucket), "{lower}..={upper}");
+            assert!(upper - lower <= lower / STEPS, "{lower}..={upper}");
+            let Some(next) = upper.checked_add(1) else {
+                assert_eq!(bucket, BUCKETS - 1);
+                return;
+            };
+            lower = next;
+        }
+        panic!("the last bucket ends at {lower}");
+    }
+
+    #[test]
+    fn nothing_counted_has_no_quantiles() {
+        let histogram = Histogram::default();
+        assert_eq!((histogram.count(), histogram.total()), (0, Duration::ZERO));
+        assert_eq!((histogram.mean(), histogram.max(), histogram.quantile(0.5)), (None, None, None));
+        assert_eq!(histogram.iter().count(), 0);
+        assert_eq!((histogram.to_string(), format!("{histogram:?}")), ("none".to_owned(), "{}".to_owned()));
+    }
+
+    #[test]
+    fn quantiles_count_from_the_shortest() {
+        let mut histogram = Histogram::default();
+        for nanos in [0, 1, 2, 3, 4, 5, 6, 7, 1000, 100_000] {
+            histogram.record(nanos * NANO);
+        }
+        for (part, nanos) in [(f64::NAN, 0), (-1.0, 0), (0.0, 0), (0.1, 0), (0.11, 1), (0.5, 4), (0.8, 7)] {
+            assert_eq!(histogram.quantile(part), Some(nanos * NANO), "{part}");
+        }
+        // 1000 lies between 960 and 1023; nothing is longer than the longest.
+        assert_eq!(histogram.quantile(0.9), Some(1023 * NANO));
+        for part in [0.91, 1.0, 2.0, f64::INFINITY] {
+            assert_eq!(histogram.quantile(part), Some(100_000 * NANO), "{part}");
+        }
+        assert_eq!(histogram.mean(), Some(10_102 * NANO));
+        assert_eq!(histogram.max(), Some(100_000 * NANO));
+        assert_eq!(histogram.iter().last(), Some((106_495 * NANO, 1)));
+    }
+
+    #[test]
+    fn the_longest_duration_is_counted() {
+        let mut histogram = Histogram::default();
+        histogram.record(Duration::MAX);
+        histogram.record(Duration::MAX);
+        assert_eq!(histogram.max(), Some(Duration::from_nanos(u64::MAX)));
+        assert_eq!(histogram.total(), Duration::from_nanos(u64::MAX));
+        assert_eq!(histogram.count(), 2);
+        assert!(format!("{histogram:#}").contains(&"#".repeat(40)));
+    }
+
+    #[test]
+    fn merged_is_as_if_counted_together() {
+        let (mut one, mut other, mut both) =
+            (Histogram::default(), Histogram::default(), Histogram::default());
+        for nanos in (0..5000).step_by(7) {
+            let part = if nanos % 2 == 0 { &mut one } else { &mut other };
+            part.record(nanos * NANO);
+            both.record(nanos * NANO);
+        }
+        assert_ne!(one, both);
+        one.merge(&other);
+        assert_eq!(one, both);
+    }
+
+    #[test]
+    fn a_recorder_counts_as_a_histogram_does() {
+        let recorder = Recorder::new();
+        let mut histogram = Histogram::default();
+        for nanos in (0..1_000_000).step_by(997) {
+            recorder.record(nanos * NANO);
+            histogram.record(nanos * NANO);
+            assert_eq!(recorder.snapshot().max(), histogram.max());
+        }
+        assert_eq!(recorder.snapshot(), histogram);
+    }
+
+    #[test]
+    fn bars_show_every_power_between_the_shortest_and_the_longest() {
+        let mut histogram = Histogram::default();
+        for _ in 0..400 {
+            histogram.record(1500 * NANO);
+        }
+        histogram.record(5000 * NANO);
+        assert_eq!(
+            format!("{histogram:#}"),
+            format!(
+                "401 in 605.0µs: mean 1.5µs, half ≤ 1.5µs, 90 % ≤ 1.5µs, 99 % ≤ 1.5µs, \
+                 99.9 % ≤ 5.0µs, max 5.0µs\n  \
+                 ≤    2.0µs        400 {}\n  \
+                 ≤    4.1µs          0\n  \
+                 ≤    8.2µs          1 #",
+                "#".repeat(40)
+            )
+        );
+        assert_eq!(histogram.to_string().lines().count(), 1);
+    }
+}
