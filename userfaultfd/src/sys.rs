@@ -167,6 +167,16 @@ fn read_again(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
     }
 }
 
+/// lseek(2) with SEEK_DATA: where the next byte from `from` on is that isn't in a hole. ENXIO: nowhere.
+///
+/// Moves the file's offset, which all descriptors of the open file description share.
+pub(crate) fn seek_data(file: BorrowedFd<'_>, from: u64) -> Result<u64, Errno> {
+    let from = libc::off64_t::try_from(from).map_err(|_| Errno::EOVERFLOW)?;
+    // SAFETY: the system call takes integers and touches no memory.
+    let data = unsafe { libc::lseek64(file.as_raw_fd(), from, libc::SEEK_DATA) };
+    u64::try_from(data).map_err(|_| Errno::last())
+}
+
 /// Switches O_NONBLOCK of the open file description, so for every descriptor that shares it.
 pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(), Errno> {
     // SAFETY: F_GETFL touches no memory.
@@ -212,6 +222,16 @@ pub(crate) fn page_size() -> usize {
     // SAFETY: sysconf touches no memory of the caller.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).expect("every Linux system has a page size")
+}
+
+/// A file that is in memory and nowhere else. It can have holes.
+#[cfg(test)]
+pub(crate) fn memfd() -> OwnedFd {
+    // SAFETY: the name is a NUL-terminated constant.
+    let fd = unsafe { libc::memfd_create(c"userfaultfd-test".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = check(fd).expect("a memfd");
+    // SAFETY: the kernel made the descriptor for this call, so nothing else owns it.
+    unsafe { own(fd) }
 }
 
 #[cfg(test)]

@@ -4,5 +4,5 @@ mod source;
 #[cfg_attr(not(test), expect(dead_code, reason = "the threads that count come with the pager"))]
 mod stats;
 
-pub use source::{Fill, PageSource, SourceBytes};
+pub use source::{FileSource, Fill, PageSource, SourceBytes};
 pub use stats::{Histogram, Statistics};

@@ -6,6 +6,10 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+mod file;
+
+pub use file::FileSource;
+
 /// How a source answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fill {
@@ -67,6 +71,14 @@ pub trait PageSource: Send + Sync {
         self.len() == Some(0)
     }
 
+    /// How many bytes from `offset` on are known to be zero, so that they need not be read: the pager fills such pages
+    /// with zeros, many in one call. `u64::MAX`: all that follows.
+    ///
+    /// 0 says nothing about the bytes. That is the answer of a source that doesn't know better, except beyond its end.
+    fn zeros(&self, offset: u64) -> u64 {
+        if self.len().is_some_and(|len| offset >= len) { u64::MAX } else { 0 }
+    }
+
     /// The bytes themselves, if they are in memory: the page is copied from there, without [`read`](Self::read) and
     /// a buffer in between. `None` where they aren't, or not all `len` of them.
     fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
@@ -125,6 +137,10 @@ impl<S: PageSource + ?Sized> PageSource for Arc<S> {
 
     fn len(&self) -> Option<u64> {
         (**self).len()
+    }
+
+    fn zeros(&self, offset: u64) -> u64 {
+        (**self).zeros(offset)
     }
 
     fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
