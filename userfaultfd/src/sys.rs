@@ -234,6 +234,14 @@ pub(crate) fn memfd() -> OwnedFd {
     unsafe { own(fd) }
 }
 
+/// write(2) of bytes that Rust must not look at: the kernel copies them, as a fill does.
+#[cfg(test)]
+pub(crate) fn write(fd: BorrowedFd<'_>, bytes: *const libc::c_void, len: usize) -> Result<usize, Errno> {
+    // SAFETY: nothing of this process is written; an address that can't be read is EFAULT.
+    let written = unsafe { libc::write(fd.as_raw_fd(), bytes, len) };
+    usize::try_from(written).map_err(|_| Errno::last())
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;

@@ -4,5 +4,7 @@ mod source;
 #[cfg_attr(not(test), expect(dead_code, reason = "the threads that count come with the pager"))]
 mod stats;
 
-pub use source::{FileSource, Fill, PageSource, SourceBytes};
+pub use source::{
+    BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
+};
 pub use stats::{Histogram, Statistics};

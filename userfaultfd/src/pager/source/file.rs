@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use super::{Fill, PageSource};
+use super::{Fill, PageSource, invalid};
 use crate::{Errno, sys};
 
 /// A file as a source, or a part of it: a regular file or a block device.
@@ -29,9 +29,9 @@ use crate::{Errno, sys};
 ///
 /// - **Length**: that at creation. A file that grows is served up to there. Where it has become shorter, a read is
 ///   an error of the kind [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) that names the offset, and never zeros.
-/// - **Holes** are [`Fill::Zero`] and aren't read. They are looked for, by one lseek(2) for each read, if the file had
-///   fewer blocks than bytes at creation; [`sparse`](Self::sparse) decides otherwise. That moves the file's offset,
-///   which duplicates of the descriptor share; reading depends on no offset.
+/// - **Holes** are [`Fill::Zero`] and aren't read. They are looked for, by one lseek(2) for each read, if the file
+///   had fewer blocks than bytes at creation; [`sparse`](Self::sparse) decides otherwise. That moves the file's
+///   offset, which duplicates of the descriptor share; reading depends on no offset.
 /// - **Changes** of the content show in pages that are read afterwards.
 #[derive(Debug)]
 pub struct FileSource {
@@ -100,6 +100,16 @@ impl FileSource {
         }
     }
 
+    /// The file, and what part of it this is.
+    pub(super) fn window(&self) -> (&File, u64, u64) {
+        (&self.file, self.start, self.len)
+    }
+
+    /// Whether the file has become so short that the byte before `end` is gone.
+    pub(super) fn lacks(&self, end: u64) -> bool {
+        !self.file.metadata().is_ok_and(|now| now.len() >= self.start + end)
+    }
+
     /// What to say of a read that found the end of the file.
     #[cold]
     fn became_shorter(&self, from: u64, len: usize) -> io::Error {
@@ -107,10 +117,6 @@ impl FileSource {
         let text = format!("reading {len} bytes at offset {from} of a file that became shorter: {now} bytes");
         io::Error::new(io::ErrorKind::UnexpectedEof, text)
     }
-}
-
-fn invalid(text: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, text)
 }
 
 impl PageSource for FileSource {

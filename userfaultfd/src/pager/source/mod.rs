@@ -6,9 +6,15 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+mod concat;
 mod file;
+mod mapped;
+mod memory;
 
+pub use concat::ConcatSource;
 pub use file::FileSource;
+pub use mapped::MappedFileSource;
+pub use memory::{BytesSource, ZeroSource};
 
 /// How a source answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -71,10 +77,11 @@ pub trait PageSource: Send + Sync {
         self.len() == Some(0)
     }
 
-    /// How many bytes from `offset` on are known to be zero, so that they need not be read: the pager fills such pages
-    /// with zeros, many in one call. `u64::MAX`: all that follows.
+    /// How many bytes from `offset` on are known to be zero, so that they need not be read: the pager fills such
+    /// pages with zeros, many in one call. `u64::MAX`: all that follows.
     ///
-    /// 0 says nothing about the bytes. That is the answer of a source that doesn't know better, except beyond its end.
+    /// 0 says nothing about the bytes. That is the answer of a source that doesn't know better, except beyond its
+    /// end.
     fn zeros(&self, offset: u64) -> u64 {
         if self.len().is_some_and(|len| offset >= len) { u64::MAX } else { 0 }
     }
@@ -146,4 +153,9 @@ impl<S: PageSource + ?Sized> PageSource for Arc<S> {
     fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
         (**self).bytes(offset, len)
     }
+}
+
+/// An error about what a source is to be made of.
+fn invalid(text: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, text)
 }

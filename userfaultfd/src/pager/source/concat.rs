@@ -1,0 +1,315 @@
+//! Several sources, one behind the other.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+
+use super::{Fill, PageSource, SourceBytes, invalid};
+
+/// Several sources, one behind the other: the files of an image, a header before its content, data with gaps.
+///
+/// ```
+/// use userfaultfd::pager::{BytesSource, ConcatSource, PageSource};
+///
+/// let mut source = ConcatSource::new();
+/// source.push(BytesSource::new("first"))?;
+/// source.push_zeros(3)?;
+/// source.push_part(BytesSource::new("not this, second, nor this"), 10..16)?;
+/// assert_eq!(source.len(), Some(14));
+///
+/// let mut page = [0xff; 16];
+/// source.read(0, &mut page)?;
+/// assert_eq!(&page, b"first\0\0\0second\0\0");
+/// # Ok::<(), std::io::Error>(())
+/// ```
+///
+/// Where a border isn't one of pages, the sources on both sides are asked for parts of the page: the offsets and
+/// lengths that [`read`](PageSource::read) of them gets aren't those of pages then.
+#[derive(Default)]
+pub struct ConcatSource {
+    /// In order, without gaps, none of them empty.
+    parts: Vec<Part>,
+}
+
+struct Part {
+    /// Where the next one begins.
+    end: u64,
+    len: u64,
+    /// Where the part begins in its source.
+    from: u64,
+    /// `None`: zeros.
+    source: Option<Box<dyn PageSource>>,
+}
+
+impl ConcatSource {
+    /// Nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends a source, all of it.
+    ///
+    /// # Errors
+    ///
+    /// Of the kind [`InvalidInput`](io::ErrorKind::InvalidInput): it has no [length](PageSource::len), or all
+    /// together are longer than 2⁶⁴ - 1 bytes.
+    pub fn push(&mut self, source: impl PageSource + 'static) -> io::Result<&mut Self> {
+        let Some(len) = source.len() else {
+            return Err(invalid("a source without a length: push_part gives it one".into()));
+        };
+        self.append(Some(Box::new(source)), 0, len)
+    }
+
+    /// Appends a part of a source, by offsets in it. If the source has no length, any part is there.
+    ///
+    /// # Errors
+    ///
+    /// Of the kind [`InvalidInput`](io::ErrorKind::InvalidInput): the source is shorter, the range ends before it
+    /// begins, or all together are longer than 2⁶⁴ - 1 bytes.
+    pub fn push_part(
+        &mut self,
+        source: impl PageSource + 'static,
+        range: Range<u64>,
+    ) -> io::Result<&mut Self> {
+        let Range { start, end } = range;
+        let Some(len) = end.checked_sub(start) else {
+            return Err(invalid(format!("a range that ends before it begins: {start}..{end}")));
+        };
+        if let Some(source_len) = source.len().filter(|source_len| *source_len < end) {
+            return Err(invalid(format!("bytes {start}..{end} of a source of {source_len} bytes")));
+        }
+        self.append(Some(Box::new(source)), start, len)
+    }
+
+    /// Appends zeros.
+    ///
+    /// # Errors
+    ///
+    /// Of the kind [`InvalidInput`](io::ErrorKind::InvalidInput): all together are longer than 2⁶⁴ - 1 bytes.
+    pub fn push_zeros(&mut self, len: u64) -> io::Result<&mut Self> {
+        self.append(None, 0, len)
+    }
+
+    fn append(&mut self, source: Option<Box<dyn PageSource>>, from: u64, len: u64) -> io::Result<&mut Self> {
+        let start = self.end();
+        let Some(end) = start.checked_add(len) else {
+            return Err(invalid(format!("{len} bytes after {start} others")));
+        };
+        if len != 0 {
+            self.parts.push(Part { end, len, from, source });
+        }
+        Ok(self)
+    }
+
+    fn end(&self) -> u64 {
+        self.parts.last().map_or(0, |part| part.end)
+    }
+
+    /// The parts from the one that has byte `offset` on, with the offset in its source and the length of what of it
+    /// follows.
+    fn parts_from(&self, offset: u64) -> impl Iterator<Item = (&Part, u64, u64)> {
+        let first = self.parts.partition_point(|part| part.end <= offset);
+        self.parts[first..].iter().map(move |part| {
+            let skipped = offset.saturating_sub(part.end - part.len);
+            (part, part.from + skipped, part.len - skipped)
+        })
+    }
+}
+
+impl PageSource for ConcatSource {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+        let (mut rest, mut fill) = (page, Fill::Zero);
+        for (part, from, len) in self.parts_from(offset) {
+            if rest.is_empty() {
+                break;
+            }
+            let here = usize::try_from(len).map_or(rest.len(), |len| len.min(rest.len()));
+            let (content, behind) = rest.split_at_mut(here);
+            match &part.source {
+                Some(source) if source.read(from, content)? == Fill::Data => fill = Fill::Data,
+                // Needed only if there is data elsewhere in the page.
+                _ => content.fill(0),
+            }
+            rest = behind;
+        }
+        rest.fill(0);
+        Ok(fill)
+    }
+
+    fn len(&self) -> Option<u64> {
+        Some(self.end())
+    }
+
+    fn zeros(&self, offset: u64) -> u64 {
+        let mut zeros = 0;
+        for (part, from, len) in self.parts_from(offset) {
+            let here = part.source.as_ref().map_or(len, |source| source.zeros(from).min(len));
+            zeros += here;
+            if here < len {
+                return zeros;
+            }
+        }
+        u64::MAX
+    }
+
+    fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
+        let (part, from, rest) = self.parts_from(offset).next()?;
+        part.source.as_ref().filter(|_| len as u64 <= rest)?.bytes(from, len)
+    }
+}
+
+impl fmt::Debug for ConcatSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        struct Show<'a>(&'a Part);
+        impl fmt::Debug for Show<'_> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                let Part { end, len, from, source } = self.0;
+                write!(f, "{}..{end}: ", end - len)?;
+                match source {
+                    Some(_) => write!(f, "from {from}"),
+                    None => f.write_str("zeros"),
+                }
+            }
+        }
+        f.write_str("ConcatSource ")?;
+        f.debug_list().entries(self.parts.iter().map(Show)).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::*;
+    use crate::pager::{BytesSource, ZeroSource};
+
+    /// `len` bytes that tell where they are, from `first` on.
+    fn bytes(first: u8, len: u8) -> BytesSource<Vec<u8>> {
+        BytesSource::new((first..first + len).collect())
+    }
+
+    /// Parts of every kind, and what they are together.
+    fn parts() -> (ConcatSource, Vec<u8>) {
+        let mut source = ConcatSource::new();
+        source.push(bytes(1, 10)).unwrap().push_zeros(7).unwrap();
+        source.push_part(bytes(20, 100), 50..53).unwrap().push_zeros(0).unwrap();
+        source.push(bytes(1, 0)).unwrap().push_part(ZeroSource, 1 << 40..(1 << 40) + 5).unwrap();
+        source.push(bytes(200, 16)).unwrap();
+        let content =
+            [(1..11).collect(), vec![0; 7], vec![70, 71, 72], vec![0; 5], (200..216).collect::<Vec<u8>>()]
+                .concat();
+        (source, content)
+    }
+
+    #[test]
+    fn every_border_of_the_parts() {
+        let (source, content) = parts();
+        assert_eq!(source.len(), Some(content.len() as u64));
+        let shown = "ConcatSource [0..10: from 0, 10..17: zeros, 17..20: from 50, 20..25: from 1099511627776, \
+                     25..41: from 0]";
+        assert_eq!(format!("{source:?}"), shown);
+        let padded = [&content[..], &[0; 100]].concat();
+        for offset in 0..content.len() + 2 {
+            for len in 0..60 {
+                let expected = &padded[offset..offset + len];
+                let mut page = vec![0xee; len];
+                match source.read(offset as u64, &mut page).unwrap() {
+                    Fill::Data => assert_eq!(page, expected, "{len} at {offset}"),
+                    Fill::Zero => assert_eq!(vec![0; len], expected, "{len} at {offset}"),
+                }
+            }
+            let zeros = padded[offset..].iter().take_while(|byte| **byte == 0).count() as u64;
+            let expected = if offset < content.len() { zeros } else { u64::MAX };
+            assert_eq!(source.zeros(offset as u64), expected, "{offset}");
+        }
+    }
+
+    #[test]
+    fn a_page_of_zeros_is_zero_whatever_it_is_made_of() {
+        let (source, _) = parts();
+        for (offset, len, expected) in [
+            (9, 8, Fill::Data),
+            (10, 7, Fill::Zero),
+            (10, 8, Fill::Data),
+            (19, 2, Fill::Data),
+            (20, 5, Fill::Zero),
+            (20, 6, Fill::Data),
+            (41, 8, Fill::Zero),
+            (u64::MAX, 8, Fill::Zero),
+        ] {
+            assert_eq!(source.read(offset, &mut vec![1; len]).unwrap(), expected, "{offset} {len}");
+        }
+        let mut source = ConcatSource::new();
+        source.push_zeros(5).unwrap().push_part(ZeroSource, 0..5).unwrap();
+        assert_eq!(source.read(0, &mut [1; 20]).unwrap(), Fill::Zero);
+        assert_eq!(source.zeros(3), u64::MAX);
+    }
+
+    #[test]
+    fn bytes_are_those_of_a_single_part() {
+        let (source, content) = parts();
+        for offset in 0..content.len() + 2 {
+            for len in 1..30 {
+                let whole = [0..10, 17..20, 25..41]
+                    .iter()
+                    .any(|part| part.contains(&offset) && offset + len <= part.end);
+                assert_eq!(source.bytes(offset as u64, len).is_some(), whole, "{len} at {offset}");
+            }
+        }
+        assert!(source.bytes(u64::MAX, 1).is_none());
+        let direct = BytesSource::new(&b"0123456789"[..]);
+        let mut source = ConcatSource::new();
+        source.push_zeros(100).unwrap().push_part(direct, 2..9).unwrap();
+        let (here, expected) = (source.bytes(103, 4).unwrap(), direct.bytes(5, 4).unwrap());
+        assert_eq!((here.as_ptr(), here.len()), (expected.as_ptr(), 4));
+    }
+
+    #[test]
+    fn an_error_of_a_part_is_that_of_the_page() {
+        let fails = |offset: u64, _: &mut [u8]| Err(io::Error::other(format!("no byte {offset}")));
+        let mut source = ConcatSource::new();
+        source.push(bytes(1, 10)).unwrap().push_part(fails, 100..110).unwrap().push(bytes(1, 10)).unwrap();
+        for (offset, len, asked) in [(0, 11, 100), (9, 5, 100), (10, 1, 100), (15, 10, 105), (19, 100, 109)] {
+            let error = source.read(offset, &mut vec![0; len]).unwrap_err();
+            assert_eq!(error.to_string(), format!("no byte {asked}"), "{offset} {len}");
+        }
+        source.read(0, &mut [0; 10]).unwrap();
+        source.read(20, &mut [0; 10]).unwrap();
+    }
+
+    #[test]
+    fn parts_that_cannot_be_are_refused_and_leave_it_as_it_was() {
+        let mut source = ConcatSource::new();
+        source.push(bytes(1, 10)).unwrap();
+        #[expect(clippy::reversed_empty_ranges, reason = "what is refused")]
+        let backwards = 5..4;
+        let errors = [
+            source.push(ZeroSource).unwrap_err(),
+            source.push_part(bytes(1, 10), 5..11).unwrap_err(),
+            source.push_part(bytes(1, 10), 11..11).unwrap_err(),
+            source.push_part(ZeroSource, backwards).unwrap_err(),
+            source.push_zeros(u64::MAX - 9).unwrap_err(),
+            source.push_part(ZeroSource, 0..u64::MAX).unwrap_err(),
+        ];
+        let texts = errors.map(|error| {
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+            error.to_string()
+        });
+        assert_eq!(
+            texts,
+            [
+                "a source without a length: push_part gives it one",
+                "bytes 5..11 of a source of 10 bytes",
+                "bytes 11..11 of a source of 10 bytes",
+                "a range that ends before it begins: 5..4",
+                "18446744073709551606 bytes after 10 others",
+                "18446744073709551615 bytes after 10 others",
+            ]
+        );
+        assert_eq!(source.len(), Some(10));
+        source.push_zeros(u64::MAX - 10).unwrap();
+        assert_eq!((source.len(), source.zeros(10)), (Some(u64::MAX), u64::MAX));
+        assert!(ConcatSource::new().is_empty());
+    }
+}
