@@ -105,9 +105,10 @@ impl FileSource {
         (&self.file, self.start, self.len)
     }
 
-    /// Whether the file has become so short that the byte before `end` is gone.
+    /// Whether the file has become so short that the byte before `end` is gone. By lseek(2), which takes a third of
+    /// fstat(2)'s time, and moves the offset.
     pub(super) fn lacks(&self, end: u64) -> bool {
-        !self.file.metadata().is_ok_and(|now| now.len() >= self.start + end)
+        !(&self.file).seek(SeekFrom::End(0)).is_ok_and(|now| now >= self.start + end)
     }
 
     /// What to say of a read that found the end of the file.
