@@ -23,6 +23,7 @@ mod rights;
 mod set_mode;
 mod signals;
 mod support_probe;
+mod swap;
 mod unregister;
 mod wake;
 mod write_protect;

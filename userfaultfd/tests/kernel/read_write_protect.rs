@@ -2,10 +2,11 @@
 
 use userfaultfd::pagemap::{Categories, Pagemap, Region, Scan};
 use userfaultfd::{CopyMode, Errno, FaultKind, FeatureFlags, RegisterMode, Uffd};
+use userfaultfd_sys as sys;
 
 use crate::support::fault::{self, Fault};
 use crate::support::handler::{self, Change};
-use crate::support::memory::{self, Memory};
+use crate::support::memory::{self, Kind, Memory};
 use crate::support::{bad_ranges, child, errno, features, nowhere, page, raw, require, test_name, uffd};
 
 const READ_WRITE_PROTECT: RegisterMode = RegisterMode::READ_WRITE_PROTECT;
@@ -58,6 +59,92 @@ fn reads_and_writes_are_delivered() {
         assert_eq!((memory.read(0), memory.read(1)), (3, 2), "{memory:?}");
         assert_eq!(protected(&memory), [false; 2], "{memory:?}");
         fault::assert_silent(&uffd);
+    }
+}
+
+/// What the kernel says of an access to a page of which nothing else is known than `name`: the flags of its message,
+/// and none if it goes on without one.
+fn expected(name: &str, modes: RegisterMode, is_async: bool, write: bool) -> Option<u64> {
+    let reason = match name {
+        "protected" | "protected, never written" if is_async => return None,
+        "protected" | "protected, never written" => sys::UFFD_PAGEFAULT_FLAG_RWP,
+        "missing" if modes.contains(RegisterMode::MISSING) => 0,
+        "cached, not mapped" if modes.contains(RegisterMode::MINOR) => sys::UFFD_PAGEFAULT_FLAG_MINOR,
+        _ => return None,
+    };
+    Some(reason | if write { sys::UFFD_PAGEFAULT_FLAG_WRITE } else { 0 })
+}
+
+/// Every mode that goes with it, every state of a page, reads and writes, delivered or noted, on every memory.
+#[test]
+fn the_flags_tell_of_every_access_what_it_met() {
+    require!(FeatureFlags::RWP | FeatureFlags::RWP_ASYNC);
+    let names = ["protected", "protected, never written", "missing", "cached, not mapped", "present"];
+    let (missing, minor) = (RegisterMode::MISSING, RegisterMode::MINOR);
+    for others in [RegisterMode::empty(), missing, minor, missing | minor] {
+        let modes = READ_WRITE_PROTECT | others;
+        for (is_async, write) in [(false, false), (false, true), (true, false), (true, true)] {
+            for memory in memory::each(test_name!(), modes, names.len()) {
+                let features = if is_async { FeatureFlags::RWP_ASYNC } else { FeatureFlags::empty() };
+                let uffd = uffd(FeatureFlags::RWP | features);
+                // Private anonymous memory has no cache: a page is there or missing.
+                let alias = (memory.kind() != Kind::Anonymous).then(|| memory.alias());
+                memory.write(0, 1);
+                memory.read(1);
+                memory.write(4, 1);
+                alias.iter().for_each(|alias| alias.write(3, 1));
+                uffd.register_with_mode(memory.start(), memory.len(), modes).unwrap();
+                uffd.read_write_protect(memory.start(), 2 * memory.page()).unwrap();
+                assert_eq!(protected(&memory), [true, true, false, false, false], "{memory:?}");
+
+                for (page, name) in names.into_iter().enumerate() {
+                    let what = format!("{memory:?} {modes} {is_async} {write}: {name}");
+                    let name = if alias.is_none() && page == 3 { "missing" } else { name };
+                    let access = || match write {
+                        true => memory.write(page, 9),
+                        false => assert!(memory.read(page) < 9),
+                    };
+                    let mut told = None;
+                    fault::during(&uffd, &memory, access, |faults| {
+                        if !faults.any() {
+                            return;
+                        }
+                        let (flags, address) = raw::fault(&uffd);
+                        assert_eq!(address, memory.at(page).addr() as u64, "{what}");
+                        told = Some(flags);
+                        let (start, len) = (memory.at(page), memory.page());
+                        match flags & !sys::UFFD_PAGEFAULT_FLAG_WRITE {
+                            0 => handler::fill(&uffd, &memory, page, 1),
+                            sys::UFFD_PAGEFAULT_FLAG_MINOR => {
+                                assert_eq!(uffd.r#continue(start, len, true).unwrap(), len as u64);
+                            }
+                            _ => uffd.remove_read_write_protection(start, len, true).unwrap(),
+                        }
+                    });
+                    assert_eq!(told, expected(name, modes, is_async, write), "{what}");
+                    fault::assert_silent(&uffd);
+                    if write {
+                        assert_eq!(memory.read(page), 9, "{what}");
+                    }
+                }
+                // One access has lifted the protection for all that follow.
+                fault::silently(&uffd, &memory, || (0..names.len()).for_each(|page| memory.write(page, 2)));
+            }
+        }
+    }
+}
+
+#[test]
+fn an_access_by_the_kernel_fails_where_only_user_mode_is_handled() {
+    require!(FeatureFlags::RWP);
+    for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 1) {
+        uffd.read_write_protect(memory.start(), memory.len()).unwrap();
+        assert_eq!(memory.read_by_kernel(0), Err(Errno::EFAULT), "{memory:?}");
+        assert_eq!(handler::kernel_write(&memory, 0, 2), Err(Errno::EFAULT), "{memory:?}");
+        fault::assert_silent(&uffd);
+        assert_eq!(protected(&memory), [true], "{memory:?}");
+        uffd.remove_read_write_protection(memory.start(), memory.len(), true).unwrap();
+        assert_eq!(memory.read_by_kernel(0), Ok(1), "{memory:?}");
     }
 }
 

@@ -3,8 +3,8 @@
 use userfaultfd::{Errno, Error, FaultKind, FeatureFlags, IoctlFlags, RegisterMode};
 
 use crate::support::fault::{self, Fault};
-use crate::support::memory::Memory;
-use crate::support::{errno, features, page, require, uffd};
+use crate::support::memory;
+use crate::support::{errno, features, handler, require, test_name, uffd};
 
 const NONE: FeatureFlags = FeatureFlags::empty();
 const RWP: FeatureFlags = FeatureFlags::RWP;
@@ -13,50 +13,53 @@ const RWP_ASYNC: FeatureFlags = FeatureFlags::RWP_ASYNC;
 #[test]
 fn protection_becomes_asynchronous_and_back() {
     require!(RWP | RWP_ASYNC);
-    let (uffd, memory) = (uffd(RWP), Memory::anonymous(1));
-    memory.write(0, 1);
-    let (start, len) = (memory.start(), memory.len());
-    uffd.register_with_mode(start, len, RegisterMode::READ_WRITE_PROTECT).unwrap();
-    for _ in 0..2 {
-        uffd.set_async(RWP_ASYNC, NONE).unwrap();
-        uffd.read_write_protect(start, len).unwrap();
-        assert_eq!(fault::silently(&uffd, &memory, || memory.read(0)), 1);
-        uffd.set_async(NONE, RWP_ASYNC).unwrap();
-        uffd.read_write_protect(start, len).unwrap();
-        fault::during(
-            &uffd,
-            &memory,
-            || memory.read(0),
-            |faults| {
-                let expected = Fault::read(FaultKind::ReadWriteProtected, &memory, 0);
-                assert_eq!(faults.next(), expected);
-                uffd.remove_read_write_protection(start, len, true).unwrap();
-            },
-        );
+    for memory in memory::each(test_name!(), RegisterMode::READ_WRITE_PROTECT, 1) {
+        let uffd = uffd(RWP);
+        memory.write(0, 1);
+        let (start, len) = (memory.start(), memory.len());
+        uffd.register_with_mode(start, len, RegisterMode::READ_WRITE_PROTECT).unwrap();
+        for _ in 0..2 {
+            uffd.set_async(RWP_ASYNC, NONE).unwrap();
+            uffd.read_write_protect(start, len).unwrap();
+            assert_eq!(fault::silently(&uffd, &memory, || memory.read(0)), 1, "{memory:?}");
+            uffd.set_async(NONE, RWP_ASYNC).unwrap();
+            uffd.read_write_protect(start, len).unwrap();
+            fault::during(
+                &uffd,
+                &memory,
+                || memory.read(0),
+                |faults| {
+                    let expected = Fault::read(FaultKind::ReadWriteProtected, &memory, 0);
+                    assert_eq!(faults.next(), expected, "{memory:?}");
+                    uffd.remove_read_write_protection(start, len, true).unwrap();
+                },
+            );
+        }
     }
 }
 
 #[test]
 fn every_waiter_tries_again_when_it_becomes_asynchronous() {
     require!(RWP | RWP_ASYNC);
-    let (uffd, memory) = (uffd(RWP), Memory::anonymous(2));
-    memory.write(0, 1);
     let modes = RegisterMode::MISSING | RegisterMode::READ_WRITE_PROTECT;
-    uffd.register_with_mode(memory.start(), memory.len(), modes).unwrap();
-    uffd.read_write_protect(memory.start(), memory.len()).unwrap();
-    let memory = &memory;
-    let read = |page| move || memory.read(page);
-    let bytes = fault::during_all(&uffd, memory, [read(0), read(1)], |faults| {
-        let mut kinds = [faults.next().kind, faults.next().kind];
-        kinds.sort_by_key(|kind| *kind == FaultKind::Missing);
-        assert_eq!(kinds, [FaultKind::ReadWriteProtected, FaultKind::Missing]);
-        uffd.set_async(RWP_ASYNC, NONE).unwrap();
-        // The one goes on, the other comes back.
-        assert_eq!(faults.next(), Fault::read(FaultKind::Missing, memory, 1));
-        // SAFETY: the memory is only accessed by raw pointers.
-        unsafe { uffd.zeropage(memory.at(1), page(), true) }.unwrap();
-    });
-    assert_eq!(bytes, [1, 0]);
+    for memory in memory::each(test_name!(), modes, 2) {
+        let uffd = uffd(RWP);
+        memory.write(0, 1);
+        uffd.register_with_mode(memory.start(), memory.len(), modes).unwrap();
+        uffd.read_write_protect(memory.start(), memory.len()).unwrap();
+        let memory = &memory;
+        let read = |page| move || memory.read(page);
+        let bytes = fault::during_all(&uffd, memory, [read(0), read(1)], |faults| {
+            let mut kinds = [faults.next().kind, faults.next().kind];
+            kinds.sort_by_key(|kind| *kind == FaultKind::Missing);
+            assert_eq!(kinds, [FaultKind::ReadWriteProtected, FaultKind::Missing], "{memory:?}");
+            uffd.set_async(RWP_ASYNC, NONE).unwrap();
+            // The one goes on, the other comes back.
+            assert_eq!(faults.next(), Fault::read(FaultKind::Missing, memory, 1));
+            handler::fill(&uffd, memory, 1, 5);
+        });
+        assert_eq!(bytes, [1, 5], "{memory:?}");
+    }
 }
 
 #[test]

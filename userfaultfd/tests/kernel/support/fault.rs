@@ -38,6 +38,11 @@ impl Faults<'_> {
         assert!(event.is_none(), "{event:?}");
     }
 
+    /// Waits until there is an event. Tells whether there is one, or the threads are through.
+    pub(crate) fn any(&self) -> bool {
+        wait_readable(self.uffd, &self.done)
+    }
+
     /// Waits for the next fault. Fails if the threads get through without one.
     #[track_caller]
     pub(crate) fn next(&self) -> Fault {

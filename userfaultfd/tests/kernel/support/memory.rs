@@ -15,6 +15,7 @@ use userfaultfd::{Errno, FeatureFlags, RegisterMode};
 
 use super::fault;
 use super::hugetlb::{self, HugePages};
+use super::proc;
 use super::raw::check;
 
 /// What a mapping is of.
@@ -319,6 +320,16 @@ impl Memory {
         // SAFETY: the range lies inside the mapping, whose content nobody borrows.
         let result = unsafe { libc::madvise(self.at(first), pages * self.page(), advice) };
         if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().raw_os_error().unwrap()) }
+    }
+
+    /// Has the kernel write some pages to a swap device, where they are and nowhere else then.
+    pub(crate) fn swap_out(&self, first: usize, pages: usize) {
+        // It passes over pages that are in some processor's hands just now.
+        proc::wait_until(|| {
+            self.advise(first, pages, libc::MADV_PAGEOUT).unwrap();
+            proc::swapped(self.range(first, self.pages - first)) >= pages * self.page()
+        });
+        assert!((first..first + pages).all(|page| !self.state(page).present), "{self:?}");
     }
 
     /// Unmaps some pages, which aren't to be accessed any more.

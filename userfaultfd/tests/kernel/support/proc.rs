@@ -4,6 +4,7 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 
 use userfaultfd::{FeatureFlags, IoctlFlags};
@@ -88,4 +89,26 @@ pub(crate) fn open_descriptors() -> usize {
 pub(crate) fn is_userfaultfd(fd: libc::c_int) -> bool {
     fs::read_link(format!("/proc/self/fd/{fd}"))
         .is_ok_and(|name| name.as_os_str() == "anon_inode:[userfaultfd]")
+}
+
+/// Whether this machine has something to swap to.
+pub(crate) fn has_swap() -> bool {
+    // The first line is the head of the table.
+    fs::read_to_string("/proc/swaps").is_ok_and(|table| table.lines().count() > 1)
+}
+
+/// How many bytes of the mappings that begin in a range of addresses are swapped out.
+pub(crate) fn swapped(range: Range<usize>) -> usize {
+    let text = fs::read_to_string("/proc/self/smaps").unwrap();
+    let (mut inside, mut bytes) = (false, 0);
+    for line in text.lines() {
+        let word = line.split_whitespace().next().unwrap_or_default();
+        if let Some((start, _)) = word.split_once('-') {
+            inside = usize::from_str_radix(start, 16).is_ok_and(|start| range.contains(&start));
+        } else if let (true, "Swap:") = (inside, word) {
+            let size = line.split_whitespace().nth(1).unwrap();
+            bytes += 1024 * size.parse::<usize>().unwrap();
+        }
+    }
+    bytes
 }

@@ -57,6 +57,22 @@ pub(crate) fn api(fd: impl AsFd, features: FeatureFlags) -> Result<(FeatureFlags
     Ok((FeatureFlags::from_bits_retain(arg.features), IoctlFlags::from_bits_retain(arg.ioctls)))
 }
 
+/// Waits for a message of a non-blocking userfaultfd, which must be of a fault, and reads it: its flags and address.
+pub(crate) fn fault(fd: impl AsFd) -> (u64, u64) {
+    wait_for_event(&fd);
+    let mut message = std::mem::MaybeUninit::<sys::uffd_msg>::zeroed();
+    let len = size_of::<sys::uffd_msg>();
+    // SAFETY: the kernel writes at most as many bytes as the message has.
+    let read = check(unsafe { libc::read(fd.as_fd().as_raw_fd(), message.as_mut_ptr().cast(), len) } as i64);
+    assert_eq!(read, Ok(len as i64));
+    // SAFETY: every byte is written, and every value of it is one of these numbers.
+    let message = unsafe { message.assume_init() };
+    assert_eq!(message.event, sys::UFFD_EVENT_PAGEFAULT);
+    // SAFETY: the message of a fault has this part.
+    let fault = unsafe { message.arg.pagefault };
+    (fault.flags, fault.address)
+}
+
 /// Whether a descriptor is closed on exec, and whether it is non-blocking.
 pub(crate) fn flags(fd: impl AsFd) -> (bool, bool) {
     let fd = fd.as_fd().as_raw_fd();
