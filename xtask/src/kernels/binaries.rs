@@ -14,6 +14,8 @@ pub(super) struct Binary {
     /// What a reader calls it, and its name in the guest.
     pub(super) name: String,
     pub(super) path: PathBuf,
+    /// It runs tests.
+    is_test: bool,
 }
 
 /// Everything that is built for an architecture.
@@ -28,17 +30,20 @@ pub(super) struct Built {
 /// This package and what it is made of: not for guests.
 const NOT_TESTED: [&str; 2] = ["xtask", "guest-init"];
 
-/// Builds the tests of the workspace, its examples, and process 1. On this machine's own architecture that is done in
-/// `folder`, elsewhere where the tool chain has what it needs.
+/// Builds the tests of the workspace, its examples, and process 1. For this machine's own architecture that is done by
+/// its own compiler in `folder`, for others where the tool chain has what it needs.
 pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
-    let own = arch.target.split('-').next() == Some(std::env::consts::ARCH);
+    let host = host()?;
+    let own = arch.target.split('-').next() == host.split('-').next();
     let toolchain = if own { None } else { Some(crate::cross::toolchain(&arch.target)?) };
     let build = |subcommand: &str, arguments: &[&str]| match &toolchain {
         Some(toolchain) => run(&mut toolchain.cargo(subcommand, arguments)),
-        None => run(&mut own_cargo(&arch.target, folder, subcommand, arguments)),
+        None => run(&mut own_cargo(&host, folder, subcommand, arguments)),
     };
     let rest = ["--workspace", "--exclude", NOT_TESTED[0], "--exclude", NOT_TESTED[1]];
-    let tests = build("test", &[&["--no-run", "--tests"], &rest[..]].concat())?;
+    let mut tests = build("test", &[&["--no-run", "--tests"], &rest[..]].concat())?;
+    // A program that the tests of its package run is built, too.
+    tests.retain(|binary| binary.is_test);
     let examples = build("build", &[&["--examples"], &rest[..]].concat())?;
     let init = build("build", &["--bins", "--package", NOT_TESTED[1]])?;
     let init = init.into_iter().next().ok_or("cargo built no process 1")?;
@@ -48,7 +53,15 @@ pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
     Ok(Built { init, tests, examples })
 }
 
-/// Cargo, for static programs of this machine's architecture.
+/// The target that this machine's compiler is itself built for.
+fn host() -> Result<String, String> {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let about = crate::ci::output(Command::new(rustc).arg("-vV"))?;
+    let host = about.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).ok_or_else(|| format!("rustc names no host: {about}"))
+}
+
+/// Cargo, for static programs of this machine's own.
 fn own_cargo(target: &str, folder: &Path, subcommand: &str, arguments: &[&str]) -> Command {
     let mut command = crate::ci::cargo(&[subcommand, "--target", target]);
     command.args(arguments).env("CARGO_TARGET_DIR", folder);
@@ -90,7 +103,8 @@ fn binary(message: &str) -> Option<Binary> {
         "lib" => format!("{package}-unit"),
         _ => name.to_owned(),
     };
-    Some(Binary { name, path: path.into() })
+    let is_test = message["profile"]["test"].as_bool()?;
+    Some(Binary { name, path: path.into(), is_test })
 }
 
 impl Binary {
@@ -108,7 +122,9 @@ mod tests {
         let message = |kind: &str, executable: &str| {
             format!(
                 r#"{{"reason":"compiler-artifact","manifest_path":"/w/userfaultfd/Cargo.toml",
-                "target":{{"kind":["{kind}"],"name":"kernel"}},"executable":{executable}}}"#
+                "target":{{"kind":["{kind}"],"name":"kernel"}},"profile":{{"test":{}}},
+                "executable":{executable}}}"#,
+                matches!(kind, "test" | "lib")
             )
         };
         let name = |kind, executable| binary(&message(kind, executable)).map(|binary| binary.name);
@@ -116,6 +132,8 @@ mod tests {
         assert_eq!(name("lib", "\"/t/kernel-1\"").as_deref(), Some("userfaultfd-unit"));
         assert_eq!(name("example", "\"/t/kernel\"").as_deref(), Some("kernel"));
         assert_eq!(name("lib", "null"), None);
+        let is_test = |kind| binary(&message(kind, "\"/t/kernel\"")).map(|binary| binary.is_test);
+        assert_eq!(["test", "lib", "bin"].map(is_test), [Some(true), Some(true), Some(false)]);
         assert!(binary(r#"{"reason":"build-finished","success":true}"#).is_none());
         assert!(binary("nothing").is_none());
     }

@@ -185,6 +185,7 @@ mod tests {
             passed: 3,
             failed: failed.iter().map(|test| (*test).to_owned()).collect(),
             skipped: BTreeMap::from([skip]),
+            filtered_out: 0,
             milliseconds: 1540,
             problems: Vec::new(),
             output: [

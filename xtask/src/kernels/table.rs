@@ -27,7 +27,7 @@ pub(super) struct Table {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Arch {
-    /// What the binaries are built for.
+    /// What the binaries are built for on machines of other architectures.
     pub(super) target: String,
     /// The architecture, by Debian's name.
     pub(super) debian: String,
@@ -142,7 +142,7 @@ impl Expectation {
 }
 
 /// Whether `lack` is `need`, or the part of it before an explanation. A `*` at the end stands for anything.
-fn covers(lack: &str, need: &str) -> bool {
+pub(super) fn covers(lack: &str, need: &str) -> bool {
     match lack.strip_suffix('*') {
         Some(start) => need.starts_with(start),
         None => need.strip_prefix(lack).is_some_and(|rest| rest.is_empty() || rest.starts_with([',', ':'])),

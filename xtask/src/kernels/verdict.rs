@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use guest_init::{Ending, Record, Transcript, User};
 
-use super::table::{Expectation, Features};
+use super::table::{Expectation, Features, covers};
 
 /// What came of one binary, run by one user.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub(super) struct Outcome {
     pub(super) binary: String,
     pub(super) passed: usize,
     pub(super) failed: BTreeSet<String>,
+    /// How many tests were not asked for.
+    pub(super) filtered_out: usize,
     /// By test, what it was skipped for, in whole or in part.
     pub(super) skipped: BTreeMap<String, BTreeSet<String>>,
     pub(super) milliseconds: u64,
@@ -100,6 +102,7 @@ pub(super) fn judge(
         check_skips(&mut outcome, &expectation(user), features);
         verdict.outcomes.push(outcome);
     }
+    check_lacks(&mut verdict, &expectation(User::Nobody));
     if verdict.outcomes.len() < runs {
         verdict.problems.push(format!("{} of {runs} binaries ran", verdict.outcomes.len()));
     }
@@ -117,6 +120,7 @@ fn outcome(user: User, binary: String, output: Vec<String>, ending: &Ending) -> 
         binary,
         passed: 0,
         failed: BTreeSet::new(),
+        filtered_out: 0,
         skipped: BTreeMap::new(),
         milliseconds: 0,
         problems: Vec::new(),
@@ -142,6 +146,8 @@ fn outcome(user: User, binary: String, output: Vec<String>, ending: &Ending) -> 
                 }
                 _ => outcome.problems.push(format!("`{line}` is not understood")),
             }
+        } else if let Some(result) = line.strip_prefix("test result: ") {
+            outcome.filtered_out = filtered_out(result);
         } else if let Some(skip) = line.strip_prefix("SKIP ") {
             match skip.split_once(": needs ") {
                 Some((name, need)) => {
@@ -174,6 +180,12 @@ fn outcome(user: User, binary: String, output: Vec<String>, ending: &Ending) -> 
     outcome
 }
 
+/// The number in `ok. 3 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.50s`.
+fn filtered_out(result: &str) -> usize {
+    let before = result.split_once(" filtered out").map_or("", |(before, _)| before);
+    before.rsplit(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
 const IGNORED: &str = "nothing: it is ignored";
 
 fn ignored(outcome: &Outcome) -> usize {
@@ -192,6 +204,21 @@ fn check_skips(outcome: &mut Outcome, expectation: &Expectation, features: &Feat
             }
         }
     }
+}
+
+/// What is listed as lacking, and isn't, would hide a skip some day. Known only where all tests ran to their end.
+fn check_lacks(verdict: &mut Verdict, expectation: &Expectation) {
+    let all_ran = |outcome: &Outcome| outcome.problems.is_empty() && outcome.filtered_out == 0;
+    if verdict.outcomes.is_empty() || !verdict.outcomes.iter().all(all_ran) {
+        return;
+    }
+    let needs: BTreeSet<&String> =
+        verdict.outcomes.iter().flat_map(|o| o.skipped.values().flatten()).collect();
+    let stale =
+        expectation.lacks.iter().flatten().filter(|lack| !needs.iter().any(|need| covers(lack, need)));
+    verdict
+        .problems
+        .extend(stale.map(|lack| format!("no test was skipped for {lack}, which is listed as lacking")));
 }
 
 #[cfg(test)]
@@ -264,6 +291,19 @@ test result: FAILED. 3 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
         // A line that looks like one but isn't.
         let output = OUTPUT.replace("FAILED", "ok").replace("a::four: needs MOVE", "a::four for MOVE");
         assert!(!judged(&output, Ending::Exit(0), &["hugetlb"]).is_good());
+    }
+
+    #[test]
+    fn a_lack_that_no_test_met_is_a_failure() {
+        let output = OUTPUT.replace("FAILED", "ok");
+        let verdict = judged(&output, Ending::Exit(0), &["hugetlb", "swap"]);
+        assert!(verdict.problems[0].contains("skipped for swap"), "{verdict:?}");
+        assert!(!verdict.is_good());
+        // Where not all tests ran, that tells nothing.
+        let part = output.replace("0 filtered out", "1 filtered out");
+        assert!(judged(&part, Ending::Exit(0), &["hugetlb", "swap"]).is_good());
+        let crashed = judged(&output, Ending::Signal(6), &["hugetlb", "swap"]);
+        assert_eq!(crashed.problems, <[String; 0]>::default());
     }
 
     #[test]
