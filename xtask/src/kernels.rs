@@ -11,6 +11,7 @@ mod verdict;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -56,9 +57,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     let folder = crate::scratch().join("kernels");
     fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let guests = prepare(&folder, options.subjects(&table)?, &options, &table)?;
-    if let Some(name) = &options.shell {
-        let [guest] = &guests[..] else { return Err(format!("--shell {name}: one kernel at a time")) };
-        return guest.machine(&folder, &options)?.0.run_here();
+    if options.shell.is_some() {
+        return guests.iter().try_for_each(|guest| guest.machine(&folder, &options)?.0.run_here());
     }
     run_all(&folder, &guests, &options)
 }
@@ -114,7 +114,8 @@ impl Options {
                 "--qemu" => options.qemu = Some(value()?.into()),
                 "--limit" => {
                     let value = value()?;
-                    options.limit = Some(value.parse().map_err(|e| format!("--limit {value}: {e}"))?);
+                    let limit: NonZeroU64 = value.parse().map_err(|e| format!("--limit {value}: {e}"))?;
+                    options.limit = Some(limit.get());
                 }
                 "--" => options.arguments.extend(arguments.by_ref().cloned()),
                 name if !name.starts_with('-') => options.names.push(name.to_owned()),
@@ -124,8 +125,10 @@ impl Options {
         if options.kernel.is_none() && (options.features.is_some() || options.arch.is_some()) {
             return Err("--features and --arch tell about the image of --kernel".to_owned());
         }
-        if options.kernel.is_some() && !options.names.is_empty() {
-            return Err("either --kernel or names".to_owned());
+        let ways =
+            [options.kernel.is_some(), options.all, options.shell.is_some(), !options.names.is_empty()];
+        if ways.into_iter().filter(|way| *way).count() > 1 {
+            return Err("one of names, --all, --kernel and --shell says which kernels".to_owned());
         }
         Ok(options)
     }
@@ -138,7 +141,7 @@ impl Options {
     /// The kernels to run.
     fn subjects(&self, table: &Table) -> Result<Vec<Subject>, String> {
         if let Some(path) = &self.kernel {
-            let path = path.canonicalize().map_err(|e| format!("{}: {e}", path.display()))?;
+            let path = path.canonicalize().map_err(|e| format!("--kernel {}: {e}", path.display()))?;
             let arch = table.arch(self.arch.as_deref().unwrap_or(std::env::consts::ARCH))?.clone();
             let expectation = Expectation { features: self.features, ..Expectation::default() };
             let (root, nobody) = (expectation.clone(), expectation);
@@ -344,8 +347,12 @@ mod tests {
             &["--kernel", "k", "--features", "some"],
             &["--kernel"],
             &["--kernel", "k", "6.1"],
+            &["--kernel", "k", "--all"],
+            &["--shell", "6.1", "7.3"],
+            &["--all", "6.1"],
             &["--fast"],
             &["--limit", "soon"],
+            &["--limit", "0"],
         ] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
         }

@@ -61,7 +61,8 @@ impl Packages {
     pub(super) fn qemu(&self, subject: &Subject) -> Result<Qemu, String> {
         let arch = &subject.arch;
         if let Some(path) = &self.qemu {
-            return Ok(Qemu::installed(path));
+            let there = path.is_file().then(|| Qemu::installed(path));
+            return there.ok_or_else(|| format!("--qemu {}: no such program", path.display()));
         }
         if let Some(qemu) = Qemu::find(&arch.qemu) {
             return Ok(qemu);

@@ -49,14 +49,15 @@ fn table(guests: &[(String, Verdict)]) -> String {
         }
     }
     let mut widths = [0; 10];
-    for row in &rows[1..] {
-        row.iter().zip(&mut widths).for_each(|(cell, width)| *width = cell.len().max(*width));
+    for (i, row) in rows.iter().enumerate() {
+        // The heads of the users stand over several columns.
+        let columns = if i == 0 { 2 } else { row.len() };
+        row.iter().zip(&mut widths).take(columns).for_each(|(cell, width)| *width = cell.len().max(*width));
     }
     let mut text = String::new();
     for row in rows {
         let mut line = String::new();
         for (i, (cell, width)) in row.iter().zip(widths).enumerate() {
-            // The heads of the users stand over several columns.
             let _ = if i < 2 {
                 write!(line, "{cell:width$}  ")
             } else if cell.starts_with("as ") {

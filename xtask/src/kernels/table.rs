@@ -90,11 +90,12 @@ impl Table {
         if names.is_empty() {
             return Ok(self.kernel.iter().filter(|kernel| all || !kernel.only_with_all).collect());
         }
-        let find = |name: &String| {
-            let kernel = self.kernel.iter().find(|kernel| kernel.name == *name);
-            kernel.ok_or_else(|| format!("no kernel `{name}`: see --list"))
-        };
-        names.iter().map(find).collect()
+        if let Some(name) = names.iter().find(|name| !self.kernel.iter().any(|kernel| kernel.name == **name))
+        {
+            return Err(format!("no kernel `{name}`: see --list"));
+        }
+        // Each once, in the order of the table.
+        Ok(self.kernel.iter().filter(|kernel| names.contains(&kernel.name)).collect())
     }
 
     /// What a kernel must meet, and what is lacking there, for one of the users.
@@ -195,6 +196,9 @@ mod tests {
         assert!(default.len() >= 5 && default.iter().all(|kernel| kernel.arch == "x86_64"));
         assert_eq!(table.select(&["5.10".to_owned()], false).unwrap()[0].features, 0x1ff);
         assert!(table.select(&["4.4".to_owned()], true).is_err());
+        let names = ["7.3", "6.1", "7.3"].map(str::to_owned);
+        let named: Vec<_> = table.select(&names, false).unwrap().iter().map(|kernel| &kernel.name).collect();
+        assert_eq!(named, ["6.1", "7.3"]);
         for kernel in &table.kernel {
             assert!(kernel.packages.iter().all(|p| p.contains('*') && p.starts_with("linux-")), "{kernel:?}");
         }
