@@ -119,6 +119,31 @@ pub enum Error {
     #[error("the buffer has no room")]
     EmptyBuffer,
 
+    /// A range to track overlaps one that is tracked already, or is empty.
+    #[error("{start:#x}..{end:#x} is empty or overlaps what is tracked already")]
+    AlreadyTracked {
+        /// The first address.
+        start: usize,
+        /// The address behind the last.
+        end: usize,
+    },
+
+    /// In a tracked range lies memory that isn't registered: something else was mapped there. What was written to it
+    /// isn't known. [`untrack`](crate::DirtyTracker::untrack) the range, and track it again.
+    #[error("memory in {start:#x}..{end:#x} isn't tracked any more: something else was mapped there")]
+    NotTracked {
+        /// The first address of the range.
+        start: usize,
+        /// The address behind the last.
+        end: usize,
+    },
+
+    /// What was accessed since the last answer isn't known: the thread that handles a tracker's faults had to stop, or
+    /// ranges that were taken and not looked at can't be given back. Protection may be off. Make a new tracker, and
+    /// take all of its memory for accessed.
+    #[error("tracking failed, and what was accessed isn't known ({0:?})")]
+    TrackingFailed(#[source] Errno),
+
     /// An operation without a variant of its own stopped: `MOVE`, `POISON`, a `ZEROPAGE` that had begun.
     #[error("{ioctl} stopped after {done} bytes ({errno:?})")]
     Stopped {
@@ -137,15 +162,19 @@ impl Error {
     #[must_use]
     pub fn errno(&self) -> Option<Errno> {
         match self {
-            Error::CopyFailed(errno) | Error::SystemError(errno) | Error::ZeropageFailed(errno) => {
-                Some(*errno)
-            }
+            Error::CopyFailed(errno)
+            | Error::SystemError(errno)
+            | Error::ZeropageFailed(errno)
+            | Error::TrackingFailed(errno) => Some(*errno),
             Error::Stopped { errno, .. } => Some(*errno),
             Error::PartiallyCopied(_) => Some(Errno::EAGAIN),
             Error::OpenDevUserfaultfd(error) => Some(errno_of(error)),
             Error::OpenFailed(failure) => failure.errno(),
             Error::UnsupportedFeatures { .. } | Error::FeatureNeeds { .. } => Some(Errno::EINVAL),
-            Error::AlreadyHandshaken | Error::EmptyBuffer => Some(Errno::EINVAL),
+            Error::AlreadyHandshaken | Error::EmptyBuffer | Error::AlreadyTracked { .. } => {
+                Some(Errno::EINVAL)
+            }
+            Error::NotTracked { .. } => Some(Errno::ENOENT),
             Error::FeatureNotPermitted(_) => Some(Errno::EPERM),
             Error::NotUserfaultfd => Some(Errno::ENOTTY),
             Error::IncompleteMsg { .. }

@@ -36,6 +36,7 @@
 //! }
 //! ```
 //!
+//! - [Which tool for which job](#which-tool-for-which-job)
 //! - [Which mode for what](#which-mode-for-what)
 //! - [Kernels and features](#kernels-and-features)
 //! - [Rights](#rights)
@@ -46,6 +47,14 @@
 //! - [What is `unsafe`, and why](#what-is-unsafe-and-why)
 //! - [What it doesn't do](#what-it-doesnt-do)
 //!
+//! # Which tool for which job
+//!
+//! | to do this | use |
+//! | --- | --- |
+//! | know which pages a program writes, again and again | [`DirtyTracker`] |
+//! | know which pages are in use | [`AccessTracker`] |
+//! | anything else, and exactly what the kernel does | [`Uffd`], [`pagemap`] |
+//!
 //! # Which mode for what
 //!
 //! | to do this | register for | resolve by |
@@ -53,7 +62,7 @@
 //! | supply content on first access: snapshots, migration, far memory | [`MISSING`] | [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage), [`move_pages`](Uffd::move_pages) |
 //! | the same without a copy, where the handler maps the same memfd or hugetlb file | [`MINOR`] | [`continue`](Uffd::continue) |
 //! | act before a write: live snapshots, dirty tracking with an action | [`WRITE_PROTECT`] | [`remove_write_protection`](Uffd::remove_write_protection) |
-//! | know what was written, cheaply | [`WRITE_PROTECT`] and [`WP_ASYNC`] | nothing: [`pagemap`] tells |
+//! | know what was written, cheaply | [`WRITE_PROTECT`] and [`WP_ASYNC`] | nothing: [`DirtyTracker`] tells |
 //! | act before any access, or know what is in use | [`READ_WRITE_PROTECT`] and [`RWP`] | [`remove_read_write_protection`](Uffd::remove_read_write_protection) |
 //! | content that is lost for good | any | [`poison`](Uffd::poison) |
 //! | faults resolved in the faulting thread itself | [`SIGBUS`] | a signal handler that fills the page |
@@ -201,7 +210,7 @@
 //!
 //! # What it doesn't do
 //!
-//! It doesn't start threads, keep a table of what is registered, or retry for you: the operations are the
+//! [`Uffd`] doesn't start threads, keep a table of what is registered, or retry for you: the operations are the
 //! kernel's, one to one. Raw structures and numbers, for seccomp filters and tracers, are in the crate
 //! `userfaultfd-sys`.
 //!
@@ -225,6 +234,7 @@
 #![deny(unsafe_code)]
 
 mod builder;
+pub mod dirty;
 mod error;
 mod event;
 mod features;
@@ -240,6 +250,7 @@ pub use nix::errno::Errno;
 pub use nix::unistd::Pid;
 
 pub use crate::builder::UffdBuilder;
+pub use crate::dirty::{AccessTracker, DirtyTracker};
 pub use crate::error::{Error, Result};
 pub use crate::event::{Drain, Event, EventBuffer, FaultKind, ReadWrite};
 pub use crate::features::{FeatureFlags, IoctlFlags, Known, RegisterMode, Support};

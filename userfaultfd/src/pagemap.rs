@@ -43,6 +43,7 @@ use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use crate::error::errno_of;
 use crate::features::kernel_flags;
@@ -123,7 +124,7 @@ impl fmt::Debug for Region {
 
 /// An open `/proc/PID/pagemap`.
 #[derive(Debug)]
-pub struct Pagemap(OwnedFd);
+pub struct Pagemap(File);
 
 impl Pagemap {
     /// Of the calling process.
@@ -147,16 +148,22 @@ impl Pagemap {
 
     fn open(path: &str) -> Result<Self> {
         match File::open(path) {
-            Ok(file) => Ok(Self(file.into())),
+            Ok(file) => Ok(Self(file)),
             Err(error) => Err(Error::SystemError(errno_of(&error))),
         }
+    }
+
+    /// Reads the words of some pages, beginning with the one at `start`, eight bytes each.
+    pub(crate) fn read_words(&self, start: usize, words: &mut [u8]) -> Result<()> {
+        let at = start as u64 / sys::page_size() as u64 * 8;
+        self.0.read_exact_at(words, at).map_err(|error| Error::SystemError(errno_of(&error)))
     }
 }
 
 impl From<OwnedFd> for Pagemap {
     /// Adopts an open `/proc/PID/pagemap`.
     fn from(fd: OwnedFd) -> Self {
-        Self(fd)
+        Self(fd.into())
     }
 }
 

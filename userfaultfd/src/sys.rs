@@ -177,6 +177,19 @@ pub(crate) fn seek_data(file: BorrowedFd<'_>, from: u64) -> Result<u64, Errno> {
     u64::try_from(data).map_err(|_| Errno::last())
 }
 
+/// Waits until one of two descriptors can be read, through signals. Tells which.
+pub(crate) fn wait_readable(fds: [BorrowedFd<'_>; 2]) -> Result<[bool; 2], Errno> {
+    let mut polled = fds.map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 });
+    loop {
+        // SAFETY: the kernel writes to as many structures as are borrowed for the call.
+        match check(unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) }) {
+            Ok(_) => return Ok(polled.map(|polled| polled.revents != 0)),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
 /// Switches O_NONBLOCK of the open file description, so for every descriptor that shares it.
 pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(), Errno> {
     // SAFETY: F_GETFL touches no memory.

@@ -1,0 +1,241 @@
+//! Looking for pages that were accessed, and resetting them.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::iter::FusedIterator;
+use std::ops::Range;
+
+use super::process::Mapping;
+use super::ranges::Tracked;
+use super::watch::{CHUNK, Watch, Words, runs};
+use crate::pagemap::{Categories, Region, Scan};
+use crate::{Errno, Error, Result, page_size};
+
+/// Ranges that a scan reports at a time.
+const ROOM: usize = 512;
+
+/// The ranges that were written, or accessed: addresses in bytes, in order, whole pages, and never two side by side.
+///
+/// They are looked for as they are asked for, some thousand pages at a time. An error ends it; what was found before
+/// comes first. Made by the methods of [`DirtyTracker`](crate::DirtyTracker) and
+/// [`AccessTracker`](crate::AccessTracker).
+#[must_use = "iterators are lazy: nothing is looked at or reset before it is asked for"]
+pub struct Ranges<'a> {
+    watch: &'a Watch,
+    walk: Walk,
+    found: Vec<Range<usize>>,
+    /// How many of `found` have been taken out.
+    taken: usize,
+    /// The last one found, to which the next may belong.
+    last: Option<Range<usize>>,
+    error: Option<Error>,
+}
+
+impl<'a> Ranges<'a> {
+    /// Looks at `parts`, and with `reset` resets what is found.
+    pub(crate) fn new(watch: &'a Watch, parts: Vec<Tracked>, eye: Eye, reset: bool) -> Self {
+        let mut walk = Walk { parts: parts.into(), eye, reset };
+        let error = watch.check().err();
+        if error.is_some() {
+            walk.parts.clear();
+        }
+        Self { watch, walk, found: Vec::new(), taken: 0, last: None, error }
+    }
+}
+
+impl Iterator for Ranges<'_> {
+    type Item = Result<Range<usize>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            while let Some(range) = self.found.get(self.taken).cloned() {
+                self.taken += 1;
+                match &mut self.last {
+                    Some(last) if last.end == range.start => last.end = range.end,
+                    last => {
+                        if let Some(complete) = last.replace(range) {
+                            return Some(Ok(complete));
+                        }
+                    }
+                }
+            }
+            if self.error.is_some() || self.walk.is_done() {
+                let last = self.last.take().map(Ok);
+                return last.or_else(|| self.error.take().map(Err));
+            }
+            self.found.clear();
+            self.taken = 0;
+            if let Err(error) = self.walk.step(self.watch, &mut self.found) {
+                self.walk.end();
+                self.error = Some(error);
+            } else if self.walk.is_done() {
+                // The thread that handles faults may have had to stop meanwhile.
+                self.error = self.watch.check().err();
+            }
+        }
+    }
+}
+
+impl FusedIterator for Ranges<'_> {}
+
+impl Drop for Ranges<'_> {
+    /// What was reset and not taken out is given back: it is told again.
+    fn drop(&mut self) {
+        if self.walk.reset {
+            self.last.iter().chain(&self.found[self.taken..]).for_each(|range| self.watch.give_back(range));
+        }
+    }
+}
+
+impl fmt::Debug for Ranges<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ranges").field("remaining", &self.walk.parts).finish_non_exhaustive()
+    }
+}
+
+/// How it is told what was accessed.
+#[derive(Debug)]
+pub(crate) enum Eye {
+    /// By a scan for a category.
+    Scan { category: Categories, regions: Box<[Region]>, current: Option<(Scan, Range<usize>)> },
+    /// By the words of the pagemap, and what faults have noted.
+    Words { words: Words, mappings: VecDeque<(Mapping, Tracked)> },
+}
+
+impl Eye {
+    pub(crate) fn scan(category: Categories) -> Self {
+        Eye::Scan { category, regions: vec![Region::default(); ROOM].into(), current: None }
+    }
+
+    pub(crate) fn words() -> Self {
+        Eye::Words { words: Words::default(), mappings: VecDeque::new() }
+    }
+}
+
+/// What is still to be looked at, and how.
+#[derive(Debug)]
+struct Walk {
+    parts: VecDeque<Tracked>,
+    eye: Eye,
+    reset: bool,
+}
+
+impl Walk {
+    fn is_done(&self) -> bool {
+        let current = match &self.eye {
+            Eye::Scan { current, .. } => current.is_some(),
+            Eye::Words { mappings, .. } => !mappings.is_empty(),
+        };
+        self.parts.is_empty() && !current
+    }
+
+    fn end(&mut self) {
+        self.parts.clear();
+        match &mut self.eye {
+            Eye::Scan { current, .. } => *current = None,
+            Eye::Words { mappings, .. } => mappings.clear(),
+        }
+    }
+
+    /// Looks a bit further. What it finds, which it has reset, goes to `found`, also if it fails then.
+    fn step(&mut self, watch: &Watch, found: &mut Vec<Range<usize>>) -> Result<()> {
+        match &mut self.eye {
+            Eye::Scan { category, regions, current } => {
+                let (scan, of) = match current {
+                    Some(current) => current,
+                    None => {
+                        let Some(Tracked { range, .. }) = self.parts.pop_front() else { return Ok(()) };
+                        let mut scan = Scan::new(range.clone());
+                        // Nothing but this category, picked and reported: the kernel has a fast path for that.
+                        scan.all_of(*category);
+                        if *category == Categories::WRITTEN {
+                            scan.write_protect(self.reset).require_async(true);
+                        }
+                        current.insert((scan, range))
+                    }
+                };
+                match scan.next_regions(&watch.pagemap, regions) {
+                    Ok(Some(regions)) => found.extend(regions.iter().map(Region::range)),
+                    Ok(None) => *current = None,
+                    Err(error) => {
+                        // Pages that were reset before it failed have not been reported.
+                        if self.reset {
+                            watch.give_back(&scan.remaining());
+                        }
+                        return Err(match error {
+                            Error::SystemError(Errno::EPERM) => {
+                                Error::NotTracked { start: of.start, end: of.end }
+                            }
+                            error => error,
+                        });
+                    }
+                }
+                Ok(())
+            }
+            Eye::Words { words, mappings } => {
+                if mappings.is_empty() {
+                    let Some(part) = self.parts.pop_front() else { return Ok(()) };
+                    let of_part = watch.process.mappings(&part.range)?;
+                    mappings.extend(of_part.into_iter().map(|mapping| (mapping, part.clone())));
+                }
+                let Some((mapping, tracked)) = mappings.front_mut() else { return Ok(()) };
+                let (start, page) = (mapping.range.start, tracked.page);
+                let pages = (CHUNK * page_size() / page).max(1);
+                let chunk = start..mapping.range.end.min(start.saturating_add(pages * page));
+                words.read(&watch.pagemap, &chunk)?;
+                let words = &*words;
+                let look = Look { watch, mapping, tracked, words };
+                for run in look.accessed(&chunk) {
+                    if self.reset {
+                        look.reset(&run, &chunk).inspect_err(|_| watch.give_back(&run))?;
+                    }
+                    found.push(run);
+                }
+                mapping.range.start = chunk.end;
+                if mapping.range.is_empty() {
+                    mappings.pop_front();
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A look at the words of some pages of a mapping.
+struct Look<'a> {
+    watch: &'a Watch,
+    mapping: &'a Mapping,
+    tracked: &'a Tracked,
+    words: &'a Words,
+}
+
+impl Look<'_> {
+    fn accessed(&self, chunk: &Range<usize>) -> Vec<Range<usize>> {
+        let page = self.tracked.page;
+        runs(chunk, page, |index| {
+            let word = self.words.get(index * (page / page_size()));
+            match &self.tracked.noted {
+                Some(notes) => notes.get(chunk.start + index * page) || word.is_empty(),
+                // Of hugetlb memory holes aren't told by a scan, either.
+                None => !word.is_protected() && (page == page_size() || !word.is_empty()),
+            }
+        })
+    }
+
+    /// Resets pages that were found. A write before they are protected belongs to what was found, one after that is
+    /// a fault.
+    fn reset(&self, run: &Range<usize>, chunk: &Range<usize>) -> Result<()> {
+        if let Some(notes) = &self.tracked.noted {
+            run.clone().step_by(self.tracked.page).for_each(|address| {
+                notes.unset(address);
+            });
+        }
+        if !self.watch.protects_empty && self.mapping.anonymous {
+            let first = (run.start - chunk.start) / page_size();
+            for empty in runs(run, page_size(), |index| self.words.get(first + index).is_empty()) {
+                self.watch.fill(&empty)?;
+            }
+        }
+        self.watch.protect(run)
+    }
+}

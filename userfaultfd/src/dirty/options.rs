@@ -1,0 +1,186 @@
+//! How a tracker is made: which mode, which descriptor, whose memory.
+
+use std::sync::Arc;
+
+use super::process::Process;
+use super::serve::Server;
+use super::watch::{Protection, Watch, Words, pointer};
+use crate::pagemap::{Pagemap, Region, Scan};
+use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder, page_size};
+
+/// How a tracker learns of an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Mode {
+    /// The kernel lifts the protection of a page by itself when it is accessed, and one scan tells which pages that
+    /// were and protects them again. The access costs a page fault that is short; no thread is woken.
+    ///
+    /// Linux 6.7 for writes, 7.3 for any access.
+    Async,
+    /// The kernel puts the accessing thread to sleep and tells a thread of the tracker, which lifts the protection.
+    /// For older kernels, at many times the cost of an access.
+    ///
+    /// Linux 5.7 for writes to private anonymous memory, 5.19 to shared and hugetlb memory; 7.3 for any access.
+    Sync,
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Mode::Async => "async",
+            Mode::Sync => "sync",
+        })
+    }
+}
+
+/// How a [`DirtyTracker`](crate::DirtyTracker) or an [`AccessTracker`](crate::AccessTracker) is made, where the
+/// defaults aren't right: for [`with`](crate::DirtyTracker::with).
+///
+/// ```
+/// use userfaultfd::dirty::{Mode, Options};
+/// use userfaultfd::{DirtyTracker, FeatureFlags, Support};
+///
+/// if Support::probe()?.features().contains(FeatureFlags::PAGEFAULT_FLAG_WP) {
+///     let tracker = DirtyTracker::with(Options::new().mode(Mode::Sync))?;
+///     assert_eq!(tracker.mode(), Mode::Sync);
+/// }
+/// # Ok::<(), userfaultfd::Error>(())
+/// ```
+#[derive(Debug)]
+#[must_use]
+pub struct Options {
+    mode: Option<Mode>,
+    user_mode_only: bool,
+    descriptor: Option<Uffd>,
+    process: Process,
+    /// What ranges are registered for beside, where somebody else reads the descriptor.
+    elsewhere: Option<RegisterMode>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { mode: None, user_mode_only: true, descriptor: None, process: Process::Own, elsewhere: None }
+    }
+}
+
+impl Options {
+    /// The best mode that the kernel has, for memory of this process, with a descriptor of the tracker's own.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Insists on a mode. The default is `Async` where there is such a thing, `Sync` elsewhere.
+    ///
+    /// A [descriptor](Self::descriptor) that is handed over has a mode already, and this does nothing to it.
+    pub fn mode(mut self, mode: Mode) -> Self {
+        self.mode = Some(mode);
+        self
+    }
+
+    /// Whether only accesses from user mode are allowed, as in
+    /// [`UffdBuilder::user_mode_only`](crate::UffdBuilder::user_mode_only). The default is `true`, which takes no
+    /// rights.
+    ///
+    /// It makes a difference in `Sync` mode alone: **there a system call that writes to tracked memory, such as
+    /// read(2), fails with `EFAULT` if this is `true`.** With `false`, which takes rights, it waits like any write.
+    pub fn user_mode_only(mut self, user_mode_only: bool) -> Self {
+        self.user_mode_only = user_mode_only;
+        self
+    }
+
+    /// Uses a descriptor instead of opening one. It is `Async` if it was made with
+    /// [`WP_ASYNC`](FeatureFlags::WP_ASYNC) ([`RWP_ASYNC`](FeatureFlags::RWP_ASYNC) for an
+    /// [`AccessTracker`](crate::AccessTracker)), and `Sync` otherwise. `WP_UNPOPULATED` helps there.
+    ///
+    /// In `Sync` mode the tracker reads from it, and makes it non-blocking, for all who share it. Events other than
+    /// faults are read and dropped. See [`read_elsewhere`](Self::read_elsewhere).
+    pub fn descriptor(mut self, uffd: Uffd) -> Self {
+        self.descriptor = Some(uffd);
+        self
+    }
+
+    /// Tracks memory of another process, in which the [descriptor](Self::descriptor) was made: without one, making
+    /// the tracker fails. Takes the right to read that process's memory by ptrace(2).
+    pub fn process(mut self, pid: Pid) -> Self {
+        self.process = Process::Other(pid);
+        self
+    }
+
+    /// The tracker doesn't read from the [descriptor](Self::descriptor): somebody else does, who handles other faults
+    /// of the same memory. Ranges are registered for the modes `also` beside.
+    ///
+    /// In `Sync` mode whoever reads passes events to [`resolve`](crate::DirtyTracker::resolve). In both modes a page
+    /// that is filled must be filled unprotected, as it is by default: it counts as written then.
+    pub fn read_elsewhere(mut self, also: RegisterMode) -> Self {
+        self.elsewhere = Some(also);
+        self
+    }
+
+    /// Makes it.
+    pub(crate) fn open(self, protection: Protection) -> Result<(Arc<Watch>, Mode, Option<Server>)> {
+        let (asynchronous, synchronous) = match protection {
+            Protection::Write => (FeatureFlags::WP_ASYNC, FeatureFlags::PAGEFAULT_FLAG_WP),
+            Protection::ReadWrite => (FeatureFlags::RWP | FeatureFlags::RWP_ASYNC, FeatureFlags::RWP),
+        };
+        let adopted = self.descriptor.is_some();
+        let uffd = match self.descriptor {
+            Some(uffd) => uffd,
+            None if self.process != Process::Own => return Err(Error::SystemError(Errno::EBADF)),
+            None => {
+                let mode = match self.mode {
+                    Some(mode) => mode,
+                    None if Support::probe()?.features().contains(asynchronous) && can_scan()? => Mode::Async,
+                    None => Mode::Sync,
+                };
+                let mut builder = UffdBuilder::new();
+                builder.close_on_exec(true).non_blocking(true).user_mode_only(self.user_mode_only);
+                match mode {
+                    Mode::Async => builder.require_features(asynchronous),
+                    Mode::Sync => builder.require_features(synchronous),
+                };
+                if mode == Mode::Sync && protection == Protection::Write {
+                    builder.request_features(FeatureFlags::WP_UNPOPULATED);
+                }
+                builder.create()?
+            }
+        };
+        let features = uffd.features();
+        let mode = if features.contains(asynchronous) { Mode::Async } else { Mode::Sync };
+        let mut watch = Watch::new(uffd, self.process, protection)?;
+        watch.also = self.elsewhere.unwrap_or(RegisterMode::empty());
+        if protection == Protection::Write && mode == Mode::Sync {
+            watch.protects_empty = features.contains(FeatureFlags::WP_UNPOPULATED);
+            watch.notes = !tells_protection()?;
+            if watch.notes && adopted && self.elsewhere.is_some() {
+                return Err(Error::SystemError(Errno::EOPNOTSUPP));
+            }
+        }
+        let watch = Arc::new(watch);
+        let serves = mode == Mode::Sync && self.elsewhere.is_none();
+        let server = if serves { Some(Server::start(&watch)?) } else { None };
+        Ok((watch, mode, server))
+    }
+}
+
+/// Whether the kernel has `PAGEMAP_SCAN`.
+fn can_scan() -> Result<bool> {
+    match Scan::new(0..0).next_regions(&Pagemap::of_self()?, &mut [Region::default()]) {
+        Ok(_) => Ok(true),
+        Err(Error::SystemError(Errno::ENOTTY)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the kernel tells of protection in `/proc/PID/pagemap`, which it does since 5.13. Looks at a page.
+fn tells_protection() -> Result<bool> {
+    // A page of the heap that holds nothing else, and is there.
+    let heap = vec![1u8; 2 * page_size()];
+    let start = heap.as_ptr().expose_provenance().next_multiple_of(page_size());
+    let uffd = UffdBuilder::new().close_on_exec(true).create()?;
+    uffd.register_with_mode(pointer(start), page_size(), RegisterMode::WRITE_PROTECT)?;
+    uffd.write_protect(pointer(start), page_size())?;
+    let mut words = Words::default();
+    words.read(&Pagemap::of_self()?, &(start..start + page_size()))?;
+    uffd.unregister(pointer(start), page_size())?;
+    Ok(words.get(0).is_protected())
+}

@@ -1,0 +1,140 @@
+//! What `/proc` tells of a process: its mappings, and the size of their pages.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::ops::Range;
+
+use crate::error::errno_of;
+use crate::pagemap::Pagemap;
+use crate::{Error, Pid, Result};
+
+/// Whose memory it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Process {
+    Own,
+    Other(Pid),
+}
+
+impl fmt::Display for Process {
+    /// Its name in `/proc`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Process::Own => f.write_str("self"),
+            Process::Other(pid) => pid.fmt(f),
+        }
+    }
+}
+
+/// A mapping, as far as it lies in the range that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    pub(crate) range: Range<usize>,
+    /// It is private anonymous memory.
+    pub(crate) anonymous: bool,
+    /// Bytes of a page; 0 if that wasn't asked for.
+    pub(crate) page: usize,
+}
+
+impl Process {
+    pub(crate) fn pagemap(self) -> Result<Pagemap> {
+        match self {
+            Process::Own => Pagemap::of_self(),
+            Process::Other(pid) => Pagemap::of(pid),
+        }
+    }
+
+    /// The mappings in a range, in the order of their addresses.
+    pub(crate) fn mappings(self, range: &Range<usize>) -> Result<Vec<Mapping>> {
+        self.read("maps", range)
+    }
+
+    /// The same, with the size of their pages. Walks the page tables of everything before, so it takes a while.
+    pub(crate) fn mappings_with_pages(self, range: &Range<usize>) -> Result<Vec<Mapping>> {
+        self.read("smaps", range)
+    }
+
+    fn read(self, file: &str, range: &Range<usize>) -> Result<Vec<Mapping>> {
+        let path = format!("/proc/{self}/{file}");
+        let read = || parse(BufReader::new(File::open(path)?).lines(), range);
+        read().map_err(|error: std::io::Error| Error::SystemError(errno_of(&error)))
+    }
+}
+
+/// Reads lines such as `7f83e60b2000-7f83e60b3000 rw-p 00000000 00:00 0 [heap]`, and in smaps, below each,
+/// `KernelPageSize:        4 kB`.
+fn parse(
+    lines: impl Iterator<Item = std::io::Result<String>>,
+    range: &Range<usize>,
+) -> std::io::Result<Vec<Mapping>> {
+    let mut found: Vec<Mapping> = Vec::new();
+    let mut inside = false;
+    for line in lines {
+        let line = line?;
+        if let Some((bounds, rest)) = header(&line) {
+            if bounds.start >= range.end {
+                break;
+            }
+            inside = bounds.end > range.start;
+            if inside {
+                // What is shared or of a file has an inode.
+                let anonymous = rest.split_whitespace().nth(3) == Some("0");
+                let range = bounds.start.max(range.start)..bounds.end.min(range.end);
+                found.push(Mapping { range, anonymous, page: 0 });
+            }
+        } else if let (true, Some(size)) = (inside, line.strip_prefix("KernelPageSize:")) {
+            let kib = size.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<usize>().ok());
+            if let (Some(mapping), Some(kib)) = (found.last_mut(), kib) {
+                mapping.page = 1024 * kib;
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The bounds in the first line of a mapping, and what is behind them.
+fn header(line: &str) -> Option<(Range<usize>, &str)> {
+    let (bounds, rest) = line.split_once(' ')?;
+    let (start, end) = bounds.split_once('-')?;
+    let address = |text| usize::from_str_radix(text, 16).ok();
+    Some((address(start)?..address(end)?, rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+1000-3000 rw-p 00000000 00:00 0 \nSize:                  8 kB\nKernelPageSize:        4 kB\nVmFlags: rd wr\n\
+3000-5000 rw-s 00000000 00:01 1024                       /dev/zero (deleted)\nKernelPageSize:       64 kB\n\
+8000-9000 r-xp 00000000 08:01 77                         /bin/a b\nKernelPageSize:        4 kB\n\
+a000-b000 rw-p 00000000 00:00 0                          [heap]\nKernelPageSize:        4 kB\n";
+
+    #[test]
+    fn mappings_are_cut_to_the_range() {
+        let read =
+            |range: Range<usize>| parse(SMAPS.lines().map(|line| Ok(line.to_owned())), &range).unwrap();
+        let mapping = |range, anonymous, kib: usize| Mapping { range, anonymous, page: 1024 * kib };
+        assert_eq!(
+            read(0x2000..0xc000),
+            [
+                mapping(0x2000..0x3000, true, 4),
+                mapping(0x3000..0x5000, false, 64),
+                mapping(0x8000..0x9000, false, 4),
+                mapping(0xa000..0xb000, true, 4),
+            ]
+        );
+        assert_eq!(read(0x3000..0x4000), [mapping(0x3000..0x4000, false, 64)]);
+        assert_eq!(read(0x5000..0x8000), []);
+        assert_eq!(read(0..usize::MAX).len(), 4);
+    }
+
+    #[test]
+    fn this_process_has_a_mapping_of_this_variable() {
+        let variable = [1u8; 64];
+        let range = variable.as_ptr_range();
+        let range = range.start.addr()..range.end.addr();
+        let found = Process::Own.mappings_with_pages(&range).unwrap();
+        assert_eq!(found, [Mapping { range, anonymous: true, page: crate::page_size() }]);
+    }
+}

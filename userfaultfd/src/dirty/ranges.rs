@@ -1,0 +1,150 @@
+//! The ranges that are tracked, in the order of their addresses.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A range with pages of one size.
+#[derive(Clone, Debug)]
+pub(crate) struct Tracked {
+    pub(crate) range: Range<usize>,
+    /// Bytes of a page: of a huge page on hugetlb memory.
+    pub(crate) page: usize,
+    /// What faults have told, where the page table doesn't.
+    pub(crate) noted: Option<Arc<Notes>>,
+}
+
+/// A bit a page: it was written.
+#[derive(Debug)]
+pub(crate) struct Notes {
+    start: usize,
+    page: usize,
+    words: Box<[AtomicU64]>,
+}
+
+impl Notes {
+    pub(crate) fn new(range: &Range<usize>, page: usize) -> Self {
+        let words = (range.len() / page).div_ceil(64);
+        Self { start: range.start, page, words: (0..words).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    fn place(&self, address: usize) -> (&AtomicU64, u64) {
+        let index = (address - self.start) / self.page;
+        (&self.words[index / 64], 1 << (index % 64))
+    }
+
+    pub(crate) fn set(&self, address: usize) {
+        let (word, bit) = self.place(address);
+        word.fetch_or(bit, Ordering::SeqCst);
+    }
+
+    pub(crate) fn get(&self, address: usize) -> bool {
+        let (word, bit) = self.place(address);
+        word.load(Ordering::SeqCst) & bit != 0
+    }
+
+    /// Unsets it, and tells whether it was set.
+    pub(crate) fn unset(&self, address: usize) -> bool {
+        let (word, bit) = self.place(address);
+        word.fetch_and(!bit, Ordering::SeqCst) & bit != 0
+    }
+}
+
+/// Whether two ranges have an address in common.
+fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+/// Whether `range` is empty or overlaps one of `all`.
+pub(crate) fn is_taken(all: &[Tracked], range: &Range<usize>) -> bool {
+    range.is_empty() || all.iter().any(|tracked| overlap(&tracked.range, range))
+}
+
+/// `all` and `more`, in order.
+pub(crate) fn with(all: &[Tracked], more: Vec<Tracked>) -> Vec<Tracked> {
+    let mut joined = [all, &more].concat();
+    joined.sort_by_key(|tracked| tracked.range.start);
+    joined
+}
+
+/// `all` without what lies in `range`.
+pub(crate) fn without(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
+    let mut left = Vec::with_capacity(all.len() + 1);
+    for tracked in all {
+        let Range { start, end } = tracked.range.clone();
+        let before = start..end.min(range.start);
+        let behind = start.max(range.end)..end;
+        let parts = if overlap(&tracked.range, range) { [before, behind] } else { [start..end, end..end] };
+        left.extend(
+            parts
+                .into_iter()
+                .filter(|part| !part.is_empty())
+                .map(|range| Tracked { range, ..tracked.clone() }),
+        );
+    }
+    left
+}
+
+/// What of `all` lies in `range`, whole pages.
+pub(crate) fn within(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
+    let cut = |tracked: &Tracked| {
+        let up = |address: usize| address.checked_next_multiple_of(tracked.page).unwrap_or(usize::MAX);
+        let start = tracked.range.start.max(range.start / tracked.page * tracked.page);
+        let end = tracked.range.end.min(up(range.end));
+        (start < end && overlap(&tracked.range, range))
+            .then(|| Tracked { range: start..end, ..tracked.clone() })
+    };
+    all.iter().filter_map(cut).collect()
+}
+
+/// The one that an address lies in.
+pub(crate) fn at(all: &[Tracked], address: usize) -> Option<&Tracked> {
+    let next = all.partition_point(|tracked| tracked.range.start <= address);
+    all[..next].last().filter(|tracked| tracked.range.contains(&address))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(ranges: &[Range<usize>]) -> Vec<Tracked> {
+        ranges.iter().map(|range| Tracked { range: range.clone(), page: 4, noted: None }).collect()
+    }
+
+    fn ranges(all: &[Tracked]) -> Vec<Range<usize>> {
+        all.iter().map(|tracked| tracked.range.clone()).collect()
+    }
+
+    #[test]
+    fn ranges_stay_in_order_and_are_cut() {
+        let all = with(&of(&[16..20, 32..64]), vec![of(&[8..16, 64..72]).remove(0)]);
+        assert_eq!(ranges(&all), [8..16, 16..20, 32..64]);
+        for (range, taken) in [(0..8, false), (20..32, false), (0..9, true), (60..99, true), (24..24, true)] {
+            assert_eq!(is_taken(&all, &range), taken, "{range:?}");
+        }
+        assert_eq!(ranges(&without(&all, &(12..40))), [8..12, 40..64]);
+        assert_eq!(ranges(&without(&all, &(40..44))), [8..16, 16..20, 32..40, 44..64]);
+        assert_eq!(ranges(&without(&all, &(20..32))), ranges(&all));
+        assert_eq!(ranges(&without(&all, &(0..64))), []);
+        assert_eq!(ranges(&within(&all, &(13..34))), [12..16, 16..20, 32..36]);
+        assert_eq!(ranges(&within(&all, &(20..32))), []);
+        assert_eq!(ranges(&within(&all, &(0..usize::MAX))), ranges(&all));
+        for (address, start) in
+            [(7, None), (8, Some(8)), (15, Some(8)), (16, Some(16)), (20, None), (64, None)]
+        {
+            assert_eq!(at(&all, address).map(|tracked| tracked.range.start), start, "{address}");
+        }
+    }
+
+    #[test]
+    fn notes_are_of_a_page() {
+        let notes = Notes::new(&(4096..4096 + 4 * 130), 4);
+        for address in [4096, 4096 + 4 * 64, 4096 + 4 * 129] {
+            assert!(!notes.get(address));
+            notes.set(address);
+            assert!(notes.get(address) && notes.get(address + 3));
+            assert!(!notes.get(address ^ 4));
+            assert!(notes.unset(address) && !notes.unset(address));
+        }
+    }
+}

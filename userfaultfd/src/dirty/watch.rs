@@ -1,0 +1,364 @@
+//! Memory under the protection of a userfaultfd: what both trackers and the snapshot stand on.
+
+use std::ffi::c_void;
+use std::ops::Range;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use super::process::Process;
+use super::ranges::{self, Notes, Tracked};
+use crate::pagemap::Pagemap;
+use crate::{Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, page_size};
+
+/// How often an operation is tried again while the memory layout changes. It is over when the changing thread has
+/// run; some kernels have a bug that says so for ever.
+const TRIES: usize = 100_000;
+
+/// Pages whose words are read at a time, if they are of the base size.
+pub(crate) const CHUNK: usize = 4096;
+
+/// Against what memory is protected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protection {
+    Write,
+    ReadWrite,
+}
+
+/// A word of `/proc/PID/pagemap`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Word(u64);
+
+impl Word {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    /// Also on markers of pages that aren't there. Linux 5.13.
+    const PROTECTED: u64 = 1 << 57;
+
+    pub(crate) fn is_protected(self) -> bool {
+        self.0 & Self::PROTECTED != 0
+    }
+
+    /// Nothing is there, not even a marker.
+    pub(crate) fn is_empty(self) -> bool {
+        self.0 & (Self::PRESENT | Self::SWAPPED | Self::PROTECTED) == 0
+    }
+}
+
+/// The words of some pages.
+#[derive(Debug, Default)]
+pub(crate) struct Words(Vec<u8>);
+
+impl Words {
+    /// Of all pages of the base size in a range.
+    pub(crate) fn read(&mut self, pagemap: &Pagemap, range: &Range<usize>) -> Result<()> {
+        self.0.resize(range.len() / page_size() * 8, 0);
+        pagemap.read_words(range.start, &mut self.0)
+    }
+
+    pub(crate) fn get(&self, index: usize) -> Word {
+        let bytes = self.0[8 * index..].first_chunk().expect("a word for each page");
+        Word(u64::from_ne_bytes(*bytes))
+    }
+}
+
+/// An address as the kernel's operations take it.
+pub(crate) fn pointer(address: usize) -> *mut c_void {
+    std::ptr::without_provenance_mut(address)
+}
+
+/// Tries as long as the layout changes.
+fn retry<T>(mut operation: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 1..TRIES {
+        match operation() {
+            Err(error) if error.is_retryable() => thread::yield_now(),
+            result => return result,
+        }
+    }
+    operation()
+}
+
+/// The ranges, and what protects them.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    pub(crate) uffd: Uffd,
+    pub(crate) pagemap: Pagemap,
+    pub(crate) process: Process,
+    pub(crate) protection: Protection,
+    /// What the ranges are registered for beside protection.
+    pub(crate) also: RegisterMode,
+    /// Empty pages of private anonymous memory can be protected, as all others can.
+    pub(crate) protects_empty: bool,
+    /// The page table doesn't tell what is protected, so faults are noted, those of empty pages, too.
+    pub(crate) notes: bool,
+    /// Replaced as a whole, so that the lock is never held for long, nor while memory is allocated: the thread that
+    /// handles faults takes it.
+    ranges: Mutex<Arc<[Tracked]>>,
+    failure: AtomicI32,
+    pub(crate) faults: [AtomicU64; 2],
+}
+
+impl Watch {
+    pub(crate) fn new(uffd: Uffd, process: Process, protection: Protection) -> Result<Self> {
+        Ok(Self {
+            uffd,
+            pagemap: process.pagemap()?,
+            process,
+            protection,
+            also: RegisterMode::empty(),
+            protects_empty: true,
+            notes: false,
+            ranges: Mutex::new(Arc::new([])),
+            failure: AtomicI32::new(0),
+            faults: [const { AtomicU64::new(0) }; 2],
+        })
+    }
+
+    pub(crate) fn ranges(&self) -> Arc<[Tracked]> {
+        Arc::clone(&self.ranges.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn set_ranges(&self, ranges: Vec<Tracked>) {
+        let mut ranges: Arc<[Tracked]> = ranges.into();
+        std::mem::swap(&mut *self.ranges.lock().unwrap_or_else(PoisonError::into_inner), &mut ranges);
+    }
+
+    /// From now on nothing is known any more.
+    pub(crate) fn fail(&self, error: &Error) {
+        let errno = error.errno().unwrap_or(Errno::EIO);
+        self.failure.store(errno as i32, Ordering::SeqCst);
+    }
+
+    /// The error, after [`fail`](Self::fail).
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.failure.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            errno => {
+                Err(Error::TrackingFailed(crate::error::errno_of(&std::io::Error::from_raw_os_error(errno))))
+            }
+        }
+    }
+
+    fn modes(&self) -> RegisterMode {
+        let protection = match self.protection {
+            Protection::Write => RegisterMode::WRITE_PROTECT,
+            Protection::ReadWrite => RegisterMode::READ_WRITE_PROTECT,
+        };
+        let noted = if self.notes { RegisterMode::MISSING } else { RegisterMode::empty() };
+        protection | noted | self.also
+    }
+
+    /// Registers a range, and protects it.
+    pub(crate) fn track(&self, range: &Range<usize>) -> Result<()> {
+        self.register(range)?;
+        self.arm(range).or_else(|error| {
+            self.untrack(range)?;
+            Err(error)
+        })
+    }
+
+    /// Registers a range.
+    pub(crate) fn register(&self, range: &Range<usize>) -> Result<()> {
+        let all = self.ranges();
+        if ranges::is_taken(&all, range) {
+            return Err(Error::AlreadyTracked { start: range.start, end: range.end });
+        }
+        let ioctls = self.uffd.register_with_mode(pointer(range.start), range.len(), self.modes())?;
+        match self.layout(ioctls, range) {
+            Ok(more) => {
+                self.set_ranges(ranges::with(&all, more));
+                Ok(())
+            }
+            Err(error) => {
+                self.uffd.unregister(pointer(range.start), range.len())?;
+                Err(error)
+            }
+        }
+    }
+
+    /// The range by the size of its pages.
+    fn layout(&self, ioctls: IoctlFlags, range: &Range<usize>) -> Result<Vec<Tracked>> {
+        let tracked = |range: Range<usize>, page| {
+            let noted = self.notes.then(|| Arc::new(Notes::new(&range, page)));
+            Tracked { range, page, noted }
+        };
+        // Hugetlb memory anywhere in the range takes this operation away from the answer.
+        if ioctls.contains(IoctlFlags::ZEROPAGE) {
+            return Ok(vec![tracked(range.clone(), page_size())]);
+        }
+        let mappings = self.process.mappings_with_pages(range)?;
+        Ok(mappings
+            .into_iter()
+            .map(|mapping| tracked(mapping.range, mapping.page.max(page_size())))
+            .collect())
+    }
+
+    /// Unregisters what of the range is tracked. What was unmapped meanwhile is forgotten.
+    pub(crate) fn untrack(&self, range: &Range<usize>) -> Result<()> {
+        let all = self.ranges();
+        let mut result = Ok(());
+        for Tracked { range: Range { start, end }, .. } in ranges::within(&all, range) {
+            let part = start.max(range.start)..end.min(range.end);
+            match self.uffd.unregister(pointer(part.start), part.len()) {
+                // Nothing is mapped there any more, or something that can't be registered.
+                Err(Error::SystemError(Errno::EINVAL)) => result = result.and(self.untrack_mappings(&part)),
+                other => result = result.and(other),
+            }
+        }
+        self.set_ranges(ranges::without(&all, range));
+        result
+    }
+
+    fn untrack_mappings(&self, range: &Range<usize>) -> Result<()> {
+        for mapping in self.process.mappings(range)? {
+            match self.uffd.unregister(pointer(mapping.range.start), mapping.range.len()) {
+                // Somebody else's, or nobody's.
+                Ok(()) | Err(Error::SystemError(Errno::EINVAL)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Protects all of a registered range.
+    pub(crate) fn arm(&self, range: &Range<usize>) -> Result<()> {
+        if !self.protects_empty && self.protection == Protection::Write {
+            let mut words = Words::default();
+            for mapping in self.process.mappings(range)?.iter().filter(|mapping| mapping.anonymous) {
+                let Range { start, end } = mapping.range;
+                for start in (start..end).step_by(CHUNK * page_size()) {
+                    let chunk = start..end.min(start.saturating_add(CHUNK * page_size()));
+                    words.read(&self.pagemap, &chunk)?;
+                    for run in runs(&chunk, page_size(), |index| words.get(index).is_empty()) {
+                        self.fill(&run)?;
+                    }
+                }
+            }
+        }
+        self.protect(range)
+    }
+
+    /// Makes pages of private anonymous memory that are empty such that can be protected: the zero page is mapped.
+    #[expect(unsafe_code, reason = "filling is")]
+    pub(crate) fn fill(&self, range: &Range<usize>) -> Result<()> {
+        let Range { mut start, end } = *range;
+        while start < end {
+            // SAFETY: what is empty in private anonymous memory holds zeros already; other pages aren't touched.
+            let filled = retry(|| unsafe { self.uffd.zeropage(pointer(start), end - start, true) });
+            match filled {
+                Ok(bytes) => start += bytes,
+                Err(error) => match (error.progress(), error.errno()) {
+                    (Some(bytes @ 1..), _) => start += bytes,
+                    (_, Some(Errno::EEXIST)) => start += page_size(),
+                    _ => return Err(error),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Protects a range, as far as it is registered.
+    pub(crate) fn protect(&self, range: &Range<usize>) -> Result<()> {
+        self.each(range, |start, len| match self.protection {
+            Protection::Write => self.uffd.write_protect(start, len),
+            Protection::ReadWrite => self.uffd.read_write_protect(start, len),
+        })
+    }
+
+    /// Lifts the protection of a range, and wakes who waits.
+    pub(crate) fn lift(&self, range: &Range<usize>) -> Result<()> {
+        self.each(range, |start, len| self.lift_one(start, len))
+    }
+
+    fn lift_one(&self, start: *mut c_void, len: usize) -> Result<()> {
+        match self.protection {
+            Protection::Write => self.uffd.remove_write_protection(start, len, true),
+            Protection::ReadWrite => self.uffd.remove_read_write_protection(start, len, true),
+        }
+    }
+
+    /// Applies an operation to a range: at once, or, where the kernel wants one mapping at a time (up to a kernel
+    /// between 6.1 and 6.12), has a hole or something unregistered in between, to each mapping.
+    fn each(&self, range: &Range<usize>, operation: impl Fn(*mut c_void, usize) -> Result<()>) -> Result<()> {
+        let apply = |range: &Range<usize>| retry(|| operation(pointer(range.start), range.len()));
+        let mut result = apply(range);
+        // Mappings may change between being looked up and the operation.
+        for _ in 0..3 {
+            if !matches!(result, Err(Error::SystemError(Errno::ENOENT))) {
+                break;
+            }
+            result = self.process.mappings(range)?.iter().try_for_each(|mapping| apply(&mapping.range));
+        }
+        match result {
+            Err(Error::SystemError(Errno::ENOENT)) => {
+                Err(Error::NotTracked { start: range.start, end: range.end })
+            }
+            result => result,
+        }
+    }
+
+    /// Makes all of a range accessed, as far as it is registered, after something went wrong: nothing is lost so. If
+    /// that fails, too, nothing is known any more.
+    pub(crate) fn give_back(&self, range: &Range<usize>) {
+        for Tracked { range, page, noted } in ranges::within(&self.ranges(), range) {
+            if let Some(notes) = noted {
+                range.clone().step_by(page).for_each(|address| notes.set(address));
+            }
+            let lifted = match self.lift(&range) {
+                // What isn't registered is told by every look at it.
+                Err(Error::NotTracked { .. }) => self.process.mappings(&range).and_then(|mappings| {
+                    mappings.iter().try_for_each(|mapping| match self.lift(&mapping.range) {
+                        Err(Error::NotTracked { .. }) => Ok(()),
+                        result => result,
+                    })
+                }),
+                result => result,
+            };
+            if let Err(error) = lifted {
+                self.fail(&error);
+            }
+        }
+    }
+
+    /// Resolves a fault: its page is noted, and free to be accessed. What isn't this watch's is woken.
+    pub(crate) fn resolve(&self, kind: FaultKind, rw: ReadWrite, address: *mut c_void) -> Result<()> {
+        let ranges = self.ranges();
+        let tracked = ranges::at(&ranges, address.addr());
+        let page = tracked.map_or(page_size(), |tracked| tracked.page);
+        let start = address.addr() / page * page;
+        if let Some(notes) = tracked.and_then(|tracked| tracked.noted.as_ref()) {
+            // Before the access can be made: who unsets it later protects the page after that.
+            notes.set(start);
+        }
+        self.faults[usize::from(rw == ReadWrite::Write)].fetch_add(1, Ordering::Relaxed);
+        let resolved = match kind {
+            FaultKind::Missing => self.fill(&(start..start + page_size())),
+            _ => self.lift_one(pointer(start), page),
+        };
+        match resolved {
+            // Unmapped or unregistered meanwhile, or the layout is changing: if the access still waits, it faults
+            // again.
+            Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::EAGAIN)) => {
+                thread::yield_now();
+                self.uffd.wake(pointer(start), page)
+            }
+            // Another thread was faster.
+            Ok(()) if kind == FaultKind::Missing => self.uffd.wake(pointer(start), page),
+            result => result,
+        }
+    }
+}
+
+/// Runs of pages in `range` that `pick` picks by their index.
+pub(crate) fn runs(range: &Range<usize>, page: usize, pick: impl Fn(usize) -> bool) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (index, start) in range.clone().step_by(page).enumerate() {
+        if pick(index) {
+            match runs.last_mut() {
+                Some(last) if last.end == start => last.end += page,
+                _ => runs.push(start..start + page),
+            }
+        }
+    }
+    runs
+}

@@ -1,0 +1,143 @@
+//! The iterators: merged, bounded, and nothing lost that wasn't looked at. Against a model, step by step.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use userfaultfd::{DirtyTracker, FeatureFlags};
+
+use crate::space::{self, MODES, Space};
+use crate::support::memory::Memory;
+use crate::support::{has_features, require, test_name};
+
+const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
+
+/// A generator of numbers, the same for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % limit
+    }
+
+    fn range(&mut self, limit: usize) -> Range<usize> {
+        let (a, b) = (self.below(limit), self.below(limit));
+        a.min(b)..a.max(b) + 1
+    }
+}
+
+fn pages(told: Vec<Range<usize>>) -> BTreeSet<usize> {
+    assert!(told.windows(2).all(|two| two[0].end < two[1].start), "in order and merged: {told:?}");
+    told.into_iter().flatten().collect()
+}
+
+/// None lost and none invented: what is told is what a model says, over many steps of all that can be done.
+#[test]
+fn what_is_told_is_what_was_written() {
+    require!(WRITE_PROTECT);
+    const PAGES: usize = 12;
+    space::each(test_name!(), PAGES, |tracker, space| {
+        for seed in 0..4 {
+            let mut random = Random(seed);
+            if random.below(2) == 0 {
+                space.populate();
+            }
+            tracker.track(space.all()).unwrap();
+            let mut model = BTreeSet::new();
+            for step in 0..150 {
+                let (page, range) = (random.below(PAGES), random.range(PAGES));
+                match random.below(10) {
+                    0..5 => {
+                        space.write(page, step as u8);
+                        model.insert(page);
+                    }
+                    5 => drop(space.read(page)),
+                    6 => assert_eq!(pages(space.told(tracker.dirty())), model, "{seed} {step}"),
+                    7 => {
+                        let told = pages(space.told(tracker.take_in(space.addresses(range.clone()))));
+                        let expected = model.extract(&range);
+                        assert_eq!(told, expected, "{seed} {step} {range:?}");
+                    }
+                    8 if space.kind.tells_drops() => {
+                        assert!(space.drop_pages(range.clone()));
+                        model.extend(range);
+                    }
+                    _ => {
+                        assert_eq!(pages(space.told(tracker.take())), model, "{seed} {step}");
+                        model.clear();
+                    }
+                }
+            }
+            tracker.untrack(space.all()).unwrap();
+        }
+    });
+}
+
+trait Extract {
+    /// Takes out what lies in a range.
+    fn extract(&mut self, range: &Range<usize>) -> Self;
+}
+
+impl Extract for BTreeSet<usize> {
+    fn extract(&mut self, range: &Range<usize>) -> Self {
+        let (inside, outside) = self.iter().partition(|page| range.contains(page));
+        *self = outside;
+        inside
+    }
+}
+
+#[test]
+fn what_was_not_taken_out_stays_written() {
+    require!(WRITE_PROTECT);
+    space::each(test_name!(), 9, |tracker, space| {
+        space.populate();
+        tracker.track(space.all()).unwrap();
+        for taken in 0..=5 {
+            let written = [0, 2, 4, 6, 8];
+            written.iter().for_each(|page| space.write(*page, 2));
+            let mut take = tracker.take();
+            let mut told: Vec<_> =
+                take.by_ref().take(taken).map(|range| space.pages_of(&range.unwrap()).start).collect();
+            assert_eq!(told, written[..taken]);
+            drop(take);
+            told.extend(pages(space.told(tracker.take())));
+            assert_eq!(told, written, "after {taken}");
+        }
+    });
+}
+
+/// More pages and ranges than are looked at at a time.
+#[test]
+fn ranges_are_merged_however_many_there_are() {
+    require!(WRITE_PROTECT);
+    const PAGES: usize = 3 * 4096 + 100;
+    for mode in MODES {
+        let needs = FeatureFlags::WP_ASYNC;
+        if mode == userfaultfd::dirty::Mode::Async && !has_features(test_name!(), needs) {
+            continue;
+        }
+        let space = Space::from(Memory::anonymous(PAGES));
+        space.populate();
+        let mut tracker = space::tracker(mode);
+        tracker.track(space.all()).unwrap();
+        // One range over all borders.
+        (50..PAGES - 50).for_each(|page| space.write(page, 2));
+        assert_eq!(space.told(tracker.take()), [50..PAGES - 50], "{mode}");
+        // Every third page, in order.
+        (0..PAGES).step_by(3).for_each(|page| space.write(page, 3));
+        let told = pages(space.told(tracker.take()));
+        assert!(told.into_iter().eq((0..PAGES).step_by(3)), "{mode}");
+        assert_eq!(space.told(tracker.take()), []);
+    }
+}
+
+#[test]
+fn an_iterator_that_is_not_asked_resets_nothing() {
+    require!(WRITE_PROTECT);
+    space::each(test_name!(), 2, |tracker: &mut DirtyTracker, space| {
+        tracker.track(space.all()).unwrap();
+        space.write(1, 1);
+        drop(tracker.take());
+        assert_eq!(space.told(tracker.take()), [1..2]);
+    });
+}

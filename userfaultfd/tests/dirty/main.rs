@@ -1,0 +1,16 @@
+//! What was written, and what was accessed: the trackers, in every mode and on every kind of memory.
+
+#![expect(clippy::single_range_in_vec_init, reason = "what is told is a list of ranges")]
+
+#[path = "../kernel/support/mod.rs"]
+#[expect(dead_code, reason = "it has what the tests of the kernel need")]
+mod support;
+
+mod access;
+mod changes;
+mod concurrent;
+mod elsewhere;
+mod process;
+mod ranges;
+mod space;
+mod written;

@@ -1,0 +1,118 @@
+//! Which memory is tracked: many ranges, parts of them, none twice.
+
+use userfaultfd::{Errno, Error, FeatureFlags};
+
+use crate::space::{self, Kind, MODES, Space};
+use crate::support::memory::{self, Memory};
+use crate::support::{child, errno, has_features, nowhere, page, require, test_name};
+
+const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
+
+#[test]
+fn parts_are_untracked_and_tracked_again() {
+    require!(WRITE_PROTECT);
+    space::each(test_name!(), 6, |tracker, space| {
+        space.populate();
+        tracker.track(space.all()).unwrap();
+        (0..6).for_each(|page| space.write(page, 2));
+        tracker.untrack(space.addresses(2..4)).unwrap();
+        assert_eq!(tracker.tracked(), [space.addresses(0..2), space.addresses(4..6)]);
+        assert_eq!(tracker.stats().tracked, 4 * space.page);
+        space.write(3, 3);
+        assert_eq!(space.told(tracker.take()), [0..2, 4..6]);
+        // It begins anew.
+        tracker.track(space.addresses(2..4)).unwrap();
+        assert_eq!(tracker.tracked(), [space.all()]);
+        assert_eq!(space.told(tracker.take()), []);
+        // Ranges side by side are one in what is told.
+        (1..5).for_each(|page| space.write(page, 4));
+        assert_eq!(space.told(tracker.take()), [1..5]);
+        tracker.untrack(0..usize::MAX).unwrap();
+        space.write(0, 5);
+        assert_eq!((space.told(tracker.take()), tracker.tracked()), (vec![], vec![]));
+    });
+}
+
+#[test]
+fn ranges_that_cannot_be_tracked_are_refused() {
+    require!(WRITE_PROTECT);
+    space::each(test_name!(), 4, |tracker, space| {
+        space.populate();
+        let all = space.all();
+        tracker.track(space.addresses(1..2)).unwrap();
+        for taken in [all.clone(), space.addresses(1..3), all.start..all.start, all.end..all.start] {
+            match tracker.track(taken.clone()) {
+                Err(Error::AlreadyTracked { start, end }) => assert_eq!(start..end, taken),
+                result => panic!("{result:?}"),
+            }
+        }
+        let nowhere = nowhere().addr();
+        for bad in [all.start + 1..all.start + space.page, nowhere..nowhere + page()] {
+            assert_eq!(errno(tracker.track(bad.clone())), Errno::EINVAL, "{bad:x?}");
+        }
+        assert_eq!(tracker.tracked(), [space.addresses(1..2)]);
+        space.write(0, 2);
+        space.write(1, 2);
+        assert_eq!(space.told(tracker.take()), [1..2]);
+    });
+}
+
+#[test]
+fn many_ranges_are_tracked_at_once() {
+    require!(WRITE_PROTECT);
+    for mode in MODES {
+        if mode == userfaultfd::dirty::Mode::Async && !has_features(test_name!(), FeatureFlags::WP_ASYNC) {
+            continue;
+        }
+        // Of all kinds with small pages, in any order, and holes of untracked pages between.
+        let spaces: Vec<_> = (0..100)
+            .map(|index| memory::Kind::SMALL[index % 4])
+            .filter(|kind| Kind::Of(*kind).tracked(test_name!(), mode))
+            .map(|kind| Space::from(Memory::new(kind, 3)))
+            .collect();
+        let mut tracker = space::tracker(mode);
+        for space in &spaces {
+            tracker.track(space.addresses(0..2)).unwrap();
+        }
+        assert_eq!(tracker.stats().tracked, 2 * page() * spaces.len());
+        for space in spaces.iter().step_by(2) {
+            space.write(1, 1);
+            space.write(2, 1);
+        }
+        let told: Vec<_> = tracker.take().map(Result::unwrap).collect();
+        assert!(told.windows(2).all(|two| two[0].end < two[1].start), "{told:x?}");
+        let mut written: Vec<_> = spaces.iter().step_by(2).map(|space| space.addresses(1..2)).collect();
+        written.sort_by_key(|range| range.start);
+        let mut merged: Vec<std::ops::Range<usize>> = Vec::new();
+        for range in written {
+            match merged.last_mut() {
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ => merged.push(range),
+            }
+        }
+        assert_eq!(told, merged, "{mode}");
+        assert_eq!(tracker.count().unwrap(), 0);
+    }
+}
+
+#[test]
+fn a_range_spans_mappings_and_holes() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        space::each(test_name!(), 6, |tracker, space| {
+            let Kind::Of(_) = space.kind else { return };
+            space.populate();
+            // Two mappings, a hole, and another mapping.
+            space.memory().protect(0, 2, libc::PROT_READ);
+            space.memory().unmap(3, 1);
+            tracker.track(space.all()).unwrap();
+            space.memory().protect(0, 2, libc::PROT_READ | libc::PROT_WRITE);
+            assert_eq!(space.told(tracker.dirty()), []);
+            for page in [1, 2, 4] {
+                space.write(page, 2);
+            }
+            assert_eq!(space.told(tracker.take()), [1..3, 4..5]);
+            assert_eq!(space.told(tracker.take()), []);
+        });
+    });
+}
