@@ -239,6 +239,7 @@ mod error;
 mod event;
 mod features;
 mod fill;
+mod lazy;
 mod open;
 pub mod pagemap;
 pub mod pager;
@@ -255,6 +256,7 @@ pub use crate::error::{Error, Result};
 pub use crate::event::{Drain, Event, EventBuffer, FaultKind, ReadWrite};
 pub use crate::features::{FeatureFlags, IoctlFlags, Known, RegisterMode, Support};
 pub use crate::fill::{ContinueMode, CopyMode, MoveMode};
+pub use crate::lazy::{LazyBuilder, LazyMemory};
 pub use crate::open::{OpenFailure, OpenRefusal, OpenWith};
 pub use crate::uffd::Uffd;
 

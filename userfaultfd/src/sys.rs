@@ -202,6 +202,72 @@ pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(
     Ok(())
 }
 
+/// Whether O_NONBLOCK is set.
+pub(crate) fn is_nonblocking(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    // SAFETY: F_GETFL touches no memory.
+    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    Ok(flags & libc::O_NONBLOCK != 0)
+}
+
+/// Keeps the program's signals away from the calling thread, but for those that its own faults raise.
+pub(crate) fn block_signals() {
+    let mut signals = std::mem::MaybeUninit::uninit();
+    // SAFETY: sigfillset writes the set.
+    unsafe { libc::sigfillset(signals.as_mut_ptr()) };
+    for fault in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGABRT] {
+        // SAFETY: the set was written above.
+        unsafe { libc::sigdelset(signals.as_mut_ptr(), fault) };
+    }
+    // SAFETY: the set is read, and the old one isn't wanted.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, signals.as_ptr(), std::ptr::null_mut()) };
+}
+
+/// An epoll(7) instance.
+pub(crate) fn epoll() -> Result<OwnedFd, Errno> {
+    // SAFETY: touches no memory.
+    let fd = check(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
+    // SAFETY: the kernel made the descriptor for this call, so nothing else owns it.
+    Ok(unsafe { own(fd) })
+}
+
+/// epoll_ctl(2). `operation`: EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL.
+pub(crate) fn epoll_control(
+    epoll: BorrowedFd<'_>,
+    operation: libc::c_int,
+    fd: BorrowedFd<'_>,
+    events: libc::c_int,
+    token: u64,
+) -> Result<(), Errno> {
+    let mut event = libc::epoll_event { events: events as u32, u64: token };
+    // SAFETY: the kernel reads the structure, which is borrowed for the call.
+    check(unsafe { libc::epoll_ctl(epoll.as_raw_fd(), operation, fd.as_raw_fd(), &mut event) }).map(drop)
+}
+
+/// epoll_wait(2), for so many milliseconds at most, or for ever with -1. Returns how many events there are; none if a
+/// signal came.
+pub(crate) fn epoll_wait(
+    epoll: BorrowedFd<'_>,
+    events: &mut [libc::epoll_event],
+    timeout: libc::c_int,
+) -> Result<usize, Errno> {
+    let room = libc::c_int::try_from(events.len()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: the kernel writes at most `room` structures, of which `events`, borrowed for the call, has that many.
+    let ready = unsafe { libc::epoll_wait(epoll.as_raw_fd(), events.as_mut_ptr(), room, timeout) };
+    match check(ready) {
+        Err(Errno::EINTR) => Ok(0),
+        ready => ready.map(|ready| ready as usize),
+    }
+}
+
+/// An eventfd(2) whose counter is 0, or 1 from the start.
+pub(crate) fn eventfd(initially: bool) -> Result<OwnedFd, Errno> {
+    // SAFETY: touches no memory.
+    let fd = unsafe { libc::eventfd(initially.into(), libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+    let fd = check(fd)?;
+    // SAFETY: the kernel made the descriptor for this call, so nothing else owns it.
+    Ok(unsafe { own(fd) })
+}
+
 /// Whether a descriptor is a userfaultfd, without changing its state.
 ///
 /// The handshake with a version that no kernel accepts tells: a userfaultfd answers EINVAL and clears the

@@ -139,6 +139,22 @@ impl Uffd {
         Ok(Self { fd, terms: self.terms })
     }
 
+    /// Whether reading waits for an event: what [`set_nonblocking`](Self::set_nonblocking) switched last, or
+    /// anybody with whom the description is shared.
+    ///
+    /// # Errors
+    ///
+    /// [`SystemError`](Error::SystemError), which doesn't happen on an open descriptor.
+    ///
+    /// ```
+    /// let uffd = userfaultfd::UffdBuilder::new().non_blocking(true).create()?;
+    /// assert!(uffd.is_nonblocking()?);
+    /// # Ok::<(), userfaultfd::Error>(())
+    /// ```
+    pub fn is_nonblocking(&self) -> Result<bool> {
+        Ok(sys::is_nonblocking(self.as_fd())?)
+    }
+
     /// Switches between reading that waits for an event and reading that doesn't, at run time, for every
     /// descriptor that shares this one's description: duplicates, passed ones.
     ///

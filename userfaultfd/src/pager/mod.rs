@@ -1,10 +1,596 @@
-//! The pager: threads that answer faults from a source.
+//! The pager: threads that answer the faults of any number of processes from sources of content.
+//!
+//! A [`Pager`] owns userfaultfds and, for each, a table of [`Region`]s: ranges of addresses with the source of what
+//! belongs there. When a page is touched for the first time, a thread of the pager reads it from its source and puts
+//! it in place. Memory of this very process that fills itself is [`LazyMemory`](crate::LazyMemory), which is made of
+//! a pager.
+//!
+//! ```no_run
+//! use std::os::fd::OwnedFd;
+//! use userfaultfd::Uffd;
+//! use userfaultfd::pager::{FileSource, Pager, Region};
+//!
+//! # fn receive() -> (OwnedFd, usize, usize) { unimplemented!() }
+//! // From the process whose memory it is, over a Unix socket: its userfaultfd, and where the memory is.
+//! let (fd, start, len) = receive();
+//!
+//! let pager = Pager::builder().threads(2).on_problem(|problem| eprintln!("{problem}")).build()?;
+//! let region = Region::new(start, len, FileSource::open("snapshot")?).block(64 << 10);
+//! pager.add(Uffd::from(fd), [region])?;
+//! pager.join(); // until the process ends
+//! println!("{}", pager.statistics());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What it promises
+//!
+//! 1. **No fault is lost.** Each ends filled, waked because another fill answered it, poisoned, or dropped because
+//!    its memory or its process has gone.
+//! 2. **No page is filled twice**, and none is read from its source again once it is there. Faults that come while a
+//!    page is loaded join that load.
+//! 3. **Changes come first.** Where the descriptor tells of changes, a removed range is zero from then on, an
+//!    unmapped one is forgotten, a moved one moves along, and a fork's child is served like its parent: no content
+//!    is put where it doesn't belong any more.
+//! 4. **A fill that must wait** (`EAGAIN`, the layout is changing) is put off with its content while other faults go
+//!    on, and tried again.
+//! 5. **A page that the kernel says is there** although it faults again and again is told with its address, and tried
+//!    ever more rarely.
+//! 6. **A source that fails**, or panics, is asked again as [`Retry`] says. Then the page is poisoned, so that an
+//!    access is SIGBUS; before Linux 6.6, which can't poison, whoever accesses it waits until the source delivers.
+//!    Both are told to [`on_problem`](PagerBuilder::on_problem). Never is it zeros.
+//! 7. **The end is a choice**: [`finish`](Pager::finish) fills all that is absent,
+//!    [`detach`](Pager::detach) hands the descriptors and the list of what is absent over, and dropping the pager
+//!    poisons what is absent (before 6.6: fills it). Closing a userfaultfd would show zeros instead.
+//! 8. **Page sizes are each region's**, and so is the block that is filled for a fault.
+//! 9. **[Statistics]** are always counted.
+//!
+//! # What can't be told
+//!
+//! - Without `EVENT_REMOVE`, and where a hole is punched into a file, the kernel tells of no removal. A page that was
+//!   there and faults again is taken for such a one, and zero. One that was absent gets its content.
+//! - Of shared memory a removal may be `MADV_DONTNEED`, which takes only the mapping away, or `MADV_REMOVE`, which
+//!   takes the page. Pages that are there stay in the one case, and are zero in the other, as it should be; those that
+//!   are absent are taken for removed. Say [`Region::shared`].
+//! - Without `EVENT_FORK` a child reads zeros where pages are missing: use `MADV_DONTFORK`.
+//! - When a process ends nothing tells, unless a fill finds out. Children of forks are looked after every half second.
+//!
+//! # Descriptors
+//!
+//! A descriptor may be blocking or not. While it is served it is switched to non-blocking, for all that share its
+//! description, and [`detach`](Pager::detach) switches it back. Nobody else may read it meanwhile.
 
+mod changes;
+mod control;
+mod descriptor;
+mod error;
+mod fill;
+mod layout;
+mod own;
+mod pages;
+mod point;
+#[cfg(test)]
+mod races;
+mod region;
+mod run;
+mod serve;
+mod shared;
+mod shutdown;
 mod source;
-#[cfg_attr(not(test), expect(dead_code, reason = "the threads that count come with the pager"))]
 mod stats;
 
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+pub use error::{Error, Problem, Refused, Result, Retry};
+pub use region::Region;
 pub use source::{
     BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
 };
 pub use stats::{Histogram, Statistics};
+
+use self::control::{Control, OnProblem, spawn, target_is_gone};
+use self::descriptor::{Descriptor, Serving, at, lock};
+use self::layout::{Layout, Segment};
+use self::serve::Worker;
+use self::shared::Shared;
+use self::shutdown::Cover;
+use crate::{Errno, FeatureFlags, Uffd};
+
+/// A descriptor that a pager serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DescriptorId(u64);
+
+/// A region that a pager serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RegionId(u64);
+
+/// What was added to a pager.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Added {
+    /// The descriptor.
+    pub descriptor: DescriptorId,
+    /// Its regions, in the order in which they were given.
+    pub regions: Vec<RegionId>,
+}
+
+/// Pages that nobody has filled, one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Absent {
+    /// The region, or what became of it by a move or a fork.
+    pub region: RegionId,
+    /// Where the first is.
+    pub address: usize,
+    /// How many bytes they have.
+    pub len: usize,
+    /// Where their content is in the source, in bytes. `None`: they were removed, and are to be zero.
+    pub offset: Option<u64>,
+}
+
+/// A descriptor that a pager has handed over.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Detached {
+    /// What it was.
+    pub descriptor: DescriptorId,
+    /// The descriptor. Its ranges are registered still, and threads wait for pages: closing it shows them zeros.
+    pub uffd: Uffd,
+    /// What is absent, by address.
+    pub absent: Vec<Absent>,
+}
+
+/// How far a fill of everything is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes that were absent when it began.
+    pub total: u64,
+}
+
+/// How a [`Pager`] is to be.
+///
+/// ```
+/// use std::time::Duration;
+/// use userfaultfd::pager::{Pager, Retry};
+///
+/// let pager = Pager::builder()
+///     .threads(4)
+///     .retry(Retry { attempts: 10, delay: Duration::from_millis(1) })
+///     .on_problem(|problem| eprintln!("{problem}"))
+///     .build()?;
+/// # Ok::<(), userfaultfd::pager::Error>(())
+/// ```
+#[derive(Clone)]
+#[must_use = "a pager is made by build"]
+pub struct PagerBuilder {
+    threads: usize,
+    retry: Retry,
+    on_problem: Option<OnProblem>,
+}
+
+impl PagerBuilder {
+    /// How many threads answer faults: as many reads of sources go on at the same time. The default is 1.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = threads.max(1);
+        self
+    }
+
+    /// How often a source is asked that fails. The default is [`Retry::default`].
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.retry = Retry { attempts: retry.attempts.max(1), ..retry };
+        self
+    }
+
+    /// What to call when something goes wrong while the pager serves. The default is nothing.
+    ///
+    /// It is called on a thread that answers no faults, one problem after the other, and may take its time and any
+    /// lock. Where problems come faster than it takes them they are counted in
+    /// [`problems_lost`](Statistics::problems_lost). It must not touch memory that the pager fills, nor drop the
+    /// pager.
+    pub fn on_problem(mut self, on_problem: impl Fn(&Problem) + Send + Sync + 'static) -> Self {
+        self.on_problem = Some(Arc::new(on_problem));
+        self
+    }
+
+    /// Starts the threads.
+    ///
+    /// # Errors
+    ///
+    /// [`System`](Error::System): a thread or a descriptor couldn't be had.
+    pub fn build(self) -> Result<Pager> {
+        let shared = Arc::new(Shared::new(self.threads, self.retry)?);
+        let mut pager = Pager { shared: Arc::clone(&shared), adding: Mutex::new(()), threads: Vec::new() };
+        let control = Control { shared: Arc::clone(&shared), on_problem: self.on_problem };
+        pager.threads.push(spawn("uffd-control", move || control.run())?);
+        for thread in 0..self.threads {
+            let worker = Worker::new(Arc::clone(&shared), thread);
+            pager.threads.push(spawn("uffd-pager", move || worker.run())?);
+        }
+        Ok(pager)
+    }
+}
+
+impl Default for PagerBuilder {
+    fn default() -> Self {
+        Self { threads: 1, retry: Retry::default(), on_problem: None }
+    }
+}
+
+impl fmt::Debug for PagerBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { threads, retry, on_problem } = self;
+        f.debug_struct("PagerBuilder")
+            .field("threads", threads)
+            .field("retry", retry)
+            .field("on_problem", &on_problem.is_some())
+            .finish()
+    }
+}
+
+/// Threads that answer faults: see the [module](self).
+///
+/// Dropping it poisons what is absent, of all it serves, and closes the descriptors: an access to a page that was
+/// never filled is SIGBUS then. Before Linux 6.6, which can't poison, dropping fills what is absent; what can't be
+/// filled either keeps its descriptor open for as long as this process lives, so that who accesses it waits.
+/// [`finish`](Self::finish) and [`detach`](Self::detach) are the other ends.
+#[derive(Debug)]
+pub struct Pager {
+    shared: Arc<Shared>,
+    /// Held while regions are added, so that two that overlap can't be both.
+    adding: Mutex<()>,
+    /// The one in the background, then those that serve.
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Pager {
+    /// A pager with one thread.
+    ///
+    /// # Errors
+    ///
+    /// [`System`](Error::System): a thread or a descriptor couldn't be had.
+    pub fn new() -> Result<Self> {
+        Self::builder().build()
+    }
+
+    /// How a pager is to be.
+    pub fn builder() -> PagerBuilder {
+        PagerBuilder::default()
+    }
+
+    /// Serves memory of another process.
+    ///
+    /// The descriptor was made there, and came over a Unix socket, by fork(2) or with pidfd_getfd(2). Its handshake is
+    /// done. The pager registers each region, for missing faults and what else the region asks for, so it need not
+    /// be registered before; if it is, then for the same. Faults that wait already are answered.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`], with the descriptor. Nothing of it is served then, though regions may be registered.
+    ///
+    /// - [`Overlap`](Error::Overlap), [`EmptyRegion`](Error::EmptyRegion), [`Unaligned`](Error::Unaligned),
+    ///   [`PageSize`](Error::PageSize), [`Block`](Error::Block), [`BeyondSource`](Error::BeyondSource): what a region
+    ///   tells can't be.
+    /// - [`Register`](Error::Register), [`MissingIoctls`](Error::MissingIoctls): the kernel won't have it.
+    /// - [`TargetGone`](Error::TargetGone): the process has ended.
+    /// - [`OwnMemory`](Error::OwnMemory): it is this process's own, or `/proc` can't tell.
+    /// - [`System`](Error::System): memory for the states of pages couldn't be had.
+    pub fn add(&self, uffd: Uffd, regions: impl IntoIterator<Item = Region>) -> Result<Added, Refused> {
+        self.add_checked(uffd, regions.into_iter().collect(), true)
+    }
+
+    /// Serves memory of this process, or of any.
+    ///
+    /// Who touches the memory for the first time finds what the source has. A thread that waits for a page may hold
+    /// any lock of the program: see [`PageSource`].
+    ///
+    /// # Errors
+    ///
+    /// As [`add`](Self::add), but for [`OwnMemory`](Error::OwnMemory).
+    ///
+    /// # Safety
+    ///
+    /// The caller must make sure that
+    ///
+    /// - whoever holds a reference into the regions is to find there, in each page that is missing now, what the
+    ///   source has: it is valid for its type, and no page that was seen as something else is missing.
+    /// - the same of pages that are removed later, as by `MADV_DONTNEED`, which become zero, and of what
+    ///   is mapped in the place of the regions before they are removed from the pager.
+    /// - no reference is used to a page that is poisoned as if it led to memory, or the process may die of SIGBUS.
+    #[expect(unsafe_code, reason = "the contract is the caller's")]
+    pub unsafe fn add_own(
+        &self,
+        uffd: Uffd,
+        regions: impl IntoIterator<Item = Region>,
+    ) -> Result<Added, Refused> {
+        self.add_checked(uffd, regions.into_iter().collect(), false)
+    }
+
+    fn add_checked(&self, uffd: Uffd, regions: Vec<Region>, foreign: bool) -> Result<Added, Refused> {
+        let _adding = lock(&self.adding);
+        let mut layout = Layout::default();
+        let prepared = regions.into_iter().try_for_each(|region| {
+            check_overlap(&layout, &region)?;
+            layout.insert(self.register(&uffd, region, foreign)?);
+            Ok(())
+        });
+        let switched = prepared.and_then(|()| {
+            let was_blocking = !uffd.is_nonblocking()?;
+            uffd.set_nonblocking(true)?;
+            Ok(was_blocking)
+        });
+        let was_blocking = match switched {
+            Ok(was_blocking) => was_blocking,
+            Err(error) => return Err(Refused { uffd, error }),
+        };
+        let regions = layout.segments().iter().map(|segment| RegionId(segment.region.id)).collect();
+        let uffd = Arc::new(uffd);
+        let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
+        match self.shared.add(serving, false, was_blocking) {
+            Ok(descriptor) => {
+                let mut regions: Vec<RegionId> = regions;
+                regions.sort_unstable(); // numbered in the order in which they were given
+                Ok(Added { descriptor: DescriptorId(descriptor.id), regions })
+            }
+            Err(error) => {
+                let uffd = Arc::try_unwrap(uffd).expect("nobody else has got it");
+                Err(Refused { uffd, error })
+            }
+        }
+    }
+
+    /// Serves one more region of a descriptor.
+    ///
+    /// # Errors
+    ///
+    /// As [`add`](Self::add), and [`NotServed`](Error::NotServed) if the descriptor isn't served any more.
+    pub fn add_region(&self, descriptor: DescriptorId, region: Region) -> Result<RegionId> {
+        self.add_region_checked(descriptor, region, true)
+    }
+
+    /// Serves one more region of a descriptor that may be this process's.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_region`](Self::add_region), but for [`OwnMemory`](Error::OwnMemory).
+    ///
+    /// # Safety
+    ///
+    /// As [`add_own`](Self::add_own).
+    #[expect(unsafe_code, reason = "the contract is the caller's")]
+    pub unsafe fn add_own_region(&self, descriptor: DescriptorId, region: Region) -> Result<RegionId> {
+        self.add_region_checked(descriptor, region, false)
+    }
+
+    fn add_region_checked(
+        &self,
+        descriptor: DescriptorId,
+        region: Region,
+        foreign: bool,
+    ) -> Result<RegionId> {
+        let _adding = lock(&self.adding);
+        let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
+        let serving = descriptor.enter(self.shared.threads).clone().ok_or(Error::NotServed)?;
+        check_overlap(&serving.layout, &region)?;
+        let segment = self.register(&serving.uffd, region, foreign)?;
+        drop(serving);
+        let id = RegionId(segment.region.id);
+        let mut overlap = Ok(());
+        let served = descriptor.change_layout(|layout| {
+            // A move may have brought something there meanwhile.
+            let other = layout.parts(segment.start..segment.end).next();
+            match other {
+                Some(other) => overlap = Err(Error::Overlap { address: segment.start, other: other.start }),
+                None => layout.insert(segment),
+            }
+        });
+        overlap?;
+        if served { Ok(id) } else { Err(Error::NotServed) }
+    }
+
+    /// Checks a region, and registers it.
+    fn register(&self, uffd: &Uffd, region: Region, foreign: bool) -> Result<Segment> {
+        region.check()?;
+        let Range { start, end } = region.range();
+        if uffd.features().contains(FeatureFlags::SIGBUS) {
+            return Err(Error::NoMessages);
+        }
+        let offered = uffd.register_with_mode(at(start), end - start, region.modes());
+        let offered = offered.map_err(|error| match error.errno() {
+            Some(Errno::ENOMEM | Errno::ESRCH) if target_is_gone(uffd, None) => Error::TargetGone,
+            _ => Error::Register { address: start, error },
+        })?;
+        region.check_ioctls(offered)?;
+        if foreign && own::is_registered_here(&region.range()).unwrap_or(true) {
+            return Err(Error::OwnMemory { address: start });
+        }
+        let region = Arc::new(region.serve(self.shared.new_region_id())?);
+        Ok(Segment { start, end, region, first: 0 })
+    }
+
+    /// Fills what is absent of a region, and gives it back to the kernel.
+    ///
+    /// `progress` is called now and then, first with nothing done and last with all done.
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`Unfilled`](Error::Unfilled): its source fails, before Linux 6.6. The region is served on.
+    pub fn finish_region(&self, region: RegionId, progress: impl FnMut(Progress)) -> Result<()> {
+        let descriptor = self.of_region(region)?;
+        shutdown::fill(&self.shared, &[(Arc::clone(&descriptor), Some(region.0))], progress)?;
+        self.drop_region(&descriptor, region)
+    }
+
+    /// Poisons what is absent of a region, and gives it back to the kernel.
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`Unfilled`](Error::Unfilled): before Linux 6.6, if something is absent. The region is served on.
+    pub fn remove_region(&self, region: RegionId) -> Result<()> {
+        let descriptor = self.of_region(region)?;
+        let left = shutdown::cover(&self.shared, &descriptor, Some(region.0), Cover::Poison, &mut |_| {})?;
+        if left > 0 {
+            return Err(Error::Unfilled { pages: left });
+        }
+        self.drop_region(&descriptor, region)
+    }
+
+    fn of_region(&self, region: RegionId) -> Result<Arc<Descriptor>> {
+        let has = |descriptor: &Arc<Descriptor>| {
+            !descriptor.segments(self.shared.threads, Some(region.0)).is_empty()
+        };
+        self.shared.descriptors().into_iter().find(has).ok_or(Error::NotServed)
+    }
+
+    fn drop_region(&self, descriptor: &Descriptor, region: RegionId) -> Result<()> {
+        let mut served = false;
+        descriptor.exclusively(&mut |serving| {
+            let mut serving = serving?;
+            let gone = Arc::make_mut(&mut serving.layout).take(region.0);
+            served = !gone.is_empty();
+            shutdown::unregister(&serving.uffd, &gone);
+            Some(serving)
+        });
+        if served { Ok(()) } else { Err(Error::NotServed) }
+    }
+
+    /// Ends serving a descriptor, and hands it over with the list of what is absent. Threads that wait are told to
+    /// fault again, so that the new owner hears of them.
+    ///
+    /// # Errors
+    ///
+    /// [`NotServed`](Error::NotServed): it isn't served any more.
+    pub fn remove(&self, descriptor: DescriptorId) -> Result<Detached> {
+        let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
+        let serving = self.shared.remove(&descriptor).ok_or(Error::NotServed)?;
+        Ok(shutdown::detached(&descriptor, serving))
+    }
+
+    /// What is absent of a region, by address.
+    ///
+    /// # Errors
+    ///
+    /// [`NotServed`](Error::NotServed): it isn't served any more.
+    pub fn absent(&self, region: RegionId) -> Result<Vec<Absent>> {
+        let descriptor = self.of_region(region)?;
+        let mut absent = Vec::new();
+        for segment in descriptor.segments(self.shared.threads, Some(region.0)) {
+            shutdown::absent_of(&segment, &mut absent);
+        }
+        Ok(absent)
+    }
+
+    /// The descriptors that are served, with those that forks brought.
+    #[must_use]
+    pub fn descriptors(&self) -> Vec<DescriptorId> {
+        self.shared.descriptors().iter().map(|descriptor| DescriptorId(descriptor.id)).collect()
+    }
+
+    /// What was done so far, and how many pages are there.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        self.shared.statistics()
+    }
+
+    /// Waits until nothing is served any more: all processes have gone, or all descriptors were removed.
+    ///
+    /// That a process has gone is noticed when a page is to be filled in it, or if it is a fork's child.
+    pub fn join(&self) {
+        self.shared.wait_until_empty();
+    }
+
+    /// Fills everything that is absent, gives all memory back to the kernel and closes the descriptors. The memory is
+    /// complete then, and needs no pager.
+    ///
+    /// It needs as much memory as everything that it fills. `progress` is called now and then, first with nothing
+    /// done and last with all done. Faults are answered meanwhile. A page that its source doesn't deliver is
+    /// poisoned.
+    ///
+    /// # Errors
+    ///
+    /// [`Unfilled`](Error::Unfilled): a source fails, before Linux 6.6. Everything is served on.
+    pub fn finish(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
+        loop {
+            let descriptors = self.shared.descriptors();
+            if descriptors.is_empty() {
+                return Ok(());
+            }
+            let all: Vec<_> = descriptors.iter().map(|descriptor| (Arc::clone(descriptor), None)).collect();
+            shutdown::fill(&self.shared, &all, &mut progress)?;
+            for descriptor in descriptors {
+                if let Some(serving) = self.shared.remove(&descriptor) {
+                    shutdown::unregister(&serving.uffd, serving.layout.segments());
+                }
+            }
+            // Forks that came meanwhile have brought others.
+        }
+    }
+
+    /// Stops, and hands all descriptors over with the lists of what is absent. Threads that wait are told to fault
+    /// again, so that the new owner hears of them.
+    #[must_use = "closing the descriptors shows zeros where pages are missing"]
+    pub fn detach(mut self) -> Vec<Detached> {
+        self.stop_threads();
+        let descriptors = self.shared.descriptors().into_iter();
+        let detach = |descriptor: Arc<Descriptor>| {
+            self.shared.remove(&descriptor).map(|serving| shutdown::detached(&descriptor, serving))
+        };
+        descriptors.filter_map(detach).collect()
+    }
+
+    /// Stops the threads, those that serve first.
+    fn stop_threads(&mut self) {
+        if self.threads.is_empty() {
+            return;
+        }
+        self.shared.stop();
+        let control = self.threads.remove(0);
+        for thread in self.threads.drain(..) {
+            // A panic of theirs has been told.
+            let _panicked = thread.join();
+        }
+        self.shared.stop_notes();
+        let _panicked = control.join();
+    }
+
+    /// Poisons what is absent of a descriptor, or fills it where the kernel can't do that. Whether all is covered.
+    fn cover(&self, descriptor: &Arc<Descriptor>) -> bool {
+        [Cover::Poison, Cover::Content]
+            .into_iter()
+            .any(|cover| matches!(shutdown::cover(&self.shared, descriptor, None, cover, &mut |_| {}), Ok(0)))
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        if self.threads.is_empty() {
+            return;
+        }
+        // With the threads at work, which read the events that fills wait for.
+        for descriptor in self.shared.descriptors() {
+            self.cover(&descriptor);
+        }
+        self.stop_threads();
+        for descriptor in self.shared.descriptors() {
+            let covered = self.cover(&descriptor);
+            let serving = self.shared.remove(&descriptor);
+            if let Some(serving) = serving.filter(|_| !covered) {
+                // Who waits goes on waiting, instead of reading zeros.
+                std::mem::forget(serving.uffd);
+            }
+        }
+    }
+}
+
+/// Whether a region has its addresses for itself.
+fn check_overlap(layout: &Layout, region: &Region) -> Result<()> {
+    match layout.parts(region.range()).next() {
+        Some(other) => Err(Error::Overlap { address: region.range().start, other: other.start }),
+        None => Ok(()),
+    }
+}

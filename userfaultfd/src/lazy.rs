@@ -1,0 +1,360 @@
+//! [`LazyMemory`]: memory of this process that fills itself.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::Arc;
+
+use memmap2::{Advice, MmapMut, MmapOptions};
+
+use crate::pager::{
+    self, Absent, DescriptorId, PageSource, Pager, PagerBuilder, Problem, Progress, Region, RegionId, Retry,
+    Statistics,
+};
+use crate::{Uffd, UffdBuilder};
+
+/// So much is read for one fault, unless told otherwise.
+const BLOCK: usize = 64 << 10;
+
+/// Memory of this process that is read from a source as it is touched.
+///
+/// It dereferences to `[u8]`. A page that is touched for the first time is read from the source; until then it takes
+/// no memory. So a source may be larger than memory is. Writes stay in memory: the source isn't changed.
+///
+/// ```
+/// use userfaultfd::LazyMemory;
+/// use userfaultfd::pager::FileSource;
+///
+/// let memory = LazyMemory::builder(FileSource::open("Cargo.toml")?).build()?;
+/// println!("{} bytes, the last is {:?}", memory.len(), memory.last());
+/// println!("{}", memory.statistics());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # When the source fails
+///
+/// It is asked again as [`retry`](LazyBuilder::retry) says. Then the page is poisoned: **an access to it raises
+/// SIGBUS**, as for a mapped file whose disk fails. Before Linux 6.6, which can't poison, the thread waits until the
+/// source delivers. [`on_problem`](LazyBuilder::on_problem) is told in both cases.
+///
+/// # System calls
+///
+/// Where the process may handle faults from kernel mode (see "Rights" in the [crate docs](crate#rights)), the memory
+/// can be given to system calls like any other. Where it may not, a system call that meets a page that nobody has
+/// touched fails with `EFAULT`: [`populate`](Self::populate) the range before.
+/// [`serves_kernel`](Self::serves_kernel) tells.
+///
+/// # Forks
+///
+/// A child hasn't got the memory (`MADV_DONTFORK`): an access there raises SIGSEGV, instead of reading zeros.
+///
+/// # Locks
+///
+/// A thread that touches the memory may wait for the source, whatever locks it holds: see [`PageSource`].
+pub struct LazyMemory {
+    pager: Arc<Pager>,
+    descriptor: DescriptorId,
+    region: RegionId,
+    memory: MmapMut,
+    len: usize,
+    serves_kernel: bool,
+}
+
+/// How a [`LazyMemory`] is to be.
+///
+/// ```
+/// use userfaultfd::LazyMemory;
+/// use userfaultfd::pager::Fill;
+///
+/// let squares = |offset: u64, page: &mut [u8]| {
+///     for (at, word) in page.chunks_exact_mut(8).enumerate() {
+///         let index = offset / 8 + at as u64;
+///         word.copy_from_slice(&(index * index).to_ne_bytes());
+///     }
+///     Ok(Fill::Data)
+/// };
+/// let memory = LazyMemory::builder(squares).len(1 << 30).threads(2).build()?;
+/// let at = 8 * 12345;
+/// assert_eq!(memory[at..at + 8], 152_399_025_u64.to_ne_bytes());
+/// # Ok::<(), userfaultfd::pager::Error>(())
+/// ```
+#[must_use = "the memory is made by build"]
+pub struct LazyBuilder {
+    source: Arc<dyn PageSource>,
+    offset: u64,
+    len: Option<usize>,
+    page_size: usize,
+    block: usize,
+    pager: Option<Arc<Pager>>,
+    own: PagerBuilder,
+    kernel: Option<bool>,
+}
+
+impl LazyMemory {
+    /// `len` bytes of memory with the content of a source.
+    ///
+    /// # Errors
+    ///
+    /// As [`LazyBuilder::build`].
+    pub fn new(len: usize, source: impl PageSource + 'static) -> pager::Result<Self> {
+        Self::builder(source).len(len).build()
+    }
+
+    /// How the memory is to be. The default: all that the source has, in pages of the system's size, with a pager of
+    /// its own.
+    pub fn builder(source: impl PageSource + 'static) -> LazyBuilder {
+        LazyBuilder {
+            source: Arc::new(source),
+            offset: 0,
+            len: None,
+            page_size: crate::page_size(),
+            block: BLOCK,
+            pager: None,
+            own: Pager::builder(),
+            kernel: None,
+        }
+    }
+
+    /// Whether system calls can be given the memory before it was touched.
+    #[must_use]
+    pub fn serves_kernel(&self) -> bool {
+        self.serves_kernel
+    }
+
+    /// Has a range filled, and returns when it is. The range is in bytes, and cut to the memory.
+    ///
+    /// ```
+    /// use std::io::Write;
+    /// use userfaultfd::LazyMemory;
+    /// use userfaultfd::pager::Fill;
+    ///
+    /// let memory = LazyMemory::new(1 << 20, |_: u64, page: &mut [u8]| {
+    ///     page.fill(b'.');
+    ///     Ok(Fill::Data)
+    /// })?;
+    /// memory.populate(0..5000);
+    /// std::io::sink().write_all(&memory[..5000])?; // a file would do, too
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn populate(&self, range: Range<usize>) {
+        let page = crate::page_size();
+        let end = range.end.min(self.len);
+        let mut at = range.start - range.start % page;
+        while at < end {
+            std::hint::black_box(self[at]);
+            at += page;
+        }
+    }
+
+    /// Fills everything that is absent. The memory needs no pager from then on.
+    ///
+    /// It takes as much memory as it is long. `progress` is called now and then, first with nothing done and last
+    /// with all done. A page that the source doesn't deliver is poisoned.
+    ///
+    /// # Errors
+    ///
+    /// [`Unfilled`](pager::Error::Unfilled): the source fails, before Linux 6.6.
+    /// [`NotServed`](pager::Error::NotServed): it was done before.
+    pub fn fill(&self, progress: impl FnMut(Progress)) -> pager::Result<()> {
+        self.pager.finish_region(self.region, progress)
+    }
+
+    /// What nobody has touched yet, nor filled.
+    ///
+    /// # Errors
+    ///
+    /// [`NotServed`](pager::Error::NotServed): nothing is, since all was [filled](Self::fill).
+    pub fn absent(&self) -> pager::Result<Vec<Absent>> {
+        self.pager.absent(self.region)
+    }
+
+    /// What the pager has done so far, for all memory that it serves.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        self.pager.statistics()
+    }
+
+    /// The pager.
+    #[must_use]
+    pub fn pager(&self) -> &Arc<Pager> {
+        &self.pager
+    }
+}
+
+impl LazyBuilder {
+    /// How many bytes of memory there are to be. The default is what the source has from the offset on.
+    pub fn len(mut self, bytes: usize) -> Self {
+        self.len = Some(bytes);
+        self
+    }
+
+    /// Where in the source the memory begins, in bytes. The default is 0.
+    pub fn offset(mut self, offset: u64) -> Self {
+        self.offset = offset;
+        self
+    }
+
+    /// Takes huge pages of so many bytes, which must be [reserved](https://docs.kernel.org/admin-guide/mm/hugetlbpage.html):
+    /// 2 MiB and 1 GiB on x86-64. A fault fills a whole one.
+    pub fn huge_pages(mut self, bytes: usize) -> Self {
+        self.page_size = bytes;
+        self
+    }
+
+    /// How many bytes are read for one fault, around the byte that is touched; rounded up to whole pages. The default
+    /// is 64 KiB. Less is better where access is random and the source slow, more where it is sequential.
+    pub fn block(mut self, bytes: usize) -> Self {
+        self.block = bytes;
+        self
+    }
+
+    /// How many threads read the source. The default is 1.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.own = self.own.threads(threads);
+        self
+    }
+
+    /// How often the source is asked when it fails. The default is [`Retry::default`].
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.own = self.own.retry(retry);
+        self
+    }
+
+    /// What to call when the source fails, or something else goes wrong: see [`PagerBuilder::on_problem`].
+    pub fn on_problem(mut self, on_problem: impl Fn(&Problem) + Send + Sync + 'static) -> Self {
+        self.own = self.own.on_problem(on_problem);
+        self
+    }
+
+    /// Takes a pager that others use, too, instead of starting one. Then threads, retries and problems are that
+    /// pager's.
+    pub fn pager(mut self, pager: &Arc<Pager>) -> Self {
+        self.pager = Some(Arc::clone(pager));
+        self
+    }
+
+    /// Whether system calls are to be served that meet pages nobody has touched. With `true` the rights for that are
+    /// needed, with `false` such a call fails with `EFAULT`. The default is `true` where there are the rights.
+    pub fn serve_kernel(mut self, serve: bool) -> Self {
+        self.kernel = Some(serve);
+        self
+    }
+
+    /// Maps the memory.
+    ///
+    /// # Errors
+    ///
+    /// - [`EmptyRegion`](pager::Error::EmptyRegion): no bytes; a source without an end, and no length.
+    /// - [`BeyondSource`](pager::Error::BeyondSource): the source has less.
+    /// - [`PageSize`](pager::Error::PageSize): there are no huge pages of this size.
+    /// - [`Uffd`](pager::Error::Uffd): no userfaultfd can be had; the error tells what helps.
+    /// - [`System`](pager::Error::System): memory or a thread can't be had; `ENOMEM` of huge pages: so many aren't
+    ///   reserved.
+    pub fn build(self) -> pager::Result<LazyMemory> {
+        let Self { source, offset, len, page_size, block, pager, own, kernel } = self;
+        let rest = source.len().map(|end| usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX));
+        let len = len.or(rest).filter(|len| *len > 0).ok_or(pager::Error::EmptyRegion { address: 0 })?;
+        if !page_size.is_power_of_two() || page_size < crate::page_size() {
+            return Err(pager::Error::PageSize { address: 0, page_size });
+        }
+        let huge = (page_size != crate::page_size()).then(|| page_size.trailing_zeros() as u8);
+        let Some(whole) = len.checked_next_multiple_of(page_size).filter(|len| isize::try_from(*len).is_ok())
+        else {
+            return Err(pager::Error::Unaligned { address: 0, len, page_size });
+        };
+        let mut options = MmapOptions::new();
+        options.len(whole);
+        match huge {
+            Some(bits) => options.huge(Some(bits)),
+            None => options.no_reserve_swap(),
+        };
+        let mut memory = options.map_anon()?;
+        memory.advise(Advice::DontFork)?;
+        let (uffd, serves_kernel) = open(kernel)?;
+        let pager = match pager {
+            Some(pager) => pager,
+            None => Arc::new(own.build()?),
+        };
+        let region = Region::new(memory.as_mut_ptr().expose_provenance(), whole, source)
+            .offset(offset)
+            .page_size(page_size)
+            .block(block.max(1).next_multiple_of(page_size));
+        #[expect(unsafe_code, reason = "the memory is this function's")]
+        // SAFETY: nobody has seen the memory yet, and bytes are good whatever they are. It is unmapped only after the
+        // pager has let go of it, and poison is what the documentation says.
+        let added = unsafe { pager.add_own(uffd, [region]) }.map_err(|refused| refused.error)?;
+        let (descriptor, region) = (added.descriptor, added.regions[0]);
+        Ok(LazyMemory { pager, descriptor, region, memory, len, serves_kernel })
+    }
+}
+
+/// A userfaultfd, and whether it delivers faults from kernel mode.
+fn open(kernel: Option<bool>) -> crate::Result<(Uffd, bool)> {
+    let open = |kernel: bool| {
+        let mut builder = UffdBuilder::new();
+        builder.close_on_exec(true).non_blocking(true).user_mode_only(!kernel);
+        builder.create().map(|uffd| (uffd, kernel))
+    };
+    match kernel {
+        Some(kernel) => open(kernel),
+        None => open(true).or_else(|_| open(false)),
+    }
+}
+
+impl Deref for LazyMemory {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        &self.memory[..self.len]
+    }
+}
+
+impl DerefMut for LazyMemory {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[..self.len]
+    }
+}
+
+impl AsRef<[u8]> for LazyMemory {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl AsMut<[u8]> for LazyMemory {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self
+    }
+}
+
+impl Drop for LazyMemory {
+    fn drop(&mut self) {
+        // Nobody refers to the memory any more, so that what is absent may stay so. The mapping goes after this.
+        drop(self.pager.remove(self.descriptor));
+    }
+}
+
+impl fmt::Debug for LazyMemory {
+    /// Not the content: looking at it would fill it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LazyMemory")
+            .field("start", &self.memory.as_ptr())
+            .field("len", &self.len)
+            .field("serves_kernel", &self.serves_kernel)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for LazyBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LazyBuilder")
+            .field("source_len", &self.source.len())
+            .field("offset", &self.offset)
+            .field("len", &self.len)
+            .field("page_size", &self.page_size)
+            .field("block", &self.block)
+            .field("kernel", &self.kernel)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,121 @@
+//! What the events that tell of changes do to the layout and the states of pages. All of it happens while nobody
+//! fills: see `descriptor`.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::descriptor::{Descriptor, Serving, wake};
+use super::layout::{Layout, Segment};
+use super::pages::Pages;
+use super::shared::{Fork, Note, Shared};
+use super::stats::Counters;
+use crate::Uffd;
+
+/// A change that was read.
+#[derive(Debug)]
+pub(crate) enum Change {
+    Fork { uffd: Uffd },
+    Remap { from: Range<usize>, to: usize },
+    Remove(Range<usize>),
+    Unmap(Range<usize>),
+}
+
+/// Applies a change. Whoever waits in memory that has gone is waked, to find that out.
+pub(crate) fn apply(
+    shared: &Shared,
+    counters: &Counters,
+    descriptor: &Descriptor,
+    serving: &mut Serving,
+    change: Change,
+) {
+    match change {
+        Change::Fork { uffd } => {
+            counters.forks.add(1);
+            let layout = Arc::clone(&serving.layout);
+            let states = copy_states(&layout);
+            shared.note(Note::Fork(Fork { parent: descriptor.id, uffd, layout, states }));
+        }
+        Change::Remap { from, to } => {
+            counters.remaps.add(1);
+            remap(shared, Arc::make_mut(&mut serving.layout), from.clone(), to);
+            wake(&serving.uffd, from);
+        }
+        Change::Remove(range) => {
+            counters.removes.add(1);
+            for part in serving.layout.parts(range) {
+                // Of shared memory MADV_DONTNEED takes the mapping away, not the page: what is there stays there.
+                part.region.pages.remove(part.pages(), part.region.shared);
+            }
+        }
+        Change::Unmap(range) => {
+            counters.unmaps.add(1);
+            if serving.layout.parts(range.clone()).next().is_some() {
+                Arc::make_mut(&mut serving.layout).cut(range.clone());
+            }
+            wake(&serving.uffd, range);
+        }
+    }
+}
+
+/// Moves what lies in a range. What is left behind there is empty memory, until an unmapping is told: mremap(2) with
+/// MREMAP_DONTUNMAP tells none.
+fn remap(shared: &Shared, layout: &mut Layout, from: Range<usize>, to: usize) {
+    let moved = layout.cut(from.clone());
+    layout.cut(to..to + from.len());
+    for segment in moved {
+        let at = to + (segment.start - from.start);
+        layout.insert(Segment { start: at, end: at + (segment.end - segment.start), ..segment.clone() });
+        if segment.region.shared {
+            // The file shows the same in both places.
+            layout.insert(segment);
+        } else if let Ok(emptied) = segment.region.emptied(shared.new_region_id(), segment.pages().len()) {
+            layout.insert(Segment { region: Arc::new(emptied), first: 0, ..segment });
+        }
+        // Without memory for its states, a fault there is one without a region.
+    }
+}
+
+/// The states of what a fork's child doesn't share with its parent. Allocates nothing but one mapping: the forking
+/// thread holds the allocator's locks.
+fn copy_states(layout: &Layout) -> io::Result<memmap2::MmapRaw> {
+    let segments = || layout.segments().iter().filter(|segment| !segment.region.shared);
+    let states = Pages::map(segments().map(|segment| segment.pages().len()).sum::<usize>().max(1))?;
+    let mut first = 0;
+    for segment in segments() {
+        segment.region.pages.copy_to(segment.pages(), &states, first);
+        first += segment.pages().len();
+    }
+    Ok(states)
+}
+
+/// Begins to serve a fork's child.
+pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)> {
+    let Fork { uffd, layout, states, .. } = fork;
+    let states = match states {
+        Ok(states) => Arc::new(states),
+        Err(error) => return Err((uffd, error)),
+    };
+    let mut first = 0;
+    let mut child = Layout::default();
+    for segment in layout.segments() {
+        let mut segment = segment.clone();
+        if !segment.region.shared {
+            let count = segment.pages().len();
+            let pages = Pages::of_copy(Arc::clone(&states), first, count);
+            first += count;
+            let region = segment.region.part(shared.new_region_id(), segment.first, pages);
+            segment = Segment { region: Arc::new(region), first: 0, ..segment };
+        }
+        child.insert(segment);
+    }
+    let uffd = Arc::new(uffd);
+    let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(child) };
+    match shared.add(serving, true, false) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let uffd = Arc::try_unwrap(uffd).expect("nobody else has got it");
+            Err((uffd, io::Error::other(error)))
+        }
+    }
+}

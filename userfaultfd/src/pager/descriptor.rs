@@ -1,0 +1,140 @@
+//! A descriptor that is served, and the order between filling and changes of the layout.
+//!
+//! Filling must not overlap a change: content that was loaded for a page must not land after the page was removed, or
+//! in what was mapped there since. The kernel keeps fills out from before a change until the change is *read*; from
+//! then on it is the pager's to see to. So a fill looks the address up and fills it in one go, and a change is read
+//! and applied while no fill is between the two.
+//!
+//! Each thread has a shard of its own with the same layout in it, and locks that alone to fill, so that fills don't
+//! meet at a common lock. A change locks all shards. Where the descriptor tells of no changes, reading it is no
+//! change either, and locks the thread's own shard alone.
+
+use std::ffi::c_void;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::layout::{Layout, Segment};
+use crate::{FeatureFlags, Uffd};
+
+/// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any time.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An address of the descriptor's address space, as its operations take it.
+pub(crate) fn at(address: usize) -> *mut c_void {
+    std::ptr::with_exposed_provenance_mut(address)
+}
+
+/// A descriptor and what lies where in its address space, at one moment.
+#[derive(Clone, Debug)]
+pub(crate) struct Serving {
+    pub(crate) uffd: Arc<Uffd>,
+    pub(crate) layout: Arc<Layout>,
+}
+
+/// `None` once the descriptor isn't served any more.
+#[derive(Debug)]
+#[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
+struct Shard(Mutex<Option<Serving>>);
+
+#[derive(Debug)]
+pub(crate) struct Descriptor {
+    /// The number of the descriptor among all that were ever added, and its place in the table: see `table`.
+    pub(crate) id: u64,
+    pub(crate) slot: u32,
+    /// Whether it tells of changes, so that a read may be one.
+    pub(crate) tells_changes: bool,
+    /// Whether a fork brought it.
+    pub(crate) is_child: bool,
+    /// Whether it was blocking when it was handed in, and is to be so again when it is given back.
+    pub(crate) was_blocking: bool,
+    shards: Box<[Shard]>,
+}
+
+impl Descriptor {
+    /// With a shard for each of `threads`.
+    pub(crate) fn new(
+        (id, slot): (u64, u32),
+        serving: Serving,
+        threads: usize,
+        is_child: bool,
+        was_blocking: bool,
+    ) -> Self {
+        const CHANGES: FeatureFlags = FeatureFlags::EVENT_FORK
+            .union(FeatureFlags::EVENT_REMAP)
+            .union(FeatureFlags::EVENT_REMOVE)
+            .union(FeatureFlags::EVENT_UNMAP);
+        // Without /proc an adopted descriptor doesn't tell its features; then it may tell of anything.
+        let features = serving.uffd.features();
+        let tells_changes = features.intersects(CHANGES) || serving.uffd.ioctls().is_empty();
+        let shards = (0..threads).map(|_| Shard(Mutex::new(Some(serving.clone())))).collect();
+        Self { id, slot, tells_changes, is_child, was_blocking, shards }
+    }
+
+    /// The layout, which doesn't change as long as the guard lives. For short: no source is read meanwhile.
+    pub(crate) fn enter(&self, thread: usize) -> MutexGuard<'_, Option<Serving>> {
+        lock(&self.shards[thread].0)
+    }
+
+    /// Changes the layout, or ends the serving, while nobody fills. The answer of `change` becomes what everybody
+    /// finds from then on.
+    pub(crate) fn exclusively(&self, change: &mut dyn FnMut(Option<Serving>) -> Option<Serving>) {
+        // Each level holds one lock; a list of guards would have to be allocated.
+        fn all(
+            shards: &[Shard],
+            now: &mut Option<Serving>,
+            change: &mut dyn FnMut(Option<Serving>) -> Option<Serving>,
+        ) {
+            let Some((shard, rest)) = shards.split_first() else {
+                *now = change(now.take());
+                return;
+            };
+            let mut serving = lock(&shard.0);
+            // Taken, so that what is closed is closed by who answers `None`.
+            *now = serving.take();
+            all(rest, now, change);
+            serving.clone_from(now);
+        }
+        all(&self.shards, &mut None, change);
+    }
+
+    /// Ends the serving, and gives the descriptor back. `None` if somebody else did before.
+    pub(crate) fn close(&self) -> Option<Serving> {
+        let mut closed = None;
+        self.exclusively(&mut |serving| {
+            closed = serving;
+            None
+        });
+        closed
+    }
+
+    /// The segments that are served now, of one region or all.
+    pub(crate) fn segments(&self, thread: usize, region: Option<u64>) -> Vec<Segment> {
+        let serving = self.enter(thread);
+        let segments = serving.iter().flat_map(|serving| serving.layout.segments());
+        segments.filter(|segment| region.is_none_or(|id| segment.region.id == id)).cloned().collect()
+    }
+
+    /// Replaces the layout by a changed one. Whether there was one still.
+    pub(crate) fn change_layout(&self, change: impl FnOnce(&mut Layout)) -> bool {
+        let mut change = Some(change);
+        let mut served = false;
+        self.exclusively(&mut |serving| {
+            let mut serving = serving?;
+            served = true;
+            if let Some(change) = change.take() {
+                change(Arc::make_mut(&mut serving.layout));
+            }
+            Some(serving)
+        });
+        served
+    }
+}
+
+/// Wakes whoever waits in a range. They try again; whose fault isn't answered comes back.
+pub(crate) fn wake(uffd: &Uffd, range: Range<usize>) {
+    // It fails for ranges that are malformed, which none of these is.
+    let woken = uffd.wake(at(range.start), range.len());
+    debug_assert!(woken.is_ok(), "waking {range:#x?}: {woken:?}");
+}

@@ -1,0 +1,303 @@
+//! What is known about each page of a region: one byte, in memory that exists only where a page was touched.
+
+#![expect(unsafe_code, reason = "atomic bytes in a mapping")]
+
+use std::io;
+use std::ops::Range;
+use std::slice;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+
+use memmap2::{MmapOptions, MmapRaw};
+
+/// The content is in place.
+const PRESENT: u8 = 1 << 0;
+/// An access raises SIGBUS.
+const POISONED: u8 = 1 << 1;
+/// The page was removed: what belongs there is zero, whatever the source has.
+const REMOVED: u8 = 1 << 2;
+/// One thread is about to put content there. Nobody else does.
+const LOADING: u8 = 1 << 3;
+/// Another fault came meanwhile: whoever loads wakes again when the state is settled.
+const JOINED: u8 = 1 << 4;
+/// The rest counts how often the kernel said that something is there, and a fault came all the same.
+const TRIES: u32 = 5;
+
+/// So far it counts.
+pub(crate) const MAX_TRIES: u8 = u8::MAX >> TRIES;
+
+/// What a fault finds its page to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// Absent until now, and the caller's to load. If `removed`, with zeros.
+    Mine { removed: bool, tries: u8 },
+    /// Another thread loads it, and knows now that there is one more to wake.
+    Joined,
+    /// There, as far as the pager knows.
+    Present,
+    /// Poisoned, as far as the pager knows.
+    Poisoned,
+}
+
+/// How a load ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The content is in place.
+    Present,
+    /// The page is poisoned.
+    Poisoned,
+    /// It is what it was before, and anybody's to load.
+    Released,
+    /// Likewise, and the kernel says that something is there.
+    Contested,
+}
+
+/// The states of the pages of a region.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    /// The regions of a fork's child share one mapping.
+    states: Arc<MmapRaw>,
+    first: usize,
+    count: usize,
+    present: AtomicUsize,
+    poisoned: AtomicUsize,
+}
+
+impl Pages {
+    /// All absent. Memory is taken for the parts that are touched.
+    pub(crate) fn new(count: usize) -> io::Result<Self> {
+        let states = Arc::new(Self::map(count)?);
+        Ok(Self { states, first: 0, count, present: AtomicUsize::new(0), poisoned: AtomicUsize::new(0) })
+    }
+
+    /// Room for so many states, all absent. The allocator isn't used.
+    pub(crate) fn map(count: usize) -> io::Result<MmapRaw> {
+        Ok(MmapOptions::new().len(count).no_reserve_swap().map_anon()?.into())
+    }
+
+    /// The states that [`copy_to`](Self::copy_to) wrote to a mapping from `first` on.
+    pub(crate) fn of_copy(states: Arc<MmapRaw>, first: usize, count: usize) -> Self {
+        let (present, poisoned) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let pages = Self { states, first, count, present, poisoned };
+        for cell in pages.cells() {
+            let state = cell.load(Ordering::Relaxed);
+            pages.count_change(0, state);
+        }
+        pages
+    }
+
+    /// Copies the states of a range of pages to a mapping from `first` on. What is being loaded is absent in the copy.
+    pub(crate) fn copy_to(&self, range: Range<usize>, copy: &MmapRaw, first: usize) {
+        let to = cells(copy, first, range.len());
+        for (to, from) in to.iter().zip(&self.cells()[range]) {
+            let state = from.load(Ordering::Acquire) & (PRESENT | POISONED | REMOVED);
+            // Writing zeros would take memory.
+            if state != 0 {
+                to.store(state, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn cells(&self) -> &[AtomicU8] {
+        cells(&self.states, self.first, self.count)
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// How many pages are there, and how many are poisoned.
+    pub(crate) fn present_and_poisoned(&self) -> (usize, usize) {
+        (self.present.load(Ordering::Relaxed), self.poisoned.load(Ordering::Relaxed))
+    }
+
+    /// Takes a page that a fault is about.
+    pub(crate) fn claim(&self, page: usize) -> Claim {
+        let cell = &self.cells()[page];
+        let mut state = cell.load(Ordering::Acquire);
+        loop {
+            let (next, claim) = if state & LOADING != 0 {
+                (state | JOINED, Claim::Joined)
+            } else if state & PRESENT != 0 {
+                return Claim::Present;
+            } else if state & POISONED != 0 {
+                return Claim::Poisoned;
+            } else {
+                let claim = Claim::Mine { removed: state & REMOVED != 0, tries: state >> TRIES };
+                (state | LOADING, claim)
+            };
+            match cell.compare_exchange_weak(state, next, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return claim,
+                Err(now) => state = now,
+            }
+        }
+    }
+
+    /// Takes a page that nobody asked for, if it is plainly absent, with content of the kind.
+    pub(crate) fn claim_quietly(&self, page: usize, removed: bool) -> bool {
+        let (absent, cell) = (if removed { REMOVED } else { 0 }, &self.cells()[page]);
+        cell.compare_exchange(absent, absent | LOADING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// Takes a page that nobody asked for, whatever number of tries it has. Whether with zeros; `None` if it isn't
+    /// absent, or another thread has it.
+    pub(crate) fn claim_absent(&self, page: usize) -> Option<bool> {
+        let state = self.cells()[page].load(Ordering::Acquire);
+        if state & (LOADING | PRESENT | POISONED) != 0 {
+            return None;
+        }
+        match self.claim(page) {
+            Claim::Mine { removed, .. } => Some(removed),
+            Claim::Joined | Claim::Present | Claim::Poisoned => None,
+        }
+    }
+
+    /// Whether a page was removed, perhaps since it was claimed.
+    pub(crate) fn is_removed(&self, page: usize) -> bool {
+        self.cells()[page].load(Ordering::Acquire) & REMOVED != 0
+    }
+
+    /// Whether a page is neither there nor poisoned.
+    pub(crate) fn is_absent(&self, page: usize) -> bool {
+        self.cells()[page].load(Ordering::Acquire) & (PRESENT | POISONED) == 0
+    }
+
+    /// Ends the load of a page that was claimed. Whether another fault joined, so that there is somebody to wake.
+    #[must_use]
+    pub(crate) fn end(&self, page: usize, end: End) -> bool {
+        let cell = &self.cells()[page];
+        let mut state = cell.load(Ordering::Acquire);
+        loop {
+            let absent = state & !(LOADING | JOINED);
+            let next = match end {
+                End::Present => PRESENT,
+                End::Poisoned => POISONED,
+                End::Released => absent,
+                End::Contested if state >> TRIES == MAX_TRIES => absent,
+                End::Contested => absent + (1 << TRIES),
+            };
+            match cell.compare_exchange_weak(state, next, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => {
+                    self.count_change(state, next);
+                    return state & JOINED != 0;
+                }
+                Err(now) => state = now,
+            }
+        }
+    }
+
+    /// From now on what belongs to these pages is zero, but for those that are there if `keep_present`.
+    pub(crate) fn remove(&self, pages: Range<usize>, keep_present: bool) {
+        for cell in &self.cells()[pages] {
+            let mut state = cell.load(Ordering::Acquire);
+            loop {
+                if keep_present && state & PRESENT != 0 {
+                    break;
+                }
+                let next = state & (LOADING | JOINED) | REMOVED;
+                match cell.compare_exchange_weak(state, next, Ordering::AcqRel, Ordering::Acquire) {
+                    Ok(_) => break self.count_change(state, next),
+                    Err(now) => state = now,
+                }
+            }
+        }
+    }
+
+    fn count_change(&self, from: u8, to: u8) {
+        for (flag, count) in [(PRESENT, &self.present), (POISONED, &self.poisoned)] {
+            match (from & flag != 0, to & flag != 0) {
+                (false, true) => drop(count.fetch_add(1, Ordering::Relaxed)),
+                (true, false) => drop(count.fetch_sub(1, Ordering::Relaxed)),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Some of the states in a mapping.
+fn cells(states: &MmapRaw, first: usize, count: usize) -> &[AtomicU8] {
+    assert!(first.checked_add(count).is_some_and(|end| end <= states.len()), "states that are mapped");
+    // SAFETY: `first` is within the mapping, as has been asserted.
+    let start = unsafe { states.as_ptr().add(first) };
+    // SAFETY: so many bytes from there on are mapped, readable and writable as long as `states` is borrowed. Nothing
+    // but these atomics leads to them, and any byte is good for an atomic one.
+    unsafe { slice::from_raw_parts(start.cast::<AtomicU8>(), count) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_claimed_by_one_and_joined_by_the_others() {
+        let pages = Pages::new(3).unwrap();
+        assert_eq!(pages.claim(1), Claim::Mine { removed: false, tries: 0 });
+        assert_eq!(pages.claim(1), Claim::Joined);
+        assert!(!pages.claim_quietly(1, false));
+        assert!(pages.end(1, End::Present), "somebody joined");
+        assert_eq!(pages.claim(1), Claim::Present);
+        assert_eq!(pages.present_and_poisoned(), (1, 0));
+        assert!(pages.claim_quietly(2, false));
+        assert!(!pages.end(2, End::Poisoned), "nobody joined");
+        assert_eq!(pages.claim(2), Claim::Poisoned);
+        assert_eq!(pages.present_and_poisoned(), (1, 1));
+        assert!(pages.is_absent(0));
+    }
+
+    #[test]
+    fn a_page_removed_while_it_is_loaded_stays_removed_when_the_load_is_given_up() {
+        let pages = Pages::new(1).unwrap();
+        assert_eq!(pages.claim(0), Claim::Mine { removed: false, tries: 0 });
+        pages.remove(0..1, false);
+        assert!(pages.is_removed(0));
+        assert_eq!(pages.claim(0), Claim::Joined, "the load goes on");
+        assert!(pages.end(0, End::Released));
+        assert_eq!(pages.claim(0), Claim::Mine { removed: true, tries: 0 });
+    }
+
+    #[test]
+    fn what_was_there_or_poisoned_is_zero_once_removed() {
+        let pages = Pages::new(2).unwrap();
+        for (page, end) in [(0, End::Present), (1, End::Poisoned)] {
+            pages.claim(page);
+            assert!(!pages.end(page, end));
+        }
+        pages.remove(0..2, false);
+        assert_eq!(pages.present_and_poisoned(), (0, 0));
+        assert_eq!(pages.claim_absent(0), Some(true));
+        assert_eq!(pages.claim(1), Claim::Mine { removed: true, tries: 0 });
+    }
+
+    #[test]
+    fn tries_are_counted_up_to_a_limit_and_forgotten_with_success() {
+        let pages = Pages::new(1).unwrap();
+        for tries in (0..=MAX_TRIES).chain([MAX_TRIES]) {
+            assert_eq!(pages.claim(0), Claim::Mine { removed: false, tries });
+            assert!(!pages.end(0, End::Contested));
+            assert!(!pages.claim_quietly(0, false), "no load for its own sake");
+        }
+        assert_eq!(pages.claim_absent(0), Some(false));
+        assert!(!pages.end(0, End::Present));
+        pages.remove(0..1, false);
+        assert_eq!(pages.claim(0), Claim::Mine { removed: true, tries: 0 });
+    }
+
+    #[test]
+    fn a_copy_has_what_is_settled() {
+        let pages = Pages::new(4).unwrap();
+        for (page, end) in [(0, End::Present), (1, End::Poisoned)] {
+            pages.claim(page);
+            assert!(!pages.end(page, end));
+        }
+        pages.remove(2..3, false);
+        pages.claim(3);
+        let copy = Pages::map(6).unwrap();
+        pages.copy_to(0..4, &copy, 2);
+        let copy = Pages::of_copy(Arc::new(copy), 2, 4);
+        assert_eq!(copy.present_and_poisoned(), (1, 1));
+        let claims: Vec<_> = (0..4).map(|page| copy.claim(page)).collect();
+        let absent = Claim::Mine { removed: false, tries: 0 };
+        let removed = Claim::Mine { removed: true, tries: 0 };
+        assert_eq!(claims, [Claim::Present, Claim::Poisoned, removed, absent]);
+    }
+}

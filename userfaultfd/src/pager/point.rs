@@ -1,0 +1,66 @@
+//! Named points in the life of a fault, at which a test can stop the pager and let the other side act.
+
+/// Where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Point {
+    /// A fault was read, and its page claimed.
+    AfterRead,
+    /// The content is there, and the kernel is about to be asked.
+    BeforeFill,
+    /// The kernel has filled what it would; the threads that it knew to wait are awake.
+    AfterFill,
+    /// Others are about to be waked, whose fault another fill has answered.
+    BeforeWake,
+}
+
+/// The pager is at a point, with the page at an address. Nothing outside of tests.
+#[cfg(not(test))]
+#[inline(always)]
+pub(crate) fn reach(_point: Point, _address: usize) {}
+
+#[cfg(test)]
+pub(crate) use tests::reach;
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::ops::Range;
+    use std::sync::{Arc, Mutex, PoisonError};
+
+    use super::Point;
+
+    /// What is done at a point.
+    type Action = Arc<dyn Fn(usize) + Send + Sync>;
+
+    static ACTIONS: Mutex<Vec<(Point, Range<usize>, Action)>> = Mutex::new(Vec::new());
+
+    pub(crate) fn reach(point: Point, address: usize) {
+        let actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
+        let action = actions.iter().find(|(p, range, _)| *p == point && range.contains(&address));
+        let action = action.map(|(_, _, action)| Arc::clone(action));
+        drop(actions);
+        if let Some(action) = action {
+            action(address);
+        }
+    }
+
+    /// Has something done whenever the pager is at a point with a page in a range, until the guard is dropped.
+    pub(crate) fn at(
+        point: Point,
+        range: Range<usize>,
+        action: impl Fn(usize) + Send + Sync + 'static,
+    ) -> Armed {
+        let mut actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
+        actions.push((point, range.clone(), Arc::new(action)));
+        Armed(point, range)
+    }
+
+    #[derive(Debug)]
+    pub(crate) struct Armed(Point, Range<usize>);
+
+    impl Drop for Armed {
+        fn drop(&mut self) {
+            let mut actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
+            actions.retain(|(point, range, _)| (*point, range) != (self.0, &self.1));
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! [`Region`]: memory and the source of its content, as it is handed to a pager; and what the pager keeps of it.
+
+#![expect(unsafe_code, reason = "writing to the mapping of a hugetlb file")]
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::pages::Pages;
+use super::{Error, PageSource, Result};
+use crate::{IoctlFlags, RegisterMode};
+
+/// A range of memory that a pager fills from a source.
+///
+/// Page `i` of the range has what the source has at byte [`offset`](Self::offset) + `i` × page size.
+///
+/// ```
+/// use userfaultfd::pager::{Fill, Region};
+///
+/// let source = |offset: u64, page: &mut [u8]| {
+///     page.fill((offset >> 20) as u8);
+///     Ok(Fill::Data)
+/// };
+/// let region = Region::new(0x7f00_0000_0000, 1 << 30, source).offset(1 << 40).block(64 << 10);
+/// println!("{region:?}");
+/// ```
+#[must_use = "a region is served once it is added to a pager"]
+pub struct Region {
+    start: usize,
+    len: usize,
+    source: Arc<dyn PageSource>,
+    offset: u64,
+    page_size: usize,
+    block: usize,
+    write_protected: bool,
+    minor: Option<(File, u64)>,
+    shared: bool,
+}
+
+impl Region {
+    /// `len` bytes of memory from address `start` on, in the address space of the descriptor that the region is
+    /// added with. Both are multiples of the page size.
+    ///
+    /// The memory must be mapped: private anonymous memory, memfd, tmpfs, shared anonymous, or hugetlb memory. The
+    /// pager registers it for missing faults, whether it is registered already or not.
+    pub fn new(start: usize, len: usize, source: impl PageSource + 'static) -> Self {
+        Self {
+            start,
+            len,
+            source: Arc::new(source),
+            offset: 0,
+            page_size: crate::page_size(),
+            block: 0,
+            write_protected: false,
+            minor: None,
+            shared: false,
+        }
+    }
+
+    /// Where in the source the content of the first page is, in bytes. The default is 0.
+    pub fn offset(mut self, offset: u64) -> Self {
+        self.offset = offset;
+        self
+    }
+
+    /// The page size of the memory, in bytes: the huge page size of hugetlb memory. The default is the
+    /// [page size of the system](crate::page_size()).
+    pub fn page_size(mut self, bytes: usize) -> Self {
+        self.page_size = bytes;
+        self
+    }
+
+    /// How many bytes are read and filled for one fault: the block of so many bytes around the page, counted from
+    /// the start of the region, as far as it is absent. A multiple of the page size; the default is one page.
+    ///
+    /// A larger block makes fewer faults where access is sequential, and reads what may not be needed where it is
+    /// random.
+    pub fn block(mut self, bytes: usize) -> Self {
+        self.block = bytes;
+        self
+    }
+
+    /// Fills pages write-protected, so that the first write to each is a fault as well, which the pager counts and
+    /// lets go on. The range is registered for [`RegisterMode::WRITE_PROTECT`], too.
+    ///
+    /// For a tracker of written pages that reads `/proc/PID/pagemap`, and that must not see the pager's own writes.
+    /// Linux 5.7; on shared and hugetlb memory 5.19.
+    pub fn write_protected(mut self) -> Self {
+        self.write_protected = true;
+        self
+    }
+
+    /// Fills pages by writing them to the file that the memory is a shared mapping of, and mapping what is in the
+    /// page cache then. `file` is the memfd, or the file of hugetlbfs or tmpfs; `offset` is where in it the range
+    /// begins, in bytes.
+    ///
+    /// The range is registered for [`RegisterMode::MINOR`], too. What the file holds already is not taken for
+    /// content: a page is loaded from the source before it is first mapped. Linux 5.14; on hugetlb memory 5.13.
+    ///
+    /// The file must not shrink while it is served. Such memory is always [shared](Self::shared).
+    pub fn minor(mut self, file: File, offset: u64) -> Self {
+        self.minor = Some((file, offset));
+        self.shared = true;
+        self
+    }
+
+    /// Tells that the memory is a shared mapping (memfd, tmpfs, shared anonymous), so that after a fork parent and
+    /// child fill the same pages. Without it each has its own.
+    pub fn shared(mut self) -> Self {
+        self.shared = true;
+        self
+    }
+
+    /// The addresses.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.start..self.start.saturating_add(self.len)
+    }
+
+    /// What it has to be registered for.
+    pub(crate) fn modes(&self) -> RegisterMode {
+        let mut modes = RegisterMode::MISSING;
+        modes.set(RegisterMode::WRITE_PROTECT, self.write_protected);
+        modes.set(RegisterMode::MINOR, self.minor.is_some());
+        modes
+    }
+
+    /// What can be wrong without asking the kernel.
+    pub(crate) fn check(&self) -> Result<()> {
+        let Self { start, len, page_size: page, .. } = *self;
+        if !page.is_power_of_two() || page < crate::page_size() {
+            return Err(Error::PageSize { address: start, page_size: page });
+        }
+        if len == 0 {
+            return Err(Error::EmptyRegion { address: start });
+        }
+        if start % page != 0 || len % page != 0 || start.checked_add(len).is_none() {
+            return Err(Error::Unaligned { address: start, len, page_size: page });
+        }
+        if self.block % page != 0 {
+            return Err(Error::Block { block: self.block, page_size: page });
+        }
+        if let Some(source) = self.source.len() {
+            let available = source.saturating_sub(self.offset).next_multiple_of(page as u64);
+            if len as u64 > available {
+                return Err(Error::BeyondSource {
+                    address: start,
+                    len,
+                    offset: self.offset,
+                    source_len: source,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the kernel's answer to registering tells of the memory.
+    pub(crate) fn check_ioctls(&self, offered: IoctlFlags) -> Result<()> {
+        // Hugetlb memory is where zero pages can't be mapped.
+        if offered.contains(IoctlFlags::ZEROPAGE) != (self.page_size == crate::page_size()) {
+            return Err(Error::PageSize { address: self.start, page_size: self.page_size });
+        }
+        let mut needed = IoctlFlags::COPY | IoctlFlags::WAKE;
+        needed.set(IoctlFlags::WRITE_PROTECT, self.write_protected);
+        needed.set(IoctlFlags::CONTINUE, self.minor.is_some());
+        let missing = needed.difference(offered);
+        if missing.is_empty() { Ok(()) } else { Err(Error::MissingIoctls { address: self.start, missing }) }
+    }
+
+    /// What the pager keeps.
+    pub(crate) fn serve(self, id: u64) -> io::Result<Served> {
+        let page = self.page_size;
+        let cache = match self.minor {
+            None => None,
+            // hugetlbfs has no write(2).
+            Some((file, offset)) if page != crate::page_size() => {
+                Some(Cache::Mapping(MmapOptions::new().len(self.len).offset(offset).map_raw(&file)?))
+            }
+            Some((file, offset)) => Some(Cache::File { file, offset }),
+        };
+        Ok(Served {
+            id,
+            source_len: self.source.len(),
+            source: self.source,
+            offset: self.offset,
+            page_shift: page.trailing_zeros(),
+            block: (self.block / page).max(1),
+            write_protected: self.write_protected,
+            cache,
+            shared: self.shared,
+            zeropage: page == crate::page_size() && !self.write_protected,
+            pages: Pages::new(self.len / page)?,
+        })
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region")
+            .field("range", &format_args!("{:#x}..{:#x}", self.range().start, self.range().end))
+            .field("page_size", &self.page_size)
+            .field("block", &self.block)
+            .field("offset", &self.offset)
+            .field("source_len", &self.source.len())
+            .field("modes", &self.modes())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where content is put that is mapped by CONTINUE: the page cache of the memory's file.
+pub(crate) enum Cache {
+    File { file: File, offset: u64 },
+    Mapping(MmapRaw),
+}
+
+impl Cache {
+    /// Puts content at a byte of the region.
+    pub(crate) fn write(&self, at: usize, content: &[u8]) -> io::Result<()> {
+        match self {
+            Self::File { file, offset } => file.write_all_at(content, offset + at as u64),
+            Self::Mapping(mapping) => {
+                assert!(at + content.len() <= mapping.len(), "within the region");
+                // SAFETY: `at` is within the mapping, as has been asserted.
+                let to = unsafe { mapping.as_mut_ptr().add(at) };
+                // SAFETY: so many bytes from there on are mapped and writable, and the content lies elsewhere. Nothing
+                // refers to them: the pages are shown to others only after this.
+                unsafe { to.copy_from_nonoverlapping(content.as_ptr(), content.len()) };
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A region that is served: what doesn't change, and the states of its pages.
+pub(crate) struct Served {
+    pub(crate) id: u64,
+    pub(crate) source: Arc<dyn PageSource>,
+    source_len: Option<u64>,
+    pub(crate) offset: u64,
+    pub(crate) page_shift: u32,
+    /// In pages.
+    pub(crate) block: usize,
+    pub(crate) write_protected: bool,
+    pub(crate) cache: Option<Cache>,
+    pub(crate) shared: bool,
+    /// Whether zero pages can be mapped.
+    pub(crate) zeropage: bool,
+    pub(crate) pages: Pages,
+}
+
+impl Served {
+    pub(crate) fn page_size(&self) -> usize {
+        1 << self.page_shift
+    }
+
+    /// Where the content of a page is in the source.
+    pub(crate) fn offset_of(&self, page: usize) -> u64 {
+        self.offset + ((page as u64) << self.page_shift)
+    }
+
+    /// How many of `len` bytes at `offset` the source has.
+    pub(crate) fn within_source(&self, offset: u64, len: usize) -> usize {
+        let rest = self.source_len.map_or(u64::MAX, |end| end.saturating_sub(offset));
+        usize::try_from(rest).unwrap_or(usize::MAX).min(len)
+    }
+
+    /// The pages that are filled together with `page`.
+    pub(crate) fn block_of(&self, page: usize) -> Range<usize> {
+        let first = page - page % self.block;
+        first..(first + self.block).min(self.pages.count())
+    }
+
+    /// A part of it, from a page on, with states of its own: for a fork's child.
+    pub(crate) fn part(&self, id: u64, first: usize, pages: Pages) -> Self {
+        Self {
+            id,
+            source: Arc::clone(&self.source),
+            source_len: self.source_len,
+            offset: self.offset_of(first),
+            page_shift: self.page_shift,
+            block: self.block,
+            write_protected: self.write_protected,
+            cache: None,
+            shared: self.shared,
+            zeropage: self.zeropage,
+            pages,
+        }
+    }
+
+    /// A range whose source is no more: what belongs there is zero. For what mremap(2) leaves behind.
+    pub(crate) fn emptied(&self, id: u64, pages: usize) -> io::Result<Self> {
+        let pages = Pages::new(pages)?;
+        pages.remove(0..pages.count(), false);
+        Ok(self.part(id, 0, pages))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn for_tests(id: u64, page: usize, pages: usize) -> Self {
+        let page_size = page.max(crate::page_size());
+        let zeros = |_: u64, _: &mut [u8]| Ok(super::Fill::Zero);
+        let mut served =
+            Region::new(page_size, pages * page_size, zeros).serve(id).expect("memory for states");
+        served.page_shift = page.trailing_zeros();
+        served
+    }
+}
+
+impl fmt::Debug for Served {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Served")
+            .field("id", &self.id)
+            .field("page_size", &self.page_size())
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
+    }
+}

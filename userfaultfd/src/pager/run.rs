@@ -1,0 +1,135 @@
+//! Pages that are claimed together, from the claim until each is settled.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::descriptor::{Serving, wake};
+use super::layout::Segment;
+use super::pages::End;
+use super::region::Served;
+
+/// Pages of a region, one after the other, that one thread has claimed. The first `done` of them are settled; dropping
+/// it gives the others up.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) region: Arc<Served>,
+    first: usize,
+    count: usize,
+    done: usize,
+    /// Where `first` was when it was claimed.
+    address: usize,
+    /// The page that a fault was on, and when that was read. `None` for pages that nobody asked for.
+    pub(crate) demand: Option<(usize, Instant)>,
+    /// Zeros belong there, whatever the source has.
+    pub(crate) removed: bool,
+    /// How often the kernel has said that something is there already.
+    pub(crate) tries: u8,
+}
+
+impl Run {
+    /// Pages of a segment that were claimed.
+    pub(crate) fn new(segment: &Segment, pages: Range<usize>, removed: bool) -> Self {
+        let address = segment.address_of(pages.start).expect("the pages are in the segment");
+        let region = Arc::clone(&segment.region);
+        let (first, count) = (pages.start, pages.len());
+        Self { region, first, count, done: 0, address, demand: None, removed, tries: 0 }
+    }
+
+    /// Those that aren't settled.
+    pub(crate) fn pages(&self) -> Range<usize> {
+        self.first + self.done..self.first + self.count
+    }
+
+    /// Likewise, in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.pages().len() << self.region.page_shift
+    }
+
+    /// How many bytes are settled.
+    pub(crate) fn done(&self) -> usize {
+        self.done << self.region.page_shift
+    }
+
+    /// The address of the first that isn't settled.
+    pub(crate) fn address(&self) -> usize {
+        self.address + self.done()
+    }
+
+    /// The addresses of those that aren't settled.
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        self.address()..self.address() + self.len()
+    }
+
+    /// The page that a fault was on, if it isn't settled.
+    pub(crate) fn demanded(&self) -> Option<usize> {
+        self.demand.map(|(page, _)| page).filter(|page| self.pages().contains(page))
+    }
+
+    /// Settles so many more. Whether a fault joined one of them.
+    #[must_use]
+    pub(crate) fn settle(&mut self, pages: usize, end: End) -> bool {
+        let settled = self.pages().start..self.pages().start + pages;
+        self.done += pages;
+        settled.fold(false, |joined, page| self.region.pages.end(page, end) | joined)
+    }
+
+    /// Whether all of it is still where it was when it was claimed.
+    pub(crate) fn is_there(&self, serving: &Serving) -> bool {
+        let pages = self.pages();
+        serving.layout.find(self.address()).is_some_and(|segment| {
+            Arc::ptr_eq(&segment.region, &self.region)
+                && segment.page_at(self.address()) == pages.start
+                && pages.end <= segment.pages().end
+        })
+    }
+
+    /// Whether a page was removed since, so that it isn't the source's content that belongs there.
+    pub(crate) fn is_outdated(&self) -> bool {
+        !self.removed && self.pages().any(|page| self.region.pages.is_removed(page))
+    }
+
+    /// Forgets those that are settled.
+    pub(crate) fn rest(mut self) -> Self {
+        self.address = self.address();
+        (self.first, self.count, self.done) = (self.pages().start, self.pages().len(), 0);
+        self
+    }
+
+    /// Gives up all that isn't settled, and wakes everybody who waits for it.
+    pub(crate) fn give_up(self, serving: Option<&Serving>) {
+        let addresses = self.addresses();
+        drop(self);
+        if let Some(serving) = serving.filter(|_| !addresses.is_empty()) {
+            wake(&serving.uffd, addresses);
+        }
+    }
+
+    /// Gives up all but one page.
+    pub(crate) fn narrow(mut self, page: usize, serving: Option<&Serving>) -> Self {
+        let pages = self.pages();
+        debug_assert!(pages.contains(&page), "page {page} of {pages:?}");
+        let part = |pages: Range<usize>| Self {
+            region: Arc::clone(&self.region),
+            first: pages.start,
+            count: pages.len(),
+            done: 0,
+            address: self.address + ((pages.start - self.first) << self.region.page_shift),
+            demand: self.demand,
+            removed: self.removed,
+            tries: self.tries,
+        };
+        let (one, others) = (part(page..page + 1), [part(pages.start..page), part(page + 1..pages.end)]);
+        self.count = self.done; // the parts have them now
+        others.into_iter().for_each(|other| other.give_up(serving));
+        one
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        for page in self.pages() {
+            let _joined = self.region.pages.end(page, End::Released);
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! The threads that read faults and answer them.
+
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::os::fd::AsFd;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::changes::{self, Change};
+use super::descriptor::{Descriptor, Serving, wake};
+use super::fill::{Done, Fault, Filler, Wait, Work, message};
+use super::shared::{Note, Shared, Token};
+use super::{DescriptorId, Problem, RegionId};
+use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};
+
+/// So many events are read with one system call.
+const BATCH: usize = 64;
+
+/// So many pieces of work are put off by a thread. Beyond that a thread that waits is waked, and faults again.
+const PARKED: usize = 256;
+
+/// After so many tries it is told.
+const STUCK: u32 = 24;
+
+/// What was put off.
+#[derive(Debug)]
+struct Parked {
+    due: Instant,
+    tries: u32,
+    descriptor: Arc<Descriptor>,
+    work: Work,
+}
+
+#[derive(Debug)]
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    thread: usize,
+    filler: Filler,
+    many: EventBuffer,
+    one: EventBuffer,
+    /// Read, and not answered yet.
+    faults: VecDeque<Fault>,
+    parked: Vec<Parked>,
+    /// The descriptors that this thread has met, by slot: the table that all share is locked to find one.
+    known: Vec<Option<Arc<Descriptor>>>,
+    version: u32,
+    /// Whose faults are being answered, for when that panics.
+    current: Option<Arc<Descriptor>>,
+}
+
+impl Worker {
+    pub(crate) fn new(shared: Arc<Shared>, thread: usize) -> Self {
+        // Others are to have something to do as well.
+        let batch = (2 * BATCH / (shared.threads + 1)).max(4);
+        Self {
+            filler: Filler::new(thread),
+            many: EventBuffer::new(batch),
+            one: EventBuffer::new(1),
+            faults: VecDeque::with_capacity(2 * batch),
+            parked: Vec::with_capacity(PARKED),
+            known: Vec::new(),
+            version: 0,
+            current: None,
+            shared,
+            thread,
+        }
+    }
+
+    /// Serves until the pager stops. A panic ends what is being done, not the thread.
+    pub(crate) fn run(mut self) {
+        while let Err(panic) = panic::catch_unwind(AssertUnwindSafe(|| self.serve())) {
+            let message = message(&*panic).to_owned();
+            self.shared.note(Note::Problem(Problem::Panicked { message }));
+            self.start_anew();
+        }
+        self.give_up();
+    }
+
+    /// After a panic: what was claimed is free again, and who waits for it comes back. Who is waked for nothing does
+    /// so, too.
+    fn start_anew(&mut self) {
+        self.faults.clear();
+        if let Some(descriptor) = self.current.take() {
+            let serving = descriptor.enter(self.thread);
+            for serving in serving.iter() {
+                for segment in serving.layout.segments() {
+                    wake(&serving.uffd, segment.start..segment.end);
+                }
+            }
+        }
+    }
+
+    /// Leaves nothing behind that nobody would come back to.
+    fn give_up(mut self) {
+        for Parked { descriptor, work, .. } in std::mem::take(&mut self.parked) {
+            self.filler.give_up(&descriptor, work);
+        }
+    }
+
+    fn serve(&mut self) {
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
+        while !self.shared.is_stopping() {
+            let ready = match self.shared.wait(&mut events, self.timeout()) {
+                Ok(ready) => ready,
+                Err(errno) => unreachable!("waiting for faults: {errno}"),
+            };
+            for event in &events[..ready] {
+                let Some(token) = Shared::token(event) else { continue };
+                let Some(descriptor) = self.find(token) else { continue };
+                let blocking = event.events & libc::EPOLLERR as u32 != 0;
+                self.current = Some(Arc::clone(&descriptor));
+                self.answer(&descriptor, blocking);
+            }
+            self.resume();
+            self.current = None;
+        }
+    }
+
+    /// How long to sleep at most, in milliseconds.
+    fn timeout(&self) -> libc::c_int {
+        let Some(due) = self.parked.iter().map(|parked| parked.due).min() else { return -1 };
+        let rest = due.saturating_duration_since(Instant::now());
+        // Rounded up: too early is once more for nothing.
+        rest.as_micros().div_ceil(1000).try_into().unwrap_or(libc::c_int::MAX)
+    }
+
+    /// The descriptor that an event is about, if it is still served.
+    fn find(&mut self, token: Token) -> Option<Arc<Descriptor>> {
+        let version = self.shared.version();
+        if version != self.version {
+            // Not to keep what is served no more.
+            self.known.clear();
+            self.version = version;
+        }
+        let slot = token.slot();
+        if self.known.len() <= slot {
+            self.known.resize(slot + 1, None);
+        }
+        let known = &mut self.known[slot];
+        if known.is_none() {
+            *known = self.shared.in_slot(slot);
+        }
+        known.clone().filter(|descriptor| token.means(descriptor))
+    }
+
+    /// Reads a descriptor's events and answers the faults among them, until there are none.
+    fn answer(&mut self, descriptor: &Arc<Descriptor>, blocking: bool) {
+        let mut blocking = blocking;
+        while !self.shared.is_stopping() {
+            let read = self.read(descriptor, blocking);
+            blocking = false;
+            match read {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => return self.answer_all(descriptor),
+                Err(error) => {
+                    self.answer_all(descriptor);
+                    return self.unreadable(descriptor, error);
+                }
+            }
+            self.answer_all(descriptor);
+        }
+    }
+
+    fn answer_all(&mut self, descriptor: &Arc<Descriptor>) {
+        while let Some(fault) = self.faults.pop_front() {
+            let done = self.filler.fault(&self.shared, descriptor, fault);
+            self.settle(descriptor, done, 0);
+        }
+    }
+
+    /// Reads events with one system call. Breaks if there were no more.
+    fn read(&mut self, descriptor: &Arc<Descriptor>, blocking: bool) -> Result<ControlFlow<()>> {
+        // A thread that waits for a source leaves faults to the others.
+        let alone = self.shared.threads == 1;
+        let buffer = if !alone && self.filler.is_slow() { &mut self.one } else { &mut self.many };
+        let (shared, thread, faults) = (&*self.shared, self.thread, &mut self.faults);
+        let mut result = Ok(ControlFlow::Break(()));
+        let mut read = |serving: &mut Serving| -> Result<ControlFlow<()>> {
+            if blocking {
+                // Somebody who shares the description has made it so.
+                serving.uffd.set_nonblocking(true)?;
+            }
+            let full = serving.uffd.read_batch(buffer)? == buffer.capacity();
+            if full && !alone {
+                shared.hand_on(descriptor, serving.uffd.as_fd());
+            }
+            let since = Instant::now();
+            for event in buffer.changes_first().drain() {
+                take(shared, thread, descriptor, serving, event, faults, since);
+            }
+            Ok(if full { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        };
+        if descriptor.tells_changes {
+            descriptor.exclusively(&mut |serving| {
+                let mut serving = serving?;
+                result = read(&mut serving);
+                Some(serving)
+            });
+        } else if let Some(serving) = &mut *descriptor.enter(thread) {
+            result = read(serving);
+        }
+        result
+    }
+
+    /// A descriptor that can't be read is served no more, unless what it lacks can come.
+    fn unreadable(&mut self, descriptor: &Arc<Descriptor>, error: Error) {
+        let errno = error.errno();
+        let id = DescriptorId(descriptor.id);
+        self.shared.note(Note::Problem(Problem::Read { descriptor: id, error }));
+        if matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) {
+            self.park(descriptor, Work::Read, Duration::from_millis(100), 0);
+        } else if let Some(serving) = self.shared.remove(descriptor) {
+            // Closing it would show zeros where pages are missing.
+            std::mem::forget(serving.uffd);
+        }
+    }
+
+    /// Goes on with what was put off and is due.
+    fn resume(&mut self) {
+        let now = Instant::now();
+        let mut at = 0;
+        while at < self.parked.len() {
+            if self.parked[at].due > now {
+                at += 1;
+                continue;
+            }
+            let Parked { tries, descriptor, work, .. } = self.parked.swap_remove(at);
+            self.shared.counters(self.thread).retries.add(1);
+            self.current = Some(Arc::clone(&descriptor));
+            if matches!(work, Work::Read) {
+                self.answer(&descriptor, false);
+            } else {
+                let done = self.filler.resume(&self.shared, &descriptor, work);
+                self.settle(&descriptor, done, tries + 1);
+            }
+        }
+    }
+
+    /// What follows from how far a piece of work got.
+    fn settle(&mut self, descriptor: &Arc<Descriptor>, done: Done, tries: u32) {
+        let backoff = |tries: u32, most: u32| Duration::from_millis(1 << tries.min(most));
+        match done {
+            Done::Yes => {}
+            Done::Gone => self.shared.gone(descriptor),
+            Done::Later(work, Wait::For(delay)) => self.park(descriptor, work, delay, 0),
+            Done::Later(work, Wait::Rarely) => self.park(descriptor, work, Duration::from_secs(1), tries),
+            Done::Later(work, wait) => {
+                if tries == STUCK && wait == Wait::Events {
+                    self.tell_stuck(&work);
+                }
+                // The first tries come as soon as other events were looked at.
+                let delay = match (wait, tries) {
+                    (Wait::Events, 0..4) => Duration::ZERO,
+                    (_, 0..STUCK) => backoff(tries.saturating_sub(3), 6),
+                    _ => backoff(tries - STUCK, 10),
+                };
+                self.park(descriptor, work, delay, tries);
+            }
+        }
+    }
+
+    fn tell_stuck(&self, work: &Work) {
+        if let Work::Load(run, _) | Work::Install(run, _) = work {
+            let (region, address) = (RegionId(run.region.id), run.address());
+            let errno = Errno::EAGAIN;
+            self.shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
+        }
+    }
+
+    fn park(&mut self, descriptor: &Arc<Descriptor>, work: Work, delay: Duration, tries: u32) {
+        if self.parked.len() == PARKED {
+            return self.filler.give_up(descriptor, work);
+        }
+        if delay.is_zero() {
+            std::thread::yield_now();
+        }
+        let due = Instant::now() + delay;
+        self.parked.push(Parked { due, tries, descriptor: Arc::clone(descriptor), work });
+    }
+}
+
+/// Takes an event in: a change is applied, a fault is put to those that are to be answered.
+fn take(
+    shared: &Shared,
+    thread: usize,
+    descriptor: &Descriptor,
+    serving: &mut Serving,
+    event: Result<Event>,
+    faults: &mut VecDeque<Fault>,
+    since: Instant,
+) {
+    let counters = shared.counters(thread);
+    let change = match event {
+        Ok(Event::Pagefault { kind, addr, .. }) => {
+            let counter = match kind {
+                FaultKind::Missing => &counters.missing_faults,
+                FaultKind::Minor => &counters.minor_faults,
+                FaultKind::WriteProtected => &counters.write_protect_faults,
+                FaultKind::ReadWriteProtected => &counters.read_write_protect_faults,
+                FaultKind::Unknown(_) => &counters.unknown_faults,
+            };
+            counter.add(1);
+            return faults.push_back(Fault { address: addr.addr(), kind, since });
+        }
+        Ok(Event::Fork { uffd }) => Change::Fork { uffd },
+        Ok(Event::Remap { from, to, len }) => {
+            Change::Remap { from: from.addr()..from.addr() + len, to: to.addr() }
+        }
+        Ok(Event::Remove { start, end }) => Change::Remove(start.addr()..end.addr()),
+        Ok(Event::Unmap { start, end }) => Change::Unmap(start.addr()..end.addr()),
+        Err(error) => {
+            let descriptor = DescriptorId(descriptor.id);
+            return shared.note(Note::Problem(Problem::Read { descriptor, error }));
+        }
+    };
+    changes::apply(shared, counters, descriptor, serving, change);
+}

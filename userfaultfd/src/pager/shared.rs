@@ -1,0 +1,341 @@
+//! What the threads of a pager share. Faults meet at none of its locks.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use memmap2::MmapRaw;
+
+use super::descriptor::{Descriptor, Serving, lock};
+use super::fill::Filler;
+use super::layout::Layout;
+use super::stats::Counters;
+use super::{Problem, Result, Retry, Statistics};
+use crate::{Uffd, sys};
+
+/// What the thread in the background is told by those that serve faults. They don't do it themselves: it takes locks
+/// that who waits for a page may hold, the allocator's or those of the program's callback.
+#[derive(Debug)]
+pub(crate) enum Note {
+    Problem(Problem),
+    Fork(Fork),
+}
+
+/// A process forked, and this is its child's.
+#[derive(Debug)]
+pub(crate) struct Fork {
+    pub(crate) parent: u64,
+    pub(crate) uffd: Uffd,
+    /// As it was when the process forked, which is the child's.
+    pub(crate) layout: Arc<Layout>,
+    /// The states of its segments' pages then, one after the other; nothing of those that are shared.
+    pub(crate) states: std::io::Result<MmapRaw>,
+}
+
+/// Notes that aren't taken yet. There is room from the start: adding one allocates nothing.
+#[derive(Debug)]
+struct Notes {
+    problems: VecDeque<Problem>,
+    forks: VecDeque<Fork>,
+    stopped: bool,
+}
+
+const PROBLEMS: usize = 1024;
+const FORKS: usize = 256;
+
+/// The descriptors that are served, by slot.
+#[derive(Debug, Default)]
+struct Table {
+    slots: Vec<Option<Arc<Descriptor>>>,
+    /// How many were ever added.
+    count: u64,
+    served: usize,
+}
+
+/// What an event of the poll is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Token(u64);
+
+impl Token {
+    const STOP: Self = Self(u64::MAX);
+
+    /// The slot in the table, and the number of who is meant there: the slot may be another's since.
+    fn of(descriptor: &Descriptor) -> Self {
+        Self(u64::from(descriptor.slot) << 32 | descriptor.id & u64::from(u32::MAX))
+    }
+
+    pub(crate) fn slot(self) -> usize {
+        (self.0 >> 32) as usize
+    }
+
+    pub(crate) fn means(self, descriptor: &Descriptor) -> bool {
+        self == Self::of(descriptor)
+    }
+}
+
+pub(crate) struct Shared {
+    pub(crate) retry: Retry,
+    /// How many threads serve faults. One more, whichever it is, works from outside.
+    pub(crate) threads: usize,
+    counters: Box<[Counters]>,
+    /// For what isn't done by the threads that serve faults. One at a time.
+    outside: Mutex<Filler>,
+    table: Mutex<Table>,
+    /// A descriptor was added or removed.
+    table_changed: Condvar,
+    /// Grows with each change of the table.
+    version: AtomicU32,
+    regions: AtomicUsize,
+    notes: Mutex<Notes>,
+    noted: Condvar,
+    problems_lost: AtomicUsize,
+    epoll: OwnedFd,
+    /// Readable at any time, and looked at once the pager is to stop.
+    bell: OwnedFd,
+    stopping: AtomicBool,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("threads", &self.threads)
+            .field("retry", &self.retry)
+            .field("table", &self.table)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(threads: usize, retry: Retry) -> Result<Self> {
+        let (epoll, bell) = (sys::epoll()?, sys::eventfd(true)?);
+        sys::epoll_control(epoll.as_fd(), libc::EPOLL_CTL_ADD, bell.as_fd(), 0, Token::STOP.0)?;
+        let notes = Notes {
+            problems: VecDeque::with_capacity(PROBLEMS),
+            forks: VecDeque::with_capacity(FORKS),
+            stopped: false,
+        };
+        Ok(Self {
+            retry,
+            threads,
+            counters: (0..=threads).map(|_| Counters::new()).collect(),
+            outside: Mutex::new(Filler::new(threads)),
+            table: Mutex::default(),
+            table_changed: Condvar::new(),
+            version: AtomicU32::new(0),
+            regions: AtomicUsize::new(0),
+            notes: Mutex::new(notes),
+            noted: Condvar::new(),
+            problems_lost: AtomicUsize::new(0),
+            epoll,
+            bell,
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    /// The counters of a thread, for that thread.
+    pub(crate) fn counters(&self, thread: usize) -> &Counters {
+        &self.counters[thread]
+    }
+
+    /// For who isn't a thread of the pager.
+    pub(crate) fn outside(&self) -> MutexGuard<'_, Filler> {
+        lock(&self.outside)
+    }
+
+    pub(crate) fn new_region_id(&self) -> u64 {
+        self.regions.fetch_add(1, Ordering::Relaxed) as u64
+    }
+
+    /// Begins to serve a descriptor.
+    pub(crate) fn add(
+        &self,
+        serving: Serving,
+        is_child: bool,
+        was_blocking: bool,
+    ) -> Result<Arc<Descriptor>> {
+        let uffd = Arc::clone(&serving.uffd);
+        let descriptor = {
+            let mut table = lock(&self.table);
+            let free = table.slots.iter().position(Option::is_none);
+            let slot = free.unwrap_or_else(|| {
+                table.slots.push(None);
+                table.slots.len() - 1
+            });
+            let id = (table.count, slot as u32);
+            let descriptor = Descriptor::new(id, serving, self.threads + 1, is_child, was_blocking);
+            let descriptor = Arc::new(descriptor);
+            table.count += 1;
+            table.served += 1;
+            table.slots[slot] = Some(Arc::clone(&descriptor));
+            descriptor
+        };
+        self.version.fetch_add(1, Ordering::Release);
+        self.table_changed.notify_all();
+        // An edge for each fault: a thread that was told reads all there is.
+        let events = libc::EPOLLIN | libc::EPOLLET;
+        let token = Token::of(&descriptor).0;
+        match sys::epoll_control(self.epoll.as_fd(), libc::EPOLL_CTL_ADD, uffd.as_fd(), events, token) {
+            Ok(()) => Ok(descriptor),
+            Err(errno) => {
+                drop(self.remove(&descriptor));
+                Err(errno.into())
+            }
+        }
+    }
+
+    /// Ends serving a descriptor, and gives back what was served. `None` if somebody did so before.
+    pub(crate) fn remove(&self, descriptor: &Arc<Descriptor>) -> Option<Serving> {
+        let serving = descriptor.close()?;
+        // Others may hold the same description open. It isn't there if adding it has failed.
+        let _deleted =
+            sys::epoll_control(self.epoll.as_fd(), libc::EPOLL_CTL_DEL, serving.uffd.as_fd(), 0, 0);
+        let mut table = lock(&self.table);
+        let slot = &mut table.slots[descriptor.slot as usize];
+        if slot.as_ref().is_some_and(|other| Arc::ptr_eq(other, descriptor)) {
+            *slot = None;
+            table.served -= 1;
+        }
+        drop(table);
+        self.version.fetch_add(1, Ordering::Release);
+        self.table_changed.notify_all();
+        Some(serving)
+    }
+
+    /// Has a thread that waits look at a descriptor, if something is there to read.
+    pub(crate) fn hand_on(&self, descriptor: &Descriptor, uffd: BorrowedFd<'_>) {
+        let events = libc::EPOLLIN | libc::EPOLLET;
+        let token = Token::of(descriptor).0;
+        let handed = sys::epoll_control(self.epoll.as_fd(), libc::EPOLL_CTL_MOD, uffd, events, token);
+        // Removed meanwhile, or else it is there.
+        debug_assert!(matches!(handed, Ok(()) | Err(crate::Errno::ENOENT)), "{handed:?}");
+    }
+
+    /// Waits for something to read. Returns how many tokens there are.
+    pub(crate) fn wait(
+        &self,
+        events: &mut [libc::epoll_event],
+        timeout: libc::c_int,
+    ) -> Result<usize, crate::Errno> {
+        sys::epoll_wait(self.epoll.as_fd(), events, timeout)
+    }
+
+    /// What an event is about. `None`: the pager is to stop.
+    pub(crate) fn token(event: &libc::epoll_event) -> Option<Token> {
+        Some(Token(event.u64)).filter(|token| *token != Token::STOP)
+    }
+
+    /// The descriptor in a slot.
+    pub(crate) fn in_slot(&self, slot: usize) -> Option<Arc<Descriptor>> {
+        lock(&self.table).slots.get(slot)?.clone()
+    }
+
+    pub(crate) fn descriptor(&self, id: u64) -> Option<Arc<Descriptor>> {
+        self.descriptors().into_iter().find(|descriptor| descriptor.id == id)
+    }
+
+    pub(crate) fn descriptors(&self) -> Vec<Arc<Descriptor>> {
+        lock(&self.table).slots.iter().flatten().cloned().collect()
+    }
+
+    pub(crate) fn version(&self) -> u32 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Waits until nothing is served any more.
+    pub(crate) fn wait_until_empty(&self) {
+        let table = lock(&self.table);
+        drop(self.table_changed.wait_while(table, |table| table.served > 0));
+    }
+
+    /// Ends serving a descriptor whose process has gone.
+    pub(crate) fn gone(&self, descriptor: &Arc<Descriptor>) {
+        if self.remove(descriptor).is_some() {
+            let descriptor = super::DescriptorId(descriptor.id);
+            self.note(Note::Problem(Problem::TargetGone { descriptor }));
+        }
+    }
+
+    /// Tells the thread in the background.
+    pub(crate) fn note(&self, note: Note) {
+        let mut notes = lock(&self.notes);
+        match note {
+            Note::Problem(_) if notes.problems.len() == PROBLEMS => {
+                self.problems_lost.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+            Note::Problem(problem) => notes.problems.push_back(problem),
+            Note::Fork(fork) => {
+                let full = |notes: &mut Notes| notes.forks.len() == FORKS && !notes.stopped;
+                notes = self.noted.wait_while(notes, full).unwrap_or_else(PoisonError::into_inner);
+                notes.forks.push_back(fork);
+            }
+        }
+        drop(notes);
+        self.noted.notify_all();
+    }
+
+    /// Waits for a note, at most so long. Forks come first. `Err` once the pager has stopped and nothing is left.
+    pub(crate) fn next_note(&self, most: Option<std::time::Duration>) -> Result<Option<Note>, Stopped> {
+        let nothing =
+            |notes: &mut Notes| notes.forks.is_empty() && notes.problems.is_empty() && !notes.stopped;
+        let mut notes = lock(&self.notes);
+        notes = match most {
+            None => self.noted.wait_while(notes, nothing).unwrap_or_else(PoisonError::into_inner),
+            Some(most) => {
+                let waited = self.noted.wait_timeout_while(notes, most, nothing);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+        };
+        let fork = notes.forks.pop_front().map(Note::Fork);
+        let note = fork.or_else(|| notes.problems.pop_front().map(Note::Problem));
+        if note.is_none() && notes.stopped {
+            return Err(Stopped);
+        }
+        drop(notes);
+        self.noted.notify_all();
+        Ok(note)
+    }
+
+    /// Has the thread in the background end when nothing is left.
+    pub(crate) fn stop_notes(&self) {
+        lock(&self.notes).stopped = true;
+        self.noted.notify_all();
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Has the threads that serve faults end.
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        let (epoll, bell) = (self.epoll.as_fd(), self.bell.as_fd());
+        sys::epoll_control(epoll, libc::EPOLL_CTL_MOD, bell, libc::EPOLLIN, Token::STOP.0)
+            .unwrap_or_else(|errno| unreachable!("descriptor {} is polled: {errno}", bell.as_raw_fd()));
+    }
+
+    pub(crate) fn statistics(&self) -> Statistics {
+        let mut sum: Statistics = self.counters.iter().map(Counters::snapshot).sum();
+        sum.problems_lost += self.problems_lost.load(Ordering::Relaxed) as u64;
+        let mut seen = Vec::new();
+        for descriptor in self.descriptors() {
+            for segment in descriptor.segments(self.threads, None) {
+                let region = segment.region;
+                if seen.contains(&region.id) {
+                    continue;
+                }
+                seen.push(region.id);
+                let (present, poisoned) = region.pages.present_and_poisoned();
+                sum.present_pages += present as u64;
+                sum.absent_pages += (region.pages.count() - present - poisoned) as u64;
+            }
+        }
+        sum
+    }
+}
+
+/// There won't be any more notes.
+#[derive(Debug)]
+pub(crate) struct Stopped;

@@ -1,0 +1,190 @@
+//! How serving ends: everything filled, everything absent poisoned, or handed over.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::descriptor::{Descriptor, Serving, at, wake};
+use super::fill::{Content, Done, Filler, Wait, Work};
+use super::layout::Segment;
+use super::shared::Shared;
+use super::{Absent, DescriptorId, Detached, Error, Progress, RegionId, Result};
+use crate::Uffd;
+
+/// So many bytes are read and filled at once, where nobody waits for a particular page.
+const BULK: usize = 1 << 20;
+
+/// What absent pages get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cover {
+    /// What belongs there.
+    Content,
+    /// Poison.
+    Poison,
+}
+
+/// Covers all absent pages of a descriptor, or of one of its regions. How many pages couldn't be.
+///
+/// The pager's threads go on meanwhile.
+pub(crate) fn cover(
+    shared: &Shared,
+    descriptor: &Arc<Descriptor>,
+    region: Option<u64>,
+    cover: Cover,
+    progress: &mut dyn FnMut(u64),
+) -> Result<usize> {
+    let mut filler = shared.outside();
+    // Where a run of many pages fails, the next round goes page by page.
+    let mut bulk = true;
+    loop {
+        let (mut left, mut given_up) = (0, 0);
+        // Changes may have moved what was looked at, so that it is looked at again until nothing is absent.
+        for segment in descriptor.segments(shared.threads, region) {
+            let pages = segment.pages();
+            let most = if bulk { (BULK >> segment.region.page_shift).max(segment.region.block) } else { 1 };
+            let mut next = pages.start;
+            while next < pages.end {
+                let (run, after) = filler.claim_ahead(&segment, next..pages.end, most);
+                let Some(run) = run else { break };
+                let bytes = run.len() as u64;
+                let work = match cover {
+                    Cover::Content => Work::Load(run, 0),
+                    Cover::Poison => Work::Install(run, Content::Poison),
+                };
+                match complete(shared, &mut filler, descriptor, work) {
+                    Completed::Yes => progress(bytes),
+                    Completed::Unable => given_up += 1,
+                    Completed::Gone => return Ok(0),
+                }
+                next = after;
+            }
+            left += pages.filter(|page| segment.region.pages.is_absent(*page)).count();
+        }
+        if left == 0 || left == given_up {
+            return Ok(left);
+        }
+        if descriptor.enter(shared.threads).is_none() {
+            return Ok(0);
+        }
+        // What is left is being loaded by the pager's threads, was removed since, or failed among others.
+        std::thread::park_timeout(Duration::from_millis(1));
+        bulk = false;
+    }
+}
+
+enum Completed {
+    Yes,
+    /// It can be neither filled nor poisoned.
+    Unable,
+    Gone,
+}
+
+/// Does a piece of work to its end.
+fn complete(shared: &Shared, filler: &mut Filler, descriptor: &Arc<Descriptor>, work: Work) -> Completed {
+    let mut next = Some(work);
+    let mut tries = 0;
+    while let Some(work) = next.take() {
+        match filler.resume(shared, descriptor, work) {
+            Done::Yes => return Completed::Yes,
+            Done::Gone => {
+                shared.gone(descriptor);
+                return Completed::Gone;
+            }
+            Done::Later(work, Wait::Rarely) => {
+                filler.give_up(descriptor, work);
+                return Completed::Unable;
+            }
+            // Nobody reads the events any more that this waits for.
+            Done::Later(work, _) if tries > 64 && shared.is_stopping() => {
+                filler.give_up(descriptor, work);
+                return Completed::Unable;
+            }
+            Done::Later(work, wait) => {
+                let delay = match wait {
+                    Wait::For(delay) => delay,
+                    _ => Duration::from_micros(1 << tries.min(16)),
+                };
+                tries += 1;
+                std::thread::park_timeout(delay);
+                next = Some(work);
+            }
+        }
+    }
+    Completed::Yes
+}
+
+/// Bytes that are absent.
+pub(crate) fn absent_bytes(segments: &[Segment]) -> u64 {
+    let bytes = |segment: &Segment| {
+        let absent = segment.pages().filter(|page| segment.region.pages.is_absent(*page)).count();
+        (absent as u64) << segment.region.page_shift
+    };
+    segments.iter().map(bytes).sum()
+}
+
+/// Fills what is absent, and tells how far that is.
+pub(crate) fn fill(
+    shared: &Shared,
+    descriptors: &[(Arc<Descriptor>, Option<u64>)],
+    mut progress: impl FnMut(Progress),
+) -> Result<()> {
+    let absent = |(descriptor, region): &(Arc<Descriptor>, Option<u64>)| {
+        absent_bytes(&descriptor.segments(shared.threads, *region))
+    };
+    let total = descriptors.iter().map(absent).sum();
+    let mut done = 0;
+    progress(Progress { done, total });
+    let mut unfilled = 0;
+    for (descriptor, region) in descriptors {
+        unfilled += cover(shared, descriptor, *region, Cover::Content, &mut |bytes| {
+            // Pages that were removed meanwhile come in addition.
+            done = (done + bytes).min(total);
+            progress(Progress { done, total });
+        })?;
+    }
+    if unfilled > 0 {
+        return Err(Error::Unfilled { pages: unfilled });
+    }
+    progress(Progress { done: total, total });
+    Ok(())
+}
+
+/// Gives the faults of segments back to the kernel.
+pub(crate) fn unregister(uffd: &Uffd, segments: &[Segment]) {
+    for segment in segments {
+        // Part of it may be unmapped, or the process gone; whoever waits is waked in any case.
+        let _gone = uffd.unregister(at(segment.start), segment.end - segment.start);
+    }
+}
+
+/// Makes of what was served something to hand over. Whoever waits comes back, to the new owner.
+pub(crate) fn detached(descriptor: &Descriptor, serving: Serving) -> Detached {
+    let mut absent = Vec::new();
+    for segment in serving.layout.segments() {
+        absent_of(segment, &mut absent);
+        wake(&serving.uffd, segment.start..segment.end);
+    }
+    if descriptor.was_blocking {
+        // It doesn't fail on an open descriptor.
+        let _switched = serving.uffd.set_nonblocking(false);
+    }
+    let uffd = Arc::try_unwrap(serving.uffd).expect("the shards have let go of it");
+    Detached { descriptor: DescriptorId(descriptor.id), uffd, absent }
+}
+
+/// The absent pages of a segment, in ranges.
+pub(crate) fn absent_of(segment: &Segment, absent: &mut Vec<Absent>) {
+    let (region, shift) = (&segment.region, segment.region.page_shift);
+    let first = absent.len();
+    for page in segment.pages().filter(|page| region.pages.is_absent(*page)) {
+        let removed = region.pages.is_removed(page);
+        let offset = (!removed).then(|| region.offset_of(page));
+        let address = segment.start + ((page - segment.first) << shift);
+        let follows = absent[first..]
+            .last_mut()
+            .filter(|last| last.address + last.len == address && last.offset.is_some() == offset.is_some());
+        match follows {
+            Some(last) => last.len += 1 << shift,
+            None => absent.push(Absent { region: RegionId(region.id), address, len: 1 << shift, offset }),
+        }
+    }
+}
