@@ -22,6 +22,7 @@ mod register;
 mod rights;
 mod set_mode;
 mod signals;
+mod sources;
 mod support_probe;
 mod swap;
 mod unregister;
