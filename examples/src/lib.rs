@@ -7,6 +7,8 @@
 //! - [`UNMET`], 2: this machine or this process lacks something. The last line of the standard error says what,
 //!   after `needs`, and how to get it. The tests show that line as `SKIP`.
 
+mod handover;
+
 use std::error::Error;
 use std::fmt;
 use std::fs::{self, File};
@@ -14,8 +16,11 @@ use std::io;
 use std::os::fd::FromRawFd;
 use std::process::ExitCode;
 
+use indicatif::{ProgressBar, ProgressStyle};
 use memmap2::{MmapMut, MmapOptions};
 use userfaultfd::{FeatureFlags, Known};
+
+pub use handover::{receive, send};
 
 /// What an example, or a thread of it, ends with.
 pub type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
@@ -65,6 +70,13 @@ pub fn since(features: FeatureFlags) -> String {
     let names =
         known.map(|Known { name, since: (major, minor), .. }| format!("{name} (Linux {major}.{minor})"));
     names.collect::<Vec<_>>().join(", ")
+}
+
+/// A bar of so many bytes on the standard error, if that is a terminal. It goes when it is dropped.
+#[must_use]
+pub fn progress_bar(what: &'static str, bytes: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    ProgressBar::new(bytes as u64).with_style(style.expect("a template of known words")).with_message(what)
 }
 
 /// A file of `len` bytes that is in memory and nowhere else. It can be mapped more than once.

@@ -7,12 +7,20 @@
 
 mod support;
 
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::{env, process};
+
 use support::{
     Need, blocks, command, forbid_userfaultfd, is_root, masked, nobodys_command, reserve_huge_pages, run,
-    skip,
+    skip, start,
 };
-use userfaultfd::{FeatureFlags, Support, page_size};
-use userfaultfd_examples::{huge_page_size, since};
+use userfaultfd::{FeatureFlags, Support, Uffd, page_size};
+use userfaultfd_examples::{huge_page_size, receive, since};
 
 #[test]
 fn hello_fault_reads_what_was_copied() {
@@ -145,6 +153,138 @@ fn huge_pages_are_filled_whole() {
             &format!("fault at 0x…: copied {size} bytes\nmain reads {letter} at the end of page {index}\n");
     }
     assert_eq!(masked(&output.out), expected);
+}
+
+/// A directory of a test's own, which goes with it.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(test: &str) -> Self {
+        let path = env::temp_dir().join(format!("userfaultfd-{}-{test}", process::id()));
+        fs::create_dir(&path).expect("a directory of a new name");
+        Self(path)
+    }
+
+    /// A file of bytes that tell where they are, and no whole number of pages. In the middle there is a hole.
+    fn snapshot(&self) -> PathBuf {
+        let path = self.0.join("snapshot");
+        let mut content = Vec::new();
+        content.extend((0_u64..40_000).flat_map(u64::to_ne_bytes));
+        let file = File::create_new(&path).expect("a new file");
+        file.write_all_at(&content, 0).expect("room on the disk");
+        file.write_all_at(b"the end", 1_000_000).expect("room on the disk");
+        path
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).expect("the directory is the test's own");
+    }
+}
+
+#[test]
+fn lazy_file_reads_by_faults_what_the_file_holds() {
+    let directory = Directory::new("lazy_file");
+    let output = run(command("lazy_file").arg(directory.snapshot()));
+    assert!(output.status.success() && output.err.is_empty(), "{output:?}");
+    let lines: Vec<_> = output.out.lines().collect();
+    assert_eq!(lines[0], "1000007 bytes of memory, and nothing is read yet");
+    let hash = lines[1].strip_prefix("by page faults: ").expect("a checksum");
+    assert_eq!((hash.len(), lines[2]), (16, &*format!("by read(2):     {hash}")));
+    let pages = 1_000_007_usize.div_ceil(page_size()) * page_size();
+    assert_eq!(numbers(&output.out)["bytes"], pages as u64, "{}", output.out);
+    // The hole is filled with zeros, unless the file system has none.
+    assert_eq!(numbers(&output.out)["poisoned"], 0, "{}", output.out);
+    assert!(output.out.contains("\nfault_latency "), "{}", output.out);
+}
+
+#[test]
+fn lazy_file_tells_what_it_cannot_read() {
+    let output = run(command("lazy_file").arg("/nowhere"));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(output.err.starts_with("No such file or directory"), "{output:?}");
+    let output = run(command("lazy_file").arg("/dev/zero"));
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(output.err, "neither a regular file nor a block device\n");
+}
+
+/// The table of statistics.
+fn numbers(text: &str) -> HashMap<&str, u64> {
+    let rows = text.lines().filter_map(|line| line.split_once(' '));
+    rows.filter_map(|(name, number)| Some((name, number.trim().parse().ok()?))).collect()
+}
+
+#[test]
+fn serve_fills_the_memory_of_restore() {
+    let directory = Directory::new("serve");
+    let (snapshot, socket) = (directory.snapshot(), directory.0.join("socket"));
+    let mut serve = start(command("serve").args([&snapshot, &socket]).arg("2"));
+    assert_eq!(serve.line(), "serving 1000007 bytes\n");
+    for _ in 0..2 {
+        let restored = run(command("restore").args([&snapshot, &socket]));
+        assert!(restored.status.success() && restored.err.is_empty(), "{restored:?}");
+        assert_eq!(restored.out, "restored 1000007 bytes, as they are in the snapshot\n");
+    }
+    let served = serve.output();
+    assert!(served.status.success() && served.err.is_empty(), "{served:?}");
+    let pages = 1_000_007_usize.div_ceil(page_size()) * page_size();
+    let ended = format!("a process has ended, and 0 bytes of its {pages} were never needed\n");
+    assert_eq!(served.out.matches(&ended).count(), 2, "{}", served.out);
+    assert_eq!(numbers(&served.out)["bytes"], 2 * pages as u64, "{}", served.out);
+    assert!(!socket.exists());
+}
+
+#[test]
+fn serve_outlives_a_process_that_asks_for_what_it_has_not() {
+    let directory = Directory::new("refused");
+    let (snapshot, socket) = (directory.snapshot(), directory.0.join("socket"));
+    let longer = directory.0.join("longer");
+    fs::write(&longer, vec![1; 2_000_000]).unwrap();
+    let mut serve = start(command("serve").args([&snapshot, &socket]).arg("3"));
+    serve.line();
+    let refused = run(command("restore").args([&longer, &socket]));
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert_eq!(refused.err, "the other process doesn't serve this memory: it says why\n");
+    drop(UnixStream::connect(&socket).unwrap());
+    assert!(run(command("restore").args([&snapshot, &socket])).status.success());
+    let served = serve.output();
+    assert!(served.status.success(), "{served:?}");
+    let problems: Vec<_> = served.err.lines().collect();
+    assert!(problems[0].starts_with("a process isn't served: "), "{served:?}");
+    assert_eq!(problems[1..], ["a process isn't served: it asks for nothing"], "{served:?}");
+}
+
+#[test]
+fn restore_shows_no_zeros_when_serve_dies() {
+    let directory = Directory::new("dies");
+    let (snapshot, socket) = (directory.snapshot(), directory.0.join("socket"));
+    // A serve that reads a fault, and dies before it answers.
+    let listener = UnixListener::bind(&socket).unwrap();
+    let restore = start(command("restore").args([&snapshot, &socket]));
+    let (mut stream, _) = listener.accept().unwrap();
+    let (_, uffd) = receive::<2>(&stream).unwrap().expect("a descriptor");
+    stream.write_all(b"\n").unwrap();
+    let uffd = Uffd::from(uffd);
+    uffd.read_event().unwrap().expect("a fault");
+    drop((uffd, stream));
+    let restored = restore.output();
+    assert_eq!(restored.status.code(), Some(1), "{restored:?}");
+    assert_eq!(restored.err, "the other process has gone, and with it the rest of the memory\n");
+    assert!(restored.out.is_empty(), "{restored:?}");
+}
+
+#[test]
+fn serve_and_restore_tell_their_usage() {
+    for (example, usage) in [
+        ("serve", "usage: cargo run --example serve -- SNAPSHOT SOCKET [PROCESSES]\n"),
+        ("restore", "usage: cargo run --example restore -- SNAPSHOT SOCKET\n"),
+    ] {
+        for arguments in [&[][..], &["one"], &["one", "two", "three"], &["one", "two", "3", "four"]] {
+            let output = run(command(example).args(arguments));
+            assert_eq!((output.status.code(), &*output.err), (Some(1), usage), "{arguments:?}");
+        }
+    }
 }
 
 #[test]

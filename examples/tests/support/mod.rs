@@ -2,13 +2,13 @@
 
 use std::env;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, ExitStatus, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use userfaultfd::FeatureFlags;
@@ -140,26 +140,64 @@ pub(crate) fn forbid_userfaultfd(command: &mut Command) {
 
 /// Runs a command, which is killed with all that it has started if it hangs.
 pub(crate) fn run(command: &mut Command) -> Output {
+    start(command).output()
+}
+
+/// A command that runs.
+pub(crate) struct Running {
+    /// For messages.
+    command: String,
+    child: Child,
+    out: BufReader<ChildStdout>,
+    /// What was taken from there.
+    taken: String,
+    err: JoinHandle<String>,
+    done: Sender<()>,
+    watchdog: JoinHandle<bool>,
+}
+
+/// Starts a command, which is killed with all that it has started if it hangs.
+pub(crate) fn start(command: &mut Command) -> Running {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let mut child = command.spawn().expect("a program that can be started");
     let group = child.id() as libc::pid_t;
     let (done, watched) = mpsc::channel::<()>();
     let watchdog = thread::spawn(move || {
-        let hangs = watched.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout);
-        if hangs {
+        // A test that fails drops the other end.
+        let ended = watched.recv_timeout(LIMIT);
+        if ended.is_err() {
             // SAFETY: touches no memory. The child is waited for after this thread, so the number is still its own.
             unsafe { libc::kill(-group, libc::SIGKILL) };
         }
-        hangs
+        ended == Err(RecvTimeoutError::Timeout)
     });
-    let err = child.stderr.take().map(|mut pipe| thread::spawn(move || read(&mut pipe)));
-    let out = child.stdout.take().map(|mut pipe| read(&mut pipe)).unwrap_or_default();
-    let err = err.map(|reader| reader.join().expect("a reader doesn't panic")).unwrap_or_default();
-    drop(done);
-    let hangs = watchdog.join().expect("the watchdog doesn't panic");
-    let status = child.wait().expect("a child to wait for");
-    assert!(!hangs, "{command:?} hangs; it said\n{out}\n{err}");
-    Output { status, out, err }
+    let mut err = child.stderr.take().expect("a pipe");
+    let out = BufReader::new(child.stdout.take().expect("a pipe"));
+    let err = thread::spawn(move || read(&mut err));
+    let command = format!("{command:?}");
+    Running { command, child, out, taken: String::new(), err, done, watchdog }
+}
+
+impl Running {
+    /// The next line that it says, with its end. Empty if it ends without one.
+    pub(crate) fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.out.read_line(&mut line).expect("text");
+        self.taken += &line;
+        line
+    }
+
+    /// All that it says, when it has ended.
+    pub(crate) fn output(mut self) -> Output {
+        let out = self.taken + &read(&mut self.out);
+        let err = self.err.join().expect("a reader doesn't panic");
+        // A watchdog that has killed it doesn't listen any more.
+        let _killed = self.done.send(());
+        let hangs = self.watchdog.join().expect("the watchdog doesn't panic");
+        let status = self.child.wait().expect("a child to wait for");
+        assert!(!hangs, "{} hangs; it said\n{out}\n{err}", self.command);
+        Output { status, out, err }
+    }
 }
 
 fn read(pipe: &mut impl Read) -> String {
