@@ -267,6 +267,8 @@ fn restore_shows_no_zeros_when_serve_dies() {
     stream.write_all(b"\n").unwrap();
     let uffd = Uffd::from(uffd);
     uffd.read_event().unwrap().expect("a fault");
+    // What keeps the fault waiting when the other descriptor is closed.
+    assert!(restore.open_files().contains(&"anon_inode:[userfaultfd]".into()), "{:?}", restore.open_files());
     drop((uffd, stream));
     let restored = restore.output();
     assert_eq!(restored.status.code(), Some(1), "{restored:?}");

@@ -187,6 +187,13 @@ impl Running {
         line
     }
 
+    /// What its descriptors are, as `/proc` names it.
+    pub(crate) fn open_files(&self) -> Vec<PathBuf> {
+        let descriptors = fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("a process that runs");
+        // One may be closed between a look at the list and a look at it.
+        descriptors.filter_map(|descriptor| fs::read_link(descriptor.ok()?.path()).ok()).collect()
+    }
+
     /// All that it says, when it has ended.
     pub(crate) fn output(mut self) -> Output {
         let out = self.taken + &read(&mut self.out);
