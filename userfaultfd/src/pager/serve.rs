@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::changes::{self, Change};
 use super::descriptor::{Descriptor, Serving, wake};
-use super::fill::{Done, Fault, Filler, Wait, Work, message};
+use super::fault::Fault;
+use super::fill::{Done, Filler, Wait, Work};
+use super::load::message;
 use super::shared::{Note, Shared, Token};
 use super::{DescriptorId, Problem, RegionId};
 use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};

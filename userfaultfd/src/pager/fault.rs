@@ -1,0 +1,249 @@
+//! What becomes of a fault: its page is claimed and loaded, unless it is there, poisoned, protected, or gone.
+
+#![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use super::descriptor::{Descriptor, Serving, at, wake};
+use super::fill::{Done, Filler, Wait, Work, answer};
+use super::layout::Segment;
+use super::load::grown;
+use super::pages::Claim;
+use super::point::{Point, reach};
+use super::run::Run;
+use super::shared::{Note, Shared};
+use super::{DescriptorId, Problem, RegionId};
+use crate::{ContinueMode, CopyMode, Errno, FaultKind};
+
+/// A fault that was read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    pub(crate) address: usize,
+    pub(crate) kind: FaultKind,
+    /// When it was read.
+    pub(crate) since: Instant,
+}
+
+/// So many faults in a row on one page that is there are suspicious.
+const SUSPICIOUS: u8 = 16;
+
+/// So often a fault comes back to where no region is before it is told.
+const STRAY: u32 = 8;
+
+impl Filler {
+    /// Does what a fault asks for.
+    pub(crate) fn fault(&mut self, shared: &Shared, descriptor: &Descriptor, fault: Fault) -> Done {
+        let run = {
+            let serving = descriptor.enter(self.thread);
+            // Given back meanwhile: who did that wakes everybody.
+            let Some(serving) = &*serving else { return Done::Yes };
+            let Some(segment) = serving.layout.find(fault.address) else {
+                return self.stray(shared, descriptor, fault);
+            };
+            if matches!(fault.kind, FaultKind::WriteProtected | FaultKind::ReadWriteProtected) {
+                return self.unprotect(shared, serving, segment, fault);
+            }
+            match self.claim(shared, serving, segment, fault) {
+                Ok(run) => run,
+                Err(done) => return done,
+            }
+        };
+        reach(Point::AfterRead, fault.address);
+        if run.tries > 0 {
+            // Something was in the way, and nobody knows what: not at full speed.
+            let wait = Wait::For(Duration::from_millis(1 << run.tries.min(6)));
+            return Done::Later(Work::Load(run, 0), wait);
+        }
+        self.load(shared, descriptor, run, 0)
+    }
+
+    /// Takes the page of a fault, and what is absent in the block around it.
+    pub(super) fn claim(
+        &mut self,
+        shared: &Shared,
+        serving: &Serving,
+        segment: &Segment,
+        fault: Fault,
+    ) -> Result<Run, Done> {
+        let counters = shared.counters(self.thread);
+        let states = &segment.region.pages;
+        let page = segment.page_at(fault.address);
+        let mut pages = page..page + 1;
+        let claim = states.claim(page);
+        let (removed, tries) = match claim {
+            Claim::Mine { removed, tries } => (removed, tries),
+            Claim::Joined => {
+                counters.duplicates.add(1);
+                // Who fills it wakes the waiters of this descriptor, unless it fills through that of a relative.
+                let again = Done::Later(Work::Fault(fault), Wait::Others);
+                return Err(if segment.region.shared { again } else { Done::Yes });
+            }
+            Claim::Present => return Err(self.present(shared, serving, segment, fault)),
+            Claim::Poisoned => return Err(self.poisoned(shared, serving, segment, fault)),
+        };
+        if tries == 0 {
+            let (block, within) = (segment.region.block_of(page), segment.pages());
+            let within = block.start.max(within.start)..block.end.min(within.end);
+            while pages.start > within.start && states.claim_quietly(pages.start - 1, removed) {
+                pages.start -= 1;
+            }
+            while pages.end < within.end && states.claim_quietly(pages.end, removed) {
+                pages.end += 1;
+            }
+        }
+        let mut run = Run::new(segment, pages, removed);
+        (run.demand, run.tries) = (Some((page, fault.since)), tries);
+        Ok(run)
+    }
+
+    /// A fault where no region is. Either it has gone since, and whoever waits is to find that out; or there is none
+    /// yet, and who is waked comes back.
+    pub(super) fn stray(&mut self, shared: &Shared, descriptor: &Descriptor, fault: Fault) -> Done {
+        let address = page_of(fault.address).start;
+        if self.stray.0 != address {
+            self.stray = (address, 0);
+        }
+        self.stray.1 = self.stray.1.saturating_add(1);
+        if self.stray.1 == STRAY {
+            let descriptor = DescriptorId(descriptor.id);
+            shared.note(Note::Problem(Problem::NoRegion { descriptor, address: fault.address }));
+        }
+        let delay = Duration::from_millis(1 << self.stray.1.min(10));
+        Done::Later(Work::Stray(fault), Wait::For(delay))
+    }
+
+    pub(super) fn stray_again(&mut self, shared: &Shared, descriptor: &Descriptor, fault: Fault) -> Done {
+        {
+            let serving = descriptor.enter(self.thread);
+            let Some(serving) = &*serving else { return Done::Yes };
+            if serving.layout.find(fault.address).is_none() {
+                shared.counters(self.thread).dropped.add(1);
+                wake(&serving.uffd, page_of(fault.address));
+                return Done::Yes;
+            }
+        }
+        self.fault(shared, descriptor, fault)
+    }
+
+    /// A fault on a page that is there, as far as the pager knows.
+    ///
+    /// Mostly it is one of several on the same page, and everybody is awake. But the page may have been taken away
+    /// without a word: by madvise(2) where the descriptor doesn't tell of it, by a hole punched into the file. Then
+    /// what belongs there is zero, as everywhere after a removal, or what the page cache has.
+    pub(super) fn present(
+        &mut self,
+        shared: &Shared,
+        serving: &Serving,
+        segment: &Segment,
+        fault: Fault,
+    ) -> Done {
+        let (counters, region) = (shared.counters(self.thread), &*segment.region);
+        let (len, page) = (region.page_size(), segment.page_at(fault.address));
+        let address = segment.address_of(page).expect("the address is in the segment");
+        if self.suspect.0 != address {
+            self.suspect = (address, 0);
+        }
+        self.suspect.1 = self.suspect.1.saturating_add(1);
+        let zeros = match grown(&mut self.zeros, len) {
+            Ok(zeros) => &zeros[..len],
+            Err(_) => return Done::Later(Work::Fault(fault), Wait::Others),
+        };
+        let (uffd, dst) = (&serving.uffd, at(address));
+        let (filled, counter) = if let Some(cache) = &region.cache {
+            let mut mode = ContinueMode::empty();
+            mode.set(ContinueMode::WRITE_PROTECT, region.write_protected);
+            let mut filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
+            if filled.1 == Some(Errno::EFAULT) && cache.write(page << region.page_shift, zeros).is_ok() {
+                filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
+            }
+            (filled, &counters.continues)
+        } else if region.zeropage && self.suspect.1 < SUSPICIOUS {
+            // SAFETY: the page has been taken away, so that zeros are what belongs there, or is there, and stays.
+            (answer(unsafe { uffd.zeropage(dst, len, true) }, len), &counters.zero_fills)
+        } else {
+            // A marker of write protection is in the way of a zero page, and not in that of a copy.
+            let mut mode = CopyMode::empty();
+            mode.set(CopyMode::WRITE_PROTECT, region.write_protected);
+            // SAFETY: as above; the source is this filler's.
+            let result = unsafe { uffd.copy_with(zeros.as_ptr().cast(), dst, len, mode) };
+            (answer(result, len), &counters.zero_fills)
+        };
+        match filled.1 {
+            None => counter.add(1),
+            Some(Errno::EAGAIN | Errno::ENOMEM) => return Done::Later(Work::Fault(fault), Wait::Events),
+            Some(Errno::ESRCH) => return Done::Gone,
+            Some(errno) => {
+                counters.duplicates.add(1);
+                if self.suspect.1 == u8::MAX {
+                    let region = RegionId(region.id);
+                    shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
+                    self.suspect.1 = 0;
+                }
+                reach(Point::BeforeWake, address);
+                wake(uffd, address..address + len);
+            }
+        }
+        Done::Yes
+    }
+
+    /// A fault on a page that is poisoned, as far as the pager knows: it came before the poison, or somebody took
+    /// that away.
+    pub(super) fn poisoned(
+        &mut self,
+        shared: &Shared,
+        serving: &Serving,
+        segment: &Segment,
+        fault: Fault,
+    ) -> Done {
+        let len = segment.region.page_size();
+        let address =
+            segment.address_of(segment.page_at(fault.address)).expect("the address is in the segment");
+        shared.counters(self.thread).duplicates.add(1);
+        // SAFETY: it was poisoned before.
+        match answer(unsafe { serving.uffd.poison(at(address), len, true) }, len).1 {
+            Some(Errno::EAGAIN | Errno::ENOMEM) => return Done::Later(Work::Fault(fault), Wait::Events),
+            Some(Errno::ESRCH) => return Done::Gone,
+            Some(_) => wake(&serving.uffd, address..address + len),
+            None => {}
+        }
+        Done::Yes
+    }
+
+    /// A fault on a page that is protected: it is let go on.
+    pub(super) fn unprotect(
+        &self,
+        shared: &Shared,
+        serving: &Serving,
+        segment: &Segment,
+        fault: Fault,
+    ) -> Done {
+        let counters = shared.counters(self.thread);
+        let len = segment.region.page_size();
+        let address =
+            segment.address_of(segment.page_at(fault.address)).expect("the address is in the segment");
+        let (uffd, start) = (&serving.uffd, at(address));
+        let lifted = match fault.kind {
+            FaultKind::ReadWriteProtected => uffd.remove_read_write_protection(start, len, true),
+            _ => uffd.remove_write_protection(start, len, true),
+        };
+        match lifted.map_err(|error| error.errno()) {
+            Ok(()) => counters.unprotected.add(1),
+            Err(Some(Errno::EAGAIN | Errno::ENOMEM)) => return Done::Later(Work::Fault(fault), Wait::Events),
+            Err(Some(Errno::ESRCH)) => return Done::Gone,
+            Err(_) => {
+                counters.dropped.add(1);
+                wake(uffd, address..address + len);
+            }
+        }
+        counters.fault_latency.record(fault.since.elapsed());
+        Done::Yes
+    }
+}
+
+/// The page of the base size at an address.
+pub(super) fn page_of(address: usize) -> Range<usize> {
+    let page = crate::page_size();
+    let start = address & !(page - 1);
+    start..start + page
+}

@@ -1,0 +1,156 @@
+//! Where the content of a run comes from: read from the source, put aside, asked for again.
+
+use std::any::Any;
+use std::io;
+use std::panic::{self, AssertUnwindSafe};
+use std::time::{Duration, Instant};
+
+use memmap2::{MmapMut, MmapOptions};
+
+use super::descriptor::Descriptor;
+use super::fill::{Content, Done, Filler, Wait, Work};
+use super::pages::MAX_TRIES;
+use super::run::Run;
+use super::shared::{Note, Shared};
+use super::{Fill, Problem, RegionId};
+
+/// So many contents can be put aside by a thread. What exceeds that is loaded again.
+pub(crate) const ASIDE: usize = 8;
+
+/// A source that fails isn't left alone longer.
+const LONGEST: Duration = Duration::from_secs(60);
+
+impl Filler {
+    /// The content of a run, read from its source if need be.
+    pub(super) fn content(&mut self, shared: &Shared, run: &Run) -> io::Result<Content> {
+        let (region, len) = (&*run.region, run.len());
+        let (offset, at) = (region.offset_of(run.pages().start), run.pages().start << region.page_shift);
+        if run.removed {
+            return self.zeros(run);
+        }
+        if region.cache.is_none() {
+            let bytes = caught(|| Ok(region.source.bytes(offset, len).filter(|bytes| bytes.len() == len)))?;
+            if let Some(bytes) = bytes {
+                return Ok(Content::Outside(bytes.as_ptr()));
+            }
+        }
+        let buffer = grown(&mut self.buffer, len)?;
+        let counters = shared.counters(self.thread);
+        let start = Instant::now();
+        let fill = caught(|| region.source.read(offset, &mut buffer[..len]));
+        let took = start.elapsed();
+        self.pace = (self.pace * 7 + took) / 8;
+        counters.source_latency.record(took);
+        counters.source_reads.add(1);
+        if fill? == Fill::Zero {
+            return self.zeros(run);
+        }
+        buffer[region.within_source(offset, len)..len].fill(0);
+        match &region.cache {
+            None => Ok(Content::Buffer),
+            Some(cache) => cache.write(at, &buffer[..len]).map(|()| Content::Cached),
+        }
+    }
+
+    /// A run of zeros.
+    pub(super) fn zeros(&mut self, run: &Run) -> io::Result<Content> {
+        let (region, len) = (&*run.region, run.len());
+        if let Some(cache) = &region.cache {
+            let at = run.pages().start << region.page_shift;
+            return cache.write(at, &grown(&mut self.zeros, len)?[..len]).map(|()| Content::Cached);
+        }
+        // A marker of write protection is in the way of a zero page, and not in that of a copy.
+        if region.zeropage && run.tries == 0 {
+            return Ok(Content::Zero);
+        }
+        Ok(Content::Outside(grown(&mut self.zeros, len)?.as_ptr().cast()))
+    }
+
+    /// What to do when the source didn't deliver.
+    pub(super) fn source_failed(
+        &mut self,
+        shared: &Shared,
+        descriptor: &Descriptor,
+        run: Run,
+        attempts: u32,
+        error: io::Error,
+    ) -> Done {
+        shared.counters(self.thread).source_errors.add(1);
+        // The page that is asked for alone: its neighbours may be what can't be had.
+        let Some(run) = self.alone(descriptor, run.rest()) else { return Done::Yes };
+        let (attempts, retry) = (attempts.saturating_add(1), shared.retry);
+        if attempts < retry.attempts {
+            let factor = 1u32.checked_shl(attempts - 1).unwrap_or(u32::MAX);
+            let delay = retry.delay.saturating_mul(factor).min(LONGEST);
+            return Done::Later(Work::Load(run, attempts), Wait::For(delay));
+        }
+        if run.tries < MAX_TRIES {
+            shared.note(Note::Problem(Problem::Source {
+                region: RegionId(run.region.id),
+                address: run.address(),
+                offset: run.region.offset_of(run.pages().start),
+                error,
+                attempts,
+            }));
+        }
+        self.install(shared, descriptor, run, Content::Poison)
+    }
+
+    /// The page that was asked for, without its neighbours, which are given up. `None` if nobody asked.
+    pub(super) fn alone(&self, descriptor: &Descriptor, run: Run) -> Option<Run> {
+        if run.pages().len() == 1 {
+            return Some(run);
+        }
+        let serving = descriptor.enter(self.thread);
+        match run.demanded() {
+            Some(page) => Some(run.narrow(page, serving.as_ref())),
+            None => {
+                run.give_up(serving.as_ref());
+                None
+            }
+        }
+    }
+
+    /// Puts off what can't be filled now, with its content.
+    pub(super) fn put_aside(&mut self, run: Run, content: Content, wait: Wait) -> Done {
+        let content = match content {
+            Content::Buffer if self.aside < ASIDE => {
+                let full = self.buffer.take().expect("it was filled");
+                self.buffer = self.spare.pop();
+                self.aside += 1;
+                Content::Aside(full)
+            }
+            Content::Buffer => return Done::Later(Work::Load(run, 0), wait),
+            content => content,
+        };
+        Done::Later(Work::Install(run, content), wait)
+    }
+
+    /// Keeps the buffer of content that was put aside.
+    pub(super) fn put_back(&mut self, content: Content) {
+        if let Content::Aside(buffer) = content {
+            self.aside -= 1;
+            self.spare.push(buffer);
+        }
+    }
+}
+
+/// A buffer of at least `len` bytes. It is mapped: nothing that a thread which forks has locked is needed.
+pub(super) fn grown(buffer: &mut Option<MmapMut>, len: usize) -> io::Result<&mut MmapMut> {
+    if buffer.as_ref().is_none_or(|buffer| buffer.len() < len) {
+        *buffer = Some(MmapOptions::new().len(len).no_reserve_swap().map_anon()?);
+    }
+    buffer.as_mut().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+}
+
+/// Calls a source. Its panic is an error like any other.
+pub(super) fn caught<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    panic::catch_unwind(AssertUnwindSafe(call))
+        .unwrap_or_else(|panic| Err(io::Error::other(format!("the source panicked: {}", message(&*panic)))))
+}
+
+/// What a panic said.
+pub(crate) fn message(panic: &(dyn Any + Send)) -> &str {
+    let message = panic.downcast_ref::<&str>().copied();
+    message.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("something")
+}
