@@ -7,13 +7,13 @@ use std::sync::Arc;
 use memmap2::{Advice, MmapMut, MmapOptions};
 
 use crate::pager::{
-    self, Absent, DescriptorId, PageSource, Pager, PagerBuilder, Problem, Progress, Region, RegionId, Retry,
-    Statistics,
+    self, Absent, Around, Delivery, DescriptorId, PageSource, Pager, PagerBuilder, Problem, Progress, Region,
+    RegionId, Retry, Statistics,
 };
-use crate::{Uffd, UffdBuilder};
+use crate::{FeatureFlags, Uffd, UffdBuilder};
 
-/// So much is read for one fault, unless told otherwise.
-const BLOCK: usize = 64 << 10;
+/// The most that is read for one fault, unless told otherwise.
+const ADAPTIVE: usize = 1 << 20;
 
 /// Memory of this process that is read from a source as it is touched.
 ///
@@ -83,7 +83,7 @@ pub struct LazyBuilder {
     offset: u64,
     len: Option<usize>,
     page_size: usize,
-    block: usize,
+    around: Around,
     pager: Option<Arc<Pager>>,
     own: PagerBuilder,
     kernel: Option<bool>,
@@ -107,7 +107,7 @@ impl LazyMemory {
             offset: 0,
             len: None,
             page_size: crate::page_size(),
-            block: BLOCK,
+            around: Around::Adaptive { most: ADAPTIVE },
             pager: None,
             own: Pager::builder(),
             kernel: None,
@@ -200,10 +200,28 @@ impl LazyBuilder {
         self
     }
 
-    /// How many bytes are read for one fault, around the byte that is touched; rounded up to whole pages. The default
-    /// is 64 KiB. Less is better where access is random and the source slow, more where it is sequential.
-    pub fn block(mut self, bytes: usize) -> Self {
-        self.block = bytes;
+    /// How much is read for one fault, around the byte that is touched. The default is [`Around::Adaptive`] up to
+    /// 1 MiB.
+    pub fn around(mut self, around: Around) -> Self {
+        self.around = around;
+        self
+    }
+
+    /// Reads the block of so many bytes that the byte is in; rounded up to whole pages.
+    pub fn block(self, bytes: usize) -> Self {
+        self.around(Around::Block(bytes))
+    }
+
+    /// For a source that is slow, such as a network, and access that is sequential: reads up to `most` bytes for one
+    /// fault, a MiB at a time by so many threads. See [`PagerBuilder::readers`].
+    pub fn read_ahead(mut self, readers: usize, most: usize) -> Self {
+        self.own = self.own.readers(readers);
+        self.around(Around::Adaptive { most })
+    }
+
+    /// How faults reach the thread that answers them. The default is [`Delivery::Adaptive`].
+    pub fn delivery(mut self, delivery: Delivery) -> Self {
+        self.own = self.own.delivery(delivery);
         self
     }
 
@@ -250,12 +268,16 @@ impl LazyBuilder {
     /// - [`System`](pager::Error::System): memory or a thread can't be had; `ENOMEM` of huge pages: so many aren't
     ///   reserved.
     pub fn build(self) -> pager::Result<LazyMemory> {
-        let Self { source, offset, len, page_size, block, pager, own, kernel } = self;
+        let Self { source, offset, len, page_size, around, pager, own, kernel } = self;
         let rest = source.len().map(|end| usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX));
         let len = len.or(rest).filter(|len| *len > 0).ok_or(pager::Error::EmptyRegion { address: 0 })?;
         if !page_size.is_power_of_two() || page_size < crate::page_size() {
             return Err(pager::Error::PageSize { address: 0, page_size });
         }
+        let around = match around {
+            Around::Block(block) => Around::Block(block.max(1).next_multiple_of(page_size)),
+            around => around,
+        };
         let huge = (page_size != crate::page_size()).then(|| page_size.trailing_zeros() as u8);
         let Some(whole) = len.checked_next_multiple_of(page_size).filter(|len| isize::try_from(*len).is_ok())
         else {
@@ -277,7 +299,7 @@ impl LazyBuilder {
         let region = Region::new(memory.as_mut_ptr().expose_provenance(), whole, source)
             .offset(offset)
             .page_size(page_size)
-            .block(block.max(1).next_multiple_of(page_size));
+            .around(around);
         #[expect(unsafe_code, reason = "the memory is this function's")]
         // SAFETY: nobody has seen the memory yet, and bytes are good whatever they are. It is unmapped only after the
         // pager has let go of it, and poison is what the documentation says.
@@ -292,6 +314,7 @@ fn open(kernel: Option<bool>) -> crate::Result<(Uffd, bool)> {
     let open = |kernel: bool| {
         let mut builder = UffdBuilder::new();
         builder.close_on_exec(true).non_blocking(true).user_mode_only(!kernel);
+        builder.request_features(FeatureFlags::THREAD_ID);
         builder.create().map(|uffd| (uffd, kernel))
     };
     match kernel {
@@ -353,7 +376,7 @@ impl fmt::Debug for LazyBuilder {
             .field("offset", &self.offset)
             .field("len", &self.len)
             .field("page_size", &self.page_size)
-            .field("block", &self.block)
+            .field("around", &self.around)
             .field("kernel", &self.kernel)
             .finish_non_exhaustive()
     }

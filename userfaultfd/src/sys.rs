@@ -8,7 +8,7 @@
 
 use std::ffi::CStr;
 use std::io::Write;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 pub(crate) use userfaultfd_sys::*;
 
@@ -222,6 +222,38 @@ pub(crate) fn block_signals() {
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, signals.as_ptr(), std::ptr::null_mut()) };
 }
 
+/// The CPU that a thread runs on, or ran on last. `None` where /proc doesn't tell. Allocates nothing.
+pub(crate) fn last_cpu(thread: i32) -> Option<usize> {
+    let mut path = [0; 32];
+    write!(&mut path[..], "/proc/{thread}/stat\0").ok()?;
+    // SAFETY: the path is NUL-terminated.
+    let fd = check(unsafe { libc::open(path.as_ptr().cast(), libc::O_RDONLY | libc::O_CLOEXEC) }).ok()?;
+    // SAFETY: open returned a new descriptor that nothing else owns.
+    let stat = unsafe { own(fd) };
+    let mut text = [0; 512];
+    let read = read(stat.as_fd(), &mut text).ok()?;
+    cpu_of_stat(&text[..read])
+}
+
+/// The 39th field of /proc/PID/stat. The second is a name in parentheses, which may hold anything.
+fn cpu_of_stat(stat: &[u8]) -> Option<usize> {
+    let fields = stat.rsplit(|byte| *byte == b')').next()?;
+    let mut fields = fields.split(|byte| *byte == b' ').filter(|field| !field.is_empty());
+    std::str::from_utf8(fields.nth(36)?).ok()?.trim().parse().ok()
+}
+
+/// Has the calling thread run on one CPU alone.
+pub(crate) fn run_on(cpu: usize) -> Result<(), Errno> {
+    const BITS: usize = libc::c_ulong::BITS as usize;
+    let mut set: [libc::c_ulong; 8192 / BITS] = [0; _];
+    let Some(word) = set.get_mut(cpu / BITS) else { return Err(Errno::EINVAL) };
+    *word |= 1 << (cpu % BITS);
+    // SAFETY: the kernel reads the set, which is as long as is told.
+    let returned =
+        unsafe { libc::sched_setaffinity(0, size_of_val(&set), set.as_ptr().cast::<libc::cpu_set_t>()) };
+    check(returned).map(drop)
+}
+
 /// An epoll(7) instance.
 pub(crate) fn epoll() -> Result<OwnedFd, Errno> {
     // SAFETY: touches no memory.
@@ -324,9 +356,21 @@ pub(crate) fn write(fd: BorrowedFd<'_>, bytes: *const libc::c_void, len: usize) 
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::os::fd::AsFd;
 
     use super::*;
+
+    #[test]
+    fn the_cpu_of_a_thread_is_told() {
+        let stat = b"1234 (a ) b) S 1 1234 1234 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 100 200 300 18446744073709551615 \
+            1 1 0 0 0 0 0 4096 0 0 0 0 17 13 0 0 0 0 0\n";
+        assert_eq!(cpu_of_stat(stat), Some(13));
+        assert_eq!(cpu_of_stat(b"1234 (a) S 1"), None);
+        let here = nix::unistd::gettid().as_raw();
+        let cpu = last_cpu(here).expect("this thread runs somewhere");
+        run_on(cpu).unwrap();
+        assert_eq!(last_cpu(here), Some(cpu));
+        assert_eq!(run_on(1 << 20), Err(Errno::EINVAL));
+    }
 
     #[test]
     fn the_name_tells_a_userfaultfd() {

@@ -62,8 +62,8 @@ impl Control {
 
 /// Whether the process of a descriptor has ended, or executed another program.
 fn is_gone(descriptor: &Descriptor, shared: &Shared) -> bool {
-    let address = descriptor.segments(shared.threads, None).first().map(|segment| segment.start);
-    let serving = descriptor.enter(shared.threads);
+    let address = descriptor.segments(shared.outside_id(), None).first().map(|segment| segment.start);
+    let serving = descriptor.enter(shared.outside_id());
     serving.as_ref().is_some_and(|serving| target_is_gone(&serving.uffd, address))
 }
 

@@ -3,8 +3,10 @@
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::ahead;
 use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fill::{Done, Filler, Wait, Work, answer};
 use super::layout::Segment;
@@ -21,6 +23,8 @@ use crate::{ContinueMode, CopyMode, Errno, FaultKind};
 pub(crate) struct Fault {
     pub(crate) address: usize,
     pub(crate) kind: FaultKind,
+    /// Who faulted, or 0.
+    pub(crate) thread: i32,
     /// When it was read.
     pub(crate) since: Instant,
 }
@@ -33,7 +37,7 @@ const STRAY: u32 = 8;
 
 impl Filler {
     /// Does what a fault asks for.
-    pub(crate) fn fault(&mut self, shared: &Shared, descriptor: &Descriptor, fault: Fault) -> Done {
+    pub(crate) fn fault(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault) -> Done {
         let run = {
             let serving = descriptor.enter(self.thread);
             // Given back meanwhile: who did that wakes everybody.
@@ -44,7 +48,7 @@ impl Filler {
             if matches!(fault.kind, FaultKind::WriteProtected | FaultKind::ReadWriteProtected) {
                 return self.unprotect(shared, serving, segment, fault);
             }
-            match self.claim(shared, serving, segment, fault) {
+            match self.claim(shared, descriptor, serving, segment, fault) {
                 Ok(run) => run,
                 Err(done) => return done,
             }
@@ -62,6 +66,7 @@ impl Filler {
     pub(super) fn claim(
         &mut self,
         shared: &Shared,
+        descriptor: &Arc<Descriptor>,
         serving: &Serving,
         segment: &Segment,
         fault: Fault,
@@ -83,13 +88,23 @@ impl Filler {
             Claim::Poisoned => return Err(self.poisoned(shared, serving, segment, fault)),
         };
         if tries == 0 {
-            let (block, within) = (segment.region.block_of(page), segment.pages());
-            let within = block.start.max(within.start)..block.end.min(within.end);
-            while pages.start > within.start && states.claim_quietly(pages.start - 1, removed) {
+            let (around, window) = segment.region.around(page);
+            let within = segment.pages();
+            let around = around.start.max(within.start)..around.end.min(within.end);
+            let parallel = shared.readers > 0 && self.is_slow() && !removed;
+            let now = if parallel { ahead::first(&segment.region, page, &around) } else { around.clone() };
+            while pages.start > now.start && states.claim_quietly(pages.start - 1, removed) {
                 pages.start -= 1;
             }
-            while pages.end < within.end && states.claim_quietly(pages.end, removed) {
+            while pages.end < now.end && states.claim_quietly(pages.end, removed) {
                 pages.end += 1;
+            }
+            let whole = pages == now;
+            if whole && now != around {
+                ahead::ask(shared, descriptor, segment, &now, &around);
+            }
+            if let Some(window) = window {
+                segment.region.goes_on(window, if whole { &around } else { &pages });
             }
         }
         let mut run = Run::new(segment, pages, removed);
@@ -99,7 +114,7 @@ impl Filler {
 
     /// A fault where no region is. Either it has gone since, and whoever waits is to find that out; or there is none
     /// yet, and who is waked comes back.
-    pub(super) fn stray(&mut self, shared: &Shared, descriptor: &Descriptor, fault: Fault) -> Done {
+    pub(super) fn stray(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault) -> Done {
         let address = page_of(fault.address).start;
         if self.stray.0 != address {
             self.stray = (address, 0);
@@ -113,7 +128,12 @@ impl Filler {
         Done::Later(Work::Stray(fault), Wait::For(delay))
     }
 
-    pub(super) fn stray_again(&mut self, shared: &Shared, descriptor: &Descriptor, fault: Fault) -> Done {
+    pub(super) fn stray_again(
+        &mut self,
+        shared: &Shared,
+        descriptor: &Arc<Descriptor>,
+        fault: Fault,
+    ) -> Done {
         {
             let serving = descriptor.enter(self.thread);
             let Some(serving) = &*serving else { return Done::Yes };

@@ -9,6 +9,7 @@
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use memmap2::MmapMut;
@@ -155,7 +156,7 @@ impl Filler {
     }
 
     /// Goes on with what was put off.
-    pub(crate) fn resume(&mut self, shared: &Shared, descriptor: &Descriptor, work: Work) -> Done {
+    pub(crate) fn resume(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, work: Work) -> Done {
         match work {
             Work::Fault(fault) => self.fault(shared, descriptor, fault),
             Work::Stray(fault) => self.stray_again(shared, descriptor, fault),

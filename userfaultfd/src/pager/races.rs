@@ -6,7 +6,7 @@ use std::thread;
 use memmap2::MmapMut;
 
 use super::point::{Point, tests::at};
-use super::{Added, Fill, Pager, Region};
+use super::{Added, Around, Fill, Pager, Region};
 use crate::{FeatureFlags, Uffd, UffdBuilder, page_size};
 
 /// Content by which each page is known.
@@ -29,7 +29,8 @@ fn uffd(features: FeatureFlags) -> Uffd {
 
 #[expect(unsafe_code, reason = "the memory is the test's")]
 fn serve(pager: &Pager, uffd: Uffd, memory: &MmapMut) -> Added {
-    let region = Region::new(memory.as_ptr().expose_provenance(), memory.len(), source());
+    let region =
+        Region::new(memory.as_ptr().expose_provenance(), memory.len(), source()).around(Around::Page);
     // SAFETY: bytes are good whatever they are, and the test keeps the mapping longer than the pager.
     unsafe { pager.add_own(uffd, [region]) }.unwrap()
 }

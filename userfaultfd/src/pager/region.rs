@@ -11,9 +11,13 @@ use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
 
+use super::around::{Around, Streams, Window};
 use super::pages::Pages;
 use super::{Error, PageSource, Result};
 use crate::{IoctlFlags, RegisterMode};
+
+/// The most that is filled for one fault, unless told otherwise.
+pub(crate) const ADAPTIVE: usize = 1 << 20;
 
 /// A range of memory that a pager fills from a source.
 ///
@@ -36,7 +40,7 @@ pub struct Region {
     source: Arc<dyn PageSource>,
     offset: u64,
     page_size: usize,
-    block: usize,
+    around: Around,
     write_protected: bool,
     minor: Option<(File, u64)>,
     shared: bool,
@@ -55,7 +59,7 @@ impl Region {
             source: Arc::new(source),
             offset: 0,
             page_size: crate::page_size(),
-            block: 0,
+            around: Around::Adaptive { most: ADAPTIVE },
             write_protected: false,
             minor: None,
             shared: false,
@@ -75,14 +79,15 @@ impl Region {
         self
     }
 
-    /// How many bytes are read and filled for one fault: the block of so many bytes around the page, counted from
-    /// the start of the region, as far as it is absent. A multiple of the page size; the default is one page.
-    ///
-    /// A larger block makes fewer faults where access is sequential, and reads what may not be needed where it is
-    /// random.
-    pub fn block(mut self, bytes: usize) -> Self {
-        self.block = bytes;
+    /// How much is read and filled for one fault. The default is [`Around::Adaptive`] up to 1 MiB.
+    pub fn around(mut self, around: Around) -> Self {
+        self.around = around;
         self
+    }
+
+    /// Fills the block of so many bytes that a page is in: [`Around::Block`].
+    pub fn block(self, bytes: usize) -> Self {
+        self.around(Around::Block(bytes))
     }
 
     /// Fills pages write-protected, so that the first write to each is a fault as well, which the pager counts and
@@ -141,8 +146,11 @@ impl Region {
         if start % page != 0 || len % page != 0 || start.checked_add(len).is_none() {
             return Err(Error::Unaligned { address: start, len, page_size: page });
         }
-        if self.block % page != 0 {
-            return Err(Error::Block { block: self.block, page_size: page });
+        match self.around {
+            Around::Block(block) if block == 0 || block % page != 0 => {
+                return Err(Error::Block { block, page_size: page });
+            }
+            _ => {}
         }
         if let Some(source) = self.source.len() {
             let available = source.saturating_sub(self.offset).next_multiple_of(page as u64);
@@ -188,7 +196,8 @@ impl Region {
             source: self.source,
             offset: self.offset,
             page_shift: page.trailing_zeros(),
-            block: (self.block / page).max(1),
+            around: self.around,
+            streams: Streams::new(),
             write_protected: self.write_protected,
             cache,
             shared: self.shared,
@@ -203,7 +212,7 @@ impl fmt::Debug for Region {
         f.debug_struct("Region")
             .field("range", &format_args!("{:#x}..{:#x}", self.range().start, self.range().end))
             .field("page_size", &self.page_size)
-            .field("block", &self.block)
+            .field("around", &self.around)
             .field("offset", &self.offset)
             .field("source_len", &self.source.len())
             .field("modes", &self.modes())
@@ -242,8 +251,8 @@ pub(crate) struct Served {
     source_len: Option<u64>,
     pub(crate) offset: u64,
     pub(crate) page_shift: u32,
-    /// In pages.
-    pub(crate) block: usize,
+    around: Around,
+    streams: Streams,
     pub(crate) write_protected: bool,
     pub(crate) cache: Option<Cache>,
     pub(crate) shared: bool,
@@ -268,10 +277,26 @@ impl Served {
         usize::try_from(rest).unwrap_or(usize::MAX).min(len)
     }
 
-    /// The pages that are filled together with `page`.
-    pub(crate) fn block_of(&self, page: usize) -> Range<usize> {
-        let first = page - page % self.block;
-        first..(first + self.block).min(self.pages.count())
+    /// The pages to fill for a fault on one, as far as the region has them; and the sequence that it goes on with.
+    pub(crate) fn around(&self, page: usize) -> (Range<usize>, Option<Window>) {
+        let (pages, window) = match self.around {
+            Around::Page => (page..page + 1, None),
+            Around::Block(block) => {
+                let block = block >> self.page_shift;
+                let first = page - page % block;
+                (first..first + block, None)
+            }
+            Around::Adaptive { most } => {
+                let window = self.streams.window(page, most >> self.page_shift);
+                (window.pages(page), Some(window))
+            }
+        };
+        (pages.start..pages.end.min(self.pages.count()), window)
+    }
+
+    /// What was claimed of a sequence.
+    pub(crate) fn goes_on(&self, window: Window, pages: &Range<usize>) {
+        self.streams.filled(window, pages);
     }
 
     /// A part of it, from a page on, with states of its own: for a fork's child.
@@ -282,7 +307,8 @@ impl Served {
             source_len: self.source_len,
             offset: self.offset_of(first),
             page_shift: self.page_shift,
-            block: self.block,
+            around: self.around,
+            streams: Streams::new(),
             write_protected: self.write_protected,
             cache: None,
             shared: self.shared,

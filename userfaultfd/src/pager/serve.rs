@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::changes::{self, Change};
+use super::delivery::{Delivery, Waiting};
 use super::descriptor::{Descriptor, Serving, wake};
 use super::fault::Fault;
 use super::fill::{Done, Filler, Wait, Work};
@@ -49,10 +50,11 @@ pub(crate) struct Worker {
     version: u32,
     /// Whose faults are being answered, for when that panics.
     current: Option<Arc<Descriptor>>,
+    waiting: Waiting,
 }
 
 impl Worker {
-    pub(crate) fn new(shared: Arc<Shared>, thread: usize) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, thread: usize, delivery: Delivery) -> Self {
         // Others are to have something to do as well.
         let batch = (2 * BATCH / (shared.threads + 1)).max(4);
         Self {
@@ -64,6 +66,7 @@ impl Worker {
             known: Vec::new(),
             version: 0,
             current: None,
+            waiting: Waiting::new(delivery),
             shared,
             thread,
         }
@@ -102,11 +105,10 @@ impl Worker {
 
     fn serve(&mut self) {
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
+        let mut answered = false;
         while !self.shared.is_stopping() {
-            let ready = match self.shared.wait(&mut events, self.timeout()) {
-                Ok(ready) => ready,
-                Err(errno) => unreachable!("waiting for faults: {errno}"),
-            };
+            let ready = self.wait(&mut events, answered);
+            answered = ready > 0;
             for event in &events[..ready] {
                 let Some(token) = Shared::token(event) else { continue };
                 let Some(descriptor) = self.find(token) else { continue };
@@ -117,6 +119,26 @@ impl Worker {
             self.resume();
             self.current = None;
         }
+    }
+
+    /// Waits for something to read. If faults were `answered` just now, the next may be near.
+    fn wait(&mut self, events: &mut [libc::epoll_event], answered: bool) -> usize {
+        let wait = |events: &mut _, timeout| match self.shared.wait(events, timeout) {
+            Ok(ready) => ready,
+            Err(errno) => unreachable!("waiting for faults: {errno}"),
+        };
+        let timeout = self.timeout();
+        if answered && timeout != 0 {
+            let mut ready = 0;
+            let look = || {
+                ready = wait(events, 0);
+                ready > 0
+            };
+            if self.waiting.spin(&self.shared, look) {
+                return ready;
+            }
+        }
+        wait(events, timeout)
     }
 
     /// How long to sleep at most, in milliseconds.
@@ -168,6 +190,7 @@ impl Worker {
         while let Some(fault) = self.faults.pop_front() {
             let done = self.filler.fault(&self.shared, descriptor, fault);
             self.settle(descriptor, done, 0);
+            self.waiting.go_beside(&fault);
         }
     }
 
@@ -294,7 +317,7 @@ fn take(
 ) {
     let counters = shared.counters(thread);
     let change = match event {
-        Ok(Event::Pagefault { kind, addr, .. }) => {
+        Ok(Event::Pagefault { kind, addr, thread_id, .. }) => {
             let counter = match kind {
                 FaultKind::Missing => &counters.missing_faults,
                 FaultKind::Minor => &counters.minor_faults,
@@ -303,7 +326,7 @@ fn take(
                 FaultKind::Unknown(_) => &counters.unknown_faults,
             };
             counter.add(1);
-            return faults.push_back(Fault { address: addr.addr(), kind, since });
+            return faults.push_back(Fault { address: addr.addr(), kind, thread: thread_id.as_raw(), since });
         }
         Ok(Event::Fork { uffd }) => Change::Fork { uffd },
         Ok(Event::Remap { from, to, len }) => {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use memmap2::MmapRaw;
 
+use super::ahead::Ahead;
 use super::descriptor::{Descriptor, Serving, lock};
 use super::fill::Filler;
 use super::layout::Layout;
@@ -43,6 +44,7 @@ struct Notes {
 }
 
 const PROBLEMS: usize = 1024;
+const AHEAD: usize = 1024;
 const FORKS: usize = 256;
 
 /// The descriptors that are served, by slot.
@@ -77,8 +79,14 @@ impl Token {
 
 pub(crate) struct Shared {
     pub(crate) retry: Retry,
-    /// How many threads serve faults. One more, whichever it is, works from outside.
+    /// How many threads serve faults.
     pub(crate) threads: usize,
+    /// How many threads read ahead.
+    pub(crate) readers: usize,
+    ahead: Mutex<VecDeque<Ahead>>,
+    asked: Condvar,
+    /// Whether a thread spins, waiting for the next fault. The others sleep.
+    spinning: AtomicBool,
     counters: Box<[Counters]>,
     /// For what isn't done by the threads that serve faults. One at a time.
     outside: Mutex<Filler>,
@@ -108,7 +116,7 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(threads: usize, retry: Retry) -> Result<Self> {
+    pub(crate) fn new(threads: usize, readers: usize, retry: Retry) -> Result<Self> {
         let (epoll, bell) = (sys::epoll()?, sys::eventfd(true)?);
         sys::epoll_control(epoll.as_fd(), libc::EPOLL_CTL_ADD, bell.as_fd(), 0, Token::STOP.0)?;
         let notes = Notes {
@@ -119,8 +127,12 @@ impl Shared {
         Ok(Self {
             retry,
             threads,
-            counters: (0..=threads).map(|_| Counters::new()).collect(),
-            outside: Mutex::new(Filler::new(threads)),
+            readers,
+            ahead: Mutex::new(VecDeque::with_capacity(AHEAD)),
+            asked: Condvar::new(),
+            spinning: AtomicBool::new(false),
+            counters: (0..=threads + readers).map(|_| Counters::new()).collect(),
+            outside: Mutex::new(Filler::new(threads + readers)),
             table: Mutex::default(),
             table_changed: Condvar::new(),
             version: AtomicU32::new(0),
@@ -137,6 +149,11 @@ impl Shared {
     /// The counters of a thread, for that thread.
     pub(crate) fn counters(&self, thread: usize) -> &Counters {
         &self.counters[thread]
+    }
+
+    /// The number of the thread that isn't one of the pager's, whichever it is: one at a time.
+    pub(crate) fn outside_id(&self) -> usize {
+        self.threads + self.readers
     }
 
     /// For who isn't a thread of the pager.
@@ -164,7 +181,7 @@ impl Shared {
                 table.slots.len() - 1
             });
             let id = (table.count, slot as u32);
-            let descriptor = Descriptor::new(id, serving, self.threads + 1, is_child, was_blocking);
+            let descriptor = Descriptor::new(id, serving, self.counters.len(), is_child, was_blocking);
             let descriptor = Arc::new(descriptor);
             table.count += 1;
             table.served += 1;
@@ -308,9 +325,42 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
-    /// Has the threads that serve faults end.
+    /// Begins to spin, if no other thread does.
+    pub(crate) fn start_spinning(&self) -> Result<(), AlreadySpinning> {
+        let started = self.spinning.compare_exchange(false, true, Ordering::Relaxed, Ordering::Relaxed);
+        started.map(drop).map_err(|_| AlreadySpinning)
+    }
+
+    pub(crate) fn end_spinning(&self) {
+        self.spinning.store(false, Ordering::Relaxed);
+    }
+
+    /// Asks the threads that read ahead for something. When they are asked for too much, the newest is left out.
+    pub(crate) fn ask(&self, ahead: Ahead) {
+        let mut asked = lock(&self.ahead);
+        if asked.len() < AHEAD {
+            asked.push_back(ahead);
+            drop(asked);
+            self.asked.notify_one();
+        }
+    }
+
+    /// Waits for something to read ahead. `None`: the pager is to stop.
+    pub(crate) fn next_ahead(&self) -> Option<Ahead> {
+        let nothing = |asked: &mut VecDeque<Ahead>| asked.is_empty() && !self.is_stopping();
+        let asked = self.asked.wait_while(lock(&self.ahead), nothing);
+        let mut asked = asked.unwrap_or_else(PoisonError::into_inner);
+        if self.is_stopping() { None } else { asked.pop_front() }
+    }
+
+    /// Has the threads that serve faults and read ahead end.
     pub(crate) fn stop(&self) {
-        self.stopping.store(true, Ordering::Release);
+        {
+            let mut asked = lock(&self.ahead);
+            self.stopping.store(true, Ordering::Release);
+            asked.clear();
+        }
+        self.asked.notify_all();
         let (epoll, bell) = (self.epoll.as_fd(), self.bell.as_fd());
         sys::epoll_control(epoll, libc::EPOLL_CTL_MOD, bell, libc::EPOLLIN, Token::STOP.0)
             .unwrap_or_else(|errno| unreachable!("descriptor {} is polled: {errno}", bell.as_raw_fd()));
@@ -321,7 +371,7 @@ impl Shared {
         sum.problems_lost += self.problems_lost.load(Ordering::Relaxed) as u64;
         let mut seen = Vec::new();
         for descriptor in self.descriptors() {
-            for segment in descriptor.segments(self.threads, None) {
+            for segment in descriptor.segments(self.outside_id(), None) {
                 let region = segment.region;
                 if seen.contains(&region.id) {
                     continue;
@@ -335,6 +385,10 @@ impl Shared {
         sum
     }
 }
+
+/// Another thread spins.
+#[derive(Debug)]
+pub(crate) struct AlreadySpinning;
 
 /// There won't be any more notes.
 #[derive(Debug)]

@@ -38,9 +38,9 @@ pub(crate) fn cover(
     loop {
         let (mut left, mut given_up) = (0, 0);
         // Changes may have moved what was looked at, so that it is looked at again until nothing is absent.
-        for segment in descriptor.segments(shared.threads, region) {
+        for segment in descriptor.segments(shared.outside_id(), region) {
             let pages = segment.pages();
-            let most = if bulk { (BULK >> segment.region.page_shift).max(segment.region.block) } else { 1 };
+            let most = if bulk { (BULK >> segment.region.page_shift).max(1) } else { 1 };
             let mut next = pages.start;
             while next < pages.end {
                 let (run, after) = filler.claim_ahead(&segment, next..pages.end, most);
@@ -62,7 +62,7 @@ pub(crate) fn cover(
         if left == 0 || left == given_up {
             return Ok(left);
         }
-        if descriptor.enter(shared.threads).is_none() {
+        if descriptor.enter(shared.outside_id()).is_none() {
             return Ok(0);
         }
         // What is left is being loaded by the pager's threads, was removed since, or failed among others.
@@ -128,7 +128,7 @@ pub(crate) fn fill(
     mut progress: impl FnMut(Progress),
 ) -> Result<()> {
     let absent = |(descriptor, region): &(Arc<Descriptor>, Option<u64>)| {
-        absent_bytes(&descriptor.segments(shared.threads, *region))
+        absent_bytes(&descriptor.segments(shared.outside_id(), *region))
     };
     let total = descriptors.iter().map(absent).sum();
     let mut done = 0;

@@ -1,0 +1,179 @@
+//! How much is filled for one fault: a page, a block, or as much as access has proved to be sequential.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// So many sequential accesses to a region are told apart.
+const STREAMS: usize = 8;
+
+/// How much is filled for one fault, beside the page that it is on. None of it is read again where it is there
+/// already, and never is it beyond the region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Around {
+    /// Nothing.
+    Page,
+    /// The block of so many bytes that the page is in, counted from the start of the region. A multiple of the page
+    /// size.
+    Block(usize),
+    /// What follows in the direction of access: nothing for a fault anywhere, and twice as much each time that a
+    /// fault comes where the fill before it ended, forwards or backwards, up to so many bytes. Several such
+    /// sequences are told apart.
+    ///
+    /// Random access costs no more than with `Page`, and sequential access little more than with the largest `Block`.
+    Adaptive {
+        /// The most that is filled for one fault, in bytes.
+        most: usize,
+    },
+}
+
+/// What is known of the accesses to a region. Threads that meet here overwrite each other's knowledge at worst.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    streams: [Stream; STREAMS],
+    /// Which is forgotten next.
+    oldest: AtomicUsize,
+}
+
+/// Where the next fault of a sequence is expected, with the logarithm of what was filled last, in pages, in the lowest
+/// bits.
+#[derive(Debug)]
+struct Stream {
+    forwards: AtomicUsize,
+    backwards: AtomicUsize,
+}
+
+const LOGARITHM: u32 = 5;
+const NOWHERE: usize = usize::MAX;
+
+fn pack(page: usize, logarithm: u32) -> usize {
+    page << LOGARITHM | logarithm as usize
+}
+
+/// The sequence that a fault belongs to, and what to fill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Window {
+    stream: usize,
+    logarithm: u32,
+    backwards: bool,
+}
+
+impl Streams {
+    pub(crate) fn new() -> Self {
+        let none = |_| Stream { forwards: AtomicUsize::new(NOWHERE), backwards: AtomicUsize::new(NOWHERE) };
+        Self { streams: std::array::from_fn(none), oldest: AtomicUsize::new(0) }
+    }
+
+    /// What to fill for a fault on a page, at most so many pages.
+    pub(crate) fn window(&self, page: usize, most: usize) -> Window {
+        let limit = most.max(1).ilog2();
+        for (at, stream) in self.streams.iter().enumerate() {
+            for (edge, backwards) in [(&stream.forwards, false), (&stream.backwards, true)] {
+                let edge = edge.load(Ordering::Relaxed);
+                if edge != NOWHERE && edge >> LOGARITHM == page {
+                    let logarithm = (edge & ((1 << LOGARITHM) - 1)) as u32 + 1;
+                    return Window { stream: at, logarithm: logarithm.min(limit), backwards };
+                }
+            }
+        }
+        let stream = self.oldest.fetch_add(1, Ordering::Relaxed) % STREAMS;
+        Window { stream, logarithm: 0, backwards: false }
+    }
+
+    /// What was filled of it.
+    pub(crate) fn filled(&self, window: Window, pages: &Range<usize>) {
+        let stream = &self.streams[window.stream];
+        let below = pages.start.checked_sub(1).map_or(NOWHERE, |page| pack(page, window.logarithm));
+        let above = pack(pages.end, window.logarithm);
+        // A single page may be the first of either direction.
+        let (forwards, backwards) = match window {
+            Window { logarithm: 0, .. } => (above, below),
+            Window { backwards: true, .. } => (NOWHERE, below),
+            _ => (above, NOWHERE),
+        };
+        stream.forwards.store(forwards, Ordering::Relaxed);
+        stream.backwards.store(backwards, Ordering::Relaxed);
+    }
+}
+
+impl Window {
+    /// The pages to fill for a fault on a page.
+    pub(crate) fn pages(self, page: usize) -> Range<usize> {
+        let more = (1 << self.logarithm) - 1;
+        if self.backwards { page.saturating_sub(more)..page + 1 } else { page..page + 1 + more }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The pages that are filled for a fault, of a region that is absent all around.
+    fn fault(streams: &Streams, page: usize, most: usize) -> Range<usize> {
+        let window = streams.window(page, most);
+        let pages = window.pages(page);
+        streams.filled(window, &pages);
+        pages
+    }
+
+    #[test]
+    fn forwards_it_doubles_up_to_the_limit() {
+        let streams = Streams::new();
+        let mut page = 100;
+        let mut sizes = Vec::new();
+        for _ in 0..6 {
+            let pages = fault(&streams, page, 8);
+            assert_eq!(pages.start, page);
+            page = pages.end;
+            sizes.push(pages.len());
+        }
+        assert_eq!(sizes, [1, 2, 4, 8, 8, 8]);
+    }
+
+    #[test]
+    fn backwards_likewise_and_not_below_the_first_page() {
+        let streams = Streams::new();
+        assert_eq!(fault(&streams, 6, 8), 6..7);
+        assert_eq!(fault(&streams, 5, 8), 4..6);
+        assert_eq!(fault(&streams, 3, 8), 0..4);
+        assert_eq!(fault(&streams, 100, 8), 100..101);
+    }
+
+    #[test]
+    fn a_fault_elsewhere_is_a_page() {
+        let streams = Streams::new();
+        for page in [5, 900, 17, 40, 3000, 7] {
+            assert_eq!(fault(&streams, page, 1 << 20), page..page + 1);
+        }
+    }
+
+    #[test]
+    fn sequences_are_told_apart_as_many_as_are_kept() {
+        let streams = Streams::new();
+        let mut pages: Vec<_> = (0..STREAMS).map(|stream| stream * 10_000).collect();
+        for round in 0..4 {
+            for page in &mut pages {
+                let filled = fault(&streams, *page, 64);
+                assert_eq!(filled, *page..*page + (1 << round));
+                *page = filled.end;
+            }
+        }
+    }
+
+    #[test]
+    fn a_fill_that_ended_early_is_gone_on_with_where_it_ended() {
+        let streams = Streams::new();
+        fault(&streams, 0, 64);
+        let window = streams.window(1, 64);
+        assert_eq!(window.pages(1), 1..3);
+        streams.filled(window, &(1..2)); // page 2 is there already
+        assert_eq!(fault(&streams, 2, 64), 2..6);
+    }
+
+    #[test]
+    fn less_than_a_page_is_a_page() {
+        let streams = Streams::new();
+        assert_eq!(fault(&streams, 1, 0), 1..2);
+        assert_eq!(fault(&streams, 2, 1), 2..3);
+    }
+}
