@@ -28,8 +28,8 @@ pub enum FaultKind {
     /// A write to a write-protected page: lift it, with
     /// [`remove_write_protection`](Uffd::remove_write_protection). Since Linux 5.7.
     WriteProtected,
-    /// The page cache holds the page, and this mapping doesn't show it yet: map it, with
-    /// [`continue`](Uffd::continue). Since Linux 5.13.
+    /// The page cache holds the page, perhaps on a swap device, and this mapping doesn't show it yet or any
+    /// more: map it, with [`continue`](Uffd::continue). Since Linux 5.13.
     Minor,
     /// An access to a read-write-protected page: lift it, with
     /// [`remove_read_write_protection`](Uffd::remove_read_write_protection). Since Linux 7.3.
@@ -54,7 +54,7 @@ pub enum Event {
         /// What the thread does.
         rw: ReadWrite,
         /// Where. The first address of the page, of the huge page on hugetlb memory; the very address with
-        /// [`EXACT_ADDRESS`](crate::FeatureFlags::EXACT_ADDRESS). Kernels before 5.18 were inconsistent, so
+        /// [`EXACT_ADDRESS`](crate::FeatureFlags::EXACT_ADDRESS), but not on s390x. Kernels before 5.18 were inconsistent, so
         /// round it down.
         addr: *mut c_void,
         /// Who: the thread id with [`THREAD_ID`](crate::FeatureFlags::THREAD_ID), 0 without.

@@ -118,7 +118,8 @@ kernel_flags! {
         /// Informs: [`RegisterMode::MINOR`] works on shared memory.
         #[doc(alias = "UFFD_FEATURE_MINOR_SHMEM")]
         MINOR_SHMEM = sys::UFFD_FEATURE_MINOR_SHMEM, 5 . 14, "Minor faults on shared memory";
-        /// Changes behaviour: faults tell the exact address instead of the page's first.
+        /// Changes behaviour: faults tell the exact address instead of the page's first. On s390x they tell the
+        /// page's all the same, since its processors do.
         #[doc(alias = "UFFD_FEATURE_EXACT_ADDRESS")]
         EXACT_ADDRESS = sys::UFFD_FEATURE_EXACT_ADDRESS, 5 . 18, "Faults tell the exact address";
         /// Informs: [`RegisterMode::WRITE_PROTECT`] works on shared and hugetlb memory.

@@ -198,7 +198,8 @@ impl Uffd {
     /// - `EAGAIN`: the memory layout is changing. Read the pending events, then try again.
     /// - `EEXIST`: something is there already: a page; on private memory also a marker of write protection or
     ///   poison, so that waking makes the fault come back for ever: use [`copy_with`](Self::copy_with) and
-    ///   [`CopyMode::WRITE_PROTECT`] there.
+    ///   [`CopyMode::WRITE_PROTECT`] there. On shared memory zeros replace such a marker, before Linux 7.2 also
+    ///   a guard's.
     /// - `ENOENT`: the range isn't mapped, isn't registered, or crosses the end of a mapping.
     /// - `EINVAL`: unaligned, empty, beyond the address space; hugetlb memory, files.
     /// - `EFAULT`: the end of the file lies before the page.

@@ -17,7 +17,7 @@ impl Uffd {
     /// enabled. It is gone after `MADV_DONTNEED` on private anonymous memory, in a forked child without
     /// [`EVENT_FORK`](FeatureFlags::EVENT_FORK), and after mremap(2) without
     /// [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP). On other memory it outlives the page, also where a hole is
-    /// punched into the file.
+    /// punched into the file. Swapping ends it nowhere.
     ///
     /// With [`WP_ASYNC`](FeatureFlags::WP_ASYNC) nothing is delivered: the kernel lifts the protection of a
     /// page when it is written, and [`pagemap`](crate::pagemap) tells which pages that were.
@@ -76,6 +76,9 @@ impl Uffd {
     }
 
     /// Lifts the protection of [`write_protect`](Self::write_protect), and wakes who waits if `wake`.
+    ///
+    /// A thread may be on its way into the fault just then, and wait for what is over: answer each fault that is
+    /// read, also one of a page whose protection was lifted already.
     ///
     /// # Errors
     ///

@@ -187,8 +187,8 @@ impl Uffd {
     /// Has the faults of a range delivered, and returns the operations that the range accepts.
     ///
     /// The range may span mappings and holes; the mappings that are there now are registered, memory mapped
-    /// into a hole later isn't. Pages that are present stay so and raise no missing fault. The kernel splits
-    /// mappings at the ends of the range, turns off transparent huge pages and fault-around on it, and grows
+    /// into a hole later isn't. Pages that are present, or swapped out, stay so and raise no missing fault. The
+    /// kernel splits mappings at the ends of the range, turns off transparent huge pages and fault-around on it, and grows
     /// the registration with a mapping that mremap(2) grows in place.
     ///
     /// **Registering again replaces the modes, it doesn't add to them**: a range registered for `MISSING` and
