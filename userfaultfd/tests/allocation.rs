@@ -308,7 +308,8 @@ fn a_handler_of_every_kind_of_fault_is_quiet() {
             &uffd,
             &memory,
             || memory.write(0, 1),
-            |_| {
+            |faults| {
+                faults.wait_for_sleepers(1);
                 quietly(|| {
                     assert_eq!(next_fault(&uffd), start);
                     match kind {

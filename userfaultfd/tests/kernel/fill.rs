@@ -115,6 +115,7 @@ fn a_fill_that_does_not_wake_leaves_that_to_wake() {
             || memory.read(0),
             |faults| {
                 faults.next();
+                faults.wait_for_sleepers(1);
                 filler.run(0, 1, false).unwrap();
                 assert!(memory.state(0).present);
                 assert_eq!(fault::waiters(uffd), 1, "{filler:?}");
@@ -153,6 +154,7 @@ fn another_userfaultfd_fills_but_wakes_only_its_own_waiters() {
             || memory.read(0),
             |faults| {
                 faults.next();
+                faults.wait_for_sleepers(1);
                 let result = filler.run_by(&foreign, memory.start(), memory.len(), true);
                 if filler.fill == Fill::Move {
                     filler.assert_stopped(&result, 0, Errno::EINVAL);

@@ -87,6 +87,7 @@ fn access_to_poison_raises_sigbus() {
                     || memory.write(number, 1),
                     |faults| {
                         faults.next();
+                        faults.wait_for_sleepers(1);
                         assert_eq!(filler.run(number, 1, wake).unwrap(), memory.page());
                         if !wake {
                             assert_eq!(fault::waiters(uffd), 1);

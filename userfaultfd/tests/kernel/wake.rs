@@ -62,6 +62,7 @@ fn one_wake_is_for_all_waiters_of_a_page() {
     uffd.register(memory.start(), memory.len()).unwrap();
     let bytes = fault::during_all(&uffd, &memory, [(); 5].map(|()| || memory.read(0)), |faults| {
         (0..5).for_each(|_| assert_eq!(faults.next(), Fault::read(FaultKind::Missing, &memory, 0)));
+        faults.wait_for_sleepers(5);
         fill(&uffd, &memory, 0);
         assert_eq!(fault::waiters(&uffd), 5);
         uffd.wake(memory.start(), memory.len()).unwrap();

@@ -59,6 +59,7 @@ fn lifting_without_a_wake_leaves_that_to_wake() {
             || memory.write(0, 2),
             |faults| {
                 faults.next();
+                faults.wait_for_sleepers(1);
                 uffd.remove_write_protection(memory.start(), memory.len(), false).unwrap();
                 assert_eq!((fault::waiters(&uffd), memory.read(0)), (1, 1), "{memory:?}");
                 uffd.wake(memory.start(), memory.len()).unwrap();

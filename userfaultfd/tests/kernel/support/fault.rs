@@ -2,6 +2,7 @@
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
 use std::{panic, thread};
 
 use userfaultfd::{FaultKind, FeatureFlags, ReadWrite, RegisterMode, Uffd};
@@ -28,6 +29,8 @@ pub(crate) struct Faults<'a> {
     uffd: &'a Uffd,
     /// Has reached its end when the threads are done.
     done: UnixStream,
+    /// The ids of the threads that have begun.
+    threads: &'a Mutex<Vec<libc::pid_t>>,
 }
 
 impl Faults<'_> {
@@ -36,6 +39,14 @@ impl Faults<'_> {
     fn none(&self) {
         let event = wait_readable(self.uffd, &self.done).then(|| self.uffd.read_event().unwrap());
         assert!(event.is_none(), "{event:?}");
+    }
+
+    /// Waits until so many of the threads sleep in a fault. A fault is told a moment before its thread sleeps, and
+    /// one that is resolved in that moment takes no wake.
+    pub(crate) fn wait_for_sleepers(&self, count: usize) {
+        let asleep =
+            |threads: &[libc::pid_t]| threads.iter().filter(|thread| proc::sleeps_in_fault(**thread)).count();
+        proc::wait_until(|| asleep(&self.threads.lock().unwrap()) == count);
     }
 
     /// Waits until there is an event. Tells whether there is one, or the threads are through.
@@ -90,19 +101,21 @@ pub(crate) fn during_all<T: Send, A: FnOnce() -> T + Send>(
     answer: impl FnOnce(&Faults<'_>),
 ) -> Vec<T> {
     let (done, end) = UnixStream::pair().unwrap();
+    let begun = Mutex::new(Vec::new());
     thread::scope(|scope| {
         let threads: Vec<_> = accesses
             .into_iter()
             .map(|access| {
-                let end = end.try_clone().unwrap();
+                let (end, begun) = (end.try_clone().unwrap(), &begun);
                 scope.spawn(move || {
                     let _end = end;
+                    begun.lock().unwrap().push(proc::thread_id());
                     access()
                 })
             })
             .collect();
         drop(end);
-        let faults = Faults { uffd, done };
+        let faults = Faults { uffd, done, threads: &begun };
         let answered = panic::catch_unwind(panic::AssertUnwindSafe(|| answer(&faults)));
         if let Err(panic) = answered {
             // The threads must not wait on, or the test would hang instead of failing.

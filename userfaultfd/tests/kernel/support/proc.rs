@@ -80,6 +80,13 @@ pub(crate) fn wait_until_in(thread: libc::pid_t, syscall: libc::c_long) {
     });
 }
 
+/// Whether a thread of this process sleeps, and not in a system call. Those that are gone don't.
+pub(crate) fn sleeps_in_fault(thread: libc::pid_t) -> bool {
+    let mut text = [0; 512];
+    read(format_args!("/proc/self/task/{thread}/syscall"), &mut text)
+        .is_some_and(|text| text.starts_with("-1 "))
+}
+
 /// How many descriptors this process has open. For processes with one test only.
 pub(crate) fn open_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
