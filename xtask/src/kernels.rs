@@ -34,15 +34,15 @@ pub(crate) const USAGE: &str = "\
       --kernel    a kernel image instead, which must offer exactly the features MASK if that is given
       --shell     no tests but a shell on the console of this kernel, with the binaries in /tests
       --qemu      the emulator to use; else one in PATH, else a fetched one
-      --limit     how long a guest may run
+      --limit     how long a guest may run, instead of what the table says
       ARGUMENT    for every test binary: part of the names of the tests to run
 ";
 
 /// Guests that run at a time: each emulates two processors.
 const AT_A_TIME: usize = 2;
 
-/// Seconds that a guest may run.
-const LIMIT: u64 = 600;
+/// Seconds that a test may take in a guest, which shares this machine with another one.
+const TEST_LIMIT: u64 = 180;
 
 /// Bytes that a guest can swap to.
 const SWAP: u64 = 256 << 20;
@@ -133,11 +133,6 @@ impl Options {
         Ok(options)
     }
 
-    /// Seconds that a guest may run.
-    fn limit(&self) -> u64 {
-        self.limit.unwrap_or(LIMIT)
-    }
-
     /// The kernels to run.
     fn subjects(&self, table: &Table) -> Result<Vec<Subject>, String> {
         if let Some(path) = &self.kernel {
@@ -222,9 +217,9 @@ fn prepare(
 
 fn run_all(folder: &Path, guests: &[Guest], options: &Options) -> Result<(), String> {
     let features = Features::read()?;
-    let limit = Duration::from_secs(options.limit());
     let work = |guest: &Guest| -> Result<Verdict, String> {
         let (machine, plan) = guest.machine(folder, options)?;
+        let limit = Duration::from_secs(guest.limit(options));
         run_guest(folder, &guest.subject, &machine, &plan, limit, &features)
     };
 
@@ -258,12 +253,18 @@ fn run_all(folder: &Path, guests: &[Guest], options: &Options) -> Result<(), Str
 }
 
 impl Guest {
+    /// Seconds that it may run.
+    fn limit(&self, options: &Options) -> u64 {
+        options.limit.unwrap_or(self.subject.arch.limit)
+    }
+
     /// The machine, with its first file system made, and what it is to do.
     fn machine(&self, folder: &Path, options: &Options) -> Result<(Machine, Plan), String> {
         let Self { subject, kernel, built, .. } = self;
         let environment = |user| {
             let mut variables = subject.expectation(user).environment();
             variables.push(("USERFAULTFD_EXAMPLES".to_owned(), format!("/{}", image::EXAMPLES)));
+            variables.push(("USERFAULTFD_TEST_SECONDS".to_owned(), TEST_LIMIT.to_string()));
             variables
         };
         let in_guest = |folder: &str, name: &str| format!("/{folder}/{name}");
@@ -276,7 +277,7 @@ impl Guest {
             huge_pages: subject.arch.huge_pages,
             swap: SWAP,
             // One that hangs leaves the others time.
-            limit: options.limit() / 3,
+            limit: self.limit(options) / 3,
             binaries: built.tests.iter().map(|test| in_guest(image::TESTS, &test.name)).collect(),
             passes: [User::Root, User::Nobody]
                 .map(|user| Pass { user, environment: environment(user) })

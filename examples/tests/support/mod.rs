@@ -15,7 +15,10 @@ use userfaultfd::FeatureFlags;
 use userfaultfd_examples::UNMET;
 
 /// An example that runs longer hangs: a fault that nobody resolves.
-const LIMIT: Duration = Duration::from_secs(60);
+fn limit() -> Duration {
+    let seconds = env::var("USERFAULTFD_TEST_SECONDS");
+    Duration::from_secs(seconds.map_or(60, |seconds| seconds.parse().expect("a number of seconds")))
+}
 
 /// What an example said, and how it ended.
 #[derive(Debug)]
@@ -162,9 +165,10 @@ pub(crate) fn start(command: &mut Command) -> Running {
     let mut child = command.spawn().expect("a program that can be started");
     let group = child.id() as libc::pid_t;
     let (done, watched) = mpsc::channel::<()>();
+    let limit = limit();
     let watchdog = thread::spawn(move || {
         // A test that fails drops the other end.
-        let ended = watched.recv_timeout(LIMIT);
+        let ended = watched.recv_timeout(limit);
         if ended.is_err() {
             // SAFETY: touches no memory. The child is waited for after this thread, so the number is still its own.
             unsafe { libc::kill(-group, libc::SIGKILL) };

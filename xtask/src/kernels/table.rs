@@ -38,6 +38,8 @@ pub(super) struct Arch {
     pub(super) console: String,
     /// MiB that a guest has.
     pub(super) memory: usize,
+    /// Seconds that a guest may run.
+    pub(super) limit: u64,
     /// Huge pages that are reserved.
     pub(super) huge_pages: usize,
     /// Modules to load, as far as the kernel has them.

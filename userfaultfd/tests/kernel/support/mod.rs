@@ -32,6 +32,9 @@ pub(crate) const EXPECTED_FEATURES: &str = "USERFAULTFD_EXPECT_FEATURES";
 /// one of them fails then.
 pub(crate) const EXPECTED_NEEDS: &str = "USERFAULTFD_EXPECT";
 
+/// Names the seconds that a test may take, where a minute isn't enough: on emulated machines.
+const SECONDS: &str = "USERFAULTFD_TEST_SECONDS";
+
 static KERNEL: LazyLock<Support> =
     LazyLock::new(|| Support::probe().expect("a userfaultfd for faults from user mode"));
 
@@ -152,7 +155,8 @@ pub(crate) fn page() -> usize {
     userfaultfd::page_size()
 }
 
-/// Ends the process if a test takes longer than a minute: a test that hangs is a fault that nobody resolved.
+/// Ends the process if a test takes longer than a minute, or than it was told that one may: a test that hangs is a
+/// fault that nobody resolved.
 #[derive(Debug)]
 pub(crate) struct Watchdog(Arc<(Mutex<Watch>, Condvar)>);
 
@@ -167,12 +171,14 @@ impl Watchdog {
     pub(crate) fn arm(test: &'static str) -> Self {
         let watch = Arc::new((Mutex::new(Watch::Starting), Condvar::new()));
         let watched = Arc::clone(&watch);
+        let seconds =
+            std::env::var(SECONDS).map_or(60, |seconds| seconds.parse().expect("a number of seconds"));
+        let limit = Duration::from_secs(seconds);
         std::thread::spawn(move || {
             let (watch, changed) = &*watched;
             let mut watch = watch.lock().unwrap();
             *watch = Watch::Running;
             changed.notify_all();
-            let limit = Duration::from_secs(60);
             let (watch, _) =
                 changed.wait_timeout_while(watch, limit, |watch| *watch == Watch::Running).unwrap();
             if *watch == Watch::Running {
