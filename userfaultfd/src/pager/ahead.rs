@@ -89,3 +89,74 @@ pub(crate) fn read(shared: &Shared, thread: usize) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::{Duration, Instant};
+
+    use super::CHUNK;
+    use crate::LazyMemory;
+    use crate::pager::Fill;
+
+    /// Content by which each word is known.
+    fn word(offset: u64) -> [u8; 8] {
+        (offset ^ 0x5555).to_ne_bytes()
+    }
+
+    #[test]
+    fn a_slow_source_is_read_by_several_threads_at_once_and_each_page_once() {
+        const CHUNKS: usize = 24;
+        static READING: AtomicUsize = AtomicUsize::new(0);
+        static MOST: AtomicUsize = AtomicUsize::new(0);
+        static BYTES: AtomicUsize = AtomicUsize::new(0);
+        let source = |offset: u64, buffer: &mut [u8]| {
+            let now = READING.fetch_add(1, Ordering::SeqCst) + 1;
+            MOST.fetch_max(now, Ordering::SeqCst);
+            BYTES.fetch_add(buffer.len(), Ordering::SeqCst);
+            // Slow, so that it is worth it; and until there are others, which there needn't be.
+            let start = Instant::now();
+            let enough = |time: Duration| {
+                time > Duration::from_micros(400)
+                    && (MOST.load(Ordering::SeqCst) >= 4 || time > Duration::from_millis(5))
+            };
+            while !enough(start.elapsed()) {
+                std::thread::yield_now();
+            }
+            for (at, bytes) in buffer.chunks_exact_mut(8).enumerate() {
+                bytes.copy_from_slice(&word(offset + 8 * at as u64));
+            }
+            READING.fetch_sub(1, Ordering::SeqCst);
+            Ok(Fill::Data)
+        };
+        let memory = LazyMemory::builder(source).len(CHUNKS * CHUNK).read_ahead(4, 8 * CHUNK);
+        let memory = memory.build().unwrap();
+        for at in (0..memory.len()).step_by(crate::page_size()) {
+            assert_eq!(memory[at..at + 8], word(at as u64), "at {at:#x}");
+        }
+        assert!(MOST.load(Ordering::SeqCst) >= 4, "{MOST:?} at once");
+        assert_eq!(BYTES.load(Ordering::SeqCst), memory.len(), "each page once");
+        assert!(memory.statistics().faults() < 200, "{}", memory.statistics());
+    }
+
+    #[test]
+    fn what_cannot_be_read_ahead_is_asked_for_again_and_reported_once_it_is_needed() {
+        const BAD: usize = 5 * CHUNK;
+        let source = |offset: u64, buffer: &mut [u8]| {
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_micros(200) {}
+            let range = offset as usize..offset as usize + buffer.len();
+            // The bad page fails as long as it is read together with others.
+            if range.contains(&BAD) && buffer.len() > crate::page_size() {
+                return Err(std::io::ErrorKind::TimedOut.into());
+            }
+            buffer.fill(7);
+            Ok(Fill::Data)
+        };
+        let memory = LazyMemory::builder(source).len(8 * CHUNK).read_ahead(3, 8 * CHUNK).build().unwrap();
+        assert!(memory.chunks(crate::page_size()).all(|page| page[0] == 7));
+        let statistics = memory.statistics();
+        assert_eq!(statistics.poisoned, 0, "{statistics}");
+        assert!(statistics.source_errors > 0, "{statistics}");
+    }
+}

@@ -109,6 +109,10 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
         }
         child.insert(segment);
     }
+    // A child's is as its parent's was made, whatever that was switched to since.
+    if let Err(error) = uffd.set_nonblocking(true) {
+        return Err((uffd, error.into()));
+    }
     let uffd = Arc::new(uffd);
     let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(child) };
     match shared.add(serving, true, false) {

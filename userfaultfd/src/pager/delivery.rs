@@ -114,3 +114,103 @@ impl Waiting {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::LazyMemory;
+    use crate::pager::{Around, Fill, Retry};
+
+    fn waiting(delivery: Delivery) -> Waiting {
+        Waiting { delivery, ..Waiting::new(Delivery::Threads) }
+    }
+
+    fn shared() -> Shared {
+        Shared::new(1, 0, Retry::default()).unwrap()
+    }
+
+    /// Whether it looked at all.
+    fn looks(waiting: &mut Waiting, shared: &Shared, found: bool) -> bool {
+        let mut looked = false;
+        waiting.spin(shared, || {
+            looked = true;
+            found
+        });
+        looked
+    }
+
+    #[test]
+    fn threads_sleep_at_once() {
+        let shared = shared();
+        for delivery in [Delivery::Threads, Delivery::Beside] {
+            let mut waiting = waiting(delivery);
+            assert!((0..100).all(|_| !looks(&mut waiting, &shared, true)), "{delivery:?}");
+        }
+    }
+
+    #[test]
+    fn spinning_ends_with_its_budget_or_a_fault() {
+        let (shared, budget) = (shared(), Duration::from_micros(200));
+        let mut waiting = waiting(Delivery::Spin(budget));
+        let start = Instant::now();
+        assert!(!waiting.spin(&shared, || false));
+        assert!(start.elapsed() >= budget);
+        let mut left = 3;
+        assert!(waiting.spin(&shared, || {
+            left -= 1;
+            left == 0
+        }));
+        assert_eq!(left, 0);
+    }
+
+    #[test]
+    fn one_thread_spins_at_a_time() {
+        let shared = shared();
+        let (mut one, mut other) = (waiting(Delivery::Spin(LONGEST)), waiting(Delivery::Spin(LONGEST)));
+        assert!(one.spin(&shared, || !looks(&mut other, &shared, true)));
+        assert!(looks(&mut other, &shared, true), "the first has ended");
+    }
+
+    #[test]
+    fn it_is_learned_whether_spinning_is_worth_it() {
+        let shared = shared();
+        let mut waiting = waiting(Delivery::Adaptive);
+        let trials =
+            |waiting: &mut Waiting, found| (0..10 * TRIAL).filter(|_| looks(waiting, &shared, found)).count();
+        assert_eq!(trials(&mut waiting, false), 10, "a trial now and then, as long as nothing comes");
+        // A fault that comes at once each time.
+        assert!(trials(&mut waiting, true) > 3 * TRIAL as usize, "it found out soon");
+        assert!(waiting.gap < LONGEST / 2);
+        assert!(trials(&mut waiting, false) < 30, "and that it is over, too");
+    }
+
+    #[test]
+    fn every_delivery_answers_every_fault() {
+        let page = crate::page_size();
+        let source = |offset: u64, buffer: &mut [u8]| {
+            buffer.fill((offset / crate::page_size() as u64 % 251) as u8);
+            Ok(Fill::Data)
+        };
+        for delivery in [
+            Delivery::Threads,
+            Delivery::Adaptive,
+            Delivery::Spin(Duration::from_micros(50)),
+            Delivery::Beside,
+        ] {
+            for threads in [1, 3] {
+                let memory = LazyMemory::builder(source).len(64 * page).threads(threads);
+                let memory = memory.delivery(delivery).around(Around::Page).build().unwrap();
+                std::thread::scope(|scope| {
+                    for first in 0..3 {
+                        let memory = &memory;
+                        scope.spawn(move || {
+                            for at in (first..64).step_by(3) {
+                                assert_eq!(memory[at * page], at as u8, "{delivery:?}, {threads} threads");
+                            }
+                        });
+                    }
+                });
+            }
+        }
+    }
+}

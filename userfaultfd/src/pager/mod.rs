@@ -144,8 +144,15 @@ pub struct Detached {
     pub descriptor: DescriptorId,
     /// The descriptor. Its ranges are registered still, and threads wait for pages: closing it shows them zeros.
     pub uffd: Uffd,
-    /// What is absent, by address.
-    pub absent: Vec<Absent>,
+    layout: Arc<Layout>,
+}
+
+impl Detached {
+    /// What is absent, by address. Looks at the state of every page.
+    #[must_use]
+    pub fn absent(&self) -> Vec<Absent> {
+        shutdown::absent(self.layout.segments())
+    }
 }
 
 /// How far a fill of everything is.
@@ -515,11 +522,7 @@ impl Pager {
     /// [`NotServed`](Error::NotServed): it isn't served any more.
     pub fn absent(&self, region: RegionId) -> Result<Vec<Absent>> {
         let descriptor = self.of_region(region)?;
-        let mut absent = Vec::new();
-        for segment in descriptor.segments(self.shared.outside_id(), Some(region.0)) {
-            shutdown::absent_of(&segment, &mut absent);
-        }
-        Ok(absent)
+        Ok(shutdown::absent(&descriptor.segments(self.shared.outside_id(), Some(region.0))))
     }
 
     /// The descriptors that are served, with those that forks brought.

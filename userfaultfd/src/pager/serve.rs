@@ -20,6 +20,9 @@ use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};
 /// So many events are read with one system call.
 const BATCH: usize = 64;
 
+/// So many batches of a descriptor's are answered before others get their turn.
+const ROUNDS: usize = 16;
+
 /// So many pieces of work are put off by a thread. Beyond that a thread that waits is waked, and faults again.
 const PARKED: usize = 256;
 
@@ -168,21 +171,22 @@ impl Worker {
         known.clone().filter(|descriptor| token.means(descriptor))
     }
 
-    /// Reads a descriptor's events and answers the faults among them, until there are none.
-    fn answer(&mut self, descriptor: &Arc<Descriptor>, blocking: bool) {
-        let mut blocking = blocking;
-        while !self.shared.is_stopping() {
+    /// Reads a descriptor's events and answers the faults among them, until there are none, or others have waited long
+    /// enough.
+    fn answer(&mut self, descriptor: &Arc<Descriptor>, mut blocking: bool) {
+        for _ in 0..ROUNDS {
             let read = self.read(descriptor, blocking);
             blocking = false;
-            match read {
-                Ok(ControlFlow::Continue(())) => {}
-                Ok(ControlFlow::Break(())) => return self.answer_all(descriptor),
-                Err(error) => {
-                    self.answer_all(descriptor);
-                    return self.unreadable(descriptor, error);
-                }
-            }
             self.answer_all(descriptor);
+            match read {
+                Ok(ControlFlow::Continue(())) if self.shared.is_stopping() => return,
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => return,
+                Err(error) => return self.unreadable(descriptor, error),
+            }
+        }
+        if let Some(serving) = &*descriptor.enter(self.thread) {
+            self.shared.hand_on(descriptor, serving.uffd.as_fd());
         }
     }
 

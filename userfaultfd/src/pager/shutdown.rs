@@ -158,9 +158,7 @@ pub(crate) fn unregister(uffd: &Uffd, segments: &[Segment]) {
 
 /// Makes of what was served something to hand over. Whoever waits comes back, to the new owner.
 pub(crate) fn detached(descriptor: &Descriptor, serving: Serving) -> Detached {
-    let mut absent = Vec::new();
     for segment in serving.layout.segments() {
-        absent_of(segment, &mut absent);
         wake(&serving.uffd, segment.start..segment.end);
     }
     if descriptor.was_blocking {
@@ -168,23 +166,31 @@ pub(crate) fn detached(descriptor: &Descriptor, serving: Serving) -> Detached {
         let _switched = serving.uffd.set_nonblocking(false);
     }
     let uffd = Arc::try_unwrap(serving.uffd).expect("the shards have let go of it");
-    Detached { descriptor: DescriptorId(descriptor.id), uffd, absent }
+    Detached { descriptor: DescriptorId(descriptor.id), uffd, layout: serving.layout }
 }
 
-/// The absent pages of a segment, in ranges.
-pub(crate) fn absent_of(segment: &Segment, absent: &mut Vec<Absent>) {
-    let (region, shift) = (&segment.region, segment.region.page_shift);
-    let first = absent.len();
-    for page in segment.pages().filter(|page| region.pages.is_absent(*page)) {
-        let removed = region.pages.is_removed(page);
-        let offset = (!removed).then(|| region.offset_of(page));
-        let address = segment.start + ((page - segment.first) << shift);
-        let follows = absent[first..]
-            .last_mut()
-            .filter(|last| last.address + last.len == address && last.offset.is_some() == offset.is_some());
-        match follows {
-            Some(last) => last.len += 1 << shift,
-            None => absent.push(Absent { region: RegionId(region.id), address, len: 1 << shift, offset }),
+/// The absent pages of segments, in ranges.
+pub(crate) fn absent(segments: &[Segment]) -> Vec<Absent> {
+    let mut absent: Vec<Absent> = Vec::new();
+    for segment in segments {
+        let (region, shift) = (&segment.region, segment.region.page_shift);
+        let (id, len) = (RegionId(region.id), 1 << shift);
+        for page in segment.pages().filter(|page| region.pages.is_absent(*page)) {
+            let offset = (!region.pages.is_removed(page)).then(|| region.offset_of(page));
+            let address = segment.start + ((page - segment.first) << shift);
+            match absent.last_mut() {
+                Some(last) if last.is_followed_by(id, address, offset) => last.len += len,
+                _ => absent.push(Absent { region: id, address, len, offset }),
+            }
         }
+    }
+    absent
+}
+
+impl Absent {
+    fn is_followed_by(&self, region: RegionId, address: usize, offset: Option<u64>) -> bool {
+        self.region == region
+            && self.address + self.len == address
+            && self.offset.map(|at| at + self.len as u64) == offset
     }
 }
