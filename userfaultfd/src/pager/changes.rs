@@ -10,6 +10,7 @@ use super::layout::{Layout, Segment};
 use super::pages::Pages;
 use super::shared::{Fork, Note, Shared};
 use super::stats::Counters;
+use super::trace::event;
 use crate::Uffd;
 
 /// A change that was read.
@@ -29,6 +30,7 @@ pub(crate) fn apply(
     serving: &mut Serving,
     change: Change,
 ) {
+    event!(DEBUG, "change", change = tracing::field::debug(&change));
     match change {
         Change::Fork { uffd } => {
             counters.forks.add(1);

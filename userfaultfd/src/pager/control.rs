@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::changes;
 use super::descriptor::{Descriptor, at};
 use super::shared::{Note, Shared, Stopped};
+use super::trace::event;
 use super::{DescriptorId, Problem};
 use crate::{Errno, Uffd};
 
@@ -54,6 +55,7 @@ impl Control {
     }
 
     fn tell(&self, problem: &Problem) {
+        event!(WARN, "problem", problem = tracing::field::display(problem));
         if let Some(on_problem) = &self.on_problem {
             on_problem(problem);
         }

@@ -15,6 +15,7 @@ use super::pages::Claim;
 use super::point::{Point, reach};
 use super::run::Run;
 use super::shared::{Note, Shared};
+use super::trace::span;
 use super::{DescriptorId, Problem, RegionId};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind};
 
@@ -38,6 +39,12 @@ const STRAY: u32 = 8;
 impl Filler {
     /// Does what a fault asks for.
     pub(crate) fn fault(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault) -> Done {
+        span!(
+            "fault",
+            address = fault.address,
+            kind = tracing::field::debug(fault.kind),
+            thread = fault.thread
+        );
         let run = {
             let serving = descriptor.enter(self.thread);
             // Given back meanwhile: who did that wakes everybody.

@@ -22,6 +22,7 @@ use super::pages::{End, MAX_TRIES};
 use super::point::{Point, reach};
 use super::run::Run;
 use super::shared::{Note, Shared};
+use super::trace::event;
 use super::{Problem, RegionId};
 use crate::{ContinueMode, CopyMode, Errno};
 
@@ -275,6 +276,7 @@ impl Filler {
             let (filled, errno) = self.fill(serving, run, content, pages << run.region.page_shift);
             let filled = filled >> run.region.page_shift;
             self.count(shared, run, content, filled);
+            event!(TRACE, "filled", address = run.address(), len = filled << run.region.page_shift);
             joined |= run.settle(filled, end);
             let Some(errno) = errno.filter(|_| filled == 0) else {
                 // After a part the kernel hides why it stopped; the call for the rest tells.

@@ -12,6 +12,7 @@ use super::fill::{Content, Done, Filler, Wait, Work};
 use super::pages::MAX_TRIES;
 use super::run::Run;
 use super::shared::{Note, Shared};
+use super::trace::span;
 use super::{Fill, Problem, RegionId};
 
 /// So many contents can be put aside by a thread. What exceeds that is loaded again.
@@ -34,6 +35,7 @@ impl Filler {
                 return Ok(Content::Outside(bytes.as_ptr()));
             }
         }
+        span!("load", offset = offset, len = len);
         let buffer = grown(&mut self.buffer, len)?;
         let counters = shared.counters(self.thread);
         let start = Instant::now();

@@ -54,6 +54,13 @@
 //! - Without `EVENT_FORK` a child reads zeros where pages are missing: use `MADV_DONTFORK`.
 //! - When a process ends nothing tells, unless a fill finds out. Children of forks are looked after every half second.
 //!
+//! # Watching it
+//!
+//! [`Pager::statistics`] has counters and histograms of latencies, [`PagerBuilder::on_problem`] what goes wrong. With the
+//! cargo feature `tracing` there are spans `fault` and `load` and events for what is filled, put off and changed, and
+//! for problems, all of target `userfaultfd::pager`. A subscriber runs on the threads that answer faults: where the
+//! memory is this process's own it must not take a lock that a thread which waits for a page may hold.
+//!
 //! # Descriptors
 //!
 //! A descriptor may be blocking or not. While it is served it is switched to non-blocking, for all that share its
@@ -82,6 +89,7 @@ mod shared;
 mod shutdown;
 mod source;
 mod stats;
+mod trace;
 
 use std::fmt;
 use std::ops::Range;

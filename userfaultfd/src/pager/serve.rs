@@ -14,6 +14,7 @@ use super::fault::Fault;
 use super::fill::{Done, Filler, Wait, Work};
 use super::load::message;
 use super::shared::{Note, Shared, Token};
+use super::trace::event;
 use super::{DescriptorId, Problem, RegionId};
 use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};
 
@@ -304,6 +305,7 @@ impl Worker {
         if delay.is_zero() {
             std::thread::yield_now();
         }
+        event!(DEBUG, "put off", work = tracing::field::debug(&work), delay = tracing::field::debug(delay));
         let due = Instant::now() + delay;
         self.parked.push(Parked { due, tries, descriptor: Arc::clone(descriptor), work });
     }
