@@ -25,6 +25,7 @@ const fn step(name: &'static str, what: &'static str, run: fn() -> Result<Outcom
 pub(super) const STEPS: &[Step] = &[
     step("fmt", "formatting", fmt),
     step("clippy", "lints, warnings denied", clippy),
+    step("features", "the library with its optional parts", features),
     step("doc", "documentation, warnings denied", doc),
     step("docs-rs", "documentation as docs.rs builds it", docs_rs),
     step("targets", "every Linux target of this Rust has bindings", targets::run),
@@ -47,6 +48,13 @@ fn fmt() -> Result<Outcome, String> {
 
 fn clippy() -> Result<Outcome, String> {
     passed(execute(&mut cargo(&["clippy", "--workspace", "--all-targets", "--", "--deny=warnings"])))
+}
+
+fn features() -> Result<Outcome, String> {
+    let features = ["--package=userfaultfd", "--features=tracing"];
+    let run = |command: &[&str], rest: &[&str]| execute(&mut cargo(&[command, &features, rest].concat()));
+    run(&["clippy", "--all-targets"], &["--", "--deny=warnings"])?;
+    passed(run(&["test", "--lib"], &["--", "pager::"]))
 }
 
 fn doc() -> Result<Outcome, String> {
