@@ -184,6 +184,24 @@ impl Drop for Directory {
 }
 
 #[test]
+fn bigger_than_memory_reads_a_thousand_bytes_of_a_file_of_100_gib() {
+    let directory = Directory::new("bigger_than_memory");
+    let path = directory.snapshot();
+    File::options().write(true).open(&path).unwrap().set_len(100 << 30).expect("a hole takes no room");
+    let output = run(command("bigger_than_memory").arg(path));
+    if usize::BITS < 64 {
+        assert!(!output.status.success(), "{output:?}");
+        return;
+    }
+    assert!(output.status.success() && output.err.is_empty(), "{output:?}");
+    let numbers: Vec<u64> =
+        output.out.split(' ').filter_map(|word| word.trim_end_matches(';').parse().ok()).collect();
+    let [_, read, not] = numbers[..] else { panic!("{output:?}") };
+    assert_eq!(read + not, (100 << 30) / page_size() as u64);
+    assert!((900..=1000).contains(&read), "{output:?}");
+}
+
+#[test]
 fn lazy_file_reads_by_faults_what_the_file_holds() {
     let directory = Directory::new("lazy_file");
     let output = run(command("lazy_file").arg(directory.snapshot()));
@@ -373,6 +391,10 @@ fn the_readmes_show_hello_fault_and_what_it_prints() {
         assert_eq!(blocks[at].1, program);
         let (language, shown) = blocks[at + 1];
         assert_eq!((language, masked(shown)), ("text", printed.clone()));
+    }
+    let (_, second) = include_str!("../bigger_than_memory.rs").split_once("\n\n").unwrap();
+    for readme in [include_str!("../../README.md"), include_str!("../../userfaultfd/README.md")] {
+        assert!(blocks(readme).iter().any(|(language, shown)| *language == "rust" && *shown == second));
     }
     let crate_page: String = include_str!("../../userfaultfd/src/lib.rs")
         .lines()
