@@ -185,6 +185,18 @@ mod tests {
     }
 
     #[test]
+    fn a_fault_wakes_one_thread_of_many() {
+        const FAULTS: usize = 200;
+        let source = |_: u64, _: &mut [u8]| Ok(Fill::Zero);
+        let memory = LazyMemory::builder(source).len(FAULTS * crate::page_size()).threads(8);
+        let memory = memory.delivery(Delivery::Threads).around(Around::Page).build().unwrap();
+        assert!(memory.chunks(crate::page_size()).all(|page| page[0] == 0));
+        let statistics = memory.statistics();
+        assert_eq!(statistics.faults(), FAULTS as u64);
+        assert!(statistics.wakeups <= FAULTS as u64 + 8, "{statistics}");
+    }
+
+    #[test]
     fn every_delivery_answers_every_fault() {
         let page = crate::page_size();
         let source = |offset: u64, buffer: &mut [u8]| {

@@ -53,7 +53,7 @@ pub(crate) struct Worker {
     known: Vec<Option<Arc<Descriptor>>>,
     version: u32,
     /// Whose faults are being answered, for when that panics.
-    current: Option<Arc<Descriptor>>,
+    current: Option<Token>,
     waiting: Waiting,
 }
 
@@ -90,7 +90,7 @@ impl Worker {
     /// so, too.
     fn start_anew(&mut self) {
         self.faults.clear();
-        if let Some(descriptor) = self.current.take() {
+        if let Some(descriptor) = self.current.take().and_then(|token| self.find(token)) {
             let serving = descriptor.enter(self.thread);
             for serving in serving.iter() {
                 for segment in serving.layout.segments() {
@@ -113,15 +113,16 @@ impl Worker {
         while !self.shared.is_stopping() {
             let ready = self.wait(&mut events, answered);
             answered = ready > 0;
+            self.shared.counters(self.thread).wakeups.add(1);
             for event in &events[..ready] {
                 let Some(token) = Shared::token(event) else { continue };
                 let Some(descriptor) = self.find(token) else { continue };
                 let blocking = event.events & libc::EPOLLERR as u32 != 0;
-                self.current = Some(Arc::clone(&descriptor));
+                self.current = Some(token);
                 self.answer(&descriptor, blocking);
+                self.current = None;
             }
             self.resume();
-            self.current = None;
         }
     }
 
@@ -248,6 +249,9 @@ impl Worker {
 
     /// Goes on with what was put off and is due.
     fn resume(&mut self) {
+        if self.parked.is_empty() {
+            return;
+        }
         let now = Instant::now();
         let mut at = 0;
         while at < self.parked.len() {
@@ -257,13 +261,14 @@ impl Worker {
             }
             let Parked { tries, descriptor, work, .. } = self.parked.swap_remove(at);
             self.shared.counters(self.thread).retries.add(1);
-            self.current = Some(Arc::clone(&descriptor));
+            self.current = Some(Token::of(&descriptor));
             if matches!(work, Work::Read) {
                 self.answer(&descriptor, false);
             } else {
                 let done = self.filler.resume(&self.shared, &descriptor, work);
                 self.settle(&descriptor, done, tries + 1);
             }
+            self.current = None;
         }
     }
 

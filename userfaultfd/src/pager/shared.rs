@@ -64,7 +64,7 @@ impl Token {
     const STOP: Self = Self(u64::MAX);
 
     /// The slot in the table, and the number of who is meant there: the slot may be another's since.
-    fn of(descriptor: &Descriptor) -> Self {
+    pub(crate) fn of(descriptor: &Descriptor) -> Self {
         Self(u64::from(descriptor.slot) << 32 | descriptor.id & u64::from(u32::MAX))
     }
 

@@ -145,6 +145,8 @@ counters! {
     unmaps;
     /// Moves of memory that were told of.
     remaps;
+    /// Times that a thread of the pager woke up, or found something before it slept.
+    wakeups;
     /// Problems that weren't reported, since they came faster than the callback took them.
     problems_lost;
 }
