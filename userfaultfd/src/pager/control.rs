@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,7 +58,8 @@ impl Control {
     fn tell(&self, problem: &Problem) {
         event!(WARN, "problem", problem = tracing::field::display(problem));
         if let Some(on_problem) = &self.on_problem {
-            on_problem(problem);
+            // If it panics that has been printed, and forks and further problems come here all the same.
+            let _panicked = panic::catch_unwind(AssertUnwindSafe(|| on_problem(problem)));
         }
     }
 }

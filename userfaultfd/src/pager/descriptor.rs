@@ -77,24 +77,28 @@ impl Descriptor {
         lock(&self.shards[thread].0)
     }
 
-    /// Changes the layout, or ends the serving, while nobody fills. The answer of `change` becomes what everybody
-    /// finds from then on.
-    pub(crate) fn exclusively(&self, change: &mut dyn FnMut(Option<Serving>) -> Option<Serving>) {
+    /// Changes the layout, or ends the serving by taking it, while nobody fills. What `change` leaves is what
+    /// everybody finds from then on, also if it panics: losing the descriptor would close it.
+    pub(crate) fn exclusively(&self, change: &mut dyn FnMut(&mut Option<Serving>)) {
+        struct Held<'a> {
+            shard: MutexGuard<'a, Option<Serving>>,
+            now: &'a mut Option<Serving>,
+        }
+
+        impl Drop for Held<'_> {
+            fn drop(&mut self) {
+                self.shard.clone_from(self.now);
+            }
+        }
+
         // Each level holds one lock; a list of guards would have to be allocated.
-        fn all(
-            shards: &[Shard],
-            now: &mut Option<Serving>,
-            change: &mut dyn FnMut(Option<Serving>) -> Option<Serving>,
-        ) {
-            let Some((shard, rest)) = shards.split_first() else {
-                *now = change(now.take());
-                return;
-            };
-            let mut serving = lock(&shard.0);
-            // Taken, so that what is closed is closed by who answers `None`.
-            *now = serving.take();
-            all(rest, now, change);
-            serving.clone_from(now);
+        fn all(shards: &[Shard], now: &mut Option<Serving>, change: &mut dyn FnMut(&mut Option<Serving>)) {
+            let Some((shard, rest)) = shards.split_first() else { return change(now) };
+            let mut shard = lock(&shard.0);
+            // Moved out of the shards, so that it has one owner, who can change the layout or end it.
+            *now = shard.take();
+            let held = Held { shard, now };
+            all(rest, held.now, change);
         }
         all(&self.shards, &mut None, change);
     }
@@ -102,10 +106,7 @@ impl Descriptor {
     /// Ends the serving, and gives the descriptor back. `None` if somebody else did before.
     pub(crate) fn close(&self) -> Option<Serving> {
         let mut closed = None;
-        self.exclusively(&mut |serving| {
-            closed = serving;
-            None
-        });
+        self.exclusively(&mut |serving| closed = serving.take());
         closed
     }
 
@@ -121,12 +122,11 @@ impl Descriptor {
         let mut change = Some(change);
         let mut served = false;
         self.exclusively(&mut |serving| {
-            let mut serving = serving?;
+            let Some(serving) = serving else { return };
             served = true;
             if let Some(change) = change.take() {
                 change(Arc::make_mut(&mut serving.layout));
             }
-            Some(serving)
         });
         served
     }

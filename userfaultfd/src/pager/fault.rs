@@ -198,7 +198,9 @@ impl Filler {
         };
         match filled.1 {
             None => counter.add(1),
-            Some(Errno::EAGAIN | Errno::ENOMEM) => return Done::Later(Work::Fault(fault), Wait::Events),
+            Some(errno @ (Errno::EAGAIN | Errno::ENOMEM)) => {
+                return Done::Later(Work::Fault(fault), Wait::Kernel(errno));
+            }
             Some(Errno::ESRCH) => return Done::Gone,
             Some(errno) => {
                 counters.duplicates.add(1);
@@ -229,7 +231,9 @@ impl Filler {
         shared.counters(self.thread).duplicates.add(1);
         // SAFETY: it was poisoned before.
         match answer(unsafe { serving.uffd.poison(at(address), len, true) }, len).1 {
-            Some(Errno::EAGAIN | Errno::ENOMEM) => return Done::Later(Work::Fault(fault), Wait::Events),
+            Some(errno @ (Errno::EAGAIN | Errno::ENOMEM)) => {
+                return Done::Later(Work::Fault(fault), Wait::Kernel(errno));
+            }
             Some(Errno::ESRCH) => return Done::Gone,
             Some(_) => wake(&serving.uffd, address..address + len),
             None => {}
@@ -256,7 +260,9 @@ impl Filler {
         };
         match lifted.map_err(|error| error.errno()) {
             Ok(()) => counters.unprotected.add(1),
-            Err(Some(Errno::EAGAIN | Errno::ENOMEM)) => return Done::Later(Work::Fault(fault), Wait::Events),
+            Err(Some(errno @ (Errno::EAGAIN | Errno::ENOMEM))) => {
+                return Done::Later(Work::Fault(fault), Wait::Kernel(errno));
+            }
             Err(Some(Errno::ESRCH)) => return Done::Gone,
             Err(_) => {
                 counters.dropped.add(1);

@@ -17,7 +17,7 @@ use memmap2::MmapMut;
 use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fault::{Fault, page_of};
 use super::layout::Segment;
-use super::load::ASIDE;
+use super::load::{ASIDE, grown};
 use super::pages::{End, MAX_TRIES};
 use super::point::{Point, reach};
 use super::run::Run;
@@ -61,6 +61,16 @@ pub(crate) enum Work {
     Install(Run, Content),
 }
 
+impl Work {
+    /// Whether it is for a region whose absent pages are to be poisoned: it isn't put off any longer then.
+    pub(crate) fn is_ending(&self) -> bool {
+        match self {
+            Self::Load(run, _) | Self::Install(run, _) => run.region.is_ending(),
+            Self::Fault(_) | Self::Stray(_) | Self::Read => false,
+        }
+    }
+}
+
 /// Why filling a run ended.
 enum Left {
     /// All is settled.
@@ -69,6 +79,8 @@ enum Left {
     Waiting(Errno),
     /// The rest can't be filled.
     Refused(Errno),
+    /// It isn't where it was, or something else belongs there.
+    Unwanted,
     /// The process has gone.
     Gone,
 }
@@ -88,8 +100,8 @@ pub(crate) enum Done {
 /// What has to happen first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wait {
-    /// Events are to be read, then it is worth trying again; more and more rarely.
-    Events,
+    /// The kernel can't do it now. `EAGAIN`: when events were read it is worth trying again. More and more rarely.
+    Kernel(Errno),
     /// Somebody else has to do something; more and more rarely.
     Others,
     /// So much time.
@@ -116,6 +128,8 @@ pub(crate) struct Filler {
     pub(super) stray: (usize, u32),
     /// How long a read of a source has taken lately.
     pub(super) pace: Duration,
+    /// How many pages were found where nothing is mapped.
+    pub(super) unmapped: usize,
 }
 
 impl Filler {
@@ -130,6 +144,7 @@ impl Filler {
             suspect: (0, 0),
             stray: (0, 0),
             pace: Duration::ZERO,
+            unmapped: 0,
         }
     }
 
@@ -187,11 +202,29 @@ impl Filler {
 
     /// Gets the content of a run from its source, and puts it in place.
     pub(crate) fn load(&mut self, shared: &Shared, descriptor: &Descriptor, run: Run, attempts: u32) -> Done {
-        let run = run.rest();
+        let mut run = run.rest();
+        run.attempts = attempts;
+        if attempts > 0 && !self.is_wanted(descriptor, &run) {
+            return self.drop_run(shared, descriptor, run);
+        }
         match self.content(shared, &run) {
             Ok(content) => self.install(shared, descriptor, run, content),
             Err(error) => self.source_failed(shared, descriptor, run, attempts, error),
         }
+    }
+
+    /// Whether a run still belongs where it was claimed.
+    fn is_wanted(&self, descriptor: &Descriptor, run: &Run) -> bool {
+        let serving = descriptor.enter(self.thread);
+        serving.as_ref().is_some_and(|serving| run.is_there(serving) && !run.is_outdated())
+    }
+
+    /// Gives a run up that was given back, moved, unmapped or removed since: whoever still waits comes back, and finds
+    /// what is so now.
+    fn drop_run(&self, shared: &Shared, descriptor: &Descriptor, run: Run) -> Done {
+        shared.counters(self.thread).dropped.add(1);
+        run.give_up(descriptor.enter(self.thread).as_ref());
+        Done::Yes
     }
 
     /// Puts the content of a run in place, if it still belongs there.
@@ -209,17 +242,14 @@ impl Filler {
                 Some(serving) if run.is_there(serving) && !run.is_outdated() => {
                     self.fill_all(shared, serving, &mut run, &content)
                 }
-                serving => {
-                    // Given back, moved, unmapped or removed since: whoever still waits comes back, and finds what
-                    // is so now.
-                    shared.counters(self.thread).dropped.add(1);
-                    run.give_up(serving.as_ref());
-                    self.put_back(content);
-                    return Done::Yes;
-                }
+                _ => Left::Unwanted,
             }
         };
         match left {
+            Left::Unwanted => {
+                self.put_back(content);
+                self.drop_run(shared, descriptor, run)
+            }
             Left::Nothing => {
                 if let Some((_, since)) = run.demand {
                     shared.counters(self.thread).fault_latency.record(since.elapsed());
@@ -232,24 +262,29 @@ impl Filler {
                 self.put_back(content);
                 Done::Gone
             }
-            Left::Waiting(errno) => {
-                let wait = if errno == Errno::EAGAIN { Wait::Events } else { Wait::Others };
-                self.put_aside(run, content, wait)
-            }
+            Left::Waiting(errno) => self.put_aside(run, content, Wait::Kernel(errno)),
             Left::Refused(errno) => {
                 let unreadable =
                     errno == Errno::EFAULT && matches!(content, Content::Outside(_)) && !run.removed;
                 let poison = matches!(content, Content::Poison);
                 self.put_back(content);
                 if unreadable {
-                    return self.source_failed(shared, descriptor, run, 0, io::Error::from(errno));
+                    let attempts = run.attempts;
+                    return self.source_failed(shared, descriptor, run, attempts, io::Error::from(errno));
                 }
                 let Some(mut run) = self.alone(descriptor, run) else { return Done::Yes };
-                let reported = std::mem::replace(&mut run.tries, MAX_TRIES) == MAX_TRIES;
+                // Of what nobody waits for, who wanted it filled or poisoned is told the number.
+                let reported =
+                    std::mem::replace(&mut run.tries, MAX_TRIES) == MAX_TRIES || run.demand.is_none();
                 let (region, address) = (RegionId(run.region.id), run.address());
                 if poison {
                     if !reported {
                         shared.note(Note::Problem(Problem::Unanswered { region, address }));
+                    }
+                    run.mark_stuck();
+                    // Perhaps the memory has gone without a word. Who waits finds out.
+                    if let Some(serving) = &*descriptor.enter(self.thread) {
+                        wake(&serving.uffd, run.addresses());
                     }
                     return Done::Later(Work::Load(run, shared.retry.attempts), Wait::Rarely);
                 }
@@ -287,10 +322,16 @@ impl Filler {
                 Errno::ENOENT => {
                     // Unmapped, without the pager being told.
                     shared.counters(self.thread).dropped.add(1);
+                    self.unmapped += 1;
                     skip(serving, run, End::Released);
                 }
                 Errno::EEXIST => {
                     shared.counters(self.thread).woken.add(1);
+                    if run.demand.is_none() {
+                        let end = self.occupied(shared, serving, run, content);
+                        skip(serving, run, end);
+                        continue;
+                    }
                     if run.demanded() == Some(run.pages().start) && run.tries + 1 == MAX_TRIES {
                         shared.note(Note::Problem(Problem::Stuck {
                             region: RegionId(run.region.id),
@@ -312,6 +353,40 @@ impl Filler {
             wake(&serving.uffd, addresses);
         }
         left
+    }
+
+    /// What to make of a page that nobody waits for, where the kernel says that something is there.
+    fn occupied(&mut self, shared: &Shared, serving: &Serving, run: &Run, content: &Content) -> End {
+        let (uffd, dst, len) = (&serving.uffd, at(run.address()), run.region.page_size());
+        // Once more with what a marker of write protection isn't in the way of.
+        let again = match content {
+            Content::Zero => match grown(&mut self.zeros, len) {
+                Ok(zeros) => Content::Outside(zeros.as_ptr().cast()),
+                Err(_) => return End::Contested,
+            },
+            Content::Poison if run.region.write_protected => {
+                match uffd.remove_write_protection(dst, len, true) {
+                    Ok(()) => Content::Poison,
+                    Err(_) => return End::Contested,
+                }
+            }
+            // Of huge pages it is the answer to an empty pool, too: where there is nothing, poison can be put.
+            Content::Buffer | Content::Outside(_) | Content::Aside(_) if !run.region.zeropage_possible() => {
+                if run.region.shared {
+                    return End::Contested;
+                }
+                Content::Poison
+            }
+            _ => return End::Present,
+        };
+        match self.fill(serving, run, &again, len).1 {
+            Some(Errno::EEXIST) => End::Present,
+            Some(_) => End::Contested,
+            None => {
+                self.count(shared, run, &again, 1);
+                if matches!(again, Content::Poison) { End::Poisoned } else { End::Present }
+            }
+        }
     }
 
     /// One call of the kernel. How many bytes it filled, and why it stopped.

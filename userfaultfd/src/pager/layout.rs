@@ -33,6 +33,14 @@ impl Segment {
         self.first..self.first + ((self.end - self.start) >> self.region.page_shift)
     }
 
+    /// Where those of some pages are that are in this segment.
+    pub(crate) fn addresses_of(&self, pages: &Range<usize>) -> Range<usize> {
+        let within = self.pages();
+        let (start, end) = (pages.start.max(within.start), pages.end.min(within.end));
+        let address = |page: usize| self.start + ((page - self.first) << self.region.page_shift);
+        if start < end { address(start)..address(end) } else { 0..0 }
+    }
+
     /// The part in a range, which may lie anywhere. Borders are those of pages, as the kernel's are.
     fn part(&self, range: &Range<usize>) -> Option<Self> {
         let (start, end) = (self.start.max(range.start), self.end.min(range.end));

@@ -81,7 +81,7 @@ impl Filler {
         // The page that is asked for alone: its neighbours may be what can't be had.
         let Some(run) = self.alone(descriptor, run.rest()) else { return Done::Yes };
         let (attempts, retry) = (attempts.saturating_add(1), shared.retry);
-        if attempts < retry.attempts {
+        if attempts < retry.attempts && !run.region.is_ending() {
             let factor = 1u32.checked_shl(attempts - 1).unwrap_or(u32::MAX);
             let delay = retry.delay.saturating_mul(factor).min(LONGEST);
             return Done::Later(Work::Load(run, attempts), Wait::For(delay));

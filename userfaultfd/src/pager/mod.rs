@@ -106,7 +106,7 @@ pub use source::{
 pub use stats::{Histogram, Statistics};
 
 use self::control::{Control, OnProblem, spawn, target_is_gone};
-use self::descriptor::{Descriptor, Serving, at, lock};
+use self::descriptor::{Descriptor, Serving, at, lock, wake};
 use self::layout::{Layout, Segment};
 use self::serve::Worker;
 use self::shared::Shared;
@@ -383,6 +383,10 @@ impl Pager {
         let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
         match self.shared.add(serving, false, was_blocking) {
             Ok(descriptor) => {
+                // Faults that somebody else has read and not answered are told again.
+                for segment in descriptor.segments(self.shared.outside_id(), None) {
+                    wake(&uffd, segment.start..segment.end);
+                }
                 let mut regions: Vec<RegionId> = regions;
                 regions.sort_unstable(); // numbered in the order in which they were given
                 Ok(Added { descriptor: DescriptorId(descriptor.id), regions })
@@ -429,7 +433,7 @@ impl Pager {
         check_overlap(&serving.layout, &region)?;
         let segment = self.register(&serving.uffd, region, foreign)?;
         drop(serving);
-        let id = RegionId(segment.region.id);
+        let (id, range) = (RegionId(segment.region.id), segment.start..segment.end);
         let mut overlap = Ok(());
         let served = descriptor.change_layout(|layout| {
             // A move may have brought something there meanwhile.
@@ -440,7 +444,13 @@ impl Pager {
             }
         });
         overlap?;
-        if served { Ok(id) } else { Err(Error::NotServed) }
+        if !served {
+            return Err(Error::NotServed);
+        }
+        if let Some(serving) = &*descriptor.enter(self.shared.outside_id()) {
+            wake(&serving.uffd, range);
+        }
+        Ok(id)
     }
 
     /// Checks a region, and registers it.
@@ -502,11 +512,10 @@ impl Pager {
     fn drop_region(&self, descriptor: &Descriptor, region: RegionId) -> Result<()> {
         let mut served = false;
         descriptor.exclusively(&mut |serving| {
-            let mut serving = serving?;
+            let Some(serving) = serving else { return };
             let gone = Arc::make_mut(&mut serving.layout).take(region.0);
             served = !gone.is_empty();
             shutdown::unregister(&serving.uffd, &gone);
-            Some(serving)
         });
         if served { Ok(()) } else { Err(Error::NotServed) }
     }
@@ -518,6 +527,8 @@ impl Pager {
     ///
     /// [`NotServed`](Error::NotServed): it isn't served any more.
     pub fn remove(&self, descriptor: DescriptorId) -> Result<Detached> {
+        // Who adds a region uses the descriptor meanwhile.
+        let _adding = lock(&self.adding);
         let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
         let serving = self.shared.remove(&descriptor).ok_or(Error::NotServed)?;
         Ok(shutdown::detached(&descriptor, serving))
@@ -608,7 +619,7 @@ impl Pager {
 
     /// Poisons what is absent of a descriptor, or fills it where the kernel can't do that. Whether all is covered.
     fn cover(&self, descriptor: &Arc<Descriptor>) -> bool {
-        [Cover::Poison, Cover::Content]
+        [Cover::Poison, Cover::ContentAtOnce]
             .into_iter()
             .any(|cover| matches!(shutdown::cover(&self.shared, descriptor, None, cover, &mut |_| {}), Ok(0)))
     }

@@ -152,6 +152,17 @@ impl Pages {
         }
     }
 
+    /// Whether somebody is about to fill a page, with a prospect of success.
+    pub(crate) fn is_in_work(&self, page: usize) -> bool {
+        let state = self.cells()[page].load(Ordering::Acquire);
+        state & LOADING != 0 && state >> TRIES != MAX_TRIES
+    }
+
+    /// A page that was claimed has no such prospect.
+    pub(crate) fn mark_stuck(&self, page: usize) {
+        self.cells()[page].fetch_or(MAX_TRIES << TRIES, Ordering::AcqRel);
+    }
+
     /// Whether a page was removed, perhaps since it was claimed.
     pub(crate) fn is_removed(&self, page: usize) -> bool {
         self.cells()[page].load(Ordering::Acquire) & REMOVED != 0

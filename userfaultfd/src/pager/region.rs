@@ -8,6 +8,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -153,7 +154,8 @@ impl Region {
             _ => {}
         }
         if let Some(source) = self.source.len() {
-            let available = source.saturating_sub(self.offset).next_multiple_of(page as u64);
+            let rest = source.saturating_sub(self.offset);
+            let available = rest.checked_next_multiple_of(page as u64).unwrap_or(u64::MAX);
             if len as u64 > available {
                 return Err(Error::BeyondSource {
                     address: start,
@@ -203,6 +205,7 @@ impl Region {
             shared: self.shared,
             zeropage: page == crate::page_size() && !self.write_protected,
             pages: Pages::new(self.len / page)?,
+            ending: AtomicBool::new(false),
         })
     }
 }
@@ -259,9 +262,25 @@ pub(crate) struct Served {
     /// Whether zero pages can be mapped.
     pub(crate) zeropage: bool,
     pub(crate) pages: Pages,
+    /// Its absent pages are to be poisoned.
+    ending: AtomicBool,
 }
 
 impl Served {
+    /// Whether absent pages are being poisoned: nobody waits for a source any more.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_ending(&self, ending: bool) {
+        self.ending.store(ending, Ordering::Relaxed);
+    }
+
+    /// Whether the kernel can map zero pages: everywhere but in hugetlb memory.
+    pub(crate) fn zeropage_possible(&self) -> bool {
+        self.page_size() == crate::page_size()
+    }
+
     pub(crate) fn page_size(&self) -> usize {
         1 << self.page_shift
     }
@@ -314,6 +333,7 @@ impl Served {
             shared: self.shared,
             zeropage: self.zeropage,
             pages,
+            ending: AtomicBool::new(false),
         }
     }
 

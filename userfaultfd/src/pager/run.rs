@@ -25,6 +25,8 @@ pub(crate) struct Run {
     pub(crate) removed: bool,
     /// How often the kernel has said that something is there already.
     pub(crate) tries: u8,
+    /// How often its source has failed.
+    pub(crate) attempts: u32,
 }
 
 impl Run {
@@ -33,7 +35,7 @@ impl Run {
         let address = segment.address_of(pages.start).expect("the pages are in the segment");
         let region = Arc::clone(&segment.region);
         let (first, count) = (pages.start, pages.len());
-        Self { region, first, count, done: 0, address, demand: None, removed, tries: 0 }
+        Self { region, first, count, done: 0, address, demand: None, removed, tries: 0, attempts: 0 }
     }
 
     /// Those that aren't settled.
@@ -96,12 +98,23 @@ impl Run {
         self
     }
 
+    /// It can be neither filled nor poisoned, but is tried on.
+    pub(crate) fn mark_stuck(&self) {
+        self.pages().for_each(|page| self.region.pages.mark_stuck(page));
+    }
+
     /// Gives up all that isn't settled, and wakes everybody who waits for it.
     pub(crate) fn give_up(self, serving: Option<&Serving>) {
-        let addresses = self.addresses();
+        let (region, pages, addresses) = (Arc::clone(&self.region), self.pages(), self.addresses());
         drop(self);
-        if let Some(serving) = serving.filter(|_| !addresses.is_empty()) {
-            wake(&serving.uffd, addresses);
+        let Some(serving) = serving.filter(|_| !pages.is_empty()) else { return };
+        wake(&serving.uffd, addresses.clone());
+        // Where it was moved since, others may have come, who rely on this load.
+        for segment in serving.layout.segments().iter().filter(|s| Arc::ptr_eq(&s.region, &region)) {
+            let now = segment.addresses_of(&pages);
+            if !now.is_empty() && now != addresses {
+                wake(&serving.uffd, now);
+            }
         }
     }
 
@@ -118,6 +131,7 @@ impl Run {
             demand: self.demand,
             removed: self.removed,
             tries: self.tries,
+            attempts: self.attempts,
         };
         let (one, others) = (part(page..page + 1), [part(pages.start..page), part(page + 1..pages.end)]);
         self.count = self.done; // the parts have them now

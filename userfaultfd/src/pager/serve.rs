@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::changes::{self, Change};
 use super::delivery::{Delivery, Waiting};
 use super::descriptor::{Descriptor, Serving, wake};
-use super::fault::Fault;
+use super::fault::{Fault, page_of};
 use super::fill::{Done, Filler, Wait, Work};
 use super::load::message;
 use super::shared::{Note, Shared, Token};
@@ -28,7 +28,10 @@ const ROUNDS: usize = 16;
 const PARKED: usize = 256;
 
 /// After so many tries it is told.
-const STUCK: u32 = 24;
+pub(super) const STUCK: u32 = 24;
+
+/// So often it is looked whether what was put off is due, or to end.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What was put off.
 #[derive(Debug)]
@@ -89,13 +92,19 @@ impl Worker {
     /// After a panic: what was claimed is free again, and who waits for it comes back. Who is waked for nothing does
     /// so, too.
     fn start_anew(&mut self) {
-        self.faults.clear();
         if let Some(descriptor) = self.current.take().and_then(|token| self.find(token)) {
             let serving = descriptor.enter(self.thread);
             for serving in serving.iter() {
-                for segment in serving.layout.segments() {
-                    wake(&serving.uffd, segment.start..segment.end);
-                }
+                let faults = self.faults.iter().map(|fault| page_of(fault.address));
+                let segments = serving.layout.segments().iter().map(|segment| segment.start..segment.end);
+                faults.chain(segments).for_each(|range| wake(&serving.uffd, range));
+            }
+        }
+        self.faults.clear();
+        // What the thread was told of once, and hasn't read, it or another is told of again.
+        for descriptor in self.shared.descriptors() {
+            if let Some(serving) = &*descriptor.enter(self.thread) {
+                self.shared.hand_on(&descriptor, serving.uffd.as_fd());
             }
         }
     }
@@ -149,7 +158,8 @@ impl Worker {
     /// How long to sleep at most, in milliseconds.
     fn timeout(&self) -> libc::c_int {
         let Some(due) = self.parked.iter().map(|parked| parked.due).min() else { return -1 };
-        let rest = due.saturating_duration_since(Instant::now());
+        // Something may end sooner: see `Served::is_ending`.
+        let rest = due.saturating_duration_since(Instant::now()).min(LOOK);
         // Rounded up: too early is once more for nothing.
         rest.as_micros().div_ceil(1000).try_into().unwrap_or(libc::c_int::MAX)
     }
@@ -193,9 +203,10 @@ impl Worker {
     }
 
     fn answer_all(&mut self, descriptor: &Arc<Descriptor>) {
-        while let Some(fault) = self.faults.pop_front() {
+        while let Some(fault) = self.faults.front().copied() {
             let done = self.filler.fault(&self.shared, descriptor, fault);
             self.settle(descriptor, done, 0);
+            self.faults.pop_front();
             self.waiting.go_beside(&fault);
         }
     }
@@ -224,9 +235,9 @@ impl Worker {
         };
         if descriptor.tells_changes {
             descriptor.exclusively(&mut |serving| {
-                let mut serving = serving?;
-                result = read(&mut serving);
-                Some(serving)
+                if let Some(serving) = serving {
+                    result = read(serving);
+                }
             });
         } else if let Some(serving) = &mut *descriptor.enter(thread) {
             result = read(serving);
@@ -255,7 +266,7 @@ impl Worker {
         let now = Instant::now();
         let mut at = 0;
         while at < self.parked.len() {
-            if self.parked[at].due > now {
+            if self.parked[at].due > now && !self.parked[at].work.is_ending() {
                 at += 1;
                 continue;
             }
@@ -281,12 +292,12 @@ impl Worker {
             Done::Later(work, Wait::For(delay)) => self.park(descriptor, work, delay, 0),
             Done::Later(work, Wait::Rarely) => self.park(descriptor, work, Duration::from_secs(1), tries),
             Done::Later(work, wait) => {
-                if tries == STUCK && wait == Wait::Events {
-                    self.tell_stuck(&work);
+                if let (Wait::Kernel(errno), STUCK) = (wait, tries) {
+                    self.tell_stuck(descriptor, &work, errno);
                 }
                 // The first tries come as soon as other events were looked at.
                 let delay = match (wait, tries) {
-                    (Wait::Events, 0..4) => Duration::ZERO,
+                    (Wait::Kernel(Errno::EAGAIN), 0..4) => Duration::ZERO,
                     (_, 0..STUCK) => backoff(tries.saturating_sub(3), 6),
                     _ => backoff(tries - STUCK, 10),
                 };
@@ -295,16 +306,20 @@ impl Worker {
         }
     }
 
-    fn tell_stuck(&self, work: &Work) {
+    fn tell_stuck(&self, descriptor: &Descriptor, work: &Work, errno: Errno) {
         if let Work::Load(run, _) | Work::Install(run, _) = work {
             let (region, address) = (RegionId(run.region.id), run.address());
-            let errno = Errno::EAGAIN;
             self.shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
+            // Perhaps the memory has gone without a word, as that of a file that is cut off. Who waits finds out.
+            if let Some(serving) = &*descriptor.enter(self.thread) {
+                wake(&serving.uffd, run.addresses());
+            }
         }
     }
 
     fn park(&mut self, descriptor: &Arc<Descriptor>, work: Work, delay: Duration, tries: u32) {
-        if self.parked.len() == PARKED {
+        // A descriptor is read later in any case: nobody would tell of what is unread.
+        if self.parked.len() >= PARKED && !matches!(work, Work::Read) {
             return self.filler.give_up(descriptor, work);
         }
         if delay.is_zero() {

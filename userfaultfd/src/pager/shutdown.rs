@@ -8,21 +8,33 @@ use super::fill::{Content, Done, Filler, Wait, Work};
 use super::layout::Segment;
 use super::shared::Shared;
 use super::{Absent, DescriptorId, Detached, Error, Progress, RegionId, Result};
-use crate::Uffd;
+use crate::{Errno, Uffd};
 
 /// So many bytes are read and filled at once, where nobody waits for a particular page.
 const BULK: usize = 1 << 20;
+
+/// So often it is tried to fill what nobody else is busy with: the kernel says that something is there.
+const ROUNDS: usize = 8;
+
+/// So often the kernel is asked again that lacks memory, or whose events nobody reads any more; and so often where
+/// they are read: a minute, or as long as the kernel takes. A process that is stopped in the middle of a change is one.
+const PATIENCE: usize = 64;
+const LONG_PATIENCE: usize = 1000;
 
 /// What absent pages get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cover {
     /// What belongs there.
     Content,
+    /// Likewise, if the source delivers it at the first attempt.
+    ContentAtOnce,
     /// Poison.
     Poison,
 }
 
 /// Covers all absent pages of a descriptor, or of one of its regions. How many pages couldn't be.
+///
+/// What was removed needs no poison: once it is given back to the kernel it is zero, as it should be.
 ///
 /// The pager's threads go on meanwhile.
 pub(crate) fn cover(
@@ -33,37 +45,68 @@ pub(crate) fn cover(
     progress: &mut dyn FnMut(u64),
 ) -> Result<usize> {
     let mut filler = shared.outside();
+    let poison = cover == Cover::Poison;
+    let is_left = |segment: &Segment, page: &usize| {
+        let pages = &segment.region.pages;
+        pages.is_absent(*page) && !(poison && pages.is_removed(*page))
+    };
     // Where a run of many pages fails, the next round goes page by page.
     let mut bulk = true;
+    let (mut rounds, mut patience) = (0, PATIENCE);
     loop {
-        let (mut left, mut given_up) = (0, 0);
+        let segments = descriptor.segments(shared.outside_id(), region);
+        let (mut left, mut in_work, mut unable) = (0_usize, 0, 0);
+        filler.unmapped = 0;
         // Changes may have moved what was looked at, so that it is looked at again until nothing is absent.
-        for segment in descriptor.segments(shared.outside_id(), region) {
+        for segment in &segments {
             let pages = segment.pages();
+            segment.region.set_ending(poison);
             let most = if bulk { (BULK >> segment.region.page_shift).max(1) } else { 1 };
             let mut next = pages.start;
             while next < pages.end {
-                let (run, after) = filler.claim_ahead(&segment, next..pages.end, most);
+                let (run, after) = filler.claim_ahead(segment, next..pages.end, most);
                 let Some(run) = run else { break };
-                let bytes = run.len() as u64;
+                next = after;
+                let run_pages = run.pages();
                 let work = match cover {
-                    Cover::Content => Work::Load(run, 0),
+                    Cover::Content | Cover::ContentAtOnce => Work::Load(run, 0),
+                    Cover::Poison if run.removed => {
+                        run.give_up(descriptor.enter(shared.outside_id()).as_ref());
+                        continue;
+                    }
                     Cover::Poison => Work::Install(run, Content::Poison),
                 };
-                match complete(shared, &mut filler, descriptor, work) {
-                    Completed::Yes => progress(bytes),
-                    Completed::Unable => given_up += 1,
+                match complete(shared, &mut filler, descriptor, work, cover, patience) {
+                    Completed::Yes => {
+                        let done = run_pages.filter(|page| !is_left(segment, page)).count();
+                        progress((done as u64) << segment.region.page_shift);
+                    }
+                    Completed::Unable => {
+                        unable += 1;
+                        // What is lacking for one is lacking for the next.
+                        patience = 1;
+                    }
                     Completed::Gone => return Ok(0),
                 }
-                next = after;
+                // A kernel that can't poison one can poison none.
+                if poison && unable > 0 {
+                    break;
+                }
             }
-            left += pages.filter(|page| segment.region.pages.is_absent(*page)).count();
-        }
-        if left == 0 || left == given_up {
-            return Ok(left);
+            let pages = pages.filter(|page| is_left(segment, page));
+            let counts = pages.map(|page| (1, usize::from(segment.region.pages.is_in_work(page))));
+            let (absent, loading) = counts.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+            (left, in_work) = (left + absent, in_work + loading);
         }
         if descriptor.enter(shared.outside_id()).is_none() {
             return Ok(0);
+        }
+        // Where nothing is mapped any more there is nothing to cover.
+        left = left.saturating_sub(filler.unmapped);
+        rounds = if in_work > 0 { 0 } else { rounds + 1 };
+        if left == 0 || left == unable || poison && unable > 0 || rounds == ROUNDS {
+            segments.iter().filter(|_| left > 0).for_each(|segment| segment.region.set_ending(false));
+            return Ok(left);
         }
         // What is left is being loaded by the pager's threads, was removed since, or failed among others.
         std::thread::park_timeout(Duration::from_millis(1));
@@ -79,7 +122,14 @@ enum Completed {
 }
 
 /// Does a piece of work to its end.
-fn complete(shared: &Shared, filler: &mut Filler, descriptor: &Arc<Descriptor>, work: Work) -> Completed {
+fn complete(
+    shared: &Shared,
+    filler: &mut Filler,
+    descriptor: &Arc<Descriptor>,
+    work: Work,
+    cover: Cover,
+    patience: usize,
+) -> Completed {
     let mut next = Some(work);
     let mut tries = 0;
     while let Some(work) = next.take() {
@@ -93,12 +143,17 @@ fn complete(shared: &Shared, filler: &mut Filler, descriptor: &Arc<Descriptor>, 
                 filler.give_up(descriptor, work);
                 return Completed::Unable;
             }
-            // Nobody reads the events any more that this waits for.
-            Done::Later(work, _) if tries > 64 && shared.is_stopping() => {
-                filler.give_up(descriptor, work);
-                return Completed::Unable;
-            }
             Done::Later(work, wait) => {
+                let most = match wait {
+                    Wait::Kernel(Errno::EAGAIN) if !shared.is_stopping() => LONG_PATIENCE,
+                    Wait::For(_) if cover == Cover::ContentAtOnce => 0,
+                    Wait::For(_) => usize::MAX,
+                    _ => patience,
+                };
+                if tries >= most {
+                    filler.give_up(descriptor, work);
+                    return Completed::Unable;
+                }
                 let delay = match wait {
                     Wait::For(delay) => delay,
                     _ => Duration::from_micros(1 << tries.min(16)),
