@@ -233,6 +233,14 @@
 
 #![deny(unsafe_code)]
 
+// Tests of the inside share what the others have, which names the crate from outside.
+#[cfg(test)]
+extern crate self as userfaultfd;
+#[cfg(test)]
+#[path = "../tests/kernel/support/mod.rs"]
+#[expect(dead_code, unsafe_code, reason = "it has what the tests of the kernel need")]
+mod support;
+
 mod builder;
 pub mod dirty;
 mod error;

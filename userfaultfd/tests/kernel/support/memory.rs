@@ -344,13 +344,32 @@ impl Memory {
     /// be accessed here any more, unless `flags` keeps them mapped.
     pub(crate) fn move_over(&self, first: usize, pages: usize, to: &Memory, flags: libc::c_int) {
         assert!(pages <= to.pages);
-        if flags & libc::MREMAP_DONTUNMAP == 0 {
+        self.try_move(first, pages, to.start(), flags).expect("mremap");
+    }
+
+    /// Moves some pages to an address, over what is mapped there, likewise.
+    pub(crate) fn try_move(
+        &self,
+        first: usize,
+        pages: usize,
+        to: *mut c_void,
+        flags: libc::c_int,
+    ) -> std::io::Result<()> {
+        let (len, stay) = (pages * self.page(), flags & libc::MREMAP_DONTUNMAP != 0);
+        if !stay {
             self.unmapped.lock().unwrap().push(first..first + pages);
         }
-        let (len, flags) = (pages * self.page(), libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | flags);
-        // SAFETY: both ranges lie inside their mappings, whose content nobody borrows.
-        let moved = unsafe { libc::mremap(self.at(first), len, len, flags, to.start()) };
-        assert_eq!(moved, to.start(), "mremap: {}", std::io::Error::last_os_error());
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | flags;
+        // SAFETY: the pages are this mapping's, and so are those at the destination the caller's; nobody borrows them.
+        let moved = unsafe { libc::mremap(self.at(first), len, len, flags, to) };
+        if moved == to {
+            return Ok(());
+        }
+        let error = std::io::Error::last_os_error();
+        if !stay {
+            self.unmapped.lock().unwrap().pop();
+        }
+        Err(error)
     }
 
     /// Makes the mapping of `from` pages one of `to` pages in its place, by mremap(2). What is behind it must

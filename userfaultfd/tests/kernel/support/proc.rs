@@ -24,7 +24,7 @@ pub(crate) struct Fdinfo {
 
 /// Reads a small file of /proc, without allocating: a thread that waits in fork(2) for its event to be read
 /// holds the locks of the allocator meanwhile.
-fn read<'a>(path: fmt::Arguments<'_>, text: &'a mut [u8; 512]) -> Option<&'a str> {
+pub(crate) fn read<'a>(path: fmt::Arguments<'_>, text: &'a mut [u8; 512]) -> Option<&'a str> {
     let mut name = [0; 64];
     let mut rest = &mut name[..];
     rest.write_fmt(path).unwrap();
