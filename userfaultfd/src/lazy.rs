@@ -7,8 +7,8 @@ use std::sync::Arc;
 use memmap2::{Advice, MmapMut, MmapOptions};
 
 use crate::pager::{
-    self, Absent, Around, Delivery, DescriptorId, PageSource, Pager, PagerBuilder, Problem, Progress, Region,
-    RegionId, Retry, Statistics,
+    self, Absent, Around, Delivery, DescriptorId, Error, PageSource, Pager, PagerBuilder, Problem, Progress,
+    Region, RegionId, Retry, SignalSafe, Statistics, sigbus,
 };
 use crate::{FeatureFlags, Uffd, UffdBuilder};
 
@@ -51,12 +51,18 @@ const ADAPTIVE: usize = 1 << 20;
 ///
 /// A thread that touches the memory may wait for the source, whatever locks it holds: see [`PageSource`].
 pub struct LazyMemory {
-    pager: Arc<Pager>,
-    descriptor: DescriptorId,
-    region: RegionId,
+    served: Served,
     memory: MmapMut,
     len: usize,
     serves_kernel: bool,
+}
+
+/// Who fills it.
+#[derive(Debug)]
+enum Served {
+    Pager(Arc<Pager>, DescriptorId, RegionId),
+    /// The threads that touch it.
+    Sigbus(sigbus::Owned),
 }
 
 /// How a [`LazyMemory`] is to be.
@@ -87,6 +93,10 @@ pub struct LazyBuilder {
     pager: Option<Arc<Pager>>,
     own: PagerBuilder,
     kernel: Option<bool>,
+    /// The borders of a source whose faults are handled in the thread that makes them.
+    sigbus: Option<Vec<u64>>,
+    /// A method that only memory with a pager has a use for.
+    for_pager: Option<&'static str>,
 }
 
 impl LazyMemory {
@@ -111,7 +121,48 @@ impl LazyMemory {
             pager: None,
             own: Pager::builder(),
             kernel: None,
+            sigbus: None,
+            for_pager: None,
         }
+    }
+
+    /// Memory that is filled in the very thread that touches it, by a handler of SIGBUS: no thread is waked for a
+    /// fault, which is what takes most of its time otherwise. Nor is a [pager](Self::pager) needed.
+    ///
+    /// [`len`](LazyBuilder::len), [`offset`](LazyBuilder::offset), [`huge_pages`](LazyBuilder::huge_pages) and
+    /// [`around`](LazyBuilder::around) say how it is to be; the other methods of the builder are about pagers.
+    ///
+    /// ```
+    /// use userfaultfd::LazyMemory;
+    /// use userfaultfd::pager::MappedFileSource;
+    ///
+    /// let memory = LazyMemory::sigbus(MappedFileSource::open(std::env::current_exe()?)?).build()?;
+    /// assert_eq!(memory[1..4], *b"ELF");
+    /// assert_eq!(memory.statistics().missing_faults, 1);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # What is different
+    ///
+    /// - System calls that meet a page that nobody has touched fail with `EFAULT`, always:
+    ///   [`populate`](Self::populate) the range before. [`serves_kernel`](Self::serves_kernel) is `false`.
+    /// - A thread that has SIGBUS blocked must not touch a missing page: the kernel ends the process.
+    /// - When the source fails (a file that has become shorter), the page is poisoned at once. Before Linux 6.6, which
+    ///   can't poison, each access to it raises SIGBUS all the same.
+    ///
+    /// # The handler
+    ///
+    /// It is installed when the first such memory is built, and stays. It runs on the alternate stack of a thread
+    /// that has one, with all signals blocked. A SIGBUS that isn't about a missing page of such memory (a mapped file
+    /// that was truncated, an unaligned access, a page that is poisoned, kill(2)) is passed on to what was there
+    /// before: to a handler with the arguments and the blocked signals that it would have got, or the process ends of
+    /// SIGBUS as it would have.
+    ///
+    /// If the program installs a handler of its own **later**, that takes the place of this one. It must call the one
+    /// that sigaction(2) gave back to it for each SIGBUS that it doesn't know, or missing pages are its crashes.
+    pub fn sigbus(source: impl SignalSafe + 'static) -> LazyBuilder {
+        let borders = source.borders();
+        LazyBuilder { sigbus: Some(borders), ..Self::builder(source) }
     }
 
     /// Whether system calls can be given the memory before it was touched.
@@ -155,7 +206,10 @@ impl LazyMemory {
     /// [`Unfilled`](pager::Error::Unfilled): the source fails, before Linux 6.6.
     /// [`NotServed`](pager::Error::NotServed): it was done before.
     pub fn fill(&self, progress: impl FnMut(Progress)) -> pager::Result<()> {
-        self.pager.finish_region(self.region, progress)
+        match &self.served {
+            Served::Pager(pager, _, region) => pager.finish_region(*region, progress),
+            Served::Sigbus(owned) => owned.lazy().fill(progress),
+        }
     }
 
     /// What nobody has touched yet, nor filled.
@@ -164,19 +218,29 @@ impl LazyMemory {
     ///
     /// [`NotServed`](pager::Error::NotServed): nothing is, since all was [filled](Self::fill).
     pub fn absent(&self) -> pager::Result<Vec<Absent>> {
-        self.pager.absent(self.region)
+        match &self.served {
+            Served::Pager(pager, _, region) => pager.absent(*region),
+            Served::Sigbus(owned) => owned.lazy().absent(),
+        }
     }
 
-    /// What the pager has done so far, for all memory that it serves.
+    /// What the pager has done so far, for all memory that it serves; or what was done for this memory, where there is
+    /// none.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
-        self.pager.statistics()
+        match &self.served {
+            Served::Pager(pager, ..) => pager.statistics(),
+            Served::Sigbus(owned) => owned.lazy().statistics(),
+        }
     }
 
-    /// The pager.
+    /// The pager. `None` if there is none: [`sigbus`](Self::sigbus).
     #[must_use]
-    pub fn pager(&self) -> &Arc<Pager> {
-        &self.pager
+    pub fn pager(&self) -> Option<&Arc<Pager>> {
+        match &self.served {
+            Served::Pager(pager, ..) => Some(pager),
+            Served::Sigbus(_) => None,
+        }
     }
 }
 
@@ -216,30 +280,35 @@ impl LazyBuilder {
     /// fault, a MiB at a time by so many threads. See [`PagerBuilder::readers`].
     pub fn read_ahead(mut self, readers: usize, most: usize) -> Self {
         self.own = self.own.readers(readers);
+        self.for_pager = Some("read_ahead");
         self.around(Around::Adaptive { most })
     }
 
     /// How faults reach the thread that answers them. The default is [`Delivery::Adaptive`].
     pub fn delivery(mut self, delivery: Delivery) -> Self {
         self.own = self.own.delivery(delivery);
+        self.for_pager = Some("delivery");
         self
     }
 
     /// How many threads read the source. The default is 1.
     pub fn threads(mut self, threads: usize) -> Self {
         self.own = self.own.threads(threads);
+        self.for_pager = Some("threads");
         self
     }
 
     /// How often the source is asked when it fails. The default is [`Retry::default`].
     pub fn retry(mut self, retry: Retry) -> Self {
         self.own = self.own.retry(retry);
+        self.for_pager = Some("retry");
         self
     }
 
     /// What to call when the source fails, or something else goes wrong: see [`PagerBuilder::on_problem`].
     pub fn on_problem(mut self, on_problem: impl Fn(&Problem) + Send + Sync + 'static) -> Self {
         self.own = self.own.on_problem(on_problem);
+        self.for_pager = Some("on_problem");
         self
     }
 
@@ -247,6 +316,7 @@ impl LazyBuilder {
     /// pager's.
     pub fn pager(mut self, pager: &Arc<Pager>) -> Self {
         self.pager = Some(Arc::clone(pager));
+        self.for_pager = Some("pager");
         self
     }
 
@@ -264,15 +334,22 @@ impl LazyBuilder {
     /// - [`EmptyRegion`](pager::Error::EmptyRegion): no bytes; a source without an end, and no length.
     /// - [`BeyondSource`](pager::Error::BeyondSource): the source has less.
     /// - [`PageSize`](pager::Error::PageSize): there are no huge pages of this size.
+    /// - [`NotWithSigbus`](pager::Error::NotWithSigbus): something was asked for that takes a pager.
+    /// - [`Source`](pager::Error::Source): the page with the end of the source couldn't be read, which
+    ///   [`sigbus`](LazyMemory::sigbus) does at once.
     /// - [`Uffd`](pager::Error::Uffd): no userfaultfd can be had; the error tells what helps.
     /// - [`System`](pager::Error::System): memory or a thread can't be had; `ENOMEM` of huge pages: so many aren't
     ///   reserved.
     pub fn build(self) -> pager::Result<LazyMemory> {
-        let Self { source, offset, len, page_size, around, pager, own, kernel } = self;
+        let Self { source, offset, len, page_size, around, pager, own, kernel, sigbus, for_pager } = self;
         let rest = source.len().map(|end| usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX));
-        let len = len.or(rest).filter(|len| *len > 0).ok_or(pager::Error::EmptyRegion { address: 0 })?;
+        let len = len.or(rest).filter(|len| *len > 0).ok_or(Error::EmptyRegion { address: 0 })?;
         if !page_size.is_power_of_two() || page_size < crate::page_size() {
-            return Err(pager::Error::PageSize { address: 0, page_size });
+            return Err(Error::PageSize { address: 0, page_size });
+        }
+        let option = for_pager.or((kernel == Some(true)).then_some("serve_kernel"));
+        if let (Some(option), Some(_)) = (option, &sigbus) {
+            return Err(Error::NotWithSigbus { option });
         }
         let around = match around {
             Around::Block(block) => Around::Block(block.max(1).next_multiple_of(page_size)),
@@ -281,7 +358,7 @@ impl LazyBuilder {
         let huge = (page_size != crate::page_size()).then(|| page_size.trailing_zeros() as u8);
         let Some(whole) = len.checked_next_multiple_of(page_size).filter(|len| isize::try_from(*len).is_ok())
         else {
-            return Err(pager::Error::Unaligned { address: 0, len, page_size });
+            return Err(Error::Unaligned { address: 0, len, page_size });
         };
         let mut options = MmapOptions::new();
         options.len(whole);
@@ -291,36 +368,48 @@ impl LazyBuilder {
         };
         let mut memory = options.map_anon()?;
         memory.advise(Advice::DontFork)?;
-        let (uffd, serves_kernel) = open(kernel)?;
-        let pager = match pager {
-            Some(pager) => pager,
-            None => Arc::new(own.build()?),
-        };
         let region = Region::new(memory.as_mut_ptr().expose_provenance(), whole, source)
             .offset(offset)
             .page_size(page_size)
             .around(around);
+        if let Some(borders) = sigbus {
+            let uffd = open(false, true)?;
+            #[expect(unsafe_code, reason = "the memory is this function's")]
+            // SAFETY: as for `add_own`; `LazyMemory::sigbus` takes nothing but sources that are signal-safe, and these
+            // are the source's borders.
+            let owned = unsafe { sigbus::Owned::new(uffd, region, &borders) }?;
+            return Ok(LazyMemory { served: Served::Sigbus(owned), memory, len, serves_kernel: false });
+        }
+        let (uffd, serves_kernel) = match kernel {
+            Some(kernel) => (open(kernel, false)?, kernel),
+            None => match open(true, false) {
+                Ok(uffd) => (uffd, true),
+                Err(_) => (open(false, false)?, false),
+            },
+        };
+        let pager = match pager {
+            Some(pager) => pager,
+            None => Arc::new(own.build()?),
+        };
         #[expect(unsafe_code, reason = "the memory is this function's")]
         // SAFETY: nobody has seen the memory yet, and bytes are good whatever they are. It is unmapped only after the
         // pager has let go of it, and poison is what the documentation says.
         let added = unsafe { pager.add_own(uffd, [region]) }.map_err(|refused| refused.error)?;
-        let (descriptor, region) = (added.descriptor, added.regions[0]);
-        Ok(LazyMemory { pager, descriptor, region, memory, len, serves_kernel })
+        let served = Served::Pager(pager, added.descriptor, added.regions[0]);
+        Ok(LazyMemory { served, memory, len, serves_kernel })
     }
 }
 
-/// A userfaultfd, and whether it delivers faults from kernel mode.
-fn open(kernel: Option<bool>) -> crate::Result<(Uffd, bool)> {
-    let open = |kernel: bool| {
-        let mut builder = UffdBuilder::new();
-        builder.close_on_exec(true).non_blocking(true).user_mode_only(!kernel);
+/// A userfaultfd.
+fn open(kernel: bool, sigbus: bool) -> crate::Result<Uffd> {
+    let mut builder = UffdBuilder::new();
+    builder.close_on_exec(true).non_blocking(true).user_mode_only(!kernel);
+    if sigbus {
+        builder.require_features(FeatureFlags::SIGBUS);
+    } else {
         builder.request_features(FeatureFlags::THREAD_ID);
-        builder.create().map(|uffd| (uffd, kernel))
-    };
-    match kernel {
-        Some(kernel) => open(kernel),
-        None => open(true).or_else(|_| open(false)),
     }
+    builder.create()
 }
 
 impl Deref for LazyMemory {
@@ -354,7 +443,10 @@ impl AsMut<[u8]> for LazyMemory {
 impl Drop for LazyMemory {
     fn drop(&mut self) {
         // Nobody refers to the memory any more, so that what is absent may stay so. The mapping goes after this.
-        drop(self.pager.remove(self.descriptor));
+        if let Served::Pager(pager, descriptor, _) = &self.served {
+            drop(pager.remove(*descriptor));
+        }
+        // Handlers let go of it when `served` is dropped, which is before `memory`.
     }
 }
 
@@ -378,6 +470,7 @@ impl fmt::Debug for LazyBuilder {
             .field("page_size", &self.page_size)
             .field("around", &self.around)
             .field("kernel", &self.kernel)
+            .field("sigbus", &self.sigbus.is_some())
             .finish_non_exhaustive()
     }
 }

@@ -65,7 +65,7 @@
 //! | know what was written, cheaply | [`WRITE_PROTECT`] and [`WP_ASYNC`] | nothing: [`DirtyTracker`] tells |
 //! | act before any access, or know what is in use | [`READ_WRITE_PROTECT`] and [`RWP`] | [`remove_read_write_protection`](Uffd::remove_read_write_protection) |
 //! | content that is lost for good | any | [`poison`](Uffd::poison) |
-//! | faults resolved in the faulting thread itself | [`SIGBUS`] | a signal handler that fills the page |
+//! | faults resolved in the faulting thread itself | [`SIGBUS`] | a signal handler that fills the page: [`LazyMemory::sigbus`] |
 //!
 //! What works on which memory:
 //!

@@ -122,6 +122,23 @@ pub enum Error {
         pages: usize,
     },
 
+    /// The source failed to deliver what had to be read at once.
+    #[error("the source failed at byte {offset:#x}")]
+    Source {
+        /// Where in the source, in bytes.
+        offset: u64,
+        /// What it said.
+        #[source]
+        error: io::Error,
+    },
+
+    /// Memory whose faults are handled in the thread that makes them needs no pager, and asks for nothing twice.
+    #[error("{option} doesn't go with LazyMemory::sigbus")]
+    NotWithSigbus {
+        /// The method of [`LazyBuilder`](crate::LazyBuilder).
+        option: &'static str,
+    },
+
     /// The kernel refused something about the descriptor.
     #[error("the kernel refused")]
     Uffd(#[from] crate::Error),

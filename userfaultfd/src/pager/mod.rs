@@ -87,6 +87,7 @@ mod run;
 mod serve;
 mod shared;
 mod shutdown;
+pub(crate) mod sigbus;
 mod source;
 mod stats;
 mod trace;
@@ -100,6 +101,7 @@ pub use around::Around;
 pub use delivery::Delivery;
 pub use error::{Error, Problem, Refused, Result, Retry};
 pub use region::Region;
+pub use sigbus::{SignalSafe, SignalSafeConcat};
 pub use source::{
     BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
 };

@@ -168,6 +168,11 @@ impl Pages {
         self.cells()[page].load(Ordering::Acquire) & REMOVED != 0
     }
 
+    /// Whether a thread is about to put content there.
+    pub(crate) fn is_loading(&self, page: usize) -> bool {
+        self.cells()[page].load(Ordering::Acquire) & LOADING != 0
+    }
+
     /// Whether a page is neither there nor poisoned.
     pub(crate) fn is_absent(&self, page: usize) -> bool {
         self.cells()[page].load(Ordering::Acquire) & (PRESENT | POISONED) == 0

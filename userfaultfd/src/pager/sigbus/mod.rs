@@ -1,0 +1,104 @@
+//! Faults that are answered in the thread that makes them, by a handler of SIGBUS: for
+//! [`LazyMemory::sigbus`](crate::LazyMemory::sigbus).
+
+mod concat;
+mod handler;
+mod memory;
+mod table;
+
+pub use concat::SignalSafeConcat;
+pub(crate) use memory::Owned;
+
+use std::sync::Arc;
+
+use super::{BytesSource, MappedFileSource, PageSource, ZeroSource};
+
+/// A source that a signal handler may ask, for [`LazyMemory::sigbus`](crate::LazyMemory::sigbus).
+///
+/// A signal may come anywhere: while the thread that it interrupts allocates memory, or holds any other lock. So a
+/// handler may do little, and what it calls, too: see
+/// [signal-safety(7)](https://man7.org/linux/man-pages/man7/signal-safety.7.html).
+///
+/// ```
+/// use std::io;
+/// use userfaultfd::pager::{Fill, PageSource, SignalSafe, SourceBytes};
+///
+/// /// The same page again and again.
+/// struct Pattern(Vec<u8>);
+///
+/// impl PageSource for Pattern {
+///     fn read(&self, _: u64, page: &mut [u8]) -> io::Result<Fill> {
+///         page.chunks_mut(self.0.len()).for_each(|page| page.copy_from_slice(&self.0));
+///         Ok(Fill::Data)
+///     }
+///
+///     fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
+///         let whole = offset % self.0.len() as u64 == 0;
+///         self.0.get(..len).filter(|_| whole).map(SourceBytes::from)
+///     }
+/// }
+///
+/// // SAFETY: `bytes` computes, and answers for each page; `zeros` is the one that is provided.
+/// unsafe impl SignalSafe for Pattern {}
+///
+/// let pattern = Pattern(vec![7; userfaultfd::page_size()]);
+/// let memory = userfaultfd::LazyMemory::sigbus(pattern).len(1 << 20).build()?;
+/// assert_eq!(memory[123_456], 7);
+/// # Ok::<(), userfaultfd::pager::Error>(())
+/// ```
+///
+/// # Safety
+///
+/// Whoever implements it must make sure that
+///
+/// - [`bytes`](PageSource::bytes), [`zeros`](PageSource::zeros) and [`len`](PageSource::len) are async-signal-safe:
+///   they allocate and free nothing, take no lock, use no thread-local that is initialised lazily, don't panic, and
+///   touch no memory that is filled so.
+/// - for each page they answer with the one or the other, as long as the source is whole: `zeros` tells at least a
+///   page, or `bytes` has it. Pages with a [border](Self::borders) inside are excepted.
+#[expect(unsafe_code, reason = "only who implements it can know")]
+pub unsafe trait SignalSafe: PageSource {
+    /// Offsets, in bytes, at which content of different kinds meets. A page that has one inside is
+    /// [read](PageSource::read) when the memory is built. The default is the end, of a source that has one.
+    fn borders(&self) -> Vec<u64> {
+        self.len().into_iter().collect()
+    }
+}
+
+/// Bytes of such types are reached without anything being called.
+macro_rules! plain_bytes {
+    ($([$($generics:tt)*] $bytes:ty,)*) => {$(
+        // SAFETY: computes with the address and the length that the bytes have, and has each page that isn't cut by
+        // the end.
+        #[expect(unsafe_code, reason = "the contract is kept, as told")]
+        unsafe impl<$($generics)*> SignalSafe for BytesSource<$bytes> {}
+    )*};
+}
+
+plain_bytes! {
+    [] Vec<u8>,
+    [] Box<[u8]>,
+    [] Arc<[u8]>,
+    [] &'static [u8],
+    [] &'static str,
+    [] String,
+    [const N: usize] [u8; N],
+    [const N: usize] &'static [u8; N],
+}
+
+// SAFETY: beside computing there are calls of lseek(2) and fstat(2). It has each page that isn't cut by the end; if the
+// file has become shorter, the source isn't whole.
+#[expect(unsafe_code, reason = "the contract is kept, as told")]
+unsafe impl SignalSafe for MappedFileSource {}
+
+// SAFETY: all is zero.
+#[expect(unsafe_code, reason = "the contract is kept, as told")]
+unsafe impl SignalSafe for ZeroSource {}
+
+// SAFETY: asks the source inside, without a lock.
+#[expect(unsafe_code, reason = "the contract is kept, as told")]
+unsafe impl<S: SignalSafe + ?Sized> SignalSafe for Arc<S> {
+    fn borders(&self) -> Vec<u64> {
+        (**self).borders()
+    }
+}

@@ -1,0 +1,308 @@
+//! A SIGBUS that isn't about a missing page goes where it would have gone.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
+
+use userfaultfd::pager::{BytesSource, Fill, MappedFileSource, PageSource, SignalSafe, SourceBytes};
+use userfaultfd::{FeatureFlags, LazyMemory};
+
+use super::support::mapping::{self, Mapping};
+use super::support::raw::check;
+use super::support::{self, child, page, proc, require, signal, test_name};
+use super::{byte, content, lazy};
+
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+static ADDRESS: AtomicUsize = AtomicUsize::new(0);
+static CODE: AtomicI32 = AtomicI32::new(0);
+/// The signals that are blocked while the handler runs, a bit for each of 1 to 31.
+static BLOCKED: AtomicU64 = AtomicU64::new(0);
+/// Whether to make the access possible.
+static REPAIR: AtomicBool = AtomicBool::new(true);
+
+fn note() {
+    CALLS.fetch_add(1, Ordering::SeqCst);
+    let mut set = std::mem::MaybeUninit::uninit();
+    // SAFETY: the set is borrowed for the call, which writes it.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, ptr::null(), set.as_mut_ptr()) };
+    // SAFETY: written above.
+    let set = unsafe { set.assume_init() };
+    // SAFETY: as above.
+    let is_blocked = |signal: &i32| unsafe { libc::sigismember(&set, *signal) } == 1;
+    BLOCKED.store((1..32).filter(is_blocked).map(|signal| 1 << signal).sum(), Ordering::SeqCst);
+}
+
+/// Puts a page in the place of the one that was accessed.
+fn repair(address: usize) {
+    if REPAIR.load(Ordering::SeqCst) {
+        let start = ptr::without_provenance_mut(address / page() * page());
+        let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: replaces the page that was accessed, to which nobody has a reference.
+        unsafe { libc::mmap(start, page(), libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    }
+}
+
+extern "C" fn with_information(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid structure.
+    let information = unsafe { &*info };
+    // SAFETY: a fault's structure has an address.
+    let address = unsafe { information.si_addr() }.addr();
+    assert!(!context.is_null());
+    CODE.store(information.si_code, Ordering::SeqCst);
+    ADDRESS.store(address, Ordering::SeqCst);
+    note();
+    repair(address);
+}
+
+extern "C" fn plain(signal: libc::c_int) {
+    assert_eq!(signal, libc::SIGBUS);
+    note();
+    repair(ADDRESS.load(Ordering::SeqCst));
+}
+
+/// Has SIGBUS handled, as a program does that knows nothing of this library.
+fn handle(handler: usize, flags: libc::c_int, mask: &[libc::c_int]) {
+    // SAFETY: all zeros is an action without flags and with nothing blocked.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler;
+    action.sa_flags = flags;
+    for signal in mask {
+        // SAFETY: the set is borrowed for the call.
+        unsafe { libc::sigaddset(&mut action.sa_mask, *signal) };
+    }
+    // SAFETY: the handlers do but what a signal handler may.
+    check(unsafe { libc::sigaction(libc::SIGBUS, &action, ptr::null_mut()) }).unwrap();
+}
+
+const WITH_INFORMATION: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
+    with_information;
+
+/// A mapping beyond the end of its file.
+fn beyond_the_end() -> Mapping {
+    Mapping::shared(1, mapping::memfd(0, 0).as_fd()).unwrap()
+}
+
+fn read(address: *const libc::c_void) -> u8 {
+    // SAFETY: mapped, or a handler makes it so, or the process ends.
+    unsafe { address.cast::<u8>().read_volatile() }
+}
+
+/// Memory with a page that the source has lost.
+fn truncated() -> LazyMemory {
+    let file = File::from(mapping::memfd(0, 4));
+    file.write_all_at(&content(4 * page()), 0).unwrap();
+    let source = MappedFileSource::new(file.try_clone().unwrap()).unwrap();
+    let memory = LazyMemory::sigbus(source).block(4 * page()).build().unwrap();
+    file.set_len(2 * page() as u64).unwrap();
+    memory
+}
+
+fn bits(signals: &[libc::c_int]) -> u64 {
+    signals.iter().map(|signal| 1 << signal).sum()
+}
+
+/// Runs `body` in a process of its own, which must end by SIGBUS.
+#[track_caller]
+fn dies(test: &'static str, body: impl FnOnce()) {
+    if let Some(output) = child::run(test, body) {
+        assert_eq!(output.status.signal(), Some(libc::SIGBUS), "{output:?}");
+    }
+}
+
+#[test]
+fn a_handler_that_was_there_gets_what_is_not_ours() {
+    require!();
+    child::run_well(test_name!(), || {
+        handle(WITH_INFORMATION as usize, libc::SA_SIGINFO, &[libc::SIGUSR1]);
+        let memory = lazy(4);
+        assert_eq!(memory[0], byte(0));
+        assert_eq!(CALLS.load(Ordering::SeqCst), 0, "a missing page is none of its business");
+        let foreign = beyond_the_end();
+        assert_eq!(read(foreign.start), 0);
+        assert_eq!(CALLS.load(Ordering::SeqCst), 1);
+        assert_eq!(ADDRESS.load(Ordering::SeqCst), foreign.start.addr());
+        assert_eq!(CODE.load(Ordering::SeqCst), libc::BUS_ADRERR);
+        let blocked = BLOCKED.load(Ordering::SeqCst);
+        if cfg!(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "s390x")) {
+            assert_eq!(blocked, bits(&[libc::SIGUSR1, libc::SIGBUS]));
+        }
+        // Nothing of that is left.
+        note();
+        assert_eq!(BLOCKED.load(Ordering::SeqCst), 0);
+        signal::send(proc::thread_id(), libc::SIGBUS);
+        assert_eq!((CALLS.load(Ordering::SeqCst), CODE.load(Ordering::SeqCst)), (3, libc::SI_TKILL));
+        assert_eq!(memory[page()], byte(page()));
+    });
+}
+
+#[test]
+fn a_handler_is_called_as_its_flags_say() {
+    require!();
+    child::run_well(test_name!(), || {
+        handle(plain as extern "C" fn(_) as usize, libc::SA_NODEFER, &[]);
+        let memory = lazy(4);
+        let foreign = beyond_the_end();
+        ADDRESS.store(foreign.start.addr(), Ordering::SeqCst);
+        assert_eq!((read(foreign.start), memory[0]), (0, byte(0)));
+        assert_eq!(CALLS.load(Ordering::SeqCst), 1);
+        if cfg!(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "s390x")) {
+            assert_eq!(BLOCKED.load(Ordering::SeqCst), 0);
+        }
+    });
+}
+
+#[test]
+fn a_handler_for_once_is_called_once() {
+    require!();
+    dies(test_name!(), || {
+        handle(WITH_INFORMATION as usize, libc::SA_SIGINFO | libc::SA_RESETHAND, &[]);
+        let memory = lazy(4);
+        let (first, second) = (beyond_the_end(), beyond_the_end());
+        assert_eq!((read(first.start), memory[0], CALLS.load(Ordering::SeqCst)), (0, byte(0), 1));
+        read(second.start);
+        unreachable!("the second is deadly");
+    });
+}
+
+#[test]
+fn without_a_handler_the_process_ends() {
+    require!();
+    dies(test_name!(), || {
+        handle(libc::SIG_DFL, 0, &[]);
+        assert_eq!(lazy(4)[0], byte(0));
+        read(beyond_the_end().start);
+    });
+}
+
+#[test]
+fn the_handler_of_rusts_runtime_lets_the_process_end() {
+    require!();
+    dies(test_name!(), || {
+        assert_eq!(lazy(4)[0], byte(0));
+        read(beyond_the_end().start);
+    });
+}
+
+#[test]
+fn a_signal_that_is_sent_ends_the_process_as_before() {
+    require!();
+    dies(test_name!(), || {
+        handle(libc::SIG_DFL, 0, &[]);
+        assert_eq!(lazy(4)[0], byte(0));
+        signal::send(proc::thread_id(), libc::SIGBUS);
+    });
+}
+
+#[test]
+fn what_was_ignored_is_ignored_if_it_was_sent() {
+    require!();
+    dies(test_name!(), || {
+        handle(libc::SIG_IGN, 0, &[]);
+        let memory = lazy(4);
+        signal::send(proc::thread_id(), libc::SIGBUS);
+        assert_eq!(memory[0], byte(0));
+        // The kernel doesn't let that be ignored.
+        read(beyond_the_end().start);
+    });
+}
+
+#[test]
+fn a_page_whose_content_is_lost_is_sigbus() {
+    require!();
+    child::run_well(test_name!(), || {
+        handle(WITH_INFORMATION as usize, libc::SA_SIGINFO, &[]);
+        let memory = truncated();
+        assert_eq!(memory[page()], byte(page()), "what is left is there, in spite of its block");
+        assert_eq!(CALLS.load(Ordering::SeqCst), 0);
+        let lost = memory[3 * page()..].as_ptr().cast();
+        let _repaired = read(lost);
+        assert_eq!((CALLS.load(Ordering::SeqCst), ADDRESS.load(Ordering::SeqCst)), (1, lost.addr()));
+        let statistics = memory.statistics();
+        assert_eq!(statistics.source_errors, 1);
+        if support::features().contains(FeatureFlags::POISON) {
+            assert_eq!((statistics.poisoned, statistics.present_pages), (1, 2));
+        } else {
+            assert_eq!((statistics.poisoned, statistics.present_pages), (0, 2));
+        }
+    });
+}
+
+#[test]
+fn a_page_whose_content_is_lost_ends_the_process() {
+    require!();
+    dies(test_name!(), || {
+        let memory = truncated();
+        assert_eq!(memory[page()], byte(page()));
+        std::hint::black_box(memory[3 * page()]);
+    });
+}
+
+#[test]
+fn a_source_without_an_answer_is_sigbus() {
+    require!();
+    struct Half;
+    impl PageSource for Half {
+        fn read(&self, _: u64, _: &mut [u8]) -> std::io::Result<Fill> {
+            unreachable!("it has no borders")
+        }
+        fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
+            static ONES: [u8; 1 << 16] = [1; 1 << 16];
+            ONES.get(..len).filter(|_| offset == 0).map(SourceBytes::from)
+        }
+    }
+    // SAFETY: it computes. What it doesn't answer for is what this test is about.
+    unsafe impl SignalSafe for Half {}
+    dies(test_name!(), || {
+        let memory = LazyMemory::sigbus(Half).len(8 * page()).block(2 * page()).build().unwrap();
+        assert_eq!(memory[5], 1);
+        std::hint::black_box(memory[6 * page()]);
+    });
+}
+
+#[test]
+fn a_fault_that_never_ends_is_passed_on() {
+    require!();
+    child::run_well(test_name!(), || {
+        handle(WITH_INFORMATION as usize, libc::SA_SIGINFO, &[]);
+        REPAIR.store(false, Ordering::SeqCst);
+        let memory = lazy(1);
+        assert_eq!(memory[0], byte(0));
+        // What the kernel would say if the page faulted again and again though it is there.
+        // SAFETY: all zeros is a valid structure.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        (info.si_signo, info.si_code) = (libc::SIGBUS, libc::BUS_ADRERR);
+        let field = (3 * size_of::<i32>()).next_multiple_of(align_of::<usize>());
+        let field = (&raw mut info).cast::<u8>().wrapping_add(field).cast::<usize>();
+        // SAFETY: inside the structure.
+        unsafe { field.write(memory.as_ptr().addr()) };
+        let (process, thread) = (std::process::id(), proc::thread_id());
+        let mut sent = 0_u32;
+        while CALLS.load(Ordering::SeqCst) == 0 {
+            // SAFETY: the structure is borrowed for the call.
+            let queued =
+                unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, libc::SIGBUS, &info) };
+            check(queued).unwrap();
+            sent += 1;
+        }
+        assert!(sent > 10_000, "{sent} times isn't for ever");
+        assert_eq!(ADDRESS.load(Ordering::SeqCst), memory.as_ptr().addr());
+    });
+}
+
+#[test]
+fn bytes_of_every_type_are_sources() {
+    require!();
+    fn first(source: impl SignalSafe + 'static) -> u8 {
+        LazyMemory::sigbus(source).build().unwrap()[0]
+    }
+    assert_eq!(first(BytesSource::new("x")), b'x');
+    assert_eq!(first(BytesSource::new(String::from("x"))), b'x');
+    assert_eq!(first(BytesSource::new(&b"xy"[..])), b'x');
+    assert_eq!(first(BytesSource::new(b"xy")), b'x');
+    assert_eq!(first(BytesSource::new(*b"xy")), b'x');
+    assert_eq!(first(BytesSource::new(vec![b'x'])), b'x');
+    assert_eq!(first(BytesSource::new(Box::<[u8]>::from(*b"xy"))), b'x');
+}

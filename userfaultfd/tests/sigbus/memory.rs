@@ -1,0 +1,262 @@
+//! What is in the memory, how it is filled, and what is refused.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use userfaultfd::LazyMemory;
+use userfaultfd::pager::{
+    BytesSource, Delivery, Error, Fill, MappedFileSource, PageSource, Pager, Retry, SignalSafe,
+    SignalSafeConcat, ZeroSource,
+};
+
+use super::support::{hugetlb, mapping, page, require, test_name};
+use super::{builder, byte, content, lazy};
+
+/// A file without a name that holds `bytes`.
+fn file(bytes: &[u8]) -> File {
+    let file = File::from(mapping::memfd(0, 0));
+    file.write_all_at(bytes, 0).unwrap();
+    file
+}
+
+#[test]
+fn memory_has_what_its_source_has() {
+    require!();
+    let page = page();
+    for len in [1, page - 1, page, page + 1, 7 * page + 13, 32 * page] {
+        let bytes = content(len);
+        for block in [1, 3 * page, 8 * page] {
+            let memories = [
+                LazyMemory::sigbus(BytesSource::new(bytes.clone())),
+                LazyMemory::sigbus(MappedFileSource::new(file(&bytes)).unwrap()),
+            ];
+            for memory in memories {
+                let memory = memory.block(block).build().unwrap();
+                assert_eq!(memory[len / 2], byte(len / 2));
+                assert!(memory[..] == bytes[..], "{len} bytes by {block}");
+            }
+        }
+        for offset in [0, 1, page, len - 1] {
+            if offset >= len {
+                continue;
+            }
+            let memory = LazyMemory::sigbus(BytesSource::new(bytes.clone()));
+            let memory = memory.offset(offset as u64).build().unwrap();
+            assert!(memory[..] == bytes[offset..], "{len} bytes from {offset}");
+        }
+    }
+}
+
+#[test]
+fn what_is_beyond_the_source_in_its_last_page_is_zero() {
+    require!();
+    let memory = LazyMemory::sigbus(BytesSource::new([7; 5])).len(page()).build().unwrap();
+    assert_eq!(memory[..5], [7; 5]);
+    assert!(memory[5..].iter().all(|byte| *byte == 0));
+    assert_eq!(memory.statistics().missing_faults, 0, "it was read at once");
+}
+
+#[test]
+fn zeros_are_zeros_and_can_be_written() {
+    require!();
+    let mut memory = LazyMemory::sigbus(ZeroSource).len(1 << 20).block(64 << 10).build().unwrap();
+    memory[70_000] = 3;
+    assert_eq!(memory.iter().filter(|byte| **byte != 0).count(), 1);
+    let statistics = memory.statistics();
+    assert_eq!((statistics.fills, statistics.zero_fills), (0, (1 << 20) / page() as u64));
+    assert_eq!(statistics.missing_faults, 16);
+}
+
+#[test]
+fn sources_one_behind_the_other() {
+    require!();
+    let page = page();
+    let parts = [content(3 * page + 100), content(5 * page), content(17), content(2 * page + 1)];
+    let mut source = SignalSafeConcat::new();
+    let mut expected = Vec::new();
+    for part in &parts {
+        source.push(BytesSource::new(part.clone())).unwrap().push_zeros(4 * page as u64).unwrap();
+        expected.extend_from_slice(part);
+        expected.resize(expected.len() + 4 * page, 0);
+    }
+    let mut inner = SignalSafeConcat::new();
+    inner.push(BytesSource::new(content(100))).unwrap().push(BytesSource::new(content(9 * page))).unwrap();
+    let whole = [&content(100)[..], &content(9 * page)].concat();
+    let part = 50..(6 * page + 50) as u64;
+    source.push_part(inner, part.clone()).unwrap();
+    expected.extend_from_slice(&whole[50..6 * page + 50]);
+    assert_eq!(source.len(), Some(expected.len() as u64));
+    let source = std::sync::Arc::new(source);
+    for block in [1, 4 * page, 1 << 20] {
+        let memory = LazyMemory::sigbus(source.clone()).block(block).build().unwrap();
+        assert!(memory[..] == expected[..], "by {block}");
+        let again = LazyMemory::sigbus(source.clone()).block(block).build().unwrap();
+        for at in (0..expected.len()).rev().step_by(97) {
+            assert_eq!(again[at], expected[at], "{at} by {block}");
+        }
+    }
+}
+
+#[test]
+fn a_fault_fills_the_block_around_it_and_nothing_twice() {
+    require!();
+    let page = page();
+    let memory = builder(20).block(8 * page).build().unwrap();
+    for (touched, fills) in [(17, 4), (16, 4), (3, 12), (0, 12), (8, 20), (15, 20)] {
+        assert_eq!(memory[touched * page], byte(touched * page));
+        assert_eq!(memory.statistics().fills, fills, "after {touched}");
+    }
+    let statistics = memory.statistics();
+    assert_eq!((statistics.missing_faults, statistics.prefetched), (3, 17));
+    assert_eq!((statistics.present_pages, statistics.absent_pages), (20, 0));
+    assert_eq!(statistics.bytes, 20 * page as u64);
+    assert_eq!((statistics.fault_latency.count(), statistics.duplicates), (3, 0));
+    assert!(statistics.fault_latency.total() > Duration::ZERO);
+}
+
+#[test]
+fn what_was_written_stays() {
+    require!();
+    let page = page();
+    let mut memory = builder(8).block(4 * page).build().unwrap();
+    memory[page + 1] = 0;
+    memory[5 * page] = 0;
+    assert_eq!(memory[0], byte(0));
+    let mut expected = content(8 * page).to_vec();
+    (expected[page + 1], expected[5 * page]) = (0, 0);
+    assert!(memory[..] == expected[..]);
+}
+
+#[test]
+fn filling_all_leaves_no_fault() {
+    require!();
+    let page = page();
+    let memory = builder(1000).block(2 * page).build().unwrap();
+    assert_eq!(memory[500 * page], byte(500 * page));
+    let absent = memory.absent().unwrap();
+    let lens: Vec<_> = absent.iter().map(|absent| (absent.len / page, absent.offset)).collect();
+    assert_eq!(lens, [(500, Some(0)), (498, Some(502 * page as u64))]);
+    let mut told = Vec::new();
+    memory.fill(|progress| told.push(progress)).unwrap();
+    assert_eq!((told[0].done, told[0].total), (0, 998 * page as u64));
+    assert_eq!(told.last().unwrap().done, 998 * page as u64);
+    assert!(told.is_sorted_by_key(|progress| progress.done));
+    assert!(memory[..] == content(1000 * page)[..]);
+    assert_eq!(memory.statistics().missing_faults, 1);
+    assert!(matches!(memory.fill(|_| {}), Err(Error::NotServed)));
+    assert!(matches!(memory.absent(), Err(Error::NotServed)));
+}
+
+#[test]
+fn a_page_that_was_taken_away_is_zero() {
+    require!();
+    let page = page();
+    let memory = lazy(4);
+    assert_eq!(memory[page], byte(page));
+    let start = std::ptr::with_exposed_provenance_mut(memory[page..].as_ptr().expose_provenance());
+    // SAFETY: bytes are good whatever they are, and nobody refers to them now.
+    assert_eq!(unsafe { libc::madvise(start, page, libc::MADV_DONTNEED) }, 0);
+    let now = |at: usize| {
+        // SAFETY: inside the memory; not what the compiler may have read before.
+        unsafe { memory[at..].as_ptr().read_volatile() }
+    };
+    assert_eq!((now(page), now(2 * page)), (0, byte(2 * page)));
+}
+
+#[test]
+fn system_calls_are_served_what_was_touched() {
+    require!();
+    let page = page();
+    let memory = builder(4).block(page).build().unwrap();
+    assert!(!memory.serves_kernel() && memory.pager().is_none());
+    let to = File::from(mapping::memfd(0, 0));
+    let refused = to.write_at(&memory[page..2 * page], 0).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EFAULT));
+    memory.populate(page..page + 1);
+    assert_eq!(to.write_at(&memory[page..2 * page], 0).unwrap(), page);
+}
+
+#[test]
+fn errno_is_kept() {
+    require!();
+    let memory = lazy(8);
+    // SAFETY: the thread's own.
+    let errno = unsafe { libc::__errno_location() };
+    for number in 0..8 {
+        // SAFETY: as above.
+        unsafe { errno.write(1000 + number) };
+        let here = memory[number as usize * page()];
+        // SAFETY: as above.
+        assert_eq!(unsafe { errno.read() }, 1000 + number);
+        assert_eq!(here, byte(number as usize * page()));
+    }
+    assert_eq!(memory.statistics().fault_latency.count(), 8);
+}
+
+#[test]
+fn what_takes_a_pager_is_refused() {
+    require!();
+    let pager = std::sync::Arc::new(Pager::new().unwrap());
+    let options = [
+        ("threads", builder(1).threads(2)),
+        ("retry", builder(1).retry(Retry::default())),
+        ("read_ahead", builder(1).read_ahead(2, 1 << 20)),
+        ("delivery", builder(1).delivery(Delivery::default())),
+        ("on_problem", builder(1).on_problem(|_| {})),
+        ("pager", builder(1).pager(&pager)),
+        ("serve_kernel", builder(1).serve_kernel(true)),
+    ];
+    for (name, builder) in options {
+        match builder.build() {
+            Err(Error::NotWithSigbus { option }) => assert_eq!(option, name),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+    assert_eq!(builder(1).serve_kernel(false).build().unwrap()[0], byte(0));
+    assert!(matches!(LazyMemory::sigbus(ZeroSource).build(), Err(Error::EmptyRegion { .. })));
+    let beyond = LazyMemory::sigbus(BytesSource::new([1; 10])).len(page() + 1).build();
+    assert!(matches!(beyond, Err(Error::BeyondSource { .. })));
+}
+
+#[test]
+fn a_source_that_fails_at_its_border_is_told_at_once() {
+    require!();
+    struct Broken;
+    impl PageSource for Broken {
+        fn read(&self, _: u64, _: &mut [u8]) -> io::Result<Fill> {
+            Err(io::Error::other("broken"))
+        }
+        fn len(&self) -> Option<u64> {
+            Some(5 * page() as u64 + 1)
+        }
+    }
+    // SAFETY: it computes. What it doesn't answer for is never touched.
+    unsafe impl SignalSafe for Broken {}
+    match LazyMemory::sigbus(Broken).build() {
+        Err(Error::Source { offset, error }) => {
+            assert_eq!((offset, error.to_string().as_str()), (5 * page() as u64, "broken"));
+        }
+        other => panic!("{other:?}"),
+    }
+    LazyMemory::sigbus(Broken).len(5 * page()).build().unwrap();
+}
+
+#[test]
+fn huge_pages() {
+    require!();
+    let Some(_pages) = hugetlb::reserve(test_name!(), 4) else { return };
+    let huge = hugetlb::page();
+    let bytes = content(2 * huge + 5);
+    let memory = LazyMemory::sigbus(BytesSource::new(bytes.clone())).huge_pages(huge).build().unwrap();
+    assert_eq!(memory[huge + 77], byte(huge + 77));
+    let statistics = memory.statistics();
+    assert_eq!((statistics.missing_faults, statistics.present_pages), (1, 2), "the last one is read at once");
+    assert!(memory[..] == bytes[..]);
+    drop(memory);
+    let zeros =
+        LazyMemory::sigbus(ZeroSource).len(2 * huge).block(2 * huge).huge_pages(huge).build().unwrap();
+    assert!(zeros.iter().all(|byte| *byte == 0));
+    assert_eq!((zeros.statistics().missing_faults, zeros.statistics().zero_fills), (1, 2));
+}
