@@ -223,7 +223,8 @@ impl Worker {
                 // Somebody who shares the description has made it so.
                 serving.uffd.set_nonblocking(true)?;
             }
-            let full = serving.uffd.read_batch(buffer)? == buffer.capacity();
+            let count = serving.uffd.read_batch(buffer)?;
+            let full = count == buffer.capacity();
             if full && !alone {
                 shared.hand_on(descriptor, serving.uffd.as_fd());
             }
@@ -231,7 +232,9 @@ impl Worker {
             for event in buffer.changes_first().drain() {
                 take(shared, thread, descriptor, serving, event, faults, since);
             }
-            Ok(if full { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+            // Who was waked by a fill may have run at once, and faulted again: often the next is there by now, and
+            // needs no poll.
+            Ok(if count > 0 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
         };
         if descriptor.tells_changes {
             descriptor.exclusively(&mut |serving| {
