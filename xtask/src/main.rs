@@ -25,6 +25,9 @@ usage: cargo xtask COMMAND
 
   ci [--list] [--step NAME]...
       Everything that has to pass before a change goes in, or only the named steps.
+
+  libclang
+      Find libclang, or fetch it, and print where it is: a value for LIBCLANG_PATH.
 ";
 
 fn main() -> ExitCode {
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         "ci" => ci::run(&arguments),
         "cross" => cross::run(&arguments),
         "kernels" => kernels::run(&arguments),
+        "libclang" => libclang::load().map(|path| println!("{}", path.display())),
         "sanitize" => sanitize::run(&arguments),
         "" | "help" | "-h" | "--help" => {
             print!("{USAGE}\n{}\n{}\n{}", cross::USAGE, kernels::USAGE, sanitize::USAGE);

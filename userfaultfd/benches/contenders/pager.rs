@@ -1,0 +1,33 @@
+//! The pager, in each delivery.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use userfaultfd::LazyMemory;
+use userfaultfd::pager::{Around, BytesSource, Delivery, Pager};
+
+use super::cpus::{self, Place};
+use super::{CONTENT, Contender, FAULTS, Walk};
+
+struct Ladder {
+    place: Place,
+    memory: LazyMemory,
+    walk: Walk,
+}
+
+impl Contender for Ladder {
+    fn round(&mut self) -> Duration {
+        cpus::stay_on(self.place.faulting());
+        self.walk.read(self.memory.as_ptr(), FAULTS)
+    }
+}
+
+pub(crate) fn make(place: Place, delivery: Delivery) -> Result<Box<dyn Contender>, String> {
+    let pager = cpus::answering(place, || Pager::builder().delivery(delivery).build())?;
+    let memory = LazyMemory::builder(BytesSource::new(Arc::clone(&CONTENT)))
+        .pager(&Arc::new(pager.map_err(|error| error.to_string())?))
+        .around(Around::Page)
+        .build()
+        .map_err(|error| error.to_string())?;
+    Ok(Box::new(Ladder { place, memory, walk: Walk::new() }))
+}
