@@ -225,11 +225,11 @@ impl Look<'_> {
     /// Resets pages that were found. A write before they are protected belongs to what was found, one after that is
     /// a fault.
     fn reset(&self, run: &Range<usize>, chunk: &Range<usize>) -> Result<()> {
-        if let Some(notes) = &self.tracked.noted {
-            run.clone().step_by(self.tracked.page).for_each(|address| {
-                notes.unset(address);
-            });
-        }
+        let _lock = self.tracked.noted.as_ref().map(|notes| {
+            let lock = notes.lock();
+            run.clone().step_by(self.tracked.page).for_each(|address| notes.unset(address));
+            lock
+        });
         if !self.watch.protects_empty && self.mapping.anonymous {
             let first = (run.start - chunk.start) / page_size();
             for empty in runs(run, page_size(), |index| self.words.get(first + index).is_empty()) {

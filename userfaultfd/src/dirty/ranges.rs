@@ -1,8 +1,8 @@
 //! The ranges that are tracked, in the order of their addresses.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A range with pages of one size.
 #[derive(Clone, Debug)]
@@ -17,6 +17,7 @@ pub(crate) struct Tracked {
 /// A bit a page: it was written.
 #[derive(Debug)]
 pub(crate) struct Notes {
+    lock: Mutex<()>,
     start: usize,
     page: usize,
     words: Box<[AtomicU64]>,
@@ -25,7 +26,14 @@ pub(crate) struct Notes {
 impl Notes {
     pub(crate) fn new(range: &Range<usize>, page: usize) -> Self {
         let words = (range.len() / page).div_ceil(64);
-        Self { start: range.start, page, words: (0..words).map(|_| AtomicU64::new(0)).collect() }
+        let words = (0..words).map(|_| AtomicU64::new(0)).collect();
+        Self { lock: Mutex::new(()), start: range.start, page, words }
+    }
+
+    /// Whoever changes a note and the protection of its page does both under this lock: noting a page that is reset
+    /// before its protection is lifted would lose the write.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn place(&self, address: usize) -> (&AtomicU64, u64) {
@@ -43,10 +51,9 @@ impl Notes {
         word.load(Ordering::SeqCst) & bit != 0
     }
 
-    /// Unsets it, and tells whether it was set.
-    pub(crate) fn unset(&self, address: usize) -> bool {
+    pub(crate) fn unset(&self, address: usize) {
         let (word, bit) = self.place(address);
-        word.fetch_and(!bit, Ordering::SeqCst) & bit != 0
+        word.fetch_and(!bit, Ordering::SeqCst);
     }
 }
 
@@ -144,7 +151,8 @@ mod tests {
             notes.set(address);
             assert!(notes.get(address) && notes.get(address + 3));
             assert!(!notes.get(address ^ 4));
-            assert!(notes.unset(address) && !notes.unset(address));
+            notes.unset(address);
+            assert!(!notes.get(address));
         }
     }
 }

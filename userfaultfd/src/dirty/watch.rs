@@ -67,9 +67,9 @@ pub(crate) fn pointer(address: usize) -> *mut c_void {
     std::ptr::without_provenance_mut(address)
 }
 
-/// Tries as long as the layout changes.
-fn retry<T>(mut operation: impl FnMut() -> Result<T>) -> Result<T> {
-    for _ in 1..TRIES {
+/// Tries so often while the layout changes.
+fn retry<T>(tries: usize, mut operation: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 1..tries {
         match operation() {
             Err(error) if error.is_retryable() => thread::yield_now(),
             result => return result,
@@ -91,6 +91,8 @@ pub(crate) struct Watch {
     pub(crate) protects_empty: bool,
     /// The page table doesn't tell what is protected, so faults are noted, those of empty pages, too.
     pub(crate) notes: bool,
+    /// How often an operation is tried while the layout changes.
+    pub(crate) tries: usize,
     /// Replaced as a whole, so that the lock is never held for long, nor while memory is allocated: the thread that
     /// handles faults takes it.
     ranges: Mutex<Arc<[Tracked]>>,
@@ -108,6 +110,7 @@ impl Watch {
             also: RegisterMode::empty(),
             protects_empty: true,
             notes: false,
+            tries: TRIES,
             ranges: Mutex::new(Arc::new([])),
             failure: AtomicI32::new(0),
             faults: [const { AtomicU64::new(0) }; 2],
@@ -244,7 +247,8 @@ impl Watch {
         let Range { mut start, end } = *range;
         while start < end {
             // SAFETY: what is empty in private anonymous memory holds zeros already; other pages aren't touched.
-            let filled = retry(|| unsafe { self.uffd.zeropage(pointer(start), end - start, true) });
+            let filled =
+                retry(self.tries, || unsafe { self.uffd.zeropage(pointer(start), end - start, true) });
             match filled {
                 Ok(bytes) => start += bytes,
                 Err(error) => match (error.progress(), error.errno()) {
@@ -280,7 +284,7 @@ impl Watch {
     /// Applies an operation to a range: at once, or, where the kernel wants one mapping at a time (up to a kernel
     /// between 6.1 and 6.12), has a hole or something unregistered in between, to each mapping.
     fn each(&self, range: &Range<usize>, operation: impl Fn(*mut c_void, usize) -> Result<()>) -> Result<()> {
-        let apply = |range: &Range<usize>| retry(|| operation(pointer(range.start), range.len()));
+        let apply = |range: &Range<usize>| retry(self.tries, || operation(pointer(range.start), range.len()));
         let mut result = apply(range);
         // Mappings may change between being looked up and the operation.
         for _ in 0..3 {
@@ -326,10 +330,12 @@ impl Watch {
         let tracked = ranges::at(&ranges, address.addr());
         let page = tracked.map_or(page_size(), |tracked| tracked.page);
         let start = address.addr() / page * page;
-        if let Some(notes) = tracked.and_then(|tracked| tracked.noted.as_ref()) {
-            // Before the access can be made: who unsets it later protects the page after that.
+        let notes = tracked.and_then(|tracked| tracked.noted.as_ref());
+        let _lock = notes.map(|notes| {
+            let lock = notes.lock();
             notes.set(start);
-        }
+            lock
+        });
         self.faults[usize::from(rw == ReadWrite::Write)].fetch_add(1, Ordering::Relaxed);
         let resolved = match kind {
             FaultKind::Missing => self.fill(&(start..start + page_size())),

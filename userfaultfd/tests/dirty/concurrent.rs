@@ -25,7 +25,7 @@ fn counter(space: &Space, page: usize, writer: usize) -> &AtomicU64 {
 #[test]
 fn no_write_is_lost_while_take_loops() {
     require!(WRITE_PROTECT);
-    const PAGES: usize = 16;
+    const PAGES: usize = 12;
     space::each(test_name!(), PAGES, |tracker, space| {
         tracker.track(space.all()).unwrap();
         let (start, running) = (Barrier::new(WRITERS + 1), AtomicUsize::new(WRITERS));
@@ -36,7 +36,7 @@ fn no_write_is_lost_while_take_loops() {
                 let (start, running) = (&start, &running);
                 scope.spawn(move || {
                     start.wait();
-                    for round in 1..=1500_u64 {
+                    for round in 1..=600_u64 {
                         let page = (round as usize * 7 + writer * 5) % PAGES;
                         counter(space, page, writer).store(round, Ordering::SeqCst);
                     }
