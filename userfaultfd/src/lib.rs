@@ -53,6 +53,7 @@
 //! | --- | --- |
 //! | know which pages a program writes, again and again | [`DirtyTracker`] |
 //! | know which pages are in use | [`AccessTracker`] |
+//! | save what memory holds at one moment, while it goes on being written; save what has changed since | [`Snapshot`], [`snapshot`] |
 //! | anything else, and exactly what the kernel does | [`Uffd`], [`pagemap`] |
 //!
 //! # Which mode for what
@@ -61,7 +62,7 @@
 //! | --- | --- | --- |
 //! | supply content on first access: snapshots, migration, far memory | [`MISSING`] | [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage), [`move_pages`](Uffd::move_pages) |
 //! | the same without a copy, where the handler maps the same memfd or hugetlb file | [`MINOR`] | [`continue`](Uffd::continue) |
-//! | act before a write: live snapshots, dirty tracking with an action | [`WRITE_PROTECT`] | [`remove_write_protection`](Uffd::remove_write_protection) |
+//! | act before a write: live [snapshots](snapshot), dirty tracking with an action | [`WRITE_PROTECT`] | [`remove_write_protection`](Uffd::remove_write_protection) |
 //! | know what was written, cheaply | [`WRITE_PROTECT`] and [`WP_ASYNC`] | nothing: [`DirtyTracker`] tells |
 //! | act before any access, or know what is in use | [`READ_WRITE_PROTECT`] and [`RWP`] | [`remove_read_write_protection`](Uffd::remove_read_write_protection) |
 //! | content that is lost for good | any | [`poison`](Uffd::poison) |
@@ -252,6 +253,7 @@ mod open;
 pub mod pagemap;
 pub mod pager;
 mod protect;
+pub mod snapshot;
 mod sys;
 mod uffd;
 
@@ -266,6 +268,7 @@ pub use crate::features::{FeatureFlags, IoctlFlags, Known, RegisterMode, Support
 pub use crate::fill::{ContinueMode, CopyMode, MoveMode};
 pub use crate::lazy::{LazyBuilder, LazyMemory};
 pub use crate::open::{OpenFailure, OpenRefusal, OpenWith};
+pub use crate::snapshot::Snapshot;
 pub use crate::uffd::Uffd;
 
 /// The page size of the system, in bytes: what addresses and lengths are multiples of, except on huge pages.

@@ -177,17 +177,41 @@ pub(crate) fn seek_data(file: BorrowedFd<'_>, from: u64) -> Result<u64, Errno> {
     u64::try_from(data).map_err(|_| Errno::last())
 }
 
-/// Waits until one of two descriptors can be read, through signals. Tells which.
-pub(crate) fn wait_readable(fds: [BorrowedFd<'_>; 2]) -> Result<[bool; 2], Errno> {
+/// Waits until one of the descriptors can be read, through signals, or for so many milliseconds; -1 is without end.
+/// Tells which can be.
+pub(crate) fn wait_readable<const N: usize>(
+    fds: [BorrowedFd<'_>; N],
+    timeout: libc::c_int,
+) -> Result<[bool; N], Errno> {
     let mut polled = fds.map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 });
     loop {
         // SAFETY: the kernel writes to as many structures as are borrowed for the call.
-        match check(unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) }) {
+        match check(unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout) }) {
             Ok(_) => return Ok(polled.map(|polled| polled.revents != 0)),
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno),
         }
     }
+}
+
+/// process_vm_readv(2) of one range. Returns how many bytes were read: fewer where something in the range can't be.
+pub(crate) fn read_memory(pid: libc::pid_t, address: u64, buffer: &mut [u8]) -> Result<usize, Errno> {
+    let local = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    let base = std::ptr::without_provenance_mut(address as usize);
+    let remote = libc::iovec { iov_base: base, iov_len: buffer.len() };
+    // SAFETY: the kernel writes at most as many bytes as `buffer`, borrowed for the call, has. What it reads from is
+    // an address that only the kernel looks at, and it says so where there is nothing.
+    let read = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
+    usize::try_from(read).map_err(|_| Errno::last())
+}
+
+/// Bytes that nobody can guess: getrandom(2).
+pub(crate) fn random_bytes<const N: usize>() -> Result<[u8; N], Errno> {
+    let mut bytes = [0; N];
+    // SAFETY: the kernel writes at most `N` bytes to the array, borrowed for the call.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
+    // Up to 256 bytes come at once.
+    if usize::try_from(got) == Ok(N) { Ok(bytes) } else { Err(Errno::last()) }
 }
 
 /// Switches O_NONBLOCK of the open file description, so for every descriptor that shares it.

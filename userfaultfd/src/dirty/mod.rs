@@ -52,11 +52,11 @@
 
 mod access;
 mod changes;
-mod options;
-mod process;
-mod ranges;
+pub(crate) mod options;
+pub(crate) mod process;
+pub(crate) mod ranges;
 mod serve;
-mod watch;
+pub(crate) mod watch;
 
 use std::fmt;
 use std::ops::Range;

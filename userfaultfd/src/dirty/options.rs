@@ -172,7 +172,7 @@ fn can_scan() -> Result<bool> {
 }
 
 /// Whether the kernel tells of protection in `/proc/PID/pagemap`, which it does since 5.13. Looks at a page.
-fn tells_protection() -> Result<bool> {
+pub(crate) fn tells_protection() -> Result<bool> {
     // A page of the heap that holds nothing else, and is there.
     let heap = vec![1u8; 2 * page_size()];
     let start = heap.as_ptr().expose_provenance().next_multiple_of(page_size());

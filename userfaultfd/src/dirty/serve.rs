@@ -62,7 +62,7 @@ fn serve(watch: &Watch, stop: &UnixStream) -> Result<()> {
     let mut buffer = EventBuffer::new(BATCH);
     let mut resolved = Vec::with_capacity(BATCH);
     loop {
-        let [_, stopped] = sys::wait_readable([watch.uffd.as_fd(), stop.as_fd()])?;
+        let [_, stopped] = sys::wait_readable([watch.uffd.as_fd(), stop.as_fd()], -1)?;
         if stopped {
             return Ok(());
         }

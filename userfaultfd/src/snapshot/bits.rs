@@ -1,0 +1,101 @@
+//! A bit a page.
+
+use std::ops::Range;
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Bits {
+    words: Vec<u64>,
+    len: usize,
+}
+
+impl Bits {
+    pub(super) fn new(len: usize, value: bool) -> Self {
+        let mut bits = Self { words: vec![0; len.div_ceil(64)], len };
+        if value {
+            bits.set(0..len, true);
+        }
+        bits
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn get(&self, at: usize) -> bool {
+        self.words[at / 64] >> (at % 64) & 1 == 1
+    }
+
+    pub(super) fn set(&mut self, range: Range<usize>, value: bool) {
+        let mut at = range.start;
+        while at < range.end {
+            let (word, bit) = (at / 64, at % 64);
+            let here = (64 - bit).min(range.end - at);
+            let mask = (!0 >> (64 - here)) << bit;
+            if value {
+                self.words[word] |= mask;
+            } else {
+                self.words[word] &= !mask;
+            }
+            at += here;
+        }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.words.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// The first that is set, from `from` on.
+    pub(super) fn next(&self, from: usize) -> Option<usize> {
+        self.find(from, |word| word)
+    }
+
+    /// The first that is set in what `of` makes of the words, from `from` on.
+    fn find(&self, from: usize, of: impl Fn(u64) -> u64) -> Option<usize> {
+        let mut word = from / 64;
+        let mut bits = of(*self.words.get(word)?) & (!0 << (from % 64));
+        while bits == 0 {
+            word += 1;
+            bits = of(*self.words.get(word)?);
+        }
+        Some(word * 64 + bits.trailing_zeros() as usize)
+    }
+
+    /// The next run of set bits from `from` on, of at most `limit`.
+    pub(super) fn next_run(&self, from: usize, limit: usize) -> Option<Range<usize>> {
+        let start = self.next(from)?;
+        let last = self.len.min(start.saturating_add(limit));
+        let end = self.find(start, |word| !word).unwrap_or(last);
+        Some(start..end.min(last))
+    }
+
+    /// Sets what is set in the other.
+    pub(super) fn join(&mut self, other: &Bits) {
+        self.words.iter_mut().zip(&other.words).for_each(|(word, other)| *word |= other);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_found_across_words() {
+        let mut bits = Bits::new(200, false);
+        assert_eq!((bits.count(), bits.next(0), bits.next_run(7, 9)), (0, None, None));
+        bits.set(60..130, true);
+        bits.set(199..200, true);
+        assert_eq!(bits.count(), 71);
+        assert!(!bits.get(59) && bits.get(60) && bits.get(129) && !bits.get(130));
+        assert_eq!(bits.next_run(0, 1000), Some(60..130));
+        assert_eq!(bits.next_run(64, 10), Some(64..74));
+        assert_eq!(bits.next_run(130, 10), Some(199..200));
+        assert_eq!(bits.next(200), None);
+        bits.set(61..128, false);
+        assert_eq!(bits.next_run(61, 1000), Some(128..130));
+        let mut all = Bits::new(129, true);
+        assert_eq!((all.count(), all.next_run(0, 1000)), (129, Some(0..129)));
+        all.set(0..129, false);
+        all.join(&bits);
+        assert_eq!(all.next_run(0, 10), Some(60..61));
+    }
+}

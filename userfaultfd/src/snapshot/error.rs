@@ -1,0 +1,35 @@
+//! Why a snapshot wasn't taken.
+
+use std::io;
+
+/// Why a snapshot wasn't taken. Memory is free and everybody goes on, whatever it is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An operation of the kernel's failed: memory that can't be protected, no descriptor.
+    #[error(transparent)]
+    Kernel(#[from] crate::Error),
+
+    /// The sink failed.
+    #[error("the sink of the snapshot failed")]
+    Sink(#[source] io::Error),
+
+    /// The sink panicked.
+    #[error("the sink of the snapshot panicked")]
+    SinkPanicked,
+
+    /// It was [aborted](super::Snapshot::abort), or its memory was given up.
+    #[error("the snapshot was aborted")]
+    Aborted,
+
+    /// Another snapshot of this series is still at work.
+    #[error("a snapshot of the same memory is still at work")]
+    Running,
+
+    /// A thread or what it needs can't be had.
+    #[error("a thread for the snapshot can't be started")]
+    Thread(#[source] io::Error),
+}
+
+/// The result of taking a snapshot.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,138 @@
+//! What is read from the descriptor: faults, and changes of the layout, which wait until they are read.
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use super::copier::{Copier, bits_of};
+use super::options::Removal;
+use super::queue::Payload;
+use crate::error::errno_of;
+use crate::{Errno, Error, Event, Result, sys};
+
+impl Copier {
+    pub(super) fn read_while_beginning(&mut self) -> Result<()> {
+        while let Some(event) = self.watch.uffd.read_event()? {
+            match event {
+                Event::Pagefault { .. } => self.held.push_back(event),
+                change => self.change(change),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether something is to be saved before a change of the layout is read, and so made.
+    fn saves_first(&self) -> bool {
+        let Some(active) = &self.active else { return false };
+        self.removal == Removal::Save && !active.draining && active.pending.next(0).is_some()
+    }
+
+    /// Faults that nobody has read yet.
+    fn unread_faults(&self) -> Result<usize> {
+        let mut text = [0; 512];
+        let read = self.fdinfo.read_at(&mut text, 0).map_err(|error| Error::SystemError(errno_of(&error)))?;
+        let text = String::from_utf8_lossy(&text[..read]);
+        let pending = text.lines().find_map(|line| line.strip_prefix("pending:"));
+        pending.and_then(|count| count.trim().parse().ok()).ok_or(Error::SystemError(Errno::EPROTO))
+    }
+
+    /// Reads what there is, except a change for which something is to be saved first.
+    ///
+    /// The kernel delivers faults before changes, and drops what a change drops when that was read. So with no fault
+    /// unread, something to read is a change.
+    pub(super) fn read_events(&mut self) -> Result<()> {
+        while self.held.is_empty() && !self.active.as_ref().is_some_and(|active| active.change_waits) {
+            let [readable] = sys::wait_readable([self.watch.uffd.as_fd()], 0)?;
+            if !readable {
+                return Ok(());
+            }
+            if self.saves_first() && self.unread_faults()? == 0 {
+                self.save_before_change();
+                return Ok(());
+            }
+            let Some(event) = self.watch.uffd.read_event()? else { return Ok(()) };
+            self.apply(event)?;
+        }
+        Ok(())
+    }
+
+    /// Where faults can't be resolved since the layout changes, its change is to be read.
+    pub(super) fn find_change(&mut self) -> Result<()> {
+        if !std::mem::take(&mut self.changing)
+            || self.active.as_ref().is_some_and(|active| active.change_waits)
+        {
+            return Ok(());
+        }
+        let [readable] = sys::wait_readable([self.watch.uffd.as_fd()], 0)?;
+        // Otherwise it was read, and who makes it hasn't run since. Faults that are unread may hide another one.
+        if readable && (self.unread_faults()? == 0 || self.tries > 100) {
+            if self.saves_first() {
+                self.save_before_change();
+            } else {
+                self.read_change()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn save_before_change(&mut self) {
+        if let Some(active) = &mut self.active {
+            active.change_waits = true;
+            active.cursor = 0;
+        }
+    }
+
+    /// Reads the change that waits; the faults before it are held back.
+    pub(super) fn read_change(&mut self) -> Result<()> {
+        while let Some(event) = self.watch.uffd.read_event()? {
+            if matches!(event, Event::Pagefault { .. }) {
+                self.held.push_back(event);
+            } else {
+                self.change(event);
+                break;
+            }
+        }
+        if let Some(active) = &mut self.active {
+            active.change_waits = false;
+            active.cursor = 0;
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, event: Event) -> Result<()> {
+        match event {
+            Event::Pagefault { .. } => self.fault(event),
+            change => {
+                self.change(change);
+                Ok(())
+            }
+        }
+    }
+
+    /// Follows a change of the layout.
+    fn change(&mut self, event: Event) {
+        match event {
+            Event::Remove { start, end } => {
+                let begun = self.active.as_ref().is_some_and(|active| !active.draining);
+                for part in self.layout.at(&(start.addr()..end.addr())) {
+                    let bits = bits_of(&part);
+                    if begun && self.removal == Removal::Zero {
+                        self.settle(&part, || Payload::Zero);
+                    } else if !begun {
+                        self.removed.set(bits.clone(), true);
+                    }
+                    self.dirty.set(bits, true);
+                }
+            }
+            Event::Unmap { start, end } => {
+                let parts = self.layout.remove(&(start.addr()..end.addr()));
+                self.gone(&parts);
+            }
+            Event::Remap { from, to, len } => {
+                let parts = self.layout.shift(&(from.addr()..from.addr() + len), to.addr());
+                self.gone(&parts);
+            }
+            // A child isn't this process; its descriptor is closed here.
+            Event::Fork { .. } | Event::Pagefault { .. } => {}
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! The file format: what lies where. Described in the module's docs.
+
+use std::io;
+
+use super::sink::{Geometry, Region};
+
+pub(super) const MAGIC: [u8; 8] = *b"UFFDSNAP";
+pub(super) const END_MAGIC: [u8; 8] = *b"UFFDSEND";
+pub(super) const VERSION: u32 = 1;
+
+/// Bytes of the header, and of the footer.
+pub(super) const HEADER: usize = 64;
+pub(super) const REGION: usize = 24;
+pub(super) const EXTENT: usize = 24;
+pub(super) const CHECKSUM: usize = 4;
+
+/// Where an extent of zeros or of lost pages has its data: nowhere. Real data never begin in the header.
+const ZERO: u64 = 0;
+const GONE: u64 = 1;
+
+/// Names a snapshot.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SnapshotId(pub(super) [u8; 16]);
+
+impl std::fmt::Display for SnapshotId {
+    /// In hexadecimal.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::fmt::Debug for SnapshotId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SnapshotId({self})")
+    }
+}
+
+/// Why a snapshot file is refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FormatError {
+    /// The file can't be read.
+    #[error("the snapshot file can't be read")]
+    Io(#[from] io::Error),
+
+    /// It is another kind of file.
+    #[error("the file is no snapshot")]
+    NotASnapshot,
+
+    /// It is of a version that this crate doesn't know.
+    #[error("the snapshot file is of version {0}, which isn't known here; {VERSION} is")]
+    UnknownVersion(u32),
+
+    /// Its end is missing: writing it never came to an end, or not all of it was copied.
+    #[error("the snapshot file is cut short, or was never finished")]
+    CutShort,
+
+    /// Something in it isn't as it was written.
+    #[error("the snapshot file is damaged: {0}")]
+    Damaged(&'static str),
+
+    /// It holds what changed since another snapshot, which has to be given to it.
+    #[error("the snapshot holds what has changed since {parent}, which is needed, too")]
+    NeedsParent {
+        /// The one that is needed.
+        parent: SnapshotId,
+    },
+
+    /// The snapshot that was given to it isn't the one that it follows, or isn't of memory of the same size.
+    #[error("the snapshot follows {expected:?} and not {found}")]
+    WrongParent {
+        /// The one that is needed. `None` if it is complete by itself.
+        expected: Option<SnapshotId>,
+        /// The one that was given.
+        found: SnapshotId,
+    },
+}
+
+/// What lies in some blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Bytes, from this offset of the file on.
+    Data(u64),
+    Zero,
+    Gone,
+}
+
+/// Blocks side by side with the same kind of content; of data also side by side in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extent {
+    pub(super) first: u64,
+    pub(super) blocks: u64,
+    pub(super) place: Place,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    /// Bytes of a block: a power of two.
+    pub(super) block: u64,
+    pub(super) id: SnapshotId,
+    pub(super) parent: Option<SnapshotId>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Footer {
+    pub(super) id: SnapshotId,
+    /// Where the index begins: regions, extents, checksums.
+    pub(super) index: u64,
+    pub(super) regions: u64,
+    pub(super) extents: u64,
+    pub(super) checksums: u64,
+    pub(super) index_crc: u32,
+}
+
+impl Footer {
+    /// Bytes of the index, if that is a number.
+    pub(super) fn index_len(&self) -> Option<u64> {
+        let of = |count: u64, size: usize| count.checked_mul(size as u64);
+        of(self.regions, REGION)?
+            .checked_add(of(self.extents, EXTENT)?)?
+            .checked_add(of(self.checksums, CHECKSUM)?)
+    }
+}
+
+/// Writes numbers one behind the other, and a checksum of all before.
+struct Writer([u8; HEADER], usize);
+
+impl Writer {
+    fn put(&mut self, bytes: &[u8]) -> &mut Self {
+        self.0[self.1..self.1 + bytes.len()].copy_from_slice(bytes);
+        self.1 += bytes.len();
+        self
+    }
+
+    fn seal(&mut self) -> [u8; HEADER] {
+        let crc = crc32fast::hash(&self.0[..HEADER - 4]);
+        self.1 = HEADER - 4;
+        self.put(&crc.to_le_bytes());
+        self.0
+    }
+}
+
+/// Whether the last four bytes are the checksum of the others.
+fn is_sealed(bytes: &[u8; HEADER]) -> bool {
+    crc32fast::hash(&bytes[..HEADER - 4]).to_le_bytes() == bytes[HEADER - 4..]
+}
+
+/// The number at an offset.
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(*bytes[at..].first_chunk().expect("the caller knows the length"))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(*bytes[at..].first_chunk().expect("the caller knows the length"))
+}
+
+fn id_at(bytes: &[u8], at: usize) -> SnapshotId {
+    SnapshotId(*bytes[at..].first_chunk().expect("the caller knows the length"))
+}
+
+impl Header {
+    pub(super) fn encode(&self) -> [u8; HEADER] {
+        let mut writer = Writer([0; HEADER], 0);
+        writer.put(&MAGIC).put(&VERSION.to_le_bytes()).put(&self.block.trailing_zeros().to_le_bytes());
+        writer.put(&self.id.0).put(&self.parent.map_or([0; 16], |parent| parent.0));
+        writer.seal()
+    }
+
+    pub(super) fn decode(bytes: &[u8; HEADER]) -> Result<Self, FormatError> {
+        if bytes[..8] != MAGIC {
+            return Err(FormatError::NotASnapshot);
+        }
+        // Of another version everything behind may mean something else.
+        match u32_at(bytes, 8) {
+            VERSION => {}
+            _ if !is_sealed(bytes) => return Err(FormatError::Damaged("its header")),
+            version => return Err(FormatError::UnknownVersion(version)),
+        }
+        let shift = u32_at(bytes, 12);
+        if !is_sealed(bytes) || !(9..=40).contains(&shift) {
+            return Err(FormatError::Damaged("its header"));
+        }
+        let parent = id_at(bytes, 32);
+        let parent = (parent.0 != [0; 16]).then_some(parent);
+        Ok(Self { block: 1 << shift, id: id_at(bytes, 16), parent })
+    }
+}
+
+impl Footer {
+    pub(super) fn encode(&self) -> [u8; HEADER] {
+        let mut writer = Writer([0; HEADER], 0);
+        writer.put(&END_MAGIC).put(&self.id.0[..8]);
+        for number in [self.index, self.regions, self.extents, self.checksums] {
+            writer.put(&number.to_le_bytes());
+        }
+        writer.put(&self.id.0[8..]).put(&self.index_crc.to_le_bytes());
+        writer.seal()
+    }
+
+    pub(super) fn decode(bytes: &[u8; HEADER]) -> Result<Self, FormatError> {
+        if bytes[..8] != END_MAGIC {
+            return Err(FormatError::CutShort);
+        }
+        if !is_sealed(bytes) {
+            return Err(FormatError::Damaged("its footer"));
+        }
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&bytes[8..16]);
+        id[8..].copy_from_slice(&bytes[48..56]);
+        Ok(Self {
+            id: SnapshotId(id),
+            index: u64_at(bytes, 16),
+            regions: u64_at(bytes, 24),
+            extents: u64_at(bytes, 32),
+            checksums: u64_at(bytes, 40),
+            index_crc: u32_at(bytes, 56),
+        })
+    }
+}
+
+/// Regions, extents and checksums, as they lie in the index.
+pub(super) fn encode_index(geometry: &Geometry, extents: &[Extent], checksums: &[u32]) -> Vec<u8> {
+    let mut index = Vec::new();
+    for region in &geometry.regions {
+        for number in [region.addresses.start, region.addresses.end, region.page] {
+            index.extend(number.to_le_bytes());
+        }
+    }
+    for extent in extents {
+        let place = match extent.place {
+            Place::Data(offset) => offset,
+            Place::Zero => ZERO,
+            Place::Gone => GONE,
+        };
+        for number in [extent.first, extent.blocks, place] {
+            index.extend(number.to_le_bytes());
+        }
+    }
+    index.extend(checksums.iter().flat_map(|checksum| checksum.to_le_bytes()));
+    index
+}
+
+/// The same, read. The index has the length that the footer says.
+pub(super) fn decode_index(index: &[u8], footer: &Footer) -> (Vec<Region>, Vec<Extent>, Vec<u32>) {
+    let (regions, rest) = index.split_at(footer.regions as usize * REGION);
+    let (extents, checksums) = rest.split_at(footer.extents as usize * EXTENT);
+    let region =
+        |bytes: &[u8]| Region { addresses: u64_at(bytes, 0)..u64_at(bytes, 8), page: u64_at(bytes, 16) };
+    let extent = |bytes: &[u8]| {
+        let place = match u64_at(bytes, 16) {
+            ZERO => Place::Zero,
+            GONE => Place::Gone,
+            offset => Place::Data(offset),
+        };
+        Extent { first: u64_at(bytes, 0), blocks: u64_at(bytes, 8), place }
+    };
+    let regions = regions.chunks_exact(REGION).map(region).collect();
+    let extents = extents.chunks_exact(EXTENT).map(extent).collect();
+    (regions, extents, checksums.chunks_exact(CHECKSUM).map(|bytes| u32_at(bytes, 0)).collect())
+}

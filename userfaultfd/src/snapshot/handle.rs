@@ -1,0 +1,196 @@
+//! Snapshots as their users see them.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::error::{Error, Result};
+use super::maker::Maker;
+use super::options::Options;
+use super::queue::Queue;
+use super::shared::{Counts, Shared, duration};
+use super::sink::Sink;
+
+/// Snapshots of the same memory, one after the other: the first holds all of it, each other one what has changed since
+/// the one before began.
+///
+/// Between them memory stays protected, and the first write to a page is a fault that a thread handles, as in the
+/// `Sync` mode of a [`DirtyTracker`](crate::DirtyTracker). A snapshot that failed doesn't count: the next one holds
+/// what it should have held.
+///
+/// Dropping it ends the protection; a snapshot that is at work is aborted.
+pub struct Series {
+    pub(super) maker: Maker,
+    /// A snapshot has been begun that counts, as far as is known.
+    pub(super) taken: bool,
+}
+
+impl Series {
+    /// Begins the next snapshot. See [`Snapshot::begin`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Running`] while the one before is at work: [`wait`](Snapshot::wait) for it. Otherwise as
+    /// [`Snapshot::begin`].
+    pub fn begin<S: Sink + 'static>(&mut self, sink: S) -> Result<Snapshot<S>> {
+        let snapshot = self.maker.begin(sink, self.taken)?;
+        self.taken = true;
+        Ok(snapshot)
+    }
+}
+
+impl fmt::Debug for Series {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Series").field("regions", &self.maker.regions).finish_non_exhaustive()
+    }
+}
+
+/// How far a snapshot is, and how it went. In bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// What the snapshot holds in the end.
+    pub total: u64,
+    /// What has been read from memory, or is known without. The sink may be behind by the size of the buffers.
+    pub saved: u64,
+    /// What of it was read because it was about to be written.
+    pub on_write: u64,
+    /// What of it can't be told any more: delivered as [`Content::Gone`](super::Content::Gone).
+    pub gone: u64,
+    /// How long it took to protect the memory: writers may have waited so long.
+    pub pause: Duration,
+}
+
+/// A snapshot that is being taken.
+///
+/// Dropping it aborts it.
+pub struct Snapshot<S> {
+    pub(super) queue: Arc<Queue>,
+    pub(super) counts: Arc<Counts>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) sink: Option<JoinHandle<(S, Result<()>)>>,
+    /// Of a snapshot that isn't of a series.
+    pub(super) maker: Option<Maker>,
+}
+
+impl<S: Sink + 'static> Snapshot<S> {
+    /// Protects a range of this process's memory against writes and returns. From then on, what every page held at
+    /// this moment is delivered to the sink, while the program goes on.
+    ///
+    /// The bounds are multiples of the page size, of the huge page size on hugetlb memory. See the
+    /// [module](super) for what can be relied on.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::Kernel`]: the kernel has no write protection for such memory (`EINVAL`: private anonymous memory
+    ///   takes Linux 5.7, shared and hugetlb memory 5.19, files can't be protected), no descriptor, another
+    ///   userfaultfd has it (`EBUSY`), no `/proc`.
+    /// - [`Error::Sink`]: the sink can't begin.
+    /// - [`Error::Thread`]: no threads.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::sync::{Arc, Mutex};
+    /// use userfaultfd::snapshot::{Content, Error};
+    /// use userfaultfd::{Snapshot, page_size};
+    ///
+    /// let mut memory = memmap2::MmapMut::map_anon(16 * page_size())?;
+    /// memory.fill(b'a');
+    /// let range = memory.as_ptr().addr()..memory.as_ptr().addr() + memory.len();
+    ///
+    /// let copy = Arc::new(Mutex::new(vec![0; memory.len()]));
+    /// let sink = {
+    ///     let copy = Arc::clone(&copy);
+    ///     move |offset: u64, content: Content<'_>| {
+    ///         if let Content::Data(bytes) = content {
+    ///             copy.lock().unwrap()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+    ///         }
+    ///         Ok(())
+    ///     }
+    /// };
+    /// let snapshot = match Snapshot::begin(range, sink) {
+    ///     Ok(snapshot) => snapshot,
+    ///     Err(Error::Kernel(error)) => return Ok(println!("{error}")), // no write protection here
+    ///     Err(error) => return Err(error.into()),
+    /// };
+    /// memory.fill(b'b'); // goes on at once
+    /// let (_sink, progress) = snapshot.wait()?;
+    /// assert_eq!(progress.saved, memory.len() as u64);
+    /// assert!(copy.lock().unwrap().iter().all(|byte| *byte == b'a'));
+    /// assert!(memory.iter().all(|byte| *byte == b'b'));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn begin(range: Range<usize>, sink: S) -> Result<Self> {
+        Options::new().range(range).begin(sink)
+    }
+}
+
+impl<S> Snapshot<S> {
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        let Counts { total, saved, on_write, gone, pause_ns } = &*self.counts;
+        Progress {
+            total: total.load(Ordering::Relaxed),
+            saved: saved.load(Ordering::Relaxed),
+            on_write: on_write.load(Ordering::Relaxed),
+            gone: gone.load(Ordering::Relaxed),
+            pause: duration(pause_ns),
+        }
+    }
+
+    /// Whether it has ended, well or not: [`wait`](Self::wait) doesn't wait then.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.sink.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Has it aborted, unless the sink has taken all already. Protection ends, or in a [`Series`] goes on for the next
+    /// snapshot.
+    pub fn abort(&self) {
+        self.queue.fail(None);
+    }
+
+    /// Waits until all is delivered, and gives the sink back.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Sink`], [`Error::SinkPanicked`], [`Error::Aborted`], [`Error::Kernel`]: the snapshot isn't complete.
+    pub fn wait(mut self) -> Result<(S, Progress)> {
+        let (sink, result) = self.join()?;
+        result?;
+        Ok((sink, self.progress()))
+    }
+
+    fn join(&mut self) -> Result<(S, Result<()>)> {
+        let thread = self.sink.take().ok_or(Error::Aborted)?;
+        let (sink, mut result) = thread.join().map_err(|_| Error::SinkPanicked)?;
+        if let (Err(Error::Aborted), Some(errno)) = (&result, self.queue.failure()) {
+            result = Err(Error::Kernel(crate::Error::SystemError(errno)));
+        }
+        // The next one of a series may begin from now on.
+        self.shared.wait_until_idle();
+        Ok((sink, result))
+    }
+}
+
+impl<S> Drop for Snapshot<S> {
+    fn drop(&mut self) {
+        if self.sink.is_some() {
+            self.abort();
+            // How it ended doesn't matter any more.
+            drop(self.join());
+        }
+        drop(self.maker.take());
+    }
+}
+
+impl<S> fmt::Debug for Snapshot<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshot").field("progress", &self.progress()).finish_non_exhaustive()
+    }
+}

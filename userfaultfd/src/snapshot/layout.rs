@@ -1,0 +1,113 @@
+//! Where the pages of a snapshot lie in memory now: mappings may move or go while it is taken.
+
+use std::ops::Range;
+
+/// A part of the memory whose pages lie side by side in it and in the snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    pub(super) address: usize,
+    /// Where it lies in the snapshot, in bytes.
+    pub(super) offset: usize,
+    pub(super) len: usize,
+    /// Bytes of a page.
+    pub(super) page: usize,
+}
+
+impl Part {
+    fn addresses(&self) -> Range<usize> {
+        self.address..self.address + self.len
+    }
+
+    /// What lies at these addresses.
+    fn cut(&self, range: &Range<usize>) -> Option<Part> {
+        let own = self.addresses();
+        let (start, end) = (own.start.max(range.start), own.end.min(range.end));
+        (start < end).then(|| Part {
+            address: start,
+            offset: self.offset + (start - own.start),
+            len: end - start,
+            page: self.page,
+        })
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Layout(Vec<Part>);
+
+impl Layout {
+    pub(super) fn new(parts: Vec<Part>) -> Self {
+        Self(parts)
+    }
+
+    pub(super) fn parts(&self) -> &[Part] {
+        &self.0
+    }
+
+    /// What lies at these addresses.
+    pub(super) fn at(&self, range: &Range<usize>) -> Vec<Part> {
+        self.0.iter().filter_map(|part| part.cut(range)).collect()
+    }
+
+    /// The page at an address.
+    pub(super) fn page_at(&self, address: usize) -> Option<Part> {
+        let part = self.0.iter().find(|part| part.addresses().contains(&address))?;
+        let start = address / part.page * part.page;
+        part.cut(&(start..start + part.page))
+    }
+
+    /// Where the first bytes of a range of the snapshot lie, as many as lie side by side.
+    pub(super) fn locate(&self, range: &Range<usize>) -> Option<Part> {
+        let part = self.0.iter().find(|part| (part.offset..part.offset + part.len).contains(&range.start))?;
+        let into = range.start - part.offset;
+        let len = range.len().min(part.len - into);
+        Some(Part { address: part.address + into, offset: range.start, len, page: part.page })
+    }
+
+    /// These addresses are gone. Returns what they were.
+    pub(super) fn remove(&mut self, range: &Range<usize>) -> Vec<Part> {
+        let removed = self.at(range);
+        let rests = [0..range.start, range.end..usize::MAX];
+        self.0 = self.0.iter().flat_map(|part| rests.iter().filter_map(|rest| part.cut(rest))).collect();
+        removed
+    }
+
+    /// What lay at `from` lies at `to` now, where something else may have lain. Returns what that was.
+    pub(super) fn shift(&mut self, from: &Range<usize>, to: usize) -> Vec<Part> {
+        let moved = self.remove(from);
+        let overwritten = self.remove(&(to..to + from.len()));
+        self.0.extend(moved.into_iter().map(|part| Part { address: part.address - from.start + to, ..part }));
+        overwritten
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn part(address: usize, offset: usize, len: usize) -> Part {
+        Part { address, offset, len, page: 4 }
+    }
+
+    #[test]
+    fn parts_move_and_go() {
+        let mut layout = Layout::new(vec![part(100, 0, 40), part(200, 40, 20)]);
+        assert_eq!(layout.page_at(107), Some(part(104, 4, 4)));
+        assert_eq!(layout.page_at(140), None);
+        assert_eq!(layout.locate(&(32..60)), Some(part(132, 32, 8)));
+        assert_eq!(layout.locate(&(44..48)), Some(part(204, 44, 4)));
+        assert_eq!(layout.locate(&(60..64)), None);
+
+        assert_eq!(layout.remove(&(108..112)), [part(108, 8, 4)]);
+        assert_eq!(layout.parts(), [part(100, 0, 8), part(112, 12, 28), part(200, 40, 20)]);
+        assert_eq!((layout.locate(&(8..12)), layout.page_at(108)), (None, None));
+
+        // Over a part of the last one.
+        assert_eq!(layout.shift(&(120..128), 208), [part(208, 48, 8)]);
+        let now = [part(100, 0, 8), part(112, 12, 8), part(128, 28, 12), part(200, 40, 8), part(216, 56, 4)];
+        assert_eq!(layout.parts(), [&now[..], &[part(208, 20, 8)]].concat());
+        assert_eq!(layout.locate(&(20..60)), Some(part(208, 20, 8)));
+        assert_eq!(layout.at(&(204..218)), [part(204, 44, 4), part(216, 56, 2), part(208, 20, 8)]);
+        // Nothing of it.
+        assert_eq!(layout.shift(&(300..400), 500), []);
+    }
+}

@@ -1,0 +1,90 @@
+//! Beginning a snapshot, and the thread of its sink.
+
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use super::error::{Error, Result};
+use super::handle::Snapshot;
+use super::queue::{End, Queue};
+use super::shared::{Begin, Counts, Shared};
+use super::sink::{Geometry, Region, Sink};
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Buffers {
+    pub(super) chunks: (usize, usize),
+    pub(super) pages: (usize, usize),
+}
+
+/// The thread that takes snapshots of some memory. Ends when it is dropped.
+#[derive(Debug)]
+pub(super) struct Maker {
+    pub(super) shared: Arc<Shared>,
+    pub(super) copier: Option<JoinHandle<()>>,
+    pub(super) regions: Vec<Region>,
+    pub(super) buffers: Buffers,
+}
+
+impl Maker {
+    pub(super) fn begin<S: Sink + 'static>(&self, mut sink: S, incremental: bool) -> Result<Snapshot<S>> {
+        if !self.shared.claim() {
+            return Err(Error::Running);
+        }
+        let begun = self.begin_claimed(&mut sink, incremental);
+        let (queue, counts) = begun.inspect_err(|_| self.shared.release())?;
+        let of_sink = Arc::clone(&queue);
+        let spawned =
+            thread::Builder::new().name("snapshot sink".into()).spawn(move || deliver(sink, &of_sink));
+        match spawned {
+            Ok(thread) => {
+                let shared = Arc::clone(&self.shared);
+                Ok(Snapshot { queue, counts, shared, sink: Some(thread), maker: None })
+            }
+            Err(error) => {
+                queue.fail(None);
+                queue.sink_ended(false);
+                Err(Error::Thread(error))
+            }
+        }
+    }
+
+    fn begin_claimed<S: Sink>(&self, sink: &mut S, incremental: bool) -> Result<(Arc<Queue>, Arc<Counts>)> {
+        let geometry = Geometry { regions: self.regions.clone(), incremental };
+        sink.begin(&geometry).map_err(Error::Sink)?;
+        let wake = self.shared.waker().map_err(Error::Thread)?;
+        let queue = Arc::new(Queue::new(self.buffers.chunks, self.buffers.pages, wake));
+        let counts = Arc::new(Counts::default());
+        self.shared.begin(Begin { queue: Arc::clone(&queue), counts: Arc::clone(&counts) })?;
+        Ok((queue, counts))
+    }
+}
+
+impl Drop for Maker {
+    fn drop(&mut self) {
+        self.shared.end();
+        if let Some(thread) = self.copier.take() {
+            // It doesn't panic; what it failed of is told by the snapshot.
+            drop(thread.join());
+        }
+    }
+}
+
+/// Gives a sink what is delivered.
+fn deliver<S: Sink>(mut sink: S, queue: &Queue) -> (S, Result<()>) {
+    let deliver = || loop {
+        match queue.pop() {
+            Ok(item) => {
+                sink.write(item.offset, item.content()).map_err(Error::Sink)?;
+                queue.done(item);
+            }
+            Err(End::Complete) => return sink.finish().map_err(Error::Sink),
+            Err(End::Aborted) => return Err(Error::Aborted),
+        }
+    };
+    let result = panic::catch_unwind(AssertUnwindSafe(deliver)).unwrap_or(Err(Error::SinkPanicked));
+    if result.is_err() {
+        queue.end(End::Aborted);
+    }
+    queue.sink_ended(result.is_ok());
+    (sink, result)
+}

@@ -1,0 +1,130 @@
+//! What memory held at one moment, saved while the program goes on writing.
+//!
+//! [`Snapshot::begin`] protects memory against writes and returns. A thread then reads it page by page and hands what
+//! it read to a [`Sink`] on another thread. When the program is about to write to a page that isn't saved yet, that
+//! page is read first, at once, and then the write goes on.
+//!
+//! - A [`SnapshotWriter`] is the sink that writes a file, a [`SnapshotReader`] reads it: as a
+//!   [`PageSource`](crate::pager::PageSource), from which [`LazyMemory`](crate::LazyMemory) and a
+//!   [`Pager`](crate::pager::Pager) restore memory page by page as it is touched.
+//! - A [`Series`] takes one snapshot after the other of the same memory, each of what has changed since the one before.
+//!
+//! ```
+//! use userfaultfd::snapshot::{Error, SnapshotReader, SnapshotWriter};
+//! use userfaultfd::{LazyMemory, Snapshot, page_size};
+//!
+//! let mut memory = memmap2::MmapMut::map_anon(16 * page_size())?;
+//! memory[..5].copy_from_slice(b"hello");
+//! let range = memory.as_ptr().addr()..memory.as_ptr().addr() + memory.len();
+//!
+//! let path = std::env::temp_dir().join(format!("{}.snapshot", std::process::id()));
+//! let snapshot = match Snapshot::begin(range, SnapshotWriter::create(&path)?) {
+//!     Ok(snapshot) => snapshot,
+//!     Err(Error::Kernel(error)) => return Ok(println!("{error}")), // no write protection here
+//!     Err(error) => return Err(error.into()),
+//! };
+//! memory[..5].copy_from_slice(b"later"); // goes on at once
+//! snapshot.wait()?;
+//!
+//! let restored = LazyMemory::new(memory.len(), SnapshotReader::open(&path)?)?;
+//! assert_eq!(&restored[..5], b"hello"); // read from the file now
+//! # drop(restored);
+//! # std::fs::remove_file(&path)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What can be relied on
+//!
+//! - **One moment.** No write is let through before all memory is protected, so what was written after another write is
+//!   in the snapshot only if that one is.
+//! - **Each page once.** Each page comes to the sink exactly once, as it was at that moment.
+//! - **A writer waits for the copy of its page** and for nothing else, as long as the sink keeps up. If it doesn't, at
+//!   most [`Options::buffer`] bytes are between memory and it, and writers wait.
+//! - **However it ends**, by an error, a panic of the sink, [`abort`](Snapshot::abort) or by being dropped: protection is
+//!   lifted, and everybody goes on.
+//! - **Nothing wrong is passed off as content.** Where the kernel tells what is protected (Linux 5.13), each page is
+//!   looked at after it was read: one that isn't protected any more is [`Content::Gone`], and counted in
+//!   [`Progress::gone`].
+//!
+//! What the program does to its memory meanwhile:
+//!
+//! | | |
+//! | --- | --- |
+//! | it drops pages: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | saved before that, or zeros: [`Removal`] |
+//! | munmap(2), another mapping in its place | what isn't saved yet is gone: the kernel tells too late |
+//! | mremap(2) | followed to its new place |
+//! | fork(2) | the child is another process; the snapshot goes on |
+//! | a write through another mapping of the same file, write(2) to the file, DMA | isn't held up: it may be in the snapshot or not |
+//! | a hole punched into the file | zeros are in the snapshot, if the page isn't saved yet |
+//!
+//! Memory may be private anonymous, shared (memfd, tmpfs, shared anonymous) and hugetlb memory that can be read and
+//! written. Reading shared memory that nobody has touched allocates it.
+//!
+//! # What is safe, and why
+//!
+//! All of it. Protection decides when a thread waits and not what it reads. Memory is read by the kernel
+//! (process_vm_readv(2)) and never through a reference, so it may be anything: also memory that other threads write.
+//!
+//! A snapshot of the memory that the sink, or the threads that take it, work in waits for itself: keep stacks and the
+//! heap out of it, unless the sink writes to neither.
+//!
+//! # The file
+//!
+//! All numbers are little-endian; a block is the page size of the machine that wrote it. A reader may have another one.
+//!
+//! | bytes | |
+//! | --- | --- |
+//! | one block | the header, then zeros |
+//! | blocks | pages with content, in the order in which they were saved; a page of zeros isn't there |
+//! | | the index: regions, extents, checksums |
+//! | 64 | the footer, the last bytes of the file |
+//!
+//! | header, at | |
+//! | --- | --- |
+//! | 0 | `UFFDSNAP` |
+//! | 8 | u32: version, 1 |
+//! | 12 | u32: the logarithm of the block size to base 2 |
+//! | 16 | 16 bytes: the id of the snapshot, random |
+//! | 32 | 16 bytes: the id of the one that it follows; zeros if it holds everything |
+//! | 48 | zeros |
+//! | 60 | u32: CRC-32 of the 60 bytes before |
+//!
+//! | footer, at | |
+//! | --- | --- |
+//! | 0 | `UFFDSEND` |
+//! | 8, 48 | the first and the second 8 bytes of the id |
+//! | 16 | u64: where the index begins |
+//! | 24, 32, 40 | u64: how many regions, extents, checksums |
+//! | 56 | u32: CRC-32 of the index |
+//! | 60 | u32: CRC-32 of the 60 bytes before |
+//!
+//! A region is three u64: the addresses where it begins and ends, and the size of its pages. The regions lie in the
+//! snapshot one behind the other. An extent is three u64: its first block in the snapshot, how many blocks, and the
+//! offset in the file of their content; 0 there means zeros, 1 that it couldn't be told. Extents are in order and don't
+//! overlap; those of a snapshot that follows none cover all. A checksum is a u32 for each block with content, in the
+//! order of the snapshot: CRC-32 (IEEE 802.3) of the block.
+//!
+//! A file without its footer was never finished, or is cut short; [`FormatError`] says so, and what else can be wrong.
+
+mod bits;
+mod copier;
+mod error;
+mod events;
+mod format;
+mod handle;
+mod layout;
+mod maker;
+mod options;
+mod queue;
+mod reader;
+mod shared;
+mod sink;
+mod writer;
+
+pub use self::error::{Error, Result};
+pub use self::format::{FormatError, SnapshotId};
+pub use self::handle::{Progress, Series, Snapshot};
+pub use self::options::{Options, Removal};
+pub use self::reader::SnapshotReader;
+pub use self::sink::{Content, Geometry, Region, Sink};
+pub use self::writer::SnapshotWriter;

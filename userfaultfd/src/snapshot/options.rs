@@ -1,0 +1,177 @@
+//! What a snapshot is of, and how it is taken.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread;
+
+use super::copier::Copier;
+use super::error::{Error, Result};
+use super::handle::{Series, Snapshot};
+use super::layout::{Layout, Part};
+use super::maker::{Buffers, Maker};
+use super::shared::Shared;
+use super::sink::{Region, Sink};
+use crate::dirty::options::tells_protection;
+use crate::dirty::process::Process;
+use crate::dirty::watch::{Protection, Watch};
+use crate::{FeatureFlags, Pid, Uffd, UffdBuilder, page_size};
+
+/// Bytes that the walk saves at a time, unless a page is larger.
+const CHUNK: usize = 256 << 10;
+
+/// What becomes of pages that the program drops (`MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE`) while they are still to
+/// be saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Removal {
+    /// They are saved: who drops them, and everybody who writes to a page that is still protected, waits until all of
+    /// the snapshot has been read. Right whenever what is dropped may have been in use when the snapshot began:
+    /// memory that an allocator gives back.
+    #[default]
+    Save,
+    /// They are delivered as zeros, and nobody waits. For programs whose dropped pages mean nothing from the moment
+    /// that they decide to drop them: the balloon of a virtual machine.
+    Zero,
+}
+
+/// What a snapshot is of, and how it is taken, where [`Snapshot::begin`] isn't enough.
+#[derive(Debug)]
+#[must_use]
+pub struct Options {
+    ranges: Vec<Range<usize>>,
+    buffer: usize,
+    removal: Removal,
+    user_mode_only: bool,
+    descriptor: Option<Uffd>,
+    process: Process,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            ranges: Vec::new(),
+            buffer: 16 << 20,
+            removal: Removal::Save,
+            user_mode_only: true,
+            descriptor: None,
+            process: Process::Own,
+        }
+    }
+}
+
+impl Options {
+    /// Of nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A snapshot of this range of addresses, too: behind those said before. The bounds are multiples of the page
+    /// size, of the huge page size on hugetlb memory. Everything in it is mapped.
+    pub fn range(mut self, range: Range<usize>) -> Self {
+        self.ranges.push(range);
+        self
+    }
+
+    /// Bytes that may be between memory and the sink. When these are full, writers wait for the sink. The default is
+    /// 16 MiB; it is at least some pages.
+    pub fn buffer(mut self, bytes: usize) -> Self {
+        self.buffer = bytes;
+        self
+    }
+
+    /// What becomes of pages that are dropped meanwhile. The default is [`Removal::Save`].
+    pub fn removal(mut self, removal: Removal) -> Self {
+        self.removal = removal;
+        self
+    }
+
+    /// Whether only writes from user mode are allowed, as in
+    /// [`UffdBuilder::user_mode_only`]. The default is `true`, which takes no rights, and **a system call that writes
+    /// to a page that isn't saved yet, such as read(2), fails with `EFAULT`**. With `false`, which takes rights, it
+    /// waits like any write.
+    pub fn user_mode_only(mut self, user_mode_only: bool) -> Self {
+        self.user_mode_only = user_mode_only;
+        self
+    }
+
+    /// Memory of another process, through a descriptor that was made in it for this alone, with
+    /// [`EVENT_REMOVE`](FeatureFlags::EVENT_REMOVE), [`EVENT_UNMAP`](FeatureFlags::EVENT_UNMAP) and
+    /// [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP), and if there is such a thing with
+    /// [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED). Takes the right to read that memory by ptrace(2).
+    pub fn process(mut self, pid: Pid, uffd: Uffd) -> Self {
+        self.process = Process::Other(pid);
+        self.descriptor = Some(uffd);
+        self
+    }
+
+    /// Takes one snapshot. See [`Snapshot::begin`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Snapshot::begin`].
+    pub fn begin<S: Sink + 'static>(self, sink: S) -> Result<Snapshot<S>> {
+        let maker = self.maker(false)?;
+        let mut snapshot = maker.begin(sink, false)?;
+        snapshot.maker = Some(maker);
+        Ok(snapshot)
+    }
+
+    /// For a series of snapshots of the same memory, of which each holds what has changed since the one before.
+    ///
+    /// # Errors
+    ///
+    /// As [`Snapshot::begin`], but for those of the sink.
+    pub fn series(self) -> Result<Series> {
+        Ok(Series { maker: self.maker(true)?, taken: false })
+    }
+
+    fn maker(self, series: bool) -> Result<Maker> {
+        let features = FeatureFlags::PAGEFAULT_FLAG_WP
+            | FeatureFlags::EVENT_REMOVE
+            | FeatureFlags::EVENT_UNMAP
+            | FeatureFlags::EVENT_REMAP;
+        let uffd = match self.descriptor {
+            Some(uffd) => uffd,
+            None => UffdBuilder::new()
+                .close_on_exec(true)
+                .user_mode_only(self.user_mode_only)
+                .require_features(features)
+                .request_features(FeatureFlags::WP_UNPOPULATED)
+                .create()?,
+        };
+        uffd.set_nonblocking(true)?;
+        let protects_empty = uffd.features().contains(FeatureFlags::WP_UNPOPULATED);
+        let mut watch = Watch::new(uffd, self.process, Protection::Write)?;
+        watch.protects_empty = protects_empty;
+        // The thread that tries is the one that reads what must be read before another try.
+        watch.tries = 1;
+        let watch = Arc::new(watch);
+        let mut parts = Vec::new();
+        let mut regions = Vec::new();
+        for range in &self.ranges {
+            watch.register(range)?;
+            for tracked in crate::dirty::ranges::within(&watch.ranges(), range) {
+                let offset = parts.last().map_or(0, |part: &Part| part.offset + part.len);
+                let Range { start, end } = tracked.range;
+                parts.push(Part { address: start, offset, len: end - start, page: tracked.page });
+                let page = tracked.page as u64;
+                regions.push(Region { addresses: start as u64..end as u64, page });
+            }
+        }
+        let largest = parts.iter().map(|part| part.page).max().unwrap_or(page_size());
+        let chunk = CHUNK.max(largest);
+        let buffers = Buffers {
+            chunks: ((self.buffer / 4 * 3 / chunk).max(2), chunk),
+            pages: ((self.buffer / 4 / largest).max(4), largest),
+        };
+        let shared = Arc::new(Shared::new().map_err(Error::Thread)?);
+        let layout = Layout::new(parts);
+        let how = (self.removal, series, tells_protection()?);
+        let copier = Copier::new(watch, Arc::clone(&shared), layout, how, chunk).map_err(Error::Thread)?;
+        let copier = thread::Builder::new()
+            .name("snapshot".into())
+            .spawn(move || copier.run())
+            .map_err(Error::Thread)?;
+        Ok(Maker { shared, copier: Some(copier), regions, buffers })
+    }
+}

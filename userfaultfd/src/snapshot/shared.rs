@@ -1,0 +1,115 @@
+//! What the thread that saves pages shares with those who ask something of it.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::queue::Queue;
+use crate::{Errno, Error, Result};
+
+/// What a snapshot has done so far, in bytes.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    pub(super) total: AtomicU64,
+    pub(super) saved: AtomicU64,
+    pub(super) on_write: AtomicU64,
+    pub(super) gone: AtomicU64,
+    pub(super) pause_ns: AtomicU64,
+}
+
+/// What the thread and those who ask something of it share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// Something to read there means that something changed.
+    pub(super) woken: UnixStream,
+    wake: UnixStream,
+    state: Mutex<State>,
+    pub(super) answered: Condvar,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) begin: Option<Begin>,
+    pub(super) answer: Option<Result<()>>,
+    /// A snapshot is at work.
+    pub(super) busy: bool,
+    /// The thread is to end.
+    pub(super) end: bool,
+    /// The thread has ended, perhaps by an error.
+    pub(super) ended: Option<Option<Errno>>,
+}
+
+/// A snapshot to begin.
+#[derive(Debug)]
+pub(super) struct Begin {
+    pub(super) queue: Arc<Queue>,
+    pub(super) counts: Arc<Counts>,
+}
+
+impl Shared {
+    pub(super) fn new() -> io::Result<Self> {
+        let (woken, wake) = UnixStream::pair()?;
+        woken.set_nonblocking(true)?;
+        wake.set_nonblocking(true)?;
+        Ok(Self { woken, wake, state: Mutex::default(), answered: Condvar::new() })
+    }
+
+    pub(super) fn waker(&self) -> io::Result<UnixStream> {
+        self.wake.try_clone()
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // Full means woken already.
+        let woken = (&self.wake).write_all(&[0]);
+        debug_assert!(woken.is_ok() || woken.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock));
+    }
+
+    /// Whether a snapshot is at work. If not, one is now.
+    pub(super) fn claim(&self) -> bool {
+        !std::mem::replace(&mut self.lock().busy, true)
+    }
+
+    pub(super) fn release(&self) {
+        self.lock().busy = false;
+        self.answered.notify_all();
+    }
+
+    /// Waits until no snapshot is at work.
+    pub(super) fn wait_until_idle(&self) {
+        let busy = |state: &mut State| state.busy && state.ended.is_none();
+        drop(self.answered.wait_while(self.lock(), busy).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Has a snapshot begun, and waits until memory is protected.
+    pub(super) fn begin(&self, begin: Begin) -> Result<()> {
+        self.lock().begin = Some(begin);
+        self.wake();
+        let mut state = self.lock();
+        loop {
+            if let Some(answer) = state.answer.take() {
+                return answer;
+            }
+            if let Some(ended) = state.ended {
+                return Err(Error::TrackingFailed(ended.unwrap_or(Errno::ESRCH)));
+            }
+            state = self.answered.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Has the thread end.
+    pub(super) fn end(&self) {
+        self.lock().end = true;
+        self.wake();
+    }
+}
+
+/// How long, from a counter of nanoseconds.
+pub(super) fn duration(counter: &AtomicU64) -> Duration {
+    Duration::from_nanos(counter.load(Ordering::Relaxed))
+}

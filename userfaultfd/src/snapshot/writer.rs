@@ -1,0 +1,186 @@
+//! A sink that writes a snapshot file.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use super::format::{Extent, Footer, HEADER, Header, Place, SnapshotId, encode_index};
+use super::sink::{Content, Geometry, Sink};
+use crate::{page_size, sys};
+
+/// Writes a snapshot as a file that [`SnapshotReader`](super::SnapshotReader) reads: a [`Sink`].
+///
+/// It writes from the beginning to the end without going back, so a pipe or a socket will do. Pages of zeros take no
+/// room. The [module](super) describes the format.
+pub struct SnapshotWriter<W: Write> {
+    out: W,
+    /// Makes sure that a file is on its disk.
+    sync: Option<fn(&mut W) -> io::Result<()>>,
+    id: SnapshotId,
+    parent: Option<SnapshotId>,
+    geometry: Option<Geometry>,
+    block: usize,
+    zeros: Box<[u8]>,
+    /// Bytes written so far.
+    written: u64,
+    extents: Vec<Extent>,
+    /// With each its block.
+    checksums: Vec<(u64, u32)>,
+}
+
+impl SnapshotWriter<BufWriter<File>> {
+    /// Writes to a new file, or over an old one. What isn't finished is refused when it is read; finishing makes sure
+    /// that all of it is on the disk.
+    ///
+    /// # Errors
+    ///
+    /// Those of creating the file.
+    pub fn create(path: impl AsRef<Path>) -> io::Result<Self> {
+        let mut writer = Self::new(BufWriter::with_capacity(1 << 20, File::create(path)?))?;
+        writer.sync = Some(|out| out.get_ref().sync_all());
+        Ok(writer)
+    }
+}
+
+impl<W: Write> SnapshotWriter<W> {
+    /// Writes to anything. Small pieces are written, too: a file wants a [`BufWriter`].
+    ///
+    /// # Errors
+    ///
+    /// None, on a kernel that has random numbers.
+    pub fn new(out: W) -> io::Result<Self> {
+        let id = SnapshotId(sys::random_bytes()?);
+        let block = page_size();
+        Ok(Self {
+            out,
+            sync: None,
+            id,
+            parent: None,
+            geometry: None,
+            block,
+            zeros: vec![0; block].into(),
+            written: 0,
+            extents: Vec::new(),
+            checksums: Vec::new(),
+        })
+    }
+
+    /// Says which snapshot an incremental one follows: the one before of the same [`Series`](super::Series).
+    #[must_use]
+    pub fn follows(mut self, parent: SnapshotId) -> Self {
+        self.parent = Some(parent);
+        self
+    }
+
+    /// The name of the snapshot, for [`follows`](Self::follows) of the next one.
+    #[must_use]
+    pub fn id(&self) -> SnapshotId {
+        self.id
+    }
+
+    /// Bytes written so far.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// What it writes to.
+    #[must_use]
+    pub fn into_inner(self) -> W {
+        self.out
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.out.write_all(bytes)?;
+        self.written += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn extend(&mut self, first: u64, blocks: u64, place: Place) {
+        if let Some(last) = self.extents.last_mut() {
+            let adjoins = match (last.place, place) {
+                (Place::Data(before), Place::Data(here)) => before + last.blocks * self.block as u64 == here,
+                (before, here) => before == here,
+            };
+            if adjoins && last.first + last.blocks == first {
+                last.blocks += blocks;
+                return;
+            }
+        }
+        self.extents.push(Extent { first, blocks, place });
+    }
+}
+
+impl<W: Write + Send> Sink for SnapshotWriter<W> {
+    fn begin(&mut self, geometry: &Geometry) -> io::Result<()> {
+        match (geometry.incremental, self.parent) {
+            (true, None) => return Err(invalid("an incremental snapshot must be told which one it follows")),
+            (false, Some(_)) => return Err(invalid("a snapshot of everything follows none")),
+            _ => {}
+        }
+        if self.geometry.replace(geometry.clone()).is_some() {
+            return Err(invalid("a writer writes one snapshot"));
+        }
+        let header = Header { block: self.block as u64, id: self.id, parent: self.parent }.encode();
+        self.put(&header)?;
+        let rest = self.block - HEADER;
+        let zeros = std::mem::take(&mut self.zeros);
+        let padded = self.put(&zeros[..rest]);
+        self.zeros = zeros;
+        padded
+    }
+
+    fn write(&mut self, offset: u64, content: Content<'_>) -> io::Result<()> {
+        let (block, first) = (self.block as u64, offset / self.block as u64);
+        match content {
+            Content::Data(bytes) => {
+                for (at, bytes) in (first..).zip(bytes.chunks(self.block)) {
+                    if *bytes == *self.zeros {
+                        self.extend(at, 1, Place::Zero);
+                    } else {
+                        self.extend(at, 1, Place::Data(self.written));
+                        self.checksums.push((at, crc32fast::hash(bytes)));
+                        self.put(bytes)?;
+                    }
+                }
+            }
+            Content::Zero(len) => self.extend(first, len / block, Place::Zero),
+            Content::Gone(len) => self.extend(first, len / block, Place::Gone),
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        let Some(geometry) = self.geometry.clone() else { return Err(invalid("the snapshot hasn't begun")) };
+        self.extents.sort_unstable_by_key(|extent| extent.first);
+        self.checksums.sort_unstable();
+        let checksums: Vec<u32> = self.checksums.iter().map(|(_, checksum)| *checksum).collect();
+        let index = encode_index(&geometry, &self.extents, &checksums);
+        let footer = Footer {
+            id: self.id,
+            index: self.written,
+            regions: geometry.regions.len() as u64,
+            extents: self.extents.len() as u64,
+            checksums: checksums.len() as u64,
+            index_crc: crc32fast::hash(&index),
+        };
+        self.put(&index)?;
+        self.put(&footer.encode())?;
+        self.out.flush()?;
+        self.sync.map_or(Ok(()), |sync| sync(&mut self.out))
+    }
+}
+
+fn invalid(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, text)
+}
+
+impl<W: Write> fmt::Debug for SnapshotWriter<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SnapshotWriter")
+            .field("id", &self.id)
+            .field("written", &self.written)
+            .finish_non_exhaustive()
+    }
+}

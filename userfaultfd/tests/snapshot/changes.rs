@@ -1,0 +1,179 @@
+//! Memory that is dropped, unmapped or moved while a snapshot of it is taken.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread;
+
+use userfaultfd::snapshot::{Options, Removal};
+use userfaultfd::{FeatureFlags, RegisterMode};
+
+use crate::image::{Image, addresses, number};
+use crate::support::memory::{self, Memory};
+use crate::support::{child, page, proc, require, test_name};
+
+const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
+
+/// Memory of every small kind, of so many pages that the walk doesn't reach the end while the sink takes nothing.
+fn each(test: &str) -> impl Iterator<Item = Memory> {
+    let pages = 8 * (256 << 10) / page();
+    memory::each_of(test, &memory::Kind::SMALL, RegisterMode::WRITE_PROTECT, pages)
+        .inspect(|memory| println!("{memory:?}"))
+}
+
+/// Begins a snapshot whose sink takes nothing, does `change` to the last pages in a thread of its own, and lets the sink
+/// go on when that waits in the system call, or has returned.
+fn during(
+    memory: &Memory,
+    removal: Removal,
+    syscall: Option<libc::c_long>,
+    change: impl FnOnce() + Send,
+) -> Image {
+    let image = Image::closed();
+    let options = Options::new().range(addresses(memory)).buffer(0).removal(removal);
+    let snapshot = options.begin(image.clone()).unwrap();
+    image.wait_for_piece();
+    thread::scope(|scope| {
+        let (tell, told) = mpsc::channel();
+        let changing = scope.spawn(move || {
+            tell.send(proc::thread_id()).unwrap();
+            change();
+        });
+        let thread = told.recv().unwrap();
+        match syscall {
+            Some(syscall) => proc::wait_until_in(thread, syscall),
+            None => changing.join().unwrap(),
+        }
+        image.open();
+    });
+    snapshot.wait().unwrap();
+    image
+}
+
+#[test]
+fn pages_that_are_dropped_are_saved_before() {
+    require!(WRITE_PROTECT);
+    for memory in each(test_name!()) {
+        let (before, pages) = (number(&memory, 1), memory.pages());
+        let image = during(&memory, Removal::Save, Some(libc::SYS_madvise), || {
+            memory.advise(pages - 5, 3, libc::MADV_DONTNEED).unwrap();
+            memory.write(pages - 4, 99);
+        });
+        assert_eq!(image.content(&memory), before, "{memory:?}");
+        assert!(image.with(|delivered| delivered.gone.is_empty()));
+        assert_eq!(memory.read(pages - 4), 99);
+    }
+}
+
+#[test]
+fn writers_go_on_after_a_drop_that_waited() {
+    require!(WRITE_PROTECT);
+    for memory in each(test_name!()) {
+        let (before, pages) = (number(&memory, 1), memory.pages());
+        thread::scope(|scope| {
+            let memory = &memory;
+            let image = during(memory, Removal::Save, Some(libc::SYS_madvise), || {
+                let (tell, told) = mpsc::channel();
+                // This one waits from before the drop on, or in it.
+                scope.spawn(move || {
+                    tell.send(()).unwrap();
+                    memory.write(pages - 9, 99);
+                });
+                told.recv().unwrap();
+                memory.advise(pages - 5, 3, libc::MADV_DONTNEED).unwrap();
+            });
+            assert_eq!(image.content(memory), before, "{memory:?}");
+        });
+        assert_eq!(memory.read(pages - 9), 99);
+    }
+}
+
+#[test]
+fn where_that_is_wanted_dropped_pages_are_zeros_and_nobody_waits() {
+    require!(WRITE_PROTECT);
+    for memory in each(test_name!()) {
+        let (mut before, pages) = (number(&memory, 1), memory.pages());
+        let image = during(&memory, Removal::Zero, None, || {
+            memory.advise(pages - 5, 3, libc::MADV_DONTNEED).unwrap();
+            memory.write(pages - 4, 99);
+        });
+        before[pages - 5..pages - 2].fill(0);
+        assert_eq!(image.content(&memory), before, "{memory:?}");
+        assert!(image.with(|delivered| delivered.gone.is_empty()));
+    }
+}
+
+#[test]
+fn pages_that_are_unmapped_are_gone_and_told_so() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        for memory in each(test_name!()) {
+            let (before, pages) = (number(&memory, 1), memory.pages());
+            let image = during(&memory, Removal::Save, Some(libc::SYS_munmap), || memory.unmap(pages - 5, 3));
+            let gone = image.with(|delivered| delivered.gone.clone());
+            let expected: Vec<u64> = (pages - 5..pages - 2).map(|page| page as u64).collect();
+            assert_eq!(gone, expected, "{memory:?}");
+            let content = image.content(&memory);
+            assert!((0..pages).all(|page| content[page] == before[page] || gone.contains(&(page as u64))));
+        }
+    });
+}
+
+#[test]
+fn pages_that_move_are_followed() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        for memory in each(test_name!()) {
+            let (before, pages) = (number(&memory, 1), memory.pages());
+            let target = Memory::anonymous(3);
+            let image = during(&memory, Removal::Save, Some(libc::SYS_mremap), || {
+                memory.move_over(pages - 5, 3, &target, 0);
+                // Saved, from where it is now, before it is written.
+                target.write(1, 99);
+            });
+            assert_eq!(image.content(&memory), before, "{memory:?}");
+            assert!(image.with(|delivered| delivered.gone.is_empty()));
+            assert_eq!((target.read(0), target.read(1)), (before[pages - 5], 99));
+        }
+    });
+}
+
+/// Ends the threads of a test whatever happens.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Threads write, drop and write again all the time, while one snapshot after the other is taken.
+#[test]
+fn a_program_that_drops_all_the_time_gets_on() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(64);
+    number(&memory, 0);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _stop = Stop(&stop);
+        for part in 0..4 {
+            let (memory, stop) = (&memory, &stop);
+            scope.spawn(move || {
+                let pages = 16 * part..16 * part + 16;
+                while !stop.load(Ordering::SeqCst) {
+                    pages.clone().for_each(|page| memory.write(page, 1));
+                    memory.advise(pages.start, 8, libc::MADV_DONTNEED).unwrap();
+                    pages.clone().for_each(|page| memory.write(page, 2));
+                }
+            });
+        }
+        for _ in 0..20 {
+            let image = Image::new();
+            let options = Options::new().range(addresses(&memory));
+            let (_, progress) = options.begin(image.clone()).unwrap().wait().unwrap();
+            assert_eq!(progress.gone, 0);
+            let content = image.content(&memory);
+            // What was there: a number of the beginning, what is written, or the zeros of a drop.
+            assert!(content.iter().enumerate().all(|(page, byte)| *byte <= 2 || usize::from(*byte) == page));
+        }
+    });
+}

@@ -1,0 +1,137 @@
+//! How a snapshot ends: complete, aborted, by an error of its sink.
+
+use std::io;
+use std::thread;
+
+use userfaultfd::FeatureFlags;
+use userfaultfd::snapshot::{Content, Error, Options, Snapshot};
+
+use crate::image::{Image, addresses, content, number};
+use crate::support::memory::Memory;
+use crate::support::{page, require};
+
+const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
+
+fn large() -> Memory {
+    let memory = Memory::anonymous(8 * (256 << 10) / page());
+    number(&memory, 1);
+    memory
+}
+
+/// Every page can be written, and another userfaultfd may have the memory.
+#[track_caller]
+fn assert_free(memory: &Memory) {
+    let written = number(memory, 5);
+    assert_eq!(content(memory), written);
+    let image = Image::new();
+    Snapshot::begin(addresses(memory), image.clone()).unwrap().wait().unwrap();
+    assert_eq!(image.content(memory), written);
+}
+
+#[test]
+fn an_aborted_one_frees_its_memory() {
+    require!(WRITE_PROTECT);
+    let memory = large();
+    let image = Image::closed();
+    let snapshot = Options::new().range(addresses(&memory)).buffer(0).begin(image.clone()).unwrap();
+    image.wait_for_piece();
+    // Some wait already, since no buffer is free.
+    thread::scope(|scope| {
+        let (memory, pages) = (&memory, memory.pages());
+        let writers: Vec<_> =
+            (1..8).map(|page| scope.spawn(move || memory.write(pages - page, 99))).collect();
+        snapshot.abort();
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+    });
+    image.open();
+    let error = snapshot.wait().map(drop).unwrap_err();
+    assert!(matches!(error, Error::Aborted), "{error:?}");
+    assert!(!image.with(|delivered| delivered.finished));
+    assert_free(&memory);
+}
+
+#[test]
+fn one_that_is_dropped_is_aborted() {
+    require!(WRITE_PROTECT);
+    let memory = large();
+    let image = Image::closed();
+    let snapshot = Options::new().range(addresses(&memory)).buffer(0).begin(image.clone()).unwrap();
+    image.wait_for_piece();
+    thread::scope(|scope| {
+        scope.spawn(|| drop(snapshot));
+        memory.write(memory.pages() - 1, 99);
+        image.open();
+    });
+    assert!(!image.with(|delivered| delivered.finished));
+    assert_free(&memory);
+}
+
+#[test]
+fn an_error_of_the_sink_is_that_of_the_snapshot() {
+    require!(WRITE_PROTECT);
+    let memory = large();
+    for piece in 1..4 {
+        let image = Image::new();
+        image.with(|delivered| delivered.fails_at = Some(piece));
+        let error = Snapshot::begin(addresses(&memory), image.clone()).unwrap().wait().map(drop).unwrap_err();
+        let Error::Sink(error) = error else { panic!("{error:?}") };
+        assert_eq!(error.to_string(), "it is full");
+        assert_eq!(image.with(|delivered| (delivered.order.len(), delivered.finished)), (piece, false));
+        assert_free(&memory);
+    }
+}
+
+#[test]
+fn a_sink_that_cannot_begin_costs_nothing() {
+    require!(WRITE_PROTECT);
+    let memory = large();
+    let image = Image::new();
+    image.with(|delivered| delivered.fails_at = Some(0));
+    let error = Snapshot::begin(addresses(&memory), image).map(drop).unwrap_err();
+    assert!(matches!(error, Error::Sink(_)), "{error:?}");
+    assert_free(&memory);
+}
+
+#[test]
+fn a_sink_that_panics_is_an_error() {
+    require!(WRITE_PROTECT);
+    let memory = large();
+    let sink = |_: u64, _: Content<'_>| -> io::Result<()> { panic!("as it is told to") };
+    let error = Snapshot::begin(addresses(&memory), sink).unwrap().wait().map(drop).unwrap_err();
+    assert!(matches!(error, Error::SinkPanicked), "{error:?}");
+    assert_free(&memory);
+}
+
+#[test]
+fn once_all_is_saved_nobody_waits_for_the_sink() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(4);
+    let before = number(&memory, 1);
+    let image = Image::closed();
+    let snapshot = Snapshot::begin(addresses(&memory), image.clone()).unwrap();
+    while snapshot.progress().saved < memory.len() as u64 {
+        thread::yield_now();
+    }
+    memory.write(0, 99);
+    image.open();
+    let (_, progress) = snapshot.wait().unwrap();
+    assert_eq!(progress.saved, memory.len() as u64);
+    assert_eq!(image.content(&memory), before);
+}
+
+#[test]
+fn one_that_waits_for_its_sink_can_be_aborted() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(4);
+    number(&memory, 1);
+    let image = Image::closed();
+    let snapshot = Snapshot::begin(addresses(&memory), image.clone()).unwrap();
+    while snapshot.progress().saved < memory.len() as u64 {
+        thread::yield_now();
+    }
+    snapshot.abort();
+    image.open();
+    let error = snapshot.wait().map(drop).unwrap_err();
+    assert!(matches!(error, Error::Aborted), "{error:?}");
+    assert!(!image.with(|delivered| delivered.finished));
+}

@@ -1,0 +1,341 @@
+//! The file of a snapshot: what it holds comes back, and what is wrong with it is found.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use userfaultfd::pager::{Fill, PageSource};
+use userfaultfd::snapshot::{FormatError, Options, Series, Snapshot, SnapshotReader, SnapshotWriter};
+use userfaultfd::{FeatureFlags, RegisterMode};
+
+use crate::image::{addresses, number};
+use crate::support::memory::{self, Memory};
+use crate::support::{page, require, test_name};
+
+const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
+
+/// A path of its own, removed when dropped.
+pub(crate) struct Scratch(pub(crate) PathBuf);
+
+impl Scratch {
+    pub(crate) fn new(test: &str) -> Self {
+        let name = format!("userfaultfd-{}-{test}", std::process::id()).replace(':', "-");
+        Self(std::env::temp_dir().join(name))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        drop(fs::remove_file(&self.0));
+    }
+}
+
+/// Bytes as an open file.
+fn file(bytes: &[u8]) -> File {
+    // SAFETY: the name is NUL-terminated.
+    let fd = unsafe { libc::memfd_create(c"snapshot".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "{}", io::Error::last_os_error());
+    // SAFETY: it was just made, and nothing else owns it.
+    let file: File = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) };
+    file.write_all_at(bytes, 0).unwrap();
+    file
+}
+
+/// A snapshot of memory, as the bytes of a file.
+fn bytes_of(memory: &Memory) -> Vec<u8> {
+    let writer = SnapshotWriter::new(Vec::new()).unwrap();
+    let (writer, _) = Snapshot::begin(addresses(memory), writer).unwrap().wait().unwrap();
+    writer.into_inner()
+}
+
+/// All that a snapshot holds.
+#[track_caller]
+fn read_all(reader: &SnapshotReader, at_a_time: usize) -> Vec<u8> {
+    let mut all = vec![0xee; reader.len().unwrap() as usize];
+    for (at, page) in all.chunks_mut(at_a_time).enumerate() {
+        if reader.read((at * at_a_time) as u64, page).unwrap() == Fill::Zero {
+            page.fill(0);
+        }
+    }
+    all
+}
+
+#[test]
+fn what_was_written_is_read() {
+    require!(WRITE_PROTECT);
+    for memory in memory::each(test_name!(), RegisterMode::WRITE_PROTECT, 7) {
+        number(&memory, 0); // the first page is zero
+        let all: Vec<u8> = (0..7).flat_map(|page| memory.content(page)).collect();
+        let scratch = Scratch::new(test_name!());
+        let writer = SnapshotWriter::create(&scratch.0).unwrap();
+        let id = writer.id();
+        let (writer, _) = Snapshot::begin(addresses(&memory), writer).unwrap().wait().unwrap();
+        assert_eq!(writer.written(), fs::metadata(&scratch.0).unwrap().len());
+        let reader = SnapshotReader::open(&scratch.0).unwrap();
+        reader.verify().unwrap();
+        assert_eq!((reader.id(), reader.parent(), reader.gone_len()), (id, None, 0));
+        assert_eq!(reader.regions()[0].addresses.start, memory.start().addr() as u64);
+        // Of a page only the beginning is something, and of huge pages only some small ones.
+        assert_eq!(reader.data_len(), 6 * page() as u64, "{memory:?}");
+        let small = page();
+        for at_a_time in [small, small / 2, 3 * small, 16 * small, all.len()] {
+            assert!(read_all(&reader, at_a_time) == all, "{at_a_time} {memory:?}");
+        }
+    }
+}
+
+#[test]
+fn beyond_its_end_are_zeros() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(2);
+    number(&memory, 1);
+    let reader = SnapshotReader::new(file(&bytes_of(&memory))).unwrap();
+    let mut bytes = vec![0xee; 2 * page()];
+    assert_eq!(reader.read(page() as u64, &mut bytes).unwrap(), Fill::Data);
+    assert_eq!((bytes[0], &bytes[page()..]), (2, &vec![0; page()][..]));
+    assert_eq!(reader.read(2 * page() as u64, &mut bytes).unwrap(), Fill::Zero);
+    assert_eq!(reader.len(), Some(2 * page() as u64));
+}
+
+/// Whatever byte is wrong, nothing wrong is ever read.
+#[test]
+fn every_damage_is_found() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(3);
+    number(&memory, 0);
+    let good = bytes_of(&memory);
+    let all = read_all(&SnapshotReader::new(file(&good)).unwrap(), page());
+    let bad = file(&good);
+    let header = 0..64;
+    let unused = 64..page();
+    for at in header
+        .clone()
+        .chain(unused.clone().step_by(97))
+        .chain((page()..3 * page()).step_by(53))
+        .chain(3 * page()..good.len())
+    {
+        bad.write_all_at(&[good[at] ^ 0x10], at as u64).unwrap();
+        match SnapshotReader::new(bad.try_clone().unwrap()) {
+            Ok(reader) if unused.contains(&at) => {
+                reader.verify().unwrap();
+                assert!(read_all(&reader, page()) == all);
+            }
+            Ok(reader) => {
+                let error = reader.verify().unwrap_err();
+                assert!(matches!(error, FormatError::Damaged(_)), "{at} {error:?}");
+                // The other pages are good.
+                let mut bytes = vec![0; page()];
+                let bad = (0..3).filter(|number| match reader.read((number * page()) as u64, &mut bytes) {
+                    Ok(fill) => {
+                        assert!(fill == Fill::Zero || bytes == all[number * page()..][..page()], "{at}");
+                        false
+                    }
+                    Err(error) => {
+                        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+                        true
+                    }
+                });
+                assert_eq!(bad.count(), 1, "{at}");
+            }
+            Err(error) => {
+                assert!(!(page()..3 * page()).contains(&at), "{at} {error}");
+                let named = match at {
+                    0..8 => matches!(error, FormatError::NotASnapshot),
+                    _ => matches!(error, FormatError::Damaged(_) | FormatError::CutShort),
+                };
+                assert!(named, "{at} {error:?}");
+                assert!(!error.to_string().is_empty());
+            }
+        }
+        bad.write_all_at(&good[at..=at], at as u64).unwrap();
+    }
+}
+
+#[test]
+fn every_cut_is_found() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(2);
+    number(&memory, 1);
+    let good = bytes_of(&memory);
+    let lens = (0..200).chain((200..good.len() - 200).step_by(101)).chain(good.len() - 200..good.len());
+    for len in lens {
+        let error = SnapshotReader::new(file(&good[..len])).unwrap_err();
+        let named = if len == 0 {
+            matches!(error, FormatError::NotASnapshot)
+        } else {
+            matches!(error, FormatError::CutShort)
+        };
+        assert!(named, "{len} {error:?}");
+    }
+    // More than was written is wrong, too.
+    let longer = [&good[..], &[0]].concat();
+    assert!(SnapshotReader::new(file(&longer)).is_err());
+}
+
+#[test]
+fn other_files_and_versions_are_refused() {
+    require!(WRITE_PROTECT);
+    for other in [&b"something else that is long enough to have a header of sixty-four bytes"[..], b"short"] {
+        assert!(matches!(SnapshotReader::new(file(other)), Err(FormatError::NotASnapshot)));
+    }
+    assert!(matches!(SnapshotReader::open("/nowhere/at/all"), Err(FormatError::Io(_))));
+    let memory = Memory::anonymous(1);
+    let mut newer = bytes_of(&memory);
+    newer[8] = 2;
+    // With its checksum right again.
+    let checksum = crc(&newer[..60]);
+    newer[60..64].copy_from_slice(&checksum.to_le_bytes());
+    let error = SnapshotReader::new(file(&newer)).unwrap_err();
+    assert!(matches!(error, FormatError::UnknownVersion(2)), "{error:?}");
+}
+
+/// The checksum of the format, by another program than the library's: CRC-32 of IEEE 802.3, bit by bit.
+fn crc(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg()))
+    })
+}
+
+/// The documented format, read by another program than the library's.
+#[test]
+fn the_format_is_as_documented() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(4);
+    memory.write(1, 5);
+    memory.write(2, 6);
+    let bytes = bytes_of(&memory);
+    let u64_at = |at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().unwrap());
+    let u32_at = |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().unwrap());
+    assert_eq!((&bytes[..8], u32_at(8), 1 << u32_at(12)), (&b"UFFDSNAP"[..], 1, page()));
+    assert_eq!(u32_at(60), crc(&bytes[..60]));
+    let footer = bytes.len() - 64;
+    assert_eq!(&bytes[footer..footer + 8], b"UFFDSEND");
+    assert_eq!(u32_at(footer + 60), crc(&bytes[footer..footer + 60]));
+    let [index, regions, extents, checksums] = [16, 24, 32, 40].map(|at| u64_at(footer + at) as usize);
+    assert_eq!([regions, extents, checksums], [1, 3, 2]);
+    assert_eq!(u32_at(footer + 56), crc(&bytes[index..footer]));
+    assert_eq!(u64_at(index), memory.start().addr() as u64);
+    assert_eq!(u64_at(index + 8) - u64_at(index), memory.len() as u64);
+    assert_eq!(u64_at(index + 16), page() as u64);
+    let extent = |number: usize| [0, 8, 16].map(|at| u64_at(index + 24 + 24 * number + at));
+    let page = page() as u64;
+    assert_eq!([extent(0), extent(1), extent(2)], [[0, 1, 0], [1, 2, page], [3, 1, 0]]);
+    for block in 0..2 {
+        let data = &bytes[(1 + block) * page as usize..][..page as usize];
+        assert_eq!(data[0], 5 + block as u8);
+        assert_eq!(u32_at(index + 24 + 3 * 24 + 4 * block), crc(data));
+    }
+}
+
+fn take(series: &mut Series, writer: SnapshotWriter<Vec<u8>>) -> SnapshotReader {
+    let (writer, _) = series.begin(writer).unwrap().wait().unwrap();
+    SnapshotReader::new(file(&writer.into_inner())).unwrap()
+}
+
+#[test]
+fn incremental_ones_lie_on_one_another() {
+    require!(WRITE_PROTECT);
+    for memory in memory::each(test_name!(), RegisterMode::WRITE_PROTECT, 5) {
+        number(&memory, 1);
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        let writer = || SnapshotWriter::new(Vec::new()).unwrap();
+        let first = take(&mut series, writer());
+        memory.write(1, 50);
+        memory.write(3, 0); // to zero
+        let second = take(&mut series, writer().follows(first.id()));
+        memory.write(4, 60);
+        let third = take(&mut series, writer().follows(second.id()));
+        let ids = [first.id(), second.id(), third.id()];
+        assert_eq!([first.parent(), second.parent(), third.parent()], [None, Some(ids[0]), Some(ids[1])]);
+        assert_eq!(second.data_len(), page() as u64, "{memory:?}");
+        // Alone it tells what it needs.
+        let error = second.verify().unwrap_err();
+        assert!(matches!(error, FormatError::NeedsParent { parent } if parent == ids[0]), "{error:?}");
+        let mut bytes = vec![0; page()];
+        let unchanged = second.read(2 * memory.page() as u64, &mut bytes).unwrap_err();
+        assert!(unchanged.to_string().contains(&ids[0].to_string()), "{unchanged}");
+
+        let second = second.on(first).unwrap();
+        let third = third.on(second).unwrap();
+        third.verify().unwrap();
+        let all: Vec<u8> = (0..5).flat_map(|page| memory.content(page)).collect();
+        assert!(read_all(&third, page()) == all, "{memory:?}");
+        assert!(read_all(&third, 2 * page()) == all, "{memory:?}");
+    }
+}
+
+#[test]
+fn the_wrong_one_below_is_refused() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(2);
+    let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+    let writer = || SnapshotWriter::new(Vec::new()).unwrap();
+    let first = take(&mut series, writer());
+    let id = first.id();
+    let second = take(&mut series, writer().follows(id));
+    let other = SnapshotReader::new(file(&bytes_of(&Memory::anonymous(2)))).unwrap();
+    let found = other.id();
+    match second.on(other) {
+        Err(FormatError::WrongParent { expected, found: told }) => {
+            assert_eq!((expected, told), (Some(id), found))
+        }
+        result => panic!("{result:?}"),
+    }
+    // One that is whole stands on nothing.
+    let again = SnapshotReader::new(file(&bytes_of(&Memory::anonymous(2)))).unwrap();
+    assert!(matches!(first.on(again), Err(FormatError::WrongParent { expected: None, .. })));
+}
+
+#[test]
+fn writers_are_used_once_and_as_they_are_meant() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(2);
+    let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+    let writer = || SnapshotWriter::new(Vec::new()).unwrap();
+    let id = writer().id();
+    assert!(series.begin(writer().follows(id)).is_err(), "a whole one follows none");
+    let (used, _) = series.begin(writer()).unwrap().wait().unwrap();
+    assert!(series.begin(writer()).is_err(), "an incremental one follows one");
+    assert!(series.begin(used.follows(id)).is_err(), "it is written already");
+    let (_, progress) = series.begin(writer().follows(id)).unwrap().wait().unwrap();
+    assert_eq!(progress.total, 0);
+}
+
+/// A sink that can't take more is the error of the snapshot, and what it wrote is refused.
+#[test]
+fn a_full_disk_leaves_a_file_that_is_refused() {
+    require!(WRITE_PROTECT);
+    struct Small(Vec<u8>);
+    impl Write for Small {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if self.0.len() + bytes.len() > 4 * page() {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.0.extend(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let memory = Memory::anonymous(8);
+    number(&memory, 1);
+    let kept = std::sync::Arc::new(std::sync::Mutex::new(Small(Vec::new())));
+    struct Shared(std::sync::Arc<std::sync::Mutex<Small>>);
+    impl Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let writer = SnapshotWriter::new(Shared(std::sync::Arc::clone(&kept))).unwrap();
+    let error = Snapshot::begin(addresses(&memory), writer).unwrap().wait().map(drop).unwrap_err();
+    let userfaultfd::snapshot::Error::Sink(error) = error else { panic!("{error:?}") };
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    let error = SnapshotReader::new(file(&kept.lock().unwrap().0)).unwrap_err();
+    assert!(matches!(error, FormatError::CutShort), "{error:?}");
+    number(&memory, 2);
+}

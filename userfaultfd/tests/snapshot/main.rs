@@ -1,0 +1,13 @@
+//! Snapshots of memory that goes on being written: what they hold, and the files that hold them.
+
+#[path = "../kernel/support/mod.rs"]
+#[expect(dead_code, reason = "it has what the tests of the kernel need")]
+mod support;
+
+mod changes;
+mod ends;
+mod file;
+mod image;
+mod live;
+mod restore;
+mod series;

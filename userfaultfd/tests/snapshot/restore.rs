@@ -1,0 +1,57 @@
+//! Memory restored lazily from a snapshot.
+
+use userfaultfd::snapshot::{Options, Snapshot, SnapshotReader, SnapshotWriter};
+use userfaultfd::{FeatureFlags, LazyMemory};
+
+use crate::file::Scratch;
+use crate::image::{addresses, number};
+use crate::support::memory::Memory;
+use crate::support::{page, require, test_name};
+
+const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
+
+#[test]
+fn lazy_memory_is_what_memory_was() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(40);
+    let before = number(&memory, 0);
+    let scratch = Scratch::new(test_name!());
+    let writer = SnapshotWriter::create(&scratch.0).unwrap();
+    let snapshot = Snapshot::begin(addresses(&memory), writer).unwrap();
+    number(&memory, 7);
+    snapshot.wait().unwrap();
+
+    let restored = LazyMemory::new(memory.len(), SnapshotReader::open(&scratch.0).unwrap()).unwrap();
+    // From the end, so that each page is a fault.
+    for number in (0..40).rev() {
+        assert_eq!(restored[number * page()], before[number]);
+        assert_eq!(restored[number * page() + 1], 0);
+    }
+}
+
+#[test]
+fn lazy_memory_is_restored_from_a_chain_and_goes_on_from_there() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(8);
+    number(&memory, 1);
+    let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+    let scratches = [0, 1, 2].map(|number| Scratch::new(&format!("{}{number}", test_name!())));
+    let mut parent = None;
+    for (round, scratch) in scratches.iter().enumerate() {
+        memory.write(round, 100 + round as u8);
+        let mut writer = SnapshotWriter::create(&scratch.0).unwrap();
+        if let Some(parent) = parent {
+            writer = writer.follows(parent);
+        }
+        parent = Some(writer.id());
+        series.begin(writer).unwrap().wait().unwrap();
+    }
+    let [first, second, third] =
+        scratches.each_ref().map(|scratch| SnapshotReader::open(&scratch.0).unwrap());
+    let chain = third.on(second.on(first).unwrap()).unwrap();
+    let mut restored = LazyMemory::new(memory.len(), chain).unwrap();
+    let now: Vec<u8> = (0..8).map(|number| restored[number * page()]).collect();
+    assert_eq!(now, (0..8).map(|page| memory.read(page)).collect::<Vec<_>>());
+    restored[3 * page()] = 77;
+    assert_eq!(restored[3 * page()], 77);
+}

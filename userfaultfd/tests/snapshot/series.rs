@@ -1,0 +1,205 @@
+//! Snapshots that hold what has changed since the one before.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use userfaultfd::snapshot::{Error, Options, Series};
+use userfaultfd::{FeatureFlags, Pid, RegisterMode, Uffd};
+
+use crate::image::{Image, addresses, content, number};
+use crate::support::memory::{self, Memory};
+use crate::support::{child, features, require, test_name, uffd};
+
+const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
+
+fn each(test: &str, pages: usize) -> impl Iterator<Item = Memory> {
+    memory::each(test, RegisterMode::WRITE_PROTECT, pages).inspect(|memory| println!("{memory:?}"))
+}
+
+fn take(series: &mut Series) -> Image {
+    let image = Image::new();
+    series.begin(image.clone()).unwrap().wait().unwrap();
+    image
+}
+
+/// Which pages of the memory an image holds.
+fn pages(image: &Image, memory: &Memory) -> Vec<usize> {
+    let small = memory.page() / crate::support::page();
+    let mut pages: Vec<usize> = image.pages().into_iter().map(|page| page / small).collect();
+    pages.dedup();
+    pages
+}
+
+#[test]
+fn the_second_holds_what_has_changed_since_the_first() {
+    require!(WRITE_PROTECT);
+    for memory in each(test_name!(), 6) {
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        // Before the first there is nothing to be told.
+        let before = number(&memory, 1);
+        let first = take(&mut series);
+        assert_eq!(first.content(&memory), before, "{memory:?}");
+        memory.write(1, 50);
+        memory.write(4, 51);
+        memory.read(3);
+        let second = take(&mut series);
+        assert_eq!(pages(&second, &memory), [1, 4], "{memory:?}");
+        assert!(second.with(|delivered| delivered.geometry.as_ref().unwrap().incremental));
+        let bytes =
+            |image: &Image, page: usize| image.with(|delivered| delivered.bytes[page * memory.page()]);
+        assert_eq!((bytes(&second, 1), bytes(&second, 4)), (50, 51));
+        // Nothing.
+        assert_eq!(pages(&take(&mut series), &memory), []);
+        memory.write(1, 52);
+        let last = take(&mut series);
+        assert_eq!((pages(&last, &memory), bytes(&last, 1)), (vec![1], 52));
+        drop(series);
+        number(&memory, 2);
+    }
+}
+
+/// What is written while a snapshot is taken isn't in it, and is in the next.
+#[test]
+fn what_is_written_meanwhile_is_for_the_next() {
+    require!(WRITE_PROTECT);
+    for memory in each(test_name!(), 6) {
+        let before = number(&memory, 1);
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        let image = Image::closed();
+        let snapshot = series.begin(image.clone()).unwrap();
+        image.wait_for_piece();
+        let again = series.begin(Image::new()).map(drop).unwrap_err();
+        assert!(matches!(again, Error::Running), "{again:?}");
+        thread::scope(|scope| {
+            scope.spawn(|| [0, 5].into_iter().for_each(|page| memory.write(page, 99)));
+            image.open();
+        });
+        snapshot.wait().unwrap();
+        assert_eq!(image.content(&memory), before, "{memory:?}");
+        let second = take(&mut series);
+        assert_eq!(pages(&second, &memory), [0, 5], "{memory:?}");
+    }
+}
+
+#[test]
+fn one_that_failed_does_not_count() {
+    require!(WRITE_PROTECT);
+    for memory in each(test_name!(), 4) {
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        number(&memory, 1);
+        take(&mut series);
+        memory.write(1, 50);
+        let failing = Image::new();
+        failing.with(|delivered| delivered.fails_at = Some(1));
+        series.begin(failing).unwrap().wait().map(drop).unwrap_err();
+        memory.write(2, 51);
+        // Aborted before anything was taken.
+        let image = Image::closed();
+        let snapshot = series.begin(image.clone()).unwrap();
+        image.wait_for_piece();
+        snapshot.abort();
+        image.open();
+        snapshot.wait().map(drop).unwrap_err();
+        memory.write(3, 52);
+        let next = take(&mut series);
+        assert_eq!(pages(&next, &memory), [1, 2, 3], "{memory:?}");
+        assert_eq!(pages(&take(&mut series), &memory), []);
+    }
+}
+
+#[test]
+fn dropped_pages_have_changed() {
+    require!(WRITE_PROTECT);
+    for memory in each(test_name!(), 6) {
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        number(&memory, 1);
+        take(&mut series);
+        if memory.advise(1, 2, libc::MADV_DONTNEED).is_err() {
+            continue; // hugetlb memory before Linux 5.18
+        }
+        let now = content(&memory);
+        let next = take(&mut series);
+        assert_eq!(pages(&next, &memory), [1, 2], "{memory:?}");
+        next.with(|delivered| {
+            assert!((1..3).all(|page| delivered.bytes[page * memory.page()] == now[page]), "{memory:?}");
+            assert!(delivered.gone.is_empty());
+        });
+        memory.write(2, 60);
+        assert_eq!(pages(&take(&mut series), &memory), [2], "{memory:?}");
+    }
+}
+
+/// All snapshots put on one another are what memory held when the last began, whatever happened.
+#[test]
+fn a_chain_of_snapshots_is_the_memory() {
+    require!(WRITE_PROTECT);
+    const PAGES: usize = 16;
+    let memory = Memory::anonymous(PAGES);
+    let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+    let mut restored = vec![0xee; PAGES];
+    let mut seed = 1u64;
+    let mut random = move |limit: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize % limit
+    };
+    for round in 0..60 {
+        for _ in 0..random(10) {
+            match random(4) {
+                0 => memory.advise(random(PAGES - 2), 2, libc::MADV_DONTNEED).unwrap(),
+                _ => memory.write(random(PAGES), random(251) as u8),
+            }
+        }
+        let before = content(&memory);
+        let image = Image::closed();
+        let snapshot = match series.begin(image.clone()) {
+            Ok(snapshot) => snapshot,
+            Err(error) => panic!("{round}: {error}"),
+        };
+        thread::scope(|scope| {
+            let (page, memory) = (random(PAGES), &memory);
+            scope.spawn(move || memory.write(page, 99));
+            image.open();
+        });
+        let well = snapshot.wait().is_ok();
+        assert!(well);
+        let (bytes, held) = image.with(|delivered| (delivered.bytes.clone(), delivered.times.clone()));
+        for page in (0..PAGES).filter(|page| held[*page] == 1) {
+            restored[page] = bytes[page * memory.page()];
+        }
+        assert_eq!(restored, before, "{round}");
+    }
+}
+
+#[test]
+fn memory_of_another_process_is_saved() {
+    require!(WRITE_PROTECT | FeatureFlags::EVENT_REMOVE);
+    child::run_well(test_name!(), || {
+        for memory in each(test_name!(), 4).filter(|memory| !memory.kind().is_shared()) {
+            use std::io::{Read, Write};
+            let before = number(&memory, 1);
+            let (mut here, there) = UnixStream::pair().unwrap();
+            let wanted = FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMAP;
+            let wanted = wanted | (features() & FeatureFlags::WP_UNPOPULATED);
+            let child = child::fork(|| {
+                child::send_fd(&there, uffd(wanted).as_fd());
+                (&there).read_exact(&mut [0]).unwrap();
+                (0..4).for_each(|page| memory.write(page, 77));
+                (&there).write_all(&[1]).unwrap();
+                // Until it is killed.
+                drop((&there).read(&mut [0]));
+            });
+            let descriptor = Uffd::from(child::receive_fd(&here));
+            let image = Image::closed();
+            let options = Options::new().range(addresses(&memory));
+            let snapshot =
+                options.process(Pid::from_raw(child.pid()), descriptor).begin(image.clone()).unwrap();
+            here.write_all(&[1]).unwrap();
+            number(&memory, 9);
+            image.open();
+            snapshot.wait().unwrap();
+            assert_eq!(image.content(&memory), before, "{memory:?}");
+            here.read_exact(&mut [0]).unwrap();
+        }
+    });
+}
