@@ -7,7 +7,7 @@ use userfaultfd::{Errno, Error, FaultKind, FeatureFlags, IoctlFlags, RegisterMod
 
 use crate::support::fault::{self, Fault};
 use crate::support::mapping::{self, Mapping};
-use crate::support::memory::{Kind, Memory};
+use crate::support::memory::{self, Kind, Memory};
 use crate::support::raw::check;
 use crate::support::{bad_ranges, child, errno, features, has, nowhere, page, require, test_name, uffd};
 
@@ -293,20 +293,22 @@ fn registering_again_replaces_the_modes() {
 
 #[test]
 fn registering_for_less_drops_no_write_protection() {
-    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
-    let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(1));
-    let (start, len) = (memory.start(), memory.len());
-    uffd.register_with_mode(start, len, MISSING | WRITE_PROTECT).unwrap();
-    match uffd.register_with_mode(start, len, MISSING) {
-        // The answer is that of the smaller set, and nothing has changed.
-        Ok(ioctls) => assert!(!ioctls.contains(IoctlFlags::WRITE_PROTECT)),
-        // Since Linux 7.3.
-        Err(error) => {
-            println!("{}: refused", test_name!());
-            assert_eq!(error.errno(), Some(Errno::EBUSY));
+    require!();
+    for memory in memory::each(test_name!(), MISSING | WRITE_PROTECT, 1) {
+        let uffd = uffd(FeatureFlags::empty());
+        let (start, len) = (memory.start(), memory.len());
+        uffd.register_with_mode(start, len, MISSING | WRITE_PROTECT).unwrap();
+        match uffd.register_with_mode(start, len, MISSING) {
+            // The answer is that of the smaller set, and nothing has changed.
+            Ok(ioctls) => {
+                assert!(!features().contains(FeatureFlags::RWP), "{memory:?}");
+                assert!(!ioctls.contains(IoctlFlags::WRITE_PROTECT), "{memory:?}");
+            }
+            // Since Linux 7.3.
+            Err(error) => assert_eq!(error.errno(), Some(Errno::EBUSY), "{memory:?}"),
         }
+        uffd.write_protect(start, len).unwrap();
     }
-    uffd.write_protect(start, len).unwrap();
 }
 
 #[test]
