@@ -269,7 +269,7 @@ fn cpu_of_stat(stat: &[u8]) -> Option<usize> {
 /// Has the calling thread run on one CPU alone.
 pub(crate) fn run_on(cpu: usize) -> Result<(), Errno> {
     const BITS: usize = libc::c_ulong::BITS as usize;
-    let mut set: [libc::c_ulong; 8192 / BITS] = [0; _];
+    let mut set: [libc::c_ulong; 8192 / BITS] = [0; 8192 / BITS];
     let Some(word) = set.get_mut(cpu / BITS) else { return Err(Errno::EINVAL) };
     *word |= 1 << (cpu % BITS);
     // SAFETY: the kernel reads the set, which is as long as is told.
