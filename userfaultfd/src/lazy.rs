@@ -7,8 +7,8 @@ use std::sync::Arc;
 use memmap2::{Advice, MmapMut, MmapOptions};
 
 use crate::pager::{
-    self, Absent, Around, Delivery, DescriptorId, Error, PageSource, Pager, PagerBuilder, Problem, Progress,
-    Region, RegionId, Retry, SignalSafe, Statistics, sigbus,
+    self, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager, PagerBuilder,
+    Problem, Progress, Region, RegionId, Retry, SignalSafe, Statistics, Target, sigbus,
 };
 use crate::{FeatureFlags, Uffd, UffdBuilder};
 
@@ -209,6 +209,24 @@ impl LazyMemory {
         match &self.served {
             Served::Pager(pager, _, region) => pager.finish_region(*region, progress),
             Served::Sigbus(owned) => owned.lazy().fill(progress),
+        }
+    }
+
+    /// Fills what is absent in the background: see [`Background`].
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](pager::Error::NotServed): all was [filled](Self::fill).
+    /// - [`System`](pager::Error::System): a thread couldn't be had.
+    pub fn background(&self, order: Order) -> pager::Result<Background> {
+        Background::start(self.target()?, order)
+    }
+
+    fn target(&self) -> pager::Result<Target> {
+        match &self.served {
+            Served::Pager(pager, _, region) => pager.target(*region),
+            Served::Sigbus(owned) if owned.lazy().is_closed() => Err(Error::NotServed),
+            Served::Sigbus(owned) => Ok(Target::Sigbus(Arc::clone(owned.lazy()))),
         }
     }
 

@@ -214,6 +214,14 @@ pub(crate) fn random_bytes<const N: usize>() -> Result<[u8; N], Errno> {
     if usize::try_from(got) == Ok(N) { Ok(bytes) } else { Err(Errno::last()) }
 }
 
+/// Whether something can be read. Of an epoll instance: whether it has events, none of which is taken.
+pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut polled = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: the kernel writes to the structure, which is borrowed for the call.
+    let ready = unsafe { libc::poll(&mut polled, 1, 0) };
+    ready == 1 && polled.revents & libc::POLLIN != 0
+}
+
 /// Switches O_NONBLOCK of the open file description, so for every descriptor that shares it.
 pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(), Errno> {
     // SAFETY: F_GETFL touches no memory.

@@ -65,6 +65,7 @@ pub(crate) fn ask(
 pub(crate) fn read(shared: &Shared, thread: usize) {
     let mut filler = Filler::new(thread);
     while let Some(Ahead { descriptor, region, addresses }) = shared.next_ahead() {
+        shared.set_at_work(thread, true);
         let mut at = addresses.start;
         while at < addresses.end && !shared.is_stopping() {
             let run = {
@@ -87,6 +88,7 @@ pub(crate) fn read(shared: &Shared, thread: usize) {
                 Done::Gone => shared.gone(&descriptor),
             }
         }
+        shared.set_at_work(thread, false);
     }
 }
 

@@ -10,6 +10,7 @@ use memmap2::{MmapMut, MmapOptions};
 use super::descriptor::Descriptor;
 use super::fill::{Content, Done, Filler, Wait, Work};
 use super::pages::MAX_TRIES;
+use super::region::Served;
 use super::run::Run;
 use super::shared::{Note, Shared};
 use super::trace::span;
@@ -26,7 +27,8 @@ impl Filler {
     pub(super) fn content(&mut self, shared: &Shared, run: &Run) -> io::Result<Content> {
         let (region, len) = (&*run.region, run.len());
         let (offset, at) = (region.offset_of(run.pages().start), run.pages().start << region.page_shift);
-        if run.removed {
+        // Who waits for a page would wait for this question, too.
+        if run.removed || run.demand.is_none() && known_zeros(region, offset) >= len as u64 {
             return self.zeros(run);
         }
         if region.cache.is_none() {
@@ -135,6 +137,21 @@ impl Filler {
             self.spare.push(buffer);
         }
     }
+}
+
+/// So many zero pages are filled at once, in bytes.
+const ZEROS: usize = 4 << 20;
+
+/// How many bytes from an offset on are known to be zero.
+fn known_zeros(region: &Served, offset: u64) -> u64 {
+    // A source that panics here is asked for the content, and told about then.
+    caught(|| Ok(region.source.zeros(offset))).unwrap_or(0)
+}
+
+/// How many pages to fill at once from one on, where nobody waits: many if they are known to be zero, else `most`.
+pub(super) fn alike(region: &Served, page: usize, most: usize) -> usize {
+    let zeros = known_zeros(region, region.offset_of(page)).min(ZEROS as u64) as usize >> region.page_shift;
+    if zeros > 0 { zeros } else { most }
 }
 
 /// A buffer of at least `len` bytes. It is mapped: nothing that a thread which forks has locked is needed.

@@ -68,6 +68,7 @@
 
 mod ahead;
 mod around;
+mod background;
 mod changes;
 mod control;
 mod delivery;
@@ -98,6 +99,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 pub use around::Around;
+pub(crate) use background::Target;
+pub use background::{Background, Order};
 pub use delivery::Delivery;
 pub use error::{Error, Problem, Refused, Result, Retry};
 pub use region::Region;

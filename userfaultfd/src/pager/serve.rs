@@ -92,6 +92,7 @@ impl Worker {
     /// After a panic: what was claimed is free again, and who waits for it comes back. Who is waked for nothing does
     /// so, too.
     fn start_anew(&mut self) {
+        self.shared.set_at_work(self.thread, false);
         if let Some(descriptor) = self.current.take().and_then(|token| self.find(token)) {
             let serving = descriptor.enter(self.thread);
             for serving in serving.iter() {
@@ -122,6 +123,7 @@ impl Worker {
         while !self.shared.is_stopping() {
             let ready = self.wait(&mut events, answered);
             answered = ready > 0;
+            self.shared.set_at_work(self.thread, true);
             self.shared.counters(self.thread).wakeups.add(1);
             for event in &events[..ready] {
                 let Some(token) = Shared::token(event) else { continue };
@@ -132,6 +134,7 @@ impl Worker {
                 self.current = None;
             }
             self.resume();
+            self.shared.set_at_work(self.thread, false);
         }
     }
 

@@ -77,6 +77,9 @@ impl Token {
     }
 }
 
+#[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
+struct AtWork(AtomicBool);
+
 pub(crate) struct Shared {
     pub(crate) retry: Retry,
     /// How many threads serve faults.
@@ -88,6 +91,8 @@ pub(crate) struct Shared {
     /// Whether a thread spins, waiting for the next fault. The others sleep.
     spinning: AtomicBool,
     counters: Box<[Counters]>,
+    /// Which threads answer faults at the moment, or read ahead for them.
+    at_work: Box<[AtWork]>,
     /// For what isn't done by the threads that serve faults. One at a time.
     outside: Mutex<Filler>,
     table: Mutex<Table>,
@@ -132,6 +137,7 @@ impl Shared {
             asked: Condvar::new(),
             spinning: AtomicBool::new(false),
             counters: (0..=threads + readers).map(|_| Counters::new()).collect(),
+            at_work: (0..threads + readers).map(|_| AtWork(AtomicBool::new(false))).collect(),
             outside: Mutex::new(Filler::new(threads + readers)),
             table: Mutex::default(),
             table_changed: Condvar::new(),
@@ -147,7 +153,7 @@ impl Shared {
     }
 
     /// The counters of a thread, for that thread.
-    pub(crate) fn counters(&self, thread: usize) -> &Counters {
+    pub(super) fn counters(&self, thread: usize) -> &Counters {
         &self.counters[thread]
     }
 
@@ -323,6 +329,17 @@ impl Shared {
 
     pub(crate) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    /// A thread begins to answer faults, or to read ahead for them; or it has ended.
+    pub(crate) fn set_at_work(&self, thread: usize, at_work: bool) {
+        self.at_work[thread].0.store(at_work, Ordering::Relaxed);
+    }
+
+    /// Whether a fault waits or is being answered.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.at_work.iter().any(|thread| thread.0.load(Ordering::Relaxed))
+            || sys::is_readable(self.epoll.as_fd())
     }
 
     /// Begins to spin, if no other thread does.

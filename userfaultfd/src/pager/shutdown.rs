@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fill::{Content, Done, Filler, Wait, Work};
 use super::layout::Segment;
+use super::load::alike;
 use super::shared::Shared;
 use super::{Absent, DescriptorId, Detached, Error, Progress, RegionId, Result};
 use crate::{Errno, Uffd};
@@ -64,6 +65,7 @@ pub(crate) fn cover(
             let most = if bulk { (BULK >> segment.region.page_shift).max(1) } else { 1 };
             let mut next = pages.start;
             while next < pages.end {
+                let most = if bulk && !poison { alike(&segment.region, next, most) } else { most };
                 let (run, after) = filler.claim_ahead(segment, next..pages.end, most);
                 let Some(run) = run else { break };
                 next = after;

@@ -235,7 +235,7 @@ impl Lazy {
     }
 
     /// Whether all is filled, and given back to the kernel perhaps after the fault.
-    fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
     }
 
@@ -386,7 +386,16 @@ impl Lazy {
         pages.end
     }
 
-    fn absent_pages(&self) -> usize {
+    /// Whether any fault is being answered, of any memory.
+    pub(crate) fn is_busy() -> bool {
+        table::is_any_running()
+    }
+
+    pub(crate) fn region(&self) -> &Served {
+        &self.served
+    }
+
+    pub(crate) fn absent_pages(&self) -> usize {
         let (present, poisoned) = self.served.pages.present_and_poisoned();
         self.served.pages.count() - present - poisoned
     }

@@ -111,6 +111,13 @@ fn take_slot() -> usize {
     }
 }
 
+/// Whether any handler runs. Slots of a parent's threads, which stay taken in the child of a fork, tell of tables that
+/// are none any more.
+pub(super) fn is_any_running() -> bool {
+    let table = TABLE.load(Ordering::Relaxed);
+    !table.is_null() && RUNNING.iter().any(|slot| slot.0.load(Ordering::Relaxed) == table)
+}
+
 /// The entries of a table, by address.
 fn entries<'a>(table: *const Table) -> &'a [Entry] {
     if table.is_null() {

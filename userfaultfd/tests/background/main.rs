@@ -1,0 +1,91 @@
+//! Filling what nobody waits for: in the background, and from a record of what was needed before.
+
+#[path = "../kernel/support/mod.rs"]
+#[expect(dead_code, reason = "it has what the tests of the kernel need")]
+mod support;
+
+mod fills;
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex};
+
+use support::page;
+use userfaultfd::pager::{Fill, PageSource};
+
+/// The first byte of a page. Never zero.
+fn byte(page: usize) -> u8 {
+    (page % 250) as u8 + 1
+}
+
+/// A source that notes what it is asked for, and can be made to wait.
+#[derive(Clone, Default)]
+struct Watched(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// The pages of each read, in order.
+    reads: Vec<Range<usize>>,
+    /// So many reads may go on. `None`: all.
+    tickets: Option<usize>,
+    /// How many reads wait.
+    waiting: usize,
+    /// These pages fail.
+    bad: Range<usize>,
+    /// These pages are known to be zero.
+    zeros: Range<usize>,
+}
+
+impl Watched {
+    fn new() -> Self {
+        Self::default()
+    }
+
+    fn set(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.0.state.lock().unwrap());
+        self.0.changed.notify_all();
+    }
+
+    fn reads(&self) -> Vec<Range<usize>> {
+        self.0.state.lock().unwrap().reads.clone()
+    }
+
+    /// Waits for something to be so.
+    fn wait_until(&self, condition: impl Fn(&State) -> bool) {
+        let state = self.0.state.lock().unwrap();
+        drop(self.0.changed.wait_while(state, |state| !condition(state)).unwrap());
+    }
+}
+
+impl PageSource for Watched {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<Fill> {
+        let first = offset as usize / page();
+        let pages = first..first + buffer.len() / page();
+        let mut state = self.0.state.lock().unwrap();
+        state.reads.push(pages.clone());
+        state.waiting += 1;
+        self.0.changed.notify_all();
+        state = self.0.changed.wait_while(state, |state| state.tickets == Some(0)).unwrap();
+        state.tickets = state.tickets.map(|tickets| tickets - 1);
+        state.waiting -= 1;
+        self.0.changed.notify_all();
+        if pages.clone().any(|page| state.bad.contains(&page)) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        for (number, page) in pages.zip(buffer.chunks_mut(page())) {
+            page.fill(if state.zeros.contains(&number) { 0 } else { byte(number) });
+        }
+        Ok(Fill::Data)
+    }
+
+    fn zeros(&self, offset: u64) -> u64 {
+        let (number, state) = (offset as usize / page(), self.0.state.lock().unwrap());
+        if state.zeros.contains(&number) { ((state.zeros.end - number) * page()) as u64 } else { 0 }
+    }
+}
