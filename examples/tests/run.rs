@@ -380,6 +380,75 @@ fn refused_creation_tells_what_helps() {
 }
 
 #[test]
+fn dirty_tracking_tells_what_was_written_and_draws_it() {
+    let picture = std::env::temp_dir().join(format!("dirty-{}.svg", std::process::id()));
+    let need = Need::Features(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let Some(output) = run(command("dirty_tracking").arg(&picture).arg("2"))
+        .unless_unmet("dirty_tracking_tells_what_was_written_and_draws_it", need)
+    else {
+        return;
+    };
+    let pages = (2 << 20) / page_size();
+    let mode =
+        if Support::probe().unwrap().features().contains(FeatureFlags::WP_ASYNC) { "async" } else { "sync" };
+    let head = format!("{pages} pages of {} bytes, tracked in {mode} mode\n", page_size());
+    assert!(output.out.starts_with(&head), "{}", output.out);
+    let window = ("a moving window", pages / 4, 1);
+    for (name, written, ranges) in [
+        ("all of it", pages, 1),
+        ("nothing", 0, 0),
+        ("the first quarter", pages / 4, 1),
+        ("every eighth page", pages / 8, pages / 8),
+        ("a hot spot", pages / 16, 1),
+        window,
+    ] {
+        let row = format!("{name:<20}{written:>10}{ranges:>10}");
+        assert!(output.out.lines().any(|line| line.starts_with(&row)), "no row {row:?} in {}", output.out);
+    }
+    assert_eq!(output.out.lines().filter(|line| line.starts_with("a moving window")).count(), 4);
+    let svg = std::fs::read_to_string(&picture).unwrap();
+    std::fs::remove_file(picture).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"), "{svg}");
+    // The background, and a field for each of 128 columns in each of 9 rows; white where nothing was written. Of every
+    // eighth page it depends on the page size whether a field is more than a page.
+    let (dark, touched) = if pages <= 128 { (16, 16) } else { (0, (pages / 8).min(128)) };
+    assert_eq!(svg.matches("<rect ").count(), 1 + 9 * 128);
+    assert_eq!(svg.matches("fill=\"rgb(165,20,0)\"").count(), 128 + 32 + 8 + 4 * 32 + dark);
+    assert_eq!(svg.matches("fill=\"rgb(255,255,255)\"").count(), 128 + 96 + 120 + 4 * 96 + 128 - touched);
+}
+
+#[test]
+fn working_set_tells_what_is_in_use() {
+    let need = Need::Features(FeatureFlags::RWP | FeatureFlags::RWP_ASYNC);
+    let Some(output) =
+        run(&mut command("working_set")).unless_unmet("working_set_tells_what_is_in_use", need)
+    else {
+        return;
+    };
+    let expected = "1024 pages, tracked in async mode\n\
+        a scan of everything    1024 pages hot, in 1 ranges\n\
+        a small loop              32 pages hot, in 1 ranges\n\
+        two tables               128 pages hot, in 2 ranges\n\
+        one page                   1 pages hot, in 1 ranges\n";
+    assert_eq!(output.out, expected);
+}
+
+#[test]
+fn live_snapshot_is_verified_in_another_process() {
+    let need = Need::Features(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let Some(output) = run(command("live_snapshot").arg("1"))
+        .unless_unmet("live_snapshot_is_verified_in_another_process", need)
+    else {
+        return;
+    };
+    let mut lines = output.out.lines();
+    assert!(lines.next().is_some_and(|line| line.starts_with("saved 1 MiB as ")), "{}", output.out);
+    let last = lines.next_back().unwrap_or_default();
+    assert!(last.starts_with("restored in another process: put "), "{}", output.out);
+    assert!(last.ends_with(" and all before it are there, and none behind"), "{}", output.out);
+}
+
+#[test]
 fn the_readmes_show_hello_fault_and_what_it_prints() {
     let program = include_str!("../hello_fault.rs");
     let (header, program) = program.split_once("\n\n").unwrap();
