@@ -40,7 +40,7 @@ const TRIAL: u32 = 16;
 const LOOK: u32 = 128;
 
 /// How long a thread looks for the next fault before it sleeps, and where it runs.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Waiting {
     delivery: Delivery,
     /// How soon faults have come after the one before, when that was looked at.
@@ -80,11 +80,12 @@ impl Waiting {
             return false;
         }
         let start = Instant::now();
+        let mut waited;
         let found = loop {
+            waited = start.elapsed();
             if look() {
                 break true;
             }
-            let waited = start.elapsed();
             if waited >= budget || shared.is_stopping() {
                 break false;
             }
@@ -92,7 +93,7 @@ impl Waiting {
         };
         shared.end_spinning();
         // A miss counts as much as four hits, so that it ends soon where it doesn't pay.
-        let waited = start.elapsed().min(LONGEST);
+        let waited = waited.min(LONGEST);
         self.gap = if found { (self.gap * 7 + waited) / 8 } else { (self.gap + LONGEST) / 2 };
         found
     }

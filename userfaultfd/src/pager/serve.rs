@@ -22,7 +22,10 @@ use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};
 const BATCH: usize = 64;
 
 /// So many batches of a descriptor's are answered before others get their turn.
-const ROUNDS: usize = 16;
+const ROUNDS: usize = 64;
+
+/// So often it is looked at one descriptor before it is looked at all, while spinning.
+const OTHERS: u32 = 8;
 
 /// So many pieces of work are put off by a thread. Beyond that a thread that waits is waked, and faults again.
 const PARKED: usize = 256;
@@ -119,10 +122,10 @@ impl Worker {
 
     fn serve(&mut self) {
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
-        let mut answered = false;
+        // Whose faults were answered last: the next may be near.
+        let mut last = None;
         while !self.shared.is_stopping() {
-            let ready = self.wait(&mut events, answered);
-            answered = ready > 0;
+            let ready = self.wait(&mut events, last.take());
             self.shared.set_at_work(self.thread, true);
             self.shared.counters(self.thread).wakeups.add(1);
             for event in &events[..ready] {
@@ -132,30 +135,46 @@ impl Worker {
                 self.current = Some(token);
                 self.answer(&descriptor, blocking);
                 self.current = None;
+                last = Some(token);
             }
             self.resume();
             self.shared.set_at_work(self.thread, false);
         }
     }
 
-    /// Waits for something to read. If faults were `answered` just now, the next may be near.
-    fn wait(&mut self, events: &mut [libc::epoll_event], answered: bool) -> usize {
-        let wait = |events: &mut _, timeout| match self.shared.wait(events, timeout) {
+    /// Waits for something to read, on any descriptor. Looks at the `last` one for a moment before it sleeps, and answers
+    /// what it finds there.
+    fn wait(&mut self, events: &mut [libc::epoll_event], last: Option<Token>) -> usize {
+        let wait = |shared: &Shared, events: &mut _, timeout| match shared.wait(events, timeout) {
             Ok(ready) => ready,
             Err(errno) => unreachable!("waiting for faults: {errno}"),
         };
-        let timeout = self.timeout();
-        if answered && timeout != 0 {
-            let mut ready = 0;
-            let look = || {
-                ready = wait(events, 0);
-                ready > 0
-            };
-            if self.waiting.spin(&self.shared, look) {
+        while self.timeout() != 0 {
+            let Some(token) = last else { break };
+            let Some(descriptor) = self.find(token) else { break };
+            let (mut waiting, mut looks, mut ready) = (self.waiting, 0, 0);
+            self.current = Some(token);
+            let found = waiting.spin(&Arc::clone(&self.shared), || {
+                looks += 1;
+                if looks % OTHERS == 0 {
+                    ready = wait(&self.shared, events, 0);
+                }
+                ready > 0 || {
+                    let answered = self.answer(&descriptor, false);
+                    self.shared.set_at_work(self.thread, false);
+                    answered
+                }
+            });
+            self.current = None;
+            self.waiting = waiting;
+            if ready > 0 {
                 return ready;
             }
+            if !found || self.shared.is_stopping() {
+                break;
+            }
         }
-        wait(events, timeout)
+        wait(&self.shared, events, self.timeout())
     }
 
     /// How long to sleep at most, in milliseconds.
@@ -187,25 +206,32 @@ impl Worker {
     }
 
     /// Reads a descriptor's events and answers the faults among them, until there are none, or others have waited long
-    /// enough.
-    fn answer(&mut self, descriptor: &Arc<Descriptor>, mut blocking: bool) {
-        for _ in 0..ROUNDS {
+    /// enough. Whether there were any.
+    fn answer(&mut self, descriptor: &Arc<Descriptor>, mut blocking: bool) -> bool {
+        for round in 0..ROUNDS {
             let read = self.read(descriptor, blocking);
             blocking = false;
             self.answer_all(descriptor);
             match read {
-                Ok(ControlFlow::Continue(())) if self.shared.is_stopping() => return,
+                Ok(ControlFlow::Continue(())) if self.shared.is_stopping() => return true,
                 Ok(ControlFlow::Continue(())) => {}
-                Ok(ControlFlow::Break(())) => return,
-                Err(error) => return self.unreadable(descriptor, error),
+                Ok(ControlFlow::Break(())) => return round > 0,
+                Err(error) => {
+                    self.unreadable(descriptor, error);
+                    return round > 0;
+                }
             }
         }
         if let Some(serving) = &*descriptor.enter(self.thread) {
             self.shared.hand_on(descriptor, serving.uffd.as_fd());
         }
+        true
     }
 
     fn answer_all(&mut self, descriptor: &Arc<Descriptor>) {
+        if !self.faults.is_empty() {
+            self.shared.set_at_work(self.thread, true);
+        }
         while let Some(fault) = self.faults.front().copied() {
             let done = self.filler.fault(&self.shared, descriptor, fault);
             self.settle(descriptor, done, 0);
