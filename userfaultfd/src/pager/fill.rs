@@ -9,6 +9,7 @@
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
+use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ use crate::{ContinueMode, CopyMode, Errno};
 pub(crate) enum Content {
     /// Zero pages.
     Zero,
+    /// Zeros that are copied, where zero pages can't be had.
+    Zeros,
     /// Poison: what belongs there can't be had.
     Poison,
     /// In the filler's buffer.
@@ -39,8 +42,6 @@ pub(crate) enum Content {
     Aside(MmapMut),
     /// In the source's own memory, as long as the region lives.
     Outside(*const c_void),
-    /// In the page cache of the region's file.
-    Cached,
 }
 
 // SAFETY: the pointer leads to bytes of the source, which is `Sync`; only the kernel follows it.
@@ -264,8 +265,7 @@ impl Filler {
             }
             Left::Waiting(errno) => self.put_aside(run, content, Wait::Kernel(errno)),
             Left::Refused(errno) => {
-                let unreadable =
-                    errno == Errno::EFAULT && matches!(content, Content::Outside(_)) && !run.removed;
+                let unreadable = errno == Errno::EFAULT && matches!(content, Content::Outside(_));
                 let poison = matches!(content, Content::Poison);
                 self.put_back(content);
                 if unreadable {
@@ -342,7 +342,11 @@ impl Filler {
                     skip(serving, run, End::Contested);
                 }
                 Errno::ESRCH => break Left::Gone,
-                Errno::EAGAIN | Errno::ENOMEM => break Left::Waiting(errno),
+                Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC => break Left::Waiting(errno),
+                // A hole was punched between the write and the call.
+                Errno::EFAULT if run.region.cache.is_some() && end == End::Present => {
+                    break Left::Waiting(errno);
+                }
                 _ => break Left::Refused(errno),
             }
         };
@@ -360,10 +364,7 @@ impl Filler {
         let (uffd, dst, len) = (&serving.uffd, at(run.address()), run.region.page_size());
         // Once more with what a marker of write protection isn't in the way of.
         let again = match content {
-            Content::Zero => match grown(&mut self.zeros, len) {
-                Ok(zeros) => Content::Outside(zeros.as_ptr().cast()),
-                Err(_) => return End::Contested,
-            },
+            Content::Zero => Content::Zeros,
             Content::Poison if run.region.write_protected => {
                 match uffd.remove_write_protection(dst, len, true) {
                     Ok(()) => Content::Poison,
@@ -371,7 +372,9 @@ impl Filler {
                 }
             }
             // Of huge pages it is the answer to an empty pool, too: where there is nothing, poison can be put.
-            Content::Buffer | Content::Outside(_) | Content::Aside(_) if !run.region.zeropage_possible() => {
+            Content::Buffer | Content::Outside(_) | Content::Aside(_) | Content::Zeros
+                if !run.region.zeropage_possible() =>
+            {
                 if run.region.shared {
                     return End::Contested;
                 }
@@ -411,16 +414,26 @@ impl Filler {
                 // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
                 return answer(unsafe { uffd.poison(dst, len, true) }, len);
             }
-            Content::Cached => {
-                let mut mode = ContinueMode::empty();
-                mode.set(ContinueMode::WRITE_PROTECT, run.region.write_protected);
-                return answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
-            }
-            Content::Outside(bytes) => *bytes,
-            Content::Aside(buffer) => buffer.as_ptr().cast(),
-            Content::Buffer => self.buffer.as_ref().expect("it was filled").as_ptr().cast(),
+            Content::Zeros => match grown(&mut self.zeros, len) {
+                Ok(zeros) => zeros.as_ptr().cast(),
+                Err(_) => return (0, Some(Errno::ENOMEM)),
+            },
+            Content::Outside(bytes) => bytes.wrapping_byte_add(run.done()),
+            Content::Aside(buffer) => buffer[run.done()..].as_ptr().cast(),
+            Content::Buffer => self.buffer.as_ref().expect("it was filled")[run.done()..].as_ptr().cast(),
         };
-        let source = source.wrapping_byte_add(run.done());
+        if let Some(cache) = &run.region.cache {
+            // Here, and not before: what was removed since must not come back by it.
+            let at = run.pages().start << run.region.page_shift;
+            // SAFETY: a buffer of this filler has `len` bytes there; a source's own memory isn't used with a cache.
+            let bytes = unsafe { slice::from_raw_parts(source.cast::<u8>(), len) };
+            if let Err(error) = cache.write(at, bytes) {
+                return (0, Some(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)));
+            }
+            let mut mode = ContinueMode::empty();
+            mode.set(ContinueMode::WRITE_PROTECT, run.region.write_protected);
+            return answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
+        }
         // SAFETY: the source has `len` bytes there: a buffer of this filler, or memory of the region's source, which
         // only the kernel reads. As for the destination, see above.
         let result = unsafe { uffd.copy_with(source, dst, len, mode) };
@@ -443,8 +456,8 @@ impl Filler {
                 return counters.poisoned.add(pages as u64);
             }
             Content::Zero => &counters.zero_fills,
-            Content::Outside(_) if run.removed => &counters.zero_fills,
-            Content::Cached => &counters.continues,
+            _ if run.region.cache.is_some() => &counters.continues,
+            Content::Zeros => &counters.zero_fills,
             Content::Outside(_) | Content::Aside(_) | Content::Buffer => &counters.fills,
         };
         counter.add(pages as u64);

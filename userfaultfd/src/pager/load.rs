@@ -26,10 +26,10 @@ impl Filler {
     /// The content of a run, read from its source if need be.
     pub(super) fn content(&mut self, shared: &Shared, run: &Run) -> io::Result<Content> {
         let (region, len) = (&*run.region, run.len());
-        let (offset, at) = (region.offset_of(run.pages().start), run.pages().start << region.page_shift);
+        let offset = region.offset_of(run.pages().start);
         // Who waits for a page would wait for this question, too.
         if run.removed || run.demand.is_none() && known_zeros(region, offset) >= len as u64 {
-            return self.zeros(run);
+            return Ok(Self::zeros(run));
         }
         if region.cache.is_none() {
             let bytes = caught(|| Ok(region.source.bytes(offset, len).filter(|bytes| bytes.len() == len)))?;
@@ -47,27 +47,21 @@ impl Filler {
         counters.source_latency.record(took);
         counters.source_reads.add(1);
         if fill? == Fill::Zero {
-            return self.zeros(run);
+            return Ok(Self::zeros(run));
         }
         buffer[region.within_source(offset, len)..len].fill(0);
-        match &region.cache {
-            None => Ok(Content::Buffer),
-            Some(cache) => cache.write(at, &buffer[..len]).map(|()| Content::Cached),
-        }
+        Ok(Content::Buffer)
     }
 
     /// A run of zeros.
-    pub(super) fn zeros(&mut self, run: &Run) -> io::Result<Content> {
-        let (region, len) = (&*run.region, run.len());
-        if let Some(cache) = &region.cache {
-            let at = run.pages().start << region.page_shift;
-            return cache.write(at, &grown(&mut self.zeros, len)?[..len]).map(|()| Content::Cached);
-        }
+    fn zeros(run: &Run) -> Content {
+        let region = &*run.region;
         // A marker of write protection is in the way of a zero page, and not in that of a copy.
-        if region.zeropage && run.tries == 0 {
-            return Ok(Content::Zero);
+        if region.zeropage && run.tries == 0 && region.cache.is_none() {
+            Content::Zero
+        } else {
+            Content::Zeros
         }
-        Ok(Content::Outside(grown(&mut self.zeros, len)?.as_ptr().cast()))
     }
 
     /// What to do when the source didn't deliver.

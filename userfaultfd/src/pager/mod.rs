@@ -580,6 +580,7 @@ impl Pager {
     /// [`Unfilled`](Error::Unfilled): a source fails, before Linux 6.6. Everything is served on.
     pub fn finish(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
         loop {
+            self.shared.wait_for_forks();
             let descriptors = self.shared.descriptors();
             if descriptors.is_empty() {
                 return Ok(());
@@ -636,14 +637,26 @@ impl Drop for Pager {
             return;
         }
         // With the threads at work, which read the events that fills wait for.
-        for descriptor in self.shared.descriptors() {
-            self.cover(&descriptor);
+        let mut uncovered = Vec::new();
+        loop {
+            self.shared.wait_for_forks();
+            let mut descriptors = self.shared.descriptors();
+            descriptors.retain(|descriptor| !uncovered.contains(&descriptor.id));
+            if descriptors.is_empty() {
+                break;
+            }
+            for descriptor in descriptors {
+                if self.cover(&descriptor) {
+                    drop(self.shared.remove(&descriptor));
+                } else {
+                    uncovered.push(descriptor.id);
+                }
+            }
+            // Forks that came meanwhile have brought others.
         }
         self.stop_threads();
         for descriptor in self.shared.descriptors() {
-            let covered = self.cover(&descriptor);
-            let serving = self.shared.remove(&descriptor);
-            if let Some(serving) = serving.filter(|_| !covered) {
+            if let Some(serving) = self.shared.remove(&descriptor) {
                 // Who waits goes on waiting, instead of reading zeros.
                 std::mem::forget(serving.uffd);
             }

@@ -70,6 +70,20 @@ impl Pages {
         Ok(Self { states, first: 0, count, present: AtomicUsize::new(0), poisoned: AtomicUsize::new(0) })
     }
 
+    /// All are there. For memory that was served before, as long as nobody else uses these states.
+    pub(crate) fn all_present(&self) {
+        self.cells().iter().for_each(|cell| cell.store(PRESENT, Ordering::Relaxed));
+        self.present.store(self.count, Ordering::Relaxed);
+    }
+
+    /// Some of them are not. If `removed`, they are to be zero.
+    pub(crate) fn set_absent(&self, pages: Range<usize>, removed: bool) {
+        for cell in &self.cells()[pages] {
+            let before = cell.swap(if removed { REMOVED } else { 0 }, Ordering::Relaxed);
+            self.count_change(before, 0);
+        }
+    }
+
     /// Room for so many states, all absent. The allocator isn't used.
     pub(crate) fn map(count: usize) -> io::Result<MmapRaw> {
         Ok(MmapOptions::new().len(count).no_reserve_swap().map_anon()?.into())
@@ -296,6 +310,19 @@ mod tests {
         assert!(!pages.end(0, End::Present));
         pages.remove(0..1, false);
         assert_eq!(pages.claim(0), Claim::Mine { removed: true, tries: 0 });
+    }
+
+    #[test]
+    fn what_was_served_before_is_there_but_for_what_is_absent() {
+        let pages = Pages::new(4).unwrap();
+        pages.all_present();
+        pages.set_absent(1..2, false);
+        pages.set_absent(2..3, true);
+        assert_eq!(pages.present_and_poisoned(), (2, 0));
+        let claims: Vec<_> = (0..4).map(|page| pages.claim(page)).collect();
+        let absent = Claim::Mine { removed: false, tries: 0 };
+        let removed = Claim::Mine { removed: true, tries: 0 };
+        assert_eq!(claims, [Claim::Present, absent, removed, Claim::Present]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use super::around::{Around, Streams, Window};
 use super::pages::Pages;
-use super::{Error, PageSource, Result};
+use super::{Absent, Error, PageSource, Result};
 use crate::{IoctlFlags, RegisterMode};
 
 /// The most that is filled for one fault, unless told otherwise.
@@ -45,6 +45,7 @@ pub struct Region {
     write_protected: bool,
     minor: Option<(File, u64)>,
     shared: bool,
+    absent: Option<Vec<Absent>>,
 }
 
 impl Region {
@@ -64,6 +65,7 @@ impl Region {
             write_protected: false,
             minor: None,
             shared: false,
+            absent: None,
         }
     }
 
@@ -119,6 +121,28 @@ impl Region {
     /// child fill the same pages. Without it each has its own.
     pub fn shared(mut self) -> Self {
         self.shared = true;
+        self
+    }
+
+    /// Tells that the memory was served before, and which of its pages are still absent: what another pager
+    /// [tells](super::Detached::absent) of the memory that it hands over. Whatever isn't among them is there, and is
+    /// never read from the source; of those whose offset is `None` the content is zero. Parts that lie elsewhere are
+    /// other regions', and passed over.
+    ///
+    /// Without it all pages count as absent. Then a page that is there nevertheless keeps its content, until it is
+    /// removed; but not if the region is [minor](Self::minor).
+    ///
+    /// ```no_run
+    /// use userfaultfd::pager::{Detached, FileSource, Pager, Region};
+    ///
+    /// fn hand_over(detached: Detached, to: &Pager, start: usize, len: usize) -> Result<(), Box<dyn std::error::Error>> {
+    ///     let region = Region::new(start, len, FileSource::open("snapshot")?).absent(detached.absent());
+    ///     to.add(detached.uffd, [region])?;
+    ///     Ok(())
+    /// }
+    /// ```
+    pub fn absent(mut self, absent: impl IntoIterator<Item = Absent>) -> Self {
+        self.absent = Some(absent.into_iter().collect());
         self
     }
 
@@ -184,6 +208,18 @@ impl Region {
     /// What the pager keeps.
     pub(crate) fn serve(self, id: u64) -> io::Result<Served> {
         let page = self.page_size;
+        let pages = Pages::new(self.len / page)?;
+        if let Some(absent) = &self.absent {
+            pages.all_present();
+            for part in absent {
+                let range = self.range();
+                let (start, end) = (part.address.max(range.start), (part.address + part.len).min(range.end));
+                if start < end {
+                    let part_pages = (start - range.start) / page..(end - range.start).div_ceil(page);
+                    pages.set_absent(part_pages, part.offset.is_none());
+                }
+            }
+        }
         let cache = match self.minor {
             None => None,
             // hugetlbfs has no write(2).
@@ -204,7 +240,7 @@ impl Region {
             cache,
             shared: self.shared,
             zeropage: page == crate::page_size() && !self.write_protected,
-            pages: Pages::new(self.len / page)?,
+            pages,
             ending: AtomicBool::new(false),
         })
     }

@@ -40,6 +40,8 @@ pub(crate) struct Fork {
 struct Notes {
     problems: VecDeque<Problem>,
     forks: VecDeque<Fork>,
+    /// Whether one was taken, and its child isn't served yet.
+    adopting: bool,
     stopped: bool,
 }
 
@@ -127,6 +129,7 @@ impl Shared {
         let notes = Notes {
             problems: VecDeque::with_capacity(PROBLEMS),
             forks: VecDeque::with_capacity(FORKS),
+            adopting: false,
             stopped: false,
         };
         Ok(Self {
@@ -304,6 +307,9 @@ impl Shared {
         let nothing =
             |notes: &mut Notes| notes.forks.is_empty() && notes.problems.is_empty() && !notes.stopped;
         let mut notes = lock(&self.notes);
+        if std::mem::take(&mut notes.adopting) {
+            self.noted.notify_all();
+        }
         notes = match most {
             None => self.noted.wait_while(notes, nothing).unwrap_or_else(PoisonError::into_inner),
             Some(most) => {
@@ -312,6 +318,7 @@ impl Shared {
             }
         };
         let fork = notes.forks.pop_front().map(Note::Fork);
+        notes.adopting = fork.is_some();
         let note = fork.or_else(|| notes.problems.pop_front().map(Note::Problem));
         if note.is_none() && notes.stopped {
             return Err(Stopped);
@@ -319,6 +326,12 @@ impl Shared {
         drop(notes);
         self.noted.notify_all();
         Ok(note)
+    }
+
+    /// Waits until the children of all forks that were read are served.
+    pub(crate) fn wait_for_forks(&self) {
+        let some = |notes: &mut Notes| notes.adopting || !notes.forks.is_empty();
+        drop(self.noted.wait_while(lock(&self.notes), some));
     }
 
     /// Has the thread in the background end when nothing is left.

@@ -222,8 +222,20 @@ pub(crate) fn detached(descriptor: &Descriptor, serving: Serving) -> Detached {
         // It doesn't fail on an open descriptor.
         let _switched = serving.uffd.set_nonblocking(false);
     }
-    let uffd = Arc::try_unwrap(serving.uffd).expect("the shards have let go of it");
+    let uffd = sole(serving.uffd);
     Detached { descriptor: DescriptorId(descriptor.id), uffd, layout: serving.layout }
+}
+
+/// What the shards have let go of. A thread that has just changed them, or added the descriptor, may have it for a
+/// moment longer.
+fn sole(mut uffd: Arc<Uffd>) -> Uffd {
+    loop {
+        match Arc::try_unwrap(uffd) {
+            Ok(uffd) => return uffd,
+            Err(shared) => uffd = shared,
+        }
+        std::thread::yield_now();
+    }
 }
 
 /// The absent pages of segments, in ranges.
