@@ -308,6 +308,34 @@ fn serve_and_restore_tell_their_usage() {
 }
 
 #[test]
+fn soak_finds_nothing_wrong() {
+    // For one page in each arena.
+    let _reserved = reserve_huge_pages(16);
+    let output = run(command("soak").args(["--seconds", "3", "--seed", "1", "--processes", "2"]));
+    assert!(output.status.success(), "{}\n{}", output.out, output.err);
+    let times = |what: &str| {
+        let line = output.out.lines().find_map(|line| line.strip_prefix(what));
+        line.and_then(|times| times.trim().parse::<u64>().ok()).expect("a line of the table")
+    };
+    for what in ["pages read", "pages written", "ranges removed", "LazyMemory", "missing_faults", "fills"] {
+        assert!(times(what) > 0, "{what}: {}", output.out);
+    }
+    assert!(output.out.contains("before: ") && output.out.contains("after:  "), "{}", output.out);
+}
+
+#[test]
+fn soak_tells_its_usage() {
+    for arguments in [&["--seconds"][..], &["--seconds", "many"], &["--threads", "0"], &["--speed", "1"]] {
+        let output = run(command("soak").args(arguments));
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
+        assert!(
+            output.err.ends_with("[--seconds N] [--seed N] [--processes N] [--threads N]\n"),
+            "{output:?}"
+        );
+    }
+}
+
+#[test]
 fn probe_tells_what_the_kernel_offers_and_what_memory_accepts() {
     let output = run(&mut command("probe"));
     assert!(output.status.success() && output.err.is_empty(), "{output:?}");
