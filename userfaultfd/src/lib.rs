@@ -242,6 +242,7 @@ extern crate self as userfaultfd;
 #[expect(dead_code, unsafe_code, reason = "it has what the tests of the kernel need")]
 mod support;
 
+mod atomic;
 mod builder;
 pub mod dirty;
 mod error;

@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Instant;
 
@@ -15,6 +15,7 @@ use super::layout::{Layout, Part};
 use super::options::Removal;
 use super::queue::{End, Item, Payload, Queue, Size};
 use super::shared::{Begin, Counts, Shared};
+use crate::atomic::AtomicU64;
 use crate::dirty::process::Process;
 use crate::dirty::watch::{Watch, Words, pointer};
 use crate::error::errno_of;

@@ -2,11 +2,12 @@
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::queue::Queue;
+use crate::atomic::AtomicU64;
 use crate::{Errno, Error, Result};
 
 /// What a snapshot has done so far, in bytes.
