@@ -43,6 +43,7 @@ pub(crate) const CONTENDERS: &[(&str, Make)] = &[
     ("pager, Threads, same CPU", || pager::make(Place::Same, Delivery::Threads)),
     ("bare blocking read, same CPU", || handler::make(Place::Same, handler::Loop::Blocking)),
     ("pager, Beside", || pager::make(Place::Beside, Delivery::Beside)),
+    ("pager, Sigbus", pager::sigbus),
     ("bare SIGBUS handler", sigbus::make),
     ("kernel, anonymous page", kernel::make),
 ];
@@ -68,6 +69,14 @@ pub(crate) fn memory(len: usize) -> MmapMut {
     let memory = MmapOptions::new().len(len).no_reserve_swap().map_anon().expect("memory");
     memory.advise(memmap2::Advice::NoHugePage).expect("memory without huge pages");
     memory
+}
+
+/// Takes so much memory and gives it back, so that the kernel has it at hand. What a virtual machine hasn't used for a
+/// while its host has to find first, which takes longer than all that is measured.
+pub(crate) fn warm(len: usize) {
+    let mut memory = memory(len);
+    memory.iter_mut().step_by(userfaultfd::page_size()).for_each(|byte| *byte = 1);
+    black_box(&memory);
 }
 
 /// Touches pages in the order of the ladder.

@@ -31,3 +31,10 @@ pub(crate) fn make(place: Place, delivery: Delivery) -> Result<Box<dyn Contender
         .map_err(|error| error.to_string())?;
     Ok(Box::new(Ladder { place, memory, walk: Walk::new() }))
 }
+
+/// Without a pager's threads.
+pub(crate) fn sigbus() -> Result<Box<dyn Contender>, String> {
+    let memory = LazyMemory::sigbus(BytesSource::new(Arc::clone(&CONTENT))).around(Around::Page).build();
+    let memory = memory.map_err(|error| error.to_string())?;
+    Ok(Box::new(Ladder { place: Place::Same, memory, walk: Walk::new() }))
+}

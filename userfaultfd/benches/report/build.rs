@@ -45,6 +45,37 @@ pub(crate) fn upstream() -> Result<PathBuf, String> {
     Ok(target.join("release/userfaultfd-upstream-bench"))
 }
 
+/// How the library is built to see what a part of it costs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Variant {
+    /// As users get it.
+    Usual,
+    /// With the feature `tracing`, and no subscriber.
+    Tracing,
+    /// With nothing counted.
+    Uncounted,
+}
+
+/// The program with the contenders, built in a way. `Err`: what is missing.
+pub(crate) fn variant(variant: Variant) -> Result<PathBuf, String> {
+    let target = folder().join(format!("{variant:?}").to_lowercase());
+    let mut command = cargo();
+    command.args(["build", "--release", "--quiet", "--manifest-path"]);
+    command.arg(manifest().join("benches/variant/Cargo.toml")).arg("--target-dir").arg(&target);
+    match variant {
+        Variant::Usual => {}
+        Variant::Tracing => {
+            command.arg("--features=tracing");
+        }
+        Variant::Uncounted => {
+            let flags = env::var("RUSTFLAGS").unwrap_or_default();
+            command.env("RUSTFLAGS", format!("{flags} --cfg userfaultfd_uncounted"));
+        }
+    }
+    output(&mut command)?;
+    Ok(target.join("release/userfaultfd-variant-bench"))
+}
+
 /// What a command printed. `Err`: what it complained of.
 fn output(command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;

@@ -2,11 +2,11 @@
 //!
 //! It is sent a line for each round, and answers with the nanoseconds that the round took.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use crate::contenders::{CONTENDERS, Contender, FAULTS, ROUNDS};
+use crate::contenders::{Contender, FAULTS};
 
 struct Other {
     process: Child,
@@ -43,20 +43,6 @@ pub(crate) fn start(command: &mut Command) -> Result<Box<dyn Contender>, String>
     let orders = process.stdin.take();
     let answers = BufReader::new(process.stdout.take().expect("it is piped"));
     Ok(Box::new(Other { process, orders, answers }))
-}
-
-/// Is a contender of the ladder for another process.
-pub(crate) fn serve(name: &str) -> Result<(), String> {
-    let (_, make) = CONTENDERS.iter().find(|(known, _)| *known == name).ok_or("no such contender")?;
-    let mut lines = io::stdin().lines();
-    loop {
-        let mut contender = make()?;
-        for _ in 0..ROUNDS {
-            let Some(line) = lines.next() else { return Ok(()) };
-            line.map_err(|error| error.to_string())?;
-            println!("{}", contender.round().as_nanos());
-        }
-    }
 }
 
 /// Seconds for a fault.

@@ -43,9 +43,6 @@ fn run() -> Result<(), String> {
         rows::ROWS.iter().for_each(|(name, what, _)| println!("{name:12} {what}"));
         return Ok(());
     }
-    if let Some(name) = &options.contender {
-        return child::serve(name);
-    }
     let machine = machine::describe();
     let mut text = format!("# Report of the pager\n\n{machine}");
     print!("{text}");

@@ -21,8 +21,6 @@ pub(crate) struct Options {
     pub(crate) quick: bool,
     pub(crate) rows: Vec<String>,
     pub(crate) list: bool,
-    /// Be this contender for another process: see `child`.
-    pub(crate) contender: Option<String>,
     /// Only see whether everything works.
     pub(crate) test: bool,
 }
@@ -34,7 +32,6 @@ impl Options {
             quick: false,
             rows: Vec::new(),
             list: false,
-            contender: None,
             // Cargo says what it runs this for.
             test: true,
         };
@@ -46,7 +43,6 @@ impl Options {
                 "--quick" => options.quick = true,
                 "--list" => options.list = true,
                 "--row" => options.rows.push(value()?),
-                "--contender" => options.contender = Some(value()?),
                 "--seconds" => {
                     let value = value()?;
                     let parsed = value.parse().ok().filter(|seconds: &f64| (0.0..1e6).contains(seconds));

@@ -269,7 +269,7 @@ impl Filler {
                 wake(uffd, address..address + len);
             }
         }
-        counters.fault_latency.record(fault.since.elapsed());
+        counters.fault_latency.record_since(fault.since);
         Done::Yes
     }
 }

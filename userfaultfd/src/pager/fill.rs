@@ -253,7 +253,7 @@ impl Filler {
             }
             Left::Nothing => {
                 if let Some((_, since)) = run.demand {
-                    shared.counters(self.thread).fault_latency.record(since.elapsed());
+                    shared.counters(self.thread).fault_latency.record_since(since);
                 }
                 self.put_back(content);
                 Done::Yes

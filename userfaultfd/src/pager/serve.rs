@@ -14,6 +14,7 @@ use super::fault::{Fault, page_of};
 use super::fill::{Done, Filler, Wait, Work};
 use super::load::message;
 use super::shared::{Note, Shared, Token};
+use super::stats;
 use super::trace::event;
 use super::{DescriptorId, Problem, RegionId};
 use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};
@@ -257,7 +258,7 @@ impl Worker {
             if full && !alone {
                 shared.hand_on(descriptor, serving.uffd.as_fd());
             }
-            let since = Instant::now();
+            let since = stats::now();
             for event in buffer.changes_first().drain() {
                 take(shared, thread, descriptor, serving, event, faults, since);
             }

@@ -4,6 +4,7 @@ use std::process::Command;
 
 use crate::build;
 use crate::child::{self, per_fault};
+use crate::contenders::cpus::ALLOWED;
 use crate::contenders::{CONTENDERS, Contender, ROUNDS};
 use crate::measure::{Round, Samples};
 use crate::options::Options;
@@ -12,20 +13,29 @@ use crate::table::{Line, Section, Target, Unit};
 /// The program with userfaultfd 0.9.
 const UPSTREAM: &str = "userfaultfd 0.9, its example's loop";
 
+/// The same, with a CPU for each thread.
+const UPSTREAM_OTHER: &str = "userfaultfd 0.9, other CPU";
+
 /// Ours, theirs, and what the ratio is to be.
 const PAIRS: &[(&str, &str, Target)] = &[
     ("pager, default", "bare poll and read", Target::AtMost(1.0)),
     ("pager, default", UPSTREAM, Target::AtMost(1.0)),
+    ("pager, default", UPSTREAM_OTHER, Target::Shown),
     ("pager, Threads, other CPU", "bare blocking read, other CPU", Target::AtMost(1.05)),
     ("pager, Threads, same CPU", "bare blocking read, same CPU", Target::AtMost(1.05)),
     ("pager, Spin, other CPU", "bare spinning read, other CPU", Target::Shown),
     ("pager, Beside", "bare blocking read, same CPU", Target::AtMost(1.05)),
     ("pager, Beside", "bare blocking read, other CPU", Target::Shown),
+    ("pager, Sigbus", "bare SIGBUS handler", Target::AtMost(1.05)),
+    ("pager, Sigbus", UPSTREAM, Target::Shown),
+    // Where waking another CPU is dear.
+    ("pager, Sigbus", UPSTREAM_OTHER, Target::AtMost(0.2)),
+    ("pager, Sigbus", "kernel, anonymous page", Target::Shown),
 ];
 
 pub(crate) fn run(options: &Options, mut section: Section) -> Section {
     let mut names: Vec<&str> = CONTENDERS.iter().map(|(name, _)| *name).collect();
-    names.push(UPSTREAM);
+    names.extend([UPSTREAM, UPSTREAM_OTHER]);
     let upstream = build::upstream().inspect_err(|missing| {
         section
             .notes
@@ -39,8 +49,11 @@ pub(crate) fn run(options: &Options, mut section: Section) -> Section {
             let made = make().inspect_err(|reason| missing.push(format!("{name} isn't measured: {reason}")));
             contenders.push(made.ok().map(as_round));
         }
-        let other = upstream.as_ref().ok().map(|path| child::start(&mut Command::new(path)));
-        contenders.push(other.map(|other| as_round(other.expect("a program that was built"))));
+        for place in ["anywhere", "other"] {
+            let program = upstream.as_ref().ok().filter(|_| place == "anywhere" || ALLOWED.len() > 1);
+            let other = program.map(|path| child::start(Command::new(path).arg(place)));
+            contenders.push(other.map(|other| as_round(other.expect("a program that was built"))));
+        }
         contenders
     };
     let samples = Samples::take(options.time, ROUNDS, &mut setup);

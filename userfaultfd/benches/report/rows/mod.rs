@@ -7,6 +7,7 @@ mod random;
 mod scaling;
 mod sequential;
 mod slow;
+mod statistics;
 
 use crate::options::Options;
 use crate::table::Section;
@@ -21,5 +22,6 @@ pub(crate) const ROWS: &[Row] = &[
     ("slow", "A source that takes 6 ms for each read, read from start to end", slow::run),
     ("scaling", "Faults in a second, by threads that fault and descriptors", scaling::run),
     ("huge", "Huge pages, and 4 KiB pages with a block around each fault", huge::run),
+    ("statistics", "What statistics and tracing cost, one fault", statistics::run),
     ("blocks", "Operations, by the size of the block", blocks::run),
 ];

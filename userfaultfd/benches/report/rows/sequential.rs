@@ -12,7 +12,7 @@ use userfaultfd::pager::BytesSource;
 
 use crate::build;
 use crate::contenders::cpus::{self, ALLOWED};
-use crate::contenders::{bare, content, memory, raw, timed};
+use crate::contenders::{bare, content, memory, raw, timed, warm};
 use crate::measure::{Round, Samples};
 use crate::options::Options;
 use crate::picture::block;
@@ -30,15 +30,15 @@ pub(crate) fn run(options: &Options, mut section: Section) -> Section {
     let expected = sum(&content);
     let file = CachedFile::new(&content);
     let read = move |bytes: &[u8]| assert_eq!(sum(bytes), expected);
-    let rate = move |time: Duration| {
-        cpus::stay_on(&ALLOWED);
-        len as f64 / time.as_secs_f64()
-    };
+    let rate = move |time: Duration| len as f64 / time.as_secs_f64();
+    cpus::stay_on(&ALLOWED);
 
-    let lazy = |block: Option<usize>| -> Round {
+    let lazy = |sigbus: bool, block: Option<usize>| -> Round {
         let content = Arc::clone(&content);
         Box::new(move || {
-            let builder = LazyMemory::builder(BytesSource::new(Arc::clone(&content)));
+            warm(len);
+            let source = BytesSource::new(Arc::clone(&content));
+            let builder = if sigbus { LazyMemory::sigbus(source) } else { LazyMemory::builder(source) };
             let builder = match block {
                 Some(block) => builder.block(block),
                 None => builder,
@@ -50,6 +50,7 @@ pub(crate) fn run(options: &Options, mut section: Section) -> Section {
     let copied = |reading: bool| -> Round {
         let content = Arc::clone(&content);
         Box::new(move || {
+            warm(len);
             let fd = raw::open(libc::O_NONBLOCK, 0);
             let mut memory = memory(len);
             raw::register(&fd, &mut memory);
@@ -67,6 +68,7 @@ pub(crate) fn run(options: &Options, mut section: Section) -> Section {
     let anonymous = || -> Round {
         let content = Arc::clone(&content);
         Box::new(move || {
+            warm(len);
             let mut memory = memory(len);
             rate(timed(|| {
                 memory.copy_from_slice(&content);
@@ -81,14 +83,14 @@ pub(crate) fn run(options: &Options, mut section: Section) -> Section {
             rate(timed(|| read(&memory)))
         })
     };
-    let (small, large) = (256 << 10, 4 << 20);
+    let small = 64 << 10;
     let setup = || {
         let all = [
-            lazy(None),
+            lazy(false, None),
             copied(true),
             mapped(),
-            lazy(Some(small)),
-            lazy(Some(large)),
+            lazy(false, Some(small)),
+            lazy(true, None),
             anonymous(),
             copied(false),
         ];
@@ -96,12 +98,11 @@ pub(crate) fn run(options: &Options, mut section: Section) -> Section {
     };
     let samples = Samples::take(options.time, 1, setup);
     let small = format!("pager, blocks of {}", block(small));
-    let large = format!("pager, blocks of {}", block(large));
     let lines = [
         ("pager, default", 0, "one bulk UFFDIO_COPY, then read", 1, Target::AtLeast(0.85)),
         ("pager, default", 0, "a page-cached file, mapped", 2, Target::Shown),
         (small.as_str(), 3, "one bulk UFFDIO_COPY, then read", 1, Target::Shown),
-        (large.as_str(), 4, "one bulk UFFDIO_COPY, then read", 1, Target::Shown),
+        ("pager, Sigbus", 4, "one bulk UFFDIO_COPY, then read", 1, Target::Shown),
         ("pager, default", 0, "memcpy to anonymous memory, then read", 5, Target::Shown),
         ("pager, default", 0, "the bulk UFFDIO_COPY alone, nothing read", 6, Target::Shown),
     ];

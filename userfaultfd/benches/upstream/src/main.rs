@@ -1,8 +1,12 @@
 //! Faults answered with userfaultfd 0.9, in the loop of its example: poll(2), read_event, copy. The example's own
 //! output, which would cost more than the faults, is left out.
 //!
-//! For each line on the standard input it has a round of faults answered, and tells the nanoseconds that took.
+//! For each line on the standard input it has a round of faults answered, and tells the nanoseconds that took. With the
+//! argument `other` the two threads have a CPU each; otherwise they are where the scheduler puts them.
 
+#[path = "../../contenders/cpus.rs"]
+#[expect(dead_code, reason = "the report uses the rest")]
+mod cpus;
 #[path = "../../contenders/order.rs"]
 mod order;
 
@@ -17,6 +21,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::unistd::{SysconfVar, sysconf};
 use userfaultfd::{Event, Uffd, UffdBuilder};
 
+use crate::cpus::Place;
 use crate::order::{FAULTS, PAGES, ROUNDS, first_byte, shuffled};
 
 fn main() {
@@ -26,6 +31,8 @@ fn main() {
         bytes.fill(first_byte(index));
     }
     let order = shuffled(PAGES);
+    let place = if std::env::args().nth(1).as_deref() == Some("other") { Place::Other } else { Place::Anywhere };
+    cpus::stay_on(place.faulting());
     let mut lines = io::stdin().lines();
     loop {
         let uffd = UffdBuilder::new()
@@ -39,7 +46,10 @@ fn main() {
         uffd.register(memory.as_mut_ptr().cast(), memory.len()).expect("uffd.register()");
         let start = memory.as_ptr() as usize;
         thread::scope(|scope| {
-            scope.spawn(|| handle(&uffd, page, start, &content));
+            scope.spawn(|| {
+                cpus::stay_on(place.answering().expect("two CPUs"));
+                handle(&uffd, page, start, &content);
+            });
             for pages in order.chunks_exact(FAULTS).take(ROUNDS) {
                 let Some(line) = lines.next() else { exit(0) }; // the handler waits for a fault
                 line.expect("a line");

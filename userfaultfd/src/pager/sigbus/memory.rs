@@ -6,7 +6,6 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Instant;
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
 
@@ -15,7 +14,7 @@ use super::table::{self, Hold, SLOTS};
 use crate::pager::descriptor::at;
 use crate::pager::pages::{Claim, End};
 use crate::pager::region::Served;
-use crate::pager::stats::Counters;
+use crate::pager::stats::{self, Counters};
 use crate::pager::{Absent, Error, Fill, Progress, Region, RegionId, Result, Statistics};
 use crate::{CopyMode, Errno, Uffd};
 
@@ -122,7 +121,7 @@ impl Lazy {
     /// Answers a fault. Whether the access is to be tried again; if not, it is an access that can't be.
     /// Async-signal-safe.
     pub(super) fn fault(&self, address: usize, slot: usize) -> bool {
-        let since = Instant::now();
+        let since = stats::now();
         let counters = self.counters(slot);
         counters.missing_faults.add(1);
         let page = (address - self.start) >> self.served.page_shift;
@@ -138,7 +137,7 @@ impl Lazy {
             }
             Claim::Poisoned => false,
         };
-        counters.fault_latency.record(since.elapsed());
+        counters.fault_latency.record_since(since);
         answered
     }
 

@@ -1,5 +1,8 @@
 //! A number that one thread counts up and any thread reads.
 
+/// Whether anything is counted. It always is, but where the benchmark `report` measures what that costs.
+pub(super) const COUNTED: bool = cfg!(not(userfaultfd_uncounted));
+
 #[cfg(not(target_has_atomic = "64"))]
 pub(super) use halves::Count;
 #[cfg(target_has_atomic = "64")]
@@ -78,7 +81,9 @@ mod halves {
 impl Count {
     #[inline]
     pub(in crate::pager) fn add(&self, more: u64) {
-        self.set(self.get().saturating_add(more));
+        if COUNTED {
+            self.set(self.get().saturating_add(more));
+        }
     }
 }
 

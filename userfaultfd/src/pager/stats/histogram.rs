@@ -1,9 +1,9 @@
 //! How long things took.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::count::Count;
+use super::count::{COUNTED, Count};
 
 /// Buckets between a power of two and the next: a bound is at most an eighth above what it stands for.
 const STEPS: u64 = 8;
@@ -201,6 +201,14 @@ impl Recorder {
             self.max.set(nanos);
         }
         self.buckets[bucket_of(nanos)].add(1);
+    }
+
+    /// Counts how long it is since a moment that [`now`](super::now) has told.
+    #[inline]
+    pub(in crate::pager) fn record_since(&self, since: Instant) {
+        if COUNTED {
+            self.record(since.elapsed());
+        }
     }
 
     /// What was counted. Of a duration that is being counted right now any part may be there.

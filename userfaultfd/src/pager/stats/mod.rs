@@ -8,10 +8,19 @@ mod histogram;
 
 use std::fmt;
 use std::iter::Sum;
+use std::sync::OnceLock;
+use std::time::Instant;
 
-use count::Count;
+use count::{COUNTED, Count};
 pub use histogram::Histogram;
 pub(in crate::pager) use histogram::Recorder;
+
+/// The moment that something begins whose duration is to be counted.
+#[inline]
+pub(in crate::pager) fn now() -> Instant {
+    static ANY: OnceLock<Instant> = OnceLock::new();
+    if COUNTED { Instant::now() } else { *ANY.get_or_init(Instant::now) }
+}
 
 /// One line per counter: its name, its documentation. A new one is one more line.
 macro_rules! counters {
