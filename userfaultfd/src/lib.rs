@@ -250,6 +250,7 @@ mod event;
 mod features;
 mod fill;
 mod lazy;
+mod maps;
 mod open;
 pub mod pagemap;
 pub mod pager;

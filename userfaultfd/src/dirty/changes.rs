@@ -5,9 +5,9 @@ use std::fmt;
 use std::iter::FusedIterator;
 use std::ops::Range;
 
-use super::process::Mapping;
 use super::ranges::Tracked;
 use super::watch::{CHUNK, Watch, Words, runs};
+use crate::maps::Mapping;
 use crate::pagemap::{Categories, Region, Scan};
 use crate::{Errno, Error, Result, page_size};
 

@@ -53,7 +53,6 @@
 mod access;
 mod changes;
 pub(crate) mod options;
-pub(crate) mod process;
 pub(crate) mod ranges;
 mod serve;
 pub(crate) mod watch;

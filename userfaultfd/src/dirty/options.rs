@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::process::Process;
 use super::serve::Server;
 use super::watch::{Protection, Watch, Words, pointer};
+use crate::maps::Process;
 use crate::pagemap::{Pagemap, Region, Scan};
 use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder, page_size};
 

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use super::process::Process;
 use super::ranges::{self, Notes, Tracked};
 use crate::atomic::AtomicU64;
+use crate::maps::Process;
 use crate::pagemap::Pagemap;
 use crate::{Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, page_size};
 

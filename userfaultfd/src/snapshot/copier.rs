@@ -16,9 +16,9 @@ use super::options::Removal;
 use super::queue::{End, Item, Payload, Queue, Size};
 use super::shared::{Begin, Counts, Shared};
 use crate::atomic::AtomicU64;
-use crate::dirty::process::Process;
 use crate::dirty::watch::{Watch, Words, pointer};
 use crate::error::errno_of;
+use crate::maps::Process;
 use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, page_size, sys};
 
 /// How often pages that can't be read, or aren't protected any more, are looked at again: the event that says why may

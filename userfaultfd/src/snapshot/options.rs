@@ -12,8 +12,8 @@ use super::maker::{Buffers, Maker};
 use super::shared::Shared;
 use super::sink::{Region, Sink};
 use crate::dirty::options::tells_protection;
-use crate::dirty::process::Process;
 use crate::dirty::watch::{Protection, Watch};
+use crate::maps::Process;
 use crate::{FeatureFlags, Pid, Uffd, UffdBuilder, page_size};
 
 /// Bytes that the walk saves at a time, unless a page is larger.

@@ -34,6 +34,8 @@ pub(crate) struct Mapping {
     pub(crate) anonymous: bool,
     /// Bytes of a page; 0 if that wasn't asked for.
     pub(crate) page: usize,
+    /// Whether it is registered with some userfaultfd. `None` if that wasn't asked for, or isn't told.
+    pub(crate) registered: Option<bool>,
 }
 
 impl Process {
@@ -49,7 +51,7 @@ impl Process {
         self.read("maps", range)
     }
 
-    /// The same, with the size of their pages. Walks the page tables of everything before, so it takes a while.
+    /// The same, with the size of their pages, and whether they are registered. Walks the page tables of everything before, so it takes a while.
     pub(crate) fn mappings_with_pages(self, range: &Range<usize>) -> Result<Vec<Mapping>> {
         self.read("smaps", range)
     }
@@ -62,7 +64,7 @@ impl Process {
 }
 
 /// Reads lines such as `7f83e60b2000-7f83e60b3000 rw-p 00000000 00:00 0 [heap]`, and in smaps, below each,
-/// `KernelPageSize:        4 kB`.
+/// `KernelPageSize:        4 kB` and `VmFlags: rd wr mr mw me um`.
 fn parse(
     lines: impl Iterator<Item = std::io::Result<String>>,
     range: &Range<usize>,
@@ -80,7 +82,13 @@ fn parse(
                 // What is shared or of a file has an inode.
                 let anonymous = rest.split_whitespace().nth(3) == Some("0");
                 let range = bounds.start.max(range.start)..bounds.end.min(range.end);
-                found.push(Mapping { range, anonymous, page: 0 });
+                found.push(Mapping { range, anonymous, page: 0, registered: None });
+            }
+        } else if let (true, Some(flags)) = (inside, line.strip_prefix("VmFlags:")) {
+            // Missing, write-protect, minor, read-write-protect.
+            let registered = |flag| matches!(flag, "um" | "uw" | "ui" | "ur");
+            if let Some(mapping) = found.last_mut() {
+                mapping.registered = Some(flags.split_whitespace().any(registered));
             }
         } else if let (true, Some(size)) = (inside, line.strip_prefix("KernelPageSize:")) {
             let kib = size.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<usize>().ok());
@@ -105,8 +113,8 @@ mod tests {
     use super::*;
 
     const SMAPS: &str = "\
-1000-3000 rw-p 00000000 00:00 0 \nSize:                  8 kB\nKernelPageSize:        4 kB\nVmFlags: rd wr\n\
-3000-5000 rw-s 00000000 00:01 1024                       /dev/zero (deleted)\nKernelPageSize:       64 kB\n\
+1000-3000 rw-p 00000000 00:00 0 \nSize:                  8 kB\nKernelPageSize:        4 kB\nVmFlags: rd wr \n\
+3000-5000 rw-s 00000000 00:01 1024                       /dev/zero (deleted)\nKernelPageSize:       64 kB\nVmFlags: rd wr sh um \n\
 8000-9000 r-xp 00000000 08:01 77                         /bin/a b\nKernelPageSize:        4 kB\n\
 a000-b000 rw-p 00000000 00:00 0                          [heap]\nKernelPageSize:        4 kB\n";
 
@@ -114,17 +122,22 @@ a000-b000 rw-p 00000000 00:00 0                          [heap]\nKernelPageSize:
     fn mappings_are_cut_to_the_range() {
         let read =
             |range: Range<usize>| parse(SMAPS.lines().map(|line| Ok(line.to_owned())), &range).unwrap();
-        let mapping = |range, anonymous, kib: usize| Mapping { range, anonymous, page: 1024 * kib };
+        let mapping = |range, anonymous, kib: usize, registered| Mapping {
+            range,
+            anonymous,
+            page: 1024 * kib,
+            registered,
+        };
         assert_eq!(
             read(0x2000..0xc000),
             [
-                mapping(0x2000..0x3000, true, 4),
-                mapping(0x3000..0x5000, false, 64),
-                mapping(0x8000..0x9000, false, 4),
-                mapping(0xa000..0xb000, true, 4),
+                mapping(0x2000..0x3000, true, 4, Some(false)),
+                mapping(0x3000..0x5000, false, 64, Some(true)),
+                mapping(0x8000..0x9000, false, 4, None),
+                mapping(0xa000..0xb000, true, 4, None),
             ]
         );
-        assert_eq!(read(0x3000..0x4000), [mapping(0x3000..0x4000, false, 64)]);
+        assert_eq!(read(0x3000..0x4000), [mapping(0x3000..0x4000, false, 64, Some(true))]);
         assert_eq!(read(0x5000..0x8000), []);
         assert_eq!(read(0..usize::MAX).len(), 4);
     }
@@ -135,6 +148,7 @@ a000-b000 rw-p 00000000 00:00 0                          [heap]\nKernelPageSize:
         let range = variable.as_ptr_range();
         let range = range.start.addr()..range.end.addr();
         let found = Process::Own.mappings_with_pages(&range).unwrap();
-        assert_eq!(found, [Mapping { range, anonymous: true, page: crate::page_size() }]);
+        let page = crate::page_size();
+        assert_eq!(found, [Mapping { range, anonymous: true, page, registered: Some(false) }]);
     }
 }
