@@ -227,6 +227,20 @@ fn lazy_file_tells_what_it_cannot_read() {
     assert_eq!(output.err, "neither a regular file nor a block device\n");
 }
 
+#[test]
+fn replay_has_filled_what_was_needed_before() {
+    let output = run(&mut command("replay"));
+    assert!(output.status.success() && output.err.is_empty(), "{output:?}");
+    let lines: Vec<_> = output.out.lines().collect();
+    assert!(lines[0].starts_with("first start:  2000 faults in "), "{}", output.out);
+    assert!(lines[1].starts_with("working set:  2000 pages in "), "{}", output.out);
+    let faults = lines[3].strip_prefix("second start: ").and_then(|rest| rest.split_once(' ')).unwrap().0;
+    assert!(faults.parse::<usize>().unwrap() <= 100, "{}", output.out);
+    assert!(lines[4].ends_with(&format!(
+        "faults for {faults} of them and 0 others; about 0 % for nothing, as {faults} tell"
+    )));
+}
+
 /// The table of statistics.
 fn numbers(text: &str) -> HashMap<&str, u64> {
     let rows = text.lines().filter_map(|line| line.split_once(' '));

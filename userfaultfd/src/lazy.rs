@@ -8,7 +8,8 @@ use memmap2::{Advice, MmapMut, MmapOptions};
 
 use crate::pager::{
     self, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager, PagerBuilder,
-    Problem, Progress, Region, RegionId, Retry, SignalSafe, Statistics, Target, sigbus,
+    Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics, Target, WorkingSet,
+    sigbus,
 };
 use crate::{FeatureFlags, Uffd, UffdBuilder};
 
@@ -220,6 +221,24 @@ impl LazyMemory {
     /// - [`System`](pager::Error::System): a thread couldn't be had.
     pub fn background(&self, order: Order) -> pager::Result<Background> {
         Background::start(self.target()?, order)
+    }
+
+    /// Records which pages are touched, in order: see [`Recorder`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Pager::record`].
+    pub fn record(&self) -> pager::Result<Recorder> {
+        Recorder::start(Arc::clone(self.target()?.region()))
+    }
+
+    /// Fills a working set that was recorded before: see [`Replay`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Pager::replay`].
+    pub fn replay(&self, set: &WorkingSet) -> pager::Result<Replay> {
+        Replay::start(self.target()?, set)
     }
 
     fn target(&self) -> pager::Result<Target> {

@@ -145,6 +145,10 @@ impl Background {
 
     /// Waits until it has ended. If it was paused it is resumed.
     pub fn wait(mut self) -> Progress {
+        self.finish()
+    }
+
+    pub(crate) fn finish(&mut self) -> Progress {
         self.resume();
         self.join();
         self.progress()
@@ -246,7 +250,7 @@ fn fill(target: &Target, control: &Control, ranges: Vec<Range<usize>>) {
 }
 
 impl Target {
-    fn region(&self) -> &Served {
+    pub(crate) fn region(&self) -> &Arc<Served> {
         match self {
             Self::Pager { region, .. } => region,
             Self::Sigbus(lazy) => lazy.region(),

@@ -132,6 +132,22 @@ pub enum Error {
         error: io::Error,
     },
 
+    /// Which faults come is noted for one at a time: a [`Recorder`](super::Recorder) or a [`Replay`](super::Replay).
+    #[error("the faults of the region are recorded already")]
+    AlreadyRecorded,
+
+    /// A working set is of another region: of more or fewer pages, or of pages of another size.
+    #[error(
+        "a working set of {} pages of {:#x} bytes for a region of {} pages of {:#x} bytes",
+        set.0, set.1, region.0, region.1
+    )]
+    OtherWorkingSet {
+        /// How many pages the region of the set has, and their size in bytes.
+        set: (usize, usize),
+        /// The same of the region.
+        region: (usize, usize),
+    },
+
     /// Memory whose faults are handled in the thread that makes them needs no pager, and asks for nothing twice.
     #[error("{option} doesn't go with LazyMemory::sigbus")]
     NotWithSigbus {

@@ -83,7 +83,9 @@ mod pages;
 mod point;
 #[cfg(test)]
 mod races;
+mod record;
 mod region;
+mod replay;
 mod run;
 mod serve;
 mod shared;
@@ -92,6 +94,7 @@ pub(crate) mod sigbus;
 mod source;
 mod stats;
 mod trace;
+mod working_set;
 
 use std::fmt;
 use std::ops::Range;
@@ -103,12 +106,15 @@ pub(crate) use background::Target;
 pub use background::{Background, Order};
 pub use delivery::Delivery;
 pub use error::{Error, Problem, Refused, Result, Retry};
+pub use record::Recorder;
 pub use region::Region;
+pub use replay::{Coverage, Replay};
 pub use sigbus::{SignalSafe, SignalSafeConcat};
 pub use source::{
     BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
 };
 pub use stats::{Histogram, Statistics};
+pub use working_set::WorkingSet;
 
 use self::control::{Control, OnProblem, spawn, target_is_gone};
 use self::descriptor::{Descriptor, Serving, at, lock, wake};

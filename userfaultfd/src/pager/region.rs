@@ -7,13 +7,14 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::around::{Around, Streams, Window};
 use super::pages::Pages;
+use super::record::Log;
 use super::{Absent, Error, PageSource, Result};
 use crate::{IoctlFlags, RegisterMode};
 
@@ -242,6 +243,7 @@ impl Region {
             zeropage: page == crate::page_size() && !self.write_protected,
             pages,
             ending: AtomicBool::new(false),
+            log: OnceLock::new(),
         })
     }
 }
@@ -300,6 +302,8 @@ pub(crate) struct Served {
     pub(crate) pages: Pages,
     /// Its absent pages are to be poisoned.
     ending: AtomicBool,
+    /// Where it is noted which pages faults came for, once somebody has wanted to know.
+    log: OnceLock<Log>,
 }
 
 impl Served {
@@ -334,6 +338,9 @@ impl Served {
 
     /// The pages to fill for a fault on one, as far as the region has them; and the sequence that it goes on with.
     pub(crate) fn around(&self, page: usize) -> (Range<usize>, Option<Window>) {
+        if self.log.get().is_some_and(|log| log.note(page)) {
+            return (page..page + 1, None);
+        }
         let (pages, window) = match self.around {
             Around::Page => (page..page + 1, None),
             Around::Block(block) => {
@@ -347,6 +354,26 @@ impl Served {
             }
         };
         (pages.start..pages.end.min(self.pages.count()), window)
+    }
+
+    /// Where it is noted which pages faults came for. Whoever fills them does that, by asking what is around.
+    pub(crate) fn log(&self) -> io::Result<&Log> {
+        if self.log.get().is_none() {
+            // Somebody else may be faster; then theirs is the one.
+            let _first = self.log.set(Log::new(self.pages.count())?);
+        }
+        self.log.get().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+    }
+
+    /// The pages that were noted.
+    pub(crate) fn noted(&self) -> Vec<usize> {
+        self.log.get().map_or_else(Vec::new, |log| log.pages(self.pages.count()))
+    }
+
+    pub(crate) fn stop_noting(&self) {
+        if let Some(log) = self.log.get() {
+            log.stop();
+        }
     }
 
     /// What was claimed of a sequence.
@@ -370,6 +397,7 @@ impl Served {
             zeropage: self.zeropage,
             pages,
             ending: AtomicBool::new(false),
+            log: OnceLock::new(),
         }
     }
 

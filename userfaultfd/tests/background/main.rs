@@ -5,6 +5,7 @@
 mod support;
 
 mod fills;
+mod working_sets;
 
 use std::io;
 use std::ops::Range;

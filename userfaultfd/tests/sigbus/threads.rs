@@ -14,7 +14,7 @@ fn threads_that_touch_one_memory_find_each_page_filled_once() {
     require!();
     let page = page();
     for block in [1, 16] {
-        let pages = 4096;
+        let pages = 1024;
         let memory = builder(pages).block(block * page).build().unwrap();
         let barrier = Barrier::new(THREADS);
         thread::scope(|scope| {
@@ -87,7 +87,7 @@ fn memories_come_and_go_while_others_are_touched() {
         }
         let stay: Vec<_> = (0..100).map(|_| lazy(4)).collect();
         let mut state = 99;
-        while rounds.load(Ordering::Relaxed) < 200 {
+        while rounds.load(Ordering::Relaxed) < 100 {
             let mut passing: Vec<_> = (0..20).map(|number| lazy(number + 1)).collect();
             while !passing.is_empty() {
                 let memory = passing.swap_remove(next(&mut state) % passing.len());
@@ -106,7 +106,7 @@ fn memories_come_and_go_while_others_are_touched() {
 fn filling_all_goes_on_beside_faults() {
     require!();
     let page = page();
-    let pages = 4096;
+    let pages = 2048;
     let memory = builder(pages).block(4 * page).build().unwrap();
     thread::scope(|scope| {
         for thread in 0..4 {

@@ -33,7 +33,7 @@ const LOOKS: u32 = 200;
 /// What a handler needs.
 pub(crate) struct Lazy {
     uffd: Uffd,
-    served: Served,
+    served: Arc<Served>,
     start: usize,
     end: usize,
     /// For each slot the [`Counters`] of the handlers that have it. What isn't used takes no memory.
@@ -63,7 +63,7 @@ impl Owned {
         let Range { start, end } = region.range();
         let offered = uffd.register(at(start), end - start);
         region.check_ioctls(offered.map_err(|error| Error::Register { address: start, error })?)?;
-        let served = region.serve(0)?;
+        let served = Arc::new(region.serve(0)?);
         let mapping = |len| MmapOptions::new().len(len).no_reserve_swap().map_anon();
         let counters = MmapRaw::from(mapping(SLOTS * size_of::<Counters>())?);
         let zeros = if served.zeropage { None } else { Some(mapping(served.page_size())?) };
@@ -390,7 +390,7 @@ impl Lazy {
         table::is_any_running()
     }
 
-    pub(crate) fn region(&self) -> &Served {
+    pub(crate) fn region(&self) -> &Arc<Served> {
         &self.served
     }
 

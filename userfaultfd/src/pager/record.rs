@@ -1,0 +1,198 @@
+//! Which pages faults came for, in which order.
+
+#![expect(unsafe_code, reason = "atomic numbers in a mapping")]
+
+use std::fmt;
+use std::io;
+use std::slice;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::region::Served;
+use super::working_set::WorkingSet;
+use super::{Error, Pager, RegionId, Result};
+
+/// Pages for which faults came, in a mapping that exists only where something is noted. Noting is async-signal-safe.
+#[derive(Debug)]
+pub(crate) struct Log {
+    /// Numbers of pages, plus 1.
+    entries: MmapRaw,
+    next: AtomicUsize,
+    mode: AtomicU8,
+}
+
+/// Whether faults are noted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Mode {
+    Off,
+    /// They are, and what is filled around them goes on as it is.
+    On,
+    /// They are, and nothing is filled around them, so that each page that is touched is noted.
+    Exact,
+}
+
+impl Log {
+    /// Room for a region of so many pages. A page is noted more than once only if its fill was given up.
+    pub(crate) fn new(pages: usize) -> io::Result<Self> {
+        let len = (pages + pages / 4 + 1024) * size_of::<AtomicUsize>();
+        let entries = MmapOptions::new().len(len).no_reserve_swap().map_anon()?.into();
+        Ok(Self { entries, next: AtomicUsize::new(0), mode: AtomicU8::new(Mode::Off as u8) })
+    }
+
+    fn entries(&self) -> &[AtomicUsize] {
+        let count = self.entries.len() / size_of::<AtomicUsize>();
+        // SAFETY: so many numbers are mapped, aligned to a page, as long as `self` is borrowed. Nothing but these
+        // atomics leads to them, and any bytes are good for one.
+        unsafe { slice::from_raw_parts(self.entries.as_ptr().cast::<AtomicUsize>(), count) }
+    }
+
+    /// Notes a page, if it is time to. Whether nothing is to be filled around it.
+    pub(crate) fn note(&self, page: usize) -> bool {
+        let mode = self.mode.load(Ordering::Relaxed);
+        if mode != Mode::Off as u8 {
+            if let Some(entry) = self.entries().get(self.next.fetch_add(1, Ordering::Relaxed)) {
+                entry.store(page + 1, Ordering::Release);
+            }
+        }
+        mode == Mode::Exact as u8
+    }
+
+    /// Begins to note, from the start. `false`: somebody else does.
+    pub(crate) fn start(&self, mode: Mode) -> bool {
+        let (off, mode) = (Mode::Off as u8, mode as u8);
+        if self.mode.compare_exchange(off, mode, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            return false;
+        }
+        for entry in self.entries().iter().take(self.next.swap(0, Ordering::AcqRel)) {
+            entry.store(0, Ordering::Relaxed);
+        }
+        true
+    }
+
+    pub(crate) fn stop(&self) {
+        self.mode.store(Mode::Off as u8, Ordering::Release);
+    }
+
+    /// What was noted, each page once.
+    pub(crate) fn pages(&self, region_pages: usize) -> Vec<usize> {
+        let mut seen = vec![false; region_pages];
+        let noted = self.entries().iter().take(self.next.load(Ordering::Acquire));
+        let pages = noted.filter_map(|entry| entry.load(Ordering::Acquire).checked_sub(1));
+        pages.filter(|page| seen.get_mut(*page).is_some_and(|seen| !std::mem::replace(seen, true))).collect()
+    }
+}
+
+/// Notes in which order the pages of a region are touched for the first time, until it is dropped.
+///
+/// It sees faults. What is there already makes none, so begin before the memory is used. Each fault fills its page
+/// alone meanwhile, whatever [`Around`](super::Around) says, so that the set has what was touched and nothing else:
+/// such a run is slower than others. Noting takes no lock and allocates nothing.
+///
+/// ```
+/// use userfaultfd::LazyMemory;
+/// use userfaultfd::pager::{Fill, WorkingSet};
+///
+/// let source = |_: u64, page: &mut [u8]| {
+///     page.fill(7);
+///     Ok(Fill::Data)
+/// };
+/// let page = userfaultfd::page_size();
+/// let memory = LazyMemory::new(1000 * page, source)?;
+/// let recorder = memory.record()?;
+/// let sum: u64 = [500, 501, 3, 502].iter().map(|number| u64::from(memory[number * page])).sum();
+/// let set = recorder.finish();
+/// assert_eq!((sum, set.pages()), (28, &[500, 501, 3, 502][..]));
+///
+/// let path = std::env::temp_dir().join(format!("working-set-{}", std::process::id()));
+/// set.save(&path)?;
+///
+/// // At the next start:
+/// let set = WorkingSet::load(&path)?;
+/// let memory = LazyMemory::new(1000 * page, source)?;
+/// let mut replay = memory.replay(&set)?;
+/// replay.wait();
+/// assert_eq!(memory.statistics().present_pages, 4);
+/// assert_eq!(memory[3 * page], 7); // is there
+/// println!("{}", replay.report());
+/// # std::fs::remove_file(path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Recorder {
+    region: Arc<Served>,
+}
+
+impl Recorder {
+    /// Begins.
+    pub(crate) fn start(region: Arc<Served>) -> Result<Self> {
+        if !region.log()?.start(Mode::Exact) {
+            return Err(Error::AlreadyRecorded);
+        }
+        Ok(Self { region })
+    }
+
+    /// Ends, and tells what was touched.
+    #[must_use]
+    pub fn finish(self) -> WorkingSet {
+        let count = self.region.pages.count();
+        let pages = self.region.noted();
+        WorkingSet::new(self.region.page_size(), count, pages)
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.region.stop_noting();
+    }
+}
+
+impl fmt::Debug for Recorder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Recorder").field("region", &self.region).finish_non_exhaustive()
+    }
+}
+
+impl Pager {
+    /// Records which pages of a region are touched, in order: see [`Recorder`].
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`AlreadyRecorded`](Error::AlreadyRecorded): it is recorded already, or a working set is being replayed.
+    /// - [`System`](Error::System): memory couldn't be had.
+    pub fn record(&self, region: RegionId) -> Result<Recorder> {
+        Recorder::start(Arc::clone(self.target(region)?.region()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_noted_in_order_and_once_while_it_is_on() {
+        let log = Log::new(10).unwrap();
+        assert!(!log.note(9));
+        assert!(log.start(Mode::Exact) && !log.start(Mode::On));
+        assert!([3, 9, 3, 0].into_iter().all(|page| log.note(page)));
+        log.stop();
+        assert!(!log.note(5));
+        assert_eq!(log.pages(10), [3, 9, 0]);
+        assert_eq!(log.pages(9), [3, 0], "no page that the region hasn't got");
+        assert!(log.start(Mode::On));
+        assert!(log.pages(10).is_empty() && !log.note(7));
+        assert_eq!(log.pages(10), [7]);
+    }
+
+    #[test]
+    fn what_there_is_no_room_for_is_left_out() {
+        let log = Log::new(1).unwrap();
+        log.start(Mode::On);
+        for _ in 0..10_000 {
+            log.note(0);
+        }
+        assert_eq!(log.pages(1), [0]);
+    }
+}

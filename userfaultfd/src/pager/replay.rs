@@ -1,0 +1,158 @@
+//! Filling what was needed the last time, before it is needed.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::Arc;
+
+use super::background::{Background, Order, Target};
+use super::record::Mode;
+use super::region::Served;
+use super::working_set::WorkingSet;
+use super::{Error, Pager, Progress, RegionId, Result};
+
+/// One page of so many is left out, to see whether it is needed.
+const SAMPLE: usize = 64;
+
+/// A [`WorkingSet`] that is being filled in its order, in the [background](Background): faults come first.
+///
+/// One page of 64 is left out, so that it can be seen whether somebody touches it: of a page that is there already
+/// nothing tells that. [`report`](Self::report) says from that how much of the set was filled for nothing.
+///
+/// Dropping it ends it.
+pub struct Replay {
+    background: Background,
+    region: Arc<Served>,
+    set: Vec<usize>,
+    sample: Vec<usize>,
+}
+
+/// How well a working set fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Coverage {
+    /// Pages of the set.
+    pub set_pages: usize,
+    /// Pages of the set for which a fault came: before it was their turn, or since they were left out.
+    pub faults_in_set: usize,
+    /// Other pages for which a fault came: the set lacks them.
+    pub faults_outside: usize,
+    /// Pages of the set that were left out, and not filled together with a neighbour either.
+    pub sampled: usize,
+    /// Pages of these for which a fault came.
+    pub sampled_touched: usize,
+}
+
+impl Replay {
+    /// Begins.
+    pub(crate) fn start(target: Target, set: &WorkingSet) -> Result<Self> {
+        let region = Arc::clone(target.region());
+        let (page_size, pages) = (region.page_size(), region.pages.count());
+        if (set.page_size(), set.region_pages()) != (page_size, pages) {
+            return Err(Error::OtherWorkingSet {
+                set: (set.region_pages(), set.page_size()),
+                region: (pages, page_size),
+            });
+        }
+        if !region.log()?.start(Mode::On) {
+            return Err(Error::AlreadyRecorded);
+        }
+        let (sample, filled): (Vec<_>, Vec<_>) = set.pages().iter().partition(|page| is_sampled(**page));
+        let runs = filled.chunk_by(|page, next| page + 1 == *next);
+        let bytes = |page: usize| page << region.page_shift;
+        let ranges = runs.map(|run| bytes(run[0])..bytes(run[0] + run.len())).collect();
+        match Background::start(target, Order::Ranges(ranges)) {
+            Ok(background) => Ok(Self { background, region, set: set.pages().to_vec(), sample }),
+            Err(error) => {
+                region.stop_noting();
+                Err(error)
+            }
+        }
+    }
+
+    /// The thread that fills: to pause it, to limit it, to see how far it is.
+    #[must_use]
+    pub fn background(&self) -> &Background {
+        &self.background
+    }
+
+    /// Waits until all of the set is there that isn't left out.
+    pub fn wait(&mut self) -> Progress {
+        self.background.finish()
+    }
+
+    /// How well the set fits, so far. Faults are counted as long as the replay isn't dropped.
+    #[must_use]
+    pub fn report(&self) -> Coverage {
+        let faults: HashSet<usize> = self.region.noted().into_iter().collect();
+        let in_set = self.set.iter().filter(|page| faults.contains(page)).count();
+        // What was filled together with another page tells nothing.
+        let touched = self.sample.iter().filter(|page| faults.contains(page)).count();
+        let untouched = self.sample.iter().filter(|page| self.region.pages.is_absent(**page));
+        let untouched = untouched.filter(|page| !faults.contains(page)).count();
+        Coverage {
+            set_pages: self.set.len(),
+            faults_in_set: in_set,
+            faults_outside: faults.len() - in_set,
+            sampled: touched + untouched,
+            sampled_touched: touched,
+        }
+    }
+}
+
+/// Whether a page is left out.
+fn is_sampled(page: usize) -> bool {
+    (page as u32).wrapping_mul(0x9e37_79b1) >> 16 & (SAMPLE as u32 - 1) == 0
+}
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        self.region.stop_noting();
+    }
+}
+
+impl fmt::Debug for Replay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Replay")
+            .field("background", &self.background)
+            .field("coverage", &self.report())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Coverage {
+    /// Which part of the set nobody has needed so far, from 0 to 1: an estimate, from the pages that were left out. Of a
+    /// hundred of them it is right to a tenth. `None` if there are none.
+    #[must_use]
+    pub fn waste(&self) -> Option<f64> {
+        let untouched = self.sampled - self.sampled_touched;
+        (self.sampled > 0).then(|| untouched as f64 / self.sampled as f64)
+    }
+}
+
+impl fmt::Display for Coverage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { set_pages, faults_in_set, faults_outside, sampled, .. } = self;
+        write!(
+            f,
+            "{set_pages} pages in the set, faults for {faults_in_set} of them and {faults_outside} others"
+        )?;
+        match self.waste() {
+            Some(waste) => write!(f, "; about {:.0} % for nothing, as {sampled} tell", 100.0 * waste),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Pager {
+    /// Fills a working set that was recorded before: see [`Replay`].
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`OtherWorkingSet`](Error::OtherWorkingSet): the set is of a region of another size, or of other pages.
+    /// - [`AlreadyRecorded`](Error::AlreadyRecorded): the region is being recorded, or another set replayed.
+    /// - [`System`](Error::System): memory or a thread couldn't be had.
+    pub fn replay(&self, region: RegionId, set: &WorkingSet) -> Result<Replay> {
+        Replay::start(self.target(region)?, set)
+    }
+}

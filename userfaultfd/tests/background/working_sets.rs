@@ -1,0 +1,183 @@
+//! What was needed the last time is there before it is needed.
+
+use std::collections::BTreeSet;
+use std::thread;
+
+use userfaultfd::LazyMemory;
+use userfaultfd::pager::{Around, BytesSource, Error, WorkingSet};
+
+use crate::support::proc::wait_until;
+use crate::support::{page, require};
+use crate::{Watched, byte};
+
+fn lazy(source: &Watched, pages: usize) -> LazyMemory {
+    LazyMemory::builder(source.clone()).len(pages * page()).threads(2).build().unwrap()
+}
+
+/// Both kinds of memory, with the same content.
+fn both(pages: usize) -> [LazyMemory; 2] {
+    let content: Vec<u8> = (0..pages * page()).map(|at| byte(at / page())).collect();
+    [lazy(&Watched::new(), pages), LazyMemory::sigbus(BytesSource::new(content)).build().unwrap()]
+}
+
+/// Touches pages, one after the other.
+fn touch(memory: &LazyMemory, pages: impl IntoIterator<Item = usize>) {
+    for number in pages {
+        assert_eq!(memory[number * page()], byte(number));
+    }
+}
+
+/// A working set of pages.
+fn recorded(pages: usize, touched: impl IntoIterator<Item = usize>) -> WorkingSet {
+    let memory = lazy(&Watched::new(), pages);
+    let recorder = memory.record().unwrap();
+    touch(&memory, touched);
+    recorder.finish()
+}
+
+#[test]
+fn a_record_has_each_page_that_was_touched_once_in_order_and_no_other() {
+    require!();
+    for memory in both(1000) {
+        touch(&memory, [77]);
+        let recorder = memory.record().unwrap();
+        touch(&memory, [500, 3, 4, 5, 6, 500, 77, 999, 0]);
+        let set = recorder.finish();
+        assert_eq!(set.pages(), [500, 3, 4, 5, 6, 999, 0]);
+        assert_eq!((set.page_size(), set.region_pages()), (page(), 1000));
+        // A page is counted after who waited for it has been waked. Nothing was filled around them.
+        wait_until(|| memory.statistics().present_pages >= 8);
+        assert_eq!(memory.statistics().present_pages, 8);
+        // From now on nothing is noted, and more is filled for a fault where access is sequential.
+        touch(&memory, 100..200);
+        assert!(memory.statistics().faults() < 60);
+        let second = memory.record().unwrap();
+        touch(&memory, [300]);
+        assert_eq!(second.finish().pages(), [300]);
+    }
+}
+
+#[test]
+fn what_many_threads_touch_is_recorded() {
+    require!();
+    for memory in both(4000) {
+        let recorder = memory.record().unwrap();
+        thread::scope(|scope| {
+            for first in 0..8 {
+                let memory = &memory;
+                scope.spawn(move || touch(memory, (first / 2..4000).step_by(8)));
+            }
+        });
+        let set = recorder.finish();
+        let pages: BTreeSet<_> = set.pages().iter().copied().collect();
+        let expected: BTreeSet<_> = (0..4000).filter(|page| page % 8 < 4).collect();
+        assert_eq!(pages.len(), set.pages().len(), "each once");
+        assert_eq!(pages, expected);
+    }
+}
+
+#[test]
+fn a_set_is_filled_in_its_order_with_neighbours_in_one_read() {
+    require!();
+    // Few enough that none of these is left out.
+    let touched = [900, 10, 11, 12, 13, 500, 499];
+    let set = recorded(1000, touched);
+    let source = Watched::new();
+    let memory = lazy(&source, 1000);
+    let mut replay = memory.replay(&set).unwrap();
+    let progress = replay.wait();
+    assert_eq!(progress.done, progress.total);
+    assert_eq!(source.reads(), [900..901, 10..14, 500..501, 499..500]);
+    touch(&memory, touched);
+    let report = replay.report();
+    assert_eq!((report.set_pages, report.faults_in_set, report.faults_outside), (7, 0, 0));
+    assert_eq!((report.sampled, report.waste()), (0, None));
+    touch(&memory, [10, 0, 300]);
+    assert_eq!(replay.report().faults_outside, 2);
+}
+
+#[test]
+fn faults_come_before_the_set() {
+    require!();
+    let set = recorded(1000, 100..200);
+    for memory in both(1000) {
+        let mut replay = memory.replay(&set).unwrap();
+        replay.background().pause();
+        let before = replay.background().progress().done as usize / page();
+        touch(&memory, [199, 900]);
+        let report = replay.report();
+        if before == 0 {
+            // But for a step that may have been going on.
+            assert!(report.faults_in_set <= 1 && report.faults_outside == 1, "{report:?}");
+        }
+        let progress = replay.wait();
+        assert_eq!(progress.done, progress.total);
+        touch(&memory, 100..200);
+        let faults = memory.statistics().faults();
+        assert!(faults <= 2 + replay.report().sampled_touched as u64, "{faults} faults");
+    }
+}
+
+#[test]
+fn a_tenth_of_the_memory_takes_a_twentieth_of_the_faults() {
+    require!();
+    let (pages, touched) = (20_000, (0..2000).map(|number| number * 7919 % 20_000));
+    let set = recorded(pages, touched.clone());
+    for memory in both(pages) {
+        memory.replay(&set).unwrap().wait();
+        touch(&memory, touched.clone());
+        let faults = memory.statistics().faults();
+        assert!(faults <= 2000 / 20, "{faults} faults instead of 2000");
+    }
+}
+
+#[test]
+fn waste_is_estimated_from_what_was_left_out() {
+    require!();
+    let pages = 16_000;
+    let all = (0..8000).map(|number| number * 7919 % pages);
+    let set = recorded(pages, all.clone());
+    let source = Watched::new();
+    let memory = LazyMemory::builder(source).len(pages * page()).around(Around::Page).build().unwrap();
+    let mut replay = memory.replay(&set).unwrap();
+    replay.wait();
+    let report = replay.report();
+    assert!((80..200).contains(&report.sampled), "{report:?}");
+    assert_eq!(report.waste(), Some(1.0));
+    // Three quarters of what was needed is needed again.
+    touch(&memory, all.clone().take(6000));
+    let report = replay.report();
+    let waste = report.waste().unwrap();
+    assert!((0.15..0.35).contains(&waste), "{report}");
+    assert_eq!(report.faults_in_set, report.sampled_touched);
+    touch(&memory, all);
+    assert_eq!(replay.report().waste(), Some(0.0));
+    let text = replay.report().to_string();
+    assert!(text.contains("8000 pages in the set") && text.contains("about 0 % for nothing"), "{text}");
+}
+
+#[test]
+fn one_at_a_time_and_only_what_fits() {
+    require!();
+    let set = recorded(100, [5]);
+    for memory in both(100) {
+        let recorder = memory.record().unwrap();
+        assert!(matches!(memory.record(), Err(Error::AlreadyRecorded)));
+        assert!(matches!(memory.replay(&set), Err(Error::AlreadyRecorded)));
+        drop(recorder);
+        let replay = memory.replay(&set).unwrap();
+        assert!(matches!(memory.record(), Err(Error::AlreadyRecorded)));
+        drop(replay);
+        memory.record().unwrap();
+    }
+    for memory in both(101) {
+        match memory.replay(&set) {
+            Err(Error::OtherWorkingSet { set, region }) => {
+                assert_eq!((set, region), ((100, page()), (101, page())));
+            }
+            other => panic!("{other:?}"),
+        }
+        memory.fill(|_| {}).unwrap();
+        assert!(matches!(memory.record(), Err(Error::NotServed)));
+    }
+}
