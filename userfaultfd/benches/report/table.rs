@@ -13,6 +13,8 @@ pub(crate) enum Unit {
     Bytes,
     /// Something in a second.
     Rate,
+    /// Something.
+    Count,
 }
 
 impl Unit {
@@ -28,6 +30,7 @@ impl Unit {
         match self {
             Self::Time => scaled(&[(1.0, " s"), (1e-3, " ms"), (1e-6, " µs"), (1e-9, " ns")]),
             Self::Bytes => scaled(&[(1e9, " GB/s"), (1e6, " MB/s"), (1e3, " kB/s")]),
+            Self::Count => format!("{value:.0}"),
             Self::Rate => scaled(&[(1e6, " M/s"), (1e3, " k/s"), (1.0, " /s")]),
         }
     }

@@ -4,6 +4,7 @@ mod blocks;
 mod fault;
 mod huge;
 mod random;
+mod restore;
 mod scaling;
 mod sequential;
 mod slow;
@@ -19,6 +20,7 @@ pub(crate) const ROWS: &[Row] = &[
     ("fault", "One missing fault, 4 KiB", fault::run),
     ("sequential", "Memory read from start to end, from bytes in memory", sequential::run),
     ("random", "Memory read at random, 4 KiB a fault", random::run),
+    ("restore", "A second start, with the working set of the first", restore::run),
     ("slow", "A source that takes 6 ms for each read, read from start to end", slow::run),
     ("scaling", "Faults in a second, by threads that fault and descriptors", scaling::run),
     ("huge", "Huge pages, and 4 KiB pages with a block around each fault", huge::run),
