@@ -42,7 +42,7 @@ pub(crate) const USAGE: &str = "\
 const AT_A_TIME: usize = 2;
 
 /// Seconds that a test may take in a guest, which shares this machine with another one.
-const TEST_LIMIT: u64 = 180;
+const TEST_LIMIT: u64 = 400;
 
 /// Bytes that a guest can swap to.
 const SWAP: u64 = 256 << 20;
