@@ -232,7 +232,8 @@ impl DirtyTracker {
     ///
     /// # Errors
     ///
-    /// Those of [`unregister`](crate::Uffd::unregister). It isn't tracked any longer all the same.
+    /// [`SystemError`](crate::Error::SystemError) with `EINVAL` if a bound lies inside a page: nothing is changed then.
+    /// Otherwise those of [`unregister`](crate::Uffd::unregister), and it isn't tracked any longer all the same.
     pub fn untrack(&mut self, range: Range<usize>) -> Result<()> {
         self.0.watch.untrack(&range)
     }

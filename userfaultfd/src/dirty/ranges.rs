@@ -106,6 +106,12 @@ pub(crate) fn within(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
     all.iter().filter_map(cut).collect()
 }
 
+/// Whether one of the ends of `range` lies inside a page.
+pub(crate) fn cuts_a_page(all: &[Tracked], range: &Range<usize>) -> bool {
+    let inside = |tracked: &Tracked, end: usize| tracked.range.contains(&end) && end % tracked.page != 0;
+    all.iter().any(|tracked| inside(tracked, range.start) || inside(tracked, range.end))
+}
+
 /// The one that an address lies in.
 pub(crate) fn at(all: &[Tracked], address: usize) -> Option<&Tracked> {
     let next = all.partition_point(|tracked| tracked.range.start <= address);

@@ -200,9 +200,12 @@ impl Watch {
     /// Unregisters what of the range is tracked. What was unmapped meanwhile is forgotten.
     pub(crate) fn untrack(&self, range: &Range<usize>) -> Result<()> {
         let all = self.ranges();
+        if ranges::cuts_a_page(&all, range) {
+            return Err(Error::SystemError(Errno::EINVAL));
+        }
         let mut result = Ok(());
         for Tracked { range: Range { start, end }, .. } in ranges::within(&all, range) {
-            let part = start.max(range.start)..end.min(range.end);
+            let part = start..end;
             match self.uffd.unregister(pointer(part.start), part.len()) {
                 // Nothing is mapped there any more, or something that can't be registered.
                 Err(Error::SystemError(Errno::EINVAL)) => result = result.and(self.untrack_mappings(&part)),

@@ -50,7 +50,11 @@ fn ranges_that_cannot_be_tracked_are_refused() {
         for bad in [all.start + 1..all.start + space.page, nowhere..nowhere + page()] {
             assert_eq!(errno(tracker.track(bad.clone())), Errno::EINVAL, "{bad:x?}");
         }
-        assert_eq!(tracker.tracked(), [space.addresses(1..2)]);
+        let page = space.addresses(1..2);
+        for bad in [page.start + 1..page.end, page.start..page.end - 1] {
+            assert_eq!(errno(tracker.untrack(bad)), Errno::EINVAL);
+        }
+        assert_eq!(tracker.tracked(), [page]);
         space.write(0, 2);
         space.write(1, 2);
         assert_eq!(space.told(tracker.take()), [1..2]);

@@ -1,0 +1,267 @@
+//! What it costs to know what was written, and to begin a snapshot: a table of ratios.
+//!
+//! `cargo bench -p userfaultfd --bench tracking [-- GIB]`. Ways are compared in one run and take turns, so that whatever
+//! else the machine does meets all. Times are medians of the rounds, and behind them the fastest round, which what else
+//! the machine does can't slow down; a ratio is told of each. The memory is 4 GiB unless told otherwise; it takes twice
+//! that. Protecting costs the kernel something for each page, so a snapshot of memory in transparent huge pages begins
+//! many times faster than one of memory in small pages: both are told.
+
+use std::fs::File;
+use std::io::Write;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use memmap2::{Advice, MmapMut, MmapRaw};
+use userfaultfd::dirty::{Mode, Options};
+use userfaultfd::snapshot::Content;
+use userfaultfd::{DirtyTracker, FeatureFlags, Snapshot, Support, page_size};
+
+fn main() {
+    let args: Vec<_> = std::env::args().skip(1).collect();
+    // Cargo says what it runs this for. A test only looks whether everything works.
+    let measured = args.iter().any(|arg| arg == "--bench");
+    let gib: usize = args.iter().find_map(|arg| arg.parse().ok()).unwrap_or(4);
+    let (bytes, rounds) = if measured { (gib << 30, 15) } else { (16 << 20, 1) };
+    let features = Support::probe().expect("a userfaultfd for faults from user mode").features();
+    if !features.contains(FeatureFlags::PAGEFAULT_FLAG_WP) {
+        return println!("this machine has no write protection");
+    }
+
+    println!("the first write to a page after it was protected");
+    writes(features, rounds * 10);
+    if features.contains(FeatureFlags::WP_ASYNC) {
+        println!("\nwhich pages of {} MiB were written", bytes >> 20);
+        takes(&Memory::new(bytes, Advice::NoHugePage), rounds);
+    }
+    for (pages, advice) in [("small pages", Advice::NoHugePage), ("transparent huge pages", Advice::HugePage)]
+    {
+        println!("\na snapshot of {} MiB in {pages}", bytes >> 20);
+        begins(&Memory::new(bytes, advice), rounds.min(5));
+    }
+}
+
+/// Memory whose pages are there.
+struct Memory(MmapRaw);
+
+impl Memory {
+    fn new(bytes: usize, advice: Advice) -> Self {
+        let mut memory = MmapMut::map_anon(bytes).expect("memory");
+        // A kernel without huge pages has nothing to be told.
+        let _advised = memory.advise(advice);
+        memory.chunks_mut(page_size()).for_each(|page| page[0] = 1);
+        Self(MmapRaw::from(memory))
+    }
+
+    fn pages(&self) -> usize {
+        self.0.len() / page_size()
+    }
+
+    fn range(&self) -> Range<usize> {
+        let start = self.0.as_ptr().addr();
+        start..start + self.0.len()
+    }
+
+    fn write(&self, page: usize) {
+        let at = self.0.as_mut_ptr().wrapping_add(page * page_size());
+        // SAFETY: inside the mapping, which is accessed by raw pointers alone.
+        unsafe { at.write_volatile(2) };
+    }
+}
+
+/// What some rounds took, in seconds: the median, and the fastest.
+fn summary(mut times: Vec<Duration>) -> [f64; 2] {
+    times.sort_unstable();
+    [times[times.len() / 2], times[0]].map(|time| time.as_secs_f64())
+}
+
+/// How many times longer one took than the other.
+fn ratio(one: [f64; 2], other: [f64; 2]) -> String {
+    format!("{:>8.1} × {:>6.1} ×", one[0] / other[0], one[1] / other[1])
+}
+
+fn time(work: impl FnOnce()) -> Duration {
+    let begin = Instant::now();
+    work();
+    begin.elapsed()
+}
+
+/// A way to be told of writes.
+struct Way<'a> {
+    name: &'static str,
+    protect: Box<dyn FnMut() + 'a>,
+    times: Vec<Duration>,
+}
+
+/// What the first write to a page costs.
+fn writes(features: FeatureFlags, rounds: usize) {
+    const PAGES: usize = 256;
+    // In no order, as most programs write. It would spare mprotect the splitting of mappings.
+    let order = || (0..PAGES).map(|page| page * 97 % PAGES);
+    let memories: Vec<Memory> =
+        (0..5).map(|_| Memory::new(PAGES * page_size(), Advice::NoHugePage)).collect();
+    let [plain, of_async, of_sync, of_signal, of_soft_dirty] = &memories[..] else { unreachable!() };
+    let mut ways = vec![(plain, Way { name: "not protected", protect: Box::new(|| {}), times: Vec::new() })];
+    if features.contains(FeatureFlags::WP_ASYNC) {
+        ways.push((of_async, tracked("DirtyTracker, async", of_async, Mode::Async)));
+    }
+    ways.push((of_sync, tracked("DirtyTracker, sync", of_sync, Mode::Sync)));
+    catch_signals();
+    let protect = Box::new(|| protect(of_signal));
+    ways.push((of_signal, Way { name: "mprotect, SIGSEGV", protect, times: Vec::new() }));
+    if has_soft_dirty(of_soft_dirty) {
+        let protect = Box::new(clear_soft_dirty);
+        ways.push((of_soft_dirty, Way { name: "soft-dirty", protect, times: Vec::new() }));
+    } else {
+        println!("{:<24}this kernel has none", "soft-dirty");
+    }
+    for _ in 0..rounds {
+        for (memory, way) in &mut ways {
+            (way.protect)();
+            way.times.push(time(|| order().for_each(|page| memory.write(page))));
+        }
+    }
+    let costs: Vec<_> = ways.into_iter().map(|(_, way)| (way.name, summary(way.times))).collect();
+    let asynchronous = costs.iter().find(|(name, _)| name.ends_with("async")).map(|(_, cost)| *cost);
+    for (name, cost) in costs {
+        let [median, fastest] = cost.map(|seconds| seconds * 1e9 / PAGES as f64);
+        let ratio = asynchronous.map_or(String::new(), |least| ratio(cost, least) + " async");
+        println!("{name:<24}{median:>9.0} ns{fastest:>9.0} ns{ratio}");
+    }
+}
+
+fn tracked<'a>(name: &'static str, memory: &Memory, mode: Mode) -> Way<'a> {
+    let mut tracker = DirtyTracker::with(Options::new().mode(mode)).expect("the kernel has the mode");
+    tracker.track(memory.range()).expect("memory that can be tracked");
+    let protect = Box::new(move || assert!(tracker.take().all(|range| range.is_ok())));
+    Way { name, protect, times: Vec::new() }
+}
+
+/// How it is done by hand: pages are read-only, and a handler of SIGSEGV notes the write and makes the page writable.
+fn protect(memory: &Memory) {
+    // SAFETY: the range is a mapping, and who writes to it meanwhile is held up by the handler.
+    let result = unsafe { libc::mprotect(memory.0.as_mut_ptr().cast(), memory.0.len(), libc::PROT_READ) };
+    assert_eq!(result, 0);
+}
+
+static NOTED: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn on_signal(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel passes the structure to a handler that asked for it, for as long as that runs.
+    let info = unsafe { &*info };
+    // SAFETY: this signal comes with an address.
+    let address = unsafe { info.si_addr() };
+    // SAFETY: touches no memory. It may be called in a handler on every system that has mprotect.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+    NOTED.fetch_add(1, Ordering::Relaxed);
+    let page = address.map_addr(|address| address & !(size - 1));
+    // SAFETY: the page is of the memory that `protect` protected; nothing else of this program is read-only.
+    let result = unsafe { libc::mprotect(page, size, libc::PROT_READ | libc::PROT_WRITE) };
+    if result != 0 {
+        std::process::abort();
+    }
+}
+
+fn catch_signals() {
+    // SAFETY: all zeros is a structure that asks for nothing.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = on_signal as extern "C" fn(_, _, _) as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    // SAFETY: the structure is borrowed for the call; the handler makes system calls that a handler may.
+    let result = unsafe { libc::sigaction(libc::SIGSEGV, &action, std::ptr::null_mut()) };
+    assert_eq!(result, 0);
+}
+
+fn clear_soft_dirty() {
+    let mut file = File::options().write(true).open("/proc/self/clear_refs").expect("/proc/self/clear_refs");
+    file.write_all(b"4").expect("a process may clear its own");
+}
+
+/// Whether the kernel notes writes by the soft-dirty bit.
+fn has_soft_dirty(memory: &Memory) -> bool {
+    let bit = || word_of(&File::open("/proc/self/pagemap").expect("/proc"), memory, 0) >> 55 & 1 == 1;
+    clear_soft_dirty();
+    let before = bit();
+    memory.write(0);
+    !before && bit()
+}
+
+fn word_of(pagemap: &File, memory: &Memory, page: usize) -> u64 {
+    let mut word = [0; 8];
+    let at = (memory.range().start / page_size() + page) * 8;
+    pagemap.read_exact_at(&mut word, at as u64).expect("a word for each page");
+    u64::from_ne_bytes(word)
+}
+
+/// What it takes to find the pages that were written, and to begin anew.
+fn takes(memory: &Memory, rounds: usize) {
+    let pagemap = File::open("/proc/self/pagemap").expect("/proc");
+    let mut tracker = DirtyTracker::with(Options::new().mode(Mode::Async)).expect("the kernel has the mode");
+    let armed = time(|| tracker.track(memory.range()).expect("memory that can be tracked"));
+    println!("{:<24}{:>9.2} ms", "to track it", armed.as_secs_f64() * 1e3);
+    println!("{:<24}{:>12}{:>12}", "written, in random places", "take", "words");
+    let mut words = vec![0; 8 << 16];
+    for (written, name) in [(1, "0.1 %"), (10, "1 %"), (100, "10 %")] {
+        let (mut takes, mut reads) = (Vec::new(), Vec::new());
+        let mut random = 1u64;
+        for _ in 0..rounds {
+            let mut left = memory.pages() * written / 1000;
+            while left > 0 {
+                random =
+                    random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                memory.write((random >> 33) as usize % memory.pages());
+                left -= 1;
+            }
+            // Only what was written is looked for here, and nothing is reset.
+            let mut by_words = 0;
+            reads.push(time(|| by_words = count_by_words(&pagemap, memory, &mut words)));
+            let mut by_take = 0;
+            takes.push(time(|| by_take = tracker.take().map(|range| range.expect("a range").len()).sum()));
+            assert_eq!(by_words * page_size(), by_take);
+        }
+        let (take, read) = (summary(takes), summary(reads));
+        let [[take_ms, _], [read_ms, _]] = [take, read].map(|both| both.map(|seconds| seconds * 1e3));
+        println!("{name:<24}{take_ms:>9.2} ms{read_ms:>9.2} ms{} take", ratio(read, take));
+    }
+}
+
+/// Pages whose word says that they aren't protected.
+fn count_by_words(pagemap: &File, memory: &Memory, words: &mut [u8]) -> usize {
+    let mut at = memory.range().start / page_size() * 8;
+    let end = at + memory.pages() * 8;
+    let mut written = 0;
+    while at < end {
+        let some = words.len().min(end - at);
+        pagemap.read_exact_at(&mut words[..some], at as u64).expect("a word for each page");
+        let words = words[..some].chunks_exact(8);
+        written +=
+            words.filter(|word| u64::from_ne_bytes(*word.first_chunk().unwrap()) >> 57 & 1 == 0).count();
+        at += some;
+    }
+    written
+}
+
+/// How long a snapshot holds everybody up, and a copy.
+fn begins(memory: &Memory, rounds: usize) {
+    let mut copy = MmapMut::map_anon(memory.0.len()).expect("memory");
+    copy.chunks_mut(page_size()).for_each(|page| page[0] = 1);
+    let (mut begins, mut pauses, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        copies.push(time(|| {
+            // SAFETY: both are mappings of this length, and nobody writes to them meanwhile.
+            unsafe { std::ptr::copy_nonoverlapping(memory.0.as_ptr(), copy.as_mut_ptr(), copy.len()) };
+        }));
+        let sink = |_: u64, _: Content<'_>| Ok(());
+        let mut snapshot = None;
+        begins.push(time(|| snapshot = Some(Snapshot::begin(memory.range(), sink).expect("a snapshot"))));
+        pauses.push(snapshot.expect("it has begun").progress().pause);
+    }
+    let copied = summary(copies);
+    println!("{:<24}{:>9.2} ms{:>9.2} ms", "copying it", copied[0] * 1e3, copied[1] * 1e3);
+    for (name, times) in [("Snapshot::begin", begins), ("of that, writers wait", pauses)] {
+        let took = summary(times);
+        let ratio = ratio(copied, took);
+        println!("{name:<24}{:>9.2} ms{:>9.2} ms{ratio} shorter than copying", took[0] * 1e3, took[1] * 1e3);
+    }
+}
