@@ -112,6 +112,7 @@ impl PageSource for Flaky {
         match luck % 4096 {
             0..4 => thread::sleep(Duration::from_millis(luck >> 12 & 127)),
             4..32 => thread::sleep(Duration::from_micros(luck >> 12 & 8191)),
+            1000..2000 => thread::sleep(Duration::from_micros(luck >> 12 & 255)),
             32..100 => return Err(io::ErrorKind::TimedOut.into()),
             100..128 => return Err(io::ErrorKind::Interrupted.into()),
             128..140 => std::panic::panic_any(PANIC),

@@ -174,7 +174,7 @@ impl Target {
             let index = random.below(self.arenas.len());
             let dice = random.below(4096);
             match dice {
-                0..16 => self.alone(slot, thread, &mut random, index)?,
+                0..48 => self.alone(slot, thread, &mut random, index)?,
                 _ => {
                     let arena = self.enter(index);
                     let told = self.touch(&arena, slot, &mut random, &scratch, dice);
@@ -210,7 +210,7 @@ impl Target {
         let page = random.below(arena.spec.pages);
         let pages = page..(page + 1 + random.below(16)).min(arena.spec.pages);
         match dice {
-            16..600 => {
+            48..600 => {
                 let _quiet = self.changes.read().unwrap_or_else(PoisonError::into_inner);
                 slot.begin(Act::Write, arena.index);
                 arena.write(slot, random, page)?;
@@ -258,9 +258,10 @@ impl Target {
             52..54 if (0..self.arenas.len()).all(|index| !self.enter(index).shows_twice()) => Act::Detach,
             54..56 => Act::FinishRegion,
             56 => Act::Finish,
-            57..59 => Act::RemoveRegion,
-            59 => Act::Drop,
-            60..62 => Act::Renew,
+            57 => Act::RemoveRegion,
+            58 => Act::Drop,
+            59 => Act::Check,
+            60.. => Act::Renew,
             _ => Act::Check,
         };
         slot.begin(act, index);

@@ -177,6 +177,19 @@ pub(crate) fn seek_data(file: BorrowedFd<'_>, from: u64) -> Result<u64, Errno> {
     u64::try_from(data).map_err(|_| Errno::last())
 }
 
+/// fallocate(2): has a range of a file exist, as it is or with zeros. Through signals.
+pub(crate) fn allocate(file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<(), Errno> {
+    let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
+    let len = libc::off64_t::try_from(len).map_err(|_| Errno::EOVERFLOW)?;
+    loop {
+        // SAFETY: the system call takes integers and touches no memory of this process.
+        match Errno::result(unsafe { libc::fallocate64(file.as_raw_fd(), 0, offset, len) }) {
+            Err(Errno::EINTR) => {}
+            done => return done.map(drop),
+        }
+    }
+}
+
 /// Waits until one of the descriptors can be read, through signals, or for so many milliseconds; -1 is without end.
 /// Tells which can be.
 pub(crate) fn wait_readable<const N: usize>(

@@ -172,6 +172,29 @@ impl Filler {
         (None, pages.end)
     }
 
+    /// Poisons in one place what is poisoned in others: of shared memory each mapping has its own poison. How many
+    /// pages couldn't be.
+    pub(crate) fn poison_here(&self, descriptor: &Descriptor, segment: &Segment) -> usize {
+        let region = &segment.region;
+        if !region.shared || region.pages.present_and_poisoned().1 == 0 {
+            return 0;
+        }
+        let serving = descriptor.enter(self.thread);
+        let Some(serving) = &*serving else { return 0 };
+        let is_left = |page: &usize| {
+            let Some(address) = segment.address_of(*page) else { return false };
+            let now = serving.layout.find(address);
+            if !now.is_some_and(|now| Arc::ptr_eq(&now.region, region) && now.page_at(address) == *page) {
+                return true;
+            }
+            let len = region.page_size();
+            // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
+            let (_, errno) = answer(unsafe { serving.uffd.poison(at(address), len, true) }, len);
+            matches!(errno, Some(Errno::EAGAIN | Errno::ENOMEM))
+        };
+        segment.pages().filter(|page| region.pages.is_poisoned(*page)).filter(is_left).count()
+    }
+
     /// Goes on with what was put off.
     pub(crate) fn resume(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, work: Work) -> Done {
         match work {

@@ -187,6 +187,11 @@ impl Pages {
         self.cells()[page].load(Ordering::Acquire) & LOADING != 0
     }
 
+    /// Whether a page is poisoned.
+    pub(crate) fn is_poisoned(&self, page: usize) -> bool {
+        self.cells()[page].load(Ordering::Acquire) & POISONED != 0
+    }
+
     /// Whether a page is neither there nor poisoned.
     pub(crate) fn is_absent(&self, page: usize) -> bool {
         self.cells()[page].load(Ordering::Acquire) & (PRESENT | POISONED) == 0

@@ -6,6 +6,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -225,7 +226,8 @@ impl Region {
             None => None,
             // hugetlbfs has no write(2).
             Some((file, offset)) if page != crate::page_size() => {
-                Some(Cache::Mapping(MmapOptions::new().len(self.len).offset(offset).map_raw(&file)?))
+                let mapping = MmapOptions::new().len(self.len).offset(offset).map_raw(&file)?;
+                Some(Cache::Mapping { mapping, file, offset })
             }
             Some((file, offset)) => Some(Cache::File { file, offset }),
         };
@@ -264,7 +266,7 @@ impl fmt::Debug for Region {
 /// Where content is put that is mapped by CONTINUE: the page cache of the memory's file.
 pub(crate) enum Cache {
     File { file: File, offset: u64 },
-    Mapping(MmapRaw),
+    Mapping { mapping: MmapRaw, file: File, offset: u64 },
 }
 
 impl Cache {
@@ -272,8 +274,10 @@ impl Cache {
     pub(crate) fn write(&self, at: usize, content: &[u8]) -> io::Result<()> {
         match self {
             Self::File { file, offset } => file.write_all_at(content, offset + at as u64),
-            Self::Mapping(mapping) => {
+            Self::Mapping { mapping, file, offset } => {
                 assert!(at + content.len() <= mapping.len(), "within the region");
+                // Where no huge page is left, touching the mapping would be SIGBUS.
+                crate::sys::allocate(file.as_fd(), offset + at as u64, content.len())?;
                 // SAFETY: `at` is within the mapping, as has been asserted.
                 let to = unsafe { mapping.as_mut_ptr().add(at) };
                 // SAFETY: so many bytes from there on are mapped and writable, and the content lies elsewhere. Nothing

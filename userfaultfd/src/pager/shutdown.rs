@@ -95,6 +95,7 @@ pub(crate) fn cover(
                     break;
                 }
             }
+            left += filler.poison_here(descriptor, segment);
             let pages = pages.filter(|page| is_left(segment, page));
             let counts = pages.map(|page| (1, usize::from(segment.region.pages.is_in_work(page))));
             let (absent, loading) = counts.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));

@@ -7,6 +7,7 @@ mod detach;
 mod exit;
 mod finish;
 mod fork;
+mod found;
 mod harness;
 mod poison;
 mod remap;

@@ -1,0 +1,188 @@
+//! What the soak found (`cargo run --example soak`), made to happen each time.
+
+#![expect(unsafe_code, reason = "the memory is the test's")]
+
+use std::os::fd::AsRawFd;
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use super::harness::{Flavour, PAGES, Reader, Seen, Source, Stop, clear, content, read, room, tell_signals};
+use crate::pager::descriptor::Descriptor;
+use crate::pager::fill::Work;
+use crate::pager::point::Point;
+use crate::pager::{Around, Fill, Pager, Region};
+use crate::support::memory::Memory;
+use crate::support::proc::wait_until;
+use crate::support::{child, has, has_features, uffd};
+use crate::{FeatureFlags, Uffd};
+
+fn add(pager: &Pager, uffd: Uffd, region: Region) -> Arc<Descriptor> {
+    // SAFETY: bytes are good whatever they are, and only raw pointers and atomics lead to them.
+    let added = unsafe { pager.add_own(uffd, [region]) }.unwrap();
+    pager.shared.descriptor(added.descriptor.0).unwrap()
+}
+
+fn write(memory: &Memory, page: usize, byte: u8) {
+    // SAFETY: a byte of the test's memory, to which no reference leads.
+    unsafe { memory.at(page).cast::<u8>().write_volatile(byte) };
+}
+
+fn remove(memory: &Memory, page: usize) {
+    // SAFETY: a page of the test's memory, to which no reference leads.
+    let removed = unsafe { libc::madvise(memory.at(page), memory.page(), libc::MADV_DONTNEED) };
+    assert_eq!(removed, 0);
+}
+
+#[test]
+fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
+    const TEST: &str = "found::zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed";
+    if !has_features(TEST, FeatureFlags::PAGEFAULT_FLAG_WP) {
+        return;
+    }
+    let memory = Flavour::Anonymous.memory(TEST, PAGES).unwrap();
+    let (pager, source) = (Pager::new().unwrap(), Source::of(&memory));
+    let region = Flavour::Anonymous.region(&memory, source).write_protected();
+    let descriptor = add(&pager, uffd(FeatureFlags::PAGEFAULT_FLAG_WP), region);
+    let mut filler = pager.shared.outside();
+    let segment = &descriptor.segments(pager.shared.outside_id(), None)[0];
+    segment.region.pages.remove(0..PAGES, false);
+    let (short, next) = filler.claim_ahead(segment, 0..1, 1);
+    let (long, _) = filler.claim_ahead(segment, next..PAGES, PAGES);
+    let (short, long) = (short.unwrap(), long.unwrap());
+    let put_aside = filler.content(&pager.shared, &short).unwrap();
+    for work in [Work::Load(long, 0), Work::Install(short, put_aside)] {
+        let done = filler.resume(&pager.shared, &descriptor, work);
+        assert!(matches!(done, super::super::fill::Done::Yes), "{done:?}");
+    }
+    drop(filler);
+    assert_eq!(pager.statistics().zero_fills, PAGES as u64);
+    assert!((0..PAGES).all(|page| read(memory.at(page).addr()) == Seen::ZERO));
+}
+
+#[test]
+fn a_hole_punched_before_a_page_is_mapped_from_the_cache_is_no_poison() {
+    const TEST: &str = "found::a_hole_punched_before_a_page_is_mapped_from_the_cache_is_no_poison";
+    child::run_well(TEST, || {
+        tell_signals();
+        let Some(memory) = Flavour::Minor.memory(TEST, PAGES) else { return };
+        let pager = Pager::new().unwrap();
+        add(&pager, uffd(FeatureFlags::empty()), Flavour::Minor.region(&memory, Source::of(&memory)));
+        let stop = Stop::at(Point::BeforeFill, 0..usize::MAX);
+        let reader = Reader::of(memory.at(1).addr());
+        stop.reached();
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let len = memory.len() as libc::off_t;
+        // SAFETY: touches no memory of the test's but the file's.
+        assert_eq!(unsafe { libc::fallocate(memory.file().as_raw_fd(), mode, 0, len) }, 0);
+        stop.go();
+        assert_eq!(reader.wait(), content(1));
+    });
+}
+
+#[test]
+fn what_is_loaded_when_a_descriptor_is_handed_over_does_not_reach_its_file() {
+    const TEST: &str = "found::what_is_loaded_when_a_descriptor_is_handed_over_does_not_reach_its_file";
+    let Some(memory) = Flavour::Minor.memory(TEST, PAGES) else { return };
+    let (reading, is_reading) = mpsc::channel();
+    let (go, may_go) = mpsc::channel::<()>();
+    let may_go = Mutex::new(may_go);
+    let slow = move |_: u64, page: &mut [u8]| {
+        reading.send(()).unwrap();
+        may_go.lock().unwrap().recv().unwrap();
+        page.fill(99);
+        Ok(Fill::Data)
+    };
+    let (one, other) = (Pager::new().unwrap(), Pager::new().unwrap());
+    let descriptor = add(&one, uffd(FeatureFlags::empty()), Flavour::Minor.region(&memory, slow));
+    let reader = Reader::of(memory.at(1).addr());
+    is_reading.recv().unwrap();
+    let detached = one.remove(super::super::DescriptorId(descriptor.id)).unwrap();
+    let region = Flavour::Minor.region(&memory, Source::of(&memory)).absent(detached.absent());
+    add(&other, detached.uffd, region);
+    assert_eq!(reader.wait(), content(1));
+    write(&memory, 1, 7);
+    go.send(()).unwrap();
+    wait_until(|| one.statistics().dropped == 1);
+    assert_eq!(read(memory.at(1).addr()), Seen::Byte(7));
+}
+
+#[test]
+fn a_descriptor_is_removed_once_others_have_let_go_of_it() {
+    const TEST: &str = "found::a_descriptor_is_removed_once_others_have_let_go_of_it";
+    let memory = Flavour::Anonymous.memory(TEST, PAGES).unwrap();
+    let pager = Pager::new().unwrap();
+    let region = Flavour::Anonymous.region(&memory, Source::of(&memory));
+    let descriptor = add(&pager, uffd(FeatureFlags::empty()), region);
+    let still = descriptor.enter(0).as_ref().map(|serving| Arc::clone(&serving.uffd));
+    thread::scope(|scope| {
+        let removing = scope.spawn(|| pager.remove(super::super::DescriptorId(descriptor.id)));
+        pager.join();
+        drop(still);
+        assert_eq!(removing.join().unwrap().unwrap().absent().len(), 1);
+    });
+}
+
+#[test]
+fn another_pager_goes_on_where_one_has_stopped() {
+    const TEST: &str = "found::another_pager_goes_on_where_one_has_stopped";
+    for flavour in [Flavour::Anonymous, Flavour::Minor] {
+        let Some(memory) = flavour.memory(TEST, PAGES) else { continue };
+        let source = Source::of(&memory);
+        let one = Pager::new().unwrap();
+        let descriptor = add(&one, uffd(FeatureFlags::EVENT_REMOVE), flavour.region(&memory, source.clone()));
+        write(&memory, 0, 7);
+        remove(&memory, 1);
+        assert_eq!(read(memory.at(2).addr()), content(2));
+        let detached = one.remove(super::super::DescriptorId(descriptor.id)).unwrap();
+        let other = Pager::new().unwrap();
+        let absent = detached.absent();
+        let region = flavour.region(&memory, source.clone()).absent(absent.clone());
+        let descriptor = add(&other, detached.uffd, region);
+        let region = descriptor.segments(0, None)[0].region.id;
+        let told = other.absent(super::super::RegionId(region)).unwrap();
+        assert!(
+            told.iter().map(|part| (part.address, part.len, part.offset)).eq(absent.iter().map(|part| (
+                part.address,
+                part.len,
+                part.offset
+            )))
+        );
+        if flavour == Flavour::Minor {
+            // Takes only the mapping: the page is there all the same.
+            remove(&memory, 0);
+        }
+        other.finish(|_| {}).unwrap();
+        let seen: Vec<_> = (0..PAGES).map(|page| read(memory.at(page).addr())).collect();
+        let right = [Seen::Byte(7), Seen::ZERO].into_iter().chain((2..PAGES).map(content));
+        assert!(seen.iter().copied().eq(right), "{flavour:?}: {seen:?}");
+        let reads: Vec<_> = (0..PAGES).map(|page| source.reads(page)).collect();
+        assert!(reads.iter().enumerate().all(|(page, reads)| (*reads == 1) == (page != 1)), "{reads:?}");
+    }
+}
+
+#[test]
+fn what_is_lost_is_poisoned_wherever_it_is_mapped() {
+    const TEST: &str = "found::what_is_lost_is_poisoned_wherever_it_is_mapped";
+    child::run_well(TEST, || {
+        tell_signals();
+        let events = FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP;
+        if !has_features(TEST, events | FeatureFlags::POISON) {
+            return;
+        }
+        let Some(memory) = Flavour::Minor.memory(TEST, PAGES) else { return };
+        let failing = |_: u64, _: &mut [u8]| Err(std::io::ErrorKind::TimedOut.into());
+        let pager = Pager::new().unwrap();
+        add(&pager, uffd(events), Flavour::Minor.region(&memory, failing).around(Around::Page));
+        let to = room(&memory);
+        let moved = memory.try_move(0, PAGES, to, libc::MREMAP_DONTUNMAP);
+        if !has(TEST, "mremap of a file that is left behind", moved.is_ok()) {
+            return;
+        }
+        drop(pager);
+        let there = (0..PAGES).map(|page| to.addr() + page * memory.page());
+        let seen: Vec<_> = (0..PAGES).map(|page| memory.at(page).addr()).chain(there).map(read).collect();
+        assert!(seen.iter().all(|seen| *seen == Seen::POISON), "{seen:?}");
+        clear(to.addr(), memory.len());
+    });
+}
