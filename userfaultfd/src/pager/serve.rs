@@ -297,13 +297,16 @@ impl Worker {
             return;
         }
         let now = Instant::now();
-        let mut at = 0;
-        while at < self.parked.len() {
+        // Each once: what is put off again may wait for events, which somebody has to read in between.
+        let (mut at, mut end) = (0, self.parked.len());
+        while at < end {
             if self.parked[at].due > now && !self.parked[at].work.is_ending() {
                 at += 1;
                 continue;
             }
-            let Parked { tries, descriptor, work, .. } = self.parked.swap_remove(at);
+            end -= 1;
+            self.parked.swap(at, end);
+            let Parked { tries, descriptor, work, .. } = self.parked.swap_remove(end);
             self.shared.counters(self.thread).retries.add(1);
             self.current = Some(Token::of(&descriptor));
             if matches!(work, Work::Read) {

@@ -7,14 +7,17 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use super::harness::{Flavour, PAGES, Reader, Seen, Source, Stop, clear, content, read, room, tell_signals};
+use super::harness::{
+    Flavour, PAGES, Reader, Seen, Source, Stop, clear, content, read, room, start, tell_signals,
+    wait_for_progress,
+};
 use crate::pager::descriptor::Descriptor;
 use crate::pager::fill::Work;
-use crate::pager::point::Point;
+use crate::pager::point::{Point, tests::at};
 use crate::pager::{Around, Fill, Pager, Region};
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;
-use crate::support::{child, has, has_features, uffd};
+use crate::support::{child, has, has_features, require, test_name, uffd};
 use crate::{FeatureFlags, Uffd};
 
 fn add(pager: &Pager, uffd: Uffd, region: Region) -> Arc<Descriptor> {
@@ -36,11 +39,12 @@ fn remove(memory: &Memory, page: usize) {
 
 #[test]
 fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
-    const TEST: &str = "found::zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed";
-    if !has_features(TEST, FeatureFlags::PAGEFAULT_FLAG_WP) {
+    require!();
+    let test = test_name!();
+    if !has_features(test, FeatureFlags::PAGEFAULT_FLAG_WP) {
         return;
     }
-    let memory = Flavour::Anonymous.memory(TEST, PAGES).unwrap();
+    let memory = Flavour::Anonymous.memory(test, PAGES).unwrap();
     let (pager, source) = (Pager::new().unwrap(), Source::of(&memory));
     let region = Flavour::Anonymous.region(&memory, source).write_protected();
     let descriptor = add(&pager, uffd(FeatureFlags::PAGEFAULT_FLAG_WP), region);
@@ -53,7 +57,7 @@ fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
     let put_aside = filler.content(&pager.shared, &short).unwrap();
     for work in [Work::Load(long, 0), Work::Install(short, put_aside)] {
         let done = filler.resume(&pager.shared, &descriptor, work);
-        assert!(matches!(done, super::super::fill::Done::Yes), "{done:?}");
+        assert!(matches!(done, crate::pager::fill::Done::Yes), "{done:?}");
     }
     drop(filler);
     assert_eq!(pager.statistics().zero_fills, PAGES as u64);
@@ -62,10 +66,11 @@ fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
 
 #[test]
 fn a_hole_punched_before_a_page_is_mapped_from_the_cache_is_no_poison() {
-    const TEST: &str = "found::a_hole_punched_before_a_page_is_mapped_from_the_cache_is_no_poison";
-    child::run_well(TEST, || {
+    require!();
+    let test = test_name!();
+    child::run_well(test, || {
         tell_signals();
-        let Some(memory) = Flavour::Minor.memory(TEST, PAGES) else { return };
+        let Some(memory) = Flavour::Minor.memory(test, PAGES) else { return };
         let pager = Pager::new().unwrap();
         add(&pager, uffd(FeatureFlags::empty()), Flavour::Minor.region(&memory, Source::of(&memory)));
         let stop = Stop::at(Point::BeforeFill, 0..usize::MAX);
@@ -82,8 +87,9 @@ fn a_hole_punched_before_a_page_is_mapped_from_the_cache_is_no_poison() {
 
 #[test]
 fn what_is_loaded_when_a_descriptor_is_handed_over_does_not_reach_its_file() {
-    const TEST: &str = "found::what_is_loaded_when_a_descriptor_is_handed_over_does_not_reach_its_file";
-    let Some(memory) = Flavour::Minor.memory(TEST, PAGES) else { return };
+    require!();
+    let test = test_name!();
+    let Some(memory) = Flavour::Minor.memory(test, PAGES) else { return };
     let (reading, is_reading) = mpsc::channel();
     let (go, may_go) = mpsc::channel::<()>();
     let may_go = Mutex::new(may_go);
@@ -97,7 +103,7 @@ fn what_is_loaded_when_a_descriptor_is_handed_over_does_not_reach_its_file() {
     let descriptor = add(&one, uffd(FeatureFlags::empty()), Flavour::Minor.region(&memory, slow));
     let reader = Reader::of(memory.at(1).addr());
     is_reading.recv().unwrap();
-    let detached = one.remove(super::super::DescriptorId(descriptor.id)).unwrap();
+    let detached = one.remove(crate::pager::DescriptorId(descriptor.id)).unwrap();
     let region = Flavour::Minor.region(&memory, Source::of(&memory)).absent(detached.absent());
     add(&other, detached.uffd, region);
     assert_eq!(reader.wait(), content(1));
@@ -109,15 +115,20 @@ fn what_is_loaded_when_a_descriptor_is_handed_over_does_not_reach_its_file() {
 
 #[test]
 fn a_descriptor_is_removed_once_others_have_let_go_of_it() {
-    const TEST: &str = "found::a_descriptor_is_removed_once_others_have_let_go_of_it";
-    let memory = Flavour::Anonymous.memory(TEST, PAGES).unwrap();
+    require!();
+    let test = test_name!();
+    let memory = Flavour::Anonymous.memory(test, PAGES).unwrap();
     let pager = Pager::new().unwrap();
     let region = Flavour::Anonymous.region(&memory, Source::of(&memory));
     let descriptor = add(&pager, uffd(FeatureFlags::empty()), region);
     let still = descriptor.enter(0).as_ref().map(|serving| Arc::clone(&serving.uffd));
     thread::scope(|scope| {
-        let removing = scope.spawn(|| pager.remove(super::super::DescriptorId(descriptor.id)));
+        let removing = scope.spawn(|| pager.remove(crate::pager::DescriptorId(descriptor.id)));
         pager.join();
+        for _ in 0..10_000 {
+            assert!(!removing.is_finished());
+            thread::yield_now();
+        }
         drop(still);
         assert_eq!(removing.join().unwrap().unwrap().absent().len(), 1);
     });
@@ -125,22 +136,23 @@ fn a_descriptor_is_removed_once_others_have_let_go_of_it() {
 
 #[test]
 fn another_pager_goes_on_where_one_has_stopped() {
-    const TEST: &str = "found::another_pager_goes_on_where_one_has_stopped";
+    require!();
+    let test = test_name!();
     for flavour in [Flavour::Anonymous, Flavour::Minor] {
-        let Some(memory) = flavour.memory(TEST, PAGES) else { continue };
+        let Some(memory) = flavour.memory(test, PAGES) else { continue };
         let source = Source::of(&memory);
         let one = Pager::new().unwrap();
         let descriptor = add(&one, uffd(FeatureFlags::EVENT_REMOVE), flavour.region(&memory, source.clone()));
         write(&memory, 0, 7);
         remove(&memory, 1);
         assert_eq!(read(memory.at(2).addr()), content(2));
-        let detached = one.remove(super::super::DescriptorId(descriptor.id)).unwrap();
+        let detached = one.remove(crate::pager::DescriptorId(descriptor.id)).unwrap();
         let other = Pager::new().unwrap();
         let absent = detached.absent();
         let region = flavour.region(&memory, source.clone()).absent(absent.clone());
         let descriptor = add(&other, detached.uffd, region);
         let region = descriptor.segments(0, None)[0].region.id;
-        let told = other.absent(super::super::RegionId(region)).unwrap();
+        let told = other.absent(crate::pager::RegionId(region)).unwrap();
         assert!(
             told.iter().map(|part| (part.address, part.len, part.offset)).eq(absent.iter().map(|part| (
                 part.address,
@@ -162,21 +174,77 @@ fn another_pager_goes_on_where_one_has_stopped() {
 }
 
 #[test]
-fn what_is_lost_is_poisoned_wherever_it_is_mapped() {
-    const TEST: &str = "found::what_is_lost_is_poisoned_wherever_it_is_mapped";
-    child::run_well(TEST, || {
+fn what_is_put_off_when_its_region_ends_lets_events_be_read() {
+    require!();
+    let test = test_name!();
+    child::run_well(test, || {
         tell_signals();
-        let events = FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP;
-        if !has_features(TEST, events | FeatureFlags::POISON) {
+        if !has_features(test, FeatureFlags::POISON | FeatureFlags::EVENT_REMOVE) {
             return;
         }
-        let Some(memory) = Flavour::Minor.memory(TEST, PAGES) else { return };
+        let memory = Arc::new(Flavour::Anonymous.memory(test, PAGES).unwrap());
+        let pager = Pager::new().unwrap();
+        let region = Flavour::Anonymous.region(&memory, Source::of(&memory));
+        let descriptor = add(&pager, uffd(FeatureFlags::EVENT_REMOVE), region);
+        let region = Arc::clone(&descriptor.segments(0, None)[0].region);
+        let (reached, is_reached) = mpsc::channel();
+        let (go, may_go) = mpsc::channel();
+        let may_go = Mutex::new(may_go);
+        let _armed = at(Point::BeforeFill, memory.at(1).addr()..memory.at(2).addr(), move |_| {
+            // Only the first two times somebody is there.
+            if reached.send(()).is_ok() {
+                let _nobody = may_go.lock().unwrap().recv();
+            }
+        });
+        // An event that waits while the pager's only thread is elsewhere.
+        let start_removing = |page| {
+            let memory = Arc::clone(&memory);
+            let (removing, id) = start(move || remove(&memory, page));
+            wait_for_progress(&removing, id);
+            assert!(!removing.is_finished());
+            removing
+        };
+        let reader = Reader::of(memory.at(1).addr());
+        is_reached.recv().unwrap();
+        let first = start_removing(4);
+        let id = crate::pager::RegionId(region.id);
+        let second = thread::scope(|scope| {
+            let ending = scope.spawn(|| pager.remove_region(id));
+            wait_until(|| region.is_ending());
+            go.send(()).unwrap();
+            is_reached.recv().unwrap();
+            let second = start_removing(5);
+            drop(is_reached);
+            go.send(()).unwrap();
+            ending.join().unwrap().unwrap();
+            second
+        });
+        first.join().unwrap();
+        second.join().unwrap();
+        let seen = reader.wait();
+        assert!(seen == content(1) || seen == Seen::POISON, "{seen:?}");
+        assert_eq!(read(memory.at(2).addr()), Seen::POISON);
+        assert_eq!(read(memory.at(4).addr()), Seen::ZERO);
+    });
+}
+
+#[test]
+fn what_is_lost_is_poisoned_wherever_it_is_mapped() {
+    require!();
+    let test = test_name!();
+    child::run_well(test, || {
+        tell_signals();
+        let events = FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP;
+        if !has_features(test, events | FeatureFlags::POISON) {
+            return;
+        }
+        let Some(memory) = Flavour::Minor.memory(test, PAGES) else { return };
         let failing = |_: u64, _: &mut [u8]| Err(std::io::ErrorKind::TimedOut.into());
         let pager = Pager::new().unwrap();
         add(&pager, uffd(events), Flavour::Minor.region(&memory, failing).around(Around::Page));
         let to = room(&memory);
         let moved = memory.try_move(0, PAGES, to, libc::MREMAP_DONTUNMAP);
-        if !has(TEST, "mremap of a file that is left behind", moved.is_ok()) {
+        if !has(test, "mremap of a file that is left behind", moved.is_ok()) {
             return;
         }
         drop(pager);
