@@ -381,6 +381,9 @@ impl LazyBuilder {
         let Self { source, offset, len, page_size, around, pager, own, kernel, sigbus, for_pager } = self;
         let rest = source.len().map(|end| usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX));
         let len = len.or(rest).filter(|len| *len > 0).ok_or(Error::EmptyRegion { address: 0 })?;
+        if let (true, Some(source_len)) = (rest.is_some_and(|rest| len > rest), source.len()) {
+            return Err(Error::BeyondSource { address: 0, len, offset, source_len });
+        }
         if !page_size.is_power_of_two() || page_size < crate::page_size() {
             return Err(Error::PageSize { address: 0, page_size });
         }

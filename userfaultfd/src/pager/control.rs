@@ -34,6 +34,7 @@ impl fmt::Debug for Control {
 impl Control {
     pub(crate) fn run(self) {
         loop {
+            self.shared.reap();
             let children = self.shared.descriptors().into_iter().filter(|descriptor| descriptor.is_child);
             let children: Vec<_> = children.collect();
             let most = (!children.is_empty()).then_some(LOOK);

@@ -11,6 +11,7 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::layout::{Layout, Segment};
@@ -50,6 +51,9 @@ pub(crate) struct Descriptor {
     /// Whether it was blocking when it was handed in, and is to be so again when it is given back.
     pub(crate) was_blocking: bool,
     shards: Box<[Shard]>,
+    closed: AtomicBool,
+    /// What was served, of one that a thread has closed that must not free it.
+    left: Mutex<Option<Serving>>,
 }
 
 impl Descriptor {
@@ -69,7 +73,8 @@ impl Descriptor {
         let features = serving.uffd.features();
         let tells_changes = features.intersects(CHANGES) || serving.uffd.ioctls().is_empty();
         let shards = (0..threads).map(|_| Shard(Mutex::new(Some(serving.clone())))).collect();
-        Self { id, slot, tells_changes, is_child, was_blocking, shards }
+        let (closed, left) = (AtomicBool::new(false), Mutex::default());
+        Self { id, slot, tells_changes, is_child, was_blocking, shards, closed, left }
     }
 
     /// The layout, which doesn't change as long as the guard lives. For short: no source is read meanwhile.
@@ -107,7 +112,23 @@ impl Descriptor {
     pub(crate) fn close(&self) -> Option<Serving> {
         let mut closed = None;
         self.exclusively(&mut |serving| closed = serving.take());
+        self.closed.store(true, Ordering::Release);
         closed
+    }
+
+    /// Whether it isn't served any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Leaves what was served to be freed together with this.
+    pub(crate) fn leave(&self, serving: Serving) {
+        *lock(&self.left) = Some(serving);
+    }
+
+    /// Takes that, to free it.
+    pub(crate) fn take_left(&self) -> Option<Serving> {
+        lock(&self.left).take()
     }
 
     /// The segments that are served now, of one region or all.

@@ -399,7 +399,11 @@ impl Filler {
                 if !run.region.zeropage_possible() =>
             {
                 if run.region.shared {
-                    return End::Contested;
+                    // What the page cache has can be mapped. Before there was this there was another answer.
+                    let mapped = uffd.continue_with(dst, len, ContinueMode::empty());
+                    let is_there = |errno| matches!(errno, Some(Errno::EEXIST | Errno::EINVAL));
+                    let is_there = mapped.map_or_else(|error| is_there(error.errno()), |_| true);
+                    return if is_there { End::Present } else { End::Contested };
                 }
                 Content::Poison
             }

@@ -265,6 +265,7 @@ impl PagerBuilder {
             let shared = Arc::clone(&shared);
             pager.threads.push(spawn("uffd-ahead", move || ahead::read(&shared, reader))?);
         }
+        shared.wait_until_started();
         Ok(pager)
     }
 }

@@ -179,6 +179,10 @@ impl Region {
             }
             _ => {}
         }
+        if self.offset.checked_add(len as u64).is_none() {
+            let (address, offset) = (start, self.offset);
+            return Err(Error::BeyondSource { address, len, offset, source_len: u64::MAX });
+        }
         if let Some(source) = self.source.len() {
             let rest = source.saturating_sub(self.offset);
             let available = rest.checked_next_multiple_of(page as u64).unwrap_or(u64::MAX);

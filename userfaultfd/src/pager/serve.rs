@@ -28,6 +28,9 @@ const ROUNDS: usize = 64;
 /// So often it is looked at one descriptor before it is looked at all, while spinning.
 const OTHERS: u32 = 8;
 
+/// So many descriptors a thread knows at a time.
+const KNOWN: usize = 64;
+
 /// So many pieces of work are put off by a thread. Beyond that a thread that waits is waked, and faults again.
 const PARKED: usize = 256;
 
@@ -56,8 +59,9 @@ pub(crate) struct Worker {
     /// Read, and not answered yet.
     faults: VecDeque<Fault>,
     parked: Vec<Parked>,
-    /// The descriptors that this thread has met, by slot: the table that all share is locked to find one.
-    known: Vec<Option<Arc<Descriptor>>>,
+    /// Descriptors that this thread has met, by slot: the table that all share is locked to find one. As many as there
+    /// is room for from the start.
+    known: Box<[Option<Arc<Descriptor>>; KNOWN]>,
     version: u32,
     /// Whose faults are being answered, for when that panics.
     current: Option<Token>,
@@ -74,7 +78,7 @@ impl Worker {
             one: EventBuffer::new(1),
             faults: VecDeque::with_capacity(2 * batch),
             parked: Vec::with_capacity(PARKED),
-            known: Vec::new(),
+            known: Box::new([const { None }; KNOWN]),
             version: 0,
             current: None,
             waiting: Waiting::new(delivery),
@@ -85,6 +89,7 @@ impl Worker {
 
     /// Serves until the pager stops. A panic ends what is being done, not the thread.
     pub(crate) fn run(mut self) {
+        self.shared.thread_started();
         while let Err(panic) = panic::catch_unwind(AssertUnwindSafe(|| self.serve())) {
             let message = message(&*panic).to_owned();
             self.shared.note(Note::Problem(Problem::Panicked { message }));
@@ -192,15 +197,12 @@ impl Worker {
         let version = self.shared.version();
         if version != self.version {
             // Not to keep what is served no more.
-            self.known.clear();
+            self.known.fill(None);
             self.version = version;
         }
         let slot = token.slot();
-        if self.known.len() <= slot {
-            self.known.resize(slot + 1, None);
-        }
-        let known = &mut self.known[slot];
-        if known.is_none() {
+        let known = &mut self.known[slot % KNOWN];
+        if !known.as_ref().is_some_and(|descriptor| token.means(descriptor)) {
             *known = self.shared.in_slot(slot);
         }
         known.clone().filter(|descriptor| token.means(descriptor))
@@ -287,7 +289,8 @@ impl Worker {
             self.park(descriptor, Work::Read, Duration::from_millis(100), 0);
         } else if let Some(serving) = self.shared.remove(descriptor) {
             // Closing it would show zeros where pages are missing.
-            std::mem::forget(serving.uffd);
+            std::mem::forget(Arc::clone(&serving.uffd));
+            descriptor.leave(serving);
         }
     }
 

@@ -50,6 +50,10 @@ const AHEAD: usize = 1024;
 const FORKS: usize = 256;
 
 /// The descriptors that are served, by slot.
+///
+/// Threads that serve faults find descriptors here and close them, while a thread that forks may hold the allocator's
+/// locks until its event is read. So nothing is allocated or freed while this is locked, and who closes a descriptor
+/// leaves it in its slot: it is taken out by others, once nobody else has it.
 #[derive(Debug, Default)]
 struct Table {
     slots: Vec<Option<Arc<Descriptor>>>,
@@ -98,6 +102,11 @@ pub(crate) struct Shared {
     /// For what isn't done by the threads that serve faults. One at a time.
     outside: Mutex<Filler>,
     table: Mutex<Table>,
+    /// Held while one is added.
+    adding: Mutex<()>,
+    /// How many threads serve faults by now.
+    started: Mutex<usize>,
+    thread_has_started: Condvar,
     /// A descriptor was added or removed.
     table_changed: Condvar,
     /// Grows with each change of the table.
@@ -143,6 +152,9 @@ impl Shared {
             at_work: (0..threads + readers).map(|_| AtWork(AtomicBool::new(false))).collect(),
             outside: Mutex::new(Filler::new(threads + readers)),
             table: Mutex::default(),
+            adding: Mutex::default(),
+            started: Mutex::default(),
+            thread_has_started: Condvar::new(),
             table_changed: Condvar::new(),
             version: AtomicU32::new(0),
             regions: AtomicUsize::new(0),
@@ -153,6 +165,18 @@ impl Shared {
             bell,
             stopping: AtomicBool::new(false),
         })
+    }
+
+    /// A thread that serves faults is on its way to read: it allocates nothing from here on.
+    pub(crate) fn thread_started(&self) {
+        *lock(&self.started) += 1;
+        self.thread_has_started.notify_all();
+    }
+
+    /// Waits until all are. One that starts takes locks of the allocator's, which a fork holds until its event is read.
+    pub(crate) fn wait_until_started(&self) {
+        let waiting = |started: &mut usize| *started < self.threads;
+        drop(self.thread_has_started.wait_while(lock(&self.started), waiting));
     }
 
     /// The counters of a thread, for that thread.
@@ -181,22 +205,36 @@ impl Shared {
         is_child: bool,
         was_blocking: bool,
     ) -> Result<Arc<Descriptor>> {
+        let _adding = lock(&self.adding);
+        self.reap();
         let uffd = Arc::clone(&serving.uffd);
-        let descriptor = {
+        let (id, slot, len) = {
+            let table = lock(&self.table);
+            let len = table.slots.len();
+            (table.count, table.slots.iter().position(Option::is_none).unwrap_or(len), len)
+        };
+        let threads = self.counters.len();
+        let descriptor = Descriptor::new((id, slot as u32), serving, threads, is_child, was_blocking);
+        let descriptor = Arc::new(descriptor);
+        let more = if slot == len { Vec::with_capacity(2 * len + 8) } else { Vec::new() };
+        let before = {
             let mut table = lock(&self.table);
-            let free = table.slots.iter().position(Option::is_none);
-            let slot = free.unwrap_or_else(|| {
+            let before = if slot == len && len == table.slots.capacity() {
+                let before = std::mem::replace(&mut table.slots, more);
+                table.slots.extend(before.iter().cloned());
+                before
+            } else {
+                more
+            };
+            if slot == len {
                 table.slots.push(None);
-                table.slots.len() - 1
-            });
-            let id = (table.count, slot as u32);
-            let descriptor = Descriptor::new(id, serving, self.counters.len(), is_child, was_blocking);
-            let descriptor = Arc::new(descriptor);
+            }
+            table.slots[slot] = Some(Arc::clone(&descriptor));
             table.count += 1;
             table.served += 1;
-            table.slots[slot] = Some(Arc::clone(&descriptor));
-            descriptor
+            before
         };
+        drop(before);
         self.version.fetch_add(1, Ordering::Release);
         self.table_changed.notify_all();
         // An edge for each fault: a thread that was told reads all there is.
@@ -217,16 +255,27 @@ impl Shared {
         // Others may hold the same description open. It isn't there if adding it has failed.
         let _deleted =
             sys::epoll_control(self.epoll.as_fd(), libc::EPOLL_CTL_DEL, serving.uffd.as_fd(), 0, 0);
-        let mut table = lock(&self.table);
-        let slot = &mut table.slots[descriptor.slot as usize];
-        if slot.as_ref().is_some_and(|other| Arc::ptr_eq(other, descriptor)) {
-            *slot = None;
-            table.served -= 1;
-        }
-        drop(table);
+        lock(&self.table).served -= 1;
         self.version.fetch_add(1, Ordering::Release);
         self.table_changed.notify_all();
         Some(serving)
+    }
+
+    /// Frees what was served by descriptors that are closed, and takes those out that nobody else has any more. Not for
+    /// threads that serve faults.
+    pub(crate) fn reap(&self) {
+        let next = || {
+            let mut table = lock(&self.table);
+            table.slots.iter_mut().find_map(|slot| {
+                let closed = slot.as_ref().filter(|descriptor| descriptor.is_closed())?;
+                let (left, unused) = (closed.take_left(), Arc::strong_count(closed) == 1);
+                let descriptor = if unused { slot.take() } else { None };
+                (left.is_some() || unused).then_some((left, descriptor))
+            })
+        };
+        while let Some(freed) = next() {
+            drop(freed);
+        }
     }
 
     /// Has a thread that waits look at a descriptor, if something is there to read.
@@ -262,7 +311,17 @@ impl Shared {
     }
 
     pub(crate) fn descriptors(&self) -> Vec<Arc<Descriptor>> {
-        lock(&self.table).slots.iter().flatten().cloned().collect()
+        let mut descriptors = Vec::new();
+        loop {
+            let len = lock(&self.table).slots.len();
+            descriptors.reserve(len);
+            let table = lock(&self.table);
+            if table.slots.len() <= descriptors.capacity() {
+                let served = table.slots.iter().flatten().filter(|descriptor| !descriptor.is_closed());
+                descriptors.extend(served.cloned());
+                return descriptors;
+            }
+        }
     }
 
     pub(crate) fn version(&self) -> u32 {
@@ -277,7 +336,9 @@ impl Shared {
 
     /// Ends serving a descriptor whose process has gone.
     pub(crate) fn gone(&self, descriptor: &Arc<Descriptor>) {
-        if self.remove(descriptor).is_some() {
+        if let Some(serving) = self.remove(descriptor) {
+            // Freed by who takes the descriptor out.
+            descriptor.leave(serving);
             let descriptor = super::DescriptorId(descriptor.id);
             self.note(Note::Problem(Problem::TargetGone { descriptor }));
         }

@@ -3,8 +3,7 @@
 
 #![expect(unsafe_code, reason = "the memory is the test's, and so are its signals")]
 
-use std::cell::Cell;
-use std::ffi::{c_int, c_void};
+use std::ffi::c_void;
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -18,8 +17,16 @@ use crate::pager::{Added, Around, Fill, PageSource, Pager, Region, Statistics};
 use crate::support::mapping::Mapping;
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::{self, thread_id, wait_until};
-use crate::support::{child, has_features, page, signal};
+use crate::support::{child, has_features, page};
 use crate::{FeatureFlags, RegisterMode};
+
+#[path = "../../../tests/pager/reader.rs"]
+mod reader;
+
+pub(super) use reader::{Reader, Seen, read, tell_signals};
+
+/// What is seen where nothing is mapped.
+pub(super) const NOTHING_MAPPED: Seen = Seen::Signal(libc::SIGSEGV);
 
 /// Pages that a scene's memory has.
 pub(super) const PAGES: usize = 6;
@@ -115,73 +122,6 @@ impl PageSource for Source {
     }
 }
 
-/// What somebody saw who read a byte.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Seen {
-    Byte(u8),
-    Signal(c_int),
-}
-
-impl Seen {
-    pub(super) const ZERO: Self = Self::Byte(0);
-    pub(super) const NOTHING_MAPPED: Self = Self::Signal(libc::SIGSEGV);
-    pub(super) const POISON: Self = Self::Signal(libc::SIGBUS);
-}
-
-/// A thread that reads a byte, and tells what it saw. One that gets a signal never goes on.
-#[derive(Debug)]
-pub(super) struct Reader {
-    slot: Arc<AtomicU32>,
-}
-
-const BYTE: u32 = 1 << 8;
-const SIGNAL: u32 = 1 << 9;
-
-thread_local! {
-    /// Where the reader that this thread is tells what it saw.
-    static SLOT: Cell<*const AtomicU32> = const { Cell::new(ptr::null()) };
-}
-
-extern "C" fn tell_signal(signal: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
-    // SAFETY: null, or the slot of this thread, which lives as long as it.
-    let Some(slot) = (unsafe { SLOT.get().as_ref() }) else {
-        // SAFETY: touches no memory. The access happens again, and is fatal then.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-        return;
-    };
-    slot.store(SIGNAL | signal as u32, Ordering::SeqCst);
-    loop {
-        // SAFETY: touches no memory.
-        unsafe { libc::pause() };
-    }
-}
-
-impl Reader {
-    pub(super) fn of(address: usize) -> Self {
-        let slot = Arc::new(AtomicU32::new(0));
-        let told = Arc::clone(&slot);
-        thread::spawn(move || {
-            SLOT.set(&raw const *told);
-            let address: *const u8 = ptr::with_exposed_provenance(address);
-            // SAFETY: whether it can be read is what the test wants to know.
-            let byte = unsafe { address.read_volatile() };
-            told.store(BYTE | u32::from(byte), Ordering::SeqCst);
-        });
-        Self { slot }
-    }
-
-    pub(super) fn has_seen(&self) -> bool {
-        self.slot.load(Ordering::SeqCst) != 0
-    }
-
-    /// What it sees in the end. The time limit of the test is that of a reader that nobody wakes.
-    pub(super) fn wait(&self) -> Seen {
-        wait_until(|| self.has_seen());
-        let seen = self.slot.load(Ordering::SeqCst);
-        if seen & BYTE != 0 { Seen::Byte(seen as u8) } else { Seen::Signal((seen & !SIGNAL) as c_int) }
-    }
-}
-
 /// An address to which the memory can be moved.
 pub(super) fn room(memory: &Memory) -> *mut c_void {
     let len = memory.len() + memory.page();
@@ -197,11 +137,6 @@ pub(super) fn clear(start: usize, len: usize) {
     // SAFETY: the room is the test's, and nobody borrows what is there.
     let unmapped = unsafe { libc::munmap(ptr::with_exposed_provenance_mut(start), len) };
     assert_eq!(unmapped, 0);
-}
-
-/// What is read at an address, now.
-pub(super) fn read(address: usize) -> Seen {
-    Reader::of(address).wait()
 }
 
 /// A place where the pager stops, once. Nothing here allocates once it is made: a fork may hold the allocator's locks
@@ -400,13 +335,6 @@ pub(super) fn start<T: Send + 'static>(
     });
     wait_until(|| id.load(Ordering::SeqCst) != 0);
     (thread, id.load(Ordering::SeqCst))
-}
-
-/// Has readers and faults tell of signals.
-pub(super) fn tell_signals() {
-    for fault in [libc::SIGSEGV, libc::SIGBUS] {
-        signal::handle(fault, tell_signal);
-    }
 }
 
 impl<T: Debug + Send + 'static> Act<T> {

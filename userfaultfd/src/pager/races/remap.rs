@@ -2,7 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
-use super::harness::{Act, Outcome, PAGE, PAGES, Reader, Scene, Seen, clear, content, races, read, room};
+use super::harness::{
+    Act, NOTHING_MAPPED, Outcome, PAGE, PAGES, Reader, Scene, Seen, clear, content, races, read, room,
+};
 use crate::FeatureFlags;
 use crate::pager::point::Point;
 use crate::support::has;
@@ -12,7 +14,7 @@ static MOVED: Act<bool> = Act {
     features: FeatureFlags::EVENT_REMAP.union(FeatureFlags::EVENT_UNMAP),
     act: |scene| move_it(scene, 0),
     meanwhile: somebody_there,
-    check: |scene, outcome| check(scene, outcome, Seen::NOTHING_MAPPED),
+    check: |scene, outcome| check(scene, outcome, NOTHING_MAPPED),
 };
 
 /// What is left behind stays mapped, empty.

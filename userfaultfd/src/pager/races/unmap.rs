@@ -1,6 +1,6 @@
 //! The page is unmapped: who waits for it gets the signal, and the others what is theirs.
 
-use super::harness::{Act, Outcome, PAGE, Scene, Seen, content, nobody, races, read};
+use super::harness::{Act, NOTHING_MAPPED, Outcome, PAGE, Scene, content, nobody, races, read};
 use crate::FeatureFlags;
 
 static TOLD: Act<()> = Act { features: FeatureFlags::EVENT_UNMAP, act: unmap, meanwhile: nobody, check };
@@ -12,12 +12,12 @@ fn unmap(scene: &Scene) {
 }
 
 fn check(scene: &Scene, outcome: Outcome<()>) {
-    outcome.readers_saw(Seen::NOTHING_MAPPED);
-    assert_eq!(read(scene.at(PAGE)), Seen::NOTHING_MAPPED);
+    outcome.readers_saw(NOTHING_MAPPED);
+    assert_eq!(read(scene.at(PAGE)), NOTHING_MAPPED);
     assert_eq!(read(scene.at(PAGE - 1)), content(PAGE - 1));
     // The page that is gone is nothing to wait for.
     scene.end().finish(|_| {}).unwrap();
-    assert_eq!(read(scene.at(PAGE)), Seen::NOTHING_MAPPED);
+    assert_eq!(read(scene.at(PAGE)), NOTHING_MAPPED);
     scene.others_are(content);
 }
 

@@ -51,7 +51,8 @@ pub enum Fill {
 ///
 /// Where the memory belongs to the process that the pager runs in, a thread that waits for a page may hold any lock
 /// of that program: `println!("{}", memory[0])` holds the standard output's. A source that takes the same lock waits
-/// for ever. Nor may it touch the memory that it fills.
+/// for ever. Nor may it touch the memory that it fills. Where the descriptor tells of forks, a thread that forks holds
+/// the allocator's locks until the pager has read of it: then a source must not allocate.
 pub trait PageSource: Send + Sync {
     /// Fills `page`, a whole number of the region's pages, with what belongs at byte `offset` of the source.
     ///

@@ -1,0 +1,238 @@
+//! How it ends: finished, handed over, dropped; and what is counted until then.
+
+use userfaultfd::FeatureFlags;
+use userfaultfd::pager::{Absent, Around, Error, Pager, Progress};
+
+use crate::reader::{Reader, Seen, tell_signals};
+use crate::scene::{Pages, can_poison, check, content, eventually, memory, region, see, serve, served};
+use crate::support::memory::{Kind, Memory};
+use crate::support::proc::wait_until;
+use crate::support::{page, require, test_name, uffd};
+
+#[test]
+fn finishing_fills_what_is_absent_and_tells_how_far_it_is() {
+    require!();
+    for kind in Kind::ALL {
+        let Some(memory) = memory(test_name!(), kind, 5) else { continue };
+        let (pager, _, source) = served(&memory);
+        check(&memory, 3, 3);
+        eventually(|| pager.statistics().present_pages, 1);
+        let mut told = Vec::new();
+        pager.finish(|progress| told.push(progress)).unwrap();
+        let total = 4 * memory.page() as u64;
+        assert_eq!((told[0].done, told[0].total), (0, total));
+        let last: Progress = told[told.len() - 1];
+        assert_eq!((last.done, last.total), (total, total));
+        assert!(told.is_sorted_by_key(|progress| progress.done));
+        assert_eq!(pager.descriptors(), []);
+        // The memory needs no pager.
+        drop(pager);
+        (0..5).for_each(|page| check(&memory, page, page));
+        source.were_read_once(5);
+    }
+}
+
+#[test]
+fn finishing_goes_on_with_what_the_source_does_not_have() {
+    require!();
+    tell_signals();
+    let memory = Memory::anonymous(6);
+    let pager = Pager::builder();
+    let retry = userfaultfd::pager::Retry { attempts: 1, delay: std::time::Duration::ZERO };
+    let pager = pager.retry(retry).build().unwrap();
+    let source = |offset: u64, bytes: &mut [u8]| {
+        let (first, end) = (offset as usize / page(), (offset as usize + bytes.len()) / page());
+        if (first..end).contains(&2) {
+            return Err(std::io::ErrorKind::NotFound.into());
+        }
+        userfaultfd::pager::PageSource::read(&Pages::new(page()), offset, bytes)
+    };
+    serve(&pager, uffd(FeatureFlags::empty()), region(&memory, source));
+    let mut told = Vec::new();
+    let finished = pager.finish(|progress| told.push(progress));
+    if can_poison() {
+        finished.unwrap();
+        assert_eq!(see(&memory, 2), Seen::POISON);
+        assert_eq!(told.last().unwrap().done, told[0].total);
+    } else {
+        assert!(matches!(finished, Err(Error::Unfilled { pages: 1 })), "{finished:?}");
+        assert_eq!(pager.descriptors().len(), 1, "it is served on");
+        assert_eq!(told.last().unwrap().done, told[0].total - page() as u64);
+    }
+    for page in [0, 1, 3, 4, 5] {
+        check(&memory, page, page);
+    }
+}
+
+#[test]
+fn finishing_where_memory_was_unmapped_without_a_word() {
+    require!();
+    for kind in Kind::SMALL {
+        let Some(memory) = memory(test_name!(), kind, 5) else { continue };
+        let (pager, added, _) = served(&memory);
+        memory.unmap(2, 1);
+        pager.finish_region(added.regions[0], |_| {}).unwrap();
+        for page in [0, 1, 3, 4] {
+            check(&memory, page, page);
+        }
+        drop(pager);
+        let Some(memory) = crate::scene::memory(test_name!(), kind, 5) else { continue };
+        let (pager, _, _) = served(&memory);
+        memory.unmap(1, 2);
+        drop(pager);
+    }
+}
+
+#[test]
+fn dropping_poisons_what_is_absent() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    tell_signals();
+    for kind in Kind::ALL {
+        let Some(memory) = memory(test_name!(), kind, 4) else { continue };
+        let (pager, source) = (Pager::new().unwrap(), Pages::new(memory.page()));
+        serve(&pager, uffd(FeatureFlags::EVENT_REMOVE), region(&memory, source));
+        check(&memory, 1, 1);
+        let removed = memory.advise(2, 1, libc::MADV_DONTNEED).is_ok();
+        drop(pager);
+        let absent = |page| if can_poison() { Seen::POISON } else { content(page) };
+        check(&memory, 1, 1);
+        assert_eq!([see(&memory, 0), see(&memory, 3)], [absent(0), absent(3)], "{memory:?}");
+        // What was removed is zero, with a pager and without.
+        assert_eq!(see(&memory, 2), if removed { Seen::ZERO } else { absent(2) }, "{memory:?}");
+    }
+}
+
+#[test]
+fn removing_a_region_leaves_the_others() {
+    require!();
+    tell_signals();
+    let (one, other) = (Memory::anonymous(2), Memory::anonymous(2));
+    let pager = Pager::new().unwrap();
+    let uffd = uffd(FeatureFlags::empty());
+    let added = serve(&pager, uffd, region(&one, Pages::new(page())));
+    // SAFETY: only raw pointers lead to the memory of tests.
+    let second =
+        unsafe { pager.add_own_region(added.descriptor, region(&other, Pages::new(page()))) }.unwrap();
+    check(&one, 0, 0);
+    match pager.remove_region(added.regions[0]) {
+        Ok(()) => {
+            assert!(can_poison());
+            assert_eq!(see(&one, 1), Seen::POISON);
+            assert!(matches!(pager.remove_region(added.regions[0]), Err(Error::NotServed)));
+        }
+        Err(error) => {
+            assert!(!can_poison() && matches!(error, Error::Unfilled { pages: 1 }), "{error:?}");
+            // It is served on.
+            assert_eq!(see(&one, 1), content(1));
+        }
+    }
+    assert_eq!((see(&one, 0), see(&other, 1)), (content(0), content(1)));
+    pager.finish_region(second, |_| {}).unwrap();
+    check(&other, 0, 0);
+}
+
+#[test]
+fn another_pager_goes_on_where_the_first_has_stopped() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    for kind in Kind::ALL {
+        let Some(memory) = memory(test_name!(), kind, 6) else { continue };
+        let source = Pages::new(memory.page());
+        let mut uffd = Some(uffd(FeatureFlags::EVENT_REMOVE));
+        for step in 0..3 {
+            let pager = Pager::new().unwrap();
+            let added = serve(&pager, uffd.take().unwrap(), region(&memory, source.clone()));
+            check(&memory, 2 * step, 2 * step);
+            let detached = pager.detach();
+            assert_eq!(detached.len(), 1);
+            for detached in detached {
+                assert_eq!(detached.descriptor, added.descriptor);
+                let absent: Vec<Absent> = detached.absent();
+                assert!(absent.iter().all(|part| part.region == added.regions[0]));
+                let bytes: usize = absent.iter().map(|part| part.len).sum();
+                assert_eq!(bytes, 5 * memory.page(), "each knows what it has filled: {absent:?}");
+                uffd = Some(detached.uffd);
+            }
+        }
+        // Waits until there is somebody again.
+        let reader = Reader::of(memory.at(5).addr());
+        let pager = Pager::new().unwrap();
+        serve(&pager, uffd.unwrap(), region(&memory, source.clone()));
+        assert_eq!(reader.wait(), content(5));
+        pager.finish(|_| {}).unwrap();
+        (0..6).for_each(|page| check(&memory, page, page));
+    }
+}
+
+#[test]
+fn a_fault_that_the_owner_before_has_read_is_answered() {
+    require!();
+    let memory = Memory::anonymous(1);
+    let uffd = uffd(FeatureFlags::empty());
+    uffd.register(memory.start(), memory.len()).unwrap();
+    let reader = Reader::of(memory.at(0).addr());
+    wait_until(|| matches!(uffd.read_event().unwrap(), Some(userfaultfd::Event::Pagefault { .. })));
+    // Nobody but who has read it knows of it.
+    let pager = Pager::new().unwrap();
+    serve(&pager, uffd, region(&memory, Pages::new(page())));
+    assert_eq!(reader.wait(), content(0));
+}
+
+#[test]
+fn joining_waits_until_nothing_is_served() {
+    require!();
+    let memory = Memory::anonymous(1);
+    let (pager, added, _) = served(&memory);
+    std::thread::scope(|scope| {
+        let joined = scope.spawn(|| pager.join());
+        check(&memory, 0, 0);
+        assert!(!joined.is_finished());
+        pager.remove(added.descriptor).unwrap();
+    });
+    Pager::new().unwrap().join();
+}
+
+#[test]
+fn statistics_add_up() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    let memory = Memory::anonymous(64);
+    let (pager, source) = (Pager::builder().threads(2).build().unwrap(), Pages::new(page()));
+    serve(
+        &pager,
+        uffd(FeatureFlags::EVENT_REMOVE),
+        region(&memory, source).around(Around::Block(4 * page())),
+    );
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let memory = &memory;
+            scope.spawn(move || {
+                for step in 0..64 {
+                    assert_ne!(memory.read((step * 5 + thread * 16) % 64), 0);
+                }
+            });
+        }
+    });
+    memory.advise(0, 8, libc::MADV_DONTNEED).unwrap();
+    assert_eq!(memory.read(3), 0);
+    // Each fill was for one fault, which is among what was filled.
+    eventually(|| pager.statistics().fault_latency.count(), 17);
+    let statistics = pager.statistics();
+    assert_eq!(statistics.fills, 64, "{statistics}");
+    assert_eq!((statistics.zero_fills, statistics.removes), (4, 1), "{statistics}");
+    assert_eq!(statistics.source_reads, 16, "{statistics}");
+    assert_eq!(statistics.source_latency.count(), 16, "{statistics}");
+    assert_eq!(statistics.bytes, (64 + 4) * page() as u64, "{statistics}");
+    assert_eq!((statistics.present_pages, statistics.absent_pages), (60, 4), "{statistics}");
+    assert_eq!(statistics.prefetched, 68 - 17, "{statistics}");
+    assert_eq!(statistics.missing_faults, 17 + statistics.duplicates, "{statistics}");
+    assert_eq!(statistics.faults(), statistics.missing_faults);
+    let nothing = [
+        statistics.minor_faults,
+        statistics.write_protect_faults,
+        statistics.source_errors,
+        statistics.poisoned,
+        statistics.dropped,
+        statistics.woken,
+        statistics.problems_lost,
+    ];
+    assert_eq!(nothing, [0; 7], "{statistics}");
+}

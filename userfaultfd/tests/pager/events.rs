@@ -1,0 +1,192 @@
+//! Changes of the layout that the descriptor tells of, and those that it doesn't.
+
+use userfaultfd::FeatureFlags;
+use userfaultfd::pager::{Around, Pager, Region};
+
+use crate::reader::Seen;
+use crate::scene::{Pages, check, content, memory, region, see, serve};
+use crate::support::memory::{Kind, Memory};
+use crate::support::proc::wait_until;
+use crate::support::{child, features, page, require, test_name, uffd};
+
+/// Everything that a descriptor can tell of but forks.
+const CHANGES: FeatureFlags =
+    FeatureFlags::EVENT_REMOVE.union(FeatureFlags::EVENT_REMAP).union(FeatureFlags::EVENT_UNMAP);
+
+#[test]
+fn a_removed_page_is_zero_whether_it_was_there_or_not() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    for told in [true, false] {
+        for kind in [Kind::Anonymous, Kind::PrivateMemfd] {
+            let Some(memory) = memory(test_name!(), kind, 4) else { continue };
+            let (pager, source) = (Pager::new().unwrap(), Pages::new(memory.page()));
+            let features = if told { FeatureFlags::EVENT_REMOVE } else { FeatureFlags::empty() };
+            let added = serve(&pager, uffd(features), region(&memory, source.clone()));
+            check(&memory, 0, 0);
+            memory.advise(0, 2, libc::MADV_DONTNEED).unwrap();
+            if told {
+                let absent = pager.absent(added.regions[0]).unwrap();
+                let offsets: Vec<_> =
+                    absent.iter().map(|absent| (absent.len / page(), absent.offset)).collect();
+                assert_eq!(offsets, [(2, None), (2, Some(2 * page() as u64))], "{absent:?}");
+            }
+            assert_eq!(see(&memory, 0), Seen::ZERO);
+            // Without a word nobody can know that it was removed.
+            assert_eq!(see(&memory, 1), if told { Seen::ZERO } else { content(1) });
+            check(&memory, 2, 2);
+            source.were_read_once(if told { 2 } else { 3 });
+            // A page that was zero can be removed again, and be written.
+            memory.write(0, 5);
+            assert_eq!(memory.read(0), 5);
+            memory.advise(0, 1, libc::MADV_DONTNEED).unwrap();
+            assert_eq!(see(&memory, 0), Seen::ZERO);
+        }
+    }
+}
+
+#[test]
+fn a_hole_punched_into_the_file_is_zero() {
+    require!(FeatureFlags::MISSING_SHMEM);
+    let memory = Memory::new(Kind::Memfd, 3);
+    let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
+    serve(&pager, uffd(CHANGES), region(&memory, source.clone()));
+    check(&memory, 1, 1);
+    memory.punch(1, 1);
+    assert_eq!(see(&memory, 1), Seen::ZERO);
+    check(&memory, 2, 2);
+    source.were_read_once(2);
+}
+
+#[test]
+fn memory_that_moves_takes_its_content_along_in_pieces() {
+    require!(CHANGES);
+    for kind in [Kind::Anonymous, Kind::PrivateMemfd] {
+        let Some(memory) = memory(test_name!(), kind, 6) else { continue };
+        let elsewhere = Memory::new(kind, 2);
+        let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
+        let region = region(&memory, source.clone()).around(Around::Block(6 * page()));
+        serve(&pager, uffd(CHANGES), region);
+        // Pages 2 and 3 go over somebody else's; then what is left of a block is two.
+        memory.move_over(2, 2, &elsewhere, 0);
+        check(&elsewhere, 0, 2);
+        check(&memory, 5, 5);
+        check(&memory, 0, 0);
+        check(&elsewhere, 1, 3);
+        (0..2).for_each(|page| check(&memory, page, page));
+        source.were_read_once(6);
+        let statistics = pager.statistics();
+        assert_eq!((statistics.remaps, statistics.unmaps), (1, 1), "{statistics}");
+        pager.finish(|_| {}).unwrap();
+    }
+}
+
+#[test]
+fn memory_that_was_unmapped_and_mapped_anew_is_a_new_region() {
+    require!(FeatureFlags::EVENT_UNMAP);
+    let memory = Memory::anonymous(3);
+    let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
+    let added = serve(&pager, uffd(CHANGES), region(&memory, source));
+    check(&memory, 1, 1);
+    memory.unmap(1, 1);
+    let region = || {
+        let other = |_: u64, bytes: &mut [u8]| {
+            bytes.fill(99);
+            Ok(userfaultfd::pager::Fill::Data)
+        };
+        Region::new(memory.at(1).addr(), page(), other)
+    };
+    // SAFETY: what was there was unmapped.
+    let mapped = unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        libc::mmap(memory.at(1), page(), libc::PROT_READ, flags, -1, 0)
+    };
+    assert_eq!(mapped, memory.at(1));
+    // SAFETY: only raw pointers lead there.
+    unsafe { pager.add_own_region(added.descriptor, region()) }.unwrap();
+    assert_eq!(memory.read(1), 99);
+    check(&memory, 0, 0);
+    check(&memory, 2, 2);
+    // SAFETY: the page that was mapped above.
+    assert_eq!(unsafe { libc::munmap(memory.at(1), page()) }, 0);
+}
+
+#[test]
+fn children_of_forks_are_served_and_their_children_too() {
+    require!(FeatureFlags::EVENT_FORK);
+    child::run_well(test_name!(), || {
+        let features = CHANGES | FeatureFlags::EVENT_FORK;
+        for kind in [Kind::Anonymous, Kind::Memfd, Kind::PrivateHugetlb] {
+            let Some(memory) = memory(test_name!(), kind, 5) else { continue };
+            let (pager, source) = (Pager::builder().threads(2).build().unwrap(), Pages::new(memory.page()));
+            serve(&pager, uffd(features), region(&memory, source));
+            check(&memory, 0, 0);
+            memory.advise(1, 1, libc::MADV_DONTNEED).unwrap();
+            let removed = if kind.is_shared() { None } else { Some(0) };
+            child::fork(|| {
+                assert_eq!(memory.read(0), crate::scene::byte(0));
+                assert!(removed.is_none_or(|zero| memory.read(1) == zero));
+                assert_eq!(memory.read(2), crate::scene::byte(2));
+                memory.write(2, 99);
+                child::fork(|| {
+                    assert_eq!(memory.read(2), 99);
+                    assert_eq!(memory.read(3), crate::scene::byte(3));
+                })
+                .succeed();
+                assert_eq!(memory.read(3), crate::scene::byte(3));
+            })
+            .succeed();
+            if !kind.is_shared() {
+                check(&memory, 2, 2);
+            }
+            check(&memory, 4, 4);
+            wait_until(|| pager.descriptors().len() == 1);
+            assert_eq!(pager.statistics().forks, 2);
+            pager.finish(|_| {}).unwrap();
+            check(&memory, 3, 3);
+        }
+    });
+}
+
+#[test]
+fn every_change_and_fault_at_once() {
+    require!(CHANGES);
+    child::run_well(test_name!(), || {
+        let forks = features() & FeatureFlags::EVENT_FORK;
+        let forks = if crate::support::may_watch_forks() { forks } else { FeatureFlags::empty() };
+        const PAGES: usize = 64;
+        let memory = Memory::anonymous(PAGES);
+        let pager = Pager::builder().threads(2).build().unwrap();
+        let source = Pages::new(page());
+        serve(&pager, uffd(CHANGES | forks), region(&memory, source).around(Around::Block(8 * page())));
+        // Each thread has a quarter of the memory, so that it knows what is there.
+        std::thread::scope(|scope| {
+            for part in 0..4 {
+                let memory = &memory;
+                scope.spawn(move || {
+                    let first = part * PAGES / 4;
+                    let mut zero = [false; PAGES / 4];
+                    for step in 0..200 {
+                        let at = (step * 7 + part) % (PAGES / 4);
+                        let expected = if zero[at] { 0 } else { crate::scene::byte(first + at) };
+                        assert_eq!(memory.read(first + at), expected, "page {} in step {step}", first + at);
+                        if step % 3 == 0 {
+                            let at = (step * 5 + 1) % (PAGES / 4);
+                            memory.advise(first + at, 1, libc::MADV_DONTNEED).unwrap();
+                            zero[at] = true;
+                        }
+                    }
+                });
+            }
+            if !forks.is_empty() {
+                for _ in 0..10 {
+                    child::fork(|| {
+                        let seen = memory.read(PAGES / 2 + 3);
+                        assert!(seen == 0 || seen == crate::scene::byte(PAGES / 2 + 3), "{seen}");
+                    })
+                    .succeed();
+                }
+            }
+        });
+        pager.finish(|_| {}).unwrap();
+    });
+}

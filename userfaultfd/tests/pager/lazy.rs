@@ -1,0 +1,287 @@
+//! `LazyMemory`: memory of this process that fills itself.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use userfaultfd::pager::{
+    Around, BytesSource, Error, FileSource, Fill, Pager, Progress, Retry, Statistics, ZeroSource,
+};
+use userfaultfd::{FeatureFlags, LazyBuilder, LazyMemory};
+
+use crate::reader::{Seen, read, tell_signals};
+use crate::scene::{Pages, Problems, byte, can_poison, eventually};
+use crate::support::child;
+use crate::support::mapping::memfd;
+use crate::support::memory::Kind;
+use crate::support::proc::wait_until;
+use crate::support::{hugetlb, page, require, test_name};
+
+/// What a type can be used for, checked when this is compiled.
+const _: () = {
+    const fn is_shareable<T: Send + Sync + 'static>() {}
+    is_shareable::<LazyMemory>();
+    is_shareable::<Pager>();
+    is_shareable::<Statistics>();
+    is_shareable::<Error>();
+    const fn is_sendable<T: Send + 'static>() {}
+    is_sendable::<LazyBuilder>();
+};
+
+fn resident() -> usize {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let field = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    1024 * field.trim().trim_end_matches(" kB").parse::<usize>().unwrap()
+}
+
+#[test]
+#[cfg(target_pointer_width = "64")]
+fn a_source_larger_than_memory_takes_what_is_touched() {
+    require!();
+    child::run_well(test_name!(), || {
+        const LEN: u64 = 100 << 30;
+        let file = File::from(memfd(0, 0));
+        file.set_len(LEN).unwrap();
+        let places: Vec<_> = (0..200).map(|step| step * (LEN / 200) / 4096 * 4096 + 5).collect();
+        places.iter().for_each(|at| file.write_all_at(&[(at % 251) as u8 + 1], *at).unwrap());
+        let before = resident();
+        let memory =
+            LazyMemory::builder(FileSource::new(file).unwrap()).around(Around::Page).build().unwrap();
+        assert_eq!(memory.len() as u64, LEN);
+        for at in &places {
+            assert_eq!(memory[*at as usize], (at % 251) as u8 + 1);
+            assert_eq!(memory[*at as usize + (1 << 20)], 0, "a hole");
+        }
+        assert_eq!(memory[LEN as usize - 1], 0);
+        // A page of content and one of states for each place; holes take no memory.
+        let taken = resident() - before;
+        assert!(taken < places.len() * 4 * page() + (4 << 20), "{taken} bytes");
+        eventually(|| (memory.statistics().fills, memory.statistics().zero_fills), (200, 201));
+    });
+}
+
+#[test]
+fn writes_are_private() {
+    require!();
+    let file = File::from(memfd(0, 0));
+    file.write_all_at(&vec![7; 3 * page()], 0).unwrap();
+    let open = || FileSource::new(file.try_clone().unwrap()).unwrap();
+    let mut one = LazyMemory::builder(open()).build().unwrap();
+    let other = LazyMemory::builder(open()).build().unwrap();
+    one[page()] = 8;
+    one[2 * page()..].fill(9);
+    assert_eq!((one[0], one[page()], one[page() + 1], one[3 * page() - 1]), (7, 8, 7, 9));
+    assert_eq!((other[page()], other[3 * page() - 1]), (7, 7));
+    let mut content = vec![0; 3 * page()];
+    file.read_exact_at(&mut content, 0).unwrap();
+    assert!(content.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn lengths_and_offsets_are_in_bytes() {
+    require!();
+    let bytes: Vec<u8> = (0..3 * page() + 7).map(|at| (at % 251) as u8).collect();
+    let source = BytesSource::new(bytes.clone());
+    for (offset, len) in [(0, None), (1, None), (page() + 3, Some(10)), (5, Some(2 * page()))] {
+        let builder = LazyMemory::builder(source.clone()).offset(offset as u64);
+        let memory = len.into_iter().fold(builder, LazyBuilder::len).build().unwrap();
+        let end = len.map_or(bytes.len(), |len| offset + len);
+        assert!(memory[..] == bytes[offset..end], "{offset} {len:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    require!();
+    let source = || BytesSource::new(vec![1; page()]);
+    let error = |builder: LazyBuilder| builder.build().unwrap_err();
+    assert!(matches!(error(LazyMemory::builder(ZeroSource)), Error::EmptyRegion { .. }));
+    assert!(matches!(error(LazyMemory::builder(source()).len(0)), Error::EmptyRegion { .. }));
+    assert!(matches!(error(LazyMemory::builder(source()).len(page() + 1)), Error::BeyondSource { .. }));
+    assert!(matches!(error(LazyMemory::builder(source()).offset(1).len(page())), Error::BeyondSource { .. }));
+    assert!(matches!(error(LazyMemory::builder(source()).huge_pages(3)), Error::PageSize { .. }));
+    assert!(matches!(error(LazyMemory::builder(source()).huge_pages(1)), Error::PageSize { .. }));
+    let vast = LazyMemory::builder(ZeroSource).len(usize::MAX);
+    assert!(matches!(error(vast), Error::Unaligned { .. } | Error::System(_)));
+}
+
+#[test]
+fn memories_share_a_pager_and_go_one_by_one() {
+    require!();
+    let pager = Arc::new(Pager::builder().threads(2).build().unwrap());
+    let new = || {
+        LazyMemory::builder(Pages::new(page())).len(32 * page()).pager(&pager).around(Around::Page).build()
+    };
+    let (one, other) = (new().unwrap(), new().unwrap());
+    assert_eq!((one[page()], other[2 * page()]), (byte(1), byte(2)));
+    assert!(Arc::ptr_eq(one.pager().unwrap(), &pager));
+    assert_eq!(pager.descriptors().len(), 2);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 0..32 {
+                assert_eq!(other[number * page()], byte(number));
+            }
+        });
+        drop(one);
+        for number in 0..10 {
+            let third = new().unwrap();
+            assert_eq!(third[number * page()], byte(number));
+        }
+    });
+    assert_eq!(pager.descriptors().len(), 1);
+    drop(other);
+    assert_eq!(pager.descriptors(), []);
+    // The pager may go before the memory does.
+    let last = new().unwrap();
+    drop(pager);
+    assert_eq!(last[5 * page()], byte(5));
+}
+
+#[test]
+fn threads_read_it_at_once() {
+    require!();
+    let memory = LazyMemory::builder(Pages::new(page())).len(256 * page()).threads(2).build().unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let memory = &memory;
+            scope.spawn(move || {
+                for step in 0..256 {
+                    let number = (step * (2 * thread + 1) + thread) % 256;
+                    assert_eq!(memory[number * page()], byte(number));
+                }
+            });
+        }
+    });
+    eventually(|| (memory.statistics().present_pages, memory.statistics().fills), (256, 256));
+    let moved = std::thread::spawn(move || memory[7 * page()]);
+    assert_eq!(moved.join().unwrap(), byte(7));
+}
+
+#[test]
+fn a_child_of_a_fork_has_not_got_it() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = LazyMemory::new(2 * page(), Pages::new(page())).unwrap();
+        assert_eq!(memory[0], byte(0));
+        for at in [0, page()] {
+            let start = memory.as_ptr().expose_provenance();
+            let status = child::fork(|| {
+                let address: *const u8 = std::ptr::with_exposed_provenance(start + at);
+                // SAFETY: that it can't be read is what is tested.
+                let _byte = unsafe { address.read_volatile() };
+            })
+            .wait();
+            assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
+        }
+        assert_eq!(memory[page()], byte(1));
+    });
+}
+
+#[test]
+fn populating_makes_system_calls_work() {
+    require!();
+    for kernel in [false, true] {
+        let builder = LazyMemory::builder(Pages::new(page())).len(8 * page()).around(Around::Page);
+        let memory = match builder.serve_kernel(kernel).build() {
+            Ok(memory) => memory,
+            Err(Error::Uffd(error)) if kernel => {
+                assert!(!crate::support::is_root(), "{error}");
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        assert_eq!(memory.serves_kernel(), kernel);
+        let send = |range: std::ops::Range<usize>| {
+            let (mut one, mut other) = UnixStream::pair().unwrap();
+            one.write_all(&memory[range.clone()])?;
+            let mut bytes = vec![0; range.len()];
+            other.read_exact(&mut bytes).unwrap();
+            assert!(bytes == memory[range]);
+            Ok::<_, std::io::Error>(())
+        };
+        let served = kernel || !restricts();
+        match send(0..100) {
+            Ok(()) => assert!(served),
+            Err(error) => assert!(!served && error.raw_os_error() == Some(libc::EFAULT), "{error}"),
+        }
+        memory.populate(3 * page() + 5..3 * page() + 6);
+        let absent = || memory.absent().unwrap().iter().map(|absent| absent.len / page()).sum::<usize>();
+        eventually(absent, if served { 6 } else { 7 });
+        send(3 * page()..4 * page()).unwrap();
+        memory.populate(page()..usize::MAX);
+        send(page()..8 * page()).unwrap();
+        // Nothing, and what is beyond.
+        #[expect(clippy::reversed_empty_ranges, reason = "it is nothing")]
+        memory.populate(5..3);
+        memory.populate(100 * page()..101 * page());
+    }
+    // Without a word it serves what it may.
+    let memory = LazyMemory::new(page(), ZeroSource).unwrap();
+    assert!(memory.serves_kernel() || !crate::support::is_root());
+}
+
+/// Whether the kernel knows a restriction to faults from user mode: Linux 5.11.
+fn restricts() -> bool {
+    crate::support::raw::knows_user_mode_only()
+}
+
+#[test]
+fn filling_makes_it_memory_like_any_other() {
+    require!();
+    let memory =
+        LazyMemory::builder(Pages::new(page())).len(5 * page()).around(Around::Page).build().unwrap();
+    assert_eq!(memory[2 * page()], byte(2));
+    eventually(|| memory.statistics().present_pages, 1);
+    let mut told: Vec<Progress> = Vec::new();
+    memory.fill(|progress| told.push(progress)).unwrap();
+    let last = told[told.len() - 1];
+    assert_eq!((told[0].done, last.done, last.total), (0, 4 * page() as u64, 4 * page() as u64));
+    assert!(matches!(memory.absent(), Err(Error::NotServed)));
+    assert!(matches!(memory.fill(|_| {}), Err(Error::NotServed)));
+    assert!((0..5).all(|number| memory[number * page()] == byte(number)));
+    assert_eq!(memory.statistics().missing_faults, 1);
+}
+
+#[test]
+fn what_the_source_does_not_have_is_a_signal() {
+    require!();
+    if !can_poison() {
+        return;
+    }
+    tell_signals();
+    let problems = Problems::default();
+    let source = |offset: u64, bytes: &mut [u8]| match offset {
+        0 => {
+            bytes.fill(1);
+            Ok(Fill::Data)
+        }
+        _ => Err(ErrorKind::NotFound.into()),
+    };
+    let retry = Retry { attempts: 2, delay: std::time::Duration::ZERO };
+    let builder = LazyMemory::builder(source).len(2 * page()).around(Around::Page).retry(retry);
+    let memory = builder.on_problem(problems.callback()).build().unwrap();
+    assert_eq!(memory[0], 1);
+    assert_eq!(read(memory.as_ptr().expose_provenance() + page()), Seen::POISON);
+    wait_until(|| problems.count("Poisoned") == 1);
+}
+
+#[test]
+fn huge_pages_hold_it() {
+    require!(FeatureFlags::MISSING_HUGETLBFS);
+    let size = Kind::PrivateHugetlb.page();
+    let Some(_pages) = hugetlb::reserve(test_name!(), 5) else { return };
+    let source = |offset: u64, bytes: &mut [u8]| {
+        bytes.fill((offset / bytes.len() as u64) as u8 + 1);
+        Ok(Fill::Data)
+    };
+    let memory =
+        LazyMemory::builder(source).len(2 * size + 10).huge_pages(size).around(Around::Page).build().unwrap();
+    assert_eq!(memory.len(), 2 * size + 10);
+    assert_eq!((memory[0], memory[size - 1], memory[2 * size + 9]), (1, 1, 3));
+    assert_eq!(memory.statistics().missing_faults, 2);
+    // More than there is.
+    let refused = LazyMemory::builder(ZeroSource).len(1 << 40).huge_pages(size).build();
+    assert!(matches!(refused, Err(Error::System(_))), "{refused:?}");
+}

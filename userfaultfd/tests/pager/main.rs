@@ -1,0 +1,18 @@
+//! The pager: what it promises, with memory and descriptors of every kind, in this process and in others.
+
+#[path = "../kernel/support/mod.rs"]
+#[expect(dead_code, reason = "it has what the tests of the kernel need")]
+mod support;
+
+mod bad;
+mod ends;
+mod events;
+mod fills;
+mod lazy;
+mod leaks;
+mod others;
+mod reader;
+mod scene;
+mod sources;
+mod stuck;
+mod vast;

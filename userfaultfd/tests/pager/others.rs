@@ -1,0 +1,233 @@
+//! Memory of other processes: its descriptor inherited, or sent over a socket.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use userfaultfd::pager::{Error, Pager};
+use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
+
+use crate::scene::{self, Pages, Problems, byte, region};
+use crate::support::child::{self, Forked};
+use crate::support::memory::{Kind, Memory};
+use crate::support::proc::wait_until;
+use crate::support::{page, require, test_name, uffd};
+
+/// A process that reads the pages it is told, and writes what it found.
+struct Target {
+    process: Forked,
+    socket: UnixStream,
+}
+
+impl Target {
+    /// Starts one with a copy of `memory`, and returns the descriptor that it made there.
+    fn start(memory: &Memory, features: FeatureFlags, non_blocking: bool) -> (Self, Uffd) {
+        let (socket, there) = UnixStream::pair().unwrap();
+        let process = child::fork(|| {
+            let mut builder = UffdBuilder::new();
+            builder.close_on_exec(true).non_blocking(non_blocking).require_features(features);
+            let own = builder.create().unwrap();
+            // Whoever serves it may register it only later.
+            own.register(memory.start(), memory.len()).unwrap();
+            child::send_fd(&there, own.as_fd());
+            drop(own);
+            let mut number = [0];
+            while (&there).read(&mut number).unwrap() == 1 {
+                let page: usize = number[0].into();
+                match page & 0x80 {
+                    0 => number[0] = memory.read(page),
+                    _ => memory.advise(page & 0x7f, 1, libc::MADV_DONTNEED).unwrap(),
+                }
+                (&there).write_all(&number).unwrap();
+            }
+        });
+        let descriptor = Uffd::from(child::receive_fd(&socket));
+        (Self { process, socket }, descriptor)
+    }
+
+    fn ask(&mut self, number: u8) {
+        self.socket.write_all(&[number]).unwrap();
+    }
+
+    fn answer(&mut self) -> u8 {
+        let mut byte = [0];
+        self.socket.read_exact(&mut byte).unwrap();
+        byte[0]
+    }
+
+    fn read(&mut self, page: u8) -> u8 {
+        self.ask(page);
+        self.answer()
+    }
+
+    fn remove(&mut self, page: u8) {
+        self.read(page | 0x80);
+    }
+}
+
+#[test]
+fn processes_are_served_with_blocking_descriptors_and_others_with_events_and_without() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    child::run_well(test_name!(), || {
+        for kind in [Kind::Anonymous, Kind::Memfd, Kind::PrivateHugetlb] {
+            for (features, non_blocking) in [
+                (FeatureFlags::empty(), false),
+                (FeatureFlags::empty(), true),
+                (FeatureFlags::EVENT_REMOVE, false),
+                (FeatureFlags::EVENT_REMOVE, true),
+            ] {
+                let Some(memory) = scene::memory(test_name!(), kind, 4) else { continue };
+                let (mut target, descriptor) = Target::start(&memory, features, non_blocking);
+                let (pager, source) = (Pager::new().unwrap(), Pages::new(memory.page()));
+                let added = pager.add(descriptor, [region(&memory, source.clone())]).unwrap();
+                assert_eq!([target.read(2), target.read(0), target.read(2)], [byte(2), byte(0), byte(2)]);
+                source.were_read_once(2);
+                if !kind.is_hugetlb() {
+                    target.remove(2);
+                    let zero = if kind.is_shared() { byte(2) } else { 0 };
+                    assert_eq!(target.read(2), zero);
+                }
+                let detached = pager.remove(added.descriptor).unwrap();
+                assert_eq!(detached.uffd.is_nonblocking().unwrap(), non_blocking);
+                // The next owner goes on.
+                let next = Pager::new().unwrap();
+                next.add(detached.uffd, [region(&memory, source.clone())]).unwrap();
+                assert_eq!(target.read(3), byte(3));
+                next.finish(|_| {}).unwrap();
+                assert_eq!(target.read(1), byte(1));
+                target.process.kill();
+            }
+        }
+    });
+}
+
+#[test]
+fn a_descriptor_may_be_inherited() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(3);
+        let own = uffd(FeatureFlags::empty());
+        let (mut here, mut there) = UnixStream::pair().unwrap();
+        // The child serves its parent.
+        let server = child::fork(|| {
+            drop(std::mem::replace(&mut here, there.try_clone().unwrap()));
+            let pager = Pager::new().unwrap();
+            let copy = own.try_clone().unwrap();
+            pager.add(copy, [region(&memory, Pages::new(page()))]).unwrap();
+            there.write_all(&[1]).unwrap();
+            // Until the parent has what it wants.
+            assert_eq!(there.read(&mut [0]).unwrap(), 1);
+            pager.finish(|_| {}).unwrap();
+        });
+        here.read_exact(&mut [0]).unwrap();
+        assert_eq!([memory.read(1), memory.read(0)], [byte(1), byte(0)]);
+        here.write_all(&[1]).unwrap();
+        server.succeed();
+        assert_eq!(memory.read(2), byte(2));
+    });
+}
+
+#[test]
+fn a_program_that_was_executed_is_served() {
+    require!();
+    // The stage of the program that is executed: it makes memory, and sends where that is.
+    if let Some(path) = child::stage() {
+        let memory = Memory::anonymous(3);
+        let own = uffd(FeatureFlags::empty());
+        let mut socket = UnixStream::connect(path).unwrap();
+        child::send_fd(&socket, own.as_fd());
+        drop(own);
+        socket.write_all(&(memory.start().addr() as u64).to_ne_bytes()).unwrap();
+        assert_eq!(socket.read(&mut [0]).unwrap(), 1, "it is served");
+        assert_eq!([memory.read(2), memory.read(0), memory.read(1)], [byte(2), byte(0), byte(1)]);
+        return;
+    }
+    child::run_well(test_name!(), || {
+        let path = std::env::temp_dir().join(format!("userfaultfd-pager-{}", std::process::id()));
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let target = child::fork(|| child::execute(test_name!(), path.to_str().unwrap()));
+        let (mut socket, _) = listener.accept().unwrap();
+        std::fs::remove_file(path).unwrap();
+        let descriptor = Uffd::from(child::receive_fd(&socket));
+        let mut start = [0; 8];
+        socket.read_exact(&mut start).unwrap();
+        let pager = Pager::new().unwrap();
+        let source = Pages::new(page());
+        let region = userfaultfd::pager::Region::new(u64::from_ne_bytes(start) as usize, 3 * page(), source);
+        pager.add(descriptor, [region]).unwrap();
+        socket.write_all(&[1]).unwrap();
+        target.succeed();
+    });
+}
+
+#[test]
+fn descriptors_and_regions_come_and_go_while_others_are_served() {
+    require!();
+    child::run_well(test_name!(), || {
+        const TARGETS: usize = 4;
+        let pager = Pager::builder().threads(2).build().unwrap();
+        let memories: Vec<_> = (0..TARGETS).map(|_| Memory::anonymous(8)).collect();
+        // All are forked before there are threads.
+        let targets: Vec<_> =
+            memories.iter().map(|memory| Target::start(memory, FeatureFlags::empty(), true)).collect();
+        std::thread::scope(|scope| {
+            for ((mut target, descriptor), memory) in targets.into_iter().zip(&memories) {
+                let pager = &pager;
+                scope.spawn(move || {
+                    let source = Pages::new(page());
+                    let part = |first: usize, pages: usize| {
+                        let start = memory.at(first).addr();
+                        userfaultfd::pager::Region::new(start, pages * page(), source.clone())
+                            .offset((first * page()) as u64)
+                            .around(userfaultfd::pager::Around::Page)
+                    };
+                    let mut descriptor = Some(descriptor);
+                    for round in 0..5_u8 {
+                        let added = pager.add(descriptor.take().unwrap(), [part(0, 2), part(4, 2)]).unwrap();
+                        assert_eq!(target.read(round % 2), byte((round % 2).into()));
+                        assert_eq!(target.read(4), byte(4));
+                        // What belongs to no region waits until there is one.
+                        target.ask(if round == 0 { 6 } else { 2 });
+                        let third = pager.add_region(added.descriptor, part(2, 2)).unwrap();
+                        let fourth = pager.add_region(added.descriptor, part(6, 2)).unwrap();
+                        assert_eq!(target.answer(), byte(if round == 0 { 6 } else { 2 }));
+                        assert!(pager.absent(third).is_ok());
+                        pager.finish_region(fourth, |_| {}).unwrap();
+                        assert!(matches!(pager.absent(fourth), Err(Error::NotServed)));
+                        assert_eq!(target.read(7), byte(7));
+                        descriptor = Some(pager.remove(added.descriptor).unwrap().uffd);
+                    }
+                    target.process.kill();
+                });
+            }
+        });
+        assert_eq!(pager.descriptors(), []);
+        let statistics = pager.statistics();
+        assert_eq!((statistics.poisoned, statistics.source_errors), (0, 0), "{statistics}");
+    });
+}
+
+#[test]
+fn a_target_that_is_killed_is_dropped_with_the_next_fill() {
+    require!();
+    child::run_well(test_name!(), || {
+        let (memory, problems) = (Memory::anonymous(3), Problems::default());
+        let (one, descriptor) = Target::start(&memory, FeatureFlags::empty(), true);
+        let (mut other, served_on) = Target::start(&memory, FeatureFlags::empty(), true);
+        let pager = Pager::builder().on_problem(problems.callback()).build().unwrap();
+        let gone = pager.add(descriptor, [region(&memory, Pages::new(page()))]).unwrap();
+        let stays = pager.add(served_on, [region(&memory, Pages::new(page()))]).unwrap();
+        assert_eq!(other.read(1), byte(1));
+        one.process.kill();
+        one.process.wait();
+        // Nothing tells of it, until something is to be filled.
+        pager.finish_region(gone.regions[0], |_| {}).unwrap_err();
+        wait_until(|| problems.count("TargetGone") == 1);
+        assert_eq!(pager.descriptors(), [stays.descriptor]);
+        assert!(matches!(pager.remove(gone.descriptor), Err(Error::NotServed)));
+        assert_eq!(other.read(2), byte(2));
+        other.process.kill();
+        other.process.wait();
+        drop(pager);
+    });
+}

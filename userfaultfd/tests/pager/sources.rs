@@ -1,0 +1,306 @@
+//! Sources that are slow, fail, panic, or have too little.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use userfaultfd::pager::{Around, FileSource, Fill, MappedFileSource, PageSource, Pager, Retry, SourceBytes};
+use userfaultfd::{FeatureFlags, UffdBuilder};
+
+use crate::reader::{Reader, Seen, tell_signals};
+use crate::scene::{Pages, Problems, can_poison, content, eventually, region, see, serve};
+use crate::support::mapping::memfd;
+use crate::support::memory::{Kind, Memory};
+use crate::support::proc::wait_until;
+use crate::support::{child, page, require, test_name, uffd};
+
+/// A source that answers [`Pages`] where nothing else is wanted.
+struct Bad {
+    /// The page that fails, and how often.
+    page: usize,
+    times: usize,
+    asked: AtomicUsize,
+    panics: bool,
+}
+
+impl Bad {
+    fn new(page: usize, times: usize) -> Arc<Self> {
+        Arc::new(Self { page, times, asked: AtomicUsize::new(0), panics: false })
+    }
+
+    fn that_panics(page: usize, times: usize) -> Arc<Self> {
+        Arc::new(Self { page, times, asked: AtomicUsize::new(0), panics: true })
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+}
+
+impl PageSource for Bad {
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<Fill> {
+        let first = offset as usize / page();
+        if (first..first + bytes.len() / page()).contains(&self.page) {
+            let before = self.asked.fetch_add(1, Ordering::SeqCst);
+            if before < self.times {
+                // Half done, and to be seen by nobody.
+                bytes.fill(0xee);
+                assert!(!self.panics, "page {} is bad", self.page);
+                return Err(io::Error::other(format!("page {} is bad", self.page)));
+            }
+        }
+        Pages::new(page()).read(offset, bytes)
+    }
+}
+
+const SOON: Retry = Retry { attempts: 3, delay: Duration::from_millis(1) };
+
+fn pager(problems: &Problems, retry: Retry) -> Pager {
+    Pager::builder().retry(retry).on_problem(problems.callback()).build().unwrap()
+}
+
+#[test]
+fn a_source_that_recovers_is_asked_until_it_does() {
+    require!();
+    for around in [Around::Page, Around::Block(4 * page())] {
+        for source in [Bad::new(1, 2), Bad::that_panics(1, 2)] {
+            let (memory, problems) = (Memory::anonymous(4), Problems::default());
+            let pager = pager(&problems, SOON);
+            let region = region(&memory, Arc::clone(&source)).around(around);
+            serve(&pager, uffd(FeatureFlags::empty()), region);
+            assert_eq!(see(&memory, 1), content(1));
+            assert_eq!((source.asked(), pager.statistics().source_errors), (3, 2));
+            // Its neighbours don't suffer.
+            assert_eq!([see(&memory, 0), see(&memory, 2)], [content(0), content(2)]);
+            assert_eq!(problems.all(), [""; 0]);
+        }
+    }
+}
+
+#[test]
+fn a_source_that_fails_for_ever_poisons_its_page_alone() {
+    require!();
+    tell_signals();
+    for kind in Kind::SMALL {
+        for around in [Around::Page, Around::Block(4 * page())] {
+            for source in [Bad::new(1, usize::MAX), Bad::that_panics(1, usize::MAX)] {
+                let Some(memory) = crate::scene::memory(test_name!(), kind, 4) else { continue };
+                let problems = Problems::default();
+                let pager = pager(&problems, SOON);
+                let region = region(&memory, Arc::clone(&source)).around(around);
+                let added = serve(&pager, uffd(FeatureFlags::empty()), region);
+                let reader = Reader::of(memory.at(1).addr());
+                if can_poison() {
+                    assert_eq!(reader.wait(), Seen::POISON);
+                    // Known to be bad, it isn't asked for again.
+                    assert_eq!(see(&memory, 1), Seen::POISON);
+                    wait_until(|| problems.count("Poisoned") == 1);
+                    eventually(|| pager.statistics().poisoned, 1);
+                    assert_eq!(source.asked(), 3);
+                } else {
+                    wait_until(|| problems.count("Unanswered") == 1);
+                    assert!(!reader.has_seen());
+                }
+                eventually(|| problems.count("Source"), 1);
+                for page in [0, 2, 3] {
+                    assert_eq!(see(&memory, page), content(page));
+                }
+                let absent = || pager.absent(added.regions[0]).unwrap().len();
+                eventually(absent, usize::from(!can_poison()));
+            }
+        }
+    }
+}
+
+#[test]
+fn where_nothing_can_be_poisoned_the_source_is_asked_until_it_delivers() {
+    require!();
+    if can_poison() {
+        // Poison is for good, until the page is removed.
+        let memory = Memory::anonymous(1);
+        let pager = pager(&Problems::default(), Retry { attempts: 1, ..SOON });
+        serve(&pager, uffd(FeatureFlags::EVENT_REMOVE), region(&memory, Bad::new(0, 1)));
+        tell_signals();
+        assert_eq!(see(&memory, 0), Seen::POISON);
+        assert_eq!(see(&memory, 0), Seen::POISON);
+        memory.advise(0, 1, libc::MADV_DONTNEED).unwrap();
+        assert_eq!(see(&memory, 0), Seen::ZERO);
+        return;
+    }
+    let memory = Memory::anonymous(1);
+    let pager = pager(&Problems::default(), Retry { attempts: 1, ..SOON });
+    serve(&pager, uffd(FeatureFlags::empty()), region(&memory, Bad::new(0, 3)));
+    assert_eq!(see(&memory, 0), content(0));
+}
+
+#[test]
+fn a_source_that_fails_for_ever_keeps_nobody_from_ending() {
+    require!();
+    child::run_well(test_name!(), || {
+        tell_signals();
+        let for_ever = Retry { attempts: u32::MAX, delay: Duration::from_secs(3600) };
+        for end in 0..3 {
+            let memory = Memory::anonymous(4);
+            let pager = pager(&Problems::default(), for_ever);
+            let source = Bad::new(1, usize::MAX);
+            let added = serve(&pager, uffd(FeatureFlags::empty()), region(&memory, Arc::clone(&source)));
+            let reader = Reader::of(memory.at(1).addr());
+            // It is put off, for an hour.
+            wait_until(|| pager.statistics().source_errors == 1);
+            assert_eq!(see(&memory, 0), content(0));
+            match end {
+                0 => drop(pager),
+                1 => match pager.remove_region(added.regions[0]) {
+                    Ok(()) => assert!(can_poison()),
+                    Err(userfaultfd::pager::Error::Unfilled { .. }) => assert!(!can_poison()),
+                    Err(error) => panic!("{error}"),
+                },
+                _ => {
+                    let mut detached = pager.detach();
+                    let next = Pager::new().unwrap();
+                    serve(&next, detached.remove(0).uffd, region(&memory, Pages::new(page())));
+                    assert_eq!((reader.wait(), see(&memory, 3)), (content(1), content(3)));
+                    continue;
+                }
+            }
+            if can_poison() {
+                assert_eq!(reader.wait(), Seen::POISON);
+                assert_eq!(see(&memory, 2), Seen::POISON);
+            }
+            assert_eq!(see(&memory, 0), content(0));
+            // Before Linux 6.6 the reader waits for ever.
+            std::mem::forget(memory);
+        }
+    });
+}
+
+#[test]
+fn a_page_that_waits_for_its_source_is_zero_once_it_is_removed() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    let memory = Memory::anonymous(2);
+    let retry = Retry { attempts: 1000, delay: Duration::from_millis(2) };
+    let pager = pager(&Problems::default(), retry);
+    serve(&pager, uffd(FeatureFlags::EVENT_REMOVE), region(&memory, Bad::new(1, usize::MAX)));
+    let reader = Reader::of(memory.at(1).addr());
+    wait_until(|| pager.statistics().source_errors > 0);
+    memory.advise(1, 1, libc::MADV_DONTNEED).unwrap();
+    assert_eq!(reader.wait(), Seen::ZERO);
+}
+
+#[test]
+fn a_file_that_has_become_shorter_is_poison_and_not_zeros() {
+    require!();
+    tell_signals();
+    if !can_poison() {
+        return;
+    }
+    for mapped in [false, true] {
+        let (memory, problems) = (Memory::anonymous(3), Problems::default());
+        let mut file = File::from(memfd(0, 0));
+        file.write_all(&vec![7; 3 * page()]).unwrap();
+        let other = file.try_clone().unwrap();
+        let source: Arc<dyn PageSource> = match mapped {
+            false => Arc::new(FileSource::new(file).unwrap()),
+            true => Arc::new(MappedFileSource::new(file).unwrap()),
+        };
+        let pager = pager(&problems, SOON);
+        serve(&pager, uffd(FeatureFlags::empty()), region(&memory, source));
+        assert_eq!(see(&memory, 0), Seen::Byte(7));
+        other.set_len(page() as u64).unwrap();
+        assert_eq!(see(&memory, 2), Seen::POISON);
+        wait_until(|| problems.count("Source") == 1);
+        assert!(problems.all()[0].contains("became shorter"), "{:?}", problems.all());
+    }
+}
+
+#[test]
+fn bytes_that_cannot_be_read_are_asked_for_as_often_as_any() {
+    require!();
+    tell_signals();
+    struct Broken(Mutex<usize>, memmap2::MmapMut);
+    impl PageSource for Broken {
+        fn read(&self, _: u64, _: &mut [u8]) -> io::Result<Fill> {
+            unreachable!("the bytes are there")
+        }
+
+        fn bytes(&self, _: u64, len: usize) -> Option<SourceBytes<'_>> {
+            *self.0.lock().unwrap() += 1;
+            Some(SourceBytes::from(&self.1[..len]))
+        }
+    }
+    // A mapping beyond the end of its file: the kernel can't read it either.
+    let file = File::from(memfd(0, 1));
+    // SAFETY: nobody reads it but the kernel, which says that it can't.
+    let mapping = unsafe { memmap2::MmapOptions::new().len(page()).map_mut(&file) }.unwrap();
+    file.set_len(0).unwrap();
+    let (memory, problems) = (Memory::anonymous(1), Problems::default());
+    let source = Arc::new(Broken(Mutex::default(), mapping));
+    let pager = pager(&problems, SOON);
+    serve(&pager, uffd(FeatureFlags::empty()), region(&memory, Arc::clone(&source)));
+    let reader = Reader::of(memory.at(0).addr());
+    wait_until(|| problems.count("Source") == 1);
+    assert_eq!(*source.0.lock().unwrap(), 3);
+    if can_poison() {
+        assert_eq!(reader.wait(), Seen::POISON);
+    }
+}
+
+#[test]
+fn one_slow_call_delays_only_those_who_wait_for_it() {
+    require!();
+    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+    let busy = Arc::new(AtomicUsize::new(0));
+    let source = {
+        let (gate, busy) = (Arc::clone(&gate), Arc::clone(&busy));
+        move |offset: u64, bytes: &mut [u8]| {
+            if offset == 0 {
+                busy.fetch_add(1, Ordering::SeqCst);
+                let (open, changed) = &*gate;
+                drop(changed.wait_while(open.lock().unwrap(), |open| !*open).unwrap());
+            }
+            Pages::new(page()).read(offset, bytes)
+        }
+    };
+    let memory = Memory::anonymous(20);
+    let pager = Pager::builder().threads(2).build().unwrap();
+    let features = FeatureFlags::EVENT_REMOVE;
+    serve(&pager, UffdBuilder::new().require_features(features).create().unwrap(), region(&memory, source));
+    let slow = Reader::of(memory.at(0).addr());
+    wait_until(|| busy.load(Ordering::SeqCst) == 1);
+    let joined = Reader::of(memory.at(0).addr());
+    wait_until(|| pager.statistics().duplicates == 1);
+    for page in 1..20 {
+        assert_eq!(see(&memory, page), content(page));
+        // Changes come through, too.
+        memory.advise(page, 1, libc::MADV_DONTNEED).unwrap();
+        assert_eq!(see(&memory, page), Seen::ZERO);
+    }
+    assert!(!slow.has_seen() && !joined.has_seen());
+    let (open, changed) = &*gate;
+    *open.lock().unwrap() = true;
+    changed.notify_all();
+    assert_eq!([slow.wait(), joined.wait()], [content(0); 2]);
+}
+
+#[test]
+fn a_callback_that_panics_is_called_again() {
+    require!();
+    if !can_poison() {
+        return;
+    }
+    tell_signals();
+    let (memory, problems) = (Memory::anonymous(2), Problems::default());
+    let tell = problems.callback();
+    let pager = Pager::builder().retry(Retry { attempts: 1, ..SOON });
+    let pager = pager.on_problem(move |problem| {
+        tell(problem);
+        panic!("a callback that panics, as the test wants it");
+    });
+    let pager = pager.build().unwrap();
+    let bad = |_: u64, _: &mut [u8]| Err(io::ErrorKind::NotFound.into());
+    serve(&pager, uffd(FeatureFlags::empty()), region(&memory, bad));
+    assert_eq!([see(&memory, 0), see(&memory, 1)], [Seen::POISON; 2]);
+    wait_until(|| problems.count("Source") == 2 && problems.count("Poisoned") == 2);
+}

@@ -1,0 +1,194 @@
+//! Pages that can't be filled though the source has them: something is there already, or there is no memory.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use userfaultfd::pager::{Around, Pager};
+use userfaultfd::{FeatureFlags, RegisterMode, Uffd};
+
+use crate::reader::{Reader, tell_signals};
+use crate::scene::{Pages, Problems, byte, check, content, memory, region, see, serve};
+use crate::support::handler::fill;
+use crate::support::memory::{self as kinds, Kind, Memory};
+use crate::support::proc::wait_until;
+use crate::support::{child, has, page, require, test_name, uffd};
+
+#[test]
+fn what_somebody_else_has_filled_stays_and_who_waits_goes_on() {
+    require!();
+    for kind in Kind::ALL {
+        for around in [1, 6] {
+            let Some(memory) = memory(test_name!(), kind, 6) else { continue };
+            // Before it is served, and while it is.
+            memory.write(1, 91);
+            let (pager, source) = (Pager::new().unwrap(), Pages::new(memory.page()));
+            let uffd = uffd(FeatureFlags::empty());
+            let other = uffd.try_clone().unwrap();
+            let region = region(&memory, source).around(Around::Block(around * memory.page()));
+            serve(&pager, uffd, region);
+            fill(&other, &memory, 2, 92);
+            check(&memory, 3, 3);
+            assert_eq!((memory.read(1), memory.read(2)), (91, 92));
+            // Waked, not filled.
+            pager.finish(|_| {}).unwrap();
+            assert_eq!((memory.read(1), memory.read(2)), (91, 92), "{memory:?}");
+            for page in [0, 3, 4, 5] {
+                check(&memory, page, page);
+            }
+        }
+    }
+}
+
+#[test]
+fn dropping_leaves_what_somebody_else_has_filled() {
+    require!();
+    for kind in Kind::ALL {
+        let Some(memory) = memory(test_name!(), kind, 3) else { continue };
+        memory.write(1, 91);
+        let (pager, _, _) = crate::scene::served(&memory);
+        check(&memory, 0, 0);
+        drop(pager);
+        assert_eq!(memory.read(1), 91, "{memory:?}");
+        check(&memory, 0, 0);
+    }
+}
+
+#[test]
+fn what_was_protected_before_it_was_filled_is_neither_lost_nor_zero() {
+    require!(FeatureFlags::WP_UNPOPULATED);
+    tell_signals();
+    let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
+    for memory in kinds::each_of(test_name!(), &Kind::SMALL, modes, 4) {
+        for ending in [false, true] {
+            let memory = Memory::new(memory.kind(), 4);
+            let pager = Pager::new().unwrap();
+            let uffd = uffd(FeatureFlags::WP_UNPOPULATED | FeatureFlags::EVENT_REMOVE);
+            let tracker = uffd.try_clone().unwrap();
+            serve(&pager, uffd, region(&memory, Pages::new(page())).write_protected());
+            check(&memory, 0, 0);
+            // Markers, where nothing is.
+            tracker.write_protect(memory.start(), memory.len()).unwrap();
+            check(&memory, 1, 1);
+            memory.write(2, 22);
+            assert_eq!(memory.read(2), 22);
+            if ending {
+                pager.finish(|_| {}).unwrap();
+                check(&memory, 3, 3);
+            } else {
+                drop(pager);
+                let poisoned = crate::scene::can_poison();
+                let expected = if poisoned { crate::reader::Seen::POISON } else { content(3) };
+                assert_eq!(see(&memory, 3), expected, "{memory:?}");
+            }
+            check(&memory, 1, 1);
+        }
+    }
+}
+
+#[test]
+fn an_empty_pool_of_huge_pages_is_told_and_waited_for() {
+    require!(FeatureFlags::MISSING_HUGETLBFS, root);
+    child::run_well(test_name!(), || {
+        let Some(memory) = Memory::unpromised_hugetlb(test_name!(), 2) else { return };
+        let problems = Problems::default();
+        let pager = Pager::builder().on_problem(problems.callback()).build().unwrap();
+        serve(&pager, uffd(FeatureFlags::empty()), region(&memory, Pages::new(memory.page())));
+        check(&memory, 0, 0);
+        let pool = std::fs::read_to_string("/proc/sys/vm/nr_hugepages").unwrap();
+        if !has(test_name!(), "an empty pool", memory.huge_pages().exhaust()) {
+            return;
+        }
+        let reader = Reader::of(memory.at(1).addr());
+        wait_until(|| problems.count("Stuck") == 1);
+        assert!(!reader.has_seen());
+        // It is told once, with the address, and is tried on.
+        assert_eq!(problems.all().len(), 1, "{:?}", problems.all());
+        std::fs::write("/proc/sys/vm/nr_hugepages", pool.trim()).unwrap();
+        assert_eq!(reader.wait(), content(1));
+        check(&memory, 1, 1);
+    });
+}
+
+#[test]
+fn finishing_with_an_empty_pool_of_huge_pages_shows_no_zeros() {
+    require!(FeatureFlags::MISSING_HUGETLBFS, root);
+    child::run_well(test_name!(), || {
+        tell_signals();
+        let Some(memory) = Memory::unpromised_hugetlb(test_name!(), 2) else { return };
+        let pager = Pager::new().unwrap();
+        serve(&pager, uffd(FeatureFlags::empty()), region(&memory, Pages::new(memory.page())));
+        check(&memory, 0, 0);
+        let pool = std::fs::read_to_string("/proc/sys/vm/nr_hugepages").unwrap();
+        if !has(test_name!(), "an empty pool", memory.huge_pages().exhaust()) {
+            return;
+        }
+        let refused = pager.finish(|_| {}).unwrap_err();
+        assert!(matches!(refused, userfaultfd::pager::Error::Unfilled { pages: 1 }), "{refused:?}");
+        // It is served on, and finished once there is memory.
+        std::fs::write("/proc/sys/vm/nr_hugepages", pool.trim()).unwrap();
+        pager.finish(|_| {}).unwrap();
+        check(&memory, 1, 1);
+    });
+}
+
+#[test]
+fn fills_that_must_wait_for_a_change_are_put_off_with_their_content() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    child::run_well(test_name!(), || {
+        let (memory, source) = (Memory::anonymous(8), Pages::new(page()));
+        let (here, there) = UnixStream::pair().unwrap();
+        // The one who changes is stopped while it does: the event is read, and it doesn't run on.
+        let target = child::fork(|| {
+            child::send_fd(&there, uffd(FeatureFlags::EVENT_REMOVE).as_fd());
+            std::thread::scope(|scope| {
+                let mut go = &there;
+                assert_eq!(std::io::Read::read(&mut go, &mut [0]).unwrap(), 1);
+                let remover = scope.spawn(|| {
+                    for round in 0..500 {
+                        memory.advise(6 + round % 2, 1, libc::MADV_DONTNEED).unwrap();
+                    }
+                });
+                for page in 0..6 {
+                    assert_eq!(memory.read(page), byte(page));
+                }
+                remover.join().unwrap();
+            });
+        });
+        let pager = Pager::builder().threads(2).build().unwrap();
+        pager.add(Uffd::from(child::receive_fd(&here)), [region(&memory, source.clone())]).unwrap();
+        let mut go = &here;
+        go.write_all(&[1]).unwrap();
+        target.succeed();
+        // What was put off wasn't read again.
+        let reads = source.reads();
+        assert!(reads.values().all(|times| *times == 1), "{reads:?}, {}", pager.statistics());
+    });
+}
+
+#[test]
+fn a_file_that_is_cut_off_is_gone_for_who_waits_for_it() {
+    require!(FeatureFlags::MISSING_SHMEM);
+    child::run_well(test_name!(), || {
+        tell_signals();
+        let memory = Memory::new(Kind::Memfd, 3);
+        let pager = Pager::new().unwrap();
+        let file = std::sync::Mutex::new(memory.file().try_clone().unwrap());
+        // The file is cut off when the page is loaded.
+        let source = move |offset: u64, bytes: &mut [u8]| {
+            if offset == 2 * page() as u64 {
+                let file = std::fs::File::from(file.lock().unwrap().try_clone().unwrap());
+                file.set_len(page() as u64).unwrap();
+            }
+            userfaultfd::pager::PageSource::read(&Pages::new(page()), offset, bytes)
+        };
+        serve(&pager, uffd(FeatureFlags::empty()), region(&memory, source));
+        check(&memory, 0, 0);
+        assert_eq!(
+            see(&memory, 2),
+            crate::reader::Seen::POISON,
+            "as of any file that is shorter than its mapping"
+        );
+        check(&memory, 0, 0);
+    });
+}
