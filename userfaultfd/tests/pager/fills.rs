@@ -220,14 +220,12 @@ fn hugetlb_gigantic(test: &str) -> Option<(memmap2::MmapMut, impl Drop)> {
     }
     // One test at a time has huge pages, of any size.
     let lock = hugetlb::reserve(test, 0)?;
-    let before = std::fs::read_to_string(POOL).ok();
-    let give_back = before.clone().map(|before| GiveBack(before.trim().to_owned(), Some(lock)));
+    let before = std::fs::read_to_string(POOL).ok().and_then(|text| text.trim().parse::<usize>().ok());
     // A copy takes a spare page.
-    let more = before.and_then(|before| before.trim().parse::<usize>().ok()).map(|before| before + 2);
-    let reserved = more.is_some_and(|more| {
-        std::fs::write(POOL, more.to_string()).is_ok()
-            && std::fs::read_to_string(POOL).unwrap().trim().parse() == Ok(more)
-    });
+    let wrote = before.filter(|before| std::fs::write(POOL, (before + 2).to_string()).is_ok());
+    let give_back = wrote.map(|before| GiveBack(before.to_string(), Some(lock)));
+    let reserved =
+        wrote.is_some_and(|before| std::fs::read_to_string(POOL).unwrap().trim().parse() == Ok(before + 2));
     if !crate::support::has(test, "huge pages of a GiB", reserved) {
         return None;
     }

@@ -96,7 +96,7 @@ fn an_empty_pool_of_huge_pages_is_told_and_waited_for() {
         serve(&pager, uffd(FeatureFlags::empty()), region(&memory, Pages::new(memory.page())));
         check(&memory, 0, 0);
         let pool = std::fs::read_to_string("/proc/sys/vm/nr_hugepages").unwrap();
-        if !has(test_name!(), "an empty pool", memory.huge_pages().exhaust()) {
+        if !has(test_name!(), "a pool of huge pages that can be emptied", memory.huge_pages().exhaust()) {
             return;
         }
         let reader = Reader::of(memory.at(1).addr());
@@ -120,7 +120,7 @@ fn finishing_with_an_empty_pool_of_huge_pages_shows_no_zeros() {
         serve(&pager, uffd(FeatureFlags::empty()), region(&memory, Pages::new(memory.page())));
         check(&memory, 0, 0);
         let pool = std::fs::read_to_string("/proc/sys/vm/nr_hugepages").unwrap();
-        if !has(test_name!(), "an empty pool", memory.huge_pages().exhaust()) {
+        if !has(test_name!(), "a pool of huge pages that can be emptied", memory.huge_pages().exhaust()) {
             return;
         }
         let refused = pager.finish(|_| {}).unwrap_err();
