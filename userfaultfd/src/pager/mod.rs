@@ -61,6 +61,10 @@
 //! for problems, all of target `userfaultfd::pager`. A subscriber runs on the threads that answer faults: where the
 //! memory is this process's own it must not take a lock that a thread which waits for a page may hold.
 //!
+//! # How fast
+//!
+//! What costs what, and how to choose: [`tuning`].
+//!
 //! # Descriptors
 //!
 //! A descriptor may be blocking or not. While it is served it is switched to non-blocking, for all that share its
@@ -94,6 +98,9 @@ pub(crate) mod sigbus;
 mod source;
 mod stats;
 mod trace;
+
+#[doc = include_str!("tuning.md")]
+pub mod tuning {}
 mod working_set;
 
 use std::fmt;
