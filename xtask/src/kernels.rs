@@ -26,7 +26,7 @@ use verdict::Verdict;
 
 pub(crate) const USAGE: &str = "\
   kernels [NAME]... [--all] [--list] [--kernel PATH [--arch ARCH] [--features MASK]] [--shell NAME]
-          [--qemu PATH] [--limit SECONDS] [-- ARGUMENT...]
+          [--qemu PATH] [--limit SECONDS] [--binary NAME]... [-- ARGUMENT...]
       Run the workspace's tests on the kernels of xtask/kernels.toml, or the named ones of them, in virtual machines:
       as root and as a user without rights. QEMU and the kernels are Debian packages, fetched into the target folder.
       --all       kernels of other architectures, too
@@ -35,6 +35,7 @@ pub(crate) const USAGE: &str = "\
       --shell     no tests but a shell on the console of this kernel, with the binaries in /tests
       --qemu      the emulator to use; else one in PATH, else a fetched one
       --limit     how long a guest may run, instead of what the table says
+      --binary    only this test binary, such as `kernel`; once for each
       ARGUMENT    for every test binary: part of the names of the tests to run
 ";
 
@@ -95,6 +96,7 @@ struct Options {
     shell: Option<String>,
     qemu: Option<PathBuf>,
     limit: Option<u64>,
+    binaries: Vec<String>,
     arguments: Vec<String>,
 }
 
@@ -117,6 +119,7 @@ impl Options {
                     let limit: NonZeroU64 = value.parse().map_err(|e| format!("--limit {value}: {e}"))?;
                     options.limit = Some(limit.get());
                 }
+                "--binary" => options.binaries.push(value()?),
                 "--" => options.arguments.extend(arguments.by_ref().cloned()),
                 name if !name.starts_with('-') => options.names.push(name.to_owned()),
                 _ => return Err(format!("kernels: unexpected argument `{argument}`")),
@@ -205,7 +208,9 @@ fn prepare(
         let target = &subject.arch.target;
         if !built.contains_key(target) {
             eprintln!("building the tests for {target}");
-            built.insert(target.clone(), Arc::new(binaries::build(&subject.arch, &folder.join("build"))?));
+            let mut binaries = binaries::build(&subject.arch, &folder.join("build"))?;
+            binaries.keep(&options.binaries)?;
+            built.insert(target.clone(), Arc::new(binaries));
         }
     }
     let guest = |(subject, qemu, kernel, busybox): (Subject, _, _, _)| {
@@ -220,7 +225,7 @@ fn run_all(folder: &Path, guests: &[Guest], options: &Options) -> Result<(), Str
     let work = |guest: &Guest| -> Result<Verdict, String> {
         let (machine, plan) = guest.machine(folder, options)?;
         let limit = Duration::from_secs(guest.limit(options));
-        run_guest(folder, &guest.subject, &machine, &plan, limit, &features)
+        run_guest(folder, guest, &machine, &plan, limit, &features)
     };
 
     let queue = Mutex::new(guests.iter().enumerate());
@@ -295,12 +300,13 @@ impl Guest {
 /// Runs a guest and judges it.
 fn run_guest(
     folder: &Path,
-    subject: &Subject,
+    guest: &Guest,
     machine: &Machine,
     plan: &Plan,
     limit: Duration,
     features: &Features,
 ) -> Result<Verdict, String> {
+    let subject = &guest.subject;
     let console = folder.join(format!("{}.console", subject.name));
     let status = machine.run(&console, limit)?;
     let said = fs::read(&console).map_err(|e| format!("{}: {e}", console.display()))?;
@@ -310,7 +316,8 @@ fn run_guest(
 
     let transcript = Transcript::read(&said);
     let runs = plan.binaries.len() * plan.passes.len();
-    let mut verdict = verdict::judge(&transcript, runs, |user| subject.expectation(user), features);
+    let whole = guest.built.is_whole;
+    let mut verdict = verdict::judge(&transcript, runs, whole, |user| subject.expectation(user), features);
     let problem = match status {
         None => Some(format!("it did not end in {} s and was killed", limit.as_secs())),
         Some(status) if !status.success() => Some(format!("QEMU: {status}")),

@@ -25,6 +25,24 @@ pub(super) struct Built {
     pub(super) tests: Vec<Binary>,
     /// Run by tests.
     pub(super) examples: Vec<Binary>,
+    /// No test binary was left out.
+    pub(super) is_whole: bool,
+}
+
+impl Built {
+    /// Leaves out all test binaries but the named ones, if any are named.
+    pub(super) fn keep(&mut self, names: &[String]) -> Result<(), String> {
+        let has = |name: &&String| self.tests.iter().any(|test| test.name == **name);
+        if let Some(unknown) = names.iter().find(|name| !has(name)) {
+            let all: Vec<_> = self.tests.iter().map(|test| test.name.as_str()).collect();
+            return Err(format!("no test binary `{unknown}`; there are {}", all.join(", ")));
+        }
+        if !names.is_empty() {
+            self.tests.retain(|test| names.contains(&test.name));
+            self.is_whole = false;
+        }
+        Ok(())
+    }
 }
 
 /// This package and what it is made of: not for guests.
@@ -50,7 +68,7 @@ pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
     if tests.is_empty() {
         return Err("cargo built no test".to_owned());
     }
-    Ok(Built { init, tests, examples })
+    Ok(Built { init, tests, examples, is_whole: true })
 }
 
 /// The target that this machine's compiler is itself built for.
