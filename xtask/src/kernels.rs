@@ -35,7 +35,7 @@ pub(crate) const USAGE: &str = "\
       --shell     no tests but a shell on the console of this kernel, with the binaries in /tests
       --qemu      the emulator to use; else one in PATH, else a fetched one
       --limit     how long a guest may run, instead of what the table says
-      --binary    only this test binary, such as `kernel`; once for each
+      --binary    only this test binary, such as `userfaultfd-kernel`; once for each
       ARGUMENT    for every test binary: part of the names of the tests to run
 ";
 

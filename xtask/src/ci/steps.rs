@@ -125,10 +125,9 @@ fn kernels() -> Result<Outcome, String> {
         return Ok(Outcome::Skipped(NO_APT));
     }
     // The others take too long under emulation for every run: CONTRIBUTING.md tells what came of them.
-    let binaries = ["abi", "allocation", "dirty", "drop_in", "kernel"];
-    let arguments: Vec<_> =
-        binaries.iter().flat_map(|name| ["--binary".to_owned(), (*name).to_owned()]).collect();
-    passed(crate::kernels::run(&arguments))
+    let binaries = ["sys-abi", "sys-unit", "allocation", "dirty", "drop_in", "kernel", "sigbus"];
+    let arguments = binaries.map(|name| ["--binary".to_owned(), format!("userfaultfd-{name}")]);
+    passed(crate::kernels::run(arguments.as_flattened()))
 }
 
 fn test() -> Result<Outcome, String> {
