@@ -51,6 +51,8 @@
 //!
 //! | to do this | use |
 //! | --- | --- |
+//! | memory that is read from a file, or made, as it is touched; data larger than memory | [`LazyMemory`] |
+//! | the same for other processes: restoring snapshots, migration, sandboxes | [`pager::Pager`] |
 //! | know which pages a program writes, again and again | [`DirtyTracker`] |
 //! | know which pages are in use | [`AccessTracker`] |
 //! | save what memory holds at one moment, while it goes on being written; save what has changed since | [`Snapshot`], [`snapshot`] |
