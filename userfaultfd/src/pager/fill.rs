@@ -25,6 +25,7 @@ use super::run::Run;
 use super::shared::{Note, Shared};
 use super::trace::event;
 use super::{Problem, RegionId};
+use crate::error::errno_of;
 use crate::{ContinueMode, CopyMode, Errno};
 
 /// What belongs into a run.
@@ -455,7 +456,7 @@ impl Filler {
             // SAFETY: a buffer of this filler has `len` bytes there; a source's own memory isn't used with a cache.
             let bytes = unsafe { slice::from_raw_parts(source.cast::<u8>(), len) };
             if let Err(error) = cache.write(at, bytes) {
-                return (0, Some(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)));
+                return (0, Some(errno_of(&error)));
             }
             let mut mode = ContinueMode::empty();
             mode.set(ContinueMode::WRITE_PROTECT, run.region.write_protected);

@@ -267,7 +267,7 @@ mod tests {
         ] {
             let error = FileSource::new(file).unwrap_err();
             let name = match error.raw_os_error() {
-                Some(errno) => format!("{:?}", Errno::from_raw(errno)),
+                Some(_) => format!("{:?}", crate::error::errno_of(&error)),
                 None => format!("{:?}", error.kind()),
             };
             assert_eq!(name, expected, "{what}: {error}");
