@@ -8,7 +8,7 @@ use userfaultfd::snapshot::{Content, Error, Options, Snapshot};
 
 use crate::image::{Image, addresses, content, number};
 use crate::support::memory::Memory;
-use crate::support::{page, require};
+use crate::support::{page, proc, require};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
@@ -58,8 +58,14 @@ fn one_that_is_dropped_is_aborted() {
     let snapshot = Options::new().range(addresses(&memory)).buffer(0).begin(image.clone()).unwrap();
     image.wait_for_piece();
     thread::scope(|scope| {
-        scope.spawn(|| drop(snapshot));
+        let (tell, dropping) = std::sync::mpsc::channel();
+        scope.spawn(move || {
+            tell.send(proc::thread_id()).unwrap();
+            drop(snapshot);
+        });
         memory.write(memory.pages() - 1, 99);
+        // It waits for the sink, which is closed: it has been aborted by now.
+        proc::wait_until_in(dropping.recv().unwrap(), libc::SYS_futex);
         image.open();
     });
     assert!(!image.with(|delivered| delivered.finished));
