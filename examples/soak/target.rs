@@ -139,7 +139,10 @@ fn choose(orders: &Orders, support: FeatureFlags, random: &mut Random) -> (Spec,
     let source = random.below(6).saturating_sub(2);
     // The last page of a file needn't be whole.
     let short = if source == 0 || random.one_in(2) { 0 } else { random.below(page_size / WORD) };
-    let protectable = if memory.is_shared() || memory == Memory::PrivateFile {
+    let protectable = if memory.is_minor() {
+        // The release in which such a page can be mapped protected.
+        FeatureFlags::WP_UNPOPULATED
+    } else if memory.is_shared() || memory == Memory::PrivateFile {
         FeatureFlags::WP_HUGETLBFS_SHMEM
     } else {
         FeatureFlags::PAGEFAULT_FLAG_WP

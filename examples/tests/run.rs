@@ -325,7 +325,9 @@ fn serve_and_restore_tell_their_usage() {
 fn soak_finds_nothing_wrong() {
     // For one page in each arena.
     let _reserved = reserve_huge_pages(16);
-    let output = run(command("soak").args(["--seconds", "3", "--seed", "1", "--processes", "2"]));
+    // Emulated machines are slow.
+    let seconds = (support::limit().as_secs() / 20).min(8).to_string();
+    let output = run(command("soak").args(["--seconds", &seconds, "--seed", "1", "--processes", "2"]));
     assert!(output.status.success(), "{}\n{}", output.out, output.err);
     let times = |what: &str| {
         let line = output.out.lines().find_map(|line| line.strip_prefix(what));

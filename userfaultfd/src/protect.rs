@@ -19,6 +19,9 @@ impl Uffd {
     /// [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP). On other memory it outlives the page, also where a hole is
     /// punched into the file. Swapping ends it nowhere.
     ///
+    /// From Linux 5.19 to 6.3 a forked child without `EVENT_FORK` faults for ever, at full load, when it writes to a
+    /// hugetlb page that was protected when it was forked. It can be killed.
+    ///
     /// With [`WP_ASYNC`](FeatureFlags::WP_ASYNC) nothing is delivered: the kernel lifts the protection of a
     /// page when it is written, and [`pagemap`](crate::pagemap) tells which pages that were.
     ///

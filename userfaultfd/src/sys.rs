@@ -9,6 +9,7 @@
 use std::ffi::CStr;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 
 pub(crate) use userfaultfd_sys::*;
 
@@ -297,6 +298,22 @@ pub(crate) fn run_on(cpu: usize) -> Result<(), Errno> {
     let returned =
         unsafe { libc::sched_setaffinity(0, size_of_val(&set), set.as_ptr().cast::<libc::cpu_set_t>()) };
     check(returned).map(drop)
+}
+
+/// A page that nobody can read, as long as the process lives.
+pub(crate) fn unreadable() -> Result<*const libc::c_void, Errno> {
+    static PAGE: OnceLock<usize> = OnceLock::new();
+    if let Some(page) = PAGE.get() {
+        return Ok(std::ptr::without_provenance(*page));
+    }
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: the kernel chooses an address where nothing is.
+    let page = unsafe { libc::mmap(std::ptr::null_mut(), page_size(), libc::PROT_NONE, flags, -1, 0) };
+    if page == libc::MAP_FAILED {
+        return Err(Errno::last());
+    }
+    // Another thread may have been faster: then this page stays, too.
+    Ok(std::ptr::without_provenance(*PAGE.get_or_init(|| page.addr())))
 }
 
 /// Has a mapping be zeros in the children of forks. Linux 4.14.

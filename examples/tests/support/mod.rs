@@ -15,7 +15,7 @@ use userfaultfd::FeatureFlags;
 use userfaultfd_examples::UNMET;
 
 /// An example that runs longer hangs: a fault that nobody resolves.
-fn limit() -> Duration {
+pub(crate) fn limit() -> Duration {
     let seconds = env::var("USERFAULTFD_TEST_SECONDS");
     Duration::from_secs(seconds.map_or(60, |seconds| seconds.parse().expect("a number of seconds")))
 }

@@ -66,7 +66,7 @@ impl Control {
 }
 
 /// Whether the process of a descriptor has ended, or executed another program.
-fn is_gone(descriptor: &Descriptor, shared: &Shared) -> bool {
+pub(super) fn is_gone(descriptor: &Descriptor, shared: &Shared) -> bool {
     let address = descriptor.segments(shared.outside_id(), None).first().map(|segment| segment.start);
     let serving = descriptor.enter(shared.outside_id());
     serving.as_ref().is_some_and(|serving| target_is_gone(&serving.uffd, address))
@@ -77,8 +77,10 @@ fn is_gone(descriptor: &Descriptor, shared: &Shared) -> bool {
 pub(crate) fn target_is_gone(uffd: &Uffd, address: Option<usize>) -> bool {
     let dst = at(address.unwrap_or(16 << 20));
     let len = address.map_or(2 << 20, |_| crate::page_size());
-    // SAFETY: nothing can be read at address 0, so that nothing is copied.
-    let answer = unsafe { uffd.copy(std::ptr::null(), dst, len, false) };
+    // An address that no process may use, such as 0, is EINVAL on some kernels, whoever is asked.
+    let Ok(unreadable) = crate::sys::unreadable() else { return false };
+    // SAFETY: nothing can be read there, so that nothing is copied.
+    let answer = unsafe { uffd.copy(unreadable, dst, len, false) };
     answer.is_err_and(|error| error.errno() == Some(Errno::ESRCH))
 }
 

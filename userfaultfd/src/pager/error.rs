@@ -85,7 +85,8 @@ pub enum Error {
 
     /// The kernel refused to register the region. `EINVAL`: nothing is mapped there, or memory of a kind that can't
     /// be registered so, or with pages of another size. `EBUSY`: it is registered with another userfaultfd, or for
-    /// more than the pager would. `EPERM`: a shared mapping that can't be written.
+    /// more than the pager would. `EPERM`: a shared mapping that can't be written. Or the kernel lacks what the region
+    /// asks for.
     #[error("registering the region at {address:#x} failed")]
     Register {
         /// The region's start.

@@ -64,7 +64,7 @@ pub(crate) enum Work {
 }
 
 impl Work {
-    /// Whether it is for a region whose absent pages are to be poisoned: it isn't put off any longer then.
+    /// Whether it is for a region that is [ending](super::region::Served::is_ending): it isn't put off any longer then.
     pub(crate) fn is_ending(&self) -> bool {
         match self {
             Self::Load(run, _) | Self::Install(run, _) => run.region.is_ending(),
@@ -405,6 +405,10 @@ impl Filler {
                     let is_there = |errno| matches!(errno, Some(Errno::EEXIST | Errno::EINVAL));
                     let is_there = mapped.map_or_else(|error| is_there(error.errno()), |_| true);
                     return if is_there { End::Present } else { End::Contested };
+                }
+                if !run.region.poison {
+                    // Such kernels say ENOMEM of an empty pool.
+                    return End::Present;
                 }
                 Content::Poison
             }

@@ -479,6 +479,7 @@ impl Pager {
         if uffd.features().contains(FeatureFlags::SIGBUS) {
             return Err(Error::NoMessages);
         }
+        region.check_kernel()?;
         let offered = uffd.register_with_mode(at(start), end - start, region.modes());
         let offered = offered.map_err(|error| match error.errno() {
             Some(Errno::ENOMEM | Errno::ESRCH) if target_is_gone(uffd, None) => Error::TargetGone,
@@ -488,7 +489,7 @@ impl Pager {
         if foreign && own::is_registered_here(&region.range()).unwrap_or(true) {
             return Err(Error::OwnMemory { address: start });
         }
-        let region = Arc::new(region.serve(self.shared.new_region_id())?);
+        let region = Arc::new(region.serve(self.shared.new_region_id(), offered)?);
         Ok(Segment { start, end, region, first: 0 })
     }
 
@@ -637,11 +638,13 @@ impl Pager {
         let _panicked = control.join();
     }
 
-    /// Poisons what is absent of a descriptor, or fills it where the kernel can't do that. Whether all is covered.
+    /// Poisons what is absent of a descriptor, or fills it where the kernel can't do that. Whether nothing is left of
+    /// it, or nobody to see it.
     fn cover(&self, descriptor: &Arc<Descriptor>) -> bool {
-        [Cover::Poison, Cover::ContentAtOnce]
-            .into_iter()
-            .any(|cover| matches!(shutdown::cover(&self.shared, descriptor, None, cover, &mut |_| {}), Ok(0)))
+        let is_covered =
+            |cover| matches!(shutdown::cover(&self.shared, descriptor, None, cover, &mut |_| {}), Ok(0));
+        [Cover::Poison, Cover::ContentAtOnce].into_iter().any(is_covered)
+            || control::is_gone(descriptor, &self.shared)
     }
 }
 

@@ -8,7 +8,7 @@ use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 
 /// The content is in place.
 const PRESENT: u8 = 1 << 0;
@@ -86,7 +86,10 @@ impl Pages {
 
     /// Room for so many states, all absent. The allocator isn't used.
     pub(crate) fn map(count: usize) -> io::Result<MmapRaw> {
-        Ok(MmapOptions::new().len(count).no_reserve_swap().map_anon()?.into())
+        let states: MmapRaw = MmapOptions::new().len(count).no_reserve_swap().map_anon()?.into();
+        // Room is taken for what is touched, not for 2 MiB around it. A kernel without huge pages doesn't know it.
+        let _refused = states.advise(Advice::NoHugePage);
+        Ok(states)
     }
 
     /// The states that [`copy_to`](Self::copy_to) wrote to a mapping from `first` on.

@@ -17,7 +17,7 @@ use super::around::{Around, Streams, Window};
 use super::pages::Pages;
 use super::record::Log;
 use super::{Absent, Error, PageSource, Result};
-use crate::{IoctlFlags, RegisterMode};
+use crate::{FeatureFlags, IoctlFlags, RegisterMode, Support};
 
 /// The most that is filled for one fault, unless told otherwise.
 pub(crate) const ADAPTIVE: usize = 1 << 20;
@@ -99,7 +99,7 @@ impl Region {
     /// lets go on. The range is registered for [`RegisterMode::WRITE_PROTECT`], too.
     ///
     /// For a tracker of written pages that reads `/proc/PID/pagemap`, and that must not see the pager's own writes.
-    /// Linux 5.7; on shared and hugetlb memory 5.19.
+    /// Linux 5.7; on shared and hugetlb memory 5.19; of [`minor`](Self::minor) regions 6.4.
     pub fn write_protected(mut self) -> Self {
         self.write_protected = true;
         self
@@ -198,6 +198,22 @@ impl Region {
         Ok(())
     }
 
+    /// What the kernel can't do though it registers the memory for it.
+    pub(crate) fn check_kernel(&self) -> Result<()> {
+        if !(self.write_protected && self.minor.is_some()) {
+            return Ok(());
+        }
+        // CONTINUE maps protected pages since Linux 6.4, as this feature; there is none for it alone. Whoever may not
+        // ask finds out by the first fault.
+        let Ok(supported) = Support::probe().map(|support| support.features()) else { return Ok(()) };
+        let missing = FeatureFlags::WP_UNPOPULATED.difference(supported);
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let error = crate::Error::UnsupportedFeatures { missing, supported };
+        Err(Error::Register { address: self.start, error })
+    }
+
     /// What the kernel's answer to registering tells of the memory.
     pub(crate) fn check_ioctls(&self, offered: IoctlFlags) -> Result<()> {
         // Hugetlb memory is where zero pages can't be mapped.
@@ -212,7 +228,7 @@ impl Region {
     }
 
     /// What the pager keeps.
-    pub(crate) fn serve(self, id: u64) -> io::Result<Served> {
+    pub(crate) fn serve(self, id: u64, offered: IoctlFlags) -> io::Result<Served> {
         let page = self.page_size;
         let pages = Pages::new(self.len / page)?;
         if let Some(absent) = &self.absent {
@@ -247,6 +263,7 @@ impl Region {
             cache,
             shared: self.shared,
             zeropage: page == crate::page_size() && !self.write_protected,
+            poison: offered.contains(IoctlFlags::POISON),
             pages,
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
@@ -307,15 +324,17 @@ pub(crate) struct Served {
     pub(crate) shared: bool,
     /// Whether zero pages can be mapped.
     pub(crate) zeropage: bool,
+    /// Whether pages can be poisoned: since Linux 6.6.
+    pub(crate) poison: bool,
     pub(crate) pages: Pages,
-    /// Its absent pages are to be poisoned.
+    /// Its absent pages are to be poisoned, or filled at once.
     ending: AtomicBool,
     /// Where it is noted which pages faults came for, once somebody has wanted to know.
     log: OnceLock<Log>,
 }
 
 impl Served {
-    /// Whether absent pages are being poisoned: nobody waits for a source any more.
+    /// Whether absent pages are being poisoned, or filled at once: nobody waits for a source any more.
     pub(crate) fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Relaxed)
     }
@@ -403,6 +422,7 @@ impl Served {
             cache: None,
             shared: self.shared,
             zeropage: self.zeropage,
+            poison: self.poison,
             pages,
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
@@ -420,8 +440,8 @@ impl Served {
     pub(crate) fn for_tests(id: u64, page: usize, pages: usize) -> Self {
         let page_size = page.max(crate::page_size());
         let zeros = |_: u64, _: &mut [u8]| Ok(super::Fill::Zero);
-        let mut served =
-            Region::new(page_size, pages * page_size, zeros).serve(id).expect("memory for states");
+        let region = Region::new(page_size, pages * page_size, zeros);
+        let mut served = region.serve(id, IoctlFlags::empty()).expect("memory for states");
         served.page_shift = page.trailing_zeros();
         served
     }

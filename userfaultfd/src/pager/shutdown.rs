@@ -61,7 +61,8 @@ pub(crate) fn cover(
         // Changes may have moved what was looked at, so that it is looked at again until nothing is absent.
         for segment in &segments {
             let pages = segment.pages();
-            segment.region.set_ending(poison);
+            // The pager's threads put nothing off any longer, which might be for hours.
+            segment.region.set_ending(cover != Cover::Content);
             let most = if bulk { (BULK >> segment.region.page_shift).max(1) } else { 1 };
             let mut next = pages.start;
             while next < pages.end {

@@ -123,6 +123,22 @@ fn memory_that_cannot_be() {
 }
 
 #[test]
+fn minor_regions_are_filled_protected_since_linux_6_4() {
+    require!(FeatureFlags::MINOR_SHMEM | FeatureFlags::WP_HUGETLBFS_SHMEM);
+    let busy = Busy::new();
+    let memory = Memory::new(Kind::Memfd, 2);
+    let file = std::fs::File::from(memory.file().try_clone().unwrap());
+    let region = Region::new(memory.start().expose_provenance(), memory.len(), Pages::new(page()));
+    let region = region.minor(file, 0).write_protected();
+    if features().contains(FeatureFlags::WP_UNPOPULATED) {
+        serve(&busy.pager, uffd(FeatureFlags::empty()), region);
+        check(&memory, 1, 1);
+    } else {
+        refused!(busy, uffd(FeatureFlags::empty()), [region], Error::Register { .. });
+    }
+}
+
+#[test]
 fn huge_pages_said_to_be_small_ones() {
     require!(FeatureFlags::MISSING_HUGETLBFS);
     let Some(memory) = Memory::try_new(test_name!(), Kind::PrivateHugetlb, 2) else { return };

@@ -69,8 +69,8 @@ fn nothing_is_left_after_every_way_to_end() {
         (0..10).for_each(round);
         let before = Holdings::now();
         (0..50).for_each(round);
-        // A thread is joined before it has ended altogether.
-        wait_until(|| Holdings::now().threads == before.threads);
+        // A thread is joined before it has ended altogether. The first count may have one too many for that.
+        wait_until(|| Holdings::now().threads <= before.threads);
         let after = Holdings::now();
         assert_eq!(after.descriptors, before.descriptors);
         // Fifty regions, buffers or stacks would be more.

@@ -62,8 +62,9 @@ impl Owned {
         region.check()?;
         let Range { start, end } = region.range();
         let offered = uffd.register(at(start), end - start);
-        region.check_ioctls(offered.map_err(|error| Error::Register { address: start, error })?)?;
-        let served = Arc::new(region.serve(0)?);
+        let offered = offered.map_err(|error| Error::Register { address: start, error })?;
+        region.check_ioctls(offered)?;
+        let served = Arc::new(region.serve(0, offered)?);
         let mapping = |len| MmapOptions::new().len(len).no_reserve_swap().map_anon();
         let counters = MmapRaw::from(mapping(SLOTS * size_of::<Counters>())?);
         let zeros = if served.zeropage { None } else { Some(mapping(served.page_size())?) };

@@ -1,11 +1,17 @@
 //! Huge pages, reserved while a test needs them and given back after it.
 
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
-use std::sync::{LazyLock, Mutex};
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// What was in the pool before this process reserved pages.
-static BEFORE: Mutex<Option<usize>> = Mutex::new(None);
+use super::lock::Lock;
+
+/// What was in the pool before this process reserved pages, or [`NOTHING`]. Not under a lock, which a process that is
+/// forked meanwhile would find locked for ever.
+static BEFORE: AtomicUsize = AtomicUsize::new(NOTHING);
+
+/// None were reserved.
+const NOTHING: usize = usize::MAX;
 
 /// The size of a huge page, in bytes. 0 where the kernel has none.
 pub(crate) fn page() -> usize {
@@ -26,18 +32,20 @@ const POOL: &str = "/proc/sys/vm/nr_hugepages";
 /// Pages in the pool that are this test's alone: one process and one test at a time has any.
 #[derive(Debug)]
 pub(crate) struct HugePages {
-    _lock: File,
+    _lock: Lock,
 }
 
 /// Makes sure that `pages` huge pages are free. `None`, visibly, if they can't be had.
 pub(crate) fn reserve(test: &str, pages: usize) -> Option<HugePages> {
     let lock = lock();
+    // If it was forked while another test had some, that is none of this process's.
+    BEFORE.store(NOTHING, Ordering::SeqCst);
     let free = from_meminfo("HugePages_Free:").unwrap_or(0);
     if page() != 0 && free < pages {
         let before: usize =
             fs::read_to_string(POOL).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
         if fs::write(POOL, (before + pages - free).to_string()).is_ok() {
-            *BEFORE.lock().unwrap() = Some(before);
+            BEFORE.store(before, Ordering::SeqCst);
         }
     }
     let met = page() != 0 && from_meminfo("HugePages_Free:").unwrap_or(0) >= pages;
@@ -53,7 +61,8 @@ impl HugePages {
     pub(crate) fn exhaust(&self) -> bool {
         let total = from_meminfo("HugePages_Total:").unwrap();
         let free = from_meminfo("HugePages_Free:").unwrap();
-        BEFORE.lock().unwrap().get_or_insert(total);
+        // Unless they were reserved, and that is known already.
+        let _known = BEFORE.compare_exchange(NOTHING, total, Ordering::SeqCst, Ordering::SeqCst);
         fs::write(POOL, (total - free).to_string()).is_ok() && from_meminfo("HugePages_Free:") == Some(0)
     }
 }
@@ -66,22 +75,21 @@ impl Drop for HugePages {
 
 /// Makes the pool as large as it was.
 pub(crate) fn give_back_all() {
-    let Ok(mut before) = BEFORE.lock() else { return };
-    let Some(before) = before.take() else { return };
+    let before = BEFORE.swap(NOTHING, Ordering::SeqCst);
+    if before == NOTHING {
+        return;
+    }
     if let Err(error) = fs::write(POOL, before.to_string()) {
         eprintln!("huge pages are not given back: {POOL} should be {before}: {error}");
     }
 }
 
 /// Waits until no other test has huge pages, in this process or another.
-fn lock() -> File {
+fn lock() -> Lock {
     let path = std::env::temp_dir().join("userfaultfd-hugetlb.lock");
     // Another user may have made it, and `fs.protected_regular` forbids even root to open that one for creation.
     let file = File::open(&path)
         .or_else(|_| File::options().create(true).truncate(false).write(true).open(path))
         .unwrap();
-    // SAFETY: touches no memory.
-    let locked = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) };
-    assert_eq!(locked, 0, "{}", std::io::Error::last_os_error());
-    file
+    Lock::wait(file)
 }

@@ -7,6 +7,7 @@ pub(crate) mod fill;
 pub(crate) mod foreign;
 pub(crate) mod handler;
 pub(crate) mod hugetlb;
+pub(crate) mod lock;
 pub(crate) mod mapping;
 pub(crate) mod memory;
 pub(crate) mod mounts;

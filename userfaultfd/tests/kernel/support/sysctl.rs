@@ -1,10 +1,9 @@
 //! `vm.unprivileged_userfaultfd`, which is the whole machine's.
 
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 
-use super::raw::check;
+use super::lock::Lock;
 
 const PATH: &str = "/proc/sys/vm/unprivileged_userfaultfd";
 
@@ -14,16 +13,14 @@ static BEFORE: Mutex<Option<String>> = Mutex::new(None);
 /// The setting, which no other test sees or changes until this is dropped. Then it is as it was before.
 #[derive(Debug)]
 pub(crate) struct Sysctl {
-    _lock: File,
+    _lock: Lock,
 }
 
 /// Waits until no other test has it, in this process or another. `None` where the kernel lacks it, before
 /// 5.2.
 pub(crate) fn lock() -> Option<Sysctl> {
     let lock = File::open(PATH).ok()?;
-    // SAFETY: touches no memory.
-    check(unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) }).unwrap();
-    Some(Sysctl { _lock: lock })
+    Some(Sysctl { _lock: Lock::wait(lock) })
 }
 
 impl Sysctl {

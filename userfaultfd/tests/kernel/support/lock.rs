@@ -1,0 +1,28 @@
+//! What is the whole machine's is one test's at a time, in this process or another.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use super::raw::check;
+
+/// A file that is locked.
+#[derive(Debug)]
+pub(crate) struct Lock(File);
+
+impl Lock {
+    /// Waits until nobody else has locked it.
+    pub(crate) fn wait(file: File) -> Self {
+        // SAFETY: touches no memory.
+        check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }).unwrap();
+        Self(file)
+    }
+}
+
+impl Drop for Lock {
+    /// Closing the file isn't enough: a process that another test has forked meanwhile has it open, too, and may be
+    /// waiting for this very lock.
+    fn drop(&mut self) {
+        // SAFETY: touches no memory.
+        check(unsafe { libc::flock(self.0.as_raw_fd(), libc::LOCK_UN) }).unwrap();
+    }
+}
