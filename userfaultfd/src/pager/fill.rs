@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use memmap2::MmapMut;
 
+use super::control::target_is_gone;
 use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fault::{Fault, page_of};
 use super::layout::Segment;
@@ -264,6 +265,15 @@ impl Filler {
         let left = {
             let serving = descriptor.enter(self.thread);
             match &*serving {
+                // Content goes to the file before the kernel is asked to map it. The file is the parent's, too, which
+                // may be served by another pager since this child has ended, and may have written the page.
+                Some(serving)
+                    if descriptor.is_child
+                        && run.region.cache.is_some()
+                        && target_is_gone(&serving.uffd, Some(run.address())) =>
+                {
+                    Left::Gone
+                }
                 Some(serving) if run.is_there(serving) && !run.is_outdated() => {
                     self.fill_all(shared, serving, &mut run, &content)
                 }

@@ -543,6 +543,10 @@ impl Pager {
     /// Ends serving a descriptor, and hands it over with the list of what is absent. Threads that wait are told to
     /// fault again, so that the new owner hears of them.
     ///
+    /// Children of its forks are served on. If they share [`minor`](Region::minor) memory with it, hand them over, too,
+    /// and to the same owner, as [`detach`](Self::detach) does: two pagers don't know of each other what each has
+    /// loaded, and one would load again what was written since.
+    ///
     /// # Errors
     ///
     /// [`NotServed`](Error::NotServed): it isn't served any more.

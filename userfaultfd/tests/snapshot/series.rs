@@ -177,6 +177,9 @@ fn memory_of_another_process_is_saved() {
     child::run_well(test_name!(), || {
         for memory in each(test_name!(), 4).filter(|memory| !memory.kind().is_shared()) {
             use std::io::{Read, Write};
+            if memory.kind().is_hugetlb() && !features().contains(FeatureFlags::WP_UNPOPULATED) {
+                continue; // such kernels lose protection as a page is read that is shared with a parent: it is gone
+            }
             let before = number(&memory, 1);
             let (mut here, there) = UnixStream::pair().unwrap();
             let wanted = FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMAP;

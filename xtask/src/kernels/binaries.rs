@@ -93,6 +93,8 @@ fn run(command: &mut Command) -> Result<Vec<Binary>, String> {
     command.args(["--quiet", "--message-format=json-render-diagnostics"]);
     // Small enough to be unpacked by many guests; back-traces have the names of functions.
     command.env("CARGO_PROFILE_DEV_STRIP", "debuginfo");
+    // What is emulated takes many times as long as it takes to be optimized. Its checks stay.
+    command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "1");
     command.stdin(Stdio::null()).stderr(Stdio::inherit());
     let shown = crate::ci::display(command);
     let output = command.output().map_err(|e| format!("{shown}: {e}"))?;

@@ -439,6 +439,7 @@ impl fmt::Debug for Lazy {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Mutex, PoisonError};
     use std::thread;
 
     use super::*;
@@ -471,8 +472,12 @@ mod tests {
         assert_eq!((states.claim(1), owned.lazy().statistics().fills), (Claim::Present, 2));
     }
 
+    /// For tests that take a slot while they have one: two of them could wait for each other.
+    static SEVERAL: Mutex<()> = Mutex::new(());
+
     #[test]
     fn memory_stays_until_no_handler_has_it() {
+        let _several = SEVERAL.lock().unwrap_or_else(PoisonError::into_inner);
         let (owned, memory) = owned();
         let lazy = Arc::downgrade(owned.lazy());
         let hold = Hold::take();
@@ -495,6 +500,7 @@ mod tests {
 
     #[test]
     fn more_handlers_than_slots_wait_for_each_other() {
+        let _several = SEVERAL.lock().unwrap_or_else(PoisonError::into_inner);
         let (owned, memory) = owned();
         let mut holds: Vec<_> = (0..SLOTS).map(|_| Hold::take()).collect();
         let mut slots: Vec<_> = holds.iter().map(Hold::slot).collect();
