@@ -44,7 +44,8 @@
 //!   lifted, and everybody goes on.
 //! - **Nothing wrong is passed off as content.** Where the kernel tells what is protected (Linux 5.13), each page is
 //!   looked at after it was read: one that isn't protected any more is [`Content::Gone`], and counted in
-//!   [`Progress::gone`].
+//!   [`Progress::gone`]. (On Linux 6.1 so are private hugetlb pages of another process that it still shares with its
+//!   parent since a fork: reading them ends their protection there.)
 //!
 //! What the program does to its memory meanwhile:
 //!

@@ -439,27 +439,31 @@ impl fmt::Debug for Lazy {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Mutex, PoisonError};
+    use std::sync::{Mutex, MutexGuard, PoisonError};
     use std::thread;
 
     use super::*;
     use crate::pager::BytesSource;
     use crate::{FeatureFlags, UffdBuilder, page_size};
 
-    /// Memory of four pages, and where it is.
-    fn owned() -> (Owned, MmapMut) {
+    /// Memory of four pages, and where it is. One test at a time has any: dropping it waits for slots that are taken
+    /// meanwhile, and these tests wait while they have some, as no handler does.
+    fn owned() -> (MutexGuard<'static, ()>, Owned, MmapMut) {
+        static ONE: Mutex<()> = Mutex::new(());
+        let alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let mut memory = MmapOptions::new().len(4 * page_size()).map_anon().unwrap();
         let mut builder = UffdBuilder::new();
         let uffd = builder.close_on_exec(true).require_features(FeatureFlags::SIGBUS).create().unwrap();
         let start = memory.as_mut_ptr().expose_provenance();
         let region = Region::new(start, memory.len(), BytesSource::new(vec![7; memory.len()]));
         // SAFETY: bytes are good whatever they are, and the mapping stays longer than its owner.
-        (unsafe { Owned::new(uffd, region.block(2 * page_size()), &[]) }.unwrap(), memory)
+        let owned = unsafe { Owned::new(uffd, region.block(2 * page_size()), &[]) };
+        (alone, owned.unwrap(), memory)
     }
 
     #[test]
     fn a_fault_does_not_depend_on_the_thread_that_fills_its_page() {
-        let (owned, memory) = owned();
+        let (_alone, owned, memory) = owned();
         let states = &owned.lazy().served.pages;
         assert!(states.claim_quietly(1, false), "as if by a thread that gets no CPU");
         assert_eq!(memory[page_size()], 7);
@@ -472,13 +476,9 @@ mod tests {
         assert_eq!((states.claim(1), owned.lazy().statistics().fills), (Claim::Present, 2));
     }
 
-    /// For tests that take a slot while they have one: two of them could wait for each other.
-    static SEVERAL: Mutex<()> = Mutex::new(());
-
     #[test]
     fn memory_stays_until_no_handler_has_it() {
-        let _several = SEVERAL.lock().unwrap_or_else(PoisonError::into_inner);
-        let (owned, memory) = owned();
+        let (_alone, owned, memory) = owned();
         let lazy = Arc::downgrade(owned.lazy());
         let hold = Hold::take();
         let address = memory.as_ptr().addr();
@@ -500,8 +500,7 @@ mod tests {
 
     #[test]
     fn more_handlers_than_slots_wait_for_each_other() {
-        let _several = SEVERAL.lock().unwrap_or_else(PoisonError::into_inner);
-        let (owned, memory) = owned();
+        let (_alone, owned, memory) = owned();
         let mut holds: Vec<_> = (0..SLOTS).map(|_| Hold::take()).collect();
         let mut slots: Vec<_> = holds.iter().map(Hold::slot).collect();
         slots.sort_unstable();
