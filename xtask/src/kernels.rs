@@ -18,18 +18,19 @@ use std::time::{Duration, Instant};
 
 use guest_init::{Pass, Plan, Transcript, User};
 
-use binaries::Built;
+use binaries::{Binary, Built};
 use packages::{Files, Packages};
 use qemu::{Machine, Qemu};
 use table::{Arch, Expectation, Features, Kernel, Table};
 use verdict::Verdict;
 
 pub(crate) const USAGE: &str = "\
-  kernels [NAME]... [--all] [--list] [--kernel PATH [--arch ARCH] [--features MASK]] [--shell NAME]
+  kernels [NAME]... [--all] [--short] [--list] [--kernel PATH [--arch ARCH] [--features MASK]] [--shell NAME]
           [--qemu PATH] [--limit SECONDS] [--binary NAME]... [-- ARGUMENT...]
       Run the workspace's tests on the kernels of xtask/kernels.toml, or the named ones of them, in virtual machines:
       as root and as a user without rights. QEMU and the kernels are Debian packages, fetched into the target folder.
       --all       kernels of other architectures, too
+      --short     as the user without rights, only the binaries whose tests are about rights
       --list      only show the kernels
       --kernel    a kernel image instead, which must offer exactly the features MASK if that is given
       --shell     no tests but a shell on the console of this kernel, with the binaries in /tests
@@ -71,6 +72,8 @@ struct Subject {
     source: Source,
     root: Expectation,
     nobody: Expectation,
+    /// What the user without rights runs of the binaries, if not all.
+    short: Option<Vec<String>>,
 }
 
 /// Where a kernel comes from.
@@ -89,6 +92,7 @@ impl Subject {
 struct Options {
     names: Vec<String>,
     all: bool,
+    short: bool,
     list: bool,
     kernel: Option<PathBuf>,
     arch: Option<String>,
@@ -108,6 +112,7 @@ impl Options {
             let mut value = || arguments.next().cloned().ok_or_else(|| format!("{argument} needs a value"));
             match argument.as_str() {
                 "--all" => options.all = true,
+                "--short" => options.short = true,
                 "--list" => options.list = true,
                 "--kernel" => options.kernel = Some(value()?.into()),
                 "--arch" => options.arch = Some(value()?),
@@ -136,6 +141,10 @@ impl Options {
         Ok(options)
     }
 
+    fn short(&self, table: &Table) -> Option<Vec<String>> {
+        self.short.then(|| table.short.clone())
+    }
+
     /// The kernels to run.
     fn subjects(&self, table: &Table) -> Result<Vec<Subject>, String> {
         if let Some(path) = &self.kernel {
@@ -149,6 +158,7 @@ impl Options {
                 source: Source::Image(path),
                 root,
                 nobody,
+                short: self.short(table),
             }]);
         }
         let names: Vec<String> = self.shell.iter().chain(&self.names).cloned().collect();
@@ -159,6 +169,7 @@ impl Options {
                 source: Source::Packages(kernel.clone()),
                 root: table.expectation(kernel, User::Root),
                 nobody: table.expectation(kernel, User::Nobody),
+                short: self.short(table),
             })
         };
         table.select(&names, self.all)?.into_iter().map(subject).collect()
@@ -209,6 +220,7 @@ fn prepare(
         if !built.contains_key(target) {
             eprintln!("building the tests for {target}");
             let mut binaries = binaries::build(&subject.arch, &folder.join("build"))?;
+            binaries.check(&table.short)?;
             binaries.keep(&options.binaries)?;
             built.insert(target.clone(), Arc::new(binaries));
         }
@@ -273,6 +285,11 @@ impl Guest {
             variables
         };
         let in_guest = |folder: &str, name: &str| format!("/{folder}/{name}");
+        let binaries = |user| {
+            let short = subject.short.as_ref().filter(|_| user == User::Nobody);
+            let runs = |test: &&Binary| short.is_none_or(|short| short.contains(&test.name));
+            built.tests.iter().filter(runs).map(|test| in_guest(image::TESTS, &test.name)).collect()
+        };
         let modules = kernel.modules.iter().map(|path| in_guest(image::MODULES, &image::file_name(path)));
         // What a test that passes says is shown, too: that is where it says what it was skipped for.
         let arguments = ["--show-output".to_owned()].into_iter().chain(options.arguments.iter().cloned());
@@ -283,9 +300,8 @@ impl Guest {
             swap: SWAP,
             // One that hangs leaves the others time.
             limit: self.limit(options) / 3,
-            binaries: built.tests.iter().map(|test| in_guest(image::TESTS, &test.name)).collect(),
             passes: [User::Root, User::Nobody]
-                .map(|user| Pass { user, environment: environment(user) })
+                .map(|user| Pass { user, binaries: binaries(user), environment: environment(user) })
                 .to_vec(),
             arguments: arguments.collect(),
             shell: self.busybox.is_some(),
@@ -315,7 +331,7 @@ fn run_guest(
     fs::write(&log, &readable).map_err(|e| format!("{}: {e}", log.display()))?;
 
     let transcript = Transcript::read(&said);
-    let runs = plan.binaries.len() * plan.passes.len();
+    let runs = plan.passes.iter().map(|pass| pass.binaries.len()).sum();
     let whole = guest.built.is_whole;
     let mut verdict = verdict::judge(&transcript, runs, whole, |user| subject.expectation(user), features);
     let problem = match status {

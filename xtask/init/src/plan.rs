@@ -19,21 +19,21 @@ pub struct Plan {
     pub swap: u64,
     /// Seconds that a binary may run.
     pub limit: u64,
-    /// Programs to run.
-    pub binaries: Vec<String>,
-    /// What each of them gets on its command line.
+    /// What each program gets on its command line.
     pub arguments: Vec<String>,
-    /// As whom to run each of them.
+    /// As whom to run what.
     pub passes: Vec<Pass>,
     /// Whether to give a shell instead of running anything.
     pub shell: bool,
 }
 
-/// As whom the binaries are run, and what they are told.
+/// As whom which binaries are run, and what they are told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pass {
     /// As whom.
     pub user: User,
+    /// Programs to run.
+    pub binaries: Vec<String>,
     /// Environment variables: name and value.
     pub environment: Vec<(String, String)>,
 }
@@ -89,10 +89,10 @@ impl fmt::Display for Plan {
         writeln!(f, "console {}", self.console)?;
         self.modules.iter().try_for_each(|module| writeln!(f, "module {module}"))?;
         writeln!(f, "huge-pages {}\nswap {}\nlimit {}", self.huge_pages, self.swap, self.limit)?;
-        self.binaries.iter().try_for_each(|binary| writeln!(f, "binary {binary}"))?;
         self.arguments.iter().try_for_each(|argument| writeln!(f, "argument {argument}"))?;
         for pass in &self.passes {
             writeln!(f, "pass {}", pass.user)?;
+            pass.binaries.iter().try_for_each(|binary| writeln!(f, "binary {binary}"))?;
             pass.environment.iter().try_for_each(|(name, value)| writeln!(f, "set {name}={value}"))?;
         }
         if self.shell { writeln!(f, "shell yes") } else { Ok(()) }
@@ -114,9 +114,12 @@ impl FromStr for Plan {
                 "huge-pages" => plan.huge_pages = usize::try_from(number()?).map_err(|_| wrong())?,
                 "swap" => plan.swap = number()?,
                 "limit" => plan.limit = number()?,
-                "binary" => plan.binaries.push(value.to_owned()),
+                "binary" => plan.passes.last_mut().ok_or_else(wrong)?.binaries.push(value.to_owned()),
                 "argument" => plan.arguments.push(value.to_owned()),
-                "pass" => plan.passes.push(Pass { user: value.parse()?, environment: Vec::new() }),
+                "pass" => {
+                    let (user, binaries, environment) = (value.parse()?, Vec::new(), Vec::new());
+                    plan.passes.push(Pass { user, binaries, environment });
+                }
                 "set" => {
                     let pass = plan.passes.last_mut().ok_or_else(wrong)?;
                     let (name, value) = value.split_once('=').ok_or_else(wrong)?;
@@ -143,11 +146,14 @@ mod tests {
             huge_pages: 3,
             swap: 1 << 40,
             limit: 5,
-            binaries: vec!["/tests/with space".to_owned()],
             arguments: vec!["--exact".to_owned(), "a b".to_owned()],
             passes: vec![
-                Pass { user: User::Root, environment: variables.to_vec() },
-                Pass { user: User::Nobody, environment: Vec::new() },
+                Pass { user: User::Root, binaries: Vec::new(), environment: variables.to_vec() },
+                Pass {
+                    user: User::Nobody,
+                    binaries: vec!["/tests/with space".to_owned()],
+                    environment: Vec::new(),
+                },
             ],
             shell: true,
         };
@@ -161,5 +167,6 @@ mod tests {
         assert!(error("limit soon\n").contains("`limit soon`"));
         assert!(error("pass everybody\n").contains("`everybody`"));
         assert!(error("set A=b\n").contains("`set A=b`"));
+        assert!(error("binary b\n").contains("`binary b`"));
     }
 }

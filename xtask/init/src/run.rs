@@ -18,10 +18,10 @@ use crate::say::Voice;
 /// Lines of a binary's output that are passed on: more than a few thousand tests have.
 const OUTPUT_LINES: usize = 20_000;
 
-/// Runs every binary as one user.
+/// Runs binaries as one user.
 pub(crate) fn pass(guest: &Guest, plan: &Plan, pass: &Pass, voice: &Voice) -> Result<(), String> {
     let mut log = KernelLog::open()?;
-    for path in &plan.binaries {
+    for path in &pass.binaries {
         voice.say(Record::Start { user: pass.user, binary: path.clone() });
         let start = Instant::now();
         let ending = binary(guest, path, plan, pass, voice).unwrap_or_else(Ending::NotRun);

@@ -15,7 +15,8 @@ const BUSYBOX: &str = "/bin/busybox";
 pub(crate) fn run(_guest: &Guest, plan: &Plan) -> Result<(), String> {
     let installed = Command::new(BUSYBOX).args(["--install", "-s", "/bin"]).status();
     installed.map_err(|e| format!("{BUSYBOX}: {e}"))?;
-    println!("\nTest binaries: {}", plan.binaries.join(" "));
+    let binaries = plan.passes.first().map(|pass| pass.binaries.join(" ")).unwrap_or_default();
+    println!("\nTest binaries: {binaries}");
     println!("`exit` powers off.\n");
 
     let path = format!("/dev/{}", plan.console);

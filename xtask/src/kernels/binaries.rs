@@ -30,13 +30,17 @@ pub(super) struct Built {
 }
 
 impl Built {
+    /// Whether there are test binaries of these names.
+    pub(super) fn check(&self, names: &[String]) -> Result<(), String> {
+        let has = |name: &&String| self.tests.iter().any(|test| test.name == **name);
+        let Some(unknown) = names.iter().find(|name| !has(name)) else { return Ok(()) };
+        let all: Vec<_> = self.tests.iter().map(|test| test.name.as_str()).collect();
+        Err(format!("no test binary `{unknown}`; there are {}", all.join(", ")))
+    }
+
     /// Leaves out all test binaries but the named ones, if any are named.
     pub(super) fn keep(&mut self, names: &[String]) -> Result<(), String> {
-        let has = |name: &&String| self.tests.iter().any(|test| test.name == **name);
-        if let Some(unknown) = names.iter().find(|name| !has(name)) {
-            let all: Vec<_> = self.tests.iter().map(|test| test.name.as_str()).collect();
-            return Err(format!("no test binary `{unknown}`; there are {}", all.join(", ")));
-        }
+        self.check(names)?;
         if !names.is_empty() {
             self.tests.retain(|test| names.contains(&test.name));
             self.is_whole = false;

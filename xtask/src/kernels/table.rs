@@ -17,6 +17,8 @@ pub(super) struct Table {
     pub(super) needs: Vec<String>,
     /// What the unprivileged user lacks.
     pub(super) nobody_lacks: Vec<String>,
+    /// What the unprivileged user runs where time is short.
+    pub(super) short: Vec<String>,
     /// Where QEMU, the shell and what programs for other machines take are looked for.
     pub(super) tool_suites: Vec<String>,
     pub(super) arch: BTreeMap<String, Arch>,
@@ -235,7 +237,7 @@ mod tests {
     #[test]
     fn the_suite_is_told_what_is_not_lacking() {
         let table = Table::parse(
-            "needs = ['root', 'hugetlb', 'swap']\nnobody-lacks = ['root']\ntool-suites = []\n[arch]\n[[kernel]]\nname = '1'\n\
+            "needs = ['root', 'hugetlb', 'swap']\nnobody-lacks = ['root']\nshort = ['a']\ntool-suites = []\n[arch]\n[[kernel]]\nname = '1'\n\
              arch = 'x'\npackages = []\nsuites = []\nfeatures = 0x1ff\nlacks = ['swap']\n",
         );
         assert!(table.unwrap_err().contains("no architecture x"));
