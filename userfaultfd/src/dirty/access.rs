@@ -44,6 +44,8 @@ use crate::{Event, Result};
 /// mapping loses its protection and may be told though nobody accessed it, once it is there again.
 ///
 /// Each look at the set is a sample: an access between [`hot`](Self::hot) and [`reset`](Self::reset) isn't told.
+/// A transparent huge page is in use as a whole: `MADV_NOHUGEPAGE` has it told by the page.
+///
 /// Private anonymous, shared (memfd, tmpfs) and hugetlb memory can be tracked, none that has no access rights. What
 /// is tracked here can't be tracked by a [`DirtyTracker`](crate::DirtyTracker) at the same time.
 pub struct AccessTracker(Tracker);

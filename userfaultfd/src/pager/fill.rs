@@ -297,6 +297,14 @@ impl Filler {
                 self.put_back(content);
                 Done::Gone
             }
+            // At the end nobody waits for memory that may never come: since Linux 7.2 that is also the answer where a
+            // file has been cut off.
+            Left::Waiting(Errno::ENOMEM | Errno::ENOSPC)
+                if run.region.is_ending() && !matches!(content, Content::Poison) =>
+            {
+                self.put_back(content);
+                self.install(shared, descriptor, run, Content::Poison)
+            }
             Left::Waiting(errno) => self.put_aside(run, content, Wait::Kernel(errno)),
             Left::Refused(errno) => {
                 let unreadable = errno == Errno::EFAULT && matches!(content, Content::Outside(_));

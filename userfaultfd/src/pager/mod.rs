@@ -335,8 +335,10 @@ impl Pager {
     /// Serves memory of another process.
     ///
     /// The descriptor was made there, and came over a Unix socket, by fork(2) or with pidfd_getfd(2). Its handshake is
-    /// done. The pager registers each region, for missing faults and what else the region asks for, so it need not
-    /// be registered before; if it is, then for the same. Faults that wait already are answered.
+    /// done. As long as it is served it is non-blocking; nobody who shares its description is to change that.
+    ///
+    /// The pager registers each region, for missing faults and what else the region asks for, so it need not be
+    /// registered before; if it is, then for the same. Faults that wait already are answered.
     ///
     /// # Errors
     ///

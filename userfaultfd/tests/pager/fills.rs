@@ -8,7 +8,8 @@ use userfaultfd::{FeatureFlags, RegisterMode, UffdBuilder};
 use crate::scene::{self, Pages, check, eventually, memory, region, serve, served};
 use crate::support::mapping::memfd;
 use crate::support::memory::{self as kinds, Kind};
-use crate::support::{hugetlb, page, require, test_name, uffd};
+use crate::support::proc::wait_until;
+use crate::support::{child, hugetlb, page, require, test_name, uffd};
 
 #[test]
 fn missing_pages_get_what_the_source_has_and_each_is_read_once() {
@@ -233,17 +234,32 @@ fn hugetlb_gigantic(test: &str) -> Option<(memmap2::MmapMut, impl Drop)> {
     Some((memory, give_back?))
 }
 
+/// Whether the thread of this name sleeps.
+fn thread_sleeps(name: &str) -> bool {
+    std::fs::read_dir("/proc/self/task").unwrap().any(|task| {
+        let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
+        stat.contains(&format!("({name}) S "))
+    })
+}
+
 #[test]
 fn descriptors_that_block_are_served_and_given_back_as_they_were() {
     require!();
-    for non_blocking in [false, true] {
+    // Alone, so that there is one thread of a pager.
+    child::run_well(test_name!(), || {
+        [false, true].into_iter().for_each(serve_and_give_back);
+    });
+
+    fn serve_and_give_back(non_blocking: bool) {
         let memory = kinds::Memory::anonymous(2);
         let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(non_blocking).create().unwrap();
         let kept = uffd.try_clone().unwrap();
         let pager = Pager::new().unwrap();
         let added = serve(&pager, uffd, region(&memory, Pages::new(page())));
         check(&memory, 0, 0);
-        // Somebody who shares the description makes it blocking meanwhile.
+        // Somebody who shares the description makes it blocking meanwhile. If the pager's thread read it just then, it
+        // would stay there until there is something to be read.
+        wait_until(|| thread_sleeps("uffd-pager"));
         kept.set_nonblocking(false).unwrap();
         check(&memory, 1, 1);
         kept.set_nonblocking(true).unwrap();
