@@ -137,19 +137,21 @@ impl Apt {
         })
     }
 
-    /// The newest package that matches the first of `patterns` that any matches.
-    pub(crate) fn newest(&self, patterns: &[String]) -> Result<String, String> {
+    /// The packages that match the first of `patterns` that any matches, the newest first. A mirror may list one that
+    /// it hasn't got.
+    pub(crate) fn matching(&self, patterns: &[String]) -> Result<Vec<String>, String> {
         let first = patterns.first().and_then(|pattern| pattern.split('*').next()).unwrap_or_default();
         let start = first.split_inclusive('-').take(1).collect::<String>();
         let find = || {
             let mut command = self.command("apt-cache");
             let list = output(command.args(["search", "--names-only"]).arg(format!("^{start}")))?;
             let names: Vec<&str> = list.lines().filter_map(|line| line.split(' ').next()).collect();
-            let newest = patterns.iter().find_map(|pattern| version::newest(pattern, names.iter().copied()));
-            newest.map(str::to_owned).ok_or_else(|| {
+            let matching = patterns.iter().map(|pattern| version::matching(pattern, names.iter().copied()));
+            let found = matching.into_iter().find(|found| !found.is_empty()).ok_or_else(|| {
                 let remarks = fs::read_to_string(self.folder.join(UPDATED)).unwrap_or_default();
                 format!("no package {} at the configured mirror\n{remarks}", patterns.join(" or "))
-            })
+            })?;
+            Ok(found.into_iter().map(str::to_owned).collect())
         };
         self.with_lists(find)
     }

@@ -2,10 +2,13 @@
 
 use std::cmp::Ordering;
 
-/// The newest of `names` that matches `pattern`, in which one `*` stands for something that starts with a digit.
-pub(super) fn newest<'a>(pattern: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+/// Those of `names` that match `pattern`, in which one `*` stands for something that starts with a digit; the newest
+/// first.
+pub(super) fn matching<'a>(pattern: &str, names: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
     let matches = names.into_iter().filter_map(|name| Some((part(pattern, name)?, name)));
-    matches.max_by(|(a, _), (b, _)| compare(a, b)).map(|(_, name)| name)
+    let mut matches: Vec<_> = matches.collect();
+    matches.sort_by(|(a, _), (b, _)| compare(b, a));
+    matches.into_iter().map(|(_, name)| name).collect()
 }
 
 /// What `*` stands for.
@@ -53,6 +56,10 @@ fn take<'a>(text: &mut &'a str, of: impl Fn(char) -> bool) -> &'a str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn newest<'a>(pattern: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+        matching(pattern, names).first().copied()
+    }
 
     #[test]
     fn numbers_count_by_value() {

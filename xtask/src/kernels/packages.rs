@@ -86,9 +86,7 @@ impl Packages {
             Source::Image(path) => return Ok(Files { image: path.clone(), modules: Vec::new() }),
             Source::Packages(kernel) => kernel,
         };
-        let fetch = || {
-            let apt = self.of(&subject.arch.debian)?;
-            let image = apt.newest(&kernel.packages)?;
+        let unpack = |apt: &Apt, image: &String| {
             let mut names = vec![image.clone()];
             // What used to be one package is two.
             names.extend(
@@ -111,6 +109,15 @@ impl Packages {
             };
             let modules = subject.arch.modules.iter().filter_map(module).collect();
             Ok(Files { image: image.clone(), modules })
+        };
+        let fetch = || {
+            let apt = self.of(&subject.arch.debian)?;
+            let images = apt.matching(&kernel.packages)?;
+            let (newest, older) = images.split_first().ok_or("no package matches")?;
+            unpack(&apt, newest).or_else(|reason| {
+                eprintln!("{newest} can't be had: {reason}");
+                older.iter().find_map(|image| unpack(&apt, image).ok()).ok_or(reason)
+            })
         };
         fetch().map_err(|reason: String| {
             let suites = self.suites.join(", ");
