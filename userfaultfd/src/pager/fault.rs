@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::ahead;
@@ -181,8 +181,13 @@ impl Filler {
             let mut mode = ContinueMode::empty();
             mode.set(ContinueMode::WRITE_PROTECT, region.write_protected);
             let mut filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
-            if filled.1 == Some(Errno::EFAULT) && cache.write(page << region.page_shift, zeros).is_ok() {
+            if filled.1 == Some(Errno::EFAULT) {
+                // One at a time, and each looks again: zeros must not come after what is written to those of another.
+                let _zeroing = region.zeroing.lock().unwrap_or_else(PoisonError::into_inner);
                 filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
+                if filled.1 == Some(Errno::EFAULT) && cache.zero(page << region.page_shift, zeros).is_ok() {
+                    filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
+                }
             }
             (filled, &counters.continues)
         } else if region.zeropage && self.suspect.1 < SUSPICIOUS {

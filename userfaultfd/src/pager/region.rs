@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -265,6 +265,7 @@ impl Region {
             zeropage: page == crate::page_size() && !self.write_protected,
             poison: offered.contains(IoctlFlags::POISON),
             pages,
+            zeroing: Mutex::new(()),
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
         })
@@ -291,6 +292,19 @@ pub(crate) enum Cache {
 }
 
 impl Cache {
+    /// Puts zeros at a byte of the region where the page cache has nothing. Others may map the page before this returns,
+    /// and write to it.
+    pub(crate) fn zero(&self, at: usize, zeros: &[u8]) -> io::Result<()> {
+        match self {
+            // The page is locked until it is whole.
+            Self::File { file, offset } => file.write_all_at(zeros, offset + at as u64),
+            // New pages are zero, and those that are there stay as they are.
+            Self::Mapping { file, offset, .. } => {
+                Ok(crate::sys::allocate(file.as_fd(), offset + at as u64, zeros.len())?)
+            }
+        }
+    }
+
     /// Puts content at a byte of the region.
     pub(crate) fn write(&self, at: usize, content: &[u8]) -> io::Result<()> {
         match self {
@@ -327,6 +341,8 @@ pub(crate) struct Served {
     /// Whether pages can be poisoned: since Linux 6.6.
     pub(crate) poison: bool,
     pub(crate) pages: Pages,
+    /// Taken by who puts zeros into the page cache for a page that was taken away.
+    pub(crate) zeroing: Mutex<()>,
     /// Its absent pages are to be poisoned, or filled at once.
     ending: AtomicBool,
     /// Where it is noted which pages faults came for, once somebody has wanted to know.
@@ -424,6 +440,7 @@ impl Served {
             zeropage: self.zeropage,
             poison: self.poison,
             pages,
+            zeroing: Mutex::new(()),
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
         }
