@@ -30,7 +30,7 @@
 //! | munmap(2) | those pages are told no more |
 //! | another mapping in the same place | [`Error::NotTracked`](crate::Error::NotTracked) |
 //! | mremap(2) to elsewhere | as munmap(2); track the new place |
-//! | fork(2) | the parent goes on as before; the child isn't tracked; before Linux 6.4 it hangs if it writes to [hugetlb memory](crate::Uffd::write_protect) |
+//! | fork(2) | the parent goes on as before; the child isn't tracked; from Linux 5.19 to 6.3 it hangs if it writes to protected [hugetlb memory](crate::Uffd::write_protect) |
 //! | swapping, compaction, page migration | isn't seen |
 //!
 //! A write that is made while [`take`](DirtyTracker::take) is at work is told by it or by the next one, never by none.
