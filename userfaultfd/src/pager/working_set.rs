@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     fn set(pages: impl IntoIterator<Item = usize>) -> WorkingSet {
-        WorkingSet::new(1 << 12, 1 << 20, pages.into_iter().collect())
+        WorkingSet::new(1 << 12, 1 << 19, pages.into_iter().collect())
     }
 
     #[test]
@@ -173,9 +173,9 @@ mod tests {
         let sets = [
             set([]),
             set([0]),
-            set([(1 << 20) - 1, 0, 500, 501, 502, 499, 3]),
-            set((0..5000).map(|page| page * 7919 % (1 << 20))),
-            set(0..1 << 20),
+            set([(1 << 19) - 1, 0, 500, 501, 502, 499, 3]),
+            set((0..5000).map(|page| page * 7919 % (1 << 19))),
+            set(0..1 << 19),
             set((0..1000).rev()),
             WorkingSet::new(1 << 16, usize::MAX >> 16, vec![(usize::MAX >> 16) - 1, 1]),
         ];
@@ -186,10 +186,10 @@ mod tests {
 
     #[test]
     fn it_is_compact_and_the_same_on_every_machine() {
-        assert_eq!(set(100..1 << 20).encode().len(), 10 + 3 + 3 + 2 + 3 + 4);
+        assert_eq!(set(100..1 << 19).encode().len(), 10 + 3 + 3 + 2 + 3 + 4);
         assert!(set((0..1000).map(|page| 37 * page)).encode().len() < 2100);
         let bytes = set([2, 3, 1, 300]).encode();
-        let content = [&b"uffd-set"[..], &[1, 12, 0x80, 0x80, 0x40, 4], &[4, 1, 5, 0, 0xd4, 4, 0]].concat();
+        let content = [&b"uffd-set"[..], &[1, 12, 0x80, 0x80, 0x20, 4], &[4, 1, 5, 0, 0xd4, 4, 0]].concat();
         assert_eq!(bytes[..bytes.len() - 4], content);
     }
 
