@@ -10,7 +10,9 @@ use std::cell::Cell;
 use std::ffi::c_void;
 use std::hint::black_box;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use userfaultfd::pager::{Around, BytesSource, Fill, PageSource, Pager, Region, ZeroSource};
 use userfaultfd::{CopyMode, Errno, Error, Event, EventBuffer, FaultKind, FeatureFlags, Uffd, UffdBuilder};
 
 use crate::support::child::{self, Forked};
@@ -28,7 +30,14 @@ thread_local! {
     static CALLS: Cell<usize> = const { Cell::new(0) };
 }
 
+/// Whether all threads are counted, and how often they called.
+static WATCHED: AtomicBool = AtomicBool::new(false);
+static ALL: AtomicUsize = AtomicUsize::new(0);
+
 fn count() {
+    if WATCHED.load(Ordering::SeqCst) {
+        ALL.fetch_add(1, Ordering::SeqCst);
+    }
     // No storage of this kind is left when a thread is about to end; no test measures then.
     let _ = CALLS.try_with(|calls| calls.set(calls.get() + 1));
 }
@@ -76,6 +85,16 @@ fn quietly<T>(work: impl FnOnce() -> T) -> T {
     let (done, calls) = allocations(work);
     assert_eq!(calls, 0, "calls of the allocator");
     done
+}
+
+/// Does the work, during which no thread may call the allocator. In a process without other tests.
+#[track_caller]
+fn all_quietly(work: impl FnOnce()) {
+    ALL.store(0, Ordering::SeqCst);
+    WATCHED.store(true, Ordering::SeqCst);
+    work();
+    WATCHED.store(false, Ordering::SeqCst);
+    assert_eq!(ALL.load(Ordering::SeqCst), 0, "calls of the allocator");
 }
 
 /// Reads the next event. Waits for it on descriptors of both kinds.
@@ -339,4 +358,45 @@ fn a_handler_of_every_kind_of_fault_is_quiet() {
             },
         );
     }
+}
+
+/// Has a pager fill memory from a source, some of it before it is watched: buffers are made when they are first needed.
+fn serve_quietly(source: impl PageSource + 'static, around: Around, features: FeatureFlags) {
+    const PAGES: usize = 512;
+    let memory = Memory::anonymous(PAGES);
+    let pager = Pager::builder().threads(2).build().unwrap();
+    let region = Region::new(memory.start().expose_provenance(), memory.len(), source).around(around);
+    // SAFETY: the memory is accessed only by raw pointers.
+    unsafe { pager.add_own(uffd(features), [region]) }.unwrap();
+    let touch = |page: usize| assert_eq!(black_box(memory.read(page)), memory.read(page));
+    (0..PAGES / 4).for_each(touch);
+    all_quietly(|| {
+        // Forwards, backwards, and where nobody was.
+        (PAGES / 4..PAGES / 2).for_each(touch);
+        (PAGES / 2..3 * PAGES / 4).rev().for_each(touch);
+        (3 * PAGES / 4..PAGES).step_by(7).for_each(touch);
+        if features.contains(FeatureFlags::EVENT_REMOVE) {
+            memory.advise(0, PAGES / 4, libc::MADV_DONTNEED).unwrap();
+            (0..PAGES / 4).for_each(|page| assert_eq!(memory.read(page), 0));
+        }
+    });
+    assert!(pager.statistics().faults() > 0);
+}
+
+#[test]
+fn a_pager_at_work_is_quiet() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    child::run_well(test_name!(), || {
+        let content = |offset: u64, bytes: &mut [u8]| {
+            bytes.fill((offset >> 12) as u8);
+            Ok(Fill::Data)
+        };
+        for features in [FeatureFlags::empty(), FeatureFlags::EVENT_REMOVE] {
+            for around in [Around::Page, Around::Block(8 * page()), Around::Adaptive { most: 64 * page() }] {
+                serve_quietly(content, around, features);
+                serve_quietly(BytesSource::new(vec![1; 512 * page()]), around, features);
+                serve_quietly(ZeroSource, around, features);
+            }
+        }
+    });
 }

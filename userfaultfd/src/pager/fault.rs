@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
 use std::ops::Range;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::ahead;
@@ -181,13 +181,9 @@ impl Filler {
             let mut mode = ContinueMode::empty();
             mode.set(ContinueMode::WRITE_PROTECT, region.write_protected);
             let mut filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
-            if filled.1 == Some(Errno::EFAULT) {
-                // One at a time, and each looks again: zeros must not come after what is written to those of another.
-                let _zeroing = region.zeroing.lock().unwrap_or_else(PoisonError::into_inner);
+            // Whoever else sees that the page has gone does the same: nobody's zeros come after what is written there.
+            if filled.1 == Some(Errno::EFAULT) && cache.allocate(page << region.page_shift, len).is_ok() {
                 filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
-                if filled.1 == Some(Errno::EFAULT) && cache.zero(page << region.page_shift, zeros).is_ok() {
-                    filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
-                }
             }
             (filled, &counters.continues)
         } else if region.zeropage && self.suspect.1 < SUSPICIOUS {

@@ -351,4 +351,24 @@ mod tests {
         let removed = Claim::Mine { removed: true, tries: 0 };
         assert_eq!(claims, [Claim::Present, Claim::Poisoned, removed, absent]);
     }
+
+    #[test]
+    fn states_take_memory_for_what_is_touched_alone() {
+        crate::support::require!();
+        let huge = std::path::Path::new("/sys/kernel/mm/transparent_hugepage").is_dir();
+        if !crate::support::has(crate::support::test_name!(), "transparent huge pages", huge) {
+            return;
+        }
+        // So large that huge pages would fit in, wherever it lies.
+        let pages = Pages::new(16 << 20).unwrap();
+        let start = pages.states.as_ptr().addr();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut flags = smaps.lines().skip_while(|line| {
+            let range = line.split(' ').next().unwrap().split_once('-');
+            let number = |text| usize::from_str_radix(text, 16).ok();
+            !range.is_some_and(|(from, to)| number(from) <= Some(start) && Some(start) < number(to))
+        });
+        let flags = flags.find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
+        assert!(flags.split_whitespace().any(|flag| flag == "nh"), "no MADV_NOHUGEPAGE: {flags}");
+    }
 }

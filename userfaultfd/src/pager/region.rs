@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -17,7 +17,7 @@ use super::around::{Around, Streams, Window};
 use super::pages::Pages;
 use super::record::Log;
 use super::{Absent, Error, PageSource, Result};
-use crate::{FeatureFlags, IoctlFlags, RegisterMode, Support};
+use crate::{Errno, FeatureFlags, IoctlFlags, RegisterMode, Support};
 
 /// The most that is filled for one fault, unless told otherwise.
 pub(crate) const ADAPTIVE: usize = 1 << 20;
@@ -111,6 +111,10 @@ impl Region {
     ///
     /// The range is registered for [`RegisterMode::MINOR`], too. What the file holds already is not taken for
     /// content: a page is loaded from the source before it is first mapped. Linux 5.14; on hugetlb memory 5.13.
+    ///
+    /// A page whose hole is punched afterwards is zero, unless somebody writes it to the file before the next access.
+    /// (On memfd and tmpfs that takes commit 73f37dbcfe17 of Linux 5.19, which 5.18.13 and 5.15.56 have, too: without
+    /// it such an access waits until somebody writes.)
     ///
     /// The file must not shrink while it is served. Such memory is always [shared](Self::shared).
     pub fn minor(mut self, file: File, offset: u64) -> Self {
@@ -265,7 +269,6 @@ impl Region {
             zeropage: page == crate::page_size() && !self.write_protected,
             poison: offered.contains(IoctlFlags::POISON),
             pages,
-            zeroing: Mutex::new(()),
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
         })
@@ -292,27 +295,20 @@ pub(crate) enum Cache {
 }
 
 impl Cache {
-    /// Puts zeros at a byte of the region where the page cache has nothing. Others may map the page before this returns,
-    /// and write to it.
-    pub(crate) fn zero(&self, at: usize, zeros: &[u8]) -> io::Result<()> {
-        match self {
-            // The page is locked until it is whole.
-            Self::File { file, offset } => file.write_all_at(zeros, offset + at as u64),
-            // New pages are zero, and those that are there stay as they are.
-            Self::Mapping { file, offset, .. } => {
-                Ok(crate::sys::allocate(file.as_fd(), offset + at as u64, zeros.len())?)
-            }
-        }
+    /// Has the page cache have so many bytes from one of the region on: what it has stays, and what it lacks is zero.
+    pub(crate) fn allocate(&self, at: usize, len: usize) -> Result<(), Errno> {
+        let (Self::File { file, offset } | Self::Mapping { file, offset, .. }) = self;
+        crate::sys::allocate(file.as_fd(), offset + at as u64, len)
     }
 
     /// Puts content at a byte of the region.
     pub(crate) fn write(&self, at: usize, content: &[u8]) -> io::Result<()> {
         match self {
             Self::File { file, offset } => file.write_all_at(content, offset + at as u64),
-            Self::Mapping { mapping, file, offset } => {
+            Self::Mapping { mapping, .. } => {
                 assert!(at + content.len() <= mapping.len(), "within the region");
                 // Where no huge page is left, touching the mapping would be SIGBUS.
-                crate::sys::allocate(file.as_fd(), offset + at as u64, content.len())?;
+                self.allocate(at, content.len())?;
                 // SAFETY: `at` is within the mapping, as has been asserted.
                 let to = unsafe { mapping.as_mut_ptr().add(at) };
                 // SAFETY: so many bytes from there on are mapped and writable, and the content lies elsewhere. Nothing
@@ -341,8 +337,6 @@ pub(crate) struct Served {
     /// Whether pages can be poisoned: since Linux 6.6.
     pub(crate) poison: bool,
     pub(crate) pages: Pages,
-    /// Taken by who puts zeros into the page cache for a page that was taken away.
-    pub(crate) zeroing: Mutex<()>,
     /// Its absent pages are to be poisoned, or filled at once.
     ending: AtomicBool,
     /// Where it is noted which pages faults came for, once somebody has wanted to know.
@@ -440,7 +434,6 @@ impl Served {
             zeropage: self.zeropage,
             poison: self.poison,
             pages,
-            zeroing: Mutex::new(()),
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
         }
@@ -471,5 +464,31 @@ impl fmt::Debug for Served {
             .field("page_size", &self.page_size())
             .field("pages", &self.pages)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::support::memory::{Kind, Memory};
+    use crate::support::{require, test_name};
+
+    #[test]
+    fn what_the_page_cache_has_stays_when_it_is_allocated() {
+        require!();
+        for kind in [Kind::Memfd, Kind::Hugetlb] {
+            let Some(memory) = Memory::try_new(test_name!(), kind, 3) else { continue };
+            let page = memory.page();
+            memory.write(1, 7);
+            let file = File::from(memory.file().try_clone().unwrap());
+            let blocks = |file: &File| std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+            let before = blocks(&file);
+            let cache = Cache::File { file: file.try_clone().unwrap(), offset: page as u64 };
+            cache.allocate(0, page).unwrap();
+            assert_eq!((memory.read(1), blocks(&file)), (7, before), "{kind:?}");
+            cache.allocate(page, page).unwrap();
+            assert!(blocks(&file) > before, "{kind:?}");
+            assert_eq!((memory.read(1), memory.read(2)), (7, 0), "{kind:?}");
+        }
     }
 }

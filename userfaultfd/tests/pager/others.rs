@@ -231,3 +231,21 @@ fn a_target_that_is_killed_is_dropped_with_the_next_fill() {
         drop(pager);
     });
 }
+
+#[test]
+fn the_descriptor_of_a_process_that_has_ended_is_closed_though_nothing_could_be_filled() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(2);
+        let (target, descriptor) = Target::start(&memory, FeatureFlags::empty(), true);
+        let fails = |_: u64, _: &mut [u8]| Err(std::io::ErrorKind::NotFound.into());
+        let pager = Pager::new().unwrap();
+        pager.add(descriptor, [region(&memory, fails)]).unwrap();
+        target.process.kill();
+        assert_ne!(target.process.wait(), 0);
+        let open = || (0..1024).filter(|fd| crate::support::proc::is_userfaultfd(*fd)).count();
+        assert_eq!(open(), 1);
+        drop(pager);
+        assert_eq!(open(), 0);
+    });
+}

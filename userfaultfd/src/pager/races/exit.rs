@@ -79,4 +79,5 @@ races! {
     anonymous: Anonymous,
     block: Block,
     minor: Minor,
+    hugetlb: Hugetlb,
 }

@@ -114,6 +114,37 @@ fn what_is_loaded_when_a_descriptor_is_handed_over_does_not_reach_its_file() {
 }
 
 #[test]
+fn what_is_loaded_for_a_forks_child_that_has_ended_does_not_reach_the_file() {
+    require!();
+    let test = test_name!();
+    child::run_well(test, || {
+        if !has_features(test, FeatureFlags::EVENT_FORK) {
+            return;
+        }
+        let Some(memory) = Flavour::Minor.memory(test, PAGES) else { return };
+        let (one, other) = (Pager::new().unwrap(), Pager::new().unwrap());
+        let region = Flavour::Minor.region(&memory, Source::of(&memory));
+        let descriptor = add(&one, uffd(FeatureFlags::EVENT_FORK), region);
+        let stop = Stop::at(Point::BeforeFill, 0..usize::MAX);
+        let child = child::fork(|| assert_eq!(memory.read(1), 2));
+        stop.reached();
+        child.kill();
+        child.wait();
+        // Another pager serves the parent, and the parent writes.
+        let detached = one.remove(crate::pager::DescriptorId(descriptor.id)).unwrap();
+        let region = Flavour::Minor.region(&memory, Source::of(&memory)).absent(detached.absent());
+        add(&other, detached.uffd, region);
+        assert_eq!(read(memory.at(1).addr()), content(1));
+        write(&memory, 1, 7);
+        stop.go();
+        wait_until(|| one.descriptors().is_empty());
+        one.join();
+        drop(one);
+        assert_eq!(read(memory.at(1).addr()), Seen::Byte(7));
+    });
+}
+
+#[test]
 fn a_descriptor_is_removed_once_others_have_let_go_of_it() {
     require!();
     let test = test_name!();

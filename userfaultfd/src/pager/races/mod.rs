@@ -9,6 +9,7 @@ mod finish;
 mod fork;
 mod found;
 mod harness;
+mod panic;
 mod poison;
 mod remap;
 mod remove;
