@@ -140,9 +140,9 @@ mod tests {
         assert_eq!(ranges(&without(&all, &(12..40))), [8..12, 40..64]);
         assert_eq!(ranges(&without(&all, &(40..44))), [8..16, 16..20, 32..40, 44..64]);
         assert_eq!(ranges(&without(&all, &(20..32))), ranges(&all));
-        assert_eq!(ranges(&without(&all, &(0..64))), []);
+        assert!(without(&all, &(0..64)).is_empty());
         assert_eq!(ranges(&within(&all, &(13..34))), [12..16, 16..20, 32..36]);
-        assert_eq!(ranges(&within(&all, &(20..32))), []);
+        assert!(within(&all, &(20..32)).is_empty());
         assert_eq!(ranges(&within(&all, &(0..usize::MAX))), ranges(&all));
         for (address, start) in
             [(7, None), (8, Some(8)), (15, Some(8)), (16, Some(16)), (20, None), (64, None)]

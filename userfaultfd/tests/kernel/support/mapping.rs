@@ -73,10 +73,13 @@ pub(crate) fn memfd(flags: libc::c_uint, pages: usize) -> OwnedFd {
     sized(fd, pages)
 }
 
+/// memfd_secret(2), which libc has not for every architecture. New system calls follow each other alike on all of them.
+const MEMFD_SECRET: libc::c_long = libc::SYS_pidfd_open + (447 - 434);
+
 /// memfd_secret(2), of some pages, where there is such a thing.
 pub(crate) fn secret(test: &str, pages: usize) -> Option<OwnedFd> {
     // SAFETY: touches no memory.
-    let fd = check(unsafe { libc::syscall(libc::SYS_memfd_secret, libc::O_CLOEXEC) });
+    let fd = check(unsafe { libc::syscall(MEMFD_SECRET, libc::O_CLOEXEC) });
     has(test, "memfd_secret", fd.is_ok()).then(|| sized(fd.unwrap(), pages))
 }
 
