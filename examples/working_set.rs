@@ -5,7 +5,7 @@
 
 use std::process::ExitCode;
 
-use memmap2::{Advice, MmapMut};
+use memmap2::MmapMut;
 use userfaultfd::{AccessTracker, page_size};
 use userfaultfd_examples::Result;
 
@@ -29,7 +29,8 @@ fn working_set() -> Result<()> {
     let mut tracker = AccessTracker::new()?;
     let mut memory = MmapMut::map_anon(PAGES * page_size())?;
     // A transparent huge page is in use as a whole. A kernel without them doesn't know the advice.
-    let _small = memory.advise(Advice::NoHugePage);
+    #[cfg(not(target_os = "android"))] // memmap2 doesn't give it there
+    let _small = memory.advise(memmap2::Advice::NoHugePage);
     // Pages that are there: only those are told when they are used again.
     memory.chunks_mut(page_size()).for_each(|page| page[0] = 1);
     let start = memory.as_ptr().addr();

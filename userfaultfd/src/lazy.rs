@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
-use memmap2::{Advice, MmapMut, MmapOptions};
+use memmap2::{MmapMut, MmapOptions};
 
 use crate::pager::{
     self, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager, PagerBuilder,
@@ -407,7 +407,7 @@ impl LazyBuilder {
             None => options.no_reserve_swap(),
         };
         let mut memory = options.map_anon()?;
-        memory.advise(Advice::DontFork)?;
+        crate::sys::dont_fork(&mut memory)?;
         let region = Region::new(memory.as_mut_ptr().expose_provenance(), whole, source)
             .offset(offset)
             .page_size(page_size)

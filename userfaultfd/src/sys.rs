@@ -316,11 +316,49 @@ pub(crate) fn unreadable() -> Result<*const libc::c_void, Errno> {
     Ok(std::ptr::without_provenance(*PAGE.get_or_init(|| page.addr())))
 }
 
+/// Memory of a mapping's own, all zero. Without the allocator.
+pub(crate) fn map(len: usize) -> Result<std::ptr::NonNull<u8>, Errno> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: the kernel chooses an address where nothing is.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(Errno::last());
+    }
+    std::ptr::NonNull::new(start.cast()).ok_or(Errno::ENOMEM)
+}
+
+/// Gives such memory back.
+///
+/// # Safety
+///
+/// - `len` bytes from `start` on are one or more pages that [`map`] returned, and that nobody uses any more.
+pub(crate) unsafe fn unmap(start: std::ptr::NonNull<u8>, len: usize) {
+    // SAFETY: as the caller has made sure.
+    let unmapped = check(unsafe { libc::munmap(start.as_ptr().cast(), len) });
+    debug_assert!(unmapped.is_ok(), "{unmapped:?}");
+}
+
+// memmap2 gives no such advice on Android.
+
 /// Has a mapping be zeros in the children of forks. Linux 4.14.
 pub(crate) fn wipe_on_fork(map: &memmap2::MmapRaw) -> Result<(), Errno> {
     // SAFETY: the range is that of the mapping; the contents change in children alone, which see them through the
     // mapping's raw pointer.
     check(unsafe { libc::madvise(map.as_mut_ptr().cast(), map.len(), libc::MADV_WIPEONFORK) }).map(drop)
+}
+
+/// Has a mapping not be there in the children of forks.
+pub(crate) fn dont_fork(map: &mut memmap2::MmapMut) -> Result<(), Errno> {
+    let (start, len) = (map.as_mut_ptr().cast(), map.len());
+    // SAFETY: the range is that of the mapping, in which nothing changes for this process.
+    check(unsafe { libc::madvise(start, len, libc::MADV_DONTFORK) }).map(drop)
+}
+
+/// Has a mapping take memory in pages of the base size. `EINVAL`: the kernel has no others.
+pub(crate) fn no_huge_pages(map: &memmap2::MmapRaw) -> Result<(), Errno> {
+    // SAFETY: the range is that of the mapping, in which nothing changes.
+    check(unsafe { libc::madvise(map.as_mut_ptr().cast(), map.len(), libc::MADV_NOHUGEPAGE) }).map(drop)
 }
 
 /// A handler of a signal, as SA_SIGINFO calls it.
@@ -366,6 +404,12 @@ pub(crate) unsafe fn fault_of(info: *const libc::siginfo_t) -> (usize, libc::c_i
     (unsafe { info.si_addr() }.addr(), info.si_code)
 }
 
+#[cfg(not(target_os = "android"))]
+use libc::__errno_location as errno_location;
+
+#[cfg(target_os = "android")]
+use libc::__errno as errno_location;
+
 /// Keeps `errno` as it is while a signal handler runs.
 #[derive(Debug)]
 pub(crate) struct KeepErrno(libc::c_int);
@@ -373,7 +417,7 @@ pub(crate) struct KeepErrno(libc::c_int);
 impl KeepErrno {
     pub(crate) fn new() -> Self {
         // SAFETY: touches nothing but the thread's errno.
-        let errno = unsafe { libc::__errno_location() };
+        let errno = unsafe { errno_location() };
         // SAFETY: the thread's own.
         Self(unsafe { *errno })
     }
@@ -382,7 +426,7 @@ impl KeepErrno {
 impl Drop for KeepErrno {
     fn drop(&mut self) {
         // SAFETY: touches nothing but the thread's errno.
-        let errno = unsafe { libc::__errno_location() };
+        let errno = unsafe { errno_location() };
         // SAFETY: the thread's own.
         unsafe { *errno = self.0 };
     }

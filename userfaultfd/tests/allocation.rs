@@ -21,7 +21,7 @@ use crate::support::fill;
 use crate::support::handler::while_changing;
 use crate::support::memory::Memory;
 use crate::support::raw::wait_for_event;
-use crate::support::{page, require, test_name, uffd};
+use crate::support::{may_watch_forks, page, require, test_name, uffd};
 
 /// The system's allocator, which counts how often each thread calls it.
 struct Counting;
@@ -30,13 +30,21 @@ thread_local! {
     static CALLS: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Whether all threads are counted, and how often they called.
+/// Whether the threads of pagers are counted, and how often they called.
 static WATCHED: AtomicBool = AtomicBool::new(false);
-static ALL: AtomicUsize = AtomicUsize::new(0);
+static PAGERS: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether this thread answers a pager's faults.
+fn is_pagers() -> bool {
+    let mut name = [0_u8; 16];
+    // SAFETY: so many bytes are what a name takes, with the NUL behind it.
+    unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+    name.starts_with(b"uffd-pager\0")
+}
 
 fn count() {
-    if WATCHED.load(Ordering::SeqCst) {
-        ALL.fetch_add(1, Ordering::SeqCst);
+    if WATCHED.load(Ordering::SeqCst) && is_pagers() {
+        PAGERS.fetch_add(1, Ordering::SeqCst);
     }
     // No storage of this kind is left when a thread is about to end; no test measures then.
     let _ = CALLS.try_with(|calls| calls.set(calls.get() + 1));
@@ -87,14 +95,14 @@ fn quietly<T>(work: impl FnOnce() -> T) -> T {
     done
 }
 
-/// Does the work, during which no thread may call the allocator. In a process without other tests.
+/// Does the work, during which no thread of a pager may call the allocator.
 #[track_caller]
-fn all_quietly(work: impl FnOnce()) {
-    ALL.store(0, Ordering::SeqCst);
+fn with_quiet_pagers(work: impl FnOnce()) {
+    PAGERS.store(0, Ordering::SeqCst);
     WATCHED.store(true, Ordering::SeqCst);
     work();
     WATCHED.store(false, Ordering::SeqCst);
-    assert_eq!(ALL.load(Ordering::SeqCst), 0, "calls of the allocator");
+    assert_eq!(PAGERS.load(Ordering::SeqCst), 0, "calls of the allocator");
 }
 
 /// Reads the next event. Waits for it on descriptors of both kinds.
@@ -363,14 +371,14 @@ fn a_handler_of_every_kind_of_fault_is_quiet() {
 /// Has a pager fill memory from a source, some of it before it is watched: buffers are made when they are first needed.
 fn serve_quietly(source: impl PageSource + 'static, around: Around, features: FeatureFlags) {
     const PAGES: usize = 512;
-    let memory = Memory::anonymous(PAGES);
+    let (memory, target) = (Memory::anonymous(PAGES), Memory::anonymous(1));
     let pager = Pager::builder().threads(2).build().unwrap();
     let region = Region::new(memory.start().expose_provenance(), memory.len(), source).around(around);
     // SAFETY: the memory is accessed only by raw pointers.
     unsafe { pager.add_own(uffd(features), [region]) }.unwrap();
     let touch = |page: usize| assert_eq!(black_box(memory.read(page)), memory.read(page));
     (0..PAGES / 4).for_each(touch);
-    all_quietly(|| {
+    with_quiet_pagers(|| {
         // Forwards, backwards, and where nobody was.
         (PAGES / 4..PAGES / 2).for_each(touch);
         (PAGES / 2..3 * PAGES / 4).rev().for_each(touch);
@@ -379,9 +387,26 @@ fn serve_quietly(source: impl PageSource + 'static, around: Around, features: Fe
             memory.advise(0, PAGES / 4, libc::MADV_DONTNEED).unwrap();
             (0..PAGES / 4).for_each(|page| assert_eq!(memory.read(page), 0));
         }
+        if features.contains(CHANGES) {
+            for (page, flags) in [(0, 0), (3, libc::MREMAP_DONTUNMAP), (9, 0)] {
+                memory.move_over(page, 1, &target, flags);
+                assert_eq!(target.read(0), 0);
+            }
+            touch(3);
+            for page in (10..100).step_by(3) {
+                memory.unmap(page, 1);
+                touch(page + 1);
+            }
+            // The allocator is locked when a fork begins, which waits until all of that is read and done.
+            child::fork(|| assert_eq!(memory.read(101), 0)).succeed();
+        }
     });
     assert!(pager.statistics().faults() > 0);
 }
+
+/// What a descriptor tells of the layout.
+const CHANGES: FeatureFlags =
+    FeatureFlags::EVENT_REMAP.union(FeatureFlags::EVENT_UNMAP).union(FeatureFlags::EVENT_FORK);
 
 #[test]
 fn a_pager_at_work_is_quiet() {
@@ -391,7 +416,9 @@ fn a_pager_at_work_is_quiet() {
             bytes.fill((offset >> 12) as u8);
             Ok(Fill::Data)
         };
-        for features in [FeatureFlags::empty(), FeatureFlags::EVENT_REMOVE] {
+        let removes = FeatureFlags::EVENT_REMOVE;
+        let changes = if may_watch_forks() { removes | CHANGES } else { removes };
+        for features in [FeatureFlags::empty(), removes, changes] {
             for around in [Around::Page, Around::Block(8 * page()), Around::Adaptive { most: 64 * page() }] {
                 serve_quietly(content, around, features);
                 serve_quietly(BytesSource::new(vec![1; 512 * page()]), around, features);

@@ -34,13 +34,13 @@ pub(crate) fn apply(
     match change {
         Change::Fork { uffd } => {
             counters.forks.add(1);
-            let layout = Arc::clone(&serving.layout);
+            let layout = Layout::clone(&serving.layout);
             let states = copy_states(&layout);
             shared.note(Note::Fork(Fork { parent: descriptor.id, uffd, layout, states }));
         }
         Change::Remap { from, to } => {
             counters.remaps.add(1);
-            remap(shared, Arc::make_mut(&mut serving.layout), from.clone(), to);
+            shared.free(|gone| own(serving).shift(from.clone(), to, gone));
             wake(&serving.uffd, from);
         }
         Change::Remove(range) => {
@@ -52,30 +52,16 @@ pub(crate) fn apply(
         }
         Change::Unmap(range) => {
             counters.unmaps.add(1);
-            if serving.layout.parts(range.clone()).next().is_some() {
-                Arc::make_mut(&mut serving.layout).cut(range.clone());
-            }
+            shared.free(|gone| own(serving).cut(range.clone(), gone));
             wake(&serving.uffd, range);
         }
     }
 }
 
-/// Moves what lies in a range. What is left behind there is empty memory, until an unmapping is told: mremap(2) with
-/// MREMAP_DONTUNMAP tells none.
-fn remap(shared: &Shared, layout: &mut Layout, from: Range<usize>, to: usize) {
-    let moved = layout.cut(from.clone());
-    layout.cut(to..to + from.len());
-    for segment in moved {
-        let at = to + (segment.start - from.start);
-        layout.insert(Segment { start: at, end: at + (segment.end - segment.start), ..segment.clone() });
-        if segment.region.shared {
-            // The file shows the same in both places.
-            layout.insert(segment);
-        } else if let Ok(emptied) = segment.region.emptied(shared.new_region_id(), segment.pages().len()) {
-            layout.insert(Segment { region: Arc::new(emptied), first: 0, ..segment });
-        }
-        // Without memory for its states, a fault there is one without a region.
-    }
+/// The layout, to be changed. It is nobody else's while all shards are locked, so that nothing is allocated.
+fn own(serving: &mut Serving) -> &mut Layout {
+    debug_assert_eq!(Arc::strong_count(&serving.layout), 1);
+    Arc::make_mut(&mut serving.layout)
 }
 
 /// The states of what a fork's child doesn't share with its parent. Allocates nothing but one mapping: the forking
@@ -99,9 +85,9 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
         Err(error) => return Err((uffd, error)),
     };
     let mut first = 0;
+    let (segments, holes) = layout.into_parts();
     let mut child = Layout::default();
-    for segment in layout.segments() {
-        let mut segment = segment.clone();
+    for mut segment in segments {
         if !segment.region.shared {
             let count = segment.pages().len();
             let pages = Pages::of_copy(Arc::clone(&states), first, count);
@@ -111,6 +97,8 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
         }
         child.insert(segment);
     }
+    holes.into_iter().for_each(|hole| child.insert_hole(hole));
+    child.reserve();
     // A child's is as its parent's was made, whatever that was switched to since.
     if let Err(error) = uffd.set_nonblocking(true) {
         return Err((uffd, error.into()));

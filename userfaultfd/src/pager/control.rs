@@ -7,8 +7,10 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::apart;
 use super::changes;
 use super::descriptor::{Descriptor, at};
+use super::layout::{ROOM, Segments};
 use super::shared::{Note, Shared, Stopped};
 use super::trace::event;
 use super::{DescriptorId, Problem};
@@ -33,13 +35,17 @@ impl fmt::Debug for Control {
 
 impl Control {
     pub(crate) fn run(self) {
+        let mut gone: Segments = apart::with_room(ROOM);
         loop {
             self.shared.reap();
+            // Whoever has one still doesn't free it, but leaves it to this.
+            gone.retain(|segment| Arc::strong_count(&segment.region) > 1);
             let children = self.shared.descriptors().into_iter().filter(|descriptor| descriptor.is_child);
             let children: Vec<_> = children.collect();
-            let most = (!children.is_empty()).then_some(LOOK);
+            let most = (!children.is_empty() || !gone.is_empty()).then_some(LOOK);
             match self.shared.next_note(most) {
                 Ok(Some(Note::Problem(problem))) => self.tell(&problem),
+                Ok(Some(Note::Gone)) => self.shared.take_gone(&mut gone),
                 Ok(Some(Note::Fork(fork))) => {
                     let parent = fork.parent;
                     if let Err((uffd, error)) = changes::adopt(&self.shared, fork) {

@@ -88,24 +88,35 @@ impl Descriptor {
         struct Held<'a> {
             shard: MutexGuard<'a, Option<Serving>>,
             now: &'a mut Option<Serving>,
+            is_first: bool,
         }
 
         impl Drop for Held<'_> {
             fn drop(&mut self) {
-                self.shard.clone_from(self.now);
+                if self.is_first {
+                    // Moved back: the next who has all shards has all owners.
+                    *self.shard = self.now.take();
+                } else {
+                    self.shard.clone_from(self.now);
+                }
             }
         }
 
         // Each level holds one lock; a list of guards would have to be allocated.
-        fn all(shards: &[Shard], now: &mut Option<Serving>, change: &mut dyn FnMut(&mut Option<Serving>)) {
+        fn all(
+            shards: &[Shard],
+            is_first: bool,
+            now: &mut Option<Serving>,
+            change: &mut dyn FnMut(&mut Option<Serving>),
+        ) {
             let Some((shard, rest)) = shards.split_first() else { return change(now) };
             let mut shard = lock(&shard.0);
             // Moved out of the shards, so that it has one owner, who can change the layout or end it.
             *now = shard.take();
-            let held = Held { shard, now };
-            all(rest, held.now, change);
+            let held = Held { shard, now, is_first };
+            all(rest, false, held.now, change);
         }
-        all(&self.shards, &mut None, change);
+        all(&self.shards, true, &mut None, change);
     }
 
     /// Ends the serving, and gives the descriptor back. `None` if somebody else did before.
@@ -133,9 +144,37 @@ impl Descriptor {
 
     /// The segments that are served now, of one region or all.
     pub(crate) fn segments(&self, thread: usize, region: Option<u64>) -> Vec<Segment> {
-        let serving = self.enter(thread);
-        let segments = serving.iter().flat_map(|serving| serving.layout.segments());
-        segments.filter(|segment| region.is_none_or(|id| segment.region.id == id)).cloned().collect()
+        self.collect(thread, region, Layout::segments)
+    }
+
+    /// The holes, likewise.
+    pub(crate) fn holes(&self, thread: usize, region: Option<u64>) -> Vec<Segment> {
+        self.collect(thread, region, Layout::holes)
+    }
+
+    /// Copies what there is of a kind. Nothing is allocated while the layout is locked: see `apart`.
+    fn collect(
+        &self,
+        thread: usize,
+        region: Option<u64>,
+        of: impl Fn(&Layout) -> &[Segment],
+    ) -> Vec<Segment> {
+        let mut all = Vec::new();
+        loop {
+            let room = {
+                let serving = self.enter(thread);
+                let Some(serving) = &*serving else { return all };
+                let found = of(&serving.layout).iter();
+                let found = found.filter(|segment| region.is_none_or(|id| segment.region.id == id));
+                let count = found.clone().count();
+                if count <= all.capacity() {
+                    all.extend(found.cloned());
+                    return all;
+                }
+                count
+            };
+            all.reserve(room);
+        }
     }
 
     /// Replaces the layout by a changed one. Whether there was one still.

@@ -49,12 +49,16 @@ impl Filler {
             let serving = descriptor.enter(self.thread);
             // Given back meanwhile: who did that wakes everybody.
             let Some(serving) = &*serving else { return Done::Yes };
-            let Some(segment) = serving.layout.find(fault.address) else {
-                return self.stray(shared, descriptor, fault);
+            let protected = matches!(fault.kind, FaultKind::WriteProtected | FaultKind::ReadWriteProtected);
+            let segment = match (serving.layout.find(fault.address), serving.layout.find_hole(fault.address))
+            {
+                (Some(segment), _) | (None, Some(segment)) if protected => {
+                    return self.unprotect(shared, serving, segment, fault);
+                }
+                (Some(segment), _) => segment,
+                (None, Some(hole)) => return self.present(shared, serving, hole, fault),
+                (None, None) => return self.stray(shared, descriptor, fault),
             };
-            if matches!(fault.kind, FaultKind::WriteProtected | FaultKind::ReadWriteProtected) {
-                return self.unprotect(shared, serving, segment, fault);
-            }
             match self.claim(shared, descriptor, serving, segment, fault) {
                 Ok(run) => run,
                 Err(done) => return done,
@@ -144,7 +148,8 @@ impl Filler {
         {
             let serving = descriptor.enter(self.thread);
             let Some(serving) = &*serving else { return Done::Yes };
-            if serving.layout.find(fault.address).is_none() {
+            let layout = &serving.layout;
+            if layout.find(fault.address).or_else(|| layout.find_hole(fault.address)).is_none() {
                 shared.counters(self.thread).dropped.add(1);
                 wake(&serving.uffd, page_of(fault.address));
                 return Done::Yes;
@@ -153,7 +158,7 @@ impl Filler {
         self.fault(shared, descriptor, fault)
     }
 
-    /// A fault on a page that is there, as far as the pager knows.
+    /// A fault on a page that is there, as far as the pager knows, or in a hole.
     ///
     /// Mostly it is one of several on the same page, and everybody is awake. But the page may have been taken away
     /// without a word: by madvise(2) where the descriptor doesn't tell of it, by a hole punched into the file. Then

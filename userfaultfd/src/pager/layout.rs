@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::apart;
 use super::region::Served;
 
 /// A part of a region, where it is mapped now. mremap(2) and munmap(2) cut regions into several.
@@ -53,56 +54,151 @@ impl Segment {
     }
 }
 
+/// Segments that are cut and moved with all shards locked: see `apart`.
+pub(crate) type Segments = apart::Vec<Segment>;
+
+/// There is room for so many more of them from the start. A mapping that is made because another one has gone would
+/// come to lie in its place, where a program may be about to map something else.
+pub(crate) const ROOM: usize = 128;
+
 /// The segments of an address space, by address.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Layout {
-    segments: Vec<Segment>,
+    segments: Segments,
+    /// What private segments were moved away from by mremap(2). All that is known of such a place is that zeros belong
+    /// there, so that it takes no states of pages.
+    holes: Segments,
+    /// What is being moved.
+    moving: Segments,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { segments: apart::none(), holes: apart::none(), moving: apart::none() }
+    }
 }
 
 impl Layout {
+    /// Makes room for changes.
+    pub(crate) fn reserve(&mut self) {
+        for all in [&mut self.segments, &mut self.holes, &mut self.moving] {
+            all.reserve(ROOM);
+        }
+    }
+
     pub(crate) fn segments(&self) -> &[Segment] {
         &self.segments
     }
 
+    pub(crate) fn holes(&self) -> &[Segment] {
+        &self.holes
+    }
+
+    /// Segments, and holes.
+    pub(crate) fn everything(&self) -> impl Iterator<Item = &Segment> {
+        self.segments.iter().chain(&self.holes)
+    }
+
     /// The segment at an address.
     pub(crate) fn find(&self, address: usize) -> Option<&Segment> {
-        let at = self.segments.partition_point(|segment| segment.end <= address);
-        self.segments.get(at).filter(|segment| segment.start <= address)
+        find(&self.segments, address)
+    }
+
+    /// The hole at an address, if no segment is there.
+    pub(crate) fn find_hole(&self, address: usize) -> Option<&Segment> {
+        find(&self.holes, address)
     }
 
     /// The parts of segments in a range.
     pub(crate) fn parts(&self, range: Range<usize>) -> impl Iterator<Item = Segment> {
-        let from = self.segments.partition_point(|segment| segment.end <= range.start);
-        self.segments[from..].iter().map_while(move |segment| segment.part(&range))
+        parts(&self.segments, range)
     }
 
     /// Adds a segment where there is none.
     pub(crate) fn insert(&mut self, segment: Segment) {
-        let at = self.segments.partition_point(|other| other.end <= segment.start);
-        debug_assert!(
-            self.segments.get(at).is_none_or(|other| segment.end <= other.start),
-            "segments overlap"
-        );
-        self.segments.insert(at, segment);
+        insert(&mut self.segments, segment);
     }
 
     /// Takes out what lies in a range.
-    pub(crate) fn cut(&mut self, range: Range<usize>) -> Vec<Segment> {
-        let parts = self.parts(range.clone()).collect();
-        let rest = |segment: &Segment| {
-            let (below, above) = (segment.part(&(0..range.start)), segment.part(&(range.end..usize::MAX)));
-            below.into_iter().chain(above)
-        };
-        self.segments = self.segments.iter().flat_map(rest).collect();
-        parts
+    pub(crate) fn cut(&mut self, range: Range<usize>, gone: &mut Segments) {
+        cut(&mut self.segments, &range, gone);
+        cut(&mut self.holes, &range, gone);
     }
 
-    /// Takes out a whole region.
-    pub(crate) fn take(&mut self, region: u64) -> Vec<Segment> {
-        let (gone, stay) =
-            std::mem::take(&mut self.segments).into_iter().partition(|segment| segment.region.id == region);
-        self.segments = stay;
-        gone
+    /// Moves what lies in a range to where it replaces what lies there, as mremap(2) does. What is left behind is empty
+    /// memory, until an unmapping is told: with MREMAP_DONTUNMAP none is.
+    pub(crate) fn shift(&mut self, from: Range<usize>, to: usize, gone: &mut Segments) {
+        self.cut(to..to + from.len(), gone);
+        let moved = |segment: &Segment| {
+            let start = to + (segment.start - from.start);
+            Segment { start, end: start + (segment.end - segment.start), ..segment.clone() }
+        };
+        let mut next = from.start;
+        while let Some(hole) = { parts(&self.holes, next..from.end).next() } {
+            next = hole.end;
+            insert(&mut self.holes, moved(&hole));
+        }
+        cut(&mut self.segments, &from, &mut self.moving);
+        for segment in self.moving.drain(..) {
+            insert(&mut self.segments, moved(&segment));
+            if segment.region.shared {
+                // The file shows the same in both places.
+                insert(&mut self.segments, segment);
+            } else {
+                cut(&mut self.holes, &(segment.start..segment.end), gone);
+                insert(&mut self.holes, segment);
+            }
+        }
+    }
+
+    /// Takes out a whole region. Whether it was there.
+    pub(crate) fn take(&mut self, region: u64, gone: &mut Segments) -> bool {
+        let is_there = self.segments.iter().any(|segment| segment.region.id == region);
+        for all in [&mut self.segments, &mut self.holes] {
+            gone.extend(all.iter().filter(|part| part.region.id == region).cloned());
+            all.retain(|part| part.region.id != region);
+        }
+        is_there
+    }
+
+    /// All of it: segments, and holes.
+    pub(crate) fn into_parts(self) -> (Segments, Segments) {
+        (self.segments, self.holes)
+    }
+
+    /// Adds a hole.
+    pub(crate) fn insert_hole(&mut self, hole: Segment) {
+        insert(&mut self.holes, hole);
+    }
+}
+
+fn find(segments: &[Segment], address: usize) -> Option<&Segment> {
+    let at = segments.partition_point(|segment| segment.end <= address);
+    segments.get(at).filter(|segment| segment.start <= address)
+}
+
+fn parts(segments: &[Segment], range: Range<usize>) -> impl Iterator<Item = Segment> {
+    let from = segments.partition_point(|segment| segment.end <= range.start);
+    segments[from..].iter().map_while(move |segment| segment.part(&range))
+}
+
+fn insert(segments: &mut Segments, segment: Segment) {
+    let at = segments.partition_point(|other| other.end <= segment.start);
+    debug_assert!(segments.get(at).is_none_or(|other| segment.end <= other.start), "segments overlap");
+    segments.insert(at, segment);
+}
+
+/// Moves the parts in a range to `gone`.
+fn cut(segments: &mut Segments, range: &Range<usize>, gone: &mut Segments) {
+    let first = segments.partition_point(|segment| segment.end <= range.start);
+    let count = segments[first..].partition_point(|segment| segment.start < range.end);
+    let Some(last) = segments[first..first + count].last() else { return };
+    let below = segments[first].part(&(0..range.start));
+    let above = last.part(&(range.end..usize::MAX));
+    gone.extend(parts(segments, range.clone()));
+    segments.drain(first..first + count);
+    for rest in [above, below].into_iter().flatten() {
+        segments.insert(first, rest);
     }
 }
 
@@ -123,6 +219,12 @@ mod tests {
     fn shape(layout: &Layout) -> Vec<(usize, usize, usize)> {
         let shape = |s: &Segment| (s.start / PAGE, s.end / PAGE, s.first);
         layout.segments().iter().map(shape).collect()
+    }
+
+    fn cut(layout: &mut Layout, range: std::ops::Range<usize>) -> Segments {
+        let mut gone = apart::none();
+        layout.cut(range, &mut gone);
+        gone
     }
 
     #[test]
@@ -148,12 +250,14 @@ mod tests {
         let mut layout = Layout::default();
         layout.insert(segment(10, 4, &a, 0));
         layout.insert(segment(14, 2, &b, 0));
-        let parts = layout.cut(11 * PAGE..15 * PAGE);
+        let parts = cut(&mut layout, 11 * PAGE..15 * PAGE);
         assert_eq!(shape(&layout), [(10, 11, 0), (15, 16, 1)]);
         let inside: Vec<_> = parts.iter().map(|s| (s.start / PAGE, s.end / PAGE, s.first)).collect();
         assert_eq!(inside, [(11, 14, 1), (14, 15, 0)]);
-        assert_eq!(layout.cut(0..10 * PAGE).len(), 0);
-        assert_eq!(layout.take(b.id).len(), 1);
+        assert_eq!(cut(&mut layout, 0..10 * PAGE).len(), 0);
+        let mut gone = apart::none();
+        assert!(layout.take(b.id, &mut gone) && !layout.take(b.id, &mut gone));
+        assert_eq!(gone.len(), 1);
         assert_eq!(shape(&layout), [(10, 11, 0)]);
     }
 
@@ -162,10 +266,48 @@ mod tests {
         let a = region(1, 8);
         let mut layout = Layout::default();
         layout.insert(segment(100, 8, &a, 0));
-        layout.cut(103 * PAGE..105 * PAGE);
+        cut(&mut layout, 103 * PAGE..105 * PAGE);
         assert_eq!(shape(&layout), [(100, 103, 0), (105, 108, 5)]);
         assert_eq!(layout.find(106 * PAGE).unwrap().page_at(106 * PAGE), 6);
         let first = layout.segments()[0].clone();
         assert_eq!(first.address_of(5), None, "it is in the other segment");
+    }
+
+    #[test]
+    fn what_is_moved_replaces_what_was_there_and_leaves_a_hole() {
+        let (a, b) = (region(1, 8), region(2, 4));
+        let mut layout = Layout::default();
+        layout.insert(segment(10, 8, &a, 0));
+        layout.insert(segment(30, 4, &b, 0));
+        let mut gone = apart::none();
+        layout.shift(12 * PAGE..14 * PAGE, 31 * PAGE, &mut gone);
+        assert_eq!(shape(&layout), [(10, 12, 0), (14, 18, 4), (30, 31, 0), (31, 33, 2), (33, 34, 3)]);
+        assert!(gone.len() == 1 && gone[0].region.id == b.id && gone[0].pages() == (1..3));
+        let holes = |layout: &Layout| {
+            layout.holes().iter().map(|hole| (hole.start / PAGE, hole.end / PAGE)).collect::<Vec<_>>()
+        };
+        assert_eq!(holes(&layout), [(12, 14)]);
+        assert!(layout.find(13 * PAGE).is_none() && layout.find_hole(13 * PAGE).is_some());
+        // Its hole moves along, and is left as well.
+        layout.shift(11 * PAGE..15 * PAGE, 50 * PAGE, &mut gone);
+        assert_eq!(
+            shape(&layout),
+            [(10, 11, 0), (15, 18, 5), (30, 31, 0), (31, 33, 2), (33, 34, 3), (50, 51, 1), (53, 54, 4)]
+        );
+        assert_eq!(holes(&layout), [(11, 12), (12, 14), (14, 15), (51, 53)]);
+        layout.cut(0..usize::MAX, &mut gone);
+        assert!(shape(&layout).is_empty() && holes(&layout).is_empty());
+    }
+
+    #[test]
+    fn what_is_shared_is_in_both_places_once_it_is_moved() {
+        let mut a = Served::for_tests(1, PAGE, 4);
+        a.shared = true;
+        let a = Arc::new(a);
+        let mut layout = Layout::default();
+        layout.insert(segment(10, 4, &a, 0));
+        layout.shift(10 * PAGE..14 * PAGE, 20 * PAGE, &mut apart::none());
+        assert_eq!(shape(&layout), [(10, 14, 0), (20, 24, 0)]);
+        assert!(layout.holes().is_empty());
     }
 }

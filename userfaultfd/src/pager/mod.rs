@@ -71,6 +71,7 @@
 //! description, and [`detach`](Pager::detach) switches it back. Nobody else may read it meanwhile.
 
 mod ahead;
+mod apart;
 mod around;
 mod background;
 mod changes;
@@ -177,7 +178,7 @@ impl Detached {
     /// What is absent, by address. Looks at the state of every page.
     #[must_use]
     pub fn absent(&self) -> Vec<Absent> {
-        shutdown::absent(self.layout.segments())
+        shutdown::absent(self.layout.segments(), self.layout.holes())
     }
 }
 
@@ -399,6 +400,7 @@ impl Pager {
             Ok(was_blocking) => was_blocking,
             Err(error) => return Err(Refused { uffd, error }),
         };
+        layout.reserve();
         let regions = layout.segments().iter().map(|segment| RegionId(segment.region.id)).collect();
         let uffd = Arc::new(uffd);
         let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
@@ -450,10 +452,14 @@ impl Pager {
     ) -> Result<RegionId> {
         let _adding = lock(&self.adding);
         let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
-        let serving = descriptor.enter(self.shared.outside_id()).clone().ok_or(Error::NotServed)?;
-        check_overlap(&serving.layout, &region)?;
-        let segment = self.register(&serving.uffd, region, foreign)?;
-        drop(serving);
+        let uffd = {
+            let serving = descriptor.enter(self.shared.outside_id());
+            let serving = serving.as_ref().ok_or(Error::NotServed)?;
+            check_overlap(&serving.layout, &region)?;
+            Arc::clone(&serving.uffd)
+        };
+        let segment = self.register(&uffd, region, foreign)?;
+        drop(uffd);
         let (id, range) = (RegionId(segment.region.id), segment.start..segment.end);
         let mut overlap = Ok(());
         let served = descriptor.change_layout(|layout| {
@@ -532,11 +538,11 @@ impl Pager {
     }
 
     fn drop_region(&self, descriptor: &Descriptor, region: RegionId) -> Result<()> {
-        let mut served = false;
+        // Freed when the shards are free again.
+        let (mut gone, mut served) = (apart::none(), false);
         descriptor.exclusively(&mut |serving| {
             let Some(serving) = serving else { return };
-            let gone = Arc::make_mut(&mut serving.layout).take(region.0);
-            served = !gone.is_empty();
+            served = Arc::make_mut(&mut serving.layout).take(region.0, &mut gone);
             shutdown::unregister(&serving.uffd, &gone);
         });
         if served { Ok(()) } else { Err(Error::NotServed) }
@@ -567,7 +573,8 @@ impl Pager {
     /// [`NotServed`](Error::NotServed): it isn't served any more.
     pub fn absent(&self, region: RegionId) -> Result<Vec<Absent>> {
         let descriptor = self.of_region(region)?;
-        Ok(shutdown::absent(&descriptor.segments(self.shared.outside_id(), Some(region.0))))
+        let (thread, region) = (self.shared.outside_id(), Some(region.0));
+        Ok(shutdown::absent(&descriptor.segments(thread, region), &descriptor.holes(thread, region)))
     }
 
     /// The descriptors that are served, with those that forks brought.
@@ -610,7 +617,7 @@ impl Pager {
             shutdown::fill(&self.shared, &all, &mut progress)?;
             for descriptor in descriptors {
                 if let Some(serving) = self.shared.remove(&descriptor) {
-                    shutdown::unregister(&serving.uffd, serving.layout.segments());
+                    shutdown::unregister(&serving.uffd, serving.layout.everything());
                 }
             }
             // Forks that came meanwhile have brought others.

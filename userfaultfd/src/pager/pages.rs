@@ -8,7 +8,9 @@ use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::{MmapOptions, MmapRaw};
+
+use crate::sys;
 
 /// The content is in place.
 const PRESENT: u8 = 1 << 0;
@@ -88,7 +90,7 @@ impl Pages {
     pub(crate) fn map(count: usize) -> io::Result<MmapRaw> {
         let states: MmapRaw = MmapOptions::new().len(count).no_reserve_swap().map_anon()?.into();
         // Room is taken for what is touched, not for 2 MiB around it. A kernel without huge pages doesn't know it.
-        let _refused = states.advise(Advice::NoHugePage);
+        let _refused = sys::no_huge_pages(&states);
         Ok(states)
     }
 

@@ -439,13 +439,6 @@ impl Served {
         }
     }
 
-    /// A range whose source is no more: what belongs there is zero. For what mremap(2) leaves behind.
-    pub(crate) fn emptied(&self, id: u64, pages: usize) -> io::Result<Self> {
-        let pages = Pages::new(pages)?;
-        pages.remove(0..pages.count(), false);
-        Ok(self.part(id, 0, pages))
-    }
-
     #[cfg(test)]
     pub(crate) fn for_tests(id: u64, page: usize, pages: usize) -> Self {
         let page_size = page.max(crate::page_size());

@@ -106,7 +106,7 @@ impl Worker {
             let serving = descriptor.enter(self.thread);
             for serving in serving.iter() {
                 let faults = self.faults.iter().map(|fault| page_of(fault.address));
-                let segments = serving.layout.segments().iter().map(|segment| segment.start..segment.end);
+                let segments = serving.layout.everything().map(|segment| segment.start..segment.end);
                 faults.chain(segments).for_each(|range| wake(&serving.uffd, range));
             }
         }

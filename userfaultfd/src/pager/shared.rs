@@ -9,9 +9,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use memmap2::MmapRaw;
 
 use super::ahead::Ahead;
+use super::apart;
 use super::descriptor::{Descriptor, Serving, lock};
 use super::fill::Filler;
-use super::layout::Layout;
+use super::layout::{Layout, ROOM, Segments};
 use super::stats::Counters;
 use super::{Problem, Result, Retry, Statistics};
 use crate::{Uffd, sys};
@@ -22,6 +23,8 @@ use crate::{Uffd, sys};
 pub(crate) enum Note {
     Problem(Problem),
     Fork(Fork),
+    /// Something [has gone](Shared::take_gone).
+    Gone,
 }
 
 /// A process forked, and this is its child's.
@@ -30,16 +33,19 @@ pub(crate) struct Fork {
     pub(crate) parent: u64,
     pub(crate) uffd: Uffd,
     /// As it was when the process forked, which is the child's.
-    pub(crate) layout: Arc<Layout>,
+    pub(crate) layout: Layout,
     /// The states of its segments' pages then, one after the other; nothing of those that are shared.
     pub(crate) states: std::io::Result<MmapRaw>,
 }
 
-/// Notes that aren't taken yet. There is room from the start: adding one allocates nothing.
+/// Notes that aren't taken yet. Adding one takes nothing of the allocator's: see `apart`. Problems that there is no room
+/// for are lost; for forks, and for what has gone, room is made.
 #[derive(Debug)]
 struct Notes {
     problems: VecDeque<Problem>,
-    forks: VecDeque<Fork>,
+    forks: apart::Vec<Fork>,
+    /// What was served, and is to be freed once nobody has it.
+    gone: Segments,
     /// Whether one was taken, and its child isn't served yet.
     adopting: bool,
     stopped: bool,
@@ -47,7 +53,7 @@ struct Notes {
 
 const PROBLEMS: usize = 1024;
 const AHEAD: usize = 1024;
-const FORKS: usize = 256;
+const FORKS: usize = 16;
 
 /// The descriptors that are served, by slot.
 ///
@@ -137,7 +143,8 @@ impl Shared {
         sys::epoll_control(epoll.as_fd(), libc::EPOLL_CTL_ADD, bell.as_fd(), 0, Token::STOP.0)?;
         let notes = Notes {
             problems: VecDeque::with_capacity(PROBLEMS),
-            forks: VecDeque::with_capacity(FORKS),
+            forks: apart::with_room(FORKS),
+            gone: apart::with_room(ROOM),
             adopting: false,
             stopped: false,
         };
@@ -353,20 +360,35 @@ impl Shared {
                 return;
             }
             Note::Problem(problem) => notes.problems.push_back(problem),
-            Note::Fork(fork) => {
-                let full = |notes: &mut Notes| notes.forks.len() == FORKS && !notes.stopped;
-                notes = self.noted.wait_while(notes, full).unwrap_or_else(PoisonError::into_inner);
-                notes.forks.push_back(fork);
-            }
+            Note::Fork(fork) => notes.forks.push(fork),
+            // It is there by now.
+            Note::Gone => {}
         }
         drop(notes);
         self.noted.notify_all();
     }
 
+    /// Leaves it to the thread in the background to free what a change takes out of a layout.
+    pub(crate) fn free(&self, change: impl FnOnce(&mut Segments)) {
+        let mut notes = lock(&self.notes);
+        change(&mut notes.gone);
+        let some = !notes.gone.is_empty();
+        drop(notes);
+        if some {
+            self.noted.notify_all();
+        }
+    }
+
+    /// Takes what was left so. There is room for more at any time.
+    pub(crate) fn take_gone(&self, gone: &mut Segments) {
+        gone.extend(lock(&self.notes).gone.drain(..));
+    }
+
     /// Waits for a note, at most so long. Forks come first. `Err` once the pager has stopped and nothing is left.
     pub(crate) fn next_note(&self, most: Option<std::time::Duration>) -> Result<Option<Note>, Stopped> {
-        let nothing =
-            |notes: &mut Notes| notes.forks.is_empty() && notes.problems.is_empty() && !notes.stopped;
+        let nothing = |notes: &mut Notes| {
+            notes.forks.is_empty() && notes.gone.is_empty() && notes.problems.is_empty() && !notes.stopped
+        };
         let mut notes = lock(&self.notes);
         if std::mem::take(&mut notes.adopting) {
             self.noted.notify_all();
@@ -378,9 +400,10 @@ impl Shared {
                 waited.unwrap_or_else(PoisonError::into_inner).0
             }
         };
-        let fork = notes.forks.pop_front().map(Note::Fork);
+        let fork = (!notes.forks.is_empty()).then(|| Note::Fork(notes.forks.remove(0)));
         notes.adopting = fork.is_some();
-        let note = fork.or_else(|| notes.problems.pop_front().map(Note::Problem));
+        let note = fork.or_else(|| (!notes.gone.is_empty()).then_some(Note::Gone));
+        let note = note.or_else(|| notes.problems.pop_front().map(Note::Problem));
         if note.is_none() && notes.stopped {
             return Err(Stopped);
         }

@@ -207,9 +207,9 @@ pub(crate) fn fill(
     Ok(())
 }
 
-/// Gives the faults of segments back to the kernel.
-pub(crate) fn unregister(uffd: &Uffd, segments: &[Segment]) {
-    for segment in segments {
+/// Gives faults back to the kernel.
+pub(crate) fn unregister<'a>(uffd: &Uffd, parts: impl IntoIterator<Item = &'a Segment>) {
+    for segment in parts {
         // Part of it may be unmapped, or the process gone; whoever waits is waked in any case.
         let _gone = uffd.unregister(at(segment.start), segment.end - segment.start);
     }
@@ -217,7 +217,7 @@ pub(crate) fn unregister(uffd: &Uffd, segments: &[Segment]) {
 
 /// Makes of what was served something to hand over. Whoever waits comes back, to the new owner.
 pub(crate) fn detached(descriptor: &Descriptor, serving: Serving) -> Detached {
-    for segment in serving.layout.segments() {
+    for segment in serving.layout.everything() {
         wake(&serving.uffd, segment.start..segment.end);
     }
     if descriptor.was_blocking {
@@ -240,8 +240,8 @@ fn sole(mut uffd: Arc<Uffd>) -> Uffd {
     }
 }
 
-/// The absent pages of segments, in ranges.
-pub(crate) fn absent(segments: &[Segment]) -> Vec<Absent> {
+/// The absent pages, in ranges by address. Holes are taken for absent as a whole.
+pub(crate) fn absent(segments: &[Segment], holes: &[Segment]) -> Vec<Absent> {
     let mut absent: Vec<Absent> = Vec::new();
     for segment in segments {
         let (region, shift) = (&segment.region, segment.region.page_shift);
@@ -255,6 +255,13 @@ pub(crate) fn absent(segments: &[Segment]) -> Vec<Absent> {
             }
         }
     }
+    absent.extend(holes.iter().map(|hole| Absent {
+        region: RegionId(hole.region.id),
+        address: hole.start,
+        len: hole.end - hole.start,
+        offset: None,
+    }));
+    absent.sort_by_key(|part| part.address);
     absent
 }
 

@@ -1,0 +1,83 @@
+//! Memory apart from the allocator's.
+//!
+//! A thread that forks holds the allocator's locks until its event is read. So whoever keeps others from reading it,
+//! by having a shard locked (see `descriptor`), neither allocates nor frees: what grows there lies in mappings of its
+//! own, and what ends there is left to others to free.
+
+#![expect(unsafe_code, reason = "an allocator")]
+
+use std::alloc::Layout;
+use std::ptr::NonNull;
+
+use allocator_api2::alloc::{AllocError, Allocator};
+
+use crate::{page_size, sys};
+
+/// A vector with a mapping of its own.
+pub(crate) type Vec<T> = allocator_api2::vec::Vec<T, Mapped>;
+
+/// Gives out mappings.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mapped;
+
+/// A vector without a mapping.
+pub(crate) const fn none<T>() -> Vec<T> {
+    Vec::new_in(Mapped)
+}
+
+/// An empty vector with a mapping.
+pub(crate) fn with_room<T>(items: usize) -> Vec<T> {
+    Vec::with_capacity_in(items, Mapped)
+}
+
+/// The length of a mapping.
+fn mapped_len(layout: Layout) -> usize {
+    layout.size().next_multiple_of(page_size())
+}
+
+// SAFETY: a mapping stays, and is nobody else's, until it is given back; all copies of `Mapped` are the same.
+unsafe impl Allocator for Mapped {
+    fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>, AllocError> {
+        if layout.size() == 0 || layout.align() > page_size() {
+            return Err(AllocError);
+        }
+        let len = mapped_len(layout);
+        let start = sys::map(len).map_err(|_errno| AllocError)?;
+        Ok(NonNull::slice_from_raw_parts(start, len))
+    }
+
+    unsafe fn deallocate(&self, start: NonNull<u8>, layout: Layout) {
+        // SAFETY: a mapping of `allocate` is given back once, and the size is one that fits it: not less than was asked
+        // for, and not more than was had.
+        unsafe { sys::unmap(start, mapped_len(layout)) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vectors_grow_shrink_and_give_everything_back() {
+        let mut vector = with_room(10);
+        vector.extend(0..10_u64);
+        for number in 10..100_000 {
+            vector.push(number);
+        }
+        assert!(vector.iter().copied().eq(0..100_000));
+        vector.truncate(700);
+        vector.shrink_to_fit();
+        assert!(vector.clone().into_iter().eq(0..700));
+        let start = vector.as_ptr().addr();
+        drop(vector);
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let is_there = |line: &str| {
+            let (from, to) = line.split(' ').next()?.split_once('-')?;
+            let number = |text| usize::from_str_radix(text, 16).ok();
+            Some((number(from)?..number(to)?).contains(&start))
+        };
+        // Another thread may have mapped something there since, but not of this length.
+        let there = maps.lines().filter(|line| is_there(line) == Some(true)).count();
+        assert!(there <= 1, "{maps}");
+    }
+}
