@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::{ptr, thread};
 
 use memmap2::{MmapOptions, MmapRaw};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, MremapFlags, mremap_fixed};
 use userfaultfd::FeatureFlags;
 
 use crate::board::{Act, Board, Slot};
@@ -103,6 +105,9 @@ fn map(
     let start = unsafe { libc::mmap(at, len, protection, flags, fd, offset as libc::off_t) };
     if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(start.expose_provenance()) }
 }
+
+/// libc has it not for Android.
+const FIXED_NOREPLACE: i32 = MapFlags::FIXED_NOREPLACE.bits() as i32;
 
 const RESERVED: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
@@ -445,24 +450,23 @@ impl Arena {
         let (from, to) = (self.address(pages.start, state), self.address(pages.start, state ^ WINDOW));
         slot.touches(from, state);
         let len = pages.len() * self.spec.page_size;
-        let flags =
-            libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | if leave { libc::MREMAP_DONTUNMAP } else { 0 };
+        let mut flags = MremapFlags::MAYMOVE;
+        flags.set(MremapFlags::DONTUNMAP, leave);
         let [from_at, to_at] = [from, to].map(ptr::with_exposed_provenance_mut);
         // SAFETY: both are in windows of this arena, to which only atomics refer.
-        if unsafe { libc::mremap(from_at, len, len, flags, to_at) } == libc::MAP_FAILED {
-            let error = io::Error::last_os_error();
+        if let Err(error) = unsafe { mremap_fixed(from_at, len, len, flags, to_at) } {
             // What was there may have gone already.
-            if map(to, len, libc::PROT_NONE, RESERVED | libc::MAP_FIXED_NOREPLACE, None).is_ok() {
+            if map(to, len, libc::PROT_NONE, RESERVED | FIXED_NOREPLACE, None).is_ok() {
                 pages.clone().for_each(|page| self.left[page].store(false, Ordering::Relaxed));
             }
             self.unlock(pages, |state| state);
             // Several mappings at once, and kinds of memory that can't be moved so.
-            return match error.raw_os_error() {
-                Some(libc::EFAULT | libc::EINVAL) => Ok(false),
+            return match error {
+                Errno::FAULT | Errno::INVAL => Ok(false),
                 _ => Err(format!("mremap: {error}")),
             };
         }
-        if !leave && map(from, len, libc::PROT_NONE, RESERVED | libc::MAP_FIXED_NOREPLACE, None).is_err() {
+        if !leave && map(from, len, libc::PROT_NONE, RESERVED | FIXED_NOREPLACE, None).is_err() {
             self.is_lost.store(true, Ordering::Relaxed);
         }
         pages.clone().for_each(|page| self.left[page].store(leave, Ordering::Relaxed));

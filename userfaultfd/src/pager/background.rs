@@ -18,8 +18,9 @@ use super::shared::Shared;
 use super::sigbus::Lazy;
 use super::{Pager, Progress, RegionId, Result};
 
-/// So many bytes are filled between two looks whether somebody waits.
+/// So many bytes are filled between two looks whether somebody waits, unless they take longer than that.
 const STEP: usize = 64 << 10;
+const STEP_TIME: Duration = Duration::from_micros(50);
 
 /// So long it waits before it looks again whether faults are answered.
 const PAUSE: Duration = Duration::from_micros(50);
@@ -37,8 +38,8 @@ pub enum Order {
 
 /// A thread that fills what is absent of a region, as long as no fault is to be answered.
 ///
-/// Before each small step, 64 KiB or a page if that is more, it looks whether a fault waits or is being answered, and
-/// lets it go first. Ranges that the source [knows to be zero](super::PageSource::zeros) are filled without being read,
+/// Before each small step, of 64 KiB or 50 µs (a page or a read of the source if that is more), it looks whether a fault
+/// waits or is being answered, and lets it go first. Ranges that the source [knows to be zero](super::PageSource::zeros) are filled without being read,
 /// up to 4 MiB in one step. What the source doesn't deliver is left absent, for whoever needs it.
 ///
 /// Dropping it ends it, after the step that it is at.
@@ -222,20 +223,29 @@ fn pages_of(order: Order, count: usize, shift: u32) -> Vec<Range<usize>> {
 fn fill(target: &Target, control: &Control, ranges: Vec<Range<usize>>) {
     let mut due = Instant::now();
     let mut gone_through = 0;
+    let mut limit = None;
+    // How much is left of a step, and when it began.
+    let (mut left, mut since) = (0, due);
     for pages in ranges {
         let mut next = pages.start;
         while next < pages.end {
-            let Some(state) = control.go_on(due) else { return };
-            let limit = state.limit;
-            drop(state);
             if target.is_over() {
                 return;
             }
-            if target.is_busy() {
-                std::thread::park_timeout(PAUSE);
-                continue;
+            let now = Instant::now();
+            if left == 0 || limit.is_some() || now - since > STEP_TIME {
+                let Some(state) = control.go_on(due) else { return };
+                limit = state.limit;
+                drop(state);
+                if target.is_busy() {
+                    std::thread::park_timeout(PAUSE);
+                    left = 0;
+                    continue;
+                }
+                (left, since) = (STEP, now);
             }
             let Some(step) = target.step(next..pages.end) else { return };
+            left = left.saturating_sub((step.next - next) << control.page_shift);
             if let Some(limit) = limit {
                 let nanos =
                     (step.filled << control.page_shift) as u128 * 1_000_000_000 / u128::from(limit.max(1));
@@ -276,9 +286,11 @@ impl Target {
     /// Fills the first absent pages of a range. `None`: the region isn't served any more.
     fn step(&self, pages: Range<usize>) -> Option<Step> {
         let region = self.region();
-        let most = (STEP >> region.page_shift).max(1);
-        // It is asked outside of all locks. What is absent may come later; then this is but a size.
-        let most = alike(region, pages.start, most);
+        let mut most = (STEP >> region.page_shift).max(1);
+        if pages.len() > most {
+            // It is asked outside of all locks. What is absent may come later; then this is but a size.
+            most = alike(region, pages.start, most);
+        }
         match self {
             Self::Pager { shared, descriptor, region } => step(shared, descriptor, region, pages, most),
             Self::Sigbus(lazy) => {

@@ -352,6 +352,9 @@ impl Filler {
             }
             let (filled, errno) = self.fill(serving, run, content, pages << run.region.page_shift);
             let filled = filled >> run.region.page_shift;
+            if filled > 0 {
+                reach(Point::AfterFill, run.address());
+            }
             self.count(shared, run, content, filled);
             event!(TRACE, "filled", address = run.address(), len = filled << run.region.page_shift);
             joined |= run.settle(filled, end);
@@ -392,7 +395,6 @@ impl Filler {
                 _ => break Left::Refused(errno),
             }
         };
-        reach(Point::AfterFill, addresses.start);
         if joined {
             // Most are awake. One that came after the fill, as the page was taken away again, isn't.
             reach(Point::BeforeWake, addresses.start);

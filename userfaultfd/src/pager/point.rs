@@ -7,7 +7,7 @@ pub(crate) enum Point {
     AfterRead,
     /// The content is there, and the kernel is about to be asked.
     BeforeFill,
-    /// The kernel has filled what it would; the threads that it knew to wait are awake.
+    /// The kernel has filled what it would, which isn't noted yet; the threads that it knew to wait are awake.
     AfterFill,
     /// Others are about to be waked, whose fault another fill has answered.
     BeforeWake,

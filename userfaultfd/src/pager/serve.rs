@@ -261,7 +261,8 @@ impl Worker {
                 shared.hand_on(descriptor, serving.uffd.as_fd());
             }
             let since = stats::now();
-            for event in buffer.changes_first().drain() {
+            // Changes are applied at once, and faults are answered after all of them.
+            for event in buffer.drain() {
                 take(shared, thread, descriptor, serving, event, faults, since);
             }
             // Who was waked by a fill may have run at once, and faulted again: often the next is there by now, and

@@ -10,11 +10,13 @@ use crate::apt::{self, Apt};
 const SUITE: &str = "trixie";
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// Tests that open a userfaultfd, which the emulator has not: ENOSYS; and of how long to spin, for which it is too slow.
-const TAKES_A_KERNEL: [&str; 6] = [
+/// Tests that open a userfaultfd, which the emulator has not: ENOSYS; of how long to spin, for which it is too slow; and
+/// of advice to the kernel, which doesn't get it.
+const TAKES_A_KERNEL: [&str; 7] = [
     "pager::ahead::",
     "pager::delivery::",
     "pager::own::",
+    "pager::pages::tests::states_take_memory",
     "pager::races::",
     "pager::sigbus::",
     "sys::tests::the_name_tells_a_userfaultfd",

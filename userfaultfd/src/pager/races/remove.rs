@@ -1,8 +1,10 @@
 //! The page is removed by madvise(2): what belongs there is zero from then on.
 
-use super::harness::{Act, Outcome, PAGE, Scene, Seen, content, nobody, races, read};
+use super::harness::{Act, Outcome, PAGE, Reader, Scene, Seen, content, nobody, races, read};
 use crate::FeatureFlags;
+use crate::pager::point::Point;
 use crate::support::has;
+use crate::support::proc::wait_until;
 
 static TOLD: Act<bool> = Act {
     features: FeatureFlags::EVENT_REMOVE,
@@ -22,8 +24,22 @@ static TOLD: Act<bool> = Act {
 };
 
 /// Nothing tells of it: a page that is being loaded gets its content.
-static UNTOLD: Act<bool> =
-    Act { features: FeatureFlags::empty(), act: remove, meanwhile: nobody, check: check_untold };
+static UNTOLD: Act<bool> = Act {
+    features: FeatureFlags::empty(),
+    act: remove,
+    meanwhile: whoever_comes_too_late,
+    check: check_untold,
+};
+
+/// Who faults on a page that was filled and removed again, before the pager has noted that it is there.
+fn whoever_comes_too_late(scene: &Scene, point: Point) -> Vec<Reader> {
+    if point != Point::AfterFill {
+        return Vec::new();
+    }
+    let reader = Reader::of(scene.at(PAGE));
+    wait_until(|| scene.statistics().duplicates > 0 || reader.has_seen());
+    vec![reader]
+}
 
 fn check_untold(scene: &Scene, outcome: Outcome<bool>) {
     if !outcome.acted {
@@ -32,6 +48,7 @@ fn check_untold(scene: &Scene, outcome: Outcome<bool>) {
     let stays = !outcome.was_filled() || scene.flavour.is_shared();
     let expected = if stays { content(PAGE) } else { Seen::ZERO };
     outcome.readers_saw(expected);
+    assert!(outcome.meanwhile.iter().all(|seen| *seen == expected), "{outcome:?}");
     assert_eq!(read(scene.at(PAGE)), expected);
     scene.others_are(content);
 }
