@@ -12,8 +12,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::{ptr, thread};
 
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::io::Errno;
-use rustix::mm::{MapFlags, MremapFlags, mremap_fixed};
 use userfaultfd::FeatureFlags;
 
 use crate::board::{Act, Board, Slot};
@@ -106,8 +104,11 @@ fn map(
     if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(start.expose_provenance()) }
 }
 
-/// libc has it not for Android.
-const FIXED_NOREPLACE: i32 = MapFlags::FIXED_NOREPLACE.bits() as i32;
+// What libc hasn't for Android: numbers of uapi/linux/mman.h, which are the same everywhere but on Alpha.
+const FIXED_NOREPLACE: i32 = 0x10_0000;
+const MAYMOVE: i32 = 1;
+const FIXED: i32 = 2;
+const DONTUNMAP: i32 = 4;
 
 const RESERVED: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
@@ -450,19 +451,18 @@ impl Arena {
         let (from, to) = (self.address(pages.start, state), self.address(pages.start, state ^ WINDOW));
         slot.touches(from, state);
         let len = pages.len() * self.spec.page_size;
-        let mut flags = MremapFlags::MAYMOVE;
-        flags.set(MremapFlags::DONTUNMAP, leave);
-        let [from_at, to_at] = [from, to].map(ptr::with_exposed_provenance_mut);
+        let flags = MAYMOVE | FIXED | if leave { DONTUNMAP } else { 0 };
         // SAFETY: both are in windows of this arena, to which only atomics refer.
-        if let Err(error) = unsafe { mremap_fixed(from_at, len, len, flags, to_at) } {
+        if unsafe { libc::syscall(libc::SYS_mremap, from, len, len, flags, to) } == -1 {
+            let error = io::Error::last_os_error();
             // What was there may have gone already.
             if map(to, len, libc::PROT_NONE, RESERVED | FIXED_NOREPLACE, None).is_ok() {
                 pages.clone().for_each(|page| self.left[page].store(false, Ordering::Relaxed));
             }
             self.unlock(pages, |state| state);
             // Several mappings at once, and kinds of memory that can't be moved so.
-            return match error {
-                Errno::FAULT | Errno::INVAL => Ok(false),
+            return match error.raw_os_error() {
+                Some(libc::EFAULT | libc::EINVAL) => Ok(false),
                 _ => Err(format!("mremap: {error}")),
             };
         }
