@@ -187,8 +187,11 @@ impl Filler {
             mode.set(ContinueMode::WRITE_PROTECT, region.write_protected);
             let mut filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
             // Whoever else sees that the page has gone does the same: nobody's zeros come after what is written there.
-            if filled.1 == Some(Errno::EFAULT) && cache.allocate(page << region.page_shift, len).is_ok() {
-                filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
+            if filled.1 == Some(Errno::EFAULT) {
+                filled = match cache.allocate(page << region.page_shift, len) {
+                    Ok(()) => answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len),
+                    Err(errno) => (0, Some(errno)),
+                };
             }
             (filled, &counters.continues)
         } else if region.zeropage && self.suspect.1 < SUSPICIOUS {
@@ -204,7 +207,7 @@ impl Filler {
         };
         match filled.1 {
             None => counter.add(1),
-            Some(errno @ (Errno::EAGAIN | Errno::ENOMEM)) => {
+            Some(errno @ (Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC)) => {
                 return Done::Later(Work::Fault(fault), Wait::Kernel(errno));
             }
             Some(Errno::ESRCH) => return Done::Gone,

@@ -347,14 +347,20 @@ impl Worker {
     }
 
     fn tell_stuck(&self, descriptor: &Descriptor, work: &Work, errno: Errno) {
-        if let Work::Load(run, _) | Work::Install(run, _) = work {
-            let (region, address) = (RegionId(run.region.id), run.address());
-            self.shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
-            // Perhaps the memory has gone without a word, as that of a file that is cut off. Who waits finds out.
-            if let Some(serving) = &*descriptor.enter(self.thread) {
-                wake(&serving.uffd, run.addresses());
-            }
-        }
+        let serving = descriptor.enter(self.thread);
+        let Some(serving) = &*serving else { return };
+        let (region, addresses) = match work {
+            Work::Load(run, _) | Work::Install(run, _) => (run.region.id, run.addresses()),
+            Work::Fault(fault) => match serving.layout.find(fault.address) {
+                Some(segment) => (segment.region.id, page_of(fault.address)),
+                None => return,
+            },
+            Work::Stray(_) | Work::Read => return,
+        };
+        let (region, address) = (RegionId(region), addresses.start);
+        self.shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
+        // Perhaps the memory has gone without a word, as that of a file that is cut off. Who waits finds out.
+        wake(&serving.uffd, addresses);
     }
 
     fn park(&mut self, descriptor: &Arc<Descriptor>, work: Work, delay: Duration, tries: u32) {

@@ -1,7 +1,7 @@
 //! How it ends: finished, handed over, dropped; and what is counted until then.
 
 use userfaultfd::FeatureFlags;
-use userfaultfd::pager::{Absent, Around, Error, Pager, Progress};
+use userfaultfd::pager::{Absent, Around, Error, Pager, Progress, Region};
 
 use crate::reader::{Reader, Seen, tell_signals};
 use crate::scene::{Pages, can_poison, check, content, eventually, memory, region, see, serve, served};
@@ -176,6 +176,24 @@ fn a_fault_that_the_owner_before_has_read_is_answered() {
     let pager = Pager::new().unwrap();
     serve(&pager, uffd, region(&memory, Pages::new(page())));
     assert_eq!(reader.wait(), content(0));
+}
+
+#[test]
+fn a_fault_that_was_put_off_is_heard_of_by_the_next_owner() {
+    require!();
+    let memory = Memory::anonymous(3);
+    let pager = Pager::new().unwrap();
+    let uffd = uffd(FeatureFlags::empty());
+    uffd.register(memory.start(), memory.len()).unwrap();
+    // The last page has no region.
+    let part = Region::new(memory.at(0).addr(), 2 * page(), Pages::new(page()));
+    serve(&pager, uffd, part);
+    let reader = Reader::of(memory.at(2).addr());
+    eventually(|| pager.statistics().missing_faults > 0, true);
+    let uffd = pager.detach().pop().unwrap().uffd;
+    wait_until(|| matches!(uffd.read_event().unwrap(), Some(userfaultfd::Event::Pagefault { .. })));
+    crate::support::handler::fill(&uffd, &memory, 2, 9);
+    assert_eq!(reader.wait(), Seen::Byte(9));
 }
 
 #[test]

@@ -1,15 +1,16 @@
 //! Pages that can't be filled though the source has them: something is there already, or there is no memory.
 
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 
-use userfaultfd::pager::{Around, Pager};
+use userfaultfd::pager::{Around, Pager, Region};
 use userfaultfd::{FeatureFlags, RegisterMode, Uffd};
 
-use crate::reader::{Reader, tell_signals};
+use crate::reader::{Reader, Seen, read, tell_signals};
 use crate::scene::{Pages, Problems, byte, check, content, memory, region, see, serve};
 use crate::support::handler::fill;
+use crate::support::mapping::{self, Mapping};
 use crate::support::memory::{self as kinds, Kind, Memory};
 use crate::support::proc::wait_until;
 use crate::support::{child, has, page, require, test_name, uffd};
@@ -78,7 +79,7 @@ fn what_was_protected_before_it_was_filled_is_neither_lost_nor_zero() {
             } else {
                 drop(pager);
                 let poisoned = crate::scene::can_poison();
-                let expected = if poisoned { crate::reader::Seen::POISON } else { content(3) };
+                let expected = if poisoned { Seen::POISON } else { content(3) };
                 assert_eq!(see(&memory, 3), expected, "{memory:?}");
             }
             check(&memory, 1, 1);
@@ -129,6 +130,42 @@ fn finishing_with_an_empty_pool_of_huge_pages_shows_no_zeros() {
         std::fs::write("/proc/sys/vm/nr_hugepages", pool.trim()).unwrap();
         pager.finish(|_| {}).unwrap();
         check(&memory, 1, 1);
+    });
+}
+
+#[test]
+fn a_full_file_system_is_told_and_waited_for() {
+    require!(FeatureFlags::MINOR_SHMEM, root);
+    child::run_well(test_name!(), || {
+        let Some(file) = mapping::file_with_room_for(test_name!(), 1) else { return };
+        file.set_len(2 * page() as u64).unwrap();
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let memory = Mapping::new(2, protection, libc::MAP_SHARED, Some(file.as_fd())).unwrap();
+        let problems = Problems::default();
+        let pager = Pager::builder().on_problem(problems.callback()).build().unwrap();
+        let region = Region::new(memory.start.expose_provenance(), memory.len, Pages::new(page()));
+        let region = region.around(Around::Page).minor(file.try_clone().unwrap(), 0);
+        serve(&pager, uffd(FeatureFlags::empty()), region);
+        let at = |page: usize| memory.start.addr() + page * crate::support::page();
+        let empty = |page: usize| {
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            let (offset, len) = (page * crate::support::page(), crate::support::page());
+            // SAFETY: no reference leads to the memory.
+            let emptied = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as _, len as _) };
+            assert_eq!(emptied, 0);
+        };
+        assert_eq!(read(at(0)), content(0));
+        // Content, of which the other page has taken the room; then the zeros of the other page in turn.
+        let reader = Reader::of(at(1));
+        wait_until(|| problems.count("Stuck") == 1);
+        assert!(!reader.has_seen() && problems.all()[0].contains("ENOSPC"), "{:?}", problems.all());
+        empty(0);
+        assert_eq!(reader.wait(), content(1));
+        let reader = Reader::of(at(0));
+        wait_until(|| problems.count("Stuck") == 2);
+        assert!(!reader.has_seen() && problems.all()[1].contains("ENOSPC"), "{:?}", problems.all());
+        empty(1);
+        assert_eq!(reader.wait(), Seen::ZERO);
     });
 }
 
@@ -184,11 +221,7 @@ fn a_file_that_is_cut_off_is_gone_for_who_waits_for_it() {
         };
         serve(&pager, uffd(FeatureFlags::empty()), region(&memory, source));
         check(&memory, 0, 0);
-        assert_eq!(
-            see(&memory, 2),
-            crate::reader::Seen::POISON,
-            "as of any file that is shorter than its mapping"
-        );
+        assert_eq!(see(&memory, 2), Seen::POISON, "as of any file that is shorter than its mapping");
         check(&memory, 0, 0);
     });
 }
