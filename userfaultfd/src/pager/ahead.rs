@@ -81,7 +81,7 @@ pub(crate) fn read(shared: &Shared, thread: usize) {
                 run
             };
             let Some(run) = run else { continue };
-            match filler.load(shared, &descriptor, run, 0) {
+            match filler.load(shared, &descriptor, run.early(), 0) {
                 Done::Yes => {}
                 // Who needs it asks for it.
                 Done::Later(work, _) => filler.give_up(&descriptor, work),

@@ -322,7 +322,7 @@ fn step(
     let (run, next) = filler.claim_ahead(&segment, within, most);
     let Some(run) = run else { return Some(Step { next, filled: 0 }) };
     let claimed = run.pages();
-    let mut load = |run| match filler.load(shared, descriptor, run, 0) {
+    let mut load = |run: Run| match filler.load(shared, descriptor, run.early(), 0) {
         Done::Yes => true,
         // Who needs it asks for it.
         Done::Later(work, _) => {

@@ -74,6 +74,9 @@ impl Filler {
         error: io::Error,
     ) -> Done {
         shared.counters(self.thread).source_errors.add(1);
+        if run.is_early {
+            return Done::Later(Work::Load(run, attempts), Wait::Others);
+        }
         // The page that is asked for alone: its neighbours may be what can't be had.
         let Some(run) = self.alone(descriptor, run.rest()) else { return Done::Yes };
         let (attempts, retry) = (attempts.saturating_add(1), shared.retry);

@@ -27,6 +27,8 @@ pub(crate) struct Run {
     pub(crate) tries: u8,
     /// How often its source has failed.
     pub(crate) attempts: u32,
+    /// Nobody needs it, so that it is left absent where its source fails.
+    pub(crate) is_early: bool,
 }
 
 impl Run {
@@ -35,7 +37,24 @@ impl Run {
         let address = segment.address_of(pages.start).expect("the pages are in the segment");
         let region = Arc::clone(&segment.region);
         let (first, count) = (pages.start, pages.len());
-        Self { region, first, count, done: 0, address, demand: None, removed, tries: 0, attempts: 0 }
+        Self {
+            region,
+            first,
+            count,
+            done: 0,
+            address,
+            demand: None,
+            removed,
+            tries: 0,
+            attempts: 0,
+            is_early: false,
+        }
+    }
+
+    /// The same, ahead of need.
+    pub(crate) fn early(mut self) -> Self {
+        self.is_early = true;
+        self
     }
 
     /// Those that aren't settled.
@@ -132,6 +151,7 @@ impl Run {
             removed: self.removed,
             tries: self.tries,
             attempts: self.attempts,
+            is_early: self.is_early,
         };
         let (one, others) = (part(page..page + 1), [part(pages.start..page), part(page + 1..pages.end)]);
         self.count = self.done; // the parts have them now

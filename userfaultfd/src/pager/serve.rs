@@ -335,6 +335,12 @@ impl Worker {
                 if let (Wait::Kernel(errno), STUCK) = (wait, tries) {
                     self.tell_stuck(descriptor, &work, errno);
                 }
+                if let (Work::Load(run, _) | Work::Install(run, _), STUCK..) = (&work, tries) {
+                    if run.region.is_ending() {
+                        // Whoever ends it isn't to wait for this.
+                        run.mark_stuck();
+                    }
+                }
                 // The first tries come as soon as other events were looked at.
                 let delay = match (wait, tries) {
                     (Wait::Kernel(Errno::EAGAIN), 0..4) => Duration::ZERO,

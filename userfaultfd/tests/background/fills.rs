@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{Around, BytesSource, Error, Order};
+use userfaultfd::pager::{Around, BytesSource, Error, Order, Retry};
 
 use crate::support::proc::wait_until;
 use crate::support::{page, require};
@@ -199,17 +199,21 @@ fn filling_all_reads_no_zeros_either() {
 #[test]
 fn what_the_source_does_not_deliver_is_left_to_who_needs_it() {
     require!();
-    let (source, pages) = (Watched::new(), 4 * step());
-    let bad = step() + step() / 2;
-    source.set(|state| state.bad = bad..bad + 1);
-    let memory = lazy(&source, pages);
-    let progress = memory.background(Order::Ascending).unwrap().wait();
-    assert_eq!(progress.done, progress.total);
-    let statistics = memory.statistics();
-    assert_eq!((statistics.absent_pages, statistics.poisoned), (1, 0));
-    source.set(|state| state.bad = 0..0);
-    assert_content(&memory);
-    assert_eq!(memory.statistics().faults(), 1);
+    for attempts in [1, 8] {
+        let (source, pages) = (Watched::new(), 4 * step());
+        let bad = step() + step() / 2;
+        source.set(|state| state.bad = bad..bad + 1);
+        let retry = Retry { attempts, delay: Duration::ZERO };
+        let memory = LazyMemory::builder(source.clone()).len(pages * page()).around(Around::Page);
+        let memory = memory.retry(retry).build().unwrap();
+        let progress = memory.background(Order::Ascending).unwrap().wait();
+        assert_eq!(progress.done, progress.total);
+        let statistics = memory.statistics();
+        assert_eq!((statistics.absent_pages, statistics.poisoned), (1, 0));
+        source.set(|state| state.bad = 0..0);
+        assert_content(&memory);
+        assert_eq!(memory.statistics().faults(), 1);
+    }
 }
 
 #[test]

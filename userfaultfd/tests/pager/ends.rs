@@ -1,7 +1,9 @@
 //! How it ends: finished, handed over, dropped; and what is counted until then.
 
+use std::sync::{Mutex, mpsc};
+
 use userfaultfd::FeatureFlags;
-use userfaultfd::pager::{Absent, Around, Error, Pager, Progress, Region};
+use userfaultfd::pager::{Absent, Around, Error, Fill, Pager, Progress, Region};
 
 use crate::reader::{Reader, Seen, tell_signals};
 use crate::scene::{Pages, can_poison, check, content, eventually, memory, region, see, serve, served};
@@ -194,6 +196,58 @@ fn a_fault_that_was_put_off_is_heard_of_by_the_next_owner() {
     wait_until(|| matches!(uffd.read_event().unwrap(), Some(userfaultfd::Event::Pagefault { .. })));
     crate::support::handler::fill(&uffd, &memory, 2, 9);
     assert_eq!(reader.wait(), Seen::Byte(9));
+}
+
+#[test]
+fn a_fault_whose_page_is_being_loaded_is_heard_of_by_the_next_owner() {
+    require!();
+    let memory = Memory::anonymous(2);
+    let pager = Pager::new().unwrap();
+    let (loading, is_loading) = mpsc::channel();
+    let (go, may_go) = mpsc::channel::<()>();
+    let may_go = Mutex::new(may_go);
+    let slow = move |_: u64, _: &mut [u8]| {
+        loading.send(()).unwrap();
+        let _gone = may_go.lock().unwrap().recv();
+        Ok(Fill::Zero)
+    };
+    let added = serve(&pager, uffd(FeatureFlags::empty()), region(&memory, slow));
+    let reader = Reader::of(memory.at(1).addr());
+    is_loading.recv().unwrap();
+    let uffd = pager.remove(added.descriptor).unwrap().uffd;
+    wait_until(|| matches!(uffd.read_event().unwrap(), Some(userfaultfd::Event::Pagefault { .. })));
+    crate::support::handler::fill(&uffd, &memory, 1, 9);
+    assert_eq!(reader.wait(), Seen::Byte(9));
+    drop(go);
+    eventually(|| pager.statistics().dropped, 1);
+    assert_eq!(see(&memory, 1), Seen::Byte(9));
+}
+
+#[test]
+fn what_was_moved_away_is_told_with_what_was_left_behind() {
+    require!(FeatureFlags::EVENT_REMAP);
+    let (memory, target) = (Memory::anonymous(4), Memory::anonymous(2));
+    let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
+    let added = serve(&pager, uffd(FeatureFlags::EVENT_REMAP), region(&memory, source));
+    memory.move_over(1, 2, &target, libc::MREMAP_DONTUNMAP);
+    assert_eq!((see(&target, 0), see(&memory, 1)), (content(1), Seen::ZERO));
+    eventually(|| pager.statistics().present_pages, 1);
+    let part = |address: *mut std::ffi::c_void, pages: usize, from: Option<usize>| {
+        (address.addr(), pages * page(), from.map(|page| (page * crate::support::page()) as u64))
+    };
+    let mut expected = vec![
+        part(memory.at(0), 1, Some(0)),
+        part(memory.at(1), 2, None),
+        part(memory.at(3), 1, Some(3)),
+        part(target.at(1), 1, Some(2)),
+    ];
+    expected.sort();
+    let told = |absent: Vec<Absent>| {
+        assert!(absent.iter().all(|part| part.region == added.regions[0]));
+        absent.iter().map(|part| (part.address, part.len, part.offset)).collect::<Vec<_>>()
+    };
+    assert_eq!(told(pager.absent(added.regions[0]).unwrap()), expected);
+    assert_eq!(told(pager.remove(added.descriptor).unwrap().absent()), expected);
 }
 
 #[test]

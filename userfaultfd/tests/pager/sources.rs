@@ -308,3 +308,32 @@ fn a_callback_that_panics_is_called_again() {
     assert_eq!([see(&memory, 0), see(&memory, 1)], [Seen::POISON; 2]);
     wait_until(|| problems.count("Source") == 2 && problems.count("Poisoned") == 2);
 }
+
+/// A source that ends inside a page, and says nothing of what comes behind its end.
+struct Short;
+
+impl PageSource for Short {
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<Fill> {
+        let rest = (page() + 100).saturating_sub(offset as usize).min(bytes.len());
+        bytes[..rest].fill(7);
+        Ok(Fill::Data)
+    }
+
+    fn len(&self) -> Option<u64> {
+        Some(page() as u64 + 100)
+    }
+}
+
+#[test]
+fn behind_the_end_of_a_source_the_last_page_is_zero() {
+    require!();
+    for around in [1, 2] {
+        let (memory, pager) = (Memory::anonymous(2), Pager::new().unwrap());
+        let region = region(&memory, Short).around(Around::Block(around * page()));
+        serve(&pager, uffd(FeatureFlags::empty()), region);
+        // The first page leaves its content in the pager's buffer.
+        assert!(memory.content(0).iter().all(|byte| *byte == 7));
+        let last = memory.content(1);
+        assert!(last[..100].iter().all(|byte| *byte == 7) && last[100..].iter().all(|byte| *byte == 0));
+    }
+}
