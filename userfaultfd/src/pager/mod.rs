@@ -106,6 +106,7 @@ mod working_set;
 
 use std::fmt;
 use std::ops::Range;
+use std::os::fd::IntoRawFd;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -688,7 +689,7 @@ impl Drop for Pager {
         for descriptor in self.shared.descriptors() {
             if let Some(serving) = self.shared.remove(&descriptor) {
                 // Who waits goes on waiting, instead of reading zeros.
-                std::mem::forget(serving.uffd);
+                let _kept = shutdown::sole(serving.uffd).into_raw_fd();
             }
         }
     }

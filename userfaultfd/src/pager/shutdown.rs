@@ -230,7 +230,7 @@ pub(crate) fn detached(descriptor: &Descriptor, serving: Serving) -> Detached {
 
 /// What the shards have let go of. A thread that has just changed them, or added the descriptor, may have it for a
 /// moment longer.
-fn sole(mut uffd: Arc<Uffd>) -> Uffd {
+pub(crate) fn sole(mut uffd: Arc<Uffd>) -> Uffd {
     loop {
         match Arc::try_unwrap(uffd) {
             Ok(uffd) => return uffd,

@@ -218,7 +218,7 @@ impl Scene {
         let fillers: Vec<_> = iter::repeat_with(|| none(len).unwrap()).take_while(is_above).collect();
         let memory = flavour.memory(test, PAGES)?;
         drop(above);
-        mem::forget(fillers);
+        fillers.into_iter().for_each(mem::forget);
         let source = Source::of(&memory);
         let pager = Pager::builder().threads(2).build().unwrap();
         let uffd = crate::support::uffd(features);
