@@ -220,7 +220,7 @@ impl LazyMemory {
     /// - [`NotServed`](pager::Error::NotServed): all was [filled](Self::fill).
     /// - [`System`](pager::Error::System): a thread couldn't be had.
     pub fn background(&self, order: Order) -> pager::Result<Background> {
-        Background::start(self.target()?, order)
+        Background::start(self.target()?, order, 1)
     }
 
     /// Records which pages are touched, in order: see [`Recorder`].

@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use super::layout::Segment;
 use super::load::alike;
 use super::region::Served;
 use super::run::Run;
-use super::shared::Shared;
+use super::shared::{BACKGROUNDS, Shared};
 use super::sigbus::Lazy;
 use super::{Pager, Progress, RegionId, Result};
 
@@ -59,25 +59,37 @@ pub enum Order {
 /// ```
 pub struct Background {
     control: Arc<Control>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 struct Control {
     state: Mutex<State>,
     changed: Condvar,
+    /// What to go through, and what wasn't begun of it.
+    ranges: Vec<Range<usize>>,
+    next: Mutex<Place>,
     /// Pages that were gone through, of how many.
     done: AtomicUsize,
     total: usize,
     page_shift: u32,
-    finished: AtomicBool,
+    /// Threads that are at it.
+    running: AtomicUsize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     paused: bool,
     stopped: bool,
-    /// Bytes in a second.
+    /// Bytes in a second, and when there may be more.
     limit: Option<u64>,
+    due: Instant,
+}
+
+/// A page of a range.
+#[derive(Debug, Default)]
+struct Place {
+    range: usize,
+    page: usize,
 }
 
 /// Where pages are filled.
@@ -95,24 +107,30 @@ struct Step {
 }
 
 impl Background {
-    /// Starts a thread that fills a target.
-    pub(crate) fn start(target: Target, order: Order) -> Result<Self> {
+    /// Starts so many threads that fill a target. One alone goes in order.
+    pub(crate) fn start(target: Target, order: Order, threads: usize) -> Result<Self> {
         let (count, shift) = (target.region().pages.count(), target.region().page_shift);
         let ranges = pages_of(order, count, shift);
+        let state = State { paused: false, stopped: false, limit: None, due: Instant::now() };
         let control = Arc::new(Control {
-            state: Mutex::default(),
+            state: Mutex::new(state),
             changed: Condvar::new(),
             done: AtomicUsize::new(0),
             total: ranges.iter().map(Range::len).sum(),
+            next: Mutex::default(),
+            ranges,
             page_shift: shift,
-            finished: AtomicBool::new(false),
+            running: AtomicUsize::new(threads),
         });
-        let filling = Arc::clone(&control);
-        let thread = spawn("uffd-background", move || {
-            fill(&target, &filling, ranges);
-            filling.finished.store(true, Ordering::Release);
-        })?;
-        Ok(Self { control, thread: Some(thread) })
+        let (target, mut background) = (Arc::new(target), Self { control, threads: Vec::new() });
+        for thread in 0..threads {
+            let (target, control) = (Arc::clone(&target), Arc::clone(&background.control));
+            background.threads.push(spawn("uffd-background", move || {
+                fill(&target, &control, thread);
+                control.running.fetch_sub(1, Ordering::AcqRel);
+            })?);
+        }
+        Ok(background)
     }
 
     /// How far it is, of the pages that it is to go through. Those that were there already are among them.
@@ -126,7 +144,7 @@ impl Background {
     /// Whether it has ended: everything was gone through, or the region isn't served any more.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        self.control.finished.load(Ordering::Acquire)
+        self.control.running.load(Ordering::Acquire) == 0
     }
 
     /// Stops after the step that it is at, until it is [resumed](Self::resume).
@@ -156,7 +174,7 @@ impl Background {
     }
 
     fn join(&mut self) {
-        if let Some(thread) = self.thread.take() {
+        for thread in self.threads.drain(..) {
             // A source that panics is an error like others; nothing else does.
             let _panicked = thread.join();
         }
@@ -186,11 +204,11 @@ impl Control {
         self.changed.notify_all();
     }
 
-    /// Waits until it is to go on, not before `due` unless there is no limit any more. `None`: it is to end.
-    fn go_on(&self, due: Instant) -> Option<MutexGuard<'_, State>> {
+    /// Waits until it is to go on, and tells the limit. `None`: it is to end.
+    fn go_on(&self) -> Option<Option<u64>> {
         let mut state = lock(&self.state);
         loop {
-            let rest = due.saturating_duration_since(Instant::now());
+            let rest = state.due.saturating_duration_since(Instant::now());
             if state.stopped {
                 return None;
             } else if state.paused {
@@ -199,9 +217,33 @@ impl Control {
                 let waited = self.changed.wait_timeout(state, rest);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             } else {
-                return Some(state);
+                return Some(state.limit);
             }
         }
+    }
+
+    /// Notes that so many pages were filled, for which there is a limit.
+    fn filled(&self, pages: usize, limit: u64) {
+        let nanos = (pages << self.page_shift) as u128 * 1_000_000_000 / u128::from(limit.max(1));
+        let took = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        let mut state = lock(&self.state);
+        state.due = state.due.max(Instant::now()).checked_add(took).unwrap_or(state.due);
+    }
+
+    /// Takes what comes next: `most` pages at most, of what is left of a range.
+    fn take(&self, most: impl FnOnce(Range<usize>) -> usize) -> Option<Range<usize>> {
+        let mut next = lock(&self.next);
+        let rest = loop {
+            let range = self.ranges.get(next.range)?;
+            let start = next.page.max(range.start);
+            if start < range.end {
+                break start..range.end;
+            }
+            *next = Place { range: next.range + 1, page: 0 };
+        };
+        let end = rest.end.min(rest.start + most(rest.clone()));
+        next.page = end;
+        Some(rest.start..end)
     }
 }
 
@@ -220,42 +262,33 @@ fn pages_of(order: Order, count: usize, shift: u32) -> Vec<Range<usize>> {
     }
 }
 
-fn fill(target: &Target, control: &Control, ranges: Vec<Range<usize>>) {
-    let mut due = Instant::now();
-    let mut gone_through = 0;
+fn fill(target: &Target, control: &Control, thread: usize) {
     let mut limit = None;
     // How much is left of a step, and when it began.
-    let (mut left, mut since) = (0, due);
-    for pages in ranges {
+    let (mut left, mut since) = (0, Instant::now());
+    while !target.is_over() {
+        let now = Instant::now();
+        if left == 0 || limit.is_some() || now - since > STEP_TIME {
+            let Some(now_limited) = control.go_on() else { return };
+            limit = now_limited;
+            if target.is_busy() {
+                std::thread::park_timeout(PAUSE);
+                left = 0;
+                continue;
+            }
+            (left, since) = (STEP, now);
+        }
+        let Some(pages) = control.take(|rest| target.most(rest)) else { return };
         let mut next = pages.start;
         while next < pages.end {
-            if target.is_over() {
-                return;
-            }
-            let now = Instant::now();
-            if left == 0 || limit.is_some() || now - since > STEP_TIME {
-                let Some(state) = control.go_on(due) else { return };
-                limit = state.limit;
-                drop(state);
-                if target.is_busy() {
-                    std::thread::park_timeout(PAUSE);
-                    left = 0;
-                    continue;
-                }
-                (left, since) = (STEP, now);
-            }
-            let Some(step) = target.step(next..pages.end) else { return };
-            left = left.saturating_sub((step.next - next) << control.page_shift);
+            let Some(step) = target.step(next..pages.end, thread) else { return };
             if let Some(limit) = limit {
-                let nanos =
-                    (step.filled << control.page_shift) as u128 * 1_000_000_000 / u128::from(limit.max(1));
-                let took = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-                due = due.max(Instant::now()).checked_add(took).unwrap_or(due);
+                control.filled(step.filled, limit);
             }
-            gone_through += step.next - next;
             next = step.next;
-            control.done.store(gone_through, Ordering::Release);
         }
+        left = left.saturating_sub(pages.len() << control.page_shift);
+        control.done.fetch_add(pages.len(), Ordering::AcqRel);
     }
 }
 
@@ -283,21 +316,31 @@ impl Target {
         }
     }
 
-    /// Fills the first absent pages of a range. `None`: the region isn't served any more.
-    fn step(&self, pages: Range<usize>) -> Option<Step> {
+    /// How many pages to fill in one step, of those that are left of a range.
+    fn most(&self, rest: Range<usize>) -> usize {
         let region = self.region();
-        let mut most = (STEP >> region.page_shift).max(1);
-        if pages.len() > most {
-            // It is asked outside of all locks. What is absent may come later; then this is but a size.
-            most = alike(region, pages.start, most);
-        }
+        let most = (STEP >> region.page_shift).max(1);
+        if rest.len() > most { alike(region, rest.start, most) } else { most }
+    }
+
+    /// Fills the first absent pages of a range. `None`: the region isn't served any more.
+    fn step(&self, pages: Range<usize>, thread: usize) -> Option<Step> {
         match self {
-            Self::Pager { shared, descriptor, region } => step(shared, descriptor, region, pages, most),
+            Self::Pager { shared, descriptor, region } => step(shared, descriptor, region, pages, thread),
             Self::Sigbus(lazy) => {
-                let before = lazy.absent_pages();
-                let next = lazy.fill_some(pages, most << region.page_shift);
+                let (before, most) = (lazy.absent_pages(), pages.len() << self.region().page_shift);
+                let next = lazy.fill_some(pages, most);
                 Some(Step { next, filled: before.saturating_sub(lazy.absent_pages()) })
             }
+        }
+    }
+
+    /// How many threads fill it at the same time where the order doesn't matter.
+    pub(crate) fn parallel(&self) -> usize {
+        match self {
+            Self::Pager { .. } => BACKGROUNDS,
+            // There they would be taken for faults.
+            Self::Sigbus(_) => 1,
         }
     }
 }
@@ -308,10 +351,10 @@ fn step(
     descriptor: &Arc<Descriptor>,
     region: &Arc<Served>,
     pages: Range<usize>,
-    most: usize,
+    thread: usize,
 ) -> Option<Step> {
-    let mut filler = shared.outside();
-    let segment = match segment_from(descriptor, shared.outside_id(), region, pages.start)? {
+    let mut filler = shared.background(thread);
+    let segment = match segment_from(descriptor, filler.thread, region, pages.start)? {
         Some(segment) => segment,
         None => return Some(Step { next: pages.end, filled: 0 }),
     };
@@ -319,7 +362,7 @@ fn step(
     if within.is_empty() {
         return Some(Step { next: pages.end, filled: 0 });
     }
-    let (run, next) = filler.claim_ahead(&segment, within, most);
+    let (run, next) = filler.claim_ahead(&segment, within, usize::MAX);
     let Some(run) = run else { return Some(Step { next, filled: 0 }) };
     let claimed = run.pages();
     let mut load = |run: Run| match filler.load(shared, descriptor, run.early(), 0) {
@@ -371,7 +414,7 @@ impl Pager {
     /// - [`NotServed`](super::Error::NotServed): the region isn't served any more.
     /// - [`System`](super::Error::System): a thread couldn't be had.
     pub fn background(&self, region: RegionId, order: Order) -> Result<Background> {
-        Background::start(self.target(region)?, order)
+        Background::start(self.target(region)?, order, 1)
     }
 
     /// A region to fill.

@@ -13,7 +13,9 @@ use super::{Error, Pager, Progress, RegionId, Result};
 /// One page of so many is left out, to see whether it is needed.
 const SAMPLE: usize = 64;
 
-/// A [`WorkingSet`] that is being filled in its order, in the [background](Background): faults come first.
+/// A [`WorkingSet`] that is being filled in about its order, in the [background](Background): faults come first.
+///
+/// Four threads do that (one, of memory without a pager), so that the source is asked for several pages at once.
 ///
 /// One page of 64 is left out, so that it can be seen whether somebody touches it: of a page that is there already
 /// nothing tells that. [`report`](Self::report) says from that how much of the set was filled for nothing.
@@ -60,7 +62,8 @@ impl Replay {
         let runs = filled.chunk_by(|page, next| page + 1 == *next);
         let bytes = |page: usize| page << region.page_shift;
         let ranges = runs.map(|run| bytes(run[0])..bytes(run[0] + run.len())).collect();
-        match Background::start(target, Order::Ranges(ranges)) {
+        let threads = target.parallel();
+        match Background::start(target, Order::Ranges(ranges), threads) {
             Ok(background) => Ok(Self { background, region, set: set.pages().to_vec(), sample }),
             Err(error) => {
                 region.stop_noting();

@@ -55,6 +55,9 @@ const PROBLEMS: usize = 1024;
 const AHEAD: usize = 1024;
 const FORKS: usize = 16;
 
+/// So many threads can fill in the background at the same time.
+pub(crate) const BACKGROUNDS: usize = 4;
+
 /// The descriptors that are served, by slot.
 ///
 /// Threads that serve faults find descriptors here and close them, while a thread that forks may hold the allocator's
@@ -107,6 +110,8 @@ pub(crate) struct Shared {
     at_work: Box<[AtWork]>,
     /// For what isn't done by the threads that serve faults. One at a time.
     outside: Mutex<Filler>,
+    /// For threads that fill in the background, of whichever fill.
+    backgrounds: [Mutex<Filler>; BACKGROUNDS],
     table: Mutex<Table>,
     /// Held while one is added.
     adding: Mutex<()>,
@@ -155,9 +160,10 @@ impl Shared {
             ahead: Mutex::new(VecDeque::with_capacity(AHEAD)),
             asked: Condvar::new(),
             spinning: AtomicBool::new(false),
-            counters: (0..=threads + readers).map(|_| Counters::new()).collect(),
+            counters: (0..=threads + readers + BACKGROUNDS).map(|_| Counters::new()).collect(),
             at_work: (0..threads + readers).map(|_| AtWork(AtomicBool::new(false))).collect(),
             outside: Mutex::new(Filler::new(threads + readers)),
+            backgrounds: std::array::from_fn(|at| Mutex::new(Filler::new(threads + readers + 1 + at))),
             table: Mutex::default(),
             adding: Mutex::default(),
             started: Mutex::default(),
@@ -199,6 +205,11 @@ impl Shared {
     /// For who isn't a thread of the pager.
     pub(crate) fn outside(&self) -> MutexGuard<'_, Filler> {
         lock(&self.outside)
+    }
+
+    /// For one of the [`BACKGROUNDS`] threads that fill in the background at a time.
+    pub(crate) fn background(&self, thread: usize) -> MutexGuard<'_, Filler> {
+        lock(&self.backgrounds[thread % BACKGROUNDS])
     }
 
     pub(crate) fn new_region_id(&self) -> u64 {
