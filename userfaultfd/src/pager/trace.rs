@@ -12,8 +12,10 @@
 /// Enters a span until the end of the block.
 macro_rules! span {
     ($name:literal $(, $field:ident = $value:expr)* $(,)?) => {
+        // Nothing is made of it where nobody could want it, not even a span that is disabled.
         #[cfg(feature = "tracing")]
-        let _span = tracing::trace_span!(target: "userfaultfd::pager", $name $(, $field = $value)*).entered();
+        let _span = (tracing::level_filters::LevelFilter::current() == tracing::level_filters::LevelFilter::TRACE)
+            .then(|| tracing::trace_span!(target: "userfaultfd::pager", $name $(, $field = $value)*).entered());
     };
 }
 

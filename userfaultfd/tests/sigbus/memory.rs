@@ -114,7 +114,8 @@ fn a_fault_fills_the_block_around_it_and_nothing_twice() {
     assert_eq!((statistics.missing_faults, statistics.prefetched), (3, 17));
     assert_eq!((statistics.present_pages, statistics.absent_pages), (20, 0));
     assert_eq!(statistics.bytes, 20 * page as u64);
-    assert_eq!((statistics.fault_latency.count(), statistics.duplicates), (3, 0));
+    // One of eight is timed.
+    assert_eq!((statistics.fault_latency.count(), statistics.duplicates), (1, 0));
     assert!(statistics.fault_latency.total() > Duration::ZERO);
 }
 
@@ -194,7 +195,7 @@ fn errno_is_kept() {
         assert_eq!(unsafe { errno.read() }, 1000 + number);
         assert_eq!(here, byte(number as usize * page()));
     }
-    assert_eq!(memory.statistics().fault_latency.count(), 8);
+    assert_eq!(memory.statistics().missing_faults, 8);
 }
 
 #[test]

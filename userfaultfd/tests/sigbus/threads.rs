@@ -37,7 +37,8 @@ fn threads_that_touch_one_memory_find_each_page_filled_once() {
         assert_eq!(statistics.zero_fills, 0, "what is there isn't taken for removed");
         let filling = statistics.missing_faults - statistics.duplicates;
         assert!(filling <= pages as u64, "{filling} faults that filled");
-        assert_eq!(statistics.fault_latency.count(), statistics.missing_faults);
+        let (timed, faults) = (statistics.fault_latency.count(), statistics.missing_faults);
+        assert!(timed > 0 && timed >= faults / 8 && timed <= faults, "{timed} of {faults} were timed");
     }
 }
 

@@ -43,7 +43,8 @@ macro_rules! counters {
         #[non_exhaustive]
         pub struct Statistics {
             $($(#[doc = $doc])* pub $name: u64,)*
-            /// How long faults took, from when they were read until the thread that waits was woken.
+            /// How long faults took, from when they were read until the thread that waits was woken. Of memory
+            /// [without a pager](crate::LazyMemory::sigbus) one of eight is timed, the first among them.
             pub fault_latency: Histogram,
             /// How long the source took for a read, failed ones too.
             pub source_latency: Histogram,
