@@ -36,7 +36,13 @@ const SKIPPED: [&str; 5] = [
 /// More of them under ThreadSanitizer. It holds locks of its own across a fork, which waits for its event to be read by
 /// a thread that needs them; and it keeps signals back until a thread makes a system call, which one that waits for a
 /// page doesn't.
-const SKIPPED_BY_THREAD: [&str; 2] = ["fork", "signals::"];
+const SKIPPED_BY_THREAD: [&str; 5] = [
+    "fork",
+    "events::every_change_and_fault_at_once",
+    "leaks::nothing_is_left_of_children",
+    "signals::",
+    "locks::a_fault_inside_the_handler_of_another_signal",
+];
 
 /// The races that ThreadSanitizer need not tell.
 const SUPPRESSIONS: &str = "xtask/thread-sanitizer.txt";

@@ -15,8 +15,9 @@ use crate::sys;
 pub enum Delivery {
     /// Threads sleep until there is a fault, and one is waked for each. Takes no time while there is none.
     Threads,
-    /// A thread that has answered a fault looks for the next one for a moment before it sleeps, if faults have been
-    /// coming that fast lately. It learns how long is worth it, 100 µs at most. Never on a single CPU.
+    /// A thread that has answered a fault looks for the next one for a moment before it sleeps, at most 100 µs, if
+    /// faults are answered faster that way: it measures what they take, and tries the other way now and then. Never on
+    /// a single CPU.
     #[default]
     Adaptive,
     /// A thread that has answered a fault looks for the next one so long before it sleeps. One thread at a time does
@@ -33,9 +34,6 @@ pub enum Delivery {
 /// The longest that is worth spinning for.
 const LONGEST: Duration = Duration::from_micros(100);
 
-/// So seldom an adaptive thread spins though it doesn't seem to be worth it, to learn whether it is now.
-const TRIAL: u32 = 16;
-
 /// So many faults later it is looked again where the faulting thread runs.
 const LOOK: u32 = 128;
 
@@ -43,9 +41,7 @@ const LOOK: u32 = 128;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Waiting {
     delivery: Delivery,
-    /// How soon faults have come after the one before, when that was looked at.
-    gap: Duration,
-    sleeps: u32,
+    choice: Choice,
     /// Beside which thread it runs, and how many faults of it have come since that was looked at.
     beside: (i32, u32),
 }
@@ -57,7 +53,7 @@ impl Waiting {
             Delivery::Adaptive | Delivery::Spin(_) if single => Delivery::Threads,
             delivery => delivery,
         };
-        Self { delivery, gap: LONGEST * 2, sleeps: 0, beside: (0, 0) }
+        Self { delivery, choice: Choice::new(), beside: (0, 0) }
     }
 
     /// How long to look for the next fault.
@@ -65,11 +61,8 @@ impl Waiting {
         match self.delivery {
             Delivery::Threads | Delivery::Beside => Duration::ZERO,
             Delivery::Spin(budget) => budget,
-            Delivery::Adaptive if self.gap < LONGEST / 2 => self.gap * 2,
-            Delivery::Adaptive => {
-                self.sleeps = self.sleeps.wrapping_add(1);
-                if self.sleeps % TRIAL == 0 { LONGEST } else { Duration::ZERO }
-            }
+            Delivery::Adaptive if self.choice.next(Instant::now) => LONGEST,
+            Delivery::Adaptive => Duration::ZERO,
         }
     }
 
@@ -80,21 +73,19 @@ impl Waiting {
             return false;
         }
         let start = Instant::now();
-        let mut waited;
         let found = loop {
-            waited = start.elapsed();
             if look() {
                 break true;
             }
-            if waited >= budget || shared.is_stopping() {
+            if start.elapsed() >= budget || shared.is_stopping() {
                 break false;
             }
             std::hint::spin_loop();
         };
         shared.end_spinning();
-        // A miss counts as much as four hits, so that it ends soon where it doesn't pay.
-        let waited = waited.min(LONGEST);
-        self.gap = if found { (self.gap * 7 + waited) / 8 } else { (self.gap + LONGEST) / 2 };
+        if !found {
+            self.choice.missed();
+        }
         found
     }
 
@@ -112,6 +103,93 @@ impl Waiting {
         if let Some(cpu) = sys::last_cpu(fault.thread) {
             // Without the permission it stays where it is.
             let _moved = sys::run_on(cpu);
+        }
+    }
+}
+
+/// Whether to spin or to sleep until the next fault: what has taken less time for each fault. The time between faults is
+/// in both, and wakes that cross CPUs are in one of them.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    spins: bool,
+    /// What was faster when both were tried the last time.
+    prefers_spinning: bool,
+    /// Faults of this run, and how many of them are still to come.
+    run: u32,
+    left: u32,
+    began: Option<Instant>,
+    /// Spins of this run in which no fault came.
+    misses: u32,
+    /// What a fault took, sleeping and spinning.
+    took: [Duration; 2],
+    /// How long the next run of what is preferred is.
+    next: u32,
+}
+
+impl Choice {
+    /// So many faults are answered in the other way, to learn whether it is better.
+    const TRIAL: u32 = 32;
+
+    /// So many between two trials, which are twice as many each time that the trial has brought nothing new.
+    const RUN: u32 = 8 * Self::TRIAL;
+    const LONGEST_RUN: u32 = 64 * Self::RUN;
+
+    fn new() -> Self {
+        Self {
+            spins: false,
+            prefers_spinning: false,
+            run: Self::TRIAL,
+            left: Self::TRIAL,
+            began: None,
+            misses: 0,
+            took: [LONGEST; 2],
+            next: Self::RUN,
+        }
+    }
+
+    /// Whether to spin until the next fault.
+    fn next(&mut self, now: impl FnOnce() -> Instant) -> bool {
+        if self.left > 0 && self.began.is_some() {
+            self.left -= 1;
+            return self.spins;
+        }
+        let now = now();
+        if let Some(began) = self.began {
+            self.took[usize::from(self.spins)] = (now - began) / self.run;
+            self.turn();
+        }
+        self.began = Some(now);
+        self.misses = 0;
+        self.left = self.run - 1;
+        self.spins
+    }
+
+    /// After a run: what to do in the next one.
+    fn turn(&mut self) {
+        let [slept, spun] = self.took;
+        if self.spins != self.prefers_spinning {
+            // An eighth faster, or it isn't worth the time of a CPU.
+            let better = spun < LONGEST / 2 && spun < slept * 7 / 8;
+            self.next = if better == self.prefers_spinning {
+                (self.next * 2).min(Self::LONGEST_RUN)
+            } else {
+                Self::RUN
+            };
+            self.prefers_spinning = better;
+            (self.spins, self.run) = (better, self.next);
+        } else if self.spins || slept < 2 * LONGEST {
+            (self.spins, self.run) = (!self.spins, Self::TRIAL);
+        }
+    }
+
+    /// A spin was for nothing. Soon no more is made.
+    fn missed(&mut self) {
+        self.misses += 1;
+        if self.spins && self.misses > Self::TRIAL / 8 {
+            self.took[1] = LONGEST;
+            (self.spins, self.prefers_spinning) = (false, false);
+            (self.run, self.next) = (self.next, (self.next * 2).min(Self::LONGEST_RUN));
+            (self.left, self.began) = (0, None);
         }
     }
 }
@@ -172,17 +250,47 @@ mod tests {
         assert!(looks(&mut other, &shared, true), "the first has ended");
     }
 
+    /// How many of so many faults it spins for, if they take so long, sleeping and spinning.
+    fn spins(choice: &mut Choice, now: &mut Instant, faults: u32, took: [u64; 2]) -> u32 {
+        (0..faults).fold(0, |spins, _| {
+            let spin = choice.next(|| *now);
+            *now += Duration::from_micros(took[usize::from(spin)]);
+            spins + u32::from(spin)
+        })
+    }
+
     #[test]
-    fn it_is_learned_whether_spinning_is_worth_it() {
-        let shared = shared();
-        let mut waiting = waiting(Delivery::Adaptive);
-        let trials =
-            |waiting: &mut Waiting, found| (0..10 * TRIAL).filter(|_| looks(waiting, &shared, found)).count();
-        assert_eq!(trials(&mut waiting, false), 10, "a trial now and then, as long as nothing comes");
-        // A fault that comes at once each time.
-        assert!(trials(&mut waiting, true) > 3 * TRIAL as usize, "it found out soon");
-        assert!(waiting.gap < LONGEST / 2);
-        assert!(trials(&mut waiting, false) < 30, "and that it is over, too");
+    fn what_is_faster_is_done_and_the_other_tried_ever_more_rarely() {
+        let (mut choice, mut now) = (Choice::new(), Instant::now());
+        // A wake of another CPU is dear.
+        let spun = spins(&mut choice, &mut now, 10_000, [45, 15]);
+        assert!(spun > 9_500, "{spun}");
+        // Both threads are on one now.
+        let spun = spins(&mut choice, &mut now, 100_000, [8, 15]);
+        assert!(spun < 18_000, "{spun}");
+        let spun = spins(&mut choice, &mut now, 100_000, [8, 15]);
+        assert!(spun < 500, "{spun}");
+        // Little is gained: not worth a CPU.
+        assert!(spins(&mut choice, &mut now, 100_000, [16, 15]) < 500);
+        // Faults come so seldom that nobody would wait for them.
+        assert!(spins(&mut choice, &mut now, 100_000, [1000, 990]) < 500);
+    }
+
+    #[test]
+    fn spinning_ends_soon_where_no_fault_comes() {
+        let (mut choice, mut now) = (Choice::new(), Instant::now());
+        spins(&mut choice, &mut now, 10_000, [45, 15]);
+        assert!(choice.spins);
+        let misses = (0..100).filter(|_| choice.next(|| now)).inspect(|_| ()).count();
+        assert_eq!(misses, 100);
+        let mut misses = 0;
+        while choice.next(|| now) {
+            choice.missed();
+            misses += 1;
+        }
+        assert!(misses <= 5, "{misses}");
+        // And begins anew.
+        assert!(spins(&mut choice, &mut now, 20_000, [45, 15]) > 10_000);
     }
 
     #[test]

@@ -77,7 +77,7 @@ fn what_many_threads_touch_is_recorded() {
 }
 
 #[test]
-fn a_set_is_filled_in_its_order_with_neighbours_in_one_read() {
+fn a_set_is_filled_with_neighbours_in_one_read() {
     require!();
     // Few enough that none of these is left out.
     let touched = [900, 10, 11, 12, 13, 500, 499];
@@ -87,7 +87,10 @@ fn a_set_is_filled_in_its_order_with_neighbours_in_one_read() {
     let mut replay = memory.replay(&set).unwrap();
     let progress = replay.wait();
     assert_eq!(progress.done, progress.total);
-    assert_eq!(source.reads(), [900..901, 10..14, 500..501, 499..500]);
+    // By several threads: each takes the next, and they may overtake each other.
+    let mut reads = source.reads();
+    reads.sort_by_key(|read| read.start);
+    assert_eq!(reads, [10..14, 499..500, 500..501, 900..901]);
     touch(&memory, touched);
     let report = replay.report();
     assert_eq!((report.set_pages, report.faults_in_set, report.faults_outside), (7, 0, 0));
