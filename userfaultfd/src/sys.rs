@@ -288,6 +288,12 @@ fn cpu_of_stat(stat: &[u8]) -> Option<usize> {
     std::str::from_utf8(fields.nth(36)?).ok()?.trim().parse().ok()
 }
 
+/// The CPU that the calling thread runs on, for the moment.
+pub(crate) fn own_cpu() -> Option<usize> {
+    // SAFETY: touches no memory.
+    usize::try_from(unsafe { libc::sched_getcpu() }).ok()
+}
+
 /// Has the calling thread run on one CPU alone.
 pub(crate) fn run_on(cpu: usize) -> Result<(), Errno> {
     const BITS: usize = libc::c_ulong::BITS as usize;

@@ -24,7 +24,9 @@ pub enum Delivery {
     /// that. Never on a single CPU, where it would keep the faulting thread from running.
     Spin(Duration),
     /// The thread runs on the CPU of the thread that faults, so that no other CPU has to be waked. Best where one
-    /// thread faults, or several that take turns.
+    /// thread faults, or several that take turns, and each stays on its CPU, as that of a virtual CPU often does: a
+    /// thread that may run elsewhere the kernel moves to an idle CPU when its page is there, as its own is busy with
+    /// this one, and then it is as `Threads`.
     ///
     /// Takes a descriptor with the feature [`THREAD_ID`](crate::FeatureFlags::THREAD_ID), of a process that `/proc`
     /// shows; otherwise it is as `Threads`.
@@ -44,6 +46,8 @@ pub(crate) struct Waiting {
     choice: Choice,
     /// Beside which thread it runs, and how many faults of it have come since that was looked at.
     beside: (i32, u32),
+    /// Who faulted last, or 0.
+    thread: i32,
 }
 
 impl Waiting {
@@ -53,7 +57,7 @@ impl Waiting {
             Delivery::Adaptive | Delivery::Spin(_) if single => Delivery::Threads,
             delivery => delivery,
         };
-        Self { delivery, choice: Choice::new(), beside: (0, 0) }
+        Self { delivery, choice: Choice::new(), beside: (0, 0), thread: 0 }
     }
 
     /// How long to look for the next fault.
@@ -61,7 +65,7 @@ impl Waiting {
         match self.delivery {
             Delivery::Threads | Delivery::Beside => Duration::ZERO,
             Delivery::Spin(budget) => budget,
-            Delivery::Adaptive if self.choice.next(Instant::now) => LONGEST,
+            Delivery::Adaptive if self.choice.next(Instant::now, || is_here(self.thread)) => LONGEST,
             Delivery::Adaptive => Duration::ZERO,
         }
     }
@@ -89,8 +93,9 @@ impl Waiting {
         found
     }
 
-    /// Goes to where the faulting thread runs.
-    pub(crate) fn go_beside(&mut self, fault: &Fault) {
+    /// A fault was answered. Goes to where the faulting thread runs, if it is to.
+    pub(crate) fn answered(&mut self, fault: &Fault) {
+        self.thread = fault.thread;
         if self.delivery != Delivery::Beside || fault.thread == 0 {
             return;
         }
@@ -105,6 +110,11 @@ impl Waiting {
             let _moved = sys::run_on(cpu);
         }
     }
+}
+
+/// Whether a thread ran on the CPU of this one the last time.
+fn is_here(thread: i32) -> bool {
+    thread != 0 && sys::own_cpu().is_some_and(|own| sys::last_cpu(thread) == Some(own))
 }
 
 /// Whether to spin or to sleep until the next fault: what has taken less time for each fault. The time between faults is
@@ -147,8 +157,8 @@ impl Choice {
         }
     }
 
-    /// Whether to spin until the next fault.
-    fn next(&mut self, now: impl FnOnce() -> Instant) -> bool {
+    /// Whether to spin until the next fault. `is_here` tells whether who faults runs on this CPU.
+    fn next(&mut self, now: impl FnOnce() -> Instant, is_here: impl FnOnce() -> bool) -> bool {
         if self.left > 0 && self.began.is_some() {
             self.left -= 1;
             return self.spins;
@@ -156,7 +166,7 @@ impl Choice {
         let now = now();
         if let Some(began) = self.began {
             self.took[usize::from(self.spins)] = (now - began) / self.run;
-            self.turn();
+            self.turn(is_here);
         }
         self.began = Some(now);
         self.misses = 0;
@@ -165,7 +175,7 @@ impl Choice {
     }
 
     /// After a run: what to do in the next one.
-    fn turn(&mut self) {
+    fn turn(&mut self, is_here: impl FnOnce() -> bool) {
         let [slept, spun] = self.took;
         if self.spins != self.prefers_spinning {
             // An eighth faster, or it isn't worth the time of a CPU.
@@ -177,7 +187,8 @@ impl Choice {
             };
             self.prefers_spinning = better;
             (self.spins, self.run) = (better, self.next);
-        } else if self.spins || slept < 2 * LONGEST {
+        } else if self.spins || slept < 2 * LONGEST && !is_here() {
+            // Not where both share a CPU: spinning would drive the other one away, and sleeping take longer after that.
             (self.spins, self.run) = (!self.spins, Self::TRIAL);
         }
     }
@@ -253,7 +264,7 @@ mod tests {
     /// How many of so many faults it spins for, if they take so long, sleeping and spinning.
     fn spins(choice: &mut Choice, now: &mut Instant, faults: u32, took: [u64; 2]) -> u32 {
         (0..faults).fold(0, |spins, _| {
-            let spin = choice.next(|| *now);
+            let spin = choice.next(|| *now, || false);
             *now += Duration::from_micros(took[usize::from(spin)]);
             spins + u32::from(spin)
         })
@@ -277,14 +288,20 @@ mod tests {
     }
 
     #[test]
+    fn it_never_spins_on_the_cpu_of_who_faults() {
+        let (mut choice, now) = (Choice::new(), Instant::now());
+        assert!((0..100_000).all(|_| !choice.next(|| now, || true)));
+    }
+
+    #[test]
     fn spinning_ends_soon_where_no_fault_comes() {
         let (mut choice, mut now) = (Choice::new(), Instant::now());
         spins(&mut choice, &mut now, 10_000, [45, 15]);
         assert!(choice.spins);
-        let misses = (0..100).filter(|_| choice.next(|| now)).inspect(|_| ()).count();
+        let misses = (0..100).filter(|_| choice.next(|| now, || false)).count();
         assert_eq!(misses, 100);
         let mut misses = 0;
-        while choice.next(|| now) {
+        while choice.next(|| now, || false) {
             choice.missed();
             misses += 1;
         }

@@ -239,7 +239,7 @@ impl Worker {
             let done = self.filler.fault(&self.shared, descriptor, fault);
             self.settle(descriptor, done, 0);
             self.faults.pop_front();
-            self.waiting.go_beside(&fault);
+            self.waiting.answered(&fault);
         }
     }
 
