@@ -50,6 +50,11 @@ pub(crate) static ALLOWED: LazyLock<Vec<usize>> = LazyLock::new(|| {
 /// Keeps this thread, and those that it will start, on these CPUs.
 pub(crate) fn stay_on(cpus: &[usize]) {
     LazyLock::force(&ALLOWED);
+    keep_on(0, cpus);
+}
+
+/// Keeps a thread on these CPUs. 0 is this one.
+fn keep_on(thread: libc::pid_t, cpus: &[usize]) {
     // SAFETY: a set of CPUs is an array of bits, and all zero is the empty one.
     let mut set: libc::cpu_set_t = unsafe { zeroed() };
     for cpu in cpus {
@@ -57,8 +62,24 @@ pub(crate) fn stay_on(cpus: &[usize]) {
         unsafe { libc::CPU_SET(*cpu, &mut set) };
     }
     // SAFETY: the set is borrowed for the call.
-    let done = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) };
+    let done = unsafe { libc::sched_setaffinity(thread, size_of_val(&set), &set) };
     assert_eq!(done, 0, "{}", io::Error::last_os_error());
+}
+
+/// Starts threads, and moves those of a name to the CPUs of the one that answers.
+pub(crate) fn moved<T>(place: Place, name: &str, start: impl FnOnce() -> T) -> Result<T, String> {
+    let cpus = place.answering().ok_or("needs two CPUs")?;
+    let threads = || -> Vec<libc::pid_t> {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("/proc").flatten();
+        let named = tasks.filter(|task| {
+            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+        });
+        named.filter_map(|task| task.file_name().to_str()?.parse().ok()).collect()
+    };
+    let before = threads();
+    let started = start();
+    threads().into_iter().filter(|thread| !before.contains(thread)).for_each(|thread| keep_on(thread, cpus));
+    Ok(started)
 }
 
 /// Starts threads on the CPUs of the one that answers.

@@ -23,7 +23,12 @@ impl Contender for Ladder {
 }
 
 pub(crate) fn make(place: Place, delivery: Delivery) -> Result<Box<dyn Contender>, String> {
-    let pager = cpus::answering(place, || Pager::builder().delivery(delivery).build())?;
+    let build = || Pager::builder().delivery(delivery).build();
+    let pager = match delivery {
+        // Started with one CPU they would never spin: so they go to it afterwards.
+        Delivery::Spin(_) => cpus::moved(place, "uffd-pager", build)?,
+        _ => cpus::answering(place, build)?,
+    };
     let memory = LazyMemory::builder(BytesSource::new(Arc::clone(&CONTENT)))
         .pager(&Arc::new(pager.map_err(|error| error.to_string())?))
         .around(Around::Page)

@@ -11,14 +11,24 @@ const THEIRS: &str = "#9a9a9a";
 const COLOURS: [&str; 8] =
     ["#2563a8", "#c2571a", "#3a7d44", "#7a3e9d", "#b8860b", "#b03a48", "#666666", "#1aa0a0"];
 
-fn begin(height: f64, title: &str) -> String {
-    format!(
+/// A picture with its title, and a line for each part of the subtitle. What comes is below them.
+fn begin(height: f64, title: &str, subtitle: &str) -> String {
+    const LINE: f64 = 17.0;
+    let lines: Vec<&str> = subtitle.split("; ").collect();
+    let more = LINE * (lines.len() - 1) as f64;
+    let height = height + more;
+    let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" \
          height=\"{height}\" font-family=\"sans-serif\" font-size=\"13\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
          <text x=\"16\" y=\"26\" font-size=\"16\">{}</text>\n",
         escaped(title)
-    )
+    );
+    for (index, line) in lines.iter().enumerate() {
+        text(&mut svg, [16.0, 46.0 + LINE * index as f64], "start", line);
+    }
+    let _ = writeln!(svg, "<g transform=\"translate(0 {more})\">");
+    svg
 }
 
 fn text(svg: &mut String, [x, y]: [f64; 2], anchor: &str, what: &str) {
@@ -42,8 +52,7 @@ pub(crate) fn ladder(title: &str, subtitle: &str, bars: &[(String, Summary, bool
     const LEFT: f64 = 270.0;
     const STEP: f64 = 26.0;
     const TOP: f64 = 62.0;
-    let mut svg = begin(TOP + STEP * bars.len() as f64 + 20.0, title);
-    text(&mut svg, [16.0, 46.0], "start", subtitle);
+    let mut svg = begin(TOP + STEP * bars.len() as f64 + 20.0, title, subtitle);
     let most = bars.iter().map(|(_, bar, _)| bar.quartiles[1].max(bar.median)).fold(0.0, f64::max);
     let scale = (WIDTH - LEFT - 90.0) / most.max(f64::MIN_POSITIVE);
     for (index, (name, bar, ours)) in bars.iter().enumerate() {
@@ -58,7 +67,7 @@ pub(crate) fn ladder(title: &str, subtitle: &str, bars: &[(String, Summary, bool
         line(&mut svg, [low, y + 9.0], [high, y + 9.0], "black");
         text(&mut svg, [high.max(LEFT + width) + 6.0, y + 14.0], "start", &Unit::Time.format(bar.median));
     }
-    svg + "</svg>\n"
+    svg + "</g>\n</svg>\n"
 }
 
 /// A curve for each name, of bytes in a second by block size. Both axes are logarithmic.
@@ -76,8 +85,7 @@ pub(crate) fn throughput(title: &str, subtitle: &str, curves: &[(String, Vec<(us
     let x = |size: usize| LEFT + (RIGHT - LEFT) * (size as f64 / first).ln() / (last / first).ln().max(1e-9);
     let y = |rate: f64| BOTTOM - (BOTTOM - TOP) * (rate.log10() - bottom) / (top - bottom);
 
-    let mut svg = begin(BOTTOM + 50.0, title);
-    text(&mut svg, [16.0, 46.0], "start", subtitle);
+    let mut svg = begin(BOTTOM + 50.0, title, subtitle);
     for decade in bottom as i32..=top as i32 {
         let rate = 10f64.powi(decade);
         line(&mut svg, [LEFT, y(rate)], [RIGHT, y(rate)], "#dddddd");
@@ -103,7 +111,7 @@ pub(crate) fn throughput(title: &str, subtitle: &str, curves: &[(String, Vec<(us
         line(&mut svg, [RIGHT + 16.0, at - 4.0], [RIGHT + 36.0, at - 4.0], colour);
         text(&mut svg, [RIGHT + 42.0, at], "start", name);
     }
-    svg + "</svg>\n"
+    svg + "</g>\n</svg>\n"
 }
 
 /// A number of bytes, by its largest unit.
