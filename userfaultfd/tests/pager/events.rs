@@ -87,7 +87,6 @@ fn memory_that_was_unmapped_and_mapped_anew_is_a_new_region() {
     let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
     let added = serve(&pager, uffd(CHANGES), region(&memory, source));
     check(&memory, 1, 1);
-    memory.unmap(1, 1);
     let region = || {
         let other = |_: u64, bytes: &mut [u8]| {
             bytes.fill(99);
@@ -95,7 +94,8 @@ fn memory_that_was_unmapped_and_mapped_anew_is_a_new_region() {
         };
         Region::new(memory.at(1).addr(), page(), other)
     };
-    // SAFETY: what was there was unmapped.
+    // In one call: what is unmapped before, another thread may map something to.
+    // SAFETY: what is there is the test's, and no reference leads to it.
     let mapped = unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
         libc::mmap(memory.at(1), page(), libc::PROT_READ, flags, -1, 0)
