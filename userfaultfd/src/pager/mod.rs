@@ -362,6 +362,9 @@ impl Pager {
     /// Who touches the memory for the first time finds what the source has. A thread that waits for a page may hold
     /// any lock of the program: see [`PageSource`].
     ///
+    /// The pager's threads map memory at times, as any thread does. So what is to be mapped in the place of a region is
+    /// mapped over it (`MAP_FIXED`): once that is unmapped, something else may lie there.
+    ///
     /// # Errors
     ///
     /// As [`add`](Self::add), but for [`OwnMemory`](Error::OwnMemory).
