@@ -36,6 +36,9 @@ pub enum Delivery {
 /// The longest that is worth spinning for.
 const LONGEST: Duration = Duration::from_micros(100);
 
+/// What takes longer than this is filling for the most part.
+const FILLING: Duration = Duration::from_micros(32);
+
 /// So many faults later it is looked again where the faulting thread runs.
 const LOOK: u32 = 128;
 
@@ -178,8 +181,8 @@ impl Choice {
     fn turn(&mut self, is_here: impl FnOnce() -> bool) {
         let [slept, spun] = self.took;
         if self.spins != self.prefers_spinning {
-            // An eighth faster, or it isn't worth the time of a CPU.
-            let better = spun < LONGEST / 2 && spun < slept * 7 / 8;
+            // An eighth faster, or it isn't worth the time of a CPU; less of what mostly is filling.
+            let better = slept.saturating_sub(spun) * 8 > spun.min(FILLING);
             self.next = if better == self.prefers_spinning {
                 (self.next * 2).min(Self::LONGEST_RUN)
             } else {
@@ -187,7 +190,7 @@ impl Choice {
             };
             self.prefers_spinning = better;
             (self.spins, self.run) = (better, self.next);
-        } else if self.spins || slept < 2 * LONGEST && !is_here() {
+        } else if self.spins || !is_here() {
             // Not where both share a CPU: spinning would drive the other one away, and sleeping take longer after that.
             (self.spins, self.run) = (!self.spins, Self::TRIAL);
         }
@@ -266,6 +269,9 @@ mod tests {
         (0..faults).fold(0, |spins, _| {
             let spin = choice.next(|| *now, || false);
             *now += Duration::from_micros(took[usize::from(spin)]);
+            if spin && took[1] > 500 {
+                choice.missed();
+            }
             spins + u32::from(spin)
         })
     }
@@ -285,6 +291,9 @@ mod tests {
         assert!(spins(&mut choice, &mut now, 100_000, [16, 15]) < 500);
         // Faults come so seldom that nobody would wait for them.
         assert!(spins(&mut choice, &mut now, 100_000, [1000, 990]) < 500);
+        // Each takes its time, and the wake is in addition.
+        let mut choice = Choice::new();
+        assert!(spins(&mut choice, &mut now, 10_000, [255, 225]) > 9_000);
     }
 
     #[test]
