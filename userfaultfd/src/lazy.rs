@@ -7,14 +7,11 @@ use std::sync::Arc;
 use memmap2::{MmapMut, MmapOptions};
 
 use crate::pager::{
-    self, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager, PagerBuilder,
-    Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics, Target, WorkingSet,
-    sigbus,
+    self, ADAPTIVE, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager,
+    PagerBuilder, Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics,
+    Target, WorkingSet, sigbus,
 };
 use crate::{FeatureFlags, Uffd, UffdBuilder};
-
-/// The most that is read for one fault, unless told otherwise.
-const ADAPTIVE: usize = 1 << 20;
 
 /// Memory of this process that is read from a source as it is touched.
 ///
@@ -302,7 +299,7 @@ impl LazyBuilder {
     }
 
     /// How much is read for one fault, around the byte that is touched. The default is [`Around::Adaptive`] up to
-    /// 1 MiB.
+    /// 2 MiB.
     pub fn around(mut self, around: Around) -> Self {
         self.around = around;
         self

@@ -116,6 +116,7 @@ pub use background::{Background, Order};
 pub use delivery::Delivery;
 pub use error::{Error, Problem, Refused, Result, Retry};
 pub use record::Recorder;
+pub(crate) use region::ADAPTIVE;
 pub use region::Region;
 pub use replay::{Coverage, Replay};
 pub use sigbus::{SignalSafe, SignalSafeConcat};

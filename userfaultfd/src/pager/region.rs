@@ -20,7 +20,7 @@ use super::{Absent, Error, PageSource, Result};
 use crate::{Errno, FeatureFlags, IoctlFlags, RegisterMode, Support};
 
 /// The most that is filled for one fault, unless told otherwise.
-pub(crate) const ADAPTIVE: usize = 1 << 20;
+pub(crate) const ADAPTIVE: usize = 2 << 20;
 
 /// A range of memory that a pager fills from a source.
 ///
@@ -84,7 +84,7 @@ impl Region {
         self
     }
 
-    /// How much is read and filled for one fault. The default is [`Around::Adaptive`] up to 1 MiB.
+    /// How much is read and filled for one fault. The default is [`Around::Adaptive`] up to 2 MiB.
     pub fn around(mut self, around: Around) -> Self {
         self.around = around;
         self
