@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use memmap2::{MmapMut, MmapOptions};
-use userfaultfd::{FeatureFlags, Known};
+use userfaultfd::{FeatureFlags, Known, pager, snapshot};
 
 pub use handover::{receive, send};
 
@@ -50,7 +50,12 @@ pub fn run(example: impl FnOnce() -> Result<()>) -> ExitCode {
         eprintln!("  {error}");
         cause = error.source();
     }
-    match error.downcast_ref() {
+    // What the kernel said comes through the layers above as it is.
+    let kernels = match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(pager::Error::Uffd(error)), _) | (_, Some(snapshot::Error::Kernel(error))) => Some(error),
+        _ => error.downcast_ref(),
+    };
+    match kernels {
         Some(userfaultfd::Error::UnsupportedFeatures { missing, .. }) => {
             eprintln!("needs {}", since(*missing))
         }

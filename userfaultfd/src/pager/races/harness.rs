@@ -210,6 +210,7 @@ impl Scene {
         }
         // The kernel maps at the highest address that has room. What the test unmaps is to stay unmapped, so that there
         // is more room above it.
+        flavour.memory(test, PAGES)?;
         let len = PAGES * flavour.kind().page() / page();
         let none =
             |pages| Mapping::new(pages, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_NORESERVE, None);
