@@ -8,12 +8,7 @@ use userfaultfd::pager::{Around, BytesSource, Error, Order, Retry};
 
 use crate::support::proc::wait_until;
 use crate::support::{page, require};
-use crate::{Watched, byte};
-
-/// Pages that are read in one step.
-fn step() -> usize {
-    ((64 << 10) / page()).max(1)
-}
+use crate::{Watched, byte, in_steps, step};
 
 fn lazy(source: &Watched, pages: usize) -> LazyMemory {
     let memory = LazyMemory::builder(source.clone()).len(pages * page()).around(Around::Page);
@@ -61,7 +56,7 @@ fn ranges_are_filled_in_their_order_and_nothing_else() {
     ];
     let background = memory.background(Order::Ranges(ranges)).unwrap();
     assert_eq!(background.wait().done, 6 * page as u64);
-    assert_eq!(source.reads(), [90..91, 50..53, 3..4, 99..100]);
+    assert_eq!(source.reads(), in_steps([90..91, 50..53, 3..4, 99..100]));
     assert_eq!(memory.statistics().present_pages, 6);
 }
 

@@ -19,6 +19,19 @@ fn byte(page: usize) -> u8 {
     (page % 250) as u8 + 1
 }
 
+/// Pages that are read in one step.
+fn step() -> usize {
+    ((64 << 10) / page()).max(1)
+}
+
+/// How ranges of pages are read.
+fn in_steps(ranges: impl IntoIterator<Item = Range<usize>>) -> Vec<Range<usize>> {
+    let steps = |range: Range<usize>| {
+        range.clone().step_by(step()).map(move |first| first..range.end.min(first + step()))
+    };
+    ranges.into_iter().flat_map(steps).collect()
+}
+
 /// A source that notes what it is asked for, and can be made to wait.
 #[derive(Clone, Default)]
 struct Watched(Arc<Inner>);
