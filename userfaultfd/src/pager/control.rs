@@ -38,8 +38,10 @@ impl Control {
         let mut gone: Segments = apart::with_room(ROOM);
         loop {
             self.shared.reap();
-            // Whoever has one still doesn't free it, but leaves it to this.
-            gone.retain(|segment| Arc::strong_count(&segment.region) > 1);
+            // Whoever has one still doesn't free it, but leaves it to this. What is served in part comes here again.
+            gone.retain(|segment| {
+                Arc::strong_count(&segment.region) > 1 && !self.shared.serves(&segment.region)
+            });
             let children = self.shared.descriptors().into_iter().filter(|descriptor| descriptor.is_child);
             let children: Vec<_> = children.collect();
             let most = (!children.is_empty() || !gone.is_empty()).then_some(LOOK);

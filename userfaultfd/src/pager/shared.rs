@@ -13,6 +13,7 @@ use super::apart;
 use super::descriptor::{Descriptor, Serving, lock};
 use super::fill::Filler;
 use super::layout::{Layout, ROOM, Segments};
+use super::region::Served;
 use super::stats::Counters;
 use super::{Problem, Result, Retry, Statistics};
 use crate::{Uffd, sys};
@@ -388,6 +389,15 @@ impl Shared {
         if some {
             self.noted.notify_all();
         }
+    }
+
+    /// Whether any part of a region is served.
+    pub(crate) fn serves(&self, region: &Arc<Served>) -> bool {
+        self.descriptors().iter().any(|descriptor| {
+            let serving = descriptor.enter(self.outside_id());
+            let mut parts = serving.iter().flat_map(|serving| serving.layout.everything());
+            parts.any(|part| Arc::ptr_eq(&part.region, region))
+        })
     }
 
     /// Takes what was left so. There is room for more at any time.

@@ -145,6 +145,25 @@ fn what_is_loaded_for_a_forks_child_that_has_ended_does_not_reach_the_file() {
 }
 
 #[test]
+fn of_what_is_unmapped_nothing_is_kept() {
+    require!();
+    let test = test_name!();
+    if !has_features(test, FeatureFlags::EVENT_UNMAP) {
+        return;
+    }
+    let memory = Flavour::Anonymous.memory(test, PAGES).unwrap();
+    let pager = Pager::new().unwrap();
+    let region = Flavour::Anonymous.region(&memory, Source::of(&memory));
+    let descriptor = add(&pager, uffd(FeatureFlags::EVENT_UNMAP), region);
+    let region = Arc::clone(&descriptor.segments(0, None)[0].region);
+    for (page, parts) in [(1, 2), (3, 3), (0, 2), (2, 1), (4, 1)] {
+        memory.unmap(page, 1);
+        // The parts that are left, and this one.
+        wait_until(|| Arc::strong_count(&region) == parts + 1);
+    }
+}
+
+#[test]
 fn a_descriptor_is_removed_once_others_have_let_go_of_it() {
     require!();
     let test = test_name!();
