@@ -248,6 +248,8 @@ mod tests {
         let start = Instant::now();
         assert!(!waiting.spin(&shared, || false));
         assert!(start.elapsed() >= budget);
+        // Longer than anybody is kept from running.
+        waiting.delivery = Delivery::Spin(Duration::from_secs(60));
         let mut left = 3;
         assert!(waiting.spin(&shared, || {
             left -= 1;
