@@ -39,8 +39,9 @@ pub enum Order {
 /// A thread that fills what is absent of a region, as long as no fault is to be answered.
 ///
 /// Before each small step, of 64 KiB or 50 µs (a page or a read of the source if that is more), it looks whether a fault
-/// waits or is being answered, and lets it go first. Ranges that the source [knows to be zero](super::PageSource::zeros) are filled without being read,
-/// up to 4 MiB in one step. What the source doesn't deliver is left absent, for whoever needs it.
+/// waits or is being answered, and lets it go first. Ranges that the source
+/// [knows to be zero](super::PageSource::zeros) are filled without being read, up to 4 MiB in one step. What the source
+/// doesn't deliver is left absent, for whoever needs it.
 ///
 /// Dropping it ends it, after the step that it is at.
 ///
