@@ -10,12 +10,14 @@ use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use memmap2::{Advice, MmapMut, MmapRaw};
 use userfaultfd::dirty::{Mode, Options};
-use userfaultfd::snapshot::Content;
+use userfaultfd::snapshot::{Content, Sink};
 use userfaultfd::{DirtyTracker, FeatureFlags, Snapshot, Support, page_size};
 
 fn main() {
@@ -38,7 +40,7 @@ fn main() {
     for (pages, advice) in [("small pages", Advice::NoHugePage), ("transparent huge pages", Advice::HugePage)]
     {
         println!("\na snapshot of {} MiB in {pages}", bytes >> 20);
-        begins(&Memory::new(bytes, advice), rounds.min(5));
+        begins(&Memory::new(bytes, advice), rounds.min(9));
     }
 }
 
@@ -74,6 +76,16 @@ impl Memory {
 fn summary(mut times: Vec<Duration>) -> [f64; 2] {
     times.sort_unstable();
     [times[times.len() / 2], times[0]].map(|time| time.as_secs_f64())
+}
+
+/// Pages in no order, the same in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, pages: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % pages
+    }
 }
 
 /// How many times longer one took than the other.
@@ -204,13 +216,11 @@ fn takes(memory: &Memory, rounds: usize) {
     let mut words = vec![0; 8 << 16];
     for (written, name) in [(1, "0.1 %"), (10, "1 %"), (100, "10 %")] {
         let (mut takes, mut reads) = (Vec::new(), Vec::new());
-        let mut random = 1u64;
+        let mut random = Random(1);
         for _ in 0..rounds {
             let mut left = memory.pages() * written / 1000;
             while left > 0 {
-                random =
-                    random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                memory.write((random >> 33) as usize % memory.pages());
+                memory.write(random.below(memory.pages()));
                 left -= 1;
             }
             // Only what was written is looked for here, and nothing is reset.
@@ -246,22 +256,86 @@ fn count_by_words(pagemap: &File, memory: &Memory, words: &mut [u8]) -> usize {
 fn begins(memory: &Memory, rounds: usize) {
     let mut copy = MmapMut::map_anon(memory.0.len()).expect("memory");
     copy.chunks_mut(page_size()).for_each(|page| page[0] = 1);
-    let (mut begins, mut pauses, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+    beside_copies(memory, &mut copy, rounds, ["Snapshot::begin", "of that, writers wait"], |memory| {
+        begin(memory, drop)
+    });
+    // Behind those without a writer: the kernel splits the huge pages that one writes to.
+    let names = [
+        "begin, with a writer",
+        "of that, writers wait",
+        "its longest write then",
+        "and until it is aborted",
+    ];
+    beside_copies(memory, &mut copy, rounds, names, beside_a_writer);
+}
+
+/// Rounds of a copy, and of something that takes several times.
+fn beside_copies<const N: usize>(
+    memory: &Memory,
+    copy: &mut [u8],
+    rounds: usize,
+    names: [&str; N],
+    work: impl Fn(&Memory) -> [Duration; N],
+) {
+    let mut copies = Vec::new();
+    let mut rows = names.map(|name| (name, Vec::new()));
     for _ in 0..rounds {
         copies.push(time(|| {
             // SAFETY: both are mappings of this length, and nobody writes to them meanwhile.
             unsafe { std::ptr::copy_nonoverlapping(memory.0.as_ptr(), copy.as_mut_ptr(), copy.len()) };
         }));
-        let sink = |_: u64, _: Content<'_>| Ok(());
-        let mut snapshot = None;
-        begins.push(time(|| snapshot = Some(Snapshot::begin(memory.range(), sink).expect("a snapshot"))));
-        pauses.push(snapshot.expect("it has begun").progress().pause);
+        rows.iter_mut().zip(work(memory)).for_each(|((_, times), took)| times.push(took));
     }
     let copied = summary(copies);
     println!("{:<24}{:>9.2} ms{:>9.2} ms", "copying it", copied[0] * 1e3, copied[1] * 1e3);
-    for (name, times) in [("Snapshot::begin", begins), ("of that, writers wait", pauses)] {
+    for (name, times) in rows {
         let took = summary(times);
         let ratio = ratio(copied, took);
         println!("{name:<24}{:>9.2} ms{:>9.2} ms{ratio} shorter than copying", took[0] * 1e3, took[1] * 1e3);
     }
+}
+
+/// How long it takes to begin a snapshot, which is given away then, and how long it says that writers wait.
+fn begin(memory: &Memory, then: impl FnOnce(Snapshot<Discard>)) -> [Duration; 2] {
+    let mut snapshot = None;
+    let took = time(|| snapshot = Some(Snapshot::begin(memory.range(), Discard).expect("a snapshot")));
+    let snapshot = snapshot.expect("it has begun");
+    let pause = snapshot.progress().pause;
+    then(snapshot);
+    [took, pause]
+}
+
+struct Discard;
+
+impl Sink for Discard {
+    fn write(&mut self, _: u64, _: Content<'_>) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The same, while a thread writes to pages in no order, and how long the longest of its writes took until the snapshot
+/// had begun, and from then until it was aborted.
+fn beside_a_writer(memory: &Memory) -> [Duration; 4] {
+    let (at_work, part) = (Barrier::new(2), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let (mut random, mut longest) = (Random(7), [Duration::ZERO; 3]);
+            at_work.wait();
+            while part.load(Ordering::Relaxed) < 2 {
+                let took = time(|| memory.write(random.below(memory.pages())));
+                // What ends in the next part is that one's, which is what made it long.
+                let longest = &mut longest[part.load(Ordering::Relaxed)];
+                *longest = took.max(*longest);
+            }
+            longest
+        });
+        at_work.wait();
+        let [begin, pause] = begin(memory, |snapshot| {
+            part.store(1, Ordering::Relaxed);
+            drop(snapshot);
+        });
+        part.store(2, Ordering::Relaxed);
+        let [beginning, ending, _] = writer.join().expect("a thread that only writes");
+        [begin, pause, beginning, ending]
+    })
 }

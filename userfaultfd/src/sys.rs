@@ -8,6 +8,7 @@
 
 use std::ffi::CStr;
 use std::io::Write;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
@@ -208,15 +209,25 @@ pub(crate) fn wait_readable<const N: usize>(
     }
 }
 
-/// process_vm_readv(2) of one range. Returns how many bytes were read: fewer where something in the range can't be.
-pub(crate) fn read_memory(pid: libc::pid_t, address: u64, buffer: &mut [u8]) -> Result<usize, Errno> {
-    let local = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    let base = std::ptr::without_provenance_mut(address as usize);
-    let remote = libc::iovec { iov_base: base, iov_len: buffer.len() };
-    // SAFETY: the kernel writes at most as many bytes as `buffer`, borrowed for the call, has. What it reads from is
+/// process_vm_readv(2) of one range into a buffer that has room for it, from its beginning. Returns how many bytes were
+/// read: fewer where something in the range can't be.
+pub(crate) fn read_memory(
+    pid: libc::pid_t,
+    range: &Range<usize>,
+    buffer: &mut Vec<u8>,
+) -> Result<usize, Errno> {
+    buffer.clear();
+    let room = &mut buffer.spare_capacity_mut()[..range.len()];
+    let local = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
+    let base = std::ptr::without_provenance_mut(range.start);
+    let remote = libc::iovec { iov_base: base, iov_len: room.len() };
+    // SAFETY: the kernel writes at most as many bytes as `room`, borrowed for the call, has. What it reads from is
     // an address that only the kernel looks at, and it says so where there is nothing.
     let read = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
-    usize::try_from(read).map_err(|_| Errno::last())
+    let read = usize::try_from(read).map_err(|_| Errno::last())?;
+    // SAFETY: so many bytes of the room the kernel has written.
+    unsafe { buffer.set_len(read) };
+    Ok(read)
 }
 
 /// Bytes that nobody can guess: getrandom(2).

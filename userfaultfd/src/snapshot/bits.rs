@@ -46,26 +46,25 @@ impl Bits {
 
     /// The first that is set, from `from` on.
     pub(super) fn next(&self, from: usize) -> Option<usize> {
-        self.find(from, |word| word)
+        self.find(from..self.len, |word| word)
     }
 
-    /// The first that is set in what `of` makes of the words, from `from` on.
-    fn find(&self, from: usize, of: impl Fn(u64) -> u64) -> Option<usize> {
-        let mut word = from / 64;
-        let mut bits = of(*self.words.get(word)?) & (!0 << (from % 64));
-        while bits == 0 {
+    /// The first in a range that is set in what `of` makes of the words.
+    fn find(&self, range: Range<usize>, of: impl Fn(u64) -> u64) -> Option<usize> {
+        let mut word = range.start / 64;
+        let mut bits = of(*self.words.get(word)?) & (!0 << (range.start % 64));
+        while bits == 0 && word * 64 < range.end {
             word += 1;
             bits = of(*self.words.get(word)?);
         }
-        Some(word * 64 + bits.trailing_zeros() as usize)
+        Some(word * 64 + bits.trailing_zeros() as usize).filter(|found| *found < range.end)
     }
 
     /// The next run of set bits from `from` on, of at most `limit`.
     pub(super) fn next_run(&self, from: usize, limit: usize) -> Option<Range<usize>> {
         let start = self.next(from)?;
         let last = self.len.min(start.saturating_add(limit));
-        let end = self.find(start, |word| !word).unwrap_or(last);
-        Some(start..end.min(last))
+        Some(start..self.find(start..last, |word| !word).unwrap_or(last))
     }
 
     /// Sets what is set in the other.

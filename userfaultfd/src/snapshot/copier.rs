@@ -8,13 +8,13 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Instant;
 
 use super::bits::Bits;
 use super::layout::{Layout, Part};
 use super::options::Removal;
 use super::queue::{End, Item, Payload, Queue, Size};
-use super::shared::{Begin, Counts, Shared};
+use super::shared::{Counts, Shared};
+use super::slices::Slices;
 use crate::atomic::AtomicU64;
 use crate::dirty::watch::{Watch, Words, pointer};
 use crate::error::errno_of;
@@ -29,10 +29,10 @@ const DOUBTS: u32 = 20;
 const DOUBT_MS: i32 = 10;
 
 /// How often an operation is tried while the memory layout changes, before something else is done about it.
-const TRIES: u32 = 50;
+pub(super) const TRIES: u32 = 50;
 
 /// How often it is tried when nobody can start another change.
-const PATIENCE: u32 = 100_000;
+pub(super) const PATIENCE: u32 = 100_000;
 
 /// The snapshot that is at work.
 #[derive(Debug)]
@@ -50,6 +50,18 @@ pub(super) struct Active {
     doubts: u32,
     /// All has been saved; the sink is still at it.
     pub(super) draining: bool,
+}
+
+impl Active {
+    pub(super) fn new(queue: Arc<Queue>, counts: Arc<Counts>, wanted: Bits) -> Self {
+        let pending = wanted.clone();
+        Self { queue, counts, pending, wanted, cursor: 0, change_waits: false, doubts: 0, draining: false }
+    }
+
+    /// Whether something is still to be saved.
+    pub(super) fn is_pending(&self) -> bool {
+        self.pending.next(self.cursor).or_else(|| self.pending.next(0)).is_some()
+    }
 }
 
 /// Whether pages were saved.
@@ -74,14 +86,17 @@ pub(super) struct Copier {
     chunk: usize,
     /// What has changed since the last snapshot began; at first everything.
     pub(super) dirty: Bits,
+    /// While a snapshot begins: what of it isn't protected yet, or no more.
+    pub(super) unprotected: Bits,
     /// What was dropped since the last snapshot ended: it may go at any time, and hold zeros then.
     pub(super) removed: Bits,
     pub(super) active: Option<Active>,
     /// Faults that can't be resolved yet.
     pub(super) held: VecDeque<Event>,
-    /// One of them since the layout changes.
-    pub(super) changing: bool,
-    pub(super) tries: u32,
+    /// How often the first of them was refused, since the layout changes. Zero: it waits for a buffer.
+    pub(super) changing: u32,
+    /// How often a page that is about to be written was in doubt.
+    pub(super) doubted: u32,
     pub(super) fdinfo: File,
     words: Words,
     done: bool,
@@ -107,11 +122,12 @@ impl Copier {
             verifies,
             chunk,
             dirty: Bits::new(pages, true),
+            unprotected: Bits::new(pages, true),
             removed: Bits::new(pages, false),
             active: None,
             held: VecDeque::with_capacity(64),
-            changing: false,
-            tries: 0,
+            changing: 0,
+            doubted: 0,
             words: Words::default(),
             done: false,
         })
@@ -123,7 +139,7 @@ impl Copier {
         if let Some(active) = self.active.take() {
             active.queue.fail(result.as_ref().err().and_then(Error::errno));
         }
-        let freed = self.free();
+        let freed = self.finish();
         let mut state = self.shared.lock();
         state.busy = false;
         state.ended = Some(result.and(freed).err().and_then(|error| error.errno()));
@@ -131,8 +147,31 @@ impl Copier {
         self.shared.answered.notify_all();
     }
 
-    /// Lifts all protection.
-    fn free(&self) -> Result<()> {
+    /// Lifts all protection, and forgets the memory. While the kernel unregisters, nobody may fault in a page.
+    fn finish(&mut self) -> Result<()> {
+        let in_slices = self.free_in_slices();
+        let rest = self.free();
+        self.layout = Layout::default();
+        in_slices.and(rest)
+    }
+
+    fn free_in_slices(&mut self) -> Result<()> {
+        let mut slices = Slices::new();
+        while let Some(part) = self.layout.parts().first().cloned() {
+            let Part { address, len, .. } = slices.cut(part);
+            match slices.time(|| self.watch.uffd.unregister(pointer(address), len)) {
+                // Unmapped by now.
+                Ok(()) | Err(Error::SystemError(Errno::EINVAL)) => {}
+                Err(error) => return Err(error),
+            }
+            self.layout.remove(&(address..address + len));
+            self.let_go_on()?;
+        }
+        Ok(())
+    }
+
+    /// Lifts all protection at once.
+    pub(super) fn free(&self) -> Result<()> {
         let mut result = Ok(());
         for part in self.layout.parts() {
             match self.watch.uffd.unregister(pointer(part.address), part.len) {
@@ -195,104 +234,12 @@ impl Copier {
             return Ok(sys::wait_readable([uffd, woken], -1).map(drop)?);
         }
         // Faults wait for a buffer, or until the layout has changed, which takes the running of another thread.
-        if self.active.as_ref().is_some_and(|active| !active.queue.has_buffer(Size::Page)) {
+        if self.changing == 0
+            && self.active.as_ref().is_some_and(|active| !active.queue.has_buffer(Size::Page))
+        {
             return Ok(sys::wait_readable([woken], DOUBT_MS).map(drop)?);
         }
-        self.tries += 1;
-        if self.tries % TRIES == 0 && self.active.as_ref().is_none_or(|active| active.draining) {
-            return self.start_over();
-        }
         thread::yield_now();
-        Ok(())
-    }
-
-    /// Begins a snapshot. No fault is resolved before all of it is protected: what was written after another write
-    /// isn't in the snapshot if that one isn't.
-    fn begin(&mut self, Begin { queue, counts }: Begin) -> Result<()> {
-        let started = Instant::now();
-        self.tries = 0;
-        while !self.protect_changed()? {
-            self.start_over()?;
-        }
-        self.tries = 0;
-        let wanted = self.dirty.clone();
-        self.dirty.set(0..self.dirty.len(), false);
-        counts.total.store((wanted.count() * page_size()) as u64, Ordering::Relaxed);
-        let pause = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        counts.pause_ns.store(pause, Ordering::Relaxed);
-        let pending = wanted.clone();
-        self.active = Some(Active {
-            queue,
-            counts,
-            pending,
-            wanted,
-            cursor: 0,
-            change_waits: false,
-            doubts: 0,
-            draining: false,
-        });
-        Ok(())
-    }
-
-    /// Protects all that has changed. Tells whether that could be done: the layout may change all the time.
-    fn protect_changed(&mut self) -> Result<bool> {
-        let mut from = 0;
-        while let Some(run) = self.dirty.next_run(from, usize::MAX) {
-            let bytes = run.start * page_size()..run.end * page_size();
-            let Some(part) = self.layout.locate(&bytes) else {
-                from = run.start + 1;
-                continue;
-            };
-            match self.watch.arm(&(part.address..part.address + part.len)) {
-                // Unmapped meanwhile, which its event will tell.
-                Ok(()) | Err(Error::NotTracked { .. }) => from = bits_of(&part).end,
-                // Who changes the layout waits until its event is read.
-                Err(error) if error.is_retryable() => {
-                    self.tries += 1;
-                    if self.tries % TRIES == 0 {
-                        return if self.tries < TRIES * TRIES { Ok(false) } else { Err(error) };
-                    }
-                    self.read_while_beginning()?;
-                    thread::yield_now();
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(true)
-    }
-
-    /// Ends all protection, and begins without: every page may have changed then. For a program that changes its layout
-    /// all the time, so that protection can neither be put nor lifted. Registering isn't refused meanwhile, and what
-    /// isn't registered can be changed without an event.
-    fn start_over(&mut self) -> Result<()> {
-        self.free()?;
-        // All who waited for a fault have been woken.
-        self.held.clear();
-        self.changing = false;
-        if let Some(part) = self.layout.parts().first().cloned() {
-            // Says that the layout changes before it says that nothing is registered.
-            for _ in 0..PATIENCE {
-                let protected = self.watch.uffd.write_protect(pointer(part.address), part.len);
-                if !protected.is_err_and(|error| error.is_retryable()) {
-                    break;
-                }
-                self.read_while_beginning()?;
-                thread::yield_now();
-            }
-        }
-        self.held.clear();
-        for part in self.layout.parts() {
-            match self.watch.uffd.register_with_mode(
-                pointer(part.address),
-                part.len,
-                RegisterMode::WRITE_PROTECT,
-            ) {
-                // Unmapped, while nothing told.
-                Err(Error::SystemError(Errno::EINVAL)) => {}
-                result => drop(result?),
-            }
-        }
-        self.dirty.set(0..self.dirty.len(), true);
         Ok(())
     }
 
@@ -314,7 +261,7 @@ impl Copier {
         self.shared.release();
     }
 
-    fn retry_held(&mut self) -> Result<()> {
+    pub(super) fn retry_held(&mut self) -> Result<()> {
         for _ in 0..self.held.len() {
             let Some(event) = self.held.pop_front() else { break };
             let held = self.held.len();
@@ -337,37 +284,66 @@ impl Copier {
                 match self.save(page, Size::Page)? {
                     Saved::Yes => self.count(|counts| &counts.on_write, page.len),
                     Saved::Full => {
+                        self.changing = 0;
                         self.held.push_back(event);
                         return Ok(());
                     }
                     // It is being moved or unmapped, and who waits finds out; or it can't be read at all.
-                    Saved::Doubt if self.tries < TRIES => {
-                        self.tries += 1;
+                    Saved::Doubt if self.doubted < TRIES => {
+                        self.doubted += 1;
                         return self.watch.uffd.wake(pointer(page.address), page.len);
                     }
                     Saved::Doubt => self.gone(std::slice::from_ref(page)),
                 }
             }
-            self.dirty.set(bits, true);
+            self.changed(bits);
         }
         let start = addr.addr() / page_size() * page_size();
+        let known = page.is_some();
         let (start, len) = page.map_or((start, page_size()), |page| (page.address, page.len));
         match self.watch.uffd.remove_write_protection(pointer(start), len, true) {
             // The layout changes: what lies here may be another page than it seems.
-            Err(error) if error.is_retryable() => self.held.push_back(event),
+            Err(error) if error.is_retryable() && !(known && self.changing >= TRIES) => {
+                self.changing += 1;
+                self.held.push_back(event);
+                return Ok(());
+            }
+            // It changes all the time.
+            Err(error) if error.is_retryable() => self.register_anew(start, len)?,
             // Unmapped meanwhile.
             Err(error) if error.errno() == Some(Errno::ENOENT) => {
-                self.watch.uffd.wake(pointer(start), len)?
+                self.watch.uffd.wake(pointer(start), len)?;
             }
             result => result?,
         }
+        self.changing = 0;
         Ok(())
+    }
+
+    /// Lifts the protection of a page that has been saved, if it must be, whose next write needn't be known, by ending
+    /// its registration, and wakes who waits. Neither that nor registering is refused while the layout changes.
+    fn register_anew(&self, start: usize, len: usize) -> Result<()> {
+        let uffd = &self.watch.uffd;
+        let registered = uffd.unregister(pointer(start), len).and_then(|()| {
+            uffd.register_with_mode(pointer(start), len, RegisterMode::WRITE_PROTECT).map(drop)
+        });
+        match registered {
+            // Unmapped meanwhile.
+            Err(Error::SystemError(Errno::EINVAL)) => uffd.wake(pointer(start), len),
+            result => result,
+        }
     }
 
     fn count(&self, counter: impl Fn(&Counts) -> &AtomicU64, bytes: usize) {
         if let Some(active) = &self.active {
             counter(&active.counts).fetch_add(bytes as u64, Ordering::Relaxed);
         }
+    }
+
+    /// These pages may be written from now on.
+    pub(super) fn changed(&mut self, bits: Range<usize>) {
+        self.dirty.set(bits.clone(), true);
+        self.unprotected.set(bits, true);
     }
 
     /// Pages that are gone: what they held can't be told any more, if it wasn't saved.
@@ -417,7 +393,7 @@ impl Copier {
             Process::Own => std::process::id() as libc::pid_t,
             Process::Other(pid) => pid.as_raw(),
         };
-        let read = match sys::read_memory(pid, range.start as u64, &mut buffer.bytes[..part.len]) {
+        let read = match sys::read_memory(pid, &range, &mut buffer.bytes) {
             Ok(bytes) => bytes == part.len && there,
             Err(Errno::EFAULT) => false,
             Err(errno) => {
@@ -455,27 +431,9 @@ impl Copier {
         if active.draining {
             return Ok(false);
         }
-        if active.pending.next(0).is_none() {
-            if active.change_waits {
-                self.read_change()?;
-                return Ok(true);
-            }
-            active.draining = true;
-            if !self.series {
-                // Nobody is to wait for the sink.
-                self.free()?;
-                self.layout = Layout::default();
-                self.done = true;
-            }
-            if let Some(active) = &self.active {
-                active.queue.end(End::Complete);
-            }
-            if self.done {
-                self.active = None;
-            }
-            return Ok(true);
-        }
-        let Some(run) = active.pending.next_run(active.cursor, pages) else { return self.walk_again() };
+        let Some(run) = active.pending.next_run(active.cursor, pages) else {
+            return if active.is_pending() { self.walk_again() } else { self.all_saved() };
+        };
         if !active.queue.has_buffer(Size::Chunk) {
             return Ok(false);
         }
@@ -509,6 +467,28 @@ impl Copier {
         }
         if let Some(active) = &mut self.active {
             active.cursor = next;
+        }
+        Ok(true)
+    }
+
+    /// All has been read that the snapshot is to hold. Tells that there was something to do.
+    fn all_saved(&mut self) -> Result<bool> {
+        let Some(active) = &mut self.active else { return Ok(false) };
+        if active.change_waits {
+            self.read_change()?;
+            return Ok(true);
+        }
+        active.draining = true;
+        if !self.series {
+            // Nobody is to wait for the sink.
+            self.finish()?;
+            self.done = true;
+        }
+        if let Some(active) = &self.active {
+            active.queue.end(End::Complete);
+        }
+        if self.done {
+            self.active = None;
         }
         Ok(true)
     }

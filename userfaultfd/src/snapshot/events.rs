@@ -23,7 +23,7 @@ impl Copier {
     /// Whether something is to be saved before a change of the layout is read, and so made.
     fn saves_first(&self) -> bool {
         let Some(active) = &self.active else { return false };
-        self.removal == Removal::Save && !active.draining && active.pending.next(0).is_some()
+        self.removal == Removal::Save && !active.draining && active.is_pending()
     }
 
     /// Faults that nobody has read yet.
@@ -57,14 +57,12 @@ impl Copier {
 
     /// Where faults can't be resolved since the layout changes, its change is to be read.
     pub(super) fn find_change(&mut self) -> Result<()> {
-        if !std::mem::take(&mut self.changing)
-            || self.active.as_ref().is_some_and(|active| active.change_waits)
-        {
+        if self.changing == 0 || self.active.as_ref().is_some_and(|active| active.change_waits) {
             return Ok(());
         }
         let [readable] = sys::wait_readable([self.watch.uffd.as_fd()], 0)?;
         // Otherwise it was read, and who makes it hasn't run since. Faults that are unread may hide another one.
-        if readable && (self.unread_faults()? == 0 || self.tries > 100) {
+        if readable && self.unread_faults()? == 0 {
             if self.saves_first() {
                 self.save_before_change();
             } else {
@@ -120,7 +118,7 @@ impl Copier {
                     } else if !begun {
                         self.removed.set(bits.clone(), true);
                     }
-                    self.dirty.set(bits, true);
+                    self.changed(bits);
                 }
             }
             Event::Unmap { start, end } => {

@@ -35,7 +35,8 @@
 //!
 //! # What can be relied on
 //!
-//! - **One moment.** No write is let through before all memory is protected, so what was written after another write is
+//! - **One moment.** Memory is protected while writers go on, and then what they have written meanwhile while they wait:
+//!   [`Progress::pause`]. No write is let through before all is protected, so what was written after another write is
 //!   in the snapshot only if that one is.
 //! - **Each page once.** Each page comes to the sink exactly once, as it was at that moment.
 //! - **A writer waits for the copy of its page** and for nothing else, as long as the sink keeps up. If it doesn't, at
@@ -107,6 +108,7 @@
 //!
 //! A file without its footer was never finished, or is cut short; [`FormatError`] says so, and what else can be wrong.
 
+mod begin;
 mod bits;
 mod copier;
 mod error;
@@ -120,6 +122,7 @@ mod queue;
 mod reader;
 mod shared;
 mod sink;
+mod slices;
 mod writer;
 
 pub use self::error::{Error, Result};

@@ -26,7 +26,7 @@ pub(super) enum Payload {
 /// A buffer, which goes back where it came from.
 #[derive(Debug)]
 pub(super) struct Buffer {
-    pub(super) bytes: Box<[u8]>,
+    pub(super) bytes: Vec<u8>,
     size: Size,
 }
 
@@ -40,7 +40,7 @@ pub(super) enum Size {
 impl Item {
     pub(super) fn content(&self) -> Content<'_> {
         match &self.payload {
-            Payload::Data(buffer) => Content::Data(&buffer.bytes[..self.len]),
+            Payload::Data(buffer) => Content::Data(&buffer.bytes),
             Payload::Zero => Content::Zero(self.len as u64),
             Payload::Gone => Content::Gone(self.len as u64),
         }
@@ -77,7 +77,7 @@ impl Queue {
     /// With so many buffers of so many bytes: of chunks, of pages.
     pub(super) fn new(chunks: (usize, usize), pages: (usize, usize), wake: UnixStream) -> Self {
         let buffers = |size, (count, len): (usize, usize)| {
-            (0..count).map(|_| Buffer { bytes: vec![0; len].into(), size }).collect()
+            (0..count).map(|_| Buffer { bytes: Vec::with_capacity(len), size }).collect()
         };
         let free = [buffers(Size::Chunk, chunks), buffers(Size::Page, pages)];
         let state = Mutex::new(State { free, ..State::default() });

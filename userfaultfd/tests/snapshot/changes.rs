@@ -7,7 +7,7 @@ use std::thread;
 use userfaultfd::snapshot::{Options, Removal};
 use userfaultfd::{FeatureFlags, RegisterMode};
 
-use crate::image::{Image, addresses, number};
+use crate::image::{Image, Stop, addresses, number, stay_on_this_cpu};
 use crate::support::memory::{self, Memory};
 use crate::support::{child, page, proc, require, test_name};
 
@@ -102,6 +102,50 @@ fn where_that_is_wanted_dropped_pages_are_zeros_and_nobody_waits() {
     }
 }
 
+/// One thread writes while another one drops all the time: the kernel lets no protection be lifted before the drop was
+/// read. The walk stands still, and there are buffers for what is written. On one CPU there is a drop to be read whenever
+/// the snapshot's thread runs.
+#[test]
+fn writers_beside_droppers_do_not_wait_for_the_sink() {
+    require!(WRITE_PROTECT);
+    write_beside_droppers(test_name!());
+    let on_one_cpu = || {
+        stay_on_this_cpu();
+        write_beside_droppers(test_name!());
+    };
+    thread::scope(|scope| scope.spawn(on_one_cpu).join().unwrap());
+}
+
+fn write_beside_droppers(test: &str) {
+    for memory in each(test) {
+        let (before, pages) = (number(&memory, 1), memory.pages());
+        let image = Image::closed();
+        let options = Options::new().range(addresses(&memory)).removal(Removal::Zero).buffer(512 << 10);
+        let snapshot = options.begin(image.clone()).unwrap();
+        image.wait_for_piece();
+        let written = pages - ((128 << 10) / page()).max(4)..pages;
+        let dropped = written.start - 4..written.start;
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let _stop = Stop(&stop);
+            let (memory, stop, dropped) = (&memory, &stop, dropped.clone());
+            scope.spawn(move || {
+                while !stop.load(Ordering::SeqCst) {
+                    dropped.clone().for_each(|page| memory.advise(page, 1, libc::MADV_DONTNEED).unwrap());
+                }
+            });
+            written.clone().for_each(|page| memory.write(page, 99));
+        });
+        image.open();
+        snapshot.wait().unwrap();
+        let content = image.content(&memory);
+        for page in 0..pages {
+            let zero = dropped.contains(&page) && content[page] == 0;
+            assert!(zero || content[page] == before[page], "{memory:?} {page} {}", content[page]);
+        }
+    }
+}
+
 #[test]
 fn pages_that_are_unmapped_are_gone_and_told_so() {
     require!(WRITE_PROTECT);
@@ -135,15 +179,6 @@ fn pages_that_move_are_followed() {
             assert_eq!((target.read(0), target.read(1)), (before[pages - 5], 99));
         }
     });
-}
-
-/// Ends the threads of a test whatever happens.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
 }
 
 /// Threads write, drop and write again all the time, while one snapshot after the other is taken.

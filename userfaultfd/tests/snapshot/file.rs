@@ -1,12 +1,15 @@
 //! The file of a snapshot: what it holds comes back, and what is wrong with it is found.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use userfaultfd::pager::{Fill, PageSource};
-use userfaultfd::snapshot::{FormatError, Options, Series, Snapshot, SnapshotReader, SnapshotWriter};
+use userfaultfd::snapshot::{
+    Content, FormatError, Geometry, Options, Series, Sink, Snapshot, SnapshotReader, SnapshotWriter,
+};
 use userfaultfd::{FeatureFlags, RegisterMode};
 
 use crate::image::{addresses, number};
@@ -300,6 +303,116 @@ fn writers_are_used_once_and_as_they_are_meant() {
     assert!(series.begin(used.follows(id)).is_err(), "it is written already");
     let (_, progress) = series.begin(writer().follows(id)).unwrap().wait().unwrap();
     assert_eq!(progress.total, 0);
+}
+
+/// A file with something else at some places, and its checksums right again: what a writer that is wrong would write.
+fn patched(good: &[u8], patches: &[(usize, u64)]) -> File {
+    let mut bytes = good.to_vec();
+    for (at, value) in patches {
+        bytes[*at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+    let footer = bytes.len() - 64;
+    let index = u64::from_le_bytes(*bytes[footer + 16..].first_chunk().unwrap()) as usize;
+    for (checked, at) in [(0..60, 60), (index..footer, footer + 56), (footer..footer + 60, footer + 60)] {
+        let checksum = crc(&bytes[checked]);
+        bytes[at..at + 4].copy_from_slice(&checksum.to_le_bytes());
+    }
+    file(&bytes)
+}
+
+#[test]
+fn an_index_that_makes_no_sense_is_refused() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(6);
+    memory.write(1, 5);
+    memory.write(2, 6);
+    let good = bytes_of(&memory);
+    SnapshotReader::new(patched(&good, &[])).unwrap().verify().unwrap();
+    let footer = good.len() - 64;
+    let index = 3 * page();
+    let block = page() as u64;
+    // Where the first block, the number of blocks and the offset of the extents are: zeros, data, zeros.
+    let [first, blocks, offset] = [0, 8, 16].map(|at| move |extent: usize| index + 24 + 24 * extent + at);
+    for (what, patches) in [
+        ("a gap", vec![(first(2), 4), (blocks(2), 2)]),
+        ("twice", vec![(first(2), 2), (blocks(2), 4)]),
+        ("out of order", vec![(first(0), 1)]),
+        ("not all", vec![(blocks(2), 2)]),
+        ("too many", vec![(blocks(2), 4)]),
+        ("more than there are", vec![(blocks(2), u64::MAX)]),
+        ("none", vec![(blocks(0), 0)]),
+        ("data in the header", vec![(offset(1), 2)]),
+        ("data between blocks", vec![(offset(1), block + 8)]),
+        ("data in the index", vec![(offset(1), 2 * block)]),
+        ("data at the end of all numbers", vec![(offset(1), u64::MAX / block * block)]),
+        ("checksums of nothing", vec![(offset(1), 0)]),
+        ("a region that ends before it begins", vec![(index + 8, 0)]),
+        ("a region of no whole blocks", vec![(index + 8, memory.start().addr() as u64 + 6 * block + 8)]),
+    ] {
+        match SnapshotReader::new(patched(&good, &patches)) {
+            Err(FormatError::Damaged(text)) => assert!(text.contains("makes no sense"), "{what}: {text}"),
+            result => panic!("{what}: {result:?}"),
+        }
+    }
+    match SnapshotReader::new(patched(&good, &[(footer + 8, 7)])) {
+        Err(FormatError::Damaged(text)) => assert!(text.contains("two snapshots"), "{text}"),
+        result => panic!("{result:?}"),
+    }
+}
+
+#[test]
+fn one_of_memory_of_another_size_is_refused_below() {
+    require!(WRITE_PROTECT);
+    let (memory, larger) = (Memory::anonymous(2), Memory::anonymous(3));
+    number(&larger, 1);
+    let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+    let first = take(&mut series, SnapshotWriter::new(Vec::new()).unwrap());
+    let writer = SnapshotWriter::new(Vec::new()).unwrap().follows(first.id());
+    let second = series.begin(writer).unwrap().wait().unwrap().0.into_inner();
+    let other = bytes_of(&larger);
+    // It says that it follows the other one.
+    let id = [16, 24].map(|at| u64::from_le_bytes(*other[at..].first_chunk().unwrap()));
+    let second = SnapshotReader::new(patched(&second, &[(32, id[0]), (40, id[1])])).unwrap();
+    let other = SnapshotReader::new(file(&other)).unwrap();
+    assert_eq!(second.parent(), Some(other.id()));
+    assert!(matches!(second.on(other), Err(FormatError::WrongParent { .. })));
+}
+
+/// A sink that hands on the pages one by one, from the last to the first.
+struct Backwards<W: Write>(SnapshotWriter<W>, BTreeMap<u64, Vec<u8>>);
+
+impl<W: Write + Send> Sink for Backwards<W> {
+    fn begin(&mut self, geometry: &Geometry) -> io::Result<()> {
+        self.0.begin(geometry)
+    }
+
+    fn write(&mut self, offset: u64, content: Content<'_>) -> io::Result<()> {
+        let Content::Data(bytes) = content else { panic!("{content:?}") };
+        let pages = bytes.chunks(page()).map(<[u8]>::to_vec);
+        self.1.extend((offset..).step_by(page()).zip(pages));
+        Ok(())
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        for (offset, page) in self.1.iter().rev() {
+            self.0.write(*offset, Content::Data(page))?;
+        }
+        self.0.finish()
+    }
+}
+
+#[test]
+fn pages_come_in_any_order() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(6);
+    number(&memory, 0); // the first page is zero
+    let sink = Backwards(SnapshotWriter::new(Vec::new()).unwrap(), BTreeMap::new());
+    let (sink, _) = Snapshot::begin(addresses(&memory), sink).unwrap().wait().unwrap();
+    let reader = SnapshotReader::new(file(&sink.0.into_inner())).unwrap();
+    reader.verify().unwrap();
+    let all: Vec<u8> = (0..6).flat_map(|page| memory.content(page)).collect();
+    assert!(read_all(&reader, page()) == all);
+    assert!(read_all(&reader, all.len()) == all);
 }
 
 /// A sink that can't take more is the error of the snapshot, and what it wrote is refused.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use userfaultfd::snapshot::{Content, Geometry, Sink};
@@ -129,6 +130,15 @@ impl Sink for Image {
     }
 }
 
+/// Ends the threads of a test whatever happens.
+pub(crate) struct Stop<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// The addresses of some memory.
 pub(crate) fn addresses(memory: &Memory) -> Range<usize> {
     memory.range(0, memory.pages())
@@ -152,4 +162,17 @@ pub(crate) fn wait_until_in_fault(thread: libc::pid_t) {
         let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/syscall"));
         text.expect("a kernel that tells of system calls").starts_with("-1 ")
     });
+}
+
+/// Has the calling thread, and those that it starts, run on the CPU that it runs on.
+pub(crate) fn stay_on_this_cpu() {
+    // SAFETY: touches no memory.
+    let cpu = usize::try_from(unsafe { libc::sched_getcpu() }).unwrap();
+    // SAFETY: all zeros is an empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    assert!(cpu < 8 * size_of_val(&set), "CPU {cpu}");
+    // SAFETY: the CPU is one that fits the set.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: the kernel reads the set, which is as long as is told.
+    assert_eq!(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) }, 0);
 }
