@@ -34,14 +34,15 @@ fn main() -> ExitCode {
     let mut arguments = env::args().skip(1);
     let command = arguments.next().unwrap_or_default();
     let arguments: Vec<String> = arguments.collect();
-    let result = match command.as_str() {
+    let asks = arguments.iter().take_while(|argument| *argument != "--").any(|argument| is_help(argument));
+    let result = match if asks { "help" } else { command.as_str() } {
         "bindings" => bindings::run(&arguments),
         "ci" => ci::run(&arguments),
         "cross" => cross::run(&arguments),
         "kernels" => kernels::run(&arguments),
         "libclang" => libclang::load().map(|path| println!("{}", path.display())),
         "sanitize" => sanitize::run(&arguments),
-        "" | "help" | "-h" | "--help" => {
+        command if command.is_empty() || is_help(command) => {
             print!("{USAGE}\n{}\n{}\n{}", cross::USAGE, kernels::USAGE, sanitize::USAGE);
             Ok(())
         }
@@ -54,6 +55,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn is_help(argument: &str) -> bool {
+    ["help", "-h", "--help"].contains(&argument)
 }
 
 /// The workspace.

@@ -1,5 +1,6 @@
 //! How a fault reaches the thread that answers it.
 
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use super::fault::Fault;
@@ -14,6 +15,9 @@ use crate::sys;
 #[non_exhaustive]
 pub enum Delivery {
     /// Threads sleep until there is a fault, and one is waked for each. Takes no time while there is none.
+    ///
+    /// A thread that has answered a fault gives way first, once, if that brings the next fault: where the faulting
+    /// thread shares its CPU, neither has to be waked then.
     Threads,
     /// A thread that has answered a fault looks for the next one for a moment before it sleeps, at most 100 µs, if
     /// faults are answered faster that way: it measures what they take, and tries the other way now and then. Never on
@@ -47,10 +51,12 @@ const LOOK: u32 = 128;
 pub(crate) struct Waiting {
     delivery: Delivery,
     choice: Choice,
+    way: GiveWay,
     /// Beside which thread it runs, and how many faults of it have come since that was looked at.
     beside: (i32, u32),
-    /// Who faulted last, or 0.
+    /// Who faulted last, or 0, and when that was read.
     thread: i32,
+    since: Option<Instant>,
 }
 
 impl Waiting {
@@ -60,7 +66,7 @@ impl Waiting {
             Delivery::Adaptive | Delivery::Spin(_) if single => Delivery::Threads,
             delivery => delivery,
         };
-        Self { delivery, choice: Choice::new(), beside: (0, 0), thread: 0 }
+        Self { delivery, choice: Choice::new(), way: GiveWay::new(), beside: (0, 0), thread: 0, since: None }
     }
 
     /// How long to look for the next fault.
@@ -96,9 +102,29 @@ impl Waiting {
         found
     }
 
+    /// Whether to let others run on this CPU before it is looked for the next fault.
+    pub(crate) fn gives_way(&mut self) -> bool {
+        let spins = match self.delivery {
+            Delivery::Threads | Delivery::Beside => false,
+            Delivery::Adaptive => self.choice.spins,
+            Delivery::Spin(_) => true,
+        };
+        !spins && self.since.is_some() && self.way.next()
+    }
+
+    /// Others have run, and the next fault was read then, or there was none.
+    pub(crate) fn gave_way(&mut self, next: Option<&Fault>) {
+        let waited = next.is_some_and(|fault| {
+            let took =
+                self.since.map_or(Duration::ZERO, |since| fault.since.saturating_duration_since(since));
+            took > LONGEST && (fault.thread == 0 || fault.thread != self.thread)
+        });
+        self.way.ended(next.is_some(), waited);
+    }
+
     /// A fault was answered. Goes to where the faulting thread runs, if it is to.
     pub(crate) fn answered(&mut self, fault: &Fault) {
-        self.thread = fault.thread;
+        (self.thread, self.since) = (fault.thread, Some(fault.since));
         if self.delivery != Delivery::Beside || fault.thread == 0 {
             return;
         }
@@ -208,11 +234,57 @@ impl Choice {
     }
 }
 
+/// Whether a thread that has answered a fault gives way to others, once, before it looks for the next one. Where the one
+/// that faults shares its CPU the next fault is there then, and neither has to sleep and be waked, which takes two
+/// microseconds.
+///
+/// But the other one may have the CPU for milliseconds, and a fault of a third on another CPU waits for that, where it
+/// would wake a thread that sleeps.
+#[derive(Clone, Copy, Debug)]
+struct GiveWay {
+    /// So many times it is not done.
+    left: u32,
+    /// So many, if it was for nothing.
+    futile: u32,
+    /// So many, if a fault may have waited.
+    costly: u32,
+}
+
+impl GiveWay {
+    const FUTILE: u32 = 1 << 10;
+
+    /// So many faults have to be answered faster to make up for what one may have waited.
+    const COSTLY: RangeInclusive<u32> = 1 << 12..=1 << 20;
+
+    fn new() -> Self {
+        Self { left: 0, futile: 1, costly: *Self::COSTLY.start() }
+    }
+
+    fn next(&mut self) -> bool {
+        let now = self.left == 0;
+        self.left = self.left.saturating_sub(1);
+        now
+    }
+
+    /// It was done, and the next fault was there then or not; that one may have waited for long.
+    fn ended(&mut self, found: bool, waited: bool) {
+        if waited {
+            self.left = self.costly;
+            self.costly = (self.costly * 2).min(*Self::COSTLY.end());
+        } else if found {
+            self.futile = 1;
+        } else {
+            self.left = self.futile;
+            self.futile = (self.futile * 2).min(Self::FUTILE);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::LazyMemory;
     use crate::pager::{Around, Fill, Retry};
+    use crate::{FaultKind, LazyMemory};
 
     fn waiting(delivery: Delivery) -> Waiting {
         Waiting { delivery, ..Waiting::new(Delivery::Threads) }
@@ -319,6 +391,67 @@ mod tests {
         assert!(misses <= 5, "{misses}");
         // And begins anew.
         assert!(spins(&mut choice, &mut now, 20_000, [45, 15]) > 10_000);
+    }
+
+    /// How often of so many faults it gives way, if the next one is there then as told, and has waited.
+    fn ways(way: &mut GiveWay, faults: u32, found: bool, waited: bool) -> u32 {
+        (0..faults).fold(0, |ways, _| {
+            let gives = way.next();
+            if gives {
+                way.ended(found, waited);
+            }
+            ways + u32::from(gives)
+        })
+    }
+
+    #[test]
+    fn it_gives_way_where_that_brings_the_next_fault() {
+        let mut way = GiveWay::new();
+        assert_eq!(ways(&mut way, 100, true, false), 100);
+        // The faulting thread is on another CPU.
+        let futile = ways(&mut way, 10_000, false, false);
+        assert!((10..25).contains(&futile), "{futile}");
+        // It has come back.
+        assert!(ways(&mut way, 2_000, true, false) > 900);
+        // Faults come in bursts.
+        let mut futile = 0;
+        for _ in 0..100 {
+            assert!(ways(&mut way, 60, true, false) > 57);
+            futile += ways(&mut way, 1, false, false);
+        }
+        assert_eq!(futile, 100);
+        // Others have the CPU meanwhile.
+        let mut costly = 0;
+        for _ in 0..100_000 {
+            ways(&mut way, 10, true, false);
+            costly += ways(&mut way, 1, true, true);
+        }
+        assert!(costly < 10, "{costly}");
+    }
+
+    /// A fault of another thread may have waited; one of the same thread has had the CPU itself.
+    #[test]
+    fn a_fault_that_may_have_waited_for_the_cpu_is_costly() {
+        let since = Instant::now();
+        let fault = |thread, micros| Fault {
+            address: 0,
+            kind: FaultKind::Missing,
+            thread,
+            since: since + Duration::from_micros(micros),
+        };
+        for (thread, micros, costly) in
+            [(7, 9, false), (8, 9, false), (7, 3000, false), (8, 3000, true), (0, 3000, true)]
+        {
+            let mut waiting = waiting(Delivery::Threads);
+            assert!(!waiting.gives_way(), "there was no fault");
+            waiting.answered(&fault(7, 0));
+            assert!(waiting.gives_way());
+            waiting.gave_way(Some(&fault(thread, micros)));
+            assert_eq!(waiting.gives_way(), !costly, "{thread} {micros}");
+        }
+        let mut spinning = waiting(Delivery::Spin(LONGEST));
+        spinning.answered(&fault(7, 0));
+        assert!(!spinning.gives_way());
     }
 
     #[test]

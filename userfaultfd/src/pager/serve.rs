@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::changes::{self, Change};
@@ -211,9 +212,17 @@ impl Worker {
     /// Reads a descriptor's events and answers the faults among them, until there are none, or others have waited long
     /// enough. Whether there were any.
     fn answer(&mut self, descriptor: &Arc<Descriptor>, mut blocking: bool) -> bool {
+        let mut gave_way = false;
         for round in 0..ROUNDS {
             let read = self.read(descriptor, blocking);
             blocking = false;
+            if std::mem::take(&mut gave_way) {
+                self.waiting.gave_way(self.faults.front());
+            } else if round > 0 && matches!(read, Ok(ControlFlow::Break(()))) && self.waiting.gives_way() {
+                gave_way = true;
+                thread::yield_now();
+                continue;
+            }
             self.answer_all(descriptor);
             match read {
                 Ok(ControlFlow::Continue(())) if self.shared.is_stopping() => return true,
