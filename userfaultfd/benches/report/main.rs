@@ -43,6 +43,9 @@ fn run() -> Result<(), String> {
         rows::ROWS.iter().for_each(|(name, what, _)| println!("{name:12} {what}"));
         return Ok(());
     }
+    if !rows::ROWS.iter().any(|(name, ..)| options.wants(name)) {
+        return Err("no row has such a name; --list tells which there are".to_owned());
+    }
     let machine = machine::describe();
     let mut text = format!("# Report of the pager\n\n{machine}");
     print!("{text}");

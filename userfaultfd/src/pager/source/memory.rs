@@ -6,7 +6,8 @@ use std::io;
 use super::{Fill, PageSource, SourceBytes};
 
 /// Bytes in memory as a source: a `Vec<u8>`, an `Arc<[u8]>`, a `&'static [u8]`, a mapping, anything that is a slice
-/// of bytes. Whole pages are copied straight from there.
+/// of bytes. Whole pages are copied straight from there, and faster where they begin as a page does, as in a mapping: a
+/// page of a `Vec` or an `Arc` takes half a microsecond longer.
 ///
 /// ```
 /// use userfaultfd::pager::{BytesSource, PageSource};
