@@ -111,7 +111,7 @@ fn save(bytes: usize, path: &Path) -> Result<()> {
         let longest = serving.join().expect("a put doesn't panic");
         saved.map(|()| longest)
     })?;
-    println!("the longest that a put took: {:.1} ms", longest.as_secs_f64() * 1e3);
+    println!("the longest that a put took: {longest:.1?}");
     Ok(())
 }
 
@@ -128,7 +128,7 @@ fn save_while_serving(store: &Store, range: std::ops::Range<usize>, path: &Path)
     let (writer, progress) = snapshot.wait()?;
     let puts = store.word(0).load(Ordering::SeqCst) - before;
     println!("saved {} MiB as {} bytes while {puts} puts were served", bytes >> 20, writer.written());
-    println!("writers stood still for {:.1} ms", progress.pause.as_secs_f64() * 1e3);
+    println!("writers stood still for {:.1?}", progress.pause);
     println!(
         "{} pages were saved because they were about to be written",
         progress.on_write / page_size() as u64

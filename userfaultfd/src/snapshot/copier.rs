@@ -149,10 +149,11 @@ impl Copier {
 
     /// Lifts all protection, and forgets the memory. While the kernel unregisters, nobody may fault in a page.
     fn finish(&mut self) -> Result<()> {
-        let in_slices = self.free_in_slices();
-        let rest = self.free();
+        // What can't be done so, as where there are too many mappings already, is done at once.
+        let _in_slices = self.free_in_slices();
+        let freed = self.free();
         self.layout = Layout::default();
-        in_slices.and(rest)
+        freed
     }
 
     fn free_in_slices(&mut self) -> Result<()> {
