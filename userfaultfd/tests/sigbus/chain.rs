@@ -54,7 +54,10 @@ extern "C" fn with_information(_: libc::c_int, info: *mut libc::siginfo_t, conte
     CODE.store(information.si_code, Ordering::SeqCst);
     ADDRESS.store(address, Ordering::SeqCst);
     note();
-    repair(address);
+    // One that somebody sent has no address.
+    if information.si_code > 0 {
+        repair(address);
+    }
 }
 
 extern "C" fn plain(signal: libc::c_int) {
