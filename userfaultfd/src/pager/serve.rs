@@ -220,6 +220,7 @@ impl Worker {
                 self.waiting.gave_way(self.faults.front());
             } else if round > 0 && matches!(read, Ok(ControlFlow::Break(()))) && self.waiting.gives_way() {
                 gave_way = true;
+                self.shared.set_at_work(self.thread, false);
                 thread::yield_now();
                 continue;
             }
