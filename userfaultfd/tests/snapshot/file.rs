@@ -354,9 +354,17 @@ fn an_index_that_makes_no_sense_is_refused() {
             result => panic!("{what}: {result:?}"),
         }
     }
-    match SnapshotReader::new(patched(&good, &[(footer + 8, 7)])) {
-        Err(FormatError::Damaged(text)) => assert!(text.contains("two snapshots"), "{text}"),
-        result => panic!("{result:?}"),
+    for (patch, told) in [
+        ((footer + 8, 7), "two snapshots"),
+        // No room is made for more than the file can hold.
+        ((footer + 24, 1 << 40), "its length"),
+        ((footer + 40, u64::MAX), "its length"),
+        ((footer + 40, 1), "its length"),
+    ] {
+        match SnapshotReader::new(patched(&good, &[patch])) {
+            Err(FormatError::Damaged(text)) => assert!(text.contains(told), "{patch:?}: {text}"),
+            result => panic!("{patch:?}: {result:?}"),
+        }
     }
 }
 
