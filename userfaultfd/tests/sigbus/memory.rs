@@ -114,8 +114,9 @@ fn a_fault_fills_the_block_around_it_and_nothing_twice() {
     assert_eq!((statistics.missing_faults, statistics.prefetched), (3, 17));
     assert_eq!((statistics.present_pages, statistics.absent_pages), (20, 0));
     assert_eq!(statistics.bytes, 20 * page as u64);
-    // One of eight is timed.
-    assert_eq!((statistics.fault_latency.count(), statistics.duplicates), (1, 0));
+    assert_eq!(statistics.duplicates, 0);
+    // One of eight is timed, among those that come from the same place of a stack.
+    assert!((1..=3).contains(&statistics.fault_latency.count()), "{statistics}");
     assert!(statistics.fault_latency.total() > Duration::ZERO);
 }
 
