@@ -15,6 +15,7 @@ pub(crate) mod sigbus;
 use std::hint::black_box;
 use std::ops::Range;
 use std::sync::{Arc, LazyLock};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapOptions};
@@ -73,10 +74,22 @@ pub(crate) fn memory(len: usize) -> MmapMut {
 
 /// Takes so much memory and gives it back, so that the kernel has it at hand. What a virtual machine hasn't used for a
 /// while its host has to find first, which takes longer than all that is measured.
+///
+/// On each of the first CPUs: since Linux 6.7 what is given back stays with the CPU that did so, up to a part of all
+/// memory, and the thread that answers may run on another one.
 pub(crate) fn warm(len: usize) {
-    let mut memory = memory(len);
-    memory.iter_mut().step_by(userfaultfd::page_size()).for_each(|byte| *byte = 1);
-    black_box(&memory);
+    let touch = || {
+        let mut memory = memory(len);
+        memory.iter_mut().step_by(userfaultfd::page_size()).for_each(|byte| *byte = 1);
+        black_box(&memory);
+    };
+    for cpu in cpus::ALLOWED.iter().take(4) {
+        let touch_there = || {
+            cpus::stay_on(&[*cpu]);
+            touch();
+        };
+        thread::scope(|scope| scope.spawn(touch_there).join()).expect("a thread that only touches memory");
+    }
 }
 
 /// Touches pages in the order of the ladder.
