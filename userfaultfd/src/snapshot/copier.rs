@@ -292,6 +292,7 @@ impl Copier {
                     // It is being moved or unmapped, and who waits finds out; or it can't be read at all.
                     Saved::Doubt if self.doubted < TRIES => {
                         self.doubted += 1;
+                        self.changing = 0;
                         return self.watch.uffd.wake(pointer(page.address), page.len);
                     }
                     Saved::Doubt => self.gone(std::slice::from_ref(page)),
@@ -323,8 +324,15 @@ impl Copier {
 
     /// Lifts the protection of a page that has been saved, if it must be, whose next write needn't be known, by ending
     /// its registration, and wakes who waits. Neither that nor registering is refused while the layout changes.
-    fn register_anew(&self, start: usize, len: usize) -> Result<()> {
+    fn register_anew(&mut self, start: usize, len: usize) -> Result<()> {
         let uffd = &self.watch.uffd;
+        if self.verifies {
+            self.words.read(&self.watch.pagemap, &(start..start + len))?;
+            if !self.words.get(0).is_protected() {
+                // Something else may lie there by now, and be registered by somebody else.
+                return uffd.wake(pointer(start), len);
+            }
+        }
         let registered = uffd.unregister(pointer(start), len).and_then(|()| {
             uffd.register_with_mode(pointer(start), len, RegisterMode::WRITE_PROTECT).map(drop)
         });

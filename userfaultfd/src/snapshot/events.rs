@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use super::copier::{Copier, bits_of};
+use super::copier::{Copier, TRIES, bits_of};
 use super::options::Removal;
 use super::queue::Payload;
 use crate::error::errno_of;
@@ -61,8 +61,9 @@ impl Copier {
             return Ok(());
         }
         let [readable] = sys::wait_readable([self.watch.uffd.as_fd()], 0)?;
-        // Otherwise it was read, and who makes it hasn't run since. Faults that are unread may hide another one.
-        if readable && self.unread_faults()? == 0 {
+        // Otherwise it was read, and who makes it hasn't run since. Faults that are unread may hide another one: as long
+        // as the one that is held is of a page that isn't known, since it has moved, only that change tells which.
+        if readable && (self.unread_faults()? == 0 || self.changing > 2 * TRIES) {
             if self.saves_first() {
                 self.save_before_change();
             } else {

@@ -181,6 +181,40 @@ fn pages_that_move_are_followed() {
     });
 }
 
+/// Several write to where pages were moved before that was read: the first of their faults is on a page that isn't known
+/// there yet, and the others hide what tells of it.
+#[test]
+fn writers_to_moved_pages_do_not_wait_for_the_sink() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        stay_on_this_cpu();
+        for memory in each(test_name!()) {
+            let (before, pages) = (number(&memory, 1), memory.pages());
+            let target = Memory::anonymous(3);
+            let image = Image::closed();
+            let options = Options::new().range(addresses(&memory)).removal(Removal::Zero).buffer(512 << 10);
+            let snapshot = options.begin(image.clone()).unwrap();
+            image.wait_for_piece();
+            let stop = AtomicBool::new(false);
+            thread::scope(|scope| {
+                let _stop = Stop(&stop);
+                for page in 0..3 {
+                    let (target, stop) = (&target, &stop);
+                    scope.spawn(move || {
+                        while !stop.load(Ordering::SeqCst) {
+                            target.write(page, 99);
+                        }
+                    });
+                }
+                memory.move_over(pages - 5, 3, &target, 0);
+            });
+            image.open();
+            snapshot.wait().unwrap();
+            assert_eq!(image.content(&memory), before, "{memory:?}");
+        }
+    });
+}
+
 /// Threads write, drop and write again all the time, while one snapshot after the other is taken.
 #[test]
 fn a_program_that_drops_all_the_time_gets_on() {
