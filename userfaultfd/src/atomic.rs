@@ -62,6 +62,7 @@ mod tests {
 
     #[test]
     fn the_locked_one_does_what_the_other_does() {
+        crate::support::require!();
         let (ours, theirs) = (AtomicU64::new(5), std::sync::atomic::AtomicU64::new(5));
         assert_eq!(ours.fetch_add(u64::MAX, SeqCst), theirs.fetch_add(u64::MAX, SeqCst));
         assert_eq!(ours.fetch_or(1 << 63, SeqCst), theirs.fetch_or(1 << 63, SeqCst));

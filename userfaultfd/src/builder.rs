@@ -315,6 +315,7 @@ mod tests {
 
     #[test]
     fn the_handshake_asks_exactly_for_what_is_required_and_probes_nothing() {
+        crate::support::require!();
         let asked = Cell::new(None);
         let wanted = Wanted { required: FeatureFlags::THREAD_ID, ..Wanted::default() };
         let api = |features| {
@@ -327,6 +328,7 @@ mod tests {
 
     #[test]
     fn a_required_feature_that_is_missing_is_named() {
+        crate::support::require!();
         let required = FeatureFlags::THREAD_ID | FeatureFlags::MOVE | FeatureFlags::from_bits_retain(1 << 40);
         let error = LINUX_5_10.negotiate(required, NONE).unwrap_err();
         let Error::UnsupportedFeatures { missing, supported } = error else { panic!("{error}") };
@@ -336,6 +338,7 @@ mod tests {
 
     #[test]
     fn a_kernel_that_ignores_unknown_features_is_not_believed() {
+        crate::support::require!();
         let sloppy = Kernel { checks: false, ..LINUX_5_10 };
         let error = sloppy.negotiate(FeatureFlags::POISON, NONE).unwrap_err();
         assert!(matches!(error, Error::UnsupportedFeatures { missing: FeatureFlags::POISON, .. }), "{error}");
@@ -343,6 +346,7 @@ mod tests {
 
     #[test]
     fn requested_features_are_taken_where_there_are() {
+        crate::support::require!();
         let both = FeatureFlags::THREAD_ID | FeatureFlags::MOVE;
         assert_eq!(LINUX_5_10.negotiate(NONE, both).unwrap(), FeatureFlags::THREAD_ID);
         assert_eq!(LINUX_7_3.negotiate(NONE, both).unwrap(), both);
@@ -351,6 +355,7 @@ mod tests {
 
     #[test]
     fn fork_events_are_left_out_where_requested_and_an_error_where_required() {
+        crate::support::require!();
         let user = Kernel { grants_fork: false, ..LINUX_7_3 };
         let both = FeatureFlags::EVENT_FORK | FeatureFlags::EVENT_REMAP;
         assert_eq!(user.negotiate(NONE, both).unwrap(), FeatureFlags::EVENT_REMAP);
@@ -360,6 +365,7 @@ mod tests {
 
     #[test]
     fn asynchronous_read_write_protection_needs_the_protection() {
+        crate::support::require!();
         let error = LINUX_7_3.negotiate(FeatureFlags::RWP_ASYNC, NONE).unwrap_err();
         assert!(matches!(error, Error::FeatureNeeds { needs: FeatureFlags::RWP, .. }), "{error}");
         assert_eq!(LINUX_7_3.negotiate(NONE, FeatureFlags::RWP_ASYNC).unwrap(), NONE);
@@ -370,12 +376,14 @@ mod tests {
 
     #[test]
     fn asynchronous_write_protection_brings_that_of_untouched_pages() {
+        crate::support::require!();
         let got = LINUX_7_3.negotiate(FeatureFlags::WP_ASYNC, NONE).unwrap();
         assert_eq!(got, FeatureFlags::WP_ASYNC | FeatureFlags::WP_UNPOPULATED);
     }
 
     #[test]
     fn a_second_handshake_is_told_from_a_missing_feature() {
+        crate::support::require!();
         let wanted = Wanted { required: FeatureFlags::MOVE, ..Wanted::default() };
         let error = negotiate(wanted, |_| Err(Errno::EINVAL), || Ok(LINUX_7_3.offer())).unwrap_err();
         assert!(matches!(error, Error::AlreadyHandshaken), "{error}");
@@ -383,6 +391,7 @@ mod tests {
 
     #[test]
     fn required_operations_are_looked_for_where_they_are_reported() {
+        crate::support::require!();
         let ask = |kernel: Kernel, ioctls| {
             let wanted = Wanted { ioctls, ..Wanted::default() };
             negotiate(wanted, |features| kernel.api(features), || Ok(kernel.offer()))

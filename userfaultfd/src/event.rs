@@ -482,6 +482,7 @@ mod tests {
 
     #[test]
     fn every_kind_of_message_is_decoded() {
+        crate::support::require!();
         use sys::{UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP};
         let (from, to, len) = (0x1000, 0x2000, 0x3000);
         assert_eq!(decode(&message(UFFD_EVENT_REMAP, [from, to, len])), Decoded::Remap { from, to, len });
@@ -505,6 +506,7 @@ mod tests {
 
     #[test]
     fn flags_of_a_fault_tell_its_kind() {
+        crate::support::require!();
         let cases = [
             (0x0, FaultKind::Missing, ReadWrite::Read),
             (0x1, FaultKind::Missing, ReadWrite::Write),
@@ -527,6 +529,7 @@ mod tests {
 
     #[test]
     fn any_bytes_decode_to_what_they_say() {
+        crate::support::require!();
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         let mut random = || {
             state ^= state << 13;
@@ -565,6 +568,7 @@ mod tests {
 
     #[test]
     fn changes_go_first_and_order_is_kept() {
+        crate::support::require!();
         // f: a fault, r: a removal; each at the address of its position.
         for order in ["", "f", "r", "fr", "rf", "fffrrr", "rrrfff", "frfrfr", "ffrrfrrffr", "rfrrf"] {
             let messages: Vec<_> = order
@@ -587,6 +591,7 @@ mod tests {
 
     #[test]
     fn an_unknown_event_is_an_error_and_those_behind_it_are_good() {
+        crate::support::require!();
         let mut buffer = EventBuffer::new(3);
         fill(&mut buffer, &[fault(1), message(0x77, [0; 3]), fault(2)]);
         let mut events = buffer.drain();
@@ -598,6 +603,7 @@ mod tests {
 
     #[test]
     fn reading_keeps_what_was_not_taken_out() {
+        crate::support::require!();
         let mut buffer = EventBuffer::new(3);
         assert_eq!(fill(&mut buffer, &[fault(1), fault(2)]), 2);
         assert!(buffer.pop().is_some());
@@ -610,12 +616,14 @@ mod tests {
 
     #[test]
     fn a_buffer_without_room_is_an_error() {
+        crate::support::require!();
         let result = EventBuffer::new(0).receive(Terms::default(), |_| panic!("read"));
         assert!(matches!(result, Err(Error::EmptyBuffer)), "{result:?}");
     }
 
     #[test]
     fn a_failed_read_keeps_the_buffer() {
+        crate::support::require!();
         let mut buffer = EventBuffer::new(2);
         fill(&mut buffer, &[fault(1)]);
         assert!(buffer.receive(Terms::default(), |_| Err(Error::ReadEof)).is_err());
@@ -624,6 +632,7 @@ mod tests {
 
     #[test]
     fn descriptors_of_forks_are_closed_wherever_the_events_are_dropped() {
+        crate::support::require!();
         // With the iterator, after one of three events was taken out of it.
         let ((first, first_end), (second, second_end)) = (fork(), fork());
         let mut buffer = EventBuffer::new(8);
@@ -652,6 +661,7 @@ mod tests {
 
     #[test]
     fn a_fork_s_descriptor_is_the_event_s_and_inherits_the_terms() {
+        crate::support::require!();
         let (message, end) = fork();
         let features = FeatureFlags::EVENT_FORK;
         let support = crate::Support { features, ioctls: crate::IoctlFlags::API };

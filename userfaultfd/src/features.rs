@@ -308,6 +308,7 @@ mod tests {
 
     #[test]
     fn every_named_flag_of_the_kernel_is_known() {
+        crate::support::require!();
         assert_eq!(FeatureFlags::all().bits(), sys::UFFD_API_FEATURES);
         assert_eq!(RegisterMode::all().bits(), sys::UFFD_API_REGISTER_MODES);
         let named = IoctlFlags::known().iter().fold(0, |bits, known| bits | known.flag.bits());
@@ -316,6 +317,7 @@ mod tests {
 
     #[test]
     fn unknown_bits_survive() {
+        crate::support::require!();
         let features = FeatureFlags::from_bits_retain(1 << 40) | FeatureFlags::MOVE;
         assert_eq!(features.bits(), 1 << 40 | 1 << 16);
         assert_eq!(features.to_string(), "MOVE | 0x10000000000");
@@ -324,6 +326,7 @@ mod tests {
 
     #[test]
     fn support_prints_a_row_for_each_feature_and_for_unknown_ones() {
+        crate::support::require!();
         let support = Support {
             features: FeatureFlags::MOVE | FeatureFlags::from_bits_retain(1 << 40),
             ioctls: IoctlFlags::API,

@@ -120,6 +120,7 @@ a000-b000 rw-p 00000000 00:00 0                          [heap]\nKernelPageSize:
 
     #[test]
     fn mappings_are_cut_to_the_range() {
+        crate::support::require!();
         let read =
             |range: Range<usize>| parse(SMAPS.lines().map(|line| Ok(line.to_owned())), &range).unwrap();
         let mapping = |range, anonymous, kib: usize, registered| Mapping {
@@ -144,6 +145,7 @@ a000-b000 rw-p 00000000 00:00 0                          [heap]\nKernelPageSize:
 
     #[test]
     fn this_process_has_a_mapping_of_this_variable() {
+        crate::support::require!();
         let variable = [1u8; 64];
         let range = variable.as_ptr_range();
         let range = range.start.addr()..range.end.addr();

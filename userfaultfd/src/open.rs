@@ -242,6 +242,7 @@ mod tests {
 
     #[test]
     fn refusal_of_rights_names_every_way_out() {
+        crate::support::require!();
         let failure = refused(Errno::EACCES, Errno::EPERM, false);
         assert_eq!(failure.reason(), OpenRefusal::NotPermitted);
         assert_eq!((failure.device(), failure.syscall()), (Some(Errno::EACCES), Some(Errno::EPERM)));
@@ -255,6 +256,7 @@ mod tests {
 
     #[test]
     fn refusal_of_user_mode_points_at_a_filter() {
+        crate::support::require!();
         let text = refused(Errno::ENOENT, Errno::EPERM, true).to_string();
         assert!(text.contains("seccomp"), "{text}");
         assert!(text.contains("/dev/userfaultfd"), "{text}");
@@ -262,6 +264,7 @@ mod tests {
 
     #[test]
     fn a_kernel_without_userfaultfd_is_told_from_missing_rights() {
+        crate::support::require!();
         assert_eq!(refused(Errno::ENOENT, Errno::ENOSYS, true).reason(), OpenRefusal::NotBuiltIn);
         assert_eq!(refused(Errno::EACCES, Errno::EMFILE, true).reason(), OpenRefusal::Other);
     }

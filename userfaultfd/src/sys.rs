@@ -658,6 +658,7 @@ mod tests {
 
     #[test]
     fn the_cpu_of_a_thread_is_told() {
+        crate::support::require!();
         let stat = b"1234 (a ) b) S 1 1234 1234 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 100 200 300 18446744073709551615 \
             1 1 0 0 0 0 0 4096 0 0 0 0 17 13 0 0 0 0 0\n";
         assert_eq!(cpu_of_stat(stat), Some(13));
@@ -671,6 +672,7 @@ mod tests {
 
     #[test]
     fn the_name_tells_a_userfaultfd() {
+        crate::support::require!();
         let flags = libc::O_CLOEXEC | UFFD_USER_MODE_ONLY as libc::c_int;
         match userfaultfd(flags).or_else(|_| userfaultfd(libc::O_CLOEXEC)) {
             Ok(uffd) => assert!(is_named_userfaultfd(uffd.as_fd())),

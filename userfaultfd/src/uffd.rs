@@ -547,6 +547,7 @@ mod tests {
 
     #[test]
     fn fdinfo_tells_what_is_enabled() {
+        crate::support::require!();
         let text = "pos:\t0\nflags:\t02\npending:\t1\ntotal:\t2\nAPI:\taa:80010100:80000000000005ff\n";
         let support = parse_fdinfo(text).unwrap();
         assert_eq!(support.features, FeatureFlags::MOVE | FeatureFlags::THREAD_ID);

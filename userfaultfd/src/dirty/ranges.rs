@@ -132,6 +132,7 @@ mod tests {
 
     #[test]
     fn ranges_stay_in_order_and_are_cut() {
+        crate::support::require!();
         let all = with(&of(&[16..20, 32..64]), vec![of(&[8..16, 64..72]).remove(0)]);
         assert_eq!(ranges(&all), [8..16, 16..20, 32..64]);
         for (range, taken) in [(0..8, false), (20..32, false), (0..9, true), (60..99, true), (24..24, true)] {
@@ -153,6 +154,7 @@ mod tests {
 
     #[test]
     fn notes_are_of_a_page() {
+        crate::support::require!();
         let notes = Notes::new(&(4096..4096 + 4 * 130), 4);
         for address in [4096, 4096 + 4 * 64, 4096 + 4 * 129] {
             assert!(!notes.get(address));

@@ -108,6 +108,7 @@ mod tests {
 
     #[test]
     fn a_slow_source_is_read_by_several_threads_at_once_and_each_page_once() {
+        crate::support::require!();
         const CHUNKS: usize = 24;
         static READING: AtomicUsize = AtomicUsize::new(0);
         static MOST: AtomicUsize = AtomicUsize::new(0);
@@ -143,6 +144,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_ahead_is_asked_for_again_and_reported_once_it_is_needed() {
+        crate::support::require!();
         const BAD: usize = 5 * CHUNK;
         let source = |offset: u64, buffer: &mut [u8]| {
             let start = Instant::now();

@@ -59,6 +59,7 @@ mod tests {
 
     #[test]
     fn vectors_grow_shrink_and_give_everything_back() {
+        crate::support::require!();
         let mut vector = with_room(10);
         vector.extend(0..10_u64);
         for number in 10..100_000 {

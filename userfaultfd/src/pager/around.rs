@@ -118,6 +118,7 @@ mod tests {
 
     #[test]
     fn forwards_it_doubles_up_to_the_limit() {
+        crate::support::require!();
         let streams = Streams::new();
         let mut page = 100;
         let mut sizes = Vec::new();
@@ -132,6 +133,7 @@ mod tests {
 
     #[test]
     fn backwards_likewise_and_not_below_the_first_page() {
+        crate::support::require!();
         let streams = Streams::new();
         assert_eq!(fault(&streams, 6, 8), 6..7);
         assert_eq!(fault(&streams, 5, 8), 4..6);
@@ -141,6 +143,7 @@ mod tests {
 
     #[test]
     fn a_fault_elsewhere_is_a_page() {
+        crate::support::require!();
         let streams = Streams::new();
         for page in [5, 900, 17, 40, 3000, 7] {
             assert_eq!(fault(&streams, page, 1 << 20), page..page + 1);
@@ -149,6 +152,7 @@ mod tests {
 
     #[test]
     fn sequences_are_told_apart_as_many_as_are_kept() {
+        crate::support::require!();
         let streams = Streams::new();
         let mut pages: Vec<_> = (0..STREAMS).map(|stream| stream * 10_000).collect();
         for round in 0..4 {
@@ -162,6 +166,7 @@ mod tests {
 
     #[test]
     fn a_fill_that_ended_early_is_gone_on_with_where_it_ended() {
+        crate::support::require!();
         let streams = Streams::new();
         fault(&streams, 0, 64);
         let window = streams.window(1, 64);
@@ -172,6 +177,7 @@ mod tests {
 
     #[test]
     fn less_than_a_page_is_a_page() {
+        crate::support::require!();
         let streams = Streams::new();
         assert_eq!(fault(&streams, 1, 0), 1..2);
         assert_eq!(fault(&streams, 2, 1), 2..3);

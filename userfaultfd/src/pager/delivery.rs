@@ -306,6 +306,7 @@ mod tests {
 
     #[test]
     fn threads_sleep_at_once() {
+        crate::support::require!();
         let shared = shared();
         for delivery in [Delivery::Threads, Delivery::Beside] {
             let mut waiting = waiting(delivery);
@@ -315,6 +316,7 @@ mod tests {
 
     #[test]
     fn spinning_ends_with_its_budget_or_a_fault() {
+        crate::support::require!();
         let (shared, budget) = (shared(), Duration::from_micros(200));
         let mut waiting = waiting(Delivery::Spin(budget));
         let start = Instant::now();
@@ -332,6 +334,7 @@ mod tests {
 
     #[test]
     fn one_thread_spins_at_a_time() {
+        crate::support::require!();
         let shared = shared();
         let (mut one, mut other) = (waiting(Delivery::Spin(LONGEST)), waiting(Delivery::Spin(LONGEST)));
         assert!(one.spin(&shared, || !looks(&mut other, &shared, true)));
@@ -352,6 +355,7 @@ mod tests {
 
     #[test]
     fn what_is_faster_is_done_and_the_other_tried_ever_more_rarely() {
+        crate::support::require!();
         let (mut choice, mut now) = (Choice::new(), Instant::now());
         // A wake of another CPU is dear.
         let spun = spins(&mut choice, &mut now, 10_000, [45, 15]);
@@ -372,12 +376,14 @@ mod tests {
 
     #[test]
     fn it_never_spins_on_the_cpu_of_who_faults() {
+        crate::support::require!();
         let (mut choice, now) = (Choice::new(), Instant::now());
         assert!((0..100_000).all(|_| !choice.next(|| now, || true)));
     }
 
     #[test]
     fn spinning_ends_soon_where_no_fault_comes() {
+        crate::support::require!();
         let (mut choice, mut now) = (Choice::new(), Instant::now());
         spins(&mut choice, &mut now, 10_000, [45, 15]);
         assert!(choice.spins);
@@ -406,6 +412,7 @@ mod tests {
 
     #[test]
     fn it_gives_way_where_that_brings_the_next_fault() {
+        crate::support::require!();
         let mut way = GiveWay::new();
         assert_eq!(ways(&mut way, 100, true, false), 100);
         // The faulting thread is on another CPU.
@@ -432,6 +439,7 @@ mod tests {
     /// A fault of another thread may have waited; one of the same thread has had the CPU itself.
     #[test]
     fn a_fault_that_may_have_waited_for_the_cpu_is_costly() {
+        crate::support::require!();
         let since = Instant::now();
         let fault = |thread, micros| Fault {
             address: 0,
@@ -456,6 +464,7 @@ mod tests {
 
     #[test]
     fn a_fault_wakes_one_thread_of_many() {
+        crate::support::require!();
         const FAULTS: usize = 200;
         let source = |_: u64, _: &mut [u8]| Ok(Fill::Zero);
         let memory = LazyMemory::builder(source).len(FAULTS * crate::page_size()).threads(8);
@@ -468,6 +477,7 @@ mod tests {
 
     #[test]
     fn every_delivery_answers_every_fault() {
+        crate::support::require!();
         let page = crate::page_size();
         let source = |offset: u64, buffer: &mut [u8]| {
             buffer.fill((offset / crate::page_size() as u64 % 251) as u8);

@@ -229,6 +229,7 @@ mod tests {
 
     #[test]
     fn an_address_finds_its_segment_and_page() {
+        crate::support::require!();
         let (a, b) = (region(1, 4), region(2, 2));
         let mut layout = Layout::default();
         layout.insert(segment(20, 2, &b, 0));
@@ -246,6 +247,7 @@ mod tests {
 
     #[test]
     fn cutting_leaves_what_is_around_and_returns_what_was_inside() {
+        crate::support::require!();
         let (a, b) = (region(1, 4), region(2, 2));
         let mut layout = Layout::default();
         layout.insert(segment(10, 4, &a, 0));
@@ -263,6 +265,7 @@ mod tests {
 
     #[test]
     fn a_hole_in_a_segment_makes_two() {
+        crate::support::require!();
         let a = region(1, 8);
         let mut layout = Layout::default();
         layout.insert(segment(100, 8, &a, 0));
@@ -275,6 +278,7 @@ mod tests {
 
     #[test]
     fn what_is_moved_replaces_what_was_there_and_leaves_a_hole() {
+        crate::support::require!();
         let (a, b) = (region(1, 8), region(2, 4));
         let mut layout = Layout::default();
         layout.insert(segment(10, 8, &a, 0));
@@ -301,6 +305,7 @@ mod tests {
 
     #[test]
     fn what_is_shared_is_in_both_places_once_it_is_moved() {
+        crate::support::require!();
         let mut a = Served::for_tests(1, PAGE, 4);
         a.shared = true;
         let a = Arc::new(a);

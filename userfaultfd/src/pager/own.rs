@@ -22,6 +22,7 @@ mod tests {
 
     #[test]
     fn this_process_knows_its_own() {
+        crate::support::require!();
         let page = crate::page_size();
         let mut memory = memmap2::MmapMut::map_anon(3 * page).unwrap();
         let start = memory.as_mut_ptr();

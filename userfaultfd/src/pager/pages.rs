@@ -270,6 +270,7 @@ mod tests {
 
     #[test]
     fn a_page_is_claimed_by_one_and_joined_by_the_others() {
+        crate::support::require!();
         let pages = Pages::new(3).unwrap();
         assert_eq!(pages.claim(1), Claim::Mine { removed: false, tries: 0 });
         assert_eq!(pages.claim(1), Claim::Joined);
@@ -286,6 +287,7 @@ mod tests {
 
     #[test]
     fn a_page_removed_while_it_is_loaded_stays_removed_when_the_load_is_given_up() {
+        crate::support::require!();
         let pages = Pages::new(1).unwrap();
         assert_eq!(pages.claim(0), Claim::Mine { removed: false, tries: 0 });
         pages.remove(0..1, false);
@@ -297,6 +299,7 @@ mod tests {
 
     #[test]
     fn what_was_there_or_poisoned_is_zero_once_removed() {
+        crate::support::require!();
         let pages = Pages::new(2).unwrap();
         for (page, end) in [(0, End::Present), (1, End::Poisoned)] {
             pages.claim(page);
@@ -310,6 +313,7 @@ mod tests {
 
     #[test]
     fn tries_are_counted_up_to_a_limit_and_forgotten_with_success() {
+        crate::support::require!();
         let pages = Pages::new(1).unwrap();
         for tries in (0..=MAX_TRIES).chain([MAX_TRIES]) {
             assert_eq!(pages.claim(0), Claim::Mine { removed: false, tries });
@@ -324,6 +328,7 @@ mod tests {
 
     #[test]
     fn what_was_served_before_is_there_but_for_what_is_absent() {
+        crate::support::require!();
         let pages = Pages::new(4).unwrap();
         pages.all_present();
         pages.set_absent(1..2, false);
@@ -337,6 +342,7 @@ mod tests {
 
     #[test]
     fn a_copy_has_what_is_settled() {
+        crate::support::require!();
         let pages = Pages::new(4).unwrap();
         for (page, end) in [(0, End::Present), (1, End::Poisoned)] {
             pages.claim(page);

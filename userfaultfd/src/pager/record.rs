@@ -173,6 +173,7 @@ mod tests {
 
     #[test]
     fn pages_are_noted_in_order_and_once_while_it_is_on() {
+        crate::support::require!();
         let log = Log::new(10).unwrap();
         assert!(!log.note(9));
         assert!(log.start(Mode::Exact) && !log.start(Mode::On));
@@ -188,6 +189,7 @@ mod tests {
 
     #[test]
     fn what_there_is_no_room_for_is_left_out() {
+        crate::support::require!();
         let log = Log::new(1).unwrap();
         log.start(Mode::On);
         for _ in 0..10_000 {

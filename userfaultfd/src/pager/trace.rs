@@ -79,6 +79,7 @@ mod tests {
 
     #[test]
     fn faults_loads_and_problems_are_told() {
+        crate::support::require!();
         let log = Log::default();
         tracing::subscriber::set_global_default(log.clone()).expect("the only test that sets one");
         let page = crate::page_size();

@@ -170,6 +170,7 @@ mod tests {
 
     #[test]
     fn what_is_encoded_is_decoded() {
+        crate::support::require!();
         let sets = [
             set([]),
             set([0]),
@@ -186,6 +187,7 @@ mod tests {
 
     #[test]
     fn it_is_compact_and_the_same_on_every_machine() {
+        crate::support::require!();
         assert_eq!(set(100..1 << 19).encode().len(), 10 + 3 + 3 + 2 + 3 + 4);
         assert!(set((0..1000).map(|page| 37 * page)).encode().len() < 2100);
         let bytes = set([2, 3, 1, 300]).encode();
@@ -195,6 +197,7 @@ mod tests {
 
     #[test]
     fn whatever_byte_is_damaged_or_lacking_it_is_refused() {
+        crate::support::require!();
         let bytes = set([5, 6, 7, 1000, 2]).encode();
         for at in 0..bytes.len() {
             WorkingSet::decode(&bytes[..at]).unwrap_err();
@@ -209,6 +212,7 @@ mod tests {
 
     #[test]
     fn nonsense_with_a_checksum_is_refused() {
+        crate::support::require!();
         let check = |content: &[u8]| {
             let mut bytes = [&b"uffd-set"[..], content].concat();
             bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
@@ -236,6 +240,7 @@ mod tests {
 
     #[test]
     fn files_are_written_and_read() {
+        crate::support::require!();
         let path = std::env::temp_dir().join(format!("userfaultfd-working-set-{}", std::process::id()));
         let saved = set([9, 10, 3]);
         saved.save(&path).unwrap();

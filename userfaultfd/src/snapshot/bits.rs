@@ -79,6 +79,7 @@ mod tests {
 
     #[test]
     fn runs_are_found_across_words() {
+        crate::support::require!();
         let mut bits = Bits::new(200, false);
         assert_eq!((bits.count(), bits.next(0), bits.next_run(7, 9)), (0, None, None));
         bits.set(60..130, true);

@@ -90,6 +90,7 @@ mod tests {
 
     #[test]
     fn parts_move_and_go() {
+        crate::support::require!();
         let mut layout = Layout::new(vec![part(100, 0, 40), part(200, 40, 20)]);
         assert_eq!(layout.page_at(107), Some(part(104, 4, 4)));
         assert_eq!(layout.page_at(140), None);

@@ -51,6 +51,7 @@ mod tests {
 
     #[test]
     fn slices_grow_and_shrink_and_cut_no_page() {
+        crate::support::require!();
         let mut slices = Slices::new();
         let part = |address, len| Part { address, offset: 3 << 12, len, page: 4096 };
         assert_eq!(slices.cut(part(LEAST - 4096, 1 << 30)), part(LEAST - 4096, 4096));

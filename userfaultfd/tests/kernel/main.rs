@@ -27,5 +27,6 @@ mod support_probe;
 mod swap;
 mod unregister;
 mod wake;
+mod watchdog;
 mod write_protect;
 mod zeropage;

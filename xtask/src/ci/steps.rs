@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Outcome, Step, bare, cargo, execute, output, targets};
+use super::{Outcome, Step, bare, cargo, execute, output, require, targets};
 use crate::libclang;
 
 /// An optional header tree beside the repository.
@@ -25,6 +25,7 @@ const fn step(name: &'static str, what: &'static str, run: fn() -> Result<Outcom
 pub(super) const STEPS: &[Step] = &[
     step("fmt", "formatting", fmt),
     step("clippy", "lints, warnings denied", clippy),
+    step("require", "every test begins with `require!`, which limits its time", require::run),
     step("features", "the library with its optional parts", features),
     step("doc", "documentation, warnings denied", doc),
     step("docs-rs", "documentation as docs.rs builds it", docs_rs),

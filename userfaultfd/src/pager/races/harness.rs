@@ -391,8 +391,8 @@ macro_rules! races {
     (@points $act:ident; $flavour:ident; $($name:ident: $point:ident,)*) => {
         $(#[test]
         fn $name() {
-            use $crate::pager::{point::Point, races::harness::Flavour};
             $crate::support::require!();
+            use $crate::pager::{point::Point, races::harness::Flavour};
             super::super::$act.race($crate::support::test_name!(), Flavour::$flavour, Point::$point);
         })*
         // A point that is left out is an error here.

@@ -468,6 +468,7 @@ mod tests {
 
     #[test]
     fn a_fault_does_not_depend_on_the_thread_that_fills_its_page() {
+        crate::support::require!();
         let (_alone, owned, memory) = owned();
         let states = &owned.lazy().served.pages;
         assert!(states.claim_quietly(1, false), "as if by a thread that gets no CPU");
@@ -483,6 +484,7 @@ mod tests {
 
     #[test]
     fn memory_stays_until_no_handler_has_it() {
+        crate::support::require!();
         let (_alone, owned, memory) = owned();
         let lazy = Arc::downgrade(owned.lazy());
         let hold = Hold::take();
@@ -505,6 +507,7 @@ mod tests {
 
     #[test]
     fn more_handlers_than_slots_wait_for_each_other() {
+        crate::support::require!();
         let (_alone, owned, memory) = owned();
         let mut holds: Vec<_> = (0..SLOTS).map(|_| Hold::take()).collect();
         let mut slots: Vec<_> = holds.iter().map(Hold::slot).collect();

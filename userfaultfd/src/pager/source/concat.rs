@@ -204,6 +204,7 @@ mod tests {
 
     #[test]
     fn every_border_of_the_parts() {
+        crate::support::require!();
         let (source, content) = parts();
         assert_eq!(source.len(), Some(content.len() as u64));
         let shown = "ConcatSource [0..10: from 0, 10..17: zeros, 17..20: from 50, 20..25: from 1099511627776, \
@@ -227,6 +228,7 @@ mod tests {
 
     #[test]
     fn a_page_of_zeros_is_zero_whatever_it_is_made_of() {
+        crate::support::require!();
         let (source, _) = parts();
         for (offset, len, expected) in [
             (9, 8, Fill::Data),
@@ -248,6 +250,7 @@ mod tests {
 
     #[test]
     fn bytes_are_those_of_a_single_part() {
+        crate::support::require!();
         let (source, content) = parts();
         for offset in 0..content.len() + 2 {
             for len in 1..30 {
@@ -267,6 +270,7 @@ mod tests {
 
     #[test]
     fn an_error_of_a_part_is_that_of_the_page() {
+        crate::support::require!();
         let fails = |offset: u64, _: &mut [u8]| Err(io::Error::other(format!("no byte {offset}")));
         let mut source = ConcatSource::new();
         source.push(bytes(1, 10)).unwrap().push_part(fails, 100..110).unwrap().push(bytes(1, 10)).unwrap();
@@ -280,6 +284,7 @@ mod tests {
 
     #[test]
     fn parts_that_cannot_be_are_refused_and_leave_it_as_it_was() {
+        crate::support::require!();
         let mut source = ConcatSource::new();
         source.push(bytes(1, 10)).unwrap();
         #[expect(clippy::reversed_empty_ranges, reason = "what is refused")]

@@ -207,6 +207,7 @@ mod tests {
 
     #[test]
     fn every_border_of_a_file() {
+        crate::support::require!();
         for len in [1, 4095, 4096, 4097, 10_000] {
             let source = FileSource::new(file(len)).unwrap();
             assert_eq!(source.len(), Some(len as u64));
@@ -227,6 +228,7 @@ mod tests {
 
     #[test]
     fn an_empty_file_is_all_zeros() {
+        crate::support::require!();
         let source = FileSource::new(file(0)).unwrap();
         assert!(source.is_empty());
         assert_eq!(check(&source, byte, 0, 4096), Fill::Zero);
@@ -235,6 +237,7 @@ mod tests {
 
     #[test]
     fn a_window_shows_its_part_alone() {
+        crate::support::require!();
         let shift = |start: usize| move |at| byte(start + at);
         for (start, len) in [(0, 5000), (1, 4999), (4096, 904), (4097, 1), (3, 4096), (5000, 0)] {
             let source = FileSource::range(file(5000), start as u64, len as u64).unwrap();
@@ -248,6 +251,7 @@ mod tests {
 
     #[test]
     fn a_window_that_the_file_does_not_have_is_refused() {
+        crate::support::require!();
         for (start, len) in [(0, 5001), (1, 5000), (5000, 1), (5001, 0), (1, u64::MAX), (u64::MAX, 0)] {
             let error = FileSource::range(file(5000), start, len).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{start} {len}");
@@ -258,6 +262,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_anywhere_is_refused_at_once() {
+        crate::support::require!();
         let write_only = File::options().write(true).open("/dev/null").unwrap();
         for (what, file, expected) in [
             ("a socket", socket(), "ESPIPE"),
@@ -277,6 +282,7 @@ mod tests {
 
     #[test]
     fn a_file_that_became_shorter_is_an_error_and_never_zeros() {
+        crate::support::require!();
         for sparse in [false, true] {
             let file = file(3 * BLOCK);
             let source = FileSource::new(file.try_clone().unwrap()).unwrap().sparse(sparse);
@@ -300,6 +306,7 @@ mod tests {
 
     #[test]
     fn a_hole_that_became_shorter_is_zero_up_to_the_end_alone() {
+        crate::support::require!();
         let file = File::from(sys::memfd());
         file.set_len(4 * BLOCK as u64).unwrap();
         let source = FileSource::new(file.try_clone().unwrap()).unwrap();
@@ -329,6 +336,7 @@ mod tests {
 
     #[test]
     fn holes_are_zero_without_being_read() {
+        crate::support::require!();
         let source = FileSource::new(sparse_file()).unwrap();
         for (block, expected) in [
             (0, Fill::Zero),
@@ -355,6 +363,7 @@ mod tests {
 
     #[test]
     fn holes_are_read_where_nobody_looks_for_them() {
+        crate::support::require!();
         let source = FileSource::new(sparse_file()).unwrap().sparse(false);
         for block in 0..6 {
             assert_eq!(check(&source, sparse_byte, block * BLOCK, BLOCK), Fill::Data, "{block}");
@@ -364,6 +373,7 @@ mod tests {
 
     #[test]
     fn a_hole_up_to_the_end_of_a_window_is_all_that_follows() {
+        crate::support::require!();
         // Block 1 is data, 3 and 4 are holes; the window ends inside of block 4.
         let len = 4 * BLOCK - BLOCK / 2;
         let source = FileSource::range(sparse_file(), BLOCK as u64, len as u64).unwrap();
@@ -374,6 +384,7 @@ mod tests {
 
     #[test]
     fn a_hole_that_is_written_later_is_data() {
+        crate::support::require!();
         let file = sparse_file();
         let source = FileSource::new(file.try_clone().unwrap()).unwrap();
         assert_eq!(check(&source, sparse_byte, 0, BLOCK), Fill::Zero);
@@ -384,6 +395,7 @@ mod tests {
 
     #[test]
     fn a_file_system_that_knows_no_holes_has_none() {
+        crate::support::require!();
         // Files without a single block, and yet with content: one that answers SEEK_DATA, one that refuses it.
         for path in ["/sys/kernel/notes", "/proc/config.gz"] {
             let Ok(content) = fs::read(path) else { continue };
@@ -402,6 +414,7 @@ mod tests {
 
     #[test]
     fn a_huge_file_is_read_at_its_end() {
+        crate::support::require!();
         let file = File::from(sys::memfd());
         let len = (1 << 43) + 5000;
         file.set_len(len).unwrap();
@@ -416,6 +429,7 @@ mod tests {
 
     #[test]
     fn reads_at_once_from_many_threads_do_not_disturb_each_other() {
+        crate::support::require!();
         let source = FileSource::new(sparse_file()).unwrap();
         std::thread::scope(|scope| {
             for thread in 0..4 {

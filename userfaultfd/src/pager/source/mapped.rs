@@ -132,6 +132,7 @@ mod tests {
 
     #[test]
     fn every_border_of_a_mapped_file() {
+        crate::support::require!();
         for (start, len) in [(0, 20_000), (1, 19_999), (4096, 10_000), (5000, 1), (70_000, 30_000)] {
             let content: Vec<u8> = (start..start + len).map(|at| (at % 251 + 1) as u8).collect();
             let source = MappedFileSource::range(file(100_000), start as u64, len as u64).unwrap();
@@ -161,6 +162,7 @@ mod tests {
 
     #[test]
     fn an_empty_file_can_be_mapped() {
+        crate::support::require!();
         let source = MappedFileSource::new(file(0)).unwrap();
         assert!(source.is_empty() && source.bytes(0, 1).is_none());
         assert_eq!(source.read(0, &mut [1; 4096]).unwrap(), Fill::Zero);
@@ -168,6 +170,7 @@ mod tests {
 
     #[test]
     fn holes_are_zeros_and_not_copied() {
+        crate::support::require!();
         const BLOCK: usize = 1 << 18;
         let file = file(2 * BLOCK);
         file.set_len(4 * BLOCK as u64).unwrap();
@@ -182,6 +185,7 @@ mod tests {
 
     #[test]
     fn a_file_that_became_shorter_is_read_for_an_error() {
+        crate::support::require!();
         let file = file(100_000);
         let source = MappedFileSource::new(file.try_clone().unwrap()).unwrap();
         let early = source.bytes(80_000, 4096).unwrap();
@@ -199,6 +203,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_mapped_is_refused_at_once() {
+        crate::support::require!();
         let error = MappedFileSource::range(file(10), 5, 6).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         assert_eq!(MappedFileSource::open("/").unwrap_err().raw_os_error(), Some(libc::EISDIR));

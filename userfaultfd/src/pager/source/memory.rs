@@ -98,6 +98,7 @@ mod tests {
 
     #[test]
     fn every_border_of_bytes() {
+        crate::support::require!();
         let bytes: Vec<u8> = (1..=100).collect();
         let source = BytesSource::new(bytes.clone());
         assert_eq!((source.len(), source.is_empty()), (Some(100), false));
@@ -131,6 +132,7 @@ mod tests {
 
     #[test]
     fn bytes_of_many_types() {
+        crate::support::require!();
         fn starts_with_x(source: impl PageSource + fmt::Debug) {
             let mut byte = [0];
             assert_eq!(source.read(0, &mut byte).unwrap(), Fill::Data);
@@ -147,6 +149,7 @@ mod tests {
 
     #[test]
     fn no_bytes_are_zeros() {
+        crate::support::require!();
         let source = BytesSource::new([]);
         assert!(source.is_empty());
         assert_eq!(source.read(0, &mut [1; 8]).unwrap(), Fill::Zero);
@@ -155,6 +158,7 @@ mod tests {
 
     #[test]
     fn zeros_have_no_end() {
+        crate::support::require!();
         assert_eq!((ZeroSource.len(), ZeroSource.is_empty()), (None, false));
         for offset in [0, 1, u64::MAX] {
             assert_eq!(ZeroSource.read(offset, &mut [1; 8]).unwrap(), Fill::Zero);

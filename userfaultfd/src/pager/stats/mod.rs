@@ -210,6 +210,7 @@ mod tests {
 
     #[test]
     fn threads_are_summed_up() {
+        crate::support::require!();
         let threads = [Counters::new(), Counters::new()];
         threads[0].missing_faults.add(3);
         threads[1].missing_faults.add(4);
@@ -225,12 +226,14 @@ mod tests {
 
     #[test]
     fn threads_share_no_cache_line() {
+        crate::support::require!();
         assert_eq!(size_of::<Counters>() % 128, 0);
         assert_eq!(align_of::<Counters>(), 128);
     }
 
     #[test]
     fn the_table_has_every_number_once() {
+        crate::support::require!();
         let counters = Counters::new();
         counters.fills.add(1_234_567);
         counters.fault_latency.record(Duration::from_micros(20));
@@ -249,6 +252,7 @@ mod tests {
 
     #[test]
     fn a_reader_never_sees_less_than_before() {
+        crate::support::require!();
         const FAULTS: u64 = 200_000;
         let threads = [Counters::new(), Counters::new()];
         let running = AtomicBool::new(true);

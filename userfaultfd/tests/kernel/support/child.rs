@@ -20,6 +20,15 @@ const STAGE: &str = "USERFAULTFD_TEST_STAGE";
 /// assert!(output.status.success(), "{output:?}");
 /// ```
 pub(crate) fn run(test: &'static str, body: impl FnOnce()) -> Option<Output> {
+    run_with(test, |command| command.arg("--nocapture"), body)
+}
+
+/// Like [`run`], with a command that `prepare` has changed: it doesn't have `--nocapture`.
+pub(crate) fn run_with(
+    test: &'static str,
+    prepare: impl FnOnce(&mut Command) -> &mut Command,
+    body: impl FnOnce(),
+) -> Option<Output> {
     if std::env::var(CHILD).is_ok_and(|child| child == test) {
         // Not to be left behind if the parent runs into its time limit.
         // SAFETY: touches no memory.
@@ -27,13 +36,13 @@ pub(crate) fn run(test: &'static str, body: impl FnOnce()) -> Option<Output> {
         body();
         return None;
     }
-    Some(alone(test).stdin(Stdio::null()).output().unwrap())
+    Some(prepare(alone(test).stdin(Stdio::null())).output().unwrap())
 }
 
 /// This program, with one test alone.
 fn alone(test: &'static str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(CHILD, test);
+    command.args([test, "--exact", "--test-threads=1"]).env(CHILD, test);
     command
 }
 
@@ -50,7 +59,7 @@ pub(crate) fn run_well(test: &'static str, body: impl FnOnce()) {
 
 /// Replaces this process by another one that runs the test `test` alone, where [`stage`] is `stage`.
 pub(crate) fn execute(test: &'static str, stage: &str) -> ! {
-    let error = alone(test).env(STAGE, stage).exec();
+    let error = alone(test).arg("--nocapture").env(STAGE, stage).exec();
     panic!("execve: {error}");
 }
 

@@ -34,7 +34,10 @@ pub(crate) const EXPECTED_FEATURES: &str = "USERFAULTFD_EXPECT_FEATURES";
 pub(crate) const EXPECTED_NEEDS: &str = "USERFAULTFD_EXPECT";
 
 /// Names the seconds that a test may take, where a minute isn't enough: on emulated machines.
-const SECONDS: &str = "USERFAULTFD_TEST_SECONDS";
+pub(crate) const SECONDS: &str = "USERFAULTFD_TEST_SECONDS";
+
+/// Seconds that a process which hangs has to give back what is the whole machine's: far more than two writes take.
+const GIVING_BACK_SECONDS: libc::c_uint = 10;
 
 static KERNEL: LazyLock<Support> =
     LazyLock::new(|| Support::probe().expect("a userfaultfd for faults from user mode"));
@@ -156,8 +159,8 @@ pub(crate) fn page() -> usize {
     userfaultfd::page_size()
 }
 
-/// Ends the process if a test takes longer than a minute, or than it was told that one may: a test that hangs is a
-/// fault that nobody resolved.
+/// Ends the process, and names the test, if it takes longer than a minute, or than `USERFAULTFD_TEST_SECONDS` says:
+/// a test that hangs is a fault that nobody resolved.
 #[derive(Debug)]
 pub(crate) struct Watchdog(Arc<(Mutex<Watch>, Condvar)>);
 
@@ -175,6 +178,8 @@ impl Watchdog {
         let seconds =
             std::env::var(SECONDS).map_or(60, |seconds| seconds.parse().expect("a number of seconds"));
         let limit = Duration::from_secs(seconds);
+        // Built now: a thread that hangs may hold the locks of the allocator.
+        let verdict = format!("{test} hangs\n");
         std::thread::spawn(move || {
             let (watch, changed) = &*watched;
             let mut watch = watch.lock().unwrap();
@@ -183,10 +188,7 @@ impl Watchdog {
             let (watch, _) =
                 changed.wait_timeout_while(watch, limit, |watch| *watch == Watch::Running).unwrap();
             if *watch == Watch::Running {
-                eprintln!("{test} hangs");
-                hugetlb::give_back_all();
-                sysctl::restore();
-                std::process::abort();
+                end_hanging_process(&verdict);
             }
         });
         // Starting a thread takes locks, which the test may make a fork hold for ever.
@@ -194,6 +196,20 @@ impl Watchdog {
         drop(changed.wait_while(starting.lock().unwrap(), |watch| *watch == Watch::Starting).unwrap());
         Self(watch)
     }
+}
+
+/// Writes the line, gives back what is the whole machine's, and aborts.
+fn end_hanging_process(line: &str) -> ! {
+    // The harness captures what eprintln! writes and loses it when the process aborts, and std's lock of the standard
+    // error may be held by the thread that hangs.
+    // SAFETY: the pointer and the length are those of a string that outlives the call.
+    unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len()) };
+    // Giving back allocates, which never ends if the hanging thread holds the allocator's locks.
+    // SAFETY: touches no memory; no test handles SIGALRM, which ends the process.
+    unsafe { libc::alarm(GIVING_BACK_SECONDS) };
+    hugetlb::give_back_all();
+    sysctl::restore();
+    std::process::abort();
 }
 
 impl Drop for Watchdog {
@@ -223,19 +239,19 @@ macro_rules! require {
         let _watchdog = $crate::support::Watchdog::arm($crate::support::test_name!());
     };
     (root) => {
-        require!();
+        $crate::support::require!();
         if !$crate::support::has($crate::support::test_name!(), "root", $crate::support::is_root()) {
             return;
         }
     };
     ($features:expr) => {
-        require!();
+        $crate::support::require!();
         if !$crate::support::has_features($crate::support::test_name!(), $features) {
             return;
         }
     };
     ($features:expr, root) => {
-        require!($features);
+        $crate::support::require!($features);
         if !$crate::support::has($crate::support::test_name!(), "root", $crate::support::is_root()) {
             return;
         }
