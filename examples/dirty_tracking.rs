@@ -8,15 +8,15 @@
 //! The picture goes to `target/dirty_tracking.svg` unless another path is given. Linux 6.7 for the fast mode, 5.7 for
 //! the other one, on architectures with write protection: x86-64, arm64, some riscv64. No rights from Linux 5.11 on.
 
+use std::env;
 use std::fmt::Write;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use std::{env, fs};
 
 use memmap2::MmapMut;
-use userfaultfd::{DirtyTracker, page_size};
+use userfaultfd::{DirtyTracker, PendingFile, page_size};
 use userfaultfd_examples::{Result, progress_bar};
 
 /// Columns of the heat map.
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     };
     userfaultfd_examples::run(|| {
         let intervals = track(bytes)?;
-        fs::write(&picture, heat_map(&intervals, bytes)?)?;
+        PendingFile::replace(&picture, heat_map(&intervals, bytes)?.as_bytes())?;
         println!("heat map: {}", picture.display());
         Ok(())
     })

@@ -256,6 +256,7 @@ mod maps;
 mod open;
 pub mod pagemap;
 pub mod pager;
+mod pending_file;
 mod protect;
 pub mod snapshot;
 mod sys;
@@ -272,6 +273,7 @@ pub use crate::features::{FeatureFlags, IoctlFlags, Known, RegisterMode, Support
 pub use crate::fill::{ContinueMode, CopyMode, MoveMode};
 pub use crate::lazy::{LazyBuilder, LazyMemory};
 pub use crate::open::{OpenFailure, OpenRefusal, OpenWith};
+pub use crate::pending_file::PendingFile;
 pub use crate::snapshot::Snapshot;
 pub use crate::uffd::Uffd;
 

@@ -6,10 +6,12 @@
 
 #![expect(unsafe_code, reason = "system calls")]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io::Write;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::OnceLock;
 
 pub(crate) use userfaultfd_sys::*;
@@ -228,6 +230,24 @@ pub(crate) fn read_memory(
     // SAFETY: so many bytes of the room the kernel has written.
     unsafe { buffer.set_len(read) };
     Ok(read)
+}
+
+/// Gives an open file a name, also one that has none: linkat(2).
+pub(crate) fn link(file: BorrowedFd<'_>, path: &Path) -> Result<(), Errno> {
+    // AT_EMPTY_PATH takes rights before Linux 6.10.
+    let from = format!("/proc/self/fd/{}\0", file.as_raw_fd());
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: both paths are NUL-terminated and borrowed for the call.
+    let linked = unsafe {
+        libc::linkat(
+            libc::AT_FDCWD,
+            from.as_ptr().cast(),
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::AT_SYMLINK_FOLLOW,
+        )
+    };
+    check(linked).map(drop)
 }
 
 /// Bytes that nobody can guess: getrandom(2).

@@ -23,6 +23,8 @@ use std::fs;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use userfaultfd::PendingFile;
+
 use crate::options::{Options, USAGE};
 use crate::table::Section;
 
@@ -81,7 +83,8 @@ fn write(text: &str, machine: &str, sections: &[Section]) -> Result<(), String> 
     let folder = build::folder();
     let save = |name: &str, content: String| {
         let path = folder.join(name);
-        fs::write(&path, content).map_err(|error| format!("{}: {error}", path.display()))
+        PendingFile::replace(&path, content.as_bytes())
+            .map_err(|error| format!("{}: {error}", path.display()))
     };
     fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     save("report.md", text.to_owned())?;

@@ -4,6 +4,8 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
+use crate::PendingFile;
+
 /// The pages of a region that a program has touched, in the order in which it first did.
 ///
 /// A [`Recorder`](super::Recorder) makes one, and [`Pager::replay`](super::Pager::replay) fills the pages in that order
@@ -58,13 +60,13 @@ impl WorkingSet {
         self.region_pages
     }
 
-    /// Writes it to a file, in place of what that holds.
+    /// Writes it to a file, which replaces the one at `path` when it is complete: a [`PendingFile`].
     ///
     /// # Errors
     ///
-    /// Those of open(2) and write(2).
+    /// Those of open(2), write(2) and fsync(2). The old file is as it was then.
     pub fn save(&self, path: impl AsRef<Path>) -> io::Result<()> {
-        fs::write(path, self.encode())
+        PendingFile::replace(path, &self.encode())
     }
 
     /// Reads it from a file.

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use super::format::{Extent, Footer, HEADER, Header, Place, SnapshotId, encode_index};
 use super::sink::{Content, Geometry, Sink};
-use crate::{page_size, sys};
+use crate::pending_file::FinalName;
+use crate::{PendingFile, page_size, sys};
 
 /// Writes a snapshot as a file that [`SnapshotReader`](super::SnapshotReader) reads: a [`Sink`].
 ///
@@ -15,8 +16,8 @@ use crate::{page_size, sys};
 /// room. The [module](super) describes the format.
 pub struct SnapshotWriter<W: Write> {
     out: W,
-    /// Makes sure that a file is on its disk.
-    sync: Option<fn(&mut W) -> io::Result<()>>,
+    /// Of a file that takes its name in the end.
+    pending: Option<Pending<W>>,
     id: SnapshotId,
     parent: Option<SnapshotId>,
     geometry: Option<Geometry>,
@@ -29,16 +30,24 @@ pub struct SnapshotWriter<W: Write> {
     checksums: Vec<(u64, u32)>,
 }
 
+/// A file, and the name that it will take.
+struct Pending<W> {
+    file: fn(&W) -> &File,
+    name: FinalName,
+}
+
 impl SnapshotWriter<BufWriter<File>> {
-    /// Writes to a new file, or over an old one. What isn't finished is refused when it is read; finishing makes sure
-    /// that all of it is on the disk.
+    /// Writes a file, which replaces the one at `path` when the snapshot is complete: a
+    /// [`PendingFile`]. Memory that is restored from the old one meanwhile goes on being restored from it, and a
+    /// snapshot that fails leaves the old one as it was.
     ///
     /// # Errors
     ///
-    /// Those of creating the file.
+    /// Those of [`PendingFile::create`].
     pub fn create(path: impl AsRef<Path>) -> io::Result<Self> {
-        let mut writer = Self::new(BufWriter::with_capacity(1 << 20, File::create(path)?))?;
-        writer.sync = Some(|out| out.get_ref().sync_all());
+        let PendingFile { file, name } = PendingFile::create(path)?;
+        let mut writer = Self::new(BufWriter::with_capacity(1 << 20, file))?;
+        writer.pending = Some(Pending { file: BufWriter::get_ref, name });
         Ok(writer)
     }
 }
@@ -54,7 +63,7 @@ impl<W: Write> SnapshotWriter<W> {
         let block = page_size();
         Ok(Self {
             out,
-            sync: None,
+            pending: None,
             id,
             parent: None,
             geometry: None,
@@ -168,7 +177,10 @@ impl<W: Write + Send> Sink for SnapshotWriter<W> {
         self.put(&index)?;
         self.put(&footer.encode())?;
         self.out.flush()?;
-        self.sync.map_or(Ok(()), |sync| sync(&mut self.out))
+        match self.pending.take() {
+            Some(Pending { file, name }) => name.put(file(&self.out)),
+            None => Ok(()),
+        }
     }
 }
 

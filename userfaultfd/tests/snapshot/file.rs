@@ -14,7 +14,7 @@ use userfaultfd::{FeatureFlags, RegisterMode};
 
 use crate::image::{addresses, number};
 use crate::support::memory::{self, Memory};
-use crate::support::{page, require, test_name};
+use crate::support::{self, child, mounts, page, require, test_name};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
@@ -31,6 +31,35 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         drop(fs::remove_file(&self.0));
+    }
+}
+
+/// A directory of its own, removed when dropped.
+pub(crate) struct Folder(pub(crate) PathBuf);
+
+impl Folder {
+    pub(crate) fn new(test: &str) -> Self {
+        let folder = Self(Scratch::new(test).0.clone());
+        fs::create_dir(&folder.0).unwrap();
+        folder
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    pub(crate) fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.0).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(fs::remove_dir_all(&self.0));
     }
 }
 
@@ -459,4 +488,119 @@ fn a_full_disk_leaves_a_file_that_is_refused() {
     let error = SnapshotReader::new(file(&kept.lock().unwrap().0)).unwrap_err();
     assert!(matches!(error, FormatError::CutShort), "{error:?}");
     number(&memory, 2);
+}
+
+/// The folder holds the snapshot of what memory held before, and nothing else.
+#[track_caller]
+fn assert_kept(folder: &Folder, before: &[u8]) {
+    assert_eq!(folder.names(), ["file"]);
+    let reader = SnapshotReader::open(folder.path("file")).unwrap();
+    reader.verify().unwrap();
+    let all = read_all(&reader, page());
+    assert!(all.iter().step_by(page()).eq(before));
+}
+
+fn save(memory: &Memory, folder: &Folder) -> Result<(), userfaultfd::snapshot::Error> {
+    let writer = SnapshotWriter::create(folder.path("file")).unwrap();
+    Snapshot::begin(addresses(memory), writer)?.wait().map(drop)
+}
+
+#[test]
+fn saving_that_fails_leaves_the_old_file() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        let (folder, memory) = (Folder::new(test_name!()), Memory::anonymous(64));
+        let before = number(&memory, 1);
+        save(&memory, &folder).unwrap();
+        number(&memory, 9);
+        // All is written, and the last step fails.
+        struct Failing<W: Write>(SnapshotWriter<W>);
+        impl<W: Write + Send> Sink for Failing<W> {
+            fn begin(&mut self, geometry: &Geometry) -> io::Result<()> {
+                self.0.begin(geometry)
+            }
+            fn write(&mut self, offset: u64, content: Content<'_>) -> io::Result<()> {
+                self.0.write(offset, content)
+            }
+            fn finish(&mut self) -> io::Result<()> {
+                Err(io::Error::other("as it is told to"))
+            }
+        }
+        let sink = Failing(SnapshotWriter::create(folder.path("file")).unwrap());
+        Snapshot::begin(addresses(&memory), sink).unwrap().wait().map(drop).unwrap_err();
+        assert_kept(&folder, &before);
+        // Files can't grow any more.
+        // SAFETY: touches no memory.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+        let limit = libc::rlimit { rlim_cur: 20 * page() as libc::rlim_t, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: the structure is borrowed for the call.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) }, 0);
+        let error = save(&memory, &folder).unwrap_err();
+        let userfaultfd::snapshot::Error::Sink(error) = error else { panic!("{error:?}") };
+        assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
+        assert_kept(&folder, &before);
+    });
+}
+
+#[test]
+fn a_full_disk_leaves_the_old_file() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        if !support::has(test_name!(), "mount namespaces", mounts::own()) {
+            return;
+        }
+        let (folder, memory) = (Folder::new(test_name!()), Memory::anonymous(64));
+        let before = number(&memory, 1);
+        let path = std::ffi::CString::new(folder.0.as_os_str().as_encoded_bytes()).unwrap();
+        // Room for one, and half of another.
+        let options = std::ffi::CString::new(format!("size={}", 100 * page())).unwrap();
+        let (tmpfs, options) = (c"tmpfs".as_ptr(), options.as_ptr().cast());
+        // SAFETY: the strings are NUL-terminated.
+        assert_eq!(unsafe { libc::mount(tmpfs, path.as_ptr(), tmpfs, 0, options) }, 0);
+        save(&memory, &folder).unwrap();
+        number(&memory, 9);
+        let error = save(&memory, &folder).unwrap_err();
+        let userfaultfd::snapshot::Error::Sink(error) = error else { panic!("{error:?}") };
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert_kept(&folder, &before);
+        // SAFETY: the path is NUL-terminated.
+        assert_eq!(unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) }, 0);
+    });
+}
+
+/// A process is killed while it saves, whatever it has written until then.
+#[test]
+fn a_killed_process_leaves_the_old_file() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        let (folder, memory) = (Folder::new(test_name!()), Memory::anonymous(64));
+        let before = number(&memory, 1);
+        save(&memory, &folder).unwrap();
+        number(&memory, 9);
+        for pieces in [0, 1, 5, 60] {
+            let child = child::fork(|| {
+                let mut writer = SnapshotWriter::create(folder.path("file")).unwrap();
+                let mut left = pieces;
+                writer.begin(&geometry_of(&memory)).unwrap();
+                for number in 0..64 {
+                    if left == 0 {
+                        // SAFETY: ends this process.
+                        unsafe { libc::raise(libc::SIGKILL) };
+                    }
+                    left -= 1;
+                    let content = memory.content(number);
+                    writer.write((number * page()) as u64, Content::Data(&content)).unwrap();
+                }
+            });
+            assert_eq!(child.wait(), libc::SIGKILL);
+            assert_kept(&folder, &before);
+        }
+    });
+}
+
+/// What a sink is told of a snapshot of some memory.
+fn geometry_of(memory: &Memory) -> Geometry {
+    let image = crate::image::Image::new();
+    Snapshot::begin(addresses(memory), image.clone()).unwrap().wait().unwrap();
+    image.with(|delivered| delivered.geometry.clone().unwrap())
 }

@@ -1,5 +1,6 @@
 //! Memory restored lazily from a snapshot.
 
+use userfaultfd::pager::Around;
 use userfaultfd::snapshot::{Options, Snapshot, SnapshotReader, SnapshotWriter};
 use userfaultfd::{FeatureFlags, LazyMemory};
 
@@ -54,4 +55,27 @@ fn lazy_memory_is_restored_from_a_chain_and_goes_on_from_there() {
     assert_eq!(now, (0..8).map(|page| memory.read(page)).collect::<Vec<_>>());
     restored[3 * page()] = 77;
     assert_eq!(restored[3 * page()], 77);
+}
+
+/// A snapshot is saved to the path from which memory is being restored.
+#[test]
+fn what_is_restored_goes_on_from_the_old_file() {
+    require!(WRITE_PROTECT);
+    const PAGES: usize = 64;
+    let memory = Memory::anonymous(PAGES);
+    let scratch = Scratch::new(test_name!());
+    let save = || {
+        let writer = SnapshotWriter::create(&scratch.0).unwrap();
+        Snapshot::begin(addresses(&memory), writer).unwrap().wait().unwrap();
+    };
+    let before = number(&memory, 1);
+    save();
+    let builder = LazyMemory::builder(SnapshotReader::open(&scratch.0).unwrap());
+    let restored = builder.around(Around::Page).build().unwrap();
+    assert_eq!(restored[3 * page()], before[3]);
+    let now = number(&memory, 100);
+    save();
+    assert!((0..PAGES).all(|number| restored[number * page()] == before[number]));
+    let later = LazyMemory::new(memory.len(), SnapshotReader::open(&scratch.0).unwrap()).unwrap();
+    assert!((0..PAGES).all(|number| later[number * page()] == now[number]));
 }
