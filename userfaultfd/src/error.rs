@@ -138,6 +138,20 @@ pub enum Error {
         end: usize,
     },
 
+    /// Private anonymous memory whose missing pages another handler fills can't be tracked through a descriptor
+    /// without [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED): a page that is missing can't be protected there, and
+    /// what it will hold is the handler's to say.
+    #[error(
+        "private anonymous memory at {start:#x}..{end:#x} has missing pages that another handler fills; \
+         to protect those the descriptor needs WP_UNPOPULATED (since Linux 6.4)"
+    )]
+    MissingServed {
+        /// The first address of the mapping, as far as it was to be tracked.
+        start: usize,
+        /// The address behind the last.
+        end: usize,
+    },
+
     /// What was accessed since the last answer isn't known: the thread that handles a tracker's faults had to stop, or
     /// ranges that were taken and not looked at can't be given back. Protection may be off. Make a new tracker, and
     /// take all of its memory for accessed.
@@ -171,9 +185,10 @@ impl Error {
             Error::OpenDevUserfaultfd(error) => Some(errno_of(error)),
             Error::OpenFailed(failure) => failure.errno(),
             Error::UnsupportedFeatures { .. } | Error::FeatureNeeds { .. } => Some(Errno::EINVAL),
-            Error::AlreadyHandshaken | Error::EmptyBuffer | Error::AlreadyTracked { .. } => {
-                Some(Errno::EINVAL)
-            }
+            Error::AlreadyHandshaken
+            | Error::EmptyBuffer
+            | Error::AlreadyTracked { .. }
+            | Error::MissingServed { .. } => Some(Errno::EINVAL),
             Error::NotTracked { .. } => Some(Errno::ENOENT),
             Error::FeatureNotPermitted(_) => Some(Errno::EPERM),
             Error::NotUserfaultfd => Some(Errno::ENOTTY),

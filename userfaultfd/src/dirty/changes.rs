@@ -230,12 +230,12 @@ impl Look<'_> {
             run.clone().step_by(self.tracked.page).for_each(|address| notes.unset(address));
             lock
         });
-        if !self.watch.protects_empty && self.mapping.anonymous {
-            let first = (run.start - chunk.start) / page_size();
-            for empty in runs(run, page_size(), |index| self.words.get(first + index).is_empty()) {
-                self.watch.fill(&empty)?;
-            }
+        self.watch.protect(run)?;
+        if !self.watch.fills_empty() || !self.mapping.anonymous {
+            return Ok(());
         }
-        self.watch.protect(run)
+        let first = (run.start - chunk.start) / page_size();
+        let empty = runs(run, page_size(), |index| self.words.get(first + index).is_empty());
+        self.watch.protect_empty(run, &empty)
     }
 }

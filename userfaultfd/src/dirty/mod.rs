@@ -40,9 +40,12 @@
 //!
 //! All of it. Protection decides when a thread waits and never what it reads, as in the rest of this crate. Where a
 //! kernel can't protect pages that are empty (private anonymous memory before Linux 6.4) the kernel's page of zeros
-//! is put there, which is what they hold already. No memory of the program is read or written.
+//! is put there, which is what they hold already: never where another handler fills missing pages, nor where memory was
+//! mapped anew since. No memory of the program is read or written.
 //!
-//! A tracker that is dropped lifts its protection, unregisters its ranges, and wakes who waits.
+//! A tracker that is dropped lifts its protection, unregisters its ranges, and wakes their waiters. Where another handler
+//! fills missing pages of the same memory ([`Options::read_elsewhere`]), ranges stay registered: memory that isn't shows
+//! zeros where pages are missing.
 //!
 //! # Sync mode: what to keep away from it
 //!
@@ -219,7 +222,9 @@ impl DirtyTracker {
     ///
     /// # Errors
     ///
-    /// [`AlreadyTracked`](crate::Error::AlreadyTracked) if a part is. Those of
+    /// [`AlreadyTracked`](crate::Error::AlreadyTracked) if a part is.
+    /// [`MissingServed`](crate::Error::MissingServed): a [descriptor](Options::descriptor) without `WP_UNPOPULATED`, and
+    /// private anonymous memory whose missing pages another handler fills. Those of
     /// [`register_with_mode`](crate::Uffd::register_with_mode): `EINVAL` for memory that can't be tracked in this
     /// mode (files, other than memfd and tmpfs, can in `Async` mode alone), for nothing mapped and for unaligned
     /// bounds; `EBUSY` if another userfaultfd has it. Nothing is tracked then.

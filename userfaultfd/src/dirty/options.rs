@@ -106,11 +106,16 @@ impl Options {
         self
     }
 
-    /// The tracker doesn't read from the [descriptor](Self::descriptor): somebody else does, who handles other faults
-    /// of the same memory. Ranges are registered for the modes `also` beside.
+    /// Leaves reading from the [descriptor](Self::descriptor) to another handler, which resolves the other faults of the
+    /// same memory. Ranges are registered for the modes `also` beside, and stay registered when they are tracked no
+    /// longer.
     ///
-    /// In `Sync` mode whoever reads passes events to [`resolve`](crate::DirtyTracker::resolve). In both modes a page
+    /// In `Sync` mode that handler passes events to [`resolve`](crate::DirtyTracker::resolve). In both modes a page
     /// that is filled must be filled unprotected, as it is by default: it counts as written then.
+    ///
+    /// With [`MISSING`](RegisterMode::MISSING), private anonymous memory takes a descriptor in `Async` mode or with
+    /// [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED): what isn't there can't be protected before Linux 6.4, and the
+    /// tracker doesn't decide what it holds.
     pub fn read_elsewhere(mut self, also: RegisterMode) -> Self {
         self.elsewhere = Some(also);
         self

@@ -8,7 +8,7 @@ use std::thread;
 
 use super::ranges::{self, Notes, Tracked};
 use crate::atomic::AtomicU64;
-use crate::maps::Process;
+use crate::maps::{Mapping, Process};
 use crate::pagemap::Pagemap;
 use crate::{Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, page_size};
 
@@ -152,31 +152,53 @@ impl Watch {
         protection | noted | self.also
     }
 
-    /// Registers a range, and protects it.
+    /// Registers a range, and protects it. If that fails, nothing of it is tracked.
     pub(crate) fn track(&self, range: &Range<usize>) -> Result<()> {
         self.register(range)?;
-        self.arm(range).or_else(|error| {
-            self.untrack(range)?;
-            Err(error)
+        self.arm(range).inspect_err(|_| {
+            // The first failure is the one to report.
+            drop(self.untrack(range));
         })
     }
 
     /// Registers a range.
     pub(crate) fn register(&self, range: &Range<usize>) -> Result<()> {
         let all = self.ranges();
-        if ranges::is_taken(&all, range) {
+        if ranges::overlaps(&all, range) {
             return Err(Error::AlreadyTracked { start: range.start, end: range.end });
         }
-        let ioctls = self.uffd.register_with_mode(pointer(range.start), range.len(), self.modes())?;
+        self.check_missing(range)?;
+        let ioctls = self
+            .uffd
+            .register_with_mode(pointer(range.start), range.len(), self.modes())
+            .inspect_err(|error| {
+                // The kernel checks the whole range first. `ENOMEM` is the one failure after that: mappings before the
+                // one that couldn't be split are registered then.
+                if error.errno() == Some(Errno::ENOMEM) {
+                    drop(self.release(range));
+                }
+            })?;
         match self.layout(ioctls, range) {
             Ok(more) => {
                 self.set_ranges(ranges::with(&all, more));
                 Ok(())
             }
             Err(error) => {
-                self.uffd.unregister(pointer(range.start), range.len())?;
+                drop(self.release(range));
                 Err(error)
             }
+        }
+    }
+
+    /// Refuses memory that can't be protected since its missing pages are filled by another handler.
+    fn check_missing(&self, range: &Range<usize>) -> Result<()> {
+        if !self.also.contains(RegisterMode::MISSING) || self.protects_empty {
+            return Ok(());
+        }
+        let mappings = self.process.mappings(range)?;
+        match mappings.into_iter().find(|mapping| mapping.anonymous) {
+            Some(Mapping { range: Range { start, end }, .. }) => Err(Error::MissingServed { start, end }),
+            None => Ok(()),
         }
     }
 
@@ -204,45 +226,92 @@ impl Watch {
             return Err(Error::SystemError(Errno::EINVAL));
         }
         let mut result = Ok(());
-        for Tracked { range: Range { start, end }, .. } in ranges::within(&all, range) {
-            let part = start..end;
-            match self.uffd.unregister(pointer(part.start), part.len()) {
-                // Nothing is mapped there any more, or something that can't be registered.
-                Err(Error::SystemError(Errno::EINVAL)) => result = result.and(self.untrack_mappings(&part)),
-                other => result = result.and(other),
-            }
+        for Tracked { range, .. } in ranges::within(&all, range) {
+            result = result.and(self.release(&range));
         }
         self.set_ranges(ranges::without(&all, range));
         result
     }
 
-    fn untrack_mappings(&self, range: &Range<usize>) -> Result<()> {
-        for mapping in self.process.mappings(range)? {
-            match self.uffd.unregister(pointer(mapping.range.start), mapping.range.len()) {
-                // Somebody else's, or nobody's.
-                Ok(()) | Err(Error::SystemError(Errno::EINVAL)) => {}
-                Err(error) => return Err(error),
+    /// Ends the registration of a range and wakes its waiters. Where another handler fills missing pages, whose modes
+    /// are registered beside, only the protection ends: unregistered memory would show zeros instead.
+    fn release(&self, range: &Range<usize>) -> Result<()> {
+        if !self.also.is_empty() {
+            return self.for_each_mapping(range, |range| self.lift(range));
+        }
+        match self.uffd.unregister(pointer(range.start), range.len()) {
+            // Nothing is mapped there any more, or something that can't be registered.
+            Err(Error::SystemError(Errno::EINVAL)) => {
+                self.for_each_mapping(range, |range| self.uffd.unregister(pointer(range.start), range.len()))
+            }
+            result => result,
+        }
+    }
+
+    /// Applies an operation to each mapping in a range. Skips those that aren't this descriptor's.
+    fn for_each_mapping(
+        &self,
+        range: &Range<usize>,
+        operation: impl Fn(&Range<usize>) -> Result<()>,
+    ) -> Result<()> {
+        self.process.mappings(range)?.iter().try_for_each(|mapping| match operation(&mapping.range) {
+            Err(Error::SystemError(Errno::EINVAL) | Error::NotTracked { .. }) => Ok(()),
+            result => result,
+        })
+    }
+
+    /// Protects all of a registered range.
+    pub(crate) fn arm(&self, range: &Range<usize>) -> Result<()> {
+        self.protect(range)?;
+        if !self.fills_empty() {
+            return Ok(());
+        }
+        let mut words = Words::default();
+        for mapping in self.process.mappings(range)?.iter().filter(|mapping| mapping.anonymous) {
+            let Range { start, end } = mapping.range;
+            for start in (start..end).step_by(CHUNK * page_size()) {
+                let chunk = start..end.min(start.saturating_add(CHUNK * page_size()));
+                words.read(&self.pagemap, &chunk)?;
+                let empty = runs(&chunk, page_size(), |index| words.get(index).is_empty());
+                self.protect_empty(&chunk, &empty)?;
             }
         }
         Ok(())
     }
 
-    /// Protects all of a registered range.
-    pub(crate) fn arm(&self, range: &Range<usize>) -> Result<()> {
-        if !self.protects_empty && self.protection == Protection::Write {
-            let mut words = Words::default();
-            for mapping in self.process.mappings(range)?.iter().filter(|mapping| mapping.anonymous) {
-                let Range { start, end } = mapping.range;
-                for start in (start..end).step_by(CHUNK * page_size()) {
-                    let chunk = start..end.min(start.saturating_add(CHUNK * page_size()));
-                    words.read(&self.pagemap, &chunk)?;
-                    for run in runs(&chunk, page_size(), |index| words.get(index).is_empty()) {
-                        self.fill(&run)?;
-                    }
+    /// Whether empty pages of private anonymous memory are filled, to be protected. Never where another handler fills
+    /// them.
+    pub(crate) fn fills_empty(&self) -> bool {
+        !self.protects_empty
+            && self.protection == Protection::Write
+            && !self.also.contains(RegisterMode::MISSING)
+    }
+
+    /// Fills the `empty` pages of a protected part of a mapping, and protects them.
+    ///
+    /// That `part` was protected shows that what lies there is registered for it; that it can be registered again
+    /// shows that it is registered with this descriptor. So pages of what was mapped there meanwhile aren't filled.
+    pub(crate) fn protect_empty(&self, part: &Range<usize>, empty: &[Range<usize>]) -> Result<()> {
+        if empty.is_empty() {
+            return Ok(());
+        }
+        match self.uffd.register_with_mode(pointer(part.start), part.len(), self.modes()) {
+            Ok(_) => {}
+            Err(Error::SystemError(Errno::EBUSY | Errno::EINVAL)) => {
+                return Err(Error::NotTracked { start: part.start, end: part.end });
+            }
+            Err(error) => return Err(error),
+        }
+        for run in empty {
+            match self.fill(run) {
+                // Mapped anew meanwhile.
+                Err(error) if error.errno() == Some(Errno::ENOENT) => {
+                    return Err(Error::NotTracked { start: run.start, end: run.end });
                 }
+                result => result?,
             }
         }
-        self.protect(range)
+        self.protect(part)
     }
 
     /// Makes pages of private anonymous memory that are empty such that can be protected: the zero page is mapped.
@@ -314,12 +383,7 @@ impl Watch {
             }
             let lifted = match self.lift(&range) {
                 // What isn't registered is told by every look at it.
-                Err(Error::NotTracked { .. }) => self.process.mappings(&range).and_then(|mappings| {
-                    mappings.iter().try_for_each(|mapping| match self.lift(&mapping.range) {
-                        Err(Error::NotTracked { .. }) => Ok(()),
-                        result => result,
-                    })
-                }),
+                Err(Error::NotTracked { .. }) => self.for_each_mapping(&range, |range| self.lift(range)),
                 result => result,
             };
             if let Err(error) = lifted {
@@ -342,7 +406,9 @@ impl Watch {
         });
         self.faults[usize::from(rw == ReadWrite::Write)].fetch_add(1, Ordering::Relaxed);
         let resolved = match kind {
-            FaultKind::Missing => self.fill(&(start..start + page_size())),
+            // Registered to be noted, where nobody else fills.
+            FaultKind::Missing if notes.is_some() => self.fill(&(start..start + page_size())),
+            FaultKind::Missing => Ok(()),
             _ => self.lift_one(pointer(start), page),
         };
         match resolved {

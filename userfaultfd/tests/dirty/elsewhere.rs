@@ -3,11 +3,11 @@
 use std::thread;
 
 use userfaultfd::dirty::{Mode, Options};
-use userfaultfd::{DirtyTracker, Errno, Event, FaultKind, FeatureFlags, RegisterMode};
+use userfaultfd::{DirtyTracker, Errno, Error, Event, FaultKind, FeatureFlags, RegisterMode};
 
 use crate::space::Space;
-use crate::support::memory::{self, Kind};
-use crate::support::{errno, fault, has, require, test_name, uffd};
+use crate::support::memory::{self, Kind, Memory};
+use crate::support::{child, errno, fault, has, has_features, require, test_name, uffd};
 
 const MISSING: RegisterMode = RegisterMode::MISSING;
 
@@ -84,4 +84,89 @@ fn events_read_elsewhere_are_handed_over() {
     });
     assert_eq!(space.told(tracker.take()), [2..3]);
     assert_eq!(tracker.stats().writes, 1);
+}
+
+/// A page that is missing holds what its handler puts there, never zeros that a tracker filled in.
+#[test]
+fn a_tracker_never_fills_what_a_handler_serves() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let modes = MISSING | RegisterMode::WRITE_PROTECT;
+    for unpopulated in [FeatureFlags::empty(), FeatureFlags::WP_UNPOPULATED] {
+        if !has_features(test_name!(), unpopulated) {
+            continue;
+        }
+        for memory in memory::each(test_name!(), modes, 4) {
+            let (uffd, tracker) = tracker(unpopulated);
+            let Ok(mut tracker) = tracker else { return };
+            let space = Space::from(memory);
+            uffd.register_with_mode(space.at(0), space.all().len(), MISSING).unwrap();
+            let tracked = tracker.track(space.all());
+            let anonymous = matches!(space.kind, crate::space::Kind::Of(Kind::Anonymous));
+            if anonymous && unpopulated.is_empty() {
+                let error = tracked.unwrap_err();
+                assert!(matches!(error, Error::MissingServed { .. }), "{error}");
+                assert!(error.to_string().contains("WP_UNPOPULATED"), "{error}");
+                assert_eq!(tracker.tracked(), []);
+            } else {
+                tracked.unwrap();
+                assert_eq!(space.told(tracker.take()), [], "{:?}", space.kind);
+            }
+            let serve = |faults: &fault::Faults<'_>| {
+                assert_eq!(faults.next(), fault::Fault::read(FaultKind::Missing, space.memory(), 3));
+                fill(&uffd, space.memory(), 3, 7);
+            };
+            assert_eq!(fault::during(&uffd, space.memory(), || space.read(3), serve), 7, "{:?}", space.kind);
+            // Nor does it end, with the tracker, that missing pages are served.
+            drop(tracker);
+            let serve = |faults: &fault::Faults<'_>| {
+                assert_eq!(faults.next(), fault::Fault::read(FaultKind::Missing, space.memory(), 2));
+                fill(&uffd, space.memory(), 2, 6);
+            };
+            assert_eq!(fault::during(&uffd, space.memory(), || space.read(2), serve), 6, "{:?}", space.kind);
+            fault::silently(&uffd, space.memory(), || space.write(3, 8));
+        }
+    }
+}
+
+/// Without `WP_UNPOPULATED` pages are filled to be protected: only where memory is still the tracker's.
+#[test]
+fn memory_that_was_mapped_anew_for_a_handler_is_not_filled() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    child::run_well(test_name!(), || {
+        // Registered by another handler before the tracker looks, or only then.
+        for modes in [MISSING, MISSING | RegisterMode::WRITE_PROTECT, RegisterMode::empty()] {
+            let space = Space::from(Memory::new(Kind::Anonymous, 4));
+            let descriptor = uffd(FeatureFlags::PAGEFAULT_FLAG_WP);
+            let mut tracker = DirtyTracker::with(Options::new().descriptor(descriptor)).unwrap();
+            tracker.track(space.all()).unwrap();
+            let other = Memory::anonymous(2);
+            let handler = uffd(FeatureFlags::empty());
+            other.try_move(0, 2, space.at(1).cast(), 0).unwrap();
+            if !modes.is_empty() {
+                handler.register_with_mode(space.at(1), 2 * space.page, modes).unwrap();
+            }
+            let told: Vec<_> = tracker.take().collect();
+            assert!(matches!(told.last(), Some(Err(Error::NotTracked { .. }))), "{told:?}");
+            if modes.is_empty() {
+                handler.register_with_mode(space.at(1), 2 * space.page, MISSING).unwrap();
+            }
+            let tracked = tracker.untrack(space.all()).and_then(|()| tracker.track(space.all()));
+            assert_eq!(errno(tracked), Errno::EBUSY);
+            for page in [1, 2] {
+                let serve = |faults: &fault::Faults<'_>| {
+                    assert_eq!(faults.next(), fault::Fault::read(FaultKind::Missing, space.memory(), page));
+                    fill(&handler, space.memory(), page, 7);
+                };
+                let read = fault::during(&handler, space.memory(), || space.read(page), serve);
+                assert_eq!(read, 7, "{modes:?}");
+            }
+        }
+    });
+}
+
+/// Fills a page with a byte.
+fn fill(uffd: &userfaultfd::Uffd, memory: &Memory, page: usize, byte: u8) {
+    let content = vec![byte; memory.page()];
+    // SAFETY: the source lives on, and the memory is only accessed by raw pointers.
+    unsafe { uffd.copy(content.as_ptr().cast(), memory.at(page), memory.page(), true) }.unwrap();
 }

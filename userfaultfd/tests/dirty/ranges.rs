@@ -1,10 +1,14 @@
 //! Which memory is tracked: many ranges, parts of them, none twice.
 
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStringExt;
+
 use userfaultfd::{Errno, Error, FeatureFlags};
 
 use crate::space::{self, Kind, MODES, Space};
+use crate::support::mapping::Mapping;
 use crate::support::memory::{self, Memory};
-use crate::support::{child, errno, has_features, nowhere, page, require, test_name};
+use crate::support::{child, errno, has, has_features, nowhere, page, require, test_name};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
@@ -40,14 +44,16 @@ fn ranges_that_cannot_be_tracked_are_refused() {
         space.populate();
         let all = space.all();
         tracker.track(space.addresses(1..2)).unwrap();
-        for taken in [all.clone(), space.addresses(1..3), all.start..all.start, all.end..all.start] {
+        for taken in [all.clone(), space.addresses(1..3)] {
             match tracker.track(taken.clone()) {
                 Err(Error::AlreadyTracked { start, end }) => assert_eq!(start..end, taken),
                 result => panic!("{result:?}"),
             }
         }
         let nowhere = nowhere().addr();
-        for bad in [all.start + 1..all.start + space.page, nowhere..nowhere + page()] {
+        let unaligned = all.start + 1..all.start + space.page;
+        let empty = space.addresses(1..1);
+        for bad in [unaligned, nowhere..nowhere + page(), all.start..all.start, empty, all.end..all.start] {
             assert_eq!(errno(tracker.track(bad.clone())), Errno::EINVAL, "{bad:x?}");
         }
         let page = space.addresses(1..2);
@@ -119,4 +125,88 @@ fn a_range_spans_mappings_and_holes() {
             assert_eq!(space.told(tracker.take()), []);
         });
     });
+}
+
+/// `/proc` is bytes: what a mapped file is called doesn't matter.
+#[test]
+fn a_mapped_file_may_have_any_name() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        let mut path = std::env::temp_dir().into_os_string().into_vec();
+        path.extend(format!("/userfaultfd-{}-", std::process::id()).as_bytes());
+        path.extend(b"\xff\n\xc3 1000-2000 VmFlags: uw");
+        let path = std::path::PathBuf::from(std::ffi::OsString::from_vec(path));
+        let file = std::fs::File::create_new(&path).unwrap();
+        file.set_len(page() as u64).unwrap();
+        space::each(test_name!(), 4, |tracker, space| {
+            let _mapped = below(space.all().start, file.as_fd());
+            tracker.track(space.all()).unwrap();
+            space.write(1, 1);
+            assert_eq!(space.told(tracker.take()), [1..2]);
+            tracker.untrack(space.all()).unwrap();
+        });
+        std::fs::remove_file(&path).unwrap();
+    });
+}
+
+/// A mapping of a file at a free address below this one.
+fn below(address: usize, file: std::os::fd::BorrowedFd<'_>) -> Mapping {
+    let (flags, fd) = (libc::MAP_PRIVATE | libc::MAP_FIXED_NOREPLACE, file.as_raw_fd());
+    for step in 1..1 << 20 {
+        let at = std::ptr::without_provenance_mut(address - step * (page() << 8));
+        // SAFETY: replaces nothing.
+        let start = unsafe { libc::mmap(at, page(), libc::PROT_READ, flags, fd, 0) };
+        if start == at {
+            return Mapping { start, len: page() };
+        }
+        assert_eq!(start, libc::MAP_FAILED, "the kernel knows MAP_FIXED_NOREPLACE");
+    }
+    panic!("no address is free below {address:#x}");
+}
+
+/// With as many mappings as there may be, the second of two can't be split, after the first was.
+#[test]
+fn a_range_that_can_be_registered_in_part_is_not_registered() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+        let limit: usize = limit.trim().parse().unwrap();
+        if !has(test_name!(), "a limit of mappings that can be reached", limit <= 1 << 17) {
+            return;
+        }
+        for mode in MODES {
+            if mode == userfaultfd::dirty::Mode::Async && !has_features(test_name!(), FeatureFlags::WP_ASYNC)
+            {
+                continue;
+            }
+            let space = Space::from(Memory::anonymous(6));
+            space.populate();
+            space.memory().protect(0, 3, libc::PROT_READ);
+            let mut tracker = space::tracker(mode);
+            // Room for one mapping more; splitting both takes two.
+            let filled = use_up_mappings(limit);
+            let tracked = tracker.track(space.addresses(1..5));
+            drop(filled);
+            assert_eq!(errno(tracked), Errno::ENOMEM, "{mode}");
+            assert_eq!(tracker.tracked(), []);
+            let other = crate::support::uffd(FeatureFlags::empty());
+            other.register(space.at(0), space.all().len()).expect("nothing is registered");
+        }
+    });
+}
+
+/// Maps memory until there is room for one mapping more.
+fn use_up_mappings(limit: usize) -> Mapping {
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    let all = Mapping::new(limit + 1, libc::PROT_NONE, flags, None).unwrap();
+    let set = |index: usize, rights| {
+        let at = all.start.wrapping_byte_add(index * page());
+        // SAFETY: the page lies in the mapping, which nothing accesses.
+        unsafe { libc::mprotect(at, page(), rights) == 0 }
+    };
+    let rights = |index: usize| [libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE][index % 2];
+    // From the end, each page is split off what is below it.
+    let full = (0..limit).rev().find(|index| !set(*index, rights(*index))).expect("the limit is reached");
+    assert!(set(full + 1, libc::PROT_NONE));
+    all
 }

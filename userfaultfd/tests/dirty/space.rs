@@ -9,7 +9,7 @@ use userfaultfd::{DirtyTracker, FeatureFlags, RegisterMode};
 
 use crate::support::mapping::{self, Mapping};
 use crate::support::memory::{self, Memory};
-use crate::support::{has, has_features, page};
+use crate::support::{features, has, has_features, page, uffd};
 
 /// What a space is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,9 +190,9 @@ impl From<Memory> for Space {
 
 /// Whether a transparent huge page begins at an address.
 fn is_transparent(address: usize) -> bool {
-    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let smaps = std::fs::read("/proc/self/smaps").unwrap();
     let mut inside = false;
-    for line in smaps.lines() {
+    for line in String::from_utf8_lossy(&smaps).lines() {
         if let Some((start, end)) = line.split_once(' ').and_then(|(bounds, _)| bounds.split_once('-')) {
             let address_of = |text| usize::from_str_radix(text, 16);
             if let (Ok(start), Ok(end)) = (address_of(start), address_of(end)) {
@@ -225,6 +225,14 @@ pub(crate) fn tracker(mode: Mode) -> DirtyTracker {
     DirtyTracker::with(Options::new().mode(mode)).expect("the kernel has the mode")
 }
 
+/// A tracker that can't protect empty pages of private anonymous memory, as on old kernels. `None` where others can't,
+/// either.
+fn filling_tracker(mode: Mode) -> Option<DirtyTracker> {
+    let others = mode == Mode::Async || !features().contains(FeatureFlags::WP_UNPOPULATED);
+    let options = || Options::new().descriptor(uffd(FeatureFlags::PAGEFAULT_FLAG_WP));
+    (!others).then(|| DirtyTracker::with(options()).expect("the kernel has the mode"))
+}
+
 /// Runs a test in both modes on every kind of memory of `pages` pages, which isn't tracked yet.
 pub(crate) fn each(test: &str, pages: usize, body: impl Fn(&mut DirtyTracker, &Space)) {
     for mode in MODES {
@@ -234,6 +242,13 @@ pub(crate) fn each(test: &str, pages: usize, body: impl Fn(&mut DirtyTracker, &S
                     // What is seen of a failure is which case it was.
                     println!("{test}: {mode} {kind:?}");
                     body(&mut tracker(mode), &space);
+                }
+                if let Some(mut tracker) = Some(mode).filter(|_| kind.tells_drops()).and_then(filling_tracker)
+                {
+                    if let Some(space) = Space::new(test, kind, pages) {
+                        println!("{test}: {mode} {kind:?}, where empty pages can't be protected");
+                        body(&mut tracker, &space);
+                    }
                 }
             }
         }
