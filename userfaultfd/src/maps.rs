@@ -58,15 +58,17 @@ impl Process {
 
     fn read(self, file: &str, range: &Range<usize>) -> Result<Vec<Mapping>> {
         let path = format!("/proc/{self}/{file}");
-        let read = || parse(BufReader::new(File::open(path)?).lines(), range);
+        let read = || parse(BufReader::new(File::open(path)?).split(b'\n'), range);
         read().map_err(|error: std::io::Error| Error::SystemError(errno_of(&error)))
     }
 }
 
 /// Reads lines such as `7f83e60b2000-7f83e60b3000 rw-p 00000000 00:00 0 [heap]`, and in smaps, below each,
 /// `KernelPageSize:        4 kB` and `VmFlags: rd wr mr mw me um`.
+///
+/// Lines are bytes: the name of a mapped file need not be UTF-8. The kernel escapes a newline in it.
 fn parse(
-    lines: impl Iterator<Item = std::io::Result<String>>,
+    lines: impl Iterator<Item = std::io::Result<Vec<u8>>>,
     range: &Range<usize>,
 ) -> std::io::Result<Vec<Mapping>> {
     let mut found: Vec<Mapping> = Vec::new();
@@ -80,18 +82,18 @@ fn parse(
             inside = bounds.end > range.start;
             if inside {
                 // What is shared or of a file has an inode.
-                let anonymous = rest.split_whitespace().nth(3) == Some("0");
+                let anonymous = words(rest).nth(3) == Some(b"0");
                 let range = bounds.start.max(range.start)..bounds.end.min(range.end);
                 found.push(Mapping { range, anonymous, page: 0, registered: None });
             }
-        } else if let (true, Some(flags)) = (inside, line.strip_prefix("VmFlags:")) {
+        } else if let (true, Some(flags)) = (inside, line.strip_prefix(b"VmFlags:")) {
             // Missing, write-protect, minor, read-write-protect.
-            let registered = |flag| matches!(flag, "um" | "uw" | "ui" | "ur");
+            let registered = |flag: &[u8]| matches!(flag, b"um" | b"uw" | b"ui" | b"ur");
             if let Some(mapping) = found.last_mut() {
-                mapping.registered = Some(flags.split_whitespace().any(registered));
+                mapping.registered = Some(words(flags).any(registered));
             }
-        } else if let (true, Some(size)) = (inside, line.strip_prefix("KernelPageSize:")) {
-            let kib = size.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<usize>().ok());
+        } else if let (true, Some(size)) = (inside, line.strip_prefix(b"KernelPageSize:")) {
+            let kib = words(size).next().and_then(|kib| number(kib, 10));
             if let (Some(mapping), Some(kib)) = (found.last_mut(), kib) {
                 mapping.page = 1024 * kib;
             }
@@ -100,29 +102,40 @@ fn parse(
     Ok(found)
 }
 
-/// The bounds in the first line of a mapping, and what is behind them.
-fn header(line: &str) -> Option<(Range<usize>, &str)> {
-    let (bounds, rest) = line.split_once(' ')?;
-    let (start, end) = bounds.split_once('-')?;
-    let address = |text| usize::from_str_radix(text, 16).ok();
-    Some((address(start)?..address(end)?, rest))
+/// The bounds in the first line of a mapping, and the rest of the line.
+fn header(line: &[u8]) -> Option<(Range<usize>, &[u8])> {
+    let (bounds, rest) = split_once(line, b' ')?;
+    let (start, end) = split_once(bounds, b'-')?;
+    Some((number(start, 16)?..number(end, 16)?, rest))
+}
+
+fn words(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty())
+}
+
+fn split_once(line: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
+    let index = line.iter().position(|byte| *byte == at)?;
+    Some((&line[..index], &line[index + 1..]))
+}
+
+fn number(digits: &[u8], radix: u32) -> Option<usize> {
+    usize::from_str_radix(std::str::from_utf8(digits).ok()?, radix).ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const SMAPS: &str = "\
+    const SMAPS: &[u8] = b"\
 1000-3000 rw-p 00000000 00:00 0 \nSize:                  8 kB\nKernelPageSize:        4 kB\nVmFlags: rd wr \n\
 3000-5000 rw-s 00000000 00:01 1024                       /dev/zero (deleted)\nKernelPageSize:       64 kB\nVmFlags: rd wr sh um \n\
-8000-9000 r-xp 00000000 08:01 77                         /bin/a b\nKernelPageSize:        4 kB\n\
+8000-9000 r-xp 00000000 08:01 77                         /bin/a\xff b\nKernelPageSize:        4 kB\n\
 a000-b000 rw-p 00000000 00:00 0                          [heap]\nKernelPageSize:        4 kB\n";
 
     #[test]
     fn mappings_are_cut_to_the_range() {
         crate::support::require!();
-        let read =
-            |range: Range<usize>| parse(SMAPS.lines().map(|line| Ok(line.to_owned())), &range).unwrap();
+        let read = |range: Range<usize>| parse(BufRead::split(SMAPS, b'\n'), &range).unwrap();
         let mapping = |range, anonymous, kib: usize, registered| Mapping {
             range,
             anonymous,
