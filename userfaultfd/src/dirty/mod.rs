@@ -31,6 +31,7 @@
 //! | another mapping in the same place | [`Error::NotTracked`](crate::Error::NotTracked) |
 //! | mremap(2) to elsewhere | as munmap(2); track the new place |
 //! | fork(2) | the parent goes on as before; the child isn't tracked; from Linux 5.19 to 6.3 it hangs if it writes to protected [hugetlb memory](crate::Uffd::write_protect) |
+//! | mprotect(2), also to `PROT_NONE` | isn't seen; pages stay tracked |
 //! | swapping, compaction, page migration | isn't seen |
 //!
 //! A write that is made while [`take`](DirtyTracker::take) is at work is told by it or by the next one, never by none.

@@ -1,9 +1,10 @@
 //! How a tracker is made: which mode, which descriptor, whose memory.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::serve::Server;
 use super::watch::{Protection, Watch, Words, pointer};
+use crate::error::errno_of;
 use crate::maps::Process;
 use crate::pagemap::{Pagemap, Region, Scan};
 use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder, page_size};
@@ -176,16 +177,24 @@ fn can_scan() -> Result<bool> {
     }
 }
 
-/// Whether the kernel tells of protection in `/proc/PID/pagemap`, which it does since 5.13. Looks at a page.
+/// Whether the kernel tells of protection in `/proc/PID/pagemap`, which it does since 5.13. Asks it once, with a page
+/// that is mapped for that: any other may be registered already.
 pub(crate) fn tells_protection() -> Result<bool> {
-    // A page of the heap that holds nothing else, and is there.
-    let heap = vec![1u8; 2 * page_size()];
-    let start = heap.as_ptr().expose_provenance().next_multiple_of(page_size());
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    if let Some(answer) = ANSWER.get() {
+        return Ok(*answer);
+    }
+    let map = || -> std::io::Result<_> {
+        let mut page = memmap2::MmapMut::map_anon(page_size())?;
+        page[0] = 1; // it is there
+        Ok(page)
+    };
+    let page = map().map_err(|error| Error::SystemError(errno_of(&error)))?;
+    let start = page.as_ptr().addr();
     let uffd = UffdBuilder::new().close_on_exec(true).create()?;
     uffd.register_with_mode(pointer(start), page_size(), RegisterMode::WRITE_PROTECT)?;
     uffd.write_protect(pointer(start), page_size())?;
     let mut words = Words::default();
     words.read(&Pagemap::of_self()?, &(start..start + page_size()))?;
-    uffd.unregister(pointer(start), page_size())?;
-    Ok(words.get(0).is_protected())
+    Ok(*ANSWER.get_or_init(|| words.get(0).is_protected()))
 }

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStringExt;
 
+use userfaultfd::dirty::Mode;
 use userfaultfd::{Errno, Error, FeatureFlags};
 
 use crate::space::{self, Kind, MODES, Space};
@@ -71,7 +72,7 @@ fn ranges_that_cannot_be_tracked_are_refused() {
 fn many_ranges_are_tracked_at_once() {
     require!(WRITE_PROTECT);
     for mode in MODES {
-        if mode == userfaultfd::dirty::Mode::Async && !has_features(test_name!(), FeatureFlags::WP_ASYNC) {
+        if mode == Mode::Async && !has_features(test_name!(), FeatureFlags::WP_ASYNC) {
             continue;
         }
         // Of all kinds with small pages, in any order, and holes of untracked pages between.
@@ -175,8 +176,7 @@ fn a_range_that_can_be_registered_in_part_is_not_registered() {
             return;
         }
         for mode in MODES {
-            if mode == userfaultfd::dirty::Mode::Async && !has_features(test_name!(), FeatureFlags::WP_ASYNC)
-            {
+            if mode == Mode::Async && !has_features(test_name!(), FeatureFlags::WP_ASYNC) {
                 continue;
             }
             let space = Space::from(Memory::anonymous(6));
@@ -209,4 +209,29 @@ fn use_up_mappings(limit: usize) -> Mapping {
     let full = (0..limit).rev().find(|index| !set(*index, rights(*index))).expect("the limit is reached");
     assert!(set(full + 1, libc::PROT_NONE));
     all
+}
+
+/// What a tracker needs for itself lies elsewhere.
+#[test]
+fn another_tracker_is_made_while_the_heap_is_tracked() {
+    require!(FeatureFlags::WP_ASYNC);
+    child::run_well(test_name!(), || {
+        let heap = Box::new(1);
+        let at = std::ptr::from_ref(&*heap).addr();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let bounds = maps.lines().map(|line| line.split([' ', '-']).take(2));
+        let ranges = bounds.map(|ends| ends.map(|end| usize::from_str_radix(end, 16).unwrap()));
+        let heap = ranges.map(|mut ends| ends.next().unwrap()..ends.next().unwrap());
+        let heap = heap.into_iter().find(|range| range.contains(&at)).unwrap();
+        let mut tracker = space::tracker(Mode::Async);
+        tracker.track(heap).unwrap();
+        let space = Space::from(Memory::anonymous(4));
+        for mode in MODES {
+            space::tracker(mode).track(space.all()).unwrap();
+        }
+        userfaultfd::Snapshot::begin(space.all(), |_, _: userfaultfd::snapshot::Content<'_>| Ok(()))
+            .and_then(|snapshot| snapshot.wait().map(drop))
+            .unwrap();
+        assert!(tracker.count().unwrap() > 0);
+    });
 }

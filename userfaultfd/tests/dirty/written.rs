@@ -132,6 +132,28 @@ fn unmapped_pages_are_told_no_more() {
 }
 
 #[test]
+fn access_rights_change_nothing() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        space::each(test_name!(), 4, |tracker, space| {
+            if !matches!(space.kind, Kind::Of(_)) {
+                return;
+            }
+            space.populate();
+            tracker.track(space.all()).unwrap();
+            space.write(1, 2);
+            space.memory().protect(0, 4, libc::PROT_NONE);
+            assert_eq!(space.told(tracker.take()), [1..2]);
+            assert_eq!(space.told(tracker.take()), []);
+            space.memory().protect(0, 4, libc::PROT_READ | libc::PROT_WRITE);
+            assert_eq!(space.told(tracker.dirty()), []);
+            space.write(1, 3);
+            assert_eq!(space.told(tracker.take()), [1..2]);
+        });
+    });
+}
+
+#[test]
 fn memory_mapped_in_its_place_is_an_error_and_nothing_else_is_lost() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
