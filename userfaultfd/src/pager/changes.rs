@@ -45,9 +45,11 @@ pub(crate) fn apply(
         }
         Change::Remove(range) => {
             counters.removes.add(1);
-            for part in serving.layout.parts(range) {
+            for segment in serving.layout.overlapping(&range) {
+                // Of huge pages the kernel removes those that are in the range as a whole.
+                let pages = segment.pages_within(&range);
                 // Of shared memory MADV_DONTNEED takes the mapping away, not the page: what is there stays there.
-                part.region.pages.remove(part.pages(), part.region.shared);
+                segment.region.pages.remove(pages, segment.region.shared);
             }
         }
         Change::Unmap(range) => {

@@ -22,6 +22,7 @@ use super::layout::Segment;
 use super::load::{ASIDE, grown};
 use super::pages::{End, MAX_TRIES};
 use super::point::{Point, reach};
+use super::region::Served;
 use super::run::Run;
 use super::shared::{Note, Shared};
 use super::trace::event;
@@ -36,6 +37,9 @@ pub(crate) enum Content {
     Zero,
     /// Zeros that are copied, where zero pages can't be had.
     Zeros,
+    /// What the memory's file holds, and zeros where it holds nothing: the page was removed, and another mapping or
+    /// write(2) may have written the file since.
+    File,
     /// Poison: what belongs there can't be had.
     Poison,
     /// In the filler's buffer.
@@ -189,9 +193,7 @@ impl Filler {
             if !now.is_some_and(|now| Arc::ptr_eq(&now.region, region) && now.page_at(address) == *page) {
                 return true;
             }
-            let len = region.page_size();
-            // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
-            let (_, errno) = answer(unsafe { serving.uffd.poison(at(address), len, true) }, len);
+            let (_, errno, _) = poison(serving, region, address, region.page_size());
             matches!(errno, Some(Errno::EAGAIN | Errno::ENOMEM))
         };
         segment.pages().filter(|page| region.pages.is_poisoned(*page)).filter(is_left).count()
@@ -341,7 +343,6 @@ impl Filler {
     /// Fills a run as far as the kernel lets it, and settles what is filled.
     fn fill_all(&mut self, shared: &Shared, serving: &Serving, run: &mut Run, content: &Content) -> Left {
         let addresses = run.addresses();
-        let end = if matches!(content, Content::Poison) { End::Poisoned } else { End::Present };
         let mut joined = false;
         // How many pages to fill with one call. A fill stays inside one mapping: beyond that it goes page by page.
         let mut most = usize::MAX;
@@ -350,12 +351,12 @@ impl Filler {
             if pages == 0 {
                 break Left::Nothing;
             }
-            let (filled, errno) = self.fill(serving, run, content, pages << run.region.page_shift);
+            let (filled, errno, end) = self.fill(serving, run, content, pages << run.region.page_shift);
             let filled = filled >> run.region.page_shift;
             if filled > 0 {
                 reach(Point::AfterFill, run.address());
             }
-            self.count(shared, run, content, filled);
+            self.count(shared, run, content, filled, end);
             event!(TRACE, "filled", address = run.address(), len = filled << run.region.page_shift);
             joined |= run.settle(filled, end);
             let Some(errno) = errno.filter(|_| filled == 0) else {
@@ -389,7 +390,7 @@ impl Filler {
                 Errno::ESRCH => break Left::Gone,
                 Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC => break Left::Waiting(errno),
                 // A hole was punched between the write and the call.
-                Errno::EFAULT if run.region.cache.is_some() && end == End::Present => {
+                Errno::EFAULT if run.region.cache.is_some() && !matches!(content, Content::Poison) => {
                     break Left::Waiting(errno);
                 }
                 _ => break Left::Refused(errno),
@@ -434,18 +435,34 @@ impl Filler {
             }
             _ => return End::Present,
         };
-        match self.fill(serving, run, &again, len).1 {
+        let (_, errno, end) = self.fill(serving, run, &again, len);
+        match errno {
             Some(Errno::EEXIST) => End::Present,
             Some(_) => End::Contested,
             None => {
-                self.count(shared, run, &again, 1);
-                if matches!(again, Content::Poison) { End::Poisoned } else { End::Present }
+                self.count(shared, run, &again, 1, end);
+                end
             }
         }
     }
 
-    /// One call of the kernel. How many bytes it filled, and why it stopped.
+    /// One step: how many bytes it filled, why it stopped, and what the filled pages are from then on.
     fn fill(
+        &mut self,
+        serving: &Serving,
+        run: &Run,
+        content: &Content,
+        len: usize,
+    ) -> (usize, Option<Errno>, End) {
+        if matches!(content, Content::Poison) {
+            return poison(serving, &run.region, run.address(), len);
+        }
+        let (filled, errno) = self.fill_content(serving, run, content, len);
+        (filled, errno, End::Present)
+    }
+
+    /// One call of the kernel that puts content in place.
+    fn fill_content(
         &mut self,
         serving: &Serving,
         run: &Run,
@@ -462,10 +479,7 @@ impl Filler {
                 let result = unsafe { uffd.zeropage(dst, len, true) };
                 return answer(result, len);
             }
-            Content::Poison => {
-                // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
-                return answer(unsafe { uffd.poison(dst, len, true) }, len);
-            }
+            Content::File | Content::Poison => std::ptr::null(),
             Content::Zeros => match grown(&mut self.zeros, len) {
                 Ok(zeros) => zeros.as_ptr().cast(),
                 Err(_) => return (0, Some(Errno::ENOMEM)),
@@ -475,12 +489,18 @@ impl Filler {
             Content::Buffer => self.buffer.as_ref().expect("it was filled")[run.done()..].as_ptr().cast(),
         };
         if let Some(cache) = &run.region.cache {
-            // Here, and not before: what was removed since must not come back by it.
             let at = run.pages().start << run.region.page_shift;
-            // SAFETY: a buffer of this filler has `len` bytes there; a source's own memory isn't used with a cache.
-            let bytes = unsafe { slice::from_raw_parts(source.cast::<u8>(), len) };
-            if let Err(error) = cache.write(at, bytes) {
-                return (0, Some(errno_of(&error)));
+            if matches!(content, Content::File) {
+                if let Err(errno) = cache.allocate(at, len) {
+                    return (0, Some(errno));
+                }
+            } else {
+                // Here, and not before: what was removed since must not come back by it.
+                // SAFETY: a buffer of this filler has `len` bytes there; a source's own memory isn't used with a cache.
+                let bytes = unsafe { slice::from_raw_parts(source.cast::<u8>(), len) };
+                if let Err(error) = cache.write(at, bytes) {
+                    return (0, Some(errno_of(&error)));
+                }
             }
             let mut mode = ContinueMode::empty();
             mode.set(ContinueMode::WRITE_PROTECT, run.region.write_protected);
@@ -492,7 +512,7 @@ impl Filler {
         answer(result, len)
     }
 
-    fn count(&self, shared: &Shared, run: &Run, content: &Content, pages: usize) {
+    fn count(&self, shared: &Shared, run: &Run, content: &Content, pages: usize, end: End) {
         if pages == 0 {
             return;
         }
@@ -500,6 +520,8 @@ impl Filler {
         let filled = run.pages().start..run.pages().start + pages;
         let asked = run.demanded().is_some_and(|page| filled.contains(&page));
         let counter = match content {
+            // The file had them.
+            Content::Poison if end == End::Present => &counters.continues,
             Content::Poison => {
                 if asked {
                     let (region, address) = (RegionId(run.region.id), run.address());
@@ -510,7 +532,7 @@ impl Filler {
             Content::Zero => &counters.zero_fills,
             _ if run.region.cache.is_some() => &counters.continues,
             Content::Zeros => &counters.zero_fills,
-            Content::Outside(_) | Content::Aside(_) | Content::Buffer => &counters.fills,
+            Content::Outside(_) | Content::Aside(_) | Content::Buffer | Content::File => &counters.fills,
         };
         counter.add(pages as u64);
         counters.bytes.add((pages << run.region.page_shift) as u64);
@@ -524,6 +546,38 @@ fn skip(serving: &Serving, run: &mut Run, end: End) {
     let _joined = run.settle(1, end);
     reach(Point::BeforeWake, address);
     wake(&serving.uffd, address..address + run.region.page_size());
+}
+
+/// Poisons pages, but for those that are in the memory's file: they are mapped, since another mapping or write(2) has
+/// written them. Not where pages are filled through the file: what that holds of a page that was never loaded isn't
+/// content.
+///
+/// Does the first pages that are of one kind. How many bytes, why it stopped, and what the pages are from then on.
+pub(super) fn poison(
+    serving: &Serving,
+    region: &Served,
+    address: usize,
+    len: usize,
+) -> (usize, Option<Errno>, End) {
+    let (uffd, dst) = (&serving.uffd, at(address));
+    let mut most = len;
+    if region.cache.is_none() {
+        let mut mode = ContinueMode::empty();
+        mode.set(ContinueMode::WRITE_PROTECT, region.write_protected);
+        let mapped = uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize);
+        match answer(mapped, len) {
+            (0, Some(Errno::EFAULT)) => most = region.page_size(),
+            (0, Some(errno @ (Errno::EEXIST | Errno::EAGAIN | Errno::ENOMEM | Errno::ESRCH))) => {
+                return (0, Some(errno), End::Poisoned);
+            }
+            // Memory without a file, or a kernel that can't map from one.
+            (0, Some(_)) => {}
+            (mapped, errno) => return (mapped, errno, End::Present),
+        }
+    }
+    // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
+    let (poisoned, errno) = answer(unsafe { uffd.poison(dst, most, true) }, most);
+    (poisoned, errno, End::Poisoned)
 }
 
 /// How many bytes an operation did, and why it stopped if it did.

@@ -42,6 +42,15 @@ impl Segment {
         if start < end { address(start)..address(end) } else { 0..0 }
     }
 
+    /// The pages of which all is in a range.
+    pub(crate) fn pages_within(&self, range: &Range<usize>) -> Range<usize> {
+        let shift = self.region.page_shift;
+        let (start, end) = (self.start.max(range.start), self.end.min(range.end));
+        let first = (start.saturating_sub(self.start)).div_ceil(1 << shift);
+        let behind = end.saturating_sub(self.start) >> shift;
+        self.first + first..self.first + behind.max(first)
+    }
+
     /// The part in a range, which may lie anywhere. Borders are those of pages, as the kernel's are.
     fn part(&self, range: &Range<usize>) -> Option<Self> {
         let (start, end) = (self.start.max(range.start), self.end.min(range.end));
@@ -112,6 +121,13 @@ impl Layout {
     /// The parts of segments in a range.
     pub(crate) fn parts(&self, range: Range<usize>) -> impl Iterator<Item = Segment> {
         parts(&self.segments, range)
+    }
+
+    /// The segments of which some is in a range.
+    pub(crate) fn overlapping(&self, range: &Range<usize>) -> impl Iterator<Item = &Segment> {
+        let from = self.segments.partition_point(|segment| segment.end <= range.start);
+        let end = range.end;
+        self.segments[from..].iter().take_while(move |segment| segment.start < end)
     }
 
     /// Adds a segment where there is none.
@@ -274,6 +290,18 @@ mod tests {
         assert_eq!(layout.find(106 * PAGE).unwrap().page_at(106 * PAGE), 6);
         let first = layout.segments()[0].clone();
         assert_eq!(first.address_of(5), None, "it is in the other segment");
+    }
+
+    #[test]
+    fn pages_are_within_a_range_that_has_all_of_them() {
+        let segment = segment(100, 8, &region(1, 20), 5);
+        let within = |start, end| segment.pages_within(&(start..end));
+        assert_eq!(within(0, usize::MAX), 5..13);
+        assert_eq!(within(101 * PAGE, 103 * PAGE), 6..8);
+        assert_eq!(within(101 * PAGE - 1, 103 * PAGE - 1), 6..7);
+        assert_eq!(within(101 * PAGE + 1, 103 * PAGE + 1), 7..8);
+        assert!(within(101 * PAGE + 1, 102 * PAGE + 1).is_empty());
+        assert!(within(108 * PAGE, 109 * PAGE).is_empty() && within(0, 100 * PAGE).is_empty());
     }
 
     #[test]

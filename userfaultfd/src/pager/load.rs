@@ -27,6 +27,9 @@ impl Filler {
     pub(super) fn content(&mut self, shared: &Shared, run: &Run) -> io::Result<Content> {
         let (region, len) = (&*run.region, run.len());
         let offset = region.offset_of(run.pages().start);
+        if run.removed && region.cache.is_some() {
+            return Ok(Content::File);
+        }
         // Who waits for a page would wait for this question, too.
         if run.removed || run.demand.is_none() && known_zeros(region, offset) >= len as u64 {
             return Ok(Self::zeros(run));

@@ -308,7 +308,8 @@ impl fmt::Debug for PagerBuilder {
 /// Threads that answer faults: see the [module](self).
 ///
 /// Dropping it poisons what is absent, of all it serves, and closes the descriptors: an access to a page that was
-/// never filled is SIGBUS then. Before Linux 6.6, which can't poison, dropping fills what is absent; what can't be
+/// never filled is SIGBUS then. A page that another mapping or write(2) has written to the memory's file isn't absent
+/// (but see [`Region::minor`]). Before Linux 6.6, which can't poison, dropping fills what is absent; what can't be
 /// filled either keeps its descriptor open for as long as this process lives, so that who accesses it waits.
 /// [`finish`](Self::finish) and [`detach`](Self::detach) are the other ends.
 #[derive(Debug)]

@@ -112,9 +112,10 @@ impl Region {
     /// The range is registered for [`RegisterMode::MINOR`], too. What the file holds already is not taken for
     /// content: a page is loaded from the source before it is first mapped. Linux 5.14; on hugetlb memory 5.13.
     ///
-    /// A page whose hole is punched afterwards is zero, unless somebody writes it to the file before the next access.
-    /// (On memfd and tmpfs that takes commit 73f37dbcfe17 of Linux 5.19, which 5.18.13 and 5.15.56 have, too: without
-    /// it such an access waits until somebody writes.)
+    /// A page whose hole is punched is what the file holds from then on: zero, unless another mapping or write(2) writes
+    /// it. That holds for pages that were never loaded, too, where the descriptor tells of the removal. Of huge pages
+    /// the kernel removes those that are in the range as a whole. (On memfd and tmpfs that takes commit 73f37dbcfe17 of
+    /// Linux 5.19, which 5.18.13 and 5.15.56 have, too: without it such an access waits until the page is written.)
     ///
     /// The file must not shrink while it is served. Such memory is always [shared](Self::shared).
     pub fn minor(mut self, file: File, offset: u64) -> Self {

@@ -108,6 +108,31 @@ fn dropping_poisons_what_is_absent() {
 }
 
 #[test]
+fn what_is_there_though_nobody_faulted_is_not_poisoned() {
+    require!(FeatureFlags::MISSING_SHMEM);
+    tell_signals();
+    for kind in [Kind::SharedAnonymous, Kind::Memfd, Kind::PrivateMemfd, Kind::Hugetlb] {
+        let Some(memory) = memory(test_name!(), kind, 6) else { continue };
+        let alias = memory.alias();
+        let (pager, source) = (Pager::new().unwrap(), Pages::new(memory.page()));
+        serve(&pager, uffd(FeatureFlags::empty()), region(&memory, source));
+        // Two that follow each other, and one that is mapped before.
+        for page in [1, 2, 4] {
+            alias.write(page, 90 + page as u8);
+        }
+        assert_eq!(memory.read(4), 94);
+        drop(pager);
+        let absent = |page| if can_poison() { Seen::POISON } else { content(page) };
+        for page in [0, 3, 5] {
+            assert_eq!(see(&memory, page), absent(page), "{memory:?}");
+        }
+        for page in [1, 2, 4] {
+            assert_eq!(memory.read(page), 90 + page as u8, "{memory:?}");
+        }
+    }
+}
+
+#[test]
 fn removing_a_region_leaves_the_others() {
     require!();
     tell_signals();

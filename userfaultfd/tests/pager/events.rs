@@ -1,11 +1,11 @@
 //! Changes of the layout that the descriptor tells of, and those that it doesn't.
 
-use userfaultfd::FeatureFlags;
-use userfaultfd::pager::{Around, Pager, Region};
+use userfaultfd::pager::{Around, Order, Pager, Region};
+use userfaultfd::{FeatureFlags, RegisterMode};
 
 use crate::reader::Seen;
 use crate::scene::{Pages, check, content, memory, region, see, serve};
-use crate::support::memory::{Kind, Memory};
+use crate::support::memory::{self as kinds, Kind, Memory};
 use crate::support::proc::wait_until;
 use crate::support::{child, features, page, require, test_name, uffd};
 
@@ -55,6 +55,53 @@ fn a_hole_punched_into_the_file_is_zero() {
     assert_eq!(see(&memory, 1), Seen::ZERO);
     check(&memory, 2, 2);
     source.were_read_once(2);
+}
+
+#[test]
+fn what_is_written_to_a_file_after_a_removal_stays() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    let modes = RegisterMode::MISSING | RegisterMode::MINOR;
+    for kind in [Kind::Memfd, Kind::Hugetlb] {
+        for end in 0..3 {
+            let Some(memory) = kinds::each_of(test_name!(), &[kind], modes, 4).next() else { continue };
+            let (pager, source) = (Pager::new().unwrap(), Pages::new(memory.page()));
+            let file = memory.file().try_clone().unwrap().into();
+            let region = region(&memory, source.clone()).minor(file, 0);
+            let added = serve(&pager, uffd(FeatureFlags::EVENT_REMOVE), region);
+            memory.advise(1, 2, libc::MADV_REMOVE).unwrap();
+            // By another mapping, as the backend of a device does.
+            memory.alias().write(1, 99);
+            match end {
+                0 => {}
+                1 => drop(pager.background(added.regions[0], Order::Ascending).unwrap().wait()),
+                _ => pager.finish(|_| {}).unwrap(),
+            }
+            assert_eq!((memory.read(1), memory.alias().read(1)), (99, 99), "{memory:?}, {end}");
+            assert_eq!(see(&memory, 2), Seen::ZERO);
+            check(&memory, 3, 3);
+            assert!(!source.reads().contains_key(&1), "{source:?}");
+        }
+    }
+}
+
+#[test]
+fn of_huge_pages_those_are_removed_that_the_kernel_removes() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    let modes = RegisterMode::MISSING | RegisterMode::MINOR;
+    let Some(memory) = kinds::each_of(test_name!(), &[Kind::Hugetlb], modes, 5).next() else { return };
+    let (pager, source) = (Pager::new().unwrap(), Pages::new(memory.page()));
+    let file = memory.file().try_clone().unwrap().into();
+    serve(&pager, uffd(FeatureFlags::EVENT_REMOVE), region(&memory, source).minor(file, 0));
+    // From the middle of page 1 to the middle of page 3, and a part of page 4.
+    let middle = |page| memory.at(page).wrapping_byte_add(memory.page() / 2);
+    for (start, len) in [(middle(1), 2 * memory.page()), (memory.at(4), page())] {
+        // SAFETY: only raw pointers lead to the memory of tests.
+        assert_eq!(unsafe { libc::madvise(start, len, libc::MADV_REMOVE) }, 0);
+    }
+    assert_eq!(see(&memory, 2), Seen::ZERO);
+    for page in [0, 1, 3, 4] {
+        check(&memory, page, page);
+    }
 }
 
 #[test]

@@ -14,10 +14,17 @@ static TOLD: Act<bool> = Act {
         if !outcome.acted {
             return;
         }
-        outcome.readers_saw(Seen::ZERO);
-        // Of shared memory only the mapping is removed: what the page cache has it has still.
-        let stays = outcome.was_filled() && scene.flavour.is_shared();
-        assert_eq!(read(scene.at(PAGE)), if stays { content(PAGE) } else { Seen::ZERO });
+        if scene.flavour.is_shared() {
+            // Only the mapping is removed: what the page cache has it has still, also where the kernel put off mapping
+            // it because of the removal.
+            let file = read(scene.memory.alias().at(PAGE).addr());
+            assert!(!outcome.was_filled() || file == content(PAGE), "{outcome:?}");
+            outcome.readers_saw(file);
+            assert_eq!(read(scene.at(PAGE)), file);
+        } else {
+            outcome.readers_saw(Seen::ZERO);
+            assert_eq!(read(scene.at(PAGE)), Seen::ZERO);
+        }
         scene.others_are(content);
         assert_eq!(scene.statistics().removes, 1);
     },
