@@ -32,6 +32,8 @@ pub(crate) enum Mode {
     On,
     /// They are, and nothing is filled around them, so that each page that is touched is noted.
     Exact,
+    /// They will be, once the notes of before are cleared.
+    Starting,
 }
 
 impl Log {
@@ -51,8 +53,9 @@ impl Log {
 
     /// Notes a page, if it is time to. Whether nothing is to be filled around it.
     pub(crate) fn note(&self, page: usize) -> bool {
-        let mode = self.mode.load(Ordering::Relaxed);
-        if mode != Mode::Off as u8 {
+        // Pairs with the store of `start`: a thread that sees noting on sees the entries cleared.
+        let mode = self.mode.load(Ordering::Acquire);
+        if mode == Mode::On as u8 || mode == Mode::Exact as u8 {
             if let Some(entry) = self.entries().get(self.next.fetch_add(1, Ordering::Relaxed)) {
                 entry.store(page + 1, Ordering::Release);
             }
@@ -60,16 +63,26 @@ impl Log {
         mode == Mode::Exact as u8
     }
 
-    /// Begins to note, from the start. `false`: somebody else does.
+    /// Begins to note, from the start. Returns whether it did: `false` while another recorder or replay notes.
     pub(crate) fn start(&self, mode: Mode) -> bool {
-        let (off, mode) = (Mode::Off as u8, mode as u8);
-        if self.mode.compare_exchange(off, mode, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-            return false;
+        let claimed = self.claim();
+        if claimed {
+            self.clear();
+            self.mode.store(mode as u8, Ordering::Release);
         }
+        claimed
+    }
+
+    /// Takes the log from [`Mode::Off`]. Faults are noted only once it is cleared, so that clearing removes no new note.
+    fn claim(&self) -> bool {
+        let (off, starting) = (Mode::Off as u8, Mode::Starting as u8);
+        self.mode.compare_exchange(off, starting, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    fn clear(&self) {
         for entry in self.entries().iter().take(self.next.swap(0, Ordering::AcqRel)) {
             entry.store(0, Ordering::Relaxed);
         }
-        true
     }
 
     pub(crate) fn stop(&self) {
@@ -184,6 +197,22 @@ mod tests {
         assert_eq!(log.pages(9), [3, 0], "no page that the region hasn't got");
         assert!(log.start(Mode::On));
         assert!(log.pages(10).is_empty() && !log.note(7));
+        assert_eq!(log.pages(10), [7]);
+    }
+
+    #[test]
+    fn notes_are_taken_only_once_the_old_ones_are_cleared() {
+        crate::support::require!();
+        let log = Log::new(10).unwrap();
+        assert!(log.start(Mode::Exact) && log.note(1));
+        log.stop();
+        assert!(log.claim() && !log.claim() && !log.start(Mode::On));
+        // A fault that is noted now would be lost: the recorder would miss the page, and fill around it.
+        assert!(!log.note(5));
+        assert_eq!(log.pages(10), [1]);
+        log.clear();
+        log.mode.store(Mode::Exact as u8, Ordering::Release);
+        assert!(log.note(7));
         assert_eq!(log.pages(10), [7]);
     }
 
