@@ -41,7 +41,8 @@ use crate::{Event, Result};
 /// There is no method for pages that weren't accessed, and what [`hot`](Self::hot) leaves out isn't that: only pages
 /// that are there are protected, so a page that was dropped, reclaimed or never touched is left out as well, and so
 /// is what another mapping or another process accesses. In shared memory a page that the kernel reclaimed from this
-/// mapping loses its protection and may be told though nobody accessed it, once it is there again.
+/// mapping loses its protection and may be told though nobody accessed it, once it is there again. Accesses to
+/// [pinned memory](crate::dirty#pinned-memory) by the kernel and devices aren't seen.
 ///
 /// Each look at the set is a sample: an access between [`hot`](Self::hot) and [`reset`](Self::reset) isn't told.
 /// A transparent huge page is in use as a whole: `MADV_NOHUGEPAGE` has it told by the page.

@@ -122,11 +122,14 @@ struct Walk {
 
 impl Walk {
     fn is_done(&self) -> bool {
-        let current = match &self.eye {
-            Eye::Scan { current, .. } => current.is_some(),
-            Eye::Words { mappings, .. } => !mappings.is_empty(),
-        };
-        self.parts.is_empty() && !current
+        self.parts.is_empty() && self.is_between_parts()
+    }
+
+    fn is_between_parts(&self) -> bool {
+        match &self.eye {
+            Eye::Scan { current, .. } => current.is_none(),
+            Eye::Words { mappings, .. } => mappings.is_empty(),
+        }
     }
 
     fn end(&mut self) {
@@ -139,6 +142,12 @@ impl Walk {
 
     /// Looks a bit further. What it finds, which it has reset, goes to `found`, also if it fails then.
     fn step(&mut self, watch: &Watch, found: &mut Vec<Range<usize>>) -> Result<()> {
+        if self.is_between_parts() && self.parts.front().is_some_and(|part| part.always) {
+            if let Some(part) = self.parts.pop_front() {
+                found.extend(watch.process.mappings(&part.range)?.into_iter().map(|mapping| mapping.range));
+                return Ok(());
+            }
+        }
         match &mut self.eye {
             Eye::Scan { category, regions, current } => {
                 let (scan, of) = match current {

@@ -15,7 +15,8 @@
 //! # What counts as written
 //!
 //! A page that a store of the program has changed, or a system call on its behalf, through **the mapping that is
-//! tracked**. What comes through another mapping of the same file, by write(2) to it, or from a device, is not seen.
+//! tracked**. What comes through another mapping of the same file, or by write(2) to it, is not seen; nor is what is
+//! written to [pinned memory](#pinned-memory).
 //! The page is a page of the memory: of the base size, of a huge page on hugetlb memory. Transparent huge pages are
 //! split when they are written, and told by the base page.
 //!
@@ -36,6 +37,21 @@
 //!
 //! A write that is made while [`take`](DirtyTracker::take) is at work is told by it or by the next one, never by none.
 //! In `Sync` mode it may be told by both.
+//!
+//! # Pinned memory
+//!
+//! The kernel and devices write to pages that are pinned through no page table, so that no protection is in their way,
+//! and nothing reports those writes: neither a tracker in any mode, nor a [`Series`](crate::snapshot::Series). Pinned are
+//!
+//! - buffers that are registered with io_uring (`IORING_REGISTER_BUFFERS`), as long as they are;
+//! - the target of a read with `O_DIRECT`, from when it is submitted until it is complete: of one that was in flight when
+//!   its page was reset, the data that arrives afterwards isn't seen;
+//! - memory that is registered for RDMA, or mapped for a device by VFIO: all the memory of a virtual machine that a
+//!   device is passed to;
+//! - pages that a driver holds by `pin_user_pages`, such as those of packet sockets and graphics memory of user pointers.
+//!
+//! A system call that is told an ordinary buffer, such as read(2), writes through the page table and is seen.
+//! [`DirtyTracker::set_always_dirty`] has pinned ranges count as written in every look.
 //!
 //! # What is safe, and why
 //!
@@ -282,6 +298,42 @@ impl DirtyTracker {
             Mode::Async => Eye::scan(Categories::WRITTEN),
             Mode::Sync => Eye::words(),
         }
+    }
+
+    /// Has a tracked range count as written in every [`dirty`](Self::dirty) and [`take`](Self::take), whatever the
+    /// kernel reports: for [pinned memory](crate::dirty#pinned-memory). With `false`, it counts as written once more, and
+    /// then as any other memory does. Pages that are unmapped aren't told.
+    ///
+    /// The bounds are multiples of the page size, of the huge page size on hugetlb memory.
+    ///
+    /// ```
+    /// use userfaultfd::{DirtyTracker, Error, page_size};
+    ///
+    /// let page = page_size();
+    /// let memory = memmap2::MmapMut::map_anon(16 * page)?;
+    /// let start = memory.as_ptr().addr();
+    /// let mut tracker = match DirtyTracker::new() {
+    ///     Ok(tracker) => tracker,
+    ///     Err(Error::UnsupportedFeatures { .. }) => return Ok(()), // an architecture without write protection
+    ///     Err(error) => return Err(error.into()),
+    /// };
+    /// tracker.track(start..start + memory.len())?;
+    /// let buffers = start..start + 2 * page; // registered with io_uring
+    /// tracker.set_always_dirty(buffers.clone(), true)?;
+    /// for _ in 0..2 {
+    ///     let written = tracker.take().collect::<Result<Vec<_>, _>>()?;
+    ///     assert_eq!(written, [buffers.clone()]);
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`NotTracked`](crate::Error::NotTracked) if a part isn't tracked.
+    /// [`SystemError`](crate::Error::SystemError) with `EINVAL` if a bound lies inside a page. Nothing is changed then.
+    /// [`TrackingFailed`](crate::Error::TrackingFailed).
+    pub fn set_always_dirty(&mut self, range: Range<usize>, always: bool) -> Result<()> {
+        self.0.watch.set_always(&range, always)
     }
 
     /// How many bytes were written, by whole pages, since they were tracked or taken.

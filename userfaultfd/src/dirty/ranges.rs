@@ -14,6 +14,8 @@ pub(crate) struct Tracked {
     pub(crate) page: usize,
     /// What faults have told, where the page table doesn't.
     pub(crate) noted: Option<Arc<Notes>>,
+    /// It counts as written, whatever the kernel says.
+    pub(crate) always: bool,
 }
 
 /// A bit a page: it was written.
@@ -94,6 +96,13 @@ pub(crate) fn without(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
     left
 }
 
+/// `all`, cut at the ends of `range`, with what lies in it changed by `change`.
+pub(crate) fn changed(all: &[Tracked], range: &Range<usize>, change: impl Fn(&mut Tracked)) -> Vec<Tracked> {
+    let mut inside = within(all, range);
+    inside.iter_mut().for_each(change);
+    with(&without(all, range), inside)
+}
+
 /// What of `all` lies in `range`, whole pages.
 pub(crate) fn within(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
     let cut = |tracked: &Tracked| {
@@ -123,7 +132,10 @@ mod tests {
     use super::*;
 
     fn of(ranges: &[Range<usize>]) -> Vec<Tracked> {
-        ranges.iter().map(|range| Tracked { range: range.clone(), page: 4, noted: None }).collect()
+        ranges
+            .iter()
+            .map(|range| Tracked { range: range.clone(), page: 4, noted: None, always: false })
+            .collect()
     }
 
     fn ranges(all: &[Tracked]) -> Vec<Range<usize>> {

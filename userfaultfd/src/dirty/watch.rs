@@ -206,7 +206,7 @@ impl Watch {
     fn layout(&self, ioctls: IoctlFlags, range: &Range<usize>) -> Result<Vec<Tracked>> {
         let tracked = |range: Range<usize>, page| {
             let noted = self.notes.then(|| Arc::new(Notes::new(&range, page)));
-            Tracked { range, page, noted }
+            Tracked { range, page, noted, always: false }
         };
         // Hugetlb memory anywhere in the range takes this operation away from the answer.
         if ioctls.contains(IoctlFlags::ZEROPAGE) {
@@ -231,6 +231,23 @@ impl Watch {
         }
         self.set_ranges(ranges::without(&all, range));
         result
+    }
+
+    /// Has a range count as written in every look, or no longer: what is known of it by then is that it was written.
+    pub(crate) fn set_always(&self, range: &Range<usize>, always: bool) -> Result<()> {
+        let all = self.ranges();
+        if ranges::cuts_a_page(&all, range) {
+            return Err(Error::SystemError(Errno::EINVAL));
+        }
+        let tracked = ranges::within(&all, range);
+        if tracked.iter().map(|tracked| tracked.range.len()).sum::<usize>() != range.len() {
+            return Err(Error::NotTracked { start: range.start, end: range.end });
+        }
+        self.set_ranges(ranges::changed(&all, range, |tracked| tracked.always = always));
+        tracked.iter().filter(|tracked| tracked.always && !always).for_each(|tracked| {
+            self.give_back(&tracked.range);
+        });
+        self.check()
     }
 
     /// Ends the registration of a range and wakes its waiters. Where another handler fills missing pages, whose modes
@@ -377,7 +394,7 @@ impl Watch {
     /// Makes all of a range accessed, as far as it is registered, after something went wrong: nothing is lost so. If
     /// that fails, too, nothing is known any more.
     pub(crate) fn give_back(&self, range: &Range<usize>) {
-        for Tracked { range, page, noted } in ranges::within(&self.ranges(), range) {
+        for Tracked { range, page, noted, .. } in ranges::within(&self.ranges(), range) {
             if let Some(notes) = noted {
                 range.clone().step_by(page).for_each(|address| notes.set(address));
             }
