@@ -51,7 +51,8 @@
 //! - pages that a driver holds by `pin_user_pages`, such as those of packet sockets and graphics memory of user pointers.
 //!
 //! A system call that is told an ordinary buffer, such as read(2), writes through the page table and is seen.
-//! [`DirtyTracker::set_always_dirty`] has pinned ranges count as written in every look.
+//! [`DirtyTracker::set_always_dirty`] has pinned ranges count as written in every look;
+//! [`Series::set_always_dirty`](crate::snapshot::Series::set_always_dirty) saves them in every snapshot.
 //!
 //! # What is safe, and why
 //!

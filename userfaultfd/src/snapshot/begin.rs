@@ -24,7 +24,8 @@ const ROUNDS: usize = 5;
 impl Copier {
     /// Begins a snapshot. At its moment no fault is resolved before all of it is protected: what was written after
     /// another write isn't in the snapshot if that one isn't.
-    pub(super) fn begin(&mut self, Begin { queue, counts }: Begin) -> Result<()> {
+    pub(super) fn begin(&mut self, Begin { queue, counts, changed }: Begin) -> Result<()> {
+        self.dirty.join(&changed);
         self.doubted = 0;
         self.unprotected = self.dirty.clone();
         self.protect_ahead()?;

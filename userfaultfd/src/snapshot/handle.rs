@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::bits::Bits;
 use super::error::{Error, Result};
 use super::maker::Maker;
 use super::options::Options;
@@ -21,11 +22,19 @@ use super::sink::Sink;
 /// `Sync` mode of a [`DirtyTracker`](crate::DirtyTracker). A snapshot that failed doesn't count: the next one holds
 /// what it should have held.
 ///
+/// The kernel doesn't report what it or a device writes to [pinned memory](crate::dirty#pinned-memory), such as registered
+/// buffers of io_uring, memory for RDMA or a device, the target of an `O_DIRECT` read in flight: declare it with
+/// [`set_always_dirty`](Self::set_always_dirty).
+///
 /// Dropping it ends the protection; a snapshot that is at work is aborted.
 pub struct Series {
     pub(super) maker: Maker,
     /// A snapshot has been begun that counts, as far as is known.
     pub(super) taken: bool,
+    /// What every snapshot holds.
+    pub(super) always: Bits,
+    /// What the next one holds, since it was in `always`.
+    pub(super) revoked: Bits,
 }
 
 impl Series {
@@ -36,9 +45,37 @@ impl Series {
     /// [`Error::Running`] while the one before is at work: [`wait`](Snapshot::wait) for it. Otherwise as
     /// [`Snapshot::begin`].
     pub fn begin<S: Sink + 'static>(&mut self, sink: S) -> Result<Snapshot<S>> {
-        let snapshot = self.maker.begin(sink, self.taken)?;
+        let mut changed = self.always.clone();
+        changed.join(&self.revoked);
+        let snapshot = self.maker.begin(sink, self.taken, changed)?;
         self.taken = true;
+        self.revoked = self.maker.no_bits();
         Ok(snapshot)
+    }
+
+    /// Has a range count as changed in every snapshot, whatever the kernel reports: for
+    /// [pinned memory](crate::dirty#pinned-memory), which is written without a fault. With `false`, the next snapshot is the
+    /// last that holds it for that.
+    ///
+    /// The addresses are those of when the series was made; memory that has moved since is meant. The bounds are
+    /// multiples of the page size, of the huge page size on hugetlb memory.
+    ///
+    /// What is written to pinned memory while a snapshot is taken may be in it or not: the next one holds it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Kernel`]: [`NotTracked`](crate::Error::NotTracked), a part isn't of the series; `EINVAL`, a bound lies
+    /// inside a page. Nothing is changed then.
+    pub fn set_always_dirty(&mut self, range: Range<usize>, always: bool) -> Result<()> {
+        for bits in self.maker.bits_in(&range)? {
+            if !always {
+                for bit in bits.clone().filter(|bit| self.always.get(*bit)) {
+                    self.revoked.set(bit..bit + 1, true);
+                }
+            }
+            self.always.set(bits, always);
+        }
+        Ok(())
     }
 }
 

@@ -1,14 +1,17 @@
 //! Beginning a snapshot, and the thread of its sink.
 
+use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use super::bits::Bits;
 use super::error::{Error, Result};
 use super::handle::Snapshot;
 use super::queue::{End, Queue};
 use super::shared::{Begin, Counts, Shared};
 use super::sink::{Geometry, Region, Sink};
+use crate::{Errno, page_size};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Buffers {
@@ -26,11 +29,16 @@ pub(super) struct Maker {
 }
 
 impl Maker {
-    pub(super) fn begin<S: Sink + 'static>(&self, mut sink: S, incremental: bool) -> Result<Snapshot<S>> {
+    pub(super) fn begin<S: Sink + 'static>(
+        &self,
+        mut sink: S,
+        incremental: bool,
+        changed: Bits,
+    ) -> Result<Snapshot<S>> {
         if !self.shared.claim() {
             return Err(Error::Running);
         }
-        let begun = self.begin_claimed(&mut sink, incremental);
+        let begun = self.begin_claimed(&mut sink, incremental, changed);
         let (queue, counts) = begun.inspect_err(|_| self.shared.release())?;
         let of_sink = Arc::clone(&queue);
         let spawned =
@@ -48,13 +56,47 @@ impl Maker {
         }
     }
 
-    fn begin_claimed<S: Sink>(&self, sink: &mut S, incremental: bool) -> Result<(Arc<Queue>, Arc<Counts>)> {
+    /// The bits of the pages in a range, by their addresses when this was made. Each region has its own.
+    pub(super) fn bits_in(&self, range: &Range<usize>) -> Result<Vec<Range<usize>>> {
+        let (mut bits, mut offset, mut found) = (Vec::new(), 0, 0);
+        for Region { addresses, page } in &self.regions {
+            let (first, end) = (addresses.start as usize, addresses.end as usize);
+            let (start, stop) = (first.max(range.start), end.min(range.end));
+            if start < stop {
+                if start % *page as usize != 0 || stop % *page as usize != 0 {
+                    return Err(crate::Error::SystemError(Errno::EINVAL).into());
+                }
+                bits.push((offset + start - first) / page_size()..(offset + stop - first) / page_size());
+                found += stop - start;
+            }
+            offset += end - first;
+        }
+        if found == range.len() {
+            Ok(bits)
+        } else {
+            Err(crate::Error::NotTracked { start: range.start, end: range.end }.into())
+        }
+    }
+
+    /// No page of all of them.
+    pub(super) fn no_bits(&self) -> Bits {
+        let bytes: u64 =
+            self.regions.iter().map(|region| region.addresses.end - region.addresses.start).sum();
+        Bits::new(bytes as usize / page_size(), false)
+    }
+
+    fn begin_claimed<S: Sink>(
+        &self,
+        sink: &mut S,
+        incremental: bool,
+        changed: Bits,
+    ) -> Result<(Arc<Queue>, Arc<Counts>)> {
         let geometry = Geometry { regions: self.regions.clone(), incremental };
         sink.begin(&geometry).map_err(Error::Sink)?;
         let wake = self.shared.waker().map_err(Error::Thread)?;
         let queue = Arc::new(Queue::new(self.buffers.chunks, self.buffers.pages, wake));
         let counts = Arc::new(Counts::default());
-        self.shared.begin(Begin { queue: Arc::clone(&queue), counts: Arc::clone(&counts) })?;
+        self.shared.begin(Begin { queue: Arc::clone(&queue), counts: Arc::clone(&counts), changed })?;
         Ok((queue, counts))
     }
 }

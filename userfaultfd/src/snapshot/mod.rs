@@ -57,7 +57,7 @@
 //! | mremap(2) | followed to its new place |
 //! | mprotect(2) to `PROT_NONE` | what isn't saved yet can't be read, and is gone if that lasts |
 //! | fork(2) | the child is another process; the snapshot goes on. From Linux 5.19 to 6.3 a child that writes to protected [hugetlb memory](crate::Uffd::write_protect) hangs |
-//! | a write through another mapping of the same file, write(2) to the file, DMA | isn't held up: it may be in the snapshot or not |
+//! | a write through another mapping of the same file, write(2) to the file, a write to [pinned memory](crate::dirty#pinned-memory) | isn't held up: it may be in the snapshot or not |
 //! | a hole punched into the file | zeros are in the snapshot, if the page isn't saved yet |
 //!
 //! Memory may be private anonymous, shared (memfd, tmpfs, shared anonymous) and hugetlb memory that can be read and

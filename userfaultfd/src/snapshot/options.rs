@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 
+use super::bits::Bits;
 use super::copier::Copier;
 use super::error::{Error, Result};
 use super::handle::{Series, Snapshot};
@@ -111,7 +112,7 @@ impl Options {
     /// As [`Snapshot::begin`].
     pub fn begin<S: Sink + 'static>(self, sink: S) -> Result<Snapshot<S>> {
         let maker = self.maker(false)?;
-        let mut snapshot = maker.begin(sink, false)?;
+        let mut snapshot = maker.begin(sink, false, Bits::default())?;
         snapshot.maker = Some(maker);
         Ok(snapshot)
     }
@@ -122,7 +123,9 @@ impl Options {
     ///
     /// As [`Snapshot::begin`], but for those of the sink.
     pub fn series(self) -> Result<Series> {
-        Ok(Series { maker: self.maker(true)?, taken: false })
+        let maker = self.maker(true)?;
+        let (always, revoked) = (maker.no_bits(), maker.no_bits());
+        Ok(Series { maker, taken: false, always, revoked })
     }
 
     fn maker(self, series: bool) -> Result<Maker> {

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::bits::Bits;
 use super::queue::Queue;
 use crate::atomic::AtomicU64;
 use crate::{Errno, Error, Result};
@@ -47,6 +48,8 @@ pub(super) struct State {
 pub(super) struct Begin {
     pub(super) queue: Arc<Queue>,
     pub(super) counts: Arc<Counts>,
+    /// What counts as changed since the snapshot before, whatever the kernel reports.
+    pub(super) changed: Bits,
 }
 
 impl Shared {

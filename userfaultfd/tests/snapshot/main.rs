@@ -10,4 +10,6 @@ mod file;
 mod image;
 mod live;
 mod restore;
+#[path = "../dirty/ring.rs"]
+mod ring;
 mod series;

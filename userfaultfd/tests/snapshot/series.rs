@@ -1,5 +1,6 @@
 //! Snapshots that hold what has changed since the one before.
 
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -8,8 +9,9 @@ use userfaultfd::snapshot::{Error, Options, Series};
 use userfaultfd::{FeatureFlags, Pid, RegisterMode, Uffd};
 
 use crate::image::{Image, addresses, content, number};
+use crate::ring::Ring;
 use crate::support::memory::{self, Memory};
-use crate::support::{child, features, require, test_name, uffd};
+use crate::support::{child, features, has, mapping, require, test_name, uffd};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
@@ -205,4 +207,45 @@ fn memory_of_another_process_is_saved() {
             here.read_exact(&mut [0]).unwrap();
         }
     });
+}
+
+/// The kernel writes to pinned memory without a fault. What is declared is saved all the same.
+#[test]
+fn pinned_memory_that_is_declared_is_in_every_snapshot() {
+    require!(WRITE_PROTECT);
+    for memory in each(test_name!(), 6).filter(|memory| !memory.kind().is_hugetlb()) {
+        number(&memory, 1);
+        let ring = Ring::new(memory.at(0), memory.len());
+        if !has(test_name!(), "io_uring", ring.is_ok()) {
+            return;
+        }
+        let ring = ring.unwrap();
+        let mut file = std::fs::File::from(mapping::memfd(0, 1));
+        file.write_all(&vec![9; memory.page()]).unwrap();
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        take(&mut series);
+        let all = addresses(&memory);
+        for wrong in [all.start..all.end + memory.page(), all.start - memory.page()..all.start] {
+            let declared = series.set_always_dirty(wrong, true);
+            let not_tracked =
+                |error: &Error| matches!(error, Error::Kernel(userfaultfd::Error::NotTracked { .. }));
+            assert!(declared.as_ref().is_err_and(not_tracked), "{declared:?}");
+        }
+        series.set_always_dirty(memory.range(2, 2), true).unwrap();
+        for round in 0..2 {
+            assert_eq!(ring.read(&file, memory.at(3), memory.page()), memory.page() as i32);
+            memory.write(5, 50 + round);
+            let image = take(&mut series);
+            assert_eq!(pages(&image, &memory), [2, 3, 5], "{memory:?}");
+            assert_eq!(image.with(|delivered| delivered.bytes[3 * memory.page()]), 9);
+        }
+        assert_eq!(ring.read(&file, memory.at(2), memory.page()), memory.page() as i32);
+        series.set_always_dirty(memory.range(2, 1), false).unwrap();
+        let image = take(&mut series);
+        assert_eq!(
+            (pages(&image, &memory), image.with(|delivered| delivered.bytes[2 * memory.page()])),
+            (vec![2, 3], 9)
+        );
+        assert_eq!(pages(&take(&mut series), &memory), [3]);
+    }
 }
