@@ -119,6 +119,10 @@ pub enum Error {
     #[error("the buffer has no room")]
     EmptyBuffer,
 
+    /// A process that was forked asks something of what its parent made before. It works in the parent alone.
+    #[error("made before a fork, by the parent process: it works there alone")]
+    OtherProcess,
+
     /// A range to track overlaps one that is tracked already, or is empty.
     #[error("{start:#x}..{end:#x} is empty or overlaps what is tracked already")]
     AlreadyTracked {
@@ -190,6 +194,7 @@ impl Error {
             | Error::AlreadyTracked { .. }
             | Error::MissingServed { .. } => Some(Errno::EINVAL),
             Error::NotTracked { .. } => Some(Errno::ENOENT),
+            Error::OtherProcess => Some(Errno::ESRCH),
             Error::FeatureNotPermitted(_) => Some(Errno::EPERM),
             Error::NotUserfaultfd => Some(Errno::ENOTTY),
             Error::IncompleteMsg { .. }

@@ -1,11 +1,13 @@
 //! [`LazyMemory`]: memory of this process that fills itself.
 
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
 use memmap2::{MmapMut, MmapOptions};
 
+use crate::owner::Owner;
 use crate::pager::{
     self, ADAPTIVE, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager,
     PagerBuilder, Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics,
@@ -43,16 +45,55 @@ use crate::{FeatureFlags, Uffd, UffdBuilder};
 ///
 /// # Forks
 ///
-/// A child hasn't got the memory (`MADV_DONTFORK`): an access there raises SIGSEGV, instead of reading zeros.
+/// A child hasn't got the memory (`MADV_DONTFORK`): dereferencing it there panics, its methods fail with
+/// [`NotServed`](pager::Error::NotServed), and an access through a reference from before the fork raises SIGSEGV,
+/// instead of reading zeros. Dropping it there closes the child's copies of its descriptors, and nothing else.
 ///
 /// # Locks
 ///
 /// A thread that touches the memory may wait for the source, whatever locks it holds: see [`PageSource`].
 pub struct LazyMemory {
     served: Served,
-    memory: MmapMut,
+    memory: OwnMapping,
     len: usize,
     serves_kernel: bool,
+}
+
+/// The mapping, which only the process that made it has.
+struct OwnMapping {
+    owner: Owner,
+    mapping: ManuallyDrop<MmapMut>,
+}
+
+impl OwnMapping {
+    fn new(mapping: MmapMut) -> pager::Result<Self> {
+        Ok(Self { owner: Owner::current()?, mapping: ManuallyDrop::new(mapping) })
+    }
+
+    /// Panics in any other process: something else may be at these addresses there.
+    #[inline]
+    fn check(&self) {
+        if !self.owner.is_current() {
+            not_here();
+        }
+    }
+}
+
+#[cold]
+fn not_here() -> ! {
+    panic!("this LazyMemory was made before a fork, by the parent process: a child hasn't got it")
+}
+
+impl Drop for OwnMapping {
+    fn drop(&mut self) {
+        if self.owner.is_current() {
+            #[expect(unsafe_code, reason = "in another process it is not to be unmapped")]
+            // SAFETY: it is dropped here alone, and nothing uses it after this.
+            unsafe {
+                ManuallyDrop::drop(&mut self.mapping);
+            }
+        }
+    }
 }
 
 /// Who fills it.
@@ -204,6 +245,7 @@ impl LazyMemory {
     /// [`Unfilled`](pager::Error::Unfilled): the source fails, before Linux 6.6.
     /// [`NotServed`](pager::Error::NotServed): it was done before.
     pub fn fill(&self, progress: impl FnMut(Progress)) -> pager::Result<()> {
+        self.check_owner()?;
         match &self.served {
             Served::Pager(pager, _, region) => pager.finish_region(*region, progress),
             Served::Sigbus(owned) => owned.lazy().fill(progress),
@@ -238,7 +280,12 @@ impl LazyMemory {
         Replay::start(self.target()?, set)
     }
 
+    fn check_owner(&self) -> pager::Result<()> {
+        if self.memory.owner.is_current() { Ok(()) } else { Err(Error::NotServed) }
+    }
+
     fn target(&self) -> pager::Result<Target> {
+        self.check_owner()?;
         match &self.served {
             Served::Pager(pager, _, region) => pager.target(*region),
             Served::Sigbus(owned) if owned.lazy().is_closed() => Err(Error::NotServed),
@@ -252,6 +299,7 @@ impl LazyMemory {
     ///
     /// [`NotServed`](pager::Error::NotServed): nothing is, since all was [filled](Self::fill).
     pub fn absent(&self) -> pager::Result<Vec<Absent>> {
+        self.check_owner()?;
         match &self.served {
             Served::Pager(pager, _, region) => pager.absent(*region),
             Served::Sigbus(owned) => owned.lazy().absent(),
@@ -403,9 +451,9 @@ impl LazyBuilder {
             Some(bits) => options.huge(Some(bits)),
             None => options.no_reserve_swap(),
         };
-        let mut memory = options.map_anon()?;
-        crate::sys::dont_fork(&mut memory)?;
-        let region = Region::new(memory.as_mut_ptr().expose_provenance(), whole, source)
+        let mut memory = OwnMapping::new(options.map_anon()?)?;
+        crate::sys::dont_fork(&mut memory.mapping)?;
+        let region = Region::new(memory.mapping.as_mut_ptr().expose_provenance(), whole, source)
             .offset(offset)
             .page_size(page_size)
             .around(around);
@@ -454,14 +502,16 @@ impl Deref for LazyMemory {
 
     #[inline]
     fn deref(&self) -> &[u8] {
-        &self.memory[..self.len]
+        self.memory.check();
+        &self.memory.mapping[..self.len]
     }
 }
 
 impl DerefMut for LazyMemory {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[..self.len]
+        self.memory.check();
+        &mut self.memory.mapping[..self.len]
     }
 }
 
@@ -481,7 +531,11 @@ impl Drop for LazyMemory {
     fn drop(&mut self) {
         // Nobody refers to the memory any more, so that what is absent may stay so. The mapping goes after this.
         if let Served::Pager(pager, descriptor, _) = &self.served {
-            drop(pager.remove(*descriptor));
+            if self.memory.owner.is_current() {
+                drop(pager.remove(*descriptor));
+            } else {
+                pager.abandon(*descriptor);
+            }
         }
         // Handlers let go of it when `served` is dropped, which is before `memory`.
     }
@@ -491,7 +545,7 @@ impl fmt::Debug for LazyMemory {
     /// Not the content: looking at it would fill it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LazyMemory")
-            .field("start", &self.memory.as_ptr())
+            .field("start", &self.memory.mapping.as_ptr())
             .field("len", &self.len)
             .field("serves_kernel", &self.serves_kernel)
             .finish_non_exhaustive()

@@ -254,6 +254,7 @@ mod fill;
 mod lazy;
 mod maps;
 mod open;
+mod owner;
 pub mod pagemap;
 pub mod pager;
 mod pending_file;

@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 pub(crate) use userfaultfd_sys::*;
 
@@ -351,6 +352,23 @@ pub(crate) fn unreadable() -> Result<*const libc::c_void, Errno> {
     }
     // Another thread may have been faster: then this page stays, too.
     Ok(std::ptr::without_provenance(*PAGE.get_or_init(|| page.addr())))
+}
+
+/// Returns a number that is 0 in each process until that process sets it: a fork's child finds 0 again. Linux 4.14.
+pub(crate) fn zero_after_fork() -> Result<&'static AtomicUsize, Errno> {
+    static PAGE: AtomicPtr<AtomicUsize> = AtomicPtr::new(std::ptr::null_mut());
+    let mut page = PAGE.load(Ordering::Acquire);
+    if page.is_null() {
+        let new = map(page_size())?;
+        // SAFETY: the range is that of the mapping above, to which nothing leads yet.
+        check(unsafe { libc::madvise(new.as_ptr().cast(), page_size(), libc::MADV_WIPEONFORK) })?;
+        let new = new.as_ptr().cast();
+        // Another thread may be faster: then this page stays unused. Not a `OnceLock`, which a fork may find locked.
+        let set = PAGE.compare_exchange(page, new, Ordering::AcqRel, Ordering::Acquire);
+        page = set.map_or_else(|other| other, |_| new);
+    }
+    // SAFETY: the page is mapped as long as the process lives, aligned, and nothing but this atomic leads to it.
+    Ok(unsafe { &*page })
 }
 
 /// Memory of a mapping's own, all zero. Without the allocator.

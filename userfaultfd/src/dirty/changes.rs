@@ -65,7 +65,9 @@ impl Iterator for Ranges<'_> {
             }
             self.found.clear();
             self.taken = 0;
-            if let Err(error) = self.walk.step(self.watch, &mut self.found) {
+            // It may have come here by a fork.
+            let owned = self.watch.check_owner();
+            if let Err(error) = owned.and_then(|()| self.walk.step(self.watch, &mut self.found)) {
                 self.walk.end();
                 self.error = Some(error);
             } else if self.walk.is_done() {

@@ -65,6 +65,9 @@
 //! fills missing pages of the same memory ([`Options::read_elsewhere`]), ranges stay registered: memory that isn't shows
 //! zeros where pages are missing.
 //!
+//! A tracker works in the process that made it. In the child of a fork its methods fail with
+//! [`Error::OtherProcess`](crate::Error::OtherProcess), and dropping it leaves the parent's alone.
+//!
 //! # Sync mode: what to keep away from it
 //!
 //! A thread of the tracker lifts protection. It allocates nothing and takes no lock for long, but it has a stack and
@@ -136,6 +139,7 @@ impl Tracker {
     }
 
     fn resolve(&self, event: &Event) -> Result<bool> {
+        self.watch.check_owner()?;
         let Event::Pagefault { kind, rw, addr, .. } = event else { return Ok(false) };
         let protected = match self.watch.protection {
             Protection::Write => FaultKind::WriteProtected,
@@ -157,6 +161,12 @@ impl Tracker {
 
 impl Drop for Tracker {
     fn drop(&mut self) {
+        if !self.watch.owner.is_current() {
+            if let Some(server) = self.server.take() {
+                server.abandon(&self.watch);
+            }
+            return;
+        }
         // Unregistering wakes everybody, so nobody needs the thread after that; but a page may be protected until
         // then. A fork's child may keep the descriptor open, so closing it isn't enough.
         for range in self.tracked() {

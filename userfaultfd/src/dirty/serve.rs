@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 
 use super::watch::Watch;
 use crate::error::errno_of;
+use crate::owner::{InheritedFd, abandon};
 use crate::{Error, Event, EventBuffer, Result, page_size, sys};
 
 /// Messages that are read at a time.
@@ -19,6 +20,8 @@ pub(crate) struct Server {
     /// Something to read there tells the thread to stop.
     stop: UnixStream,
     thread: Option<JoinHandle<()>>,
+    /// The thread's end of that, as long as it is open.
+    stopped: Arc<InheritedFd>,
 }
 
 impl Server {
@@ -26,6 +29,8 @@ impl Server {
         watch.uffd.set_nonblocking(true)?;
         let (stop, stopped) = UnixStream::pair().map_err(|error| system_error(&error))?;
         let watch = Arc::clone(watch);
+        let number = Arc::new(InheritedFd::new(stopped.as_fd()));
+        let of_thread = Arc::clone(&number);
         let serve = move || {
             if let Err(error) = serve(&watch, &stopped) {
                 // Nobody is to wait for ever. That nothing is noted any more is told by every answer.
@@ -36,18 +41,33 @@ impl Server {
                     }
                 }
             }
+            of_thread.forget();
         };
         let thread = thread::Builder::new().name("userfaultfd".into()).spawn(serve);
-        Ok(Self { stop, thread: Some(thread.map_err(|error| system_error(&error))?) })
+        Ok(Self { stop, thread: Some(thread.map_err(|error| system_error(&error))?), stopped: number })
+    }
+
+    /// In a fork's child, which hasn't got the thread: closes what that has a share of.
+    #[expect(unsafe_code, reason = "closes what the thread has a share of")]
+    pub(crate) fn abandon(mut self, watch: &Arc<Watch>) {
+        std::mem::forget(self.thread.take());
+        abandon(watch);
+        for fd in
+            [&self.stopped, &InheritedFd::new(watch.uffd.as_fd()), &InheritedFd::new(watch.pagemap.as_fd())]
+        {
+            // SAFETY: this is a child, without the thread that owned its end, which forgets the number before it closes
+            // it; and the tracker, which is being dropped here, kept the watch open, which is dropped no more.
+            unsafe { fd.close() };
+        }
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // If that can't be written, the other end is closed: the thread has ended.
-        let told = self.stop.write_all(&[0]);
-        debug_assert!(told.is_ok() || self.thread.as_ref().is_some_and(JoinHandle::is_finished));
         if let Some(thread) = self.thread.take() {
+            // If that can't be written, the other end is closed: the thread has ended.
+            let told = self.stop.write_all(&[0]);
+            debug_assert!(told.is_ok() || thread.is_finished());
             // It doesn't panic.
             drop(thread.join());
         }

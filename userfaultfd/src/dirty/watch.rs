@@ -9,6 +9,7 @@ use std::thread;
 use super::ranges::{self, Notes, Tracked};
 use crate::atomic::AtomicU64;
 use crate::maps::{Mapping, Process};
+use crate::owner::Owner;
 use crate::pagemap::Pagemap;
 use crate::{Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, page_size};
 
@@ -82,6 +83,8 @@ fn retry<T>(tries: usize, mut operation: impl FnMut() -> Result<T>) -> Result<T>
 /// The ranges, and what protects them.
 #[derive(Debug)]
 pub(crate) struct Watch {
+    /// In another process nothing is known of any range, and nothing done.
+    pub(crate) owner: Owner,
     pub(crate) uffd: Uffd,
     pub(crate) pagemap: Pagemap,
     pub(crate) process: Process,
@@ -104,6 +107,7 @@ pub(crate) struct Watch {
 impl Watch {
     pub(crate) fn new(uffd: Uffd, process: Process, protection: Protection) -> Result<Self> {
         Ok(Self {
+            owner: Owner::current()?,
             uffd,
             pagemap: process.pagemap()?,
             process,
@@ -119,6 +123,9 @@ impl Watch {
     }
 
     pub(crate) fn ranges(&self) -> Arc<[Tracked]> {
+        if !self.owner.is_current() {
+            return Arc::new([]);
+        }
         Arc::clone(&self.ranges.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -133,8 +140,14 @@ impl Watch {
         self.failure.store(errno as i32, Ordering::SeqCst);
     }
 
-    /// The error, after [`fail`](Self::fail).
+    /// Returns an error in any process but the owner's.
+    pub(crate) fn check_owner(&self) -> Result<()> {
+        if self.owner.is_current() { Ok(()) } else { Err(Error::OtherProcess) }
+    }
+
+    /// The error, after [`fail`](Self::fail), or of another process.
     pub(crate) fn check(&self) -> Result<()> {
+        self.check_owner()?;
         match self.failure.load(Ordering::SeqCst) {
             0 => Ok(()),
             errno => {
@@ -163,6 +176,7 @@ impl Watch {
 
     /// Registers a range.
     pub(crate) fn register(&self, range: &Range<usize>) -> Result<()> {
+        self.check_owner()?;
         let all = self.ranges();
         if ranges::overlaps(&all, range) {
             return Err(Error::AlreadyTracked { start: range.start, end: range.end });
@@ -221,6 +235,7 @@ impl Watch {
 
     /// Unregisters what of the range is tracked. What was unmapped meanwhile is forgotten.
     pub(crate) fn untrack(&self, range: &Range<usize>) -> Result<()> {
+        self.check_owner()?;
         let all = self.ranges();
         if ranges::cuts_a_page(&all, range) {
             return Err(Error::SystemError(Errno::EINVAL));

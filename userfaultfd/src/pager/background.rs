@@ -17,6 +17,7 @@ use super::run::Run;
 use super::shared::{BACKGROUNDS, Shared};
 use super::sigbus::Lazy;
 use super::{Pager, Progress, RegionId, Result};
+use crate::owner::Owner;
 
 /// So many bytes are filled between two looks whether somebody waits, unless they take longer than that.
 const STEP: usize = 64 << 10;
@@ -60,10 +61,12 @@ pub enum Order {
 /// ```
 pub struct Background {
     control: Arc<Control>,
+    /// None in another process.
     threads: Vec<JoinHandle<()>>,
 }
 
 struct Control {
+    owner: Owner,
     state: Mutex<State>,
     changed: Condvar,
     /// What to go through, and what wasn't begun of it.
@@ -114,6 +117,7 @@ impl Background {
         let ranges = pages_of(order, count, shift);
         let state = State { paused: false, stopped: false, limit: None, due: Instant::now() };
         let control = Arc::new(Control {
+            owner: Owner::current()?,
             state: Mutex::new(state),
             changed: Condvar::new(),
             done: AtomicUsize::new(0),
@@ -145,7 +149,7 @@ impl Background {
     /// Whether it has ended: everything was gone through, or the region isn't served any more.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        self.control.running.load(Ordering::Acquire) == 0
+        self.control.running.load(Ordering::Acquire) == 0 || !self.control.owner.is_current()
     }
 
     /// Stops after the step that it is at, until it is [resumed](Self::resume).
@@ -175,7 +179,12 @@ impl Background {
     }
 
     fn join(&mut self) {
+        let is_there = self.control.owner.is_current();
         for thread in self.threads.drain(..) {
+            if !is_there {
+                std::mem::forget(thread);
+                continue;
+            }
             // A source that panics is an error like others; nothing else does.
             let _panicked = thread.join();
         }
@@ -194,13 +203,16 @@ impl fmt::Debug for Background {
         f.debug_struct("Background")
             .field("progress", &self.progress())
             .field("finished", &self.is_finished())
-            .field("state", &*lock(&self.control.state))
+            .field("state", &self.control.state)
             .finish_non_exhaustive()
     }
 }
 
 impl Control {
     fn change(&self, change: impl FnOnce(&mut State)) {
+        if !self.owner.is_current() {
+            return;
+        }
         change(&mut lock(&self.state));
         self.changed.notify_all();
     }

@@ -11,10 +11,12 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::layout::{Layout, Segment};
+use crate::owner::InheritedFd;
 use crate::{FeatureFlags, Uffd};
 
 /// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any time.
@@ -51,6 +53,8 @@ pub(crate) struct Descriptor {
     /// Whether it was blocking when it was handed in, and is to be so again when it is given back.
     pub(crate) was_blocking: bool,
     shards: Box<[Shard]>,
+    /// For a fork's child, which may find the shards locked.
+    pub(crate) inherited: InheritedFd,
     closed: AtomicBool,
     /// What was served, of one that a thread has closed that must not free it.
     left: Mutex<Option<Serving>>,
@@ -73,8 +77,9 @@ impl Descriptor {
         let features = serving.uffd.features();
         let tells_changes = features.intersects(CHANGES) || serving.uffd.ioctls().is_empty();
         let shards = (0..threads).map(|_| Shard(Mutex::new(Some(serving.clone())))).collect();
+        let inherited = InheritedFd::new(serving.uffd.as_fd());
         let (closed, left) = (AtomicBool::new(false), Mutex::default());
-        Self { id, slot, tells_changes, is_child, was_blocking, shards, closed, left }
+        Self { id, slot, tells_changes, is_child, was_blocking, shards, inherited, closed, left }
     }
 
     /// The layout, which doesn't change as long as the guard lives. For short: no source is read meanwhile.
@@ -121,6 +126,8 @@ impl Descriptor {
 
     /// Ends the serving, and gives the descriptor back. `None` if somebody else did before.
     pub(crate) fn close(&self) -> Option<Serving> {
+        // From now on whoever gets it decides when its number is closed.
+        self.inherited.forget();
         let mut closed = None;
         self.exclusively(&mut |serving| closed = serving.take());
         self.closed.store(true, Ordering::Release);

@@ -112,7 +112,8 @@ pub enum Error {
         address: usize,
     },
 
-    /// No such descriptor or region is served: it was removed, or its process has gone.
+    /// No such descriptor or region is served: it was removed, or its process has gone. Or the pager, or the memory,
+    /// was made before a fork, by the parent of this process.
     #[error("the pager doesn't serve this any more")]
     NotServed,
 

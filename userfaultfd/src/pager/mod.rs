@@ -54,6 +54,12 @@
 //! - Without `EVENT_FORK` a child reads zeros where pages are missing: use `MADV_DONTFORK`.
 //! - When a process ends nothing tells, unless a fill finds out. Children of forks are looked after every half second.
 //!
+//! # Forks
+//!
+//! A pager works in the process that made it. In the child of a fork its methods fail with
+//! [`NotServed`](Error::NotServed), and dropping it closes the child's copies of its descriptors, and changes nothing
+//! in the parent. A child may make pagers of its own.
+//!
 //! # Watching it
 //!
 //! [`Pager::statistics`] has counters and histograms of latencies, [`PagerBuilder::on_problem`] what goes wrong. With the
@@ -390,6 +396,9 @@ impl Pager {
     }
 
     fn add_checked(&self, uffd: Uffd, regions: Vec<Region>, foreign: bool) -> Result<Added, Refused> {
+        if let Err(error) = self.shared.check_owner() {
+            return Err(Refused { uffd, error });
+        }
         let _adding = lock(&self.adding);
         let mut layout = Layout::default();
         let prepared = regions.into_iter().try_for_each(|region| {
@@ -456,6 +465,7 @@ impl Pager {
         region: Region,
         foreign: bool,
     ) -> Result<RegionId> {
+        self.shared.check_owner()?;
         let _adding = lock(&self.adding);
         let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
         let uffd = {
@@ -565,6 +575,7 @@ impl Pager {
     ///
     /// [`NotServed`](Error::NotServed): it isn't served any more.
     pub fn remove(&self, descriptor: DescriptorId) -> Result<Detached> {
+        self.shared.check_owner()?;
         // Who adds a region uses the descriptor meanwhile.
         let _adding = lock(&self.adding);
         let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
@@ -611,8 +622,10 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// [`Unfilled`](Error::Unfilled): a source fails, before Linux 6.6. Everything is served on.
+    /// - [`Unfilled`](Error::Unfilled): a source fails, before Linux 6.6. Everything is served on.
+    /// - [`NotServed`](Error::NotServed): another process made the pager.
     pub fn finish(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
+        self.shared.check_owner()?;
         loop {
             self.shared.wait_for_forks();
             let descriptors = self.shared.descriptors();
@@ -634,12 +647,19 @@ impl Pager {
     /// again, so that the new owner hears of them.
     #[must_use = "closing the descriptors shows zeros where pages are missing"]
     pub fn detach(mut self) -> Vec<Detached> {
-        self.stop_threads();
+        if self.shared.owner.is_current() {
+            self.stop_threads();
+        }
         let descriptors = self.shared.descriptors().into_iter();
         let detach = |descriptor: Arc<Descriptor>| {
             self.shared.remove(&descriptor).map(|serving| shutdown::detached(&descriptor, serving))
         };
         descriptors.filter_map(detach).collect()
+    }
+
+    /// In a fork's child: closes its copy of a descriptor that is served in the parent.
+    pub(crate) fn abandon(&self, descriptor: DescriptorId) {
+        self.shared.abandon(Some(descriptor.0));
     }
 
     /// Stops the threads, those that serve first.
@@ -669,6 +689,10 @@ impl Pager {
 
 impl Drop for Pager {
     fn drop(&mut self) {
+        if !self.shared.owner.is_current() {
+            self.threads.drain(..).for_each(std::mem::forget);
+            return self.shared.abandon(None);
+        }
         if self.threads.is_empty() {
             return;
         }

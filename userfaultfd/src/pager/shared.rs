@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use memmap2::MmapRaw;
 
@@ -15,7 +15,8 @@ use super::fill::Filler;
 use super::layout::{Layout, ROOM, Segments};
 use super::region::Served;
 use super::stats::Counters;
-use super::{Problem, Result, Retry, Statistics};
+use super::{Error, Problem, Result, Retry, Statistics};
+use crate::owner::{InheritedFd, Owner, abandon};
 use crate::{Uffd, sys};
 
 /// What the thread in the background is told by those that serve faults. They don't do it themselves: it takes locks
@@ -97,6 +98,7 @@ impl Token {
 struct AtWork(AtomicBool);
 
 pub(crate) struct Shared {
+    pub(crate) owner: Owner,
     pub(crate) retry: Retry,
     /// How many threads serve faults.
     pub(crate) threads: usize,
@@ -155,6 +157,7 @@ impl Shared {
             stopped: false,
         };
         Ok(Self {
+            owner: Owner::current()?,
             retry,
             threads,
             readers,
@@ -179,6 +182,33 @@ impl Shared {
             bell,
             stopping: AtomicBool::new(false),
         })
+    }
+
+    /// Returns an error in any process but the one that made the pager.
+    pub(crate) fn check_owner(&self) -> Result<()> {
+        if self.owner.is_current() { Ok(()) } else { Err(Error::NotServed) }
+    }
+
+    /// In a fork's child, which hasn't got the threads: closes the number of a descriptor that was served, or of all
+    /// and of the pager's own. What a thread was about to change when the process forked isn't found.
+    #[expect(unsafe_code, reason = "closes what the threads have a share of")]
+    pub(crate) fn abandon(self: &Arc<Self>, descriptor: Option<u64>) {
+        abandon(self);
+        let table = match self.table.try_lock() {
+            Ok(table) => Some(table),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        let slots = table.iter().flat_map(|table| table.slots.iter().flatten());
+        let of_descriptors = slots.filter(|served| descriptor.is_none_or(|id| id == served.id));
+        let own = [&self.epoll, &self.bell].map(|fd| InheritedFd::new(fd.as_fd()));
+        let own = own.iter().filter(|_| descriptor.is_none());
+        for fd in of_descriptors.map(|served| &served.inherited).chain(own) {
+            // SAFETY: this is a child, without the threads, and every method of the pager is an error in it. The table
+            // owned the descriptor when the process forked, or else its number was forgotten; nothing of the table, nor
+            // of this, is dropped any more. The pager's own two are asked for once, when it is dropped.
+            unsafe { fd.close() };
+        }
     }
 
     /// A thread that serves faults is on its way to read: it allocates nothing from here on.
@@ -329,8 +359,12 @@ impl Shared {
         self.descriptors().into_iter().find(|descriptor| descriptor.id == id)
     }
 
+    /// The descriptors that are served: none in another process, where the table may be locked for ever.
     pub(crate) fn descriptors(&self) -> Vec<Arc<Descriptor>> {
         let mut descriptors = Vec::new();
+        if !self.owner.is_current() {
+            return descriptors;
+        }
         loop {
             let len = lock(&self.table).slots.len();
             descriptors.reserve(len);
@@ -349,6 +383,9 @@ impl Shared {
 
     /// Waits until nothing is served any more.
     pub(crate) fn wait_until_empty(&self) {
+        if !self.owner.is_current() {
+            return;
+        }
         let table = lock(&self.table);
         drop(self.table_changed.wait_while(table, |table| table.served > 0));
     }

@@ -19,6 +19,7 @@ use crate::atomic::AtomicU64;
 use crate::dirty::watch::{Watch, Words, pointer};
 use crate::error::errno_of;
 use crate::maps::Process;
+use crate::owner::InheritedFd;
 use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, page_size, sys};
 
 /// How often pages that can't be read, or aren't protected any more, are looked at again: the event that says why may
@@ -102,6 +103,13 @@ pub(super) struct Copier {
     done: bool,
 }
 
+impl Drop for Copier {
+    fn drop(&mut self) {
+        // They are closed now.
+        self.shared.inherited.get().into_iter().flatten().for_each(InheritedFd::forget);
+    }
+}
+
 impl Copier {
     pub(super) fn new(
         watch: Arc<Watch>,
@@ -112,8 +120,11 @@ impl Copier {
     ) -> io::Result<Self> {
         let end = layout.parts().iter().map(|part| part.offset + part.len).max().unwrap_or(0);
         let pages = end / page_size();
+        let fdinfo = File::open(format!("/proc/self/fdinfo/{}", watch.uffd.as_raw_fd()))?;
+        let owned = [watch.uffd.as_fd(), watch.pagemap.as_fd(), fdinfo.as_fd()];
+        shared.inherited.get_or_init(|| owned.map(InheritedFd::new));
         Ok(Self {
-            fdinfo: File::open(format!("/proc/self/fdinfo/{}", watch.uffd.as_raw_fd()))?,
+            fdinfo,
             watch,
             shared,
             layout,

@@ -187,13 +187,15 @@ impl<S> Snapshot<S> {
     /// Whether it has ended, well or not: [`wait`](Self::wait) doesn't wait then.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        self.sink.as_ref().is_none_or(JoinHandle::is_finished)
+        !self.shared.owner.is_current() || self.sink.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Has it aborted, unless the sink has taken all already. Protection ends, or in a [`Series`] goes on for the next
     /// snapshot.
     pub fn abort(&self) {
-        self.queue.fail(None);
+        if self.shared.owner.is_current() {
+            self.queue.fail(None);
+        }
     }
 
     /// Waits until all is delivered, and gives the sink back.
@@ -208,6 +210,9 @@ impl<S> Snapshot<S> {
     }
 
     fn join(&mut self) -> Result<(S, Result<()>)> {
+        if !self.shared.owner.is_current() {
+            return Err(Error::Kernel(crate::Error::OtherProcess));
+        }
         let thread = self.sink.take().ok_or(Error::Aborted)?;
         let (sink, mut result) = thread.join().map_err(|_| Error::SinkPanicked)?;
         if let (Err(Error::Aborted), Some(errno)) = (&result, self.queue.failure()) {
@@ -221,7 +226,10 @@ impl<S> Snapshot<S> {
 
 impl<S> Drop for Snapshot<S> {
     fn drop(&mut self) {
-        if self.sink.is_some() {
+        if !self.shared.owner.is_current() {
+            // The thread isn't there, and the sink is its.
+            std::mem::forget(self.sink.take());
+        } else if self.sink.is_some() {
             self.abort();
             // How it ended doesn't matter any more.
             drop(self.join());

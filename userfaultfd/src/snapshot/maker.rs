@@ -35,6 +35,9 @@ impl Maker {
         incremental: bool,
         changed: Bits,
     ) -> Result<Snapshot<S>> {
+        if !self.shared.owner.is_current() {
+            return Err(Error::Kernel(crate::Error::OtherProcess));
+        }
         if !self.shared.claim() {
             return Err(Error::Running);
         }
@@ -93,8 +96,7 @@ impl Maker {
     ) -> Result<(Arc<Queue>, Arc<Counts>)> {
         let geometry = Geometry { regions: self.regions.clone(), incremental };
         sink.begin(&geometry).map_err(Error::Sink)?;
-        let wake = self.shared.waker().map_err(Error::Thread)?;
-        let queue = Arc::new(Queue::new(self.buffers.chunks, self.buffers.pages, wake));
+        let queue = Arc::new(Queue::new(self.buffers.chunks, self.buffers.pages, self.shared.waker()));
         let counts = Arc::new(Counts::default());
         self.shared.begin(Begin { queue: Arc::clone(&queue), counts: Arc::clone(&counts), changed })?;
         Ok((queue, counts))
@@ -103,6 +105,10 @@ impl Maker {
 
 impl Drop for Maker {
     fn drop(&mut self) {
+        if !self.shared.owner.is_current() {
+            std::mem::forget(self.copier.take());
+            return self.shared.abandon();
+        }
         self.shared.end();
         if let Some(thread) = self.copier.take() {
             // It doesn't panic; what it failed of is told by the snapshot.

@@ -48,6 +48,9 @@
 //!   [`Progress::gone`]. (On Linux 6.1 so are private hugetlb pages of another process that it still shares with its
 //!   parent since a fork: reading them ends their protection there.)
 //!
+//! A snapshot, and a [`Series`], work in the process that began them. In the child of a fork their methods fail with
+//! [`Error::OtherProcess`](crate::Error::OtherProcess), and dropping them leaves the parent's alone.
+//!
 //! What the program does to its memory meanwhile:
 //!
 //! | | |

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::sink::Content;
 use crate::Errno;
@@ -70,12 +70,12 @@ pub(super) struct Queue {
     state: Mutex<State>,
     changed: Condvar,
     /// Wakes the thread that copies.
-    wake: UnixStream,
+    wake: Arc<UnixStream>,
 }
 
 impl Queue {
     /// With so many buffers of so many bytes: of chunks, of pages.
-    pub(super) fn new(chunks: (usize, usize), pages: (usize, usize), wake: UnixStream) -> Self {
+    pub(super) fn new(chunks: (usize, usize), pages: (usize, usize), wake: Arc<UnixStream>) -> Self {
         let buffers = |size, (count, len): (usize, usize)| {
             (0..count).map(|_| Buffer { bytes: Vec::with_capacity(len), size }).collect()
         };
@@ -169,7 +169,7 @@ impl Queue {
     }
 
     pub(super) fn wake(&self) {
-        match (&self.wake).write_all(&[0]) {
+        match (&*self.wake).write_all(&[0]) {
             Ok(()) => {}
             // Woken already; or there is nobody any more.
             Err(error) => debug_assert!(matches!(

@@ -1,14 +1,16 @@
 //! What the thread that saves pages shares with those who ask something of it.
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::bits::Bits;
 use super::queue::Queue;
 use crate::atomic::AtomicU64;
+use crate::owner::{InheritedFd, Owner, abandon};
 use crate::{Errno, Error, Result};
 
 /// What a snapshot has done so far, in bytes.
@@ -24,9 +26,13 @@ pub(super) struct Counts {
 /// What the thread and those who ask something of it share.
 #[derive(Debug)]
 pub(super) struct Shared {
+    pub(super) owner: Owner,
+    /// What the thread owns, as long as it does.
+    pub(super) inherited: OnceLock<[InheritedFd; 3]>,
     /// Something to read there means that something changed.
     pub(super) woken: UnixStream,
-    wake: UnixStream,
+    /// Its other end, which the queue of each snapshot has, too.
+    wake: Arc<UnixStream>,
     state: Mutex<State>,
     pub(super) answered: Condvar,
 }
@@ -57,11 +63,25 @@ impl Shared {
         let (woken, wake) = UnixStream::pair()?;
         woken.set_nonblocking(true)?;
         wake.set_nonblocking(true)?;
-        Ok(Self { woken, wake, state: Mutex::default(), answered: Condvar::new() })
+        let (owner, inherited) = (Owner::current()?, OnceLock::new());
+        let (wake, state) = (Arc::new(wake), Mutex::default());
+        Ok(Self { owner, inherited, woken, wake, state, answered: Condvar::new() })
     }
 
-    pub(super) fn waker(&self) -> io::Result<UnixStream> {
-        self.wake.try_clone()
+    /// In a fork's child, which hasn't got the thread: closes what that has a share of.
+    #[expect(unsafe_code, reason = "closes what the thread has a share of")]
+    pub(super) fn abandon(self: &Arc<Self>) {
+        abandon(self);
+        let of_both = [&self.woken, &*self.wake].map(|end| InheritedFd::new(end.as_fd()));
+        for fd in self.inherited.get().into_iter().flatten().chain(&of_both) {
+            // SAFETY: this is a child, without the thread, which forgets its numbers before it closes them; and this,
+            // which the caller kept open and gives up, is dropped no more.
+            unsafe { fd.close() };
+        }
+    }
+
+    pub(super) fn waker(&self) -> Arc<UnixStream> {
+        Arc::clone(&self.wake)
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
@@ -70,7 +90,7 @@ impl Shared {
 
     fn wake(&self) {
         // Full means woken already.
-        let woken = (&self.wake).write_all(&[0]);
+        let woken = (&*self.wake).write_all(&[0]);
         debug_assert!(woken.is_ok() || woken.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock));
     }
 

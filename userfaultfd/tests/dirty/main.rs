@@ -10,6 +10,7 @@ mod access;
 mod changes;
 mod concurrent;
 mod elsewhere;
+mod forked;
 mod pinned;
 mod process;
 mod ranges;

@@ -8,6 +8,7 @@ mod bad;
 mod ends;
 mod events;
 mod fills;
+mod forked;
 mod lazy;
 mod leaks;
 mod others;

@@ -7,6 +7,7 @@ mod support;
 mod changes;
 mod ends;
 mod file;
+mod forked;
 mod image;
 mod live;
 mod restore;

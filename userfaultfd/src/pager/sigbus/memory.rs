@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -11,6 +12,7 @@ use memmap2::{MmapMut, MmapOptions, MmapRaw};
 
 use super::handler;
 use super::table::{self, Hold, SLOTS};
+use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::descriptor::at;
 use crate::pager::pages::{Claim, End};
 use crate::pager::region::Served;
@@ -51,7 +53,7 @@ pub(crate) struct Lazy {
 
 /// The memory's owner: handlers find it until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Owned(Arc<Lazy>);
+pub(crate) struct Owned(Arc<Lazy>, Owner);
 
 impl Owned {
     /// Registers a region of this process's memory, reads the pages that have one of `borders` inside, and has
@@ -72,12 +74,13 @@ impl Owned {
         let counters = MmapRaw::from(mapping(SLOTS * size_of::<Counters>())?);
         let zeros = if served.zeropage { None } else { Some(mapping(served.page_size())?) };
         let (futile, closed) = (AtomicU32::new(0), AtomicBool::new(false));
+        let owner = Owner::current()?;
         let lazy = Arc::new(Lazy { uffd, served, start, end, counters, zeros, futile, closed });
         lazy.prepare(borders)?;
         handler::install()?;
         // SAFETY: the `Arc` keeps it where it is, and is given up by `drop` only after it was removed.
         unsafe { table::add(Arc::as_ptr(&lazy), start, end) }?;
-        Ok(Self(lazy))
+        Ok(Self(lazy, owner))
     }
 
     pub(crate) fn lazy(&self) -> &Arc<Lazy> {
@@ -87,6 +90,12 @@ impl Owned {
 
 impl Drop for Owned {
     fn drop(&mut self) {
+        if !self.1.is_current() {
+            abandon(&self.0);
+            // SAFETY: this is a fork's child, and the parent's memory is dropped no more in it. This has kept the
+            // descriptor open.
+            return unsafe { InheritedFd::new(self.0.uffd.as_fd()).close() };
+        }
         self.0.closed.store(true, Ordering::SeqCst);
         if table::remove(Arc::as_ptr(&self.0)).is_err() {
             // Handlers may find it for ever.

@@ -1,0 +1,148 @@
+//! Which process made a thing, and what becomes of it in the child of a fork.
+//!
+//! A child inherits the memory of its parent and copies of its descriptors, but no thread. Whatever it asks of an
+//! inherited descriptor happens in the parent: its memory is poisoned, its ranges are unregistered, its epoll instance
+//! loses a member. Locks that another thread held at the moment of the fork stay locked, and a handle of a thread
+//! leads to none, or to another one. So each thing that has threads or descriptors notes its [`Owner`]. In any other
+//! process it
+//!
+//! - closes its own numbers when it is dropped ([`InheritedFd`]), and does nothing else: no system call on the
+//!   descriptors, no lock that may be held, no join, no munmap of what the child hasn't got;
+//! - answers every method that would do more with an error;
+//! - panics instead of dereferencing memory that the child hasn't got.
+
+#![expect(unsafe_code, reason = "closes numbers whose owner is out of reach")]
+
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+
+use crate::{Errno, sys};
+
+/// The process that made a thing.
+///
+/// Its generation lies in a page that the kernel clears in a fork's child (MADV_WIPEONFORK), so that a look at it is a
+/// load. A process that shares all memory with its parent, as vfork(2) makes it, counts as the same.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owner {
+    now: &'static AtomicUsize,
+    generation: usize,
+}
+
+/// How many generations this process and its ancestors have had.
+static GENERATIONS: AtomicUsize = AtomicUsize::new(0);
+
+impl Owner {
+    /// Returns this process.
+    pub(crate) fn current() -> Result<Self, Errno> {
+        let now = sys::zero_after_fork()?;
+        let mut generation = now.load(Ordering::Relaxed);
+        if generation == 0 {
+            // Of those that try at the same time one is right; a child begins above all that its ancestors had.
+            let new = GENERATIONS.fetch_add(1, Ordering::Relaxed) + 1;
+            let set = now.compare_exchange(0, new, Ordering::Relaxed, Ordering::Relaxed);
+            generation = set.map_or_else(|other| other, |_| new);
+        }
+        Ok(Self { now, generation })
+    }
+
+    /// Returns whether this process is the owner.
+    #[inline]
+    pub(crate) fn is_current(&self) -> bool {
+        self.now.load(Ordering::Relaxed) == self.generation
+    }
+}
+
+/// The number of a descriptor, for a fork's child to close whose threads would have owned it.
+#[derive(Debug)]
+pub(crate) struct InheritedFd(AtomicI32);
+
+const CLOSED: RawFd = -1;
+
+impl InheritedFd {
+    pub(crate) fn new(fd: BorrowedFd<'_>) -> Self {
+        Self(AtomicI32::new(fd.as_raw_fd()))
+    }
+
+    /// Forgets the number: its owner is about to close it.
+    pub(crate) fn forget(&self) {
+        self.0.store(CLOSED, Ordering::Relaxed);
+    }
+
+    /// Closes the number in the child. Once.
+    ///
+    /// # Safety
+    ///
+    /// The caller must make sure that
+    ///
+    /// - this process is a child of the one that the number was noted in, and the descriptor was open there when it
+    ///   forked.
+    /// - the value that owns the descriptor is neither used nor dropped in this process.
+    pub(crate) unsafe fn close(&self) {
+        let number = self.0.swap(CLOSED, Ordering::Relaxed);
+        if number != CLOSED {
+            // SAFETY: it is open, since it was when this process came into being and its owner is out of reach, as the
+            // caller has made sure; and it is taken out above, so that it is closed once.
+            drop(unsafe { sys::own(number) });
+        }
+    }
+}
+
+/// Keeps a value from being dropped in a fork's child, with all that it leads to.
+pub(crate) fn abandon<T>(shared: &std::sync::Arc<T>) {
+    std::mem::forget(std::sync::Arc::clone(shared));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::support::{child, require, test_name};
+
+    #[test]
+    fn a_forked_child_is_another_owner_and_so_is_its_child() {
+        require!();
+        child::run_well(test_name!(), || {
+            let parent = Owner::current().unwrap();
+            assert!(parent.is_current() && Owner::current().unwrap().generation == parent.generation);
+            child::fork(|| {
+                assert!(!parent.is_current());
+                let own = Owner::current().unwrap();
+                assert!(own.is_current() && !parent.is_current() && own.generation != parent.generation);
+                child::fork(|| {
+                    // The first to ask, or not.
+                    assert!(!own.is_current() && !parent.is_current());
+                    assert!(Owner::current().unwrap().is_current());
+                    assert!(!own.is_current() && !parent.is_current());
+                })
+                .succeed();
+                assert!(own.is_current());
+            })
+            .succeed();
+            assert!(parent.is_current());
+            assert_eq!(Owner::current().unwrap().generation, parent.generation);
+        });
+    }
+
+    #[test]
+    fn a_number_is_closed_once() {
+        require!();
+        child::run_well(test_name!(), || {
+            let file = File::open("/proc/self/exe").unwrap();
+            let inherited = InheritedFd::new(file.as_fd());
+            let number = file.as_raw_fd();
+            child::fork(|| {
+                // SAFETY: this is a child, which ends without dropping the file.
+                unsafe { inherited.close() };
+                let other = File::open("/proc/self/exe").unwrap();
+                assert_eq!(other.as_raw_fd(), number, "the lowest that is free");
+                // SAFETY: as above; nothing is left to close.
+                unsafe { inherited.close() };
+                other.metadata().unwrap();
+            })
+            .succeed();
+            file.metadata().unwrap();
+        });
+    }
+}
