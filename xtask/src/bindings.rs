@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
+use crate::apt::{self, Apt};
 use crate::sys::bindings::{Generated, configure, generate};
 use crate::sys::headers::Headers;
 use crate::sys::names;
@@ -26,7 +27,12 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     libclang::load()?;
     let scratch = crate::scratch().join("bindings");
     fs::create_dir_all(&scratch).map_err(|e| format!("{}: {e}", scratch.display()))?;
-    let headers = Headers::open(&options.headers, &scratch)?;
+    let tree = match &options.headers {
+        Some(tree) => tree.clone(),
+        None if options.check => fetch(&committed_version()?)?,
+        None => fetch("")?,
+    };
+    let headers = Headers::open(&tree, &scratch)?;
 
     let mut files = Vec::new();
     let mut version = options.version.clone();
@@ -37,7 +43,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         version = version.or(generated.version);
         files.push((encoding.file(), format!("{PREFACE}{}", generated.text)));
     }
-    match version.or_else(|| version_of_tree(&options.headers)) {
+    match version.or_else(|| version_of_tree(&tree)) {
         Some(version) => files.push(("VERSION", format!("{version}\n"))),
         None if options.check => eprintln!("the tree doesn't say its version: VERSION is not checked"),
         None => return Err("the tree doesn't say its version: add --version X.Y.Z".to_owned()),
@@ -46,7 +52,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
 }
 
 struct Options {
-    headers: PathBuf,
+    /// A tree of headers; `None`: those of Debian, of the newest kernel, or to check with those of the committed version.
+    headers: Option<PathBuf>,
     check: bool,
     version: Option<String>,
 }
@@ -64,7 +71,6 @@ impl Options {
                 _ => return Err(format!("bindings: unexpected argument `{argument}`")),
             }
         }
-        let headers = headers.ok_or("bindings: --headers DIR is missing")?;
         if let Some(version) = &version {
             if !is_version(version) {
                 return Err(format!("--version {version}: not of the form X.Y.Z"));
@@ -72,6 +78,55 @@ impl Options {
         }
         Ok(Options { headers, check, version })
     }
+}
+
+/// Where the newest kernel headers of Debian are looked for.
+const SUITES: [&str; 3] = ["trixie-backports", "forky", "sid"];
+
+/// One package with the headers of all architectures, since Linux 6.12.
+const PACKAGE: &str = "linux-libc-dev";
+
+/// Fetches Debian's newest kernel headers whose version starts with `version`. Returns a folder with `include/` and
+/// `arch/ARCH/asm/`.
+pub(crate) fn fetch(version: &str) -> Result<PathBuf, String> {
+    let folder = crate::scratch().join("bindings");
+    let fetch = || {
+        let apt = Apt::open(folder.join("apt"), &SUITES, &apt::host()?)?;
+        let version = apt.version(PACKAGE, version)?;
+        let tree = apt.packages(&[format!("{PACKAGE}={version}")], &["usr"])?;
+        let place = folder.join("headers").join(&version);
+        lay_out(&tree.join("usr"), &place).map_err(|e| format!("{}: {e}", place.display()))?;
+        eprintln!("headers of {PACKAGE} {version}");
+        Ok(place)
+    };
+    fetch().map_err(|reason: String| format!("give a tree of kernel headers with --headers DIR\n{reason}"))
+}
+
+/// The kernel whose headers the committed bindings are from.
+pub(crate) fn committed_version() -> Result<String, String> {
+    let path = committed().join("VERSION");
+    let version = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(version.trim().to_owned())
+}
+
+/// Brings the folders of the package into the order that [`Headers`] knows, by links: the package has the headers of an
+/// architecture in `lib/linux/uapi/ARCH/asm`, and all others in `include`.
+fn lay_out(package: &Path, place: &Path) -> std::io::Result<()> {
+    let link = |to: &Path, name: &Path| match std::os::unix::fs::symlink(to, name) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    };
+    let (include, arch) = (place.join("include"), place.join("arch"));
+    fs::create_dir_all(&include)?;
+    fs::create_dir_all(&arch)?;
+    for folder in ["linux", "asm-generic"] {
+        link(&package.join("include").join(folder), &include.join(folder))?;
+    }
+    for entry in fs::read_dir(package.join("lib/linux/uapi"))? {
+        let entry = entry?;
+        link(&entry.path(), &arch.join(entry.file_name()))?;
+    }
+    Ok(())
 }
 
 fn wrapper() -> PathBuf {
@@ -229,7 +284,8 @@ mod tests {
     fn arguments_are_checked() {
         let parse = |line: &str| Options::parse(&line.split(' ').map(str::to_owned).collect::<Vec<_>>());
         assert!(parse("--headers x --check").is_ok_and(|options| options.check));
-        for line in ["", "--check", "--headers", "--headers x --version 7", "--headers x y"] {
+        assert!(parse("--check").is_ok_and(|options| options.check && options.headers.is_none()));
+        for line in ["", "--headers", "--headers x --version 7", "--headers x y"] {
             assert!(parse(line).is_err(), "{line}");
         }
     }

@@ -18,8 +18,10 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 usage: cargo xtask COMMAND
 
-  bindings --headers DIR [--check] [--version X.Y.Z]
+  bindings [--headers DIR] [--check] [--version X.Y.Z]
       Regenerate userfaultfd-sys/src/bindings from a tree of kernel headers; with --check, only say what would change.
+      Without --headers, Debian's package linux-libc-dev is fetched: of the newest kernel, with --check of the committed
+      bindings' kernel.
       DIR is a tree of `make headers_install`, a kernel source tree, or has include/ and arch/ARCH/asm/.
       The kernel's version is taken from the tree (linux/version.h, Makefile or README.md) unless it is given.
 

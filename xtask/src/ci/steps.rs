@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::{Outcome, Step, bare, cargo, execute, output, require, targets};
-use crate::libclang;
+use crate::{bindings, libclang};
 
-/// An optional header tree beside the repository.
+/// A header tree that may lie beside the repository. Without it the headers are fetched.
 const HEADERS: &str = "../shared/uapi";
-const NO_HEADERS: &str = "there is no header tree at ../shared/uapi";
+const NO_HEADERS: &str = "the headers of the committed bindings' kernel can't be had";
 
 const NO_APT: &str = "there are no apt-get and dpkg here to fetch kernels with; \
     run `cargo xtask kernels --qemu PATH --kernel PATH --features MASK` with a kernel of yours";
@@ -30,8 +30,8 @@ pub(super) const STEPS: &[Step] = &[
     step("doc", "documentation, warnings denied", doc),
     step("docs-rs", "documentation as docs.rs builds it", docs_rs),
     step("targets", "every Linux target of this Rust has bindings", targets::run),
-    step("bindings", "the committed bindings are those of ../shared/uapi", bindings),
-    step("bindgen", "feature `bindgen`, with the headers of ../shared/uapi", bindgen),
+    step("bindings", "the committed bindings are those of their kernel's headers", check_bindings),
+    step("bindgen", "feature `bindgen`, with the same headers", bindgen),
     step("package", "both crates, as they would be published", package),
     step("bare", "a build without libclang, C compiler and kernel headers", bare::run),
     step("nix", "the library with the oldest nix that it accepts", oldest_nix),
@@ -68,19 +68,26 @@ fn docs_rs() -> Result<Outcome, String> {
     passed(execute(command.env("DOCS_RS", "1").env("RUSTDOCFLAGS", "--cfg=docsrs --deny=warnings")))
 }
 
-fn headers() -> Option<PathBuf> {
-    Some(crate::root().join(HEADERS)).filter(|headers| headers.is_dir())
+/// The headers of the committed bindings' kernel: beside the repository, or fetched. `None` where neither is possible: a
+/// mirror that has a newer kernel by now is no failure of the tree.
+fn headers() -> Result<Option<PathBuf>, String> {
+    let beside = crate::root().join(HEADERS);
+    if beside.is_dir() {
+        return Ok(Some(beside));
+    }
+    let fetched = bindings::fetch(&bindings::committed_version()?);
+    Ok(fetched.inspect_err(|reason| println!("{reason}")).ok())
 }
 
-fn bindings() -> Result<Outcome, String> {
-    let Some(headers) = headers() else { return Ok(Outcome::Skipped(NO_HEADERS)) };
+fn check_bindings() -> Result<Outcome, String> {
+    let Some(headers) = headers()? else { return Ok(Outcome::Skipped(NO_HEADERS)) };
     // A process of its own: bindgen panics at times.
     let mut command = cargo(&["run", "--quiet", "--package=xtask", "--", "bindings", "--check", "--headers"]);
     passed(execute(command.arg(headers)))
 }
 
 fn bindgen() -> Result<Outcome, String> {
-    let Some(headers) = headers() else { return Ok(Outcome::Skipped(NO_HEADERS)) };
+    let Some(headers) = headers()? else { return Ok(Outcome::Skipped(NO_HEADERS)) };
     let libclang = libclang::load()?;
     let run = |arguments: &[&str]| {
         let mut command = cargo(arguments);
