@@ -123,7 +123,7 @@ impl UffdBuilder {
     /// - [`UnsupportedIoctls`](Error::UnsupportedIoctls): a required operation of the descriptor is missing.
     /// - [`SystemError`](Error::SystemError): anything else that `UFFDIO_API` may answer.
     pub fn create(&self) -> Result<Uffd> {
-        self.shake_hands(open::open(self.open_with, self.flags)?)
+        Ok(self.shake_hands(open::open(self.open_with, self.flags)?)?.made_here())
     }
 
     /// Like [`create`](Self::create), through a `/dev/userfaultfd` that is already open: for a process that
@@ -145,7 +145,7 @@ impl UffdBuilder {
     /// ```
     #[doc(alias = "USERFAULTFD_IOC_NEW")]
     pub fn from_device(&self, device: impl AsFd) -> Result<Uffd> {
-        self.shake_hands(open::open_from(device.as_fd(), self.flags)?)
+        Ok(self.shake_hands(open::open_from(device.as_fd(), self.flags)?)?.made_here())
     }
 
     /// Shakes hands on a userfaultfd that was created elsewhere and hasn't done so. What this builder says

@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::open::OpenFailure;
-use crate::{Errno, FeatureFlags, IoctlFlags};
+use crate::{Errno, FeatureFlags, IoctlFlags, Refusal};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -52,6 +52,21 @@ pub enum Error {
     /// A system call failed.
     #[error("system call failed ({0:?})")]
     SystemError(#[from] Errno),
+
+    /// The kernel refused to register or unregister a range, or to protect it, and the reason was found. The text tells it,
+    /// and what would work.
+    ///
+    /// Where it can't be found, and for what happens by itself (`EAGAIN`, `ESRCH`, `ENOMEM`; `ENOENT` where nothing is
+    /// mapped any more), these operations fail with [`SystemError`](Error::SystemError).
+    #[error("{ioctl} failed ({errno:?}): {refusal}")]
+    Refused {
+        /// The operation.
+        ioctl: IoctlFlags,
+        /// What the kernel said.
+        errno: Errno,
+        /// What stood in the way.
+        refusal: Refusal,
+    },
 
     /// The descriptor is at its end of file: it is not a userfaultfd.
     #[error("end of file on the descriptor")]
@@ -184,7 +199,7 @@ impl Error {
             | Error::SystemError(errno)
             | Error::ZeropageFailed(errno)
             | Error::TrackingFailed(errno) => Some(*errno),
-            Error::Stopped { errno, .. } => Some(*errno),
+            Error::Stopped { errno, .. } | Error::Refused { errno, .. } => Some(*errno),
             Error::PartiallyCopied(_) => Some(Errno::EAGAIN),
             Error::OpenDevUserfaultfd(error) => Some(errno_of(error)),
             Error::OpenFailed(failure) => failure.errno(),

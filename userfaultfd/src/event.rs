@@ -196,7 +196,7 @@ pub(crate) fn claim(message: &Message, terms: &Terms) -> Result<Event> {
         },
         Decoded::Fork { fd } => {
             // SAFETY: the kernel opened the descriptor for the reader of this message, and it was read once.
-            Event::Fork { uffd: Uffd::new(unsafe { sys::own(fd) }, *terms) }
+            Event::Fork { uffd: Uffd::new(unsafe { sys::own(fd) }, terms.of_child()) }
         }
         Decoded::Remap { from, to, len } => {
             Event::Remap { from: pointer(from), to: pointer(to), len: len as usize }
@@ -358,6 +358,7 @@ impl EventBuffer {
             return Ok(0);
         }
         let read = read(&mut self.messages[self.end..])?;
+        let terms = terms.of_child();
         // Where the events of two userfaultfds mix, what a fork's child inherits is asked of the kernel.
         self.terms = if self.end == 0 || self.terms == terms { terms } else { Terms::default() };
         self.end += read;

@@ -259,6 +259,7 @@ pub mod pagemap;
 pub mod pager;
 mod pending_file;
 mod protect;
+mod refusal;
 pub mod snapshot;
 mod sys;
 mod uffd;
@@ -275,6 +276,7 @@ pub use crate::fill::{ContinueMode, CopyMode, MoveMode};
 pub use crate::lazy::{LazyBuilder, LazyMemory};
 pub use crate::open::{OpenFailure, OpenRefusal, OpenWith};
 pub use crate::pending_file::PendingFile;
+pub use crate::refusal::{MemoryKind, Reason, Refusal};
 pub use crate::snapshot::Snapshot;
 pub use crate::uffd::Uffd;
 

@@ -32,7 +32,8 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// [`SystemError`](Error::SystemError) with
+    /// [`Refused`](Error::Refused), which tells the reason, or [`SystemError`](Error::SystemError), where it can't be
+    /// found or comes by itself, with
     ///
     /// - `EAGAIN`: the memory layout is changing. Read the pending events, then try again.
     /// - `ENOENT`: nothing is mapped, or a mapping in the range isn't registered for it. **Mappings before
@@ -75,6 +76,13 @@ impl Uffd {
     #[doc(alias = "UFFDIO_WRITEPROTECT")]
     #[inline]
     pub fn write_protect(&self, start: *mut c_void, len: usize) -> Result<()> {
+        self.write_protect_unexplained(start, len)
+            .map_err(|error| self.explained(error, IoctlFlags::WRITE_PROTECT, start, len, None))
+    }
+
+    /// The same, for those who know what to do about a refusal.
+    #[inline]
+    pub(crate) fn write_protect_unexplained(&self, start: *mut c_void, len: usize) -> Result<()> {
         self.set_write_protection(start, len, sys::UFFDIO_WRITEPROTECT_MODE_WP)
     }
 
@@ -85,7 +93,8 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// As [`write_protect`](Self::write_protect).
+    /// As [`write_protect`](Self::write_protect), always as [`SystemError`](Error::SystemError), since this is for
+    /// handlers of faults; [`explain`](Self::explain) tells the reason.
     #[doc(alias = "UFFDIO_WRITEPROTECT")]
     #[inline]
     pub fn remove_write_protection(&self, start: *mut c_void, len: usize, wake: bool) -> Result<()> {
@@ -117,7 +126,8 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// [`SystemError`](Error::SystemError) with
+    /// [`Refused`](Error::Refused), which tells the reason, or [`SystemError`](Error::SystemError), where it can't be
+    /// found or comes by itself, with
     ///
     /// - `EAGAIN`: the memory layout is changing. Read the pending events, then try again.
     /// - `ENOENT`: nothing is mapped, or a mapping in the range isn't registered for it. Nothing is changed
@@ -148,6 +158,13 @@ impl Uffd {
     #[doc(alias = "UFFDIO_RWPROTECT")]
     #[inline]
     pub fn read_write_protect(&self, start: *mut c_void, len: usize) -> Result<()> {
+        self.read_write_protect_unexplained(start, len)
+            .map_err(|error| self.explained(error, IoctlFlags::READ_WRITE_PROTECT, start, len, None))
+    }
+
+    /// The same, for those who know what to do about a refusal.
+    #[inline]
+    pub(crate) fn read_write_protect_unexplained(&self, start: *mut c_void, len: usize) -> Result<()> {
         self.set_read_write_protection(start, len, sys::UFFDIO_RWPROTECT_MODE_RWP)
     }
 
@@ -156,7 +173,8 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// As [`read_write_protect`](Self::read_write_protect).
+    /// As [`read_write_protect`](Self::read_write_protect), always as [`SystemError`](Error::SystemError), since this
+    /// is for handlers of faults; [`explain`](Self::explain) tells the reason.
     #[doc(alias = "UFFDIO_RWPROTECT")]
     #[inline]
     pub fn remove_read_write_protection(&self, start: *mut c_void, len: usize, wake: bool) -> Result<()> {

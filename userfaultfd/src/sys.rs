@@ -648,6 +648,20 @@ pub(crate) fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
     }
 }
 
+/// Whether a userfaultfd is for memory of this process. `None` where the kernel doesn't tell; it must have UFFDIO_MOVE.
+///
+/// Moving a page that can't be written is refused either way, and nothing is changed. Of another process's descriptor the
+/// kernel says so before it looks at the memory (contract of UFFDIO_MOVE), and so leaves the field alone.
+pub(crate) fn is_of_this_process(fd: BorrowedFd<'_>) -> Option<bool> {
+    let page = unreadable().ok()?.expose_provenance() as u64;
+    let mut arg = uffdio_move { dst: page, src: page, len: page_size() as u64, mode: 0, move_: 0 };
+    // SAFETY: source and destination are a page without permissions that nothing refers to.
+    match unsafe { move_pages(fd, &mut arg) } {
+        Err(Errno::EINVAL) => Some(arg.move_ != 0),
+        _ => None,
+    }
+}
+
 /// Whether /proc has a userfaultfd's name for a descriptor. Allocates nothing: this may be asked about a fork event,
 /// and the forking thread holds the allocator's locks until that is read.
 fn is_named_userfaultfd(fd: BorrowedFd<'_>) -> bool {

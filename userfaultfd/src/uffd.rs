@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawF
 
 use crate::error::errno_of;
 use crate::event::{self, Event, EventBuffer, Message};
-use crate::{Errno, Error, FeatureFlags, IoctlFlags, RegisterMode, Result, Support, sys};
+use crate::maps::{self, Process};
+use crate::refusal::{self, Refusal, Request};
+use crate::{Errno, Error, FeatureFlags, IoctlFlags, Pid, RegisterMode, Result, Support, sys};
 
 /// A userfaultfd: a descriptor through which page faults of one address space are delivered and resolved.
 ///
@@ -44,12 +46,25 @@ pub(crate) struct Terms {
     ioctls: IoctlFlags,
     /// What every registration has to offer.
     pub(crate) range_ioctls: IoctlFlags,
+    /// The process that made the descriptor here, so whose memory it is for; 0 where it came from elsewhere.
+    process: u32,
 }
 
 impl Terms {
     /// With features enabled, operations of the descriptor, and what every registration has to offer.
     pub(crate) fn negotiated(support: Support, range_ioctls: IoctlFlags) -> Self {
-        Self { features: support.features, ioctls: support.ioctls, range_ioctls }
+        Self { features: support.features, ioctls: support.ioctls, range_ioctls, process: 0 }
+    }
+
+    /// The same, for a descriptor that this process has just made.
+    pub(crate) fn made_here(self) -> Self {
+        Self { process: std::process::id(), ..self }
+    }
+
+    /// Those of a child's descriptor.
+    #[inline]
+    pub(crate) fn of_child(self) -> Self {
+        Self { process: 0, ..self }
     }
 
     /// Features enabled and operations of the descriptor; `None` for an adopted one, where the kernel is asked.
@@ -75,6 +90,11 @@ pub(crate) fn range(start: *mut c_void, len: usize) -> sys::uffdio_range {
 impl Uffd {
     pub(crate) fn new(fd: OwnedFd, terms: Terms) -> Self {
         Self { fd, terms }
+    }
+
+    /// The same, which this process has just made.
+    pub(crate) fn made_here(self) -> Self {
+        Self { terms: self.terms.made_here(), ..self }
     }
 
     /// The features that are enabled: those required and those requested that there are. An adopted
@@ -113,11 +133,23 @@ impl Uffd {
 
     fn negotiated(&self) -> Support {
         self.terms.support().unwrap_or_else(|| {
-            let path = format!("/proc/self/fdinfo/{}", self.as_raw_fd());
-            let fdinfo = std::fs::read_to_string(path).unwrap_or_default();
-            parse_fdinfo(&fdinfo)
+            maps::fdinfo(self.as_raw_fd(), b"API:", parse_api)
                 .unwrap_or(Support { features: FeatureFlags::empty(), ioctls: IoctlFlags::empty() })
         })
+    }
+
+    /// Whether the descriptor is for memory of this process, where that can be told.
+    pub(crate) fn is_own(&self) -> Option<bool> {
+        if self.terms.process == std::process::id() {
+            return Some(true);
+        }
+        let can_move = Support::probe().ok()?.features().contains(FeatureFlags::MOVE);
+        if can_move { sys::is_of_this_process(self.as_fd()) } else { None }
+    }
+
+    /// Whose memory it is for, if it is known to be of this process.
+    pub(crate) fn process(&self) -> Option<Process> {
+        self.is_own()?.then_some(Process::Own)
     }
 
     /// Another descriptor of the same userfaultfd, closed on exec. Whichever reads an event first has it.
@@ -205,7 +237,8 @@ impl Uffd {
     ///
     /// [`UnsupportedIoctls`](Error::UnsupportedIoctls) if the range lacks an operation that
     /// [`require_ioctls`](crate::UffdBuilder::require_ioctls) asked for: the range is unregistered then,
-    /// whatever it was before. [`SystemError`](Error::SystemError) with
+    /// whatever it was before. [`Refused`](Error::Refused), which tells the reason, or
+    /// [`SystemError`](Error::SystemError), where it can't be found, with
     ///
     /// - `EINVAL`: the range is empty, unaligned or beyond the address space; nothing is mapped there; a
     ///   mapping in it is of a kind that can't have this mode (files, `MINOR` on private anonymous memory);
@@ -213,7 +246,7 @@ impl Uffd {
     ///   with `WRITE_PROTECT`. Nothing is registered then.
     /// - `EPERM`: a shared mapping of a file that was opened read-only or sealed against writing.
     /// - `EBUSY`: another userfaultfd has registered a part; Linux 7.3: a protection mode would be dropped.
-    /// - `ENOMEM`: the process of the range is gone; or the limit of mappings is reached
+    /// - `ENOMEM`, always as `SystemError`: the process of the range is gone; or the limit of mappings is reached
     ///   (`vm.max_map_count`), with a first part of the range perhaps registered.
     ///
     /// # Examples
@@ -237,14 +270,52 @@ impl Uffd {
         len: usize,
         mode: RegisterMode,
     ) -> Result<IoctlFlags> {
+        let registered = self.register_unexplained(start, len, mode);
+        registered.map_err(|error| self.explained(error, IoctlFlags::REGISTER, start, len, Some(mode)))
+    }
+
+    /// The same, where whose memory it is is known.
+    pub(crate) fn register_in(
+        &self,
+        process: Process,
+        start: *mut c_void,
+        len: usize,
+        mode: RegisterMode,
+    ) -> Result<IoctlFlags> {
+        self.register_unexplained(start, len, mode).map_err(|error| {
+            let request = Request::new(IoctlFlags::REGISTER, start, len, Some(mode));
+            refusal::explained(self, error, &request, || Some(process))
+        })
+    }
+
+    /// The same, for those who know what to do about a refusal.
+    pub(crate) fn register_unexplained(
+        &self,
+        start: *mut c_void,
+        len: usize,
+        mode: RegisterMode,
+    ) -> Result<IoctlFlags> {
         let mut arg = sys::uffdio_register { range: range(start, len), mode: mode.bits(), ioctls: 0 };
         sys::register(self.as_fd(), &mut arg)?;
         let ioctls = IoctlFlags::from_bits_retain(arg.ioctls);
         if !ioctls.contains(self.terms.range_ioctls) {
-            self.unregister(start, len)?;
+            self.unregister_unexplained(start, len)?;
             return Err(Error::UnsupportedIoctls(ioctls));
         }
         Ok(ioctls)
+    }
+
+    /// With the reason, if it can be found.
+    #[cold]
+    pub(crate) fn explained(
+        &self,
+        error: Error,
+        ioctl: IoctlFlags,
+        start: *mut c_void,
+        len: usize,
+        modes: Option<RegisterMode>,
+    ) -> Error {
+        refusal::explained(self, error, &Request::new(ioctl, start, len, modes), || self.process())
     }
 
     /// Gives the faults of a range back to the kernel, and wakes whoever waits there.
@@ -259,12 +330,13 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// [`SystemError`](Error::SystemError) with
+    /// [`Refused`](Error::Refused), which tells the reason, or [`SystemError`](Error::SystemError), where it can't be
+    /// found, with
     ///
     /// - `EINVAL`: the range is empty, unaligned or beyond the address space; nothing is mapped there; a
     ///   mapping in it can't be registered at all; since a kernel between 6.12 and 6.18, another userfaultfd
     ///   has registered a part.
-    /// - `ENOMEM`: the process of the range is gone, or the limit of mappings is reached
+    /// - `ENOMEM`, always as `SystemError`: the process of the range is gone, or the limit of mappings is reached
     ///   (`vm.max_map_count`).
     ///
     /// # Examples
@@ -283,6 +355,12 @@ impl Uffd {
     /// [`UFFDIO_UNREGISTER(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_UNREGISTER.2const.html).
     #[doc(alias = "UFFDIO_UNREGISTER")]
     pub fn unregister(&self, start: *mut c_void, len: usize) -> Result<()> {
+        self.unregister_unexplained(start, len)
+            .map_err(|error| self.explained(error, IoctlFlags::UNREGISTER, start, len, None))
+    }
+
+    /// The same, for those who know what to do about a refusal.
+    pub(crate) fn unregister_unexplained(&self, start: *mut c_void, len: usize) -> Result<()> {
         let unregistered = sys::unregister(self.as_fd(), &mut range(start, len));
         // Waiters of WP, MINOR and RWP faults would sleep on; so would those of a half-done ENOMEM.
         let woken = sys::wake(self.as_fd(), &mut range(start, len));
@@ -323,6 +401,58 @@ impl Uffd {
     #[inline]
     pub fn wake(&self, start: *mut c_void, len: usize) -> Result<()> {
         Ok(sys::wake(self.as_fd(), &mut range(start, len))?)
+    }
+
+    /// Looks into why an operation on a range of this process's memory failed, and returns the reason if it can be
+    /// found: the part of the range, what lies there, and what would work.
+    ///
+    /// [`register_with_mode`](Self::register_with_mode), [`unregister`](Self::unregister),
+    /// [`write_protect`](Self::write_protect) and [`read_write_protect`](Self::read_write_protect) look by themselves,
+    /// and answer with [`Error::Refused`]. Operations that handle faults (fills, wakes, lifting protection) don't, as
+    /// most of what they are refused for is everyday. This is for the rest: call it with the error, the operation and
+    /// its range (of [`move_pages`](Self::move_pages) the destination), right after.
+    ///
+    /// It reads `/proc/self/smaps`, which takes the longer the more memory there is, and the kernel's features by a
+    /// descriptor that it opens and closes. Where the descriptor is an adopted one that may be another process's, before
+    /// Linux 6.8 only what needs no look at mappings is told; [`explain_in`](Self::explain_in) is for these.
+    ///
+    /// ```
+    /// use userfaultfd::{IoctlFlags, Reason, UffdBuilder, page_size};
+    ///
+    /// let mut memory = memmap2::MmapMut::map_anon(page_size())?;
+    /// let (start, len) = (memory.as_mut_ptr().cast(), memory.len());
+    /// let uffd = UffdBuilder::new().create()?;
+    /// // SAFETY: nothing refers to the memory yet.
+    /// let error = unsafe { uffd.zeropage(start, len, true) }.unwrap_err();
+    /// let refusal = uffd.explain(&error, IoctlFlags::ZEROPAGE, start, len).expect("a reason");
+    /// assert_eq!(refusal.reason(), Reason::NotRegistered);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn explain(
+        &self,
+        error: &Error,
+        ioctl: IoctlFlags,
+        start: *mut c_void,
+        len: usize,
+    ) -> Option<Refusal> {
+        refusal::of(self, error, &Request::new(ioctl, start, len, None), || self.process())
+    }
+
+    /// Looks into why an operation failed, like [`explain`](Self::explain), where the memory is that of the process
+    /// `pid`. Takes the right to read that process's memory by ptrace(2), else only what needs no look at mappings is
+    /// told.
+    #[must_use]
+    pub fn explain_in(
+        &self,
+        pid: Pid,
+        error: &Error,
+        ioctl: IoctlFlags,
+        start: *mut c_void,
+        len: usize,
+    ) -> Option<Refusal> {
+        let request = Request::new(ioctl, start, len, None);
+        refusal::of(self, error, &request, || Some(Process::Other(pid)))
     }
 
     /// Reads one event.
@@ -472,12 +602,12 @@ impl Uffd {
     }
 }
 
-/// Reads the line `API: aa:<features>:<ioctls>` of a userfaultfd's /proc/PID/fdinfo, all in hexadecimal. The
-/// features are those enabled, with bit 31 set once the handshake is done; the ioctls are those of a
-/// descriptor and of ranges together.
-fn parse_fdinfo(fdinfo: &str) -> Option<Support> {
+/// Reads `aa:<features>:<ioctls>`, what is behind `API:` in a userfaultfd's /proc/PID/fdinfo, all in hexadecimal. The
+/// features are those enabled, with bit 31 set once the handshake is done; the ioctls are those of a descriptor and of
+/// ranges together.
+fn parse_api(api: &[u8]) -> Option<Support> {
     const INITIALIZED: u64 = 1 << 31;
-    let mut fields = fdinfo.lines().find_map(|line| line.strip_prefix("API:"))?.trim().split(':');
+    let mut fields = std::str::from_utf8(api).ok()?.trim().split(':');
     let mut next = || u64::from_str_radix(fields.next()?, 16).ok();
     let (_version, features, ioctls) = (next()?, next()?, next()?);
     Some(Support {
@@ -548,12 +678,11 @@ mod tests {
     #[test]
     fn fdinfo_tells_what_is_enabled() {
         crate::support::require!();
-        let text = "pos:\t0\nflags:\t02\npending:\t1\ntotal:\t2\nAPI:\taa:80010100:80000000000005ff\n";
-        let support = parse_fdinfo(text).unwrap();
+        let support = parse_api(b"\taa:80010100:80000000000005ff").unwrap();
         assert_eq!(support.features, FeatureFlags::MOVE | FeatureFlags::THREAD_ID);
         assert_eq!(support.ioctls, IoctlFlags::OF_DESCRIPTOR);
-        for broken in ["", "API:", "API:\taa", "API:\taa:zz:0", "pos:\t0\n"] {
-            assert_eq!(parse_fdinfo(broken), None, "{broken:?}");
+        for broken in [&b""[..], b"\taa", b"\taa:zz:0", b"\xff:0:0"] {
+            assert_eq!(parse_api(broken), None, "{broken:?}");
         }
     }
 }

@@ -180,6 +180,32 @@ fn a_handler_of_missing_pages_is_quiet() {
     }
 }
 
+/// Why something was refused is looked for by whoever is refused: perhaps the handler, while a fork waits for it.
+#[test]
+fn a_refusal_is_looked_into_quietly() {
+    require!();
+    let (memory, other) = (Memory::anonymous(2), uffd(FeatureFlags::empty()));
+    other.register(memory.at(1), page()).unwrap();
+    let made = uffd(FeatureFlags::empty());
+    let adopted = Uffd::from(OwnedFd::from(made.try_clone().unwrap()));
+    let minor = userfaultfd::RegisterMode::MINOR;
+    for uffd in [&made, &adopted] {
+        let errors = quietly(|| {
+            [
+                (uffd.register(memory.start(), 1).unwrap_err(), Errno::EINVAL),
+                (uffd.register_with_mode(memory.start(), page(), minor).unwrap_err(), Errno::EINVAL),
+                (uffd.register(memory.start(), memory.len()).unwrap_err(), Errno::EBUSY),
+            ]
+        });
+        for (error, errno) in errors {
+            assert_eq!(error.errno(), Some(errno), "{error}");
+        }
+        // SAFETY: the memory is accessed only by raw pointers.
+        let error = unsafe { uffd.zeropage(memory.start(), page(), true) }.unwrap_err();
+        quietly(|| uffd.explain(&error, userfaultfd::IoctlFlags::ZEROPAGE, memory.start(), page()));
+    }
+}
+
 #[test]
 fn a_handler_of_batches_is_quiet() {
     require!();

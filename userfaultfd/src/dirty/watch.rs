@@ -184,7 +184,7 @@ impl Watch {
         self.check_missing(range)?;
         let ioctls = self
             .uffd
-            .register_with_mode(pointer(range.start), range.len(), self.modes())
+            .register_in(self.process, pointer(range.start), range.len(), self.modes())
             .inspect_err(|error| {
                 // The kernel checks the whole range first. `ENOMEM` is the one failure after that: mappings before the
                 // one that couldn't be split are registered then.
@@ -271,11 +271,11 @@ impl Watch {
         if !self.also.is_empty() {
             return self.for_each_mapping(range, |range| self.lift(range));
         }
-        match self.uffd.unregister(pointer(range.start), range.len()) {
+        let unregister =
+            |range: &Range<usize>| self.uffd.unregister_unexplained(pointer(range.start), range.len());
+        match unregister(range) {
             // Nothing is mapped there any more, or something that can't be registered.
-            Err(Error::SystemError(Errno::EINVAL)) => {
-                self.for_each_mapping(range, |range| self.uffd.unregister(pointer(range.start), range.len()))
-            }
+            Err(Error::SystemError(Errno::EINVAL)) => self.for_each_mapping(range, unregister),
             result => result,
         }
     }
@@ -327,7 +327,7 @@ impl Watch {
         if empty.is_empty() {
             return Ok(());
         }
-        match self.uffd.register_with_mode(pointer(part.start), part.len(), self.modes()) {
+        match self.uffd.register_unexplained(pointer(part.start), part.len(), self.modes()) {
             Ok(_) => {}
             Err(Error::SystemError(Errno::EBUSY | Errno::EINVAL)) => {
                 return Err(Error::NotTracked { start: part.start, end: part.end });
@@ -369,8 +369,8 @@ impl Watch {
     /// Protects a range, as far as it is registered.
     pub(crate) fn protect(&self, range: &Range<usize>) -> Result<()> {
         self.each(range, |start, len| match self.protection {
-            Protection::Write => self.uffd.write_protect(start, len),
-            Protection::ReadWrite => self.uffd.read_write_protect(start, len),
+            Protection::Write => self.uffd.write_protect_unexplained(start, len),
+            Protection::ReadWrite => self.uffd.read_write_protect_unexplained(start, len),
         })
     }
 

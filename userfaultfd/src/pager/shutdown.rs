@@ -211,7 +211,7 @@ pub(crate) fn fill(
 pub(crate) fn unregister<'a>(uffd: &Uffd, parts: impl IntoIterator<Item = &'a Segment>) {
     for segment in parts {
         // Part of it may be unmapped, or the process gone; whoever waits is waked in any case.
-        let _gone = uffd.unregister(at(segment.start), segment.end - segment.start);
+        let _gone = uffd.unregister_unexplained(at(segment.start), segment.end - segment.start);
     }
 }
 

@@ -126,7 +126,7 @@ impl Copier {
         if let Some(part) = self.layout.parts().first().cloned() {
             // Says that the layout changes before it says that nothing is registered.
             for _ in 0..PATIENCE {
-                let protected = self.watch.uffd.write_protect(pointer(part.address), part.len);
+                let protected = self.watch.uffd.write_protect_unexplained(pointer(part.address), part.len);
                 if !protected.is_err_and(|error| error.is_retryable()) {
                     break;
                 }
@@ -136,7 +136,7 @@ impl Copier {
         }
         self.held.clear();
         for part in self.layout.parts() {
-            match self.watch.uffd.register_with_mode(
+            match self.watch.uffd.register_unexplained(
                 pointer(part.address),
                 part.len,
                 RegisterMode::WRITE_PROTECT,

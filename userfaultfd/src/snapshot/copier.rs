@@ -171,7 +171,7 @@ impl Copier {
         let mut slices = Slices::new();
         while let Some(part) = self.layout.parts().first().cloned() {
             let Part { address, len, .. } = slices.cut(part);
-            match slices.time(|| self.watch.uffd.unregister(pointer(address), len)) {
+            match slices.time(|| self.watch.uffd.unregister_unexplained(pointer(address), len)) {
                 // Unmapped by now.
                 Ok(()) | Err(Error::SystemError(Errno::EINVAL)) => {}
                 Err(error) => return Err(error),
@@ -186,7 +186,7 @@ impl Copier {
     pub(super) fn free(&self) -> Result<()> {
         let mut result = Ok(());
         for part in self.layout.parts() {
-            match self.watch.uffd.unregister(pointer(part.address), part.len) {
+            match self.watch.uffd.unregister_unexplained(pointer(part.address), part.len) {
                 // Unmapped by now.
                 Err(Error::SystemError(Errno::EINVAL)) => {}
                 other => result = result.and(other),
@@ -344,8 +344,8 @@ impl Copier {
                 return uffd.wake(pointer(start), len);
             }
         }
-        let registered = uffd.unregister(pointer(start), len).and_then(|()| {
-            uffd.register_with_mode(pointer(start), len, RegisterMode::WRITE_PROTECT).map(drop)
+        let registered = uffd.unregister_unexplained(pointer(start), len).and_then(|()| {
+            uffd.register_unexplained(pointer(start), len, RegisterMode::WRITE_PROTECT).map(drop)
         });
         match registered {
             // Unmapped meanwhile.

@@ -18,6 +18,7 @@ mod pagemap;
 mod poison;
 mod read;
 mod read_write_protect;
+mod refusal;
 mod register;
 mod rights;
 mod set_mode;

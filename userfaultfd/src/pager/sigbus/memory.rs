@@ -370,7 +370,7 @@ impl Lazy {
             return Err(Error::Unfilled { pages: left });
         }
         self.closed.store(true, Ordering::SeqCst);
-        self.uffd.unregister(at(self.start), self.end - self.start)?;
+        self.uffd.unregister_unexplained(at(self.start), self.end - self.start)?;
         progress(tell(0));
         Ok(())
     }
