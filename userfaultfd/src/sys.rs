@@ -14,6 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::time::Duration;
 
 pub(crate) use userfaultfd_sys::*;
 
@@ -633,6 +634,30 @@ pub(crate) fn eventfd(initially: bool) -> Result<OwnedFd, Errno> {
     let fd = check(fd)?;
     // SAFETY: the kernel made the descriptor for this call, so nothing else owns it.
     Ok(unsafe { own(fd) })
+}
+
+/// A timerfd(2) that isn't armed.
+pub(crate) fn timer() -> Result<OwnedFd, Errno> {
+    // SAFETY: touches no memory.
+    let fd = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_CLOEXEC | libc::TFD_NONBLOCK) };
+    let fd = check(fd)?;
+    // SAFETY: the kernel made the descriptor for this call, so nothing else owns it.
+    Ok(unsafe { own(fd) })
+}
+
+/// Arms a timerfd(2) to expire once, in so much time; with `None` it is disarmed.
+pub(crate) fn set_timer(timer: BorrowedFd<'_>, rest: Option<Duration>) {
+    let zero = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // Zero would disarm it.
+    let rest = rest.map(|rest| rest.max(Duration::from_nanos(1)));
+    let value = rest.map_or(zero, |rest| libc::timespec {
+        tv_sec: libc::time_t::try_from(rest.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: rest.subsec_nanos() as _,
+    });
+    let new = libc::itimerspec { it_interval: zero, it_value: value };
+    // SAFETY: the kernel reads the structure, which is borrowed for the call.
+    let set = check(unsafe { libc::timerfd_settime(timer.as_raw_fd(), 0, &new, std::ptr::null_mut()) });
+    debug_assert!(set.is_ok(), "{set:?}");
 }
 
 /// Whether a descriptor is a userfaultfd, without changing its state.

@@ -30,6 +30,17 @@ pub(crate) fn with_room<T>(items: usize) -> Vec<T> {
     Vec::with_capacity_in(items, Mapped)
 }
 
+/// Likewise. `None` if it can't be mapped.
+pub(crate) fn try_with_room<T>(items: usize) -> Option<Vec<T>> {
+    let mut empty = none();
+    empty.try_reserve_exact(items).ok().map(|()| empty)
+}
+
+/// Makes room for one more item. Returns whether there is.
+pub(crate) fn try_reserve<T>(vector: &mut Vec<T>) -> bool {
+    vector.try_reserve(1).is_ok()
+}
+
 /// The length of a mapping.
 fn mapped_len(layout: Layout) -> usize {
     layout.size().next_multiple_of(page_size())

@@ -446,6 +446,7 @@ mod tests {
             kind: FaultKind::Missing,
             thread,
             since: since + Duration::from_micros(micros),
+            joined: false,
         };
         for (thread, micros, costly) in
             [(7, 9, false), (8, 9, false), (7, 3000, false), (8, 3000, true), (0, 3000, true)]

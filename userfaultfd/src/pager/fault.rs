@@ -28,12 +28,14 @@ pub(crate) struct Fault {
     pub(crate) thread: i32,
     /// When it was read.
     pub(crate) since: Instant,
+    /// Whether it was counted as one that joined a load.
+    pub(crate) joined: bool,
 }
 
 /// So many faults in a row on one page that is there are suspicious.
 const SUSPICIOUS: u8 = 16;
 
-/// So often a fault comes back to where no region is before it is told.
+/// Wakes of a page where no region is, each followed by another fault, before it is reported.
 const STRAY: u32 = 8;
 
 impl Filler {
@@ -57,7 +59,7 @@ impl Filler {
                 }
                 (Some(segment), _) => segment,
                 (None, Some(hole)) => return self.present(shared, serving, hole, fault),
-                (None, None) => return self.stray(shared, descriptor, fault),
+                (None, None) => return self.stray(shared, descriptor, fault, 0),
             };
             match self.claim(shared, descriptor, serving, segment, fault) {
                 Ok(run) => run,
@@ -90,9 +92,11 @@ impl Filler {
         let (removed, tries) = match claim {
             Claim::Mine { removed, tries } => (removed, tries),
             Claim::Joined => {
-                counters.duplicates.add(1);
+                if !fault.joined {
+                    counters.duplicates.add(1);
+                }
                 // Who fills it wakes the waiters of this descriptor, unless it fills through that of a relative.
-                let again = Done::Later(Work::Fault(fault), Wait::Others);
+                let again = Done::Later(Work::Fault(Fault { joined: true, ..fault }), Wait::Others);
                 return Err(if segment.region.shared { again } else { Done::Yes });
             }
             Claim::Present => return Err(self.present(shared, serving, segment, fault)),
@@ -123,20 +127,15 @@ impl Filler {
         Ok(run)
     }
 
-    /// A fault where no region is. Either it has gone since, and whoever waits is to find that out; or there is none
-    /// yet, and who is waked comes back.
-    pub(super) fn stray(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault) -> Done {
-        let address = page_of(fault.address).start;
-        if self.stray.0 != address {
-            self.stray = (address, 0);
-        }
-        self.stray.1 = self.stray.1.saturating_add(1);
-        if self.stray.1 == STRAY {
+    /// A fault where no region is. Either it has gone since, and the faulting thread must find that out; or there is
+    /// none yet, and the thread that is woken faults again.
+    fn stray(&self, shared: &Shared, descriptor: &Descriptor, fault: Fault, tries: u32) -> Done {
+        if tries == STRAY {
             let descriptor = DescriptorId(descriptor.id);
             shared.note(Note::Problem(Problem::NoRegion { descriptor, address: fault.address }));
         }
-        let delay = Duration::from_millis(1 << self.stray.1.min(10));
-        Done::Later(Work::Stray(fault), Wait::For(delay))
+        let delay = Duration::from_millis(1 << tries.min(10));
+        Done::Later(Work::Stray { fault, tries, again: tries == 0 }, Wait::For(delay))
     }
 
     pub(super) fn stray_again(
@@ -144,15 +143,20 @@ impl Filler {
         shared: &Shared,
         descriptor: &Arc<Descriptor>,
         fault: Fault,
+        tries: u32,
+        again: bool,
     ) -> Done {
         {
             let serving = descriptor.enter(self.thread);
             let Some(serving) = &*serving else { return Done::Yes };
             let layout = &serving.layout;
             if layout.find(fault.address).or_else(|| layout.find_hole(fault.address)).is_none() {
-                shared.counters(self.thread).dropped.add(1);
+                if !again {
+                    shared.counters(self.thread).dropped.add(1);
+                    return Done::Yes;
+                }
                 wake(&serving.uffd, page_of(fault.address));
-                return Done::Yes;
+                return self.stray(shared, descriptor, fault, tries + 1);
             }
         }
         self.fault(shared, descriptor, fault)
@@ -179,7 +183,7 @@ impl Filler {
         self.suspect.1 = self.suspect.1.saturating_add(1);
         let zeros = match grown(&mut self.zeros, len) {
             Ok(zeros) => &zeros[..len],
-            Err(_) => return Done::Later(Work::Fault(fault), Wait::Others),
+            Err(_) => return Done::Later(Work::Fault(fault), Wait::Kernel(Errno::ENOMEM)),
         };
         let (uffd, dst) = (&serving.uffd, at(address));
         let (filled, counter) = if let Some(cache) = &region.cache {
@@ -212,7 +216,9 @@ impl Filler {
             }
             Some(Errno::ESRCH) => return Done::Gone,
             Some(errno) => {
-                counters.duplicates.add(1);
+                if !fault.joined {
+                    counters.duplicates.add(1);
+                }
                 if self.suspect.1 == u8::MAX {
                     let region = RegionId(region.id);
                     shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
@@ -237,7 +243,10 @@ impl Filler {
         let len = segment.region.page_size();
         let address =
             segment.address_of(segment.page_at(fault.address)).expect("the address is in the segment");
-        shared.counters(self.thread).duplicates.add(1);
+        if !fault.joined {
+            shared.counters(self.thread).duplicates.add(1);
+        }
+        let fault = Fault { joined: true, ..fault };
         // SAFETY: it was poisoned before.
         match answer(unsafe { serving.uffd.poison(at(address), len, true) }, len).1 {
             Some(errno @ (Errno::EAGAIN | Errno::ENOMEM)) => {

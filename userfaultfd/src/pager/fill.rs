@@ -19,7 +19,7 @@ use super::control::target_is_gone;
 use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fault::{Fault, page_of};
 use super::layout::Segment;
-use super::load::{ASIDE, grown};
+use super::load::{Aside, SPARE, grown};
 use super::pages::{End, MAX_TRIES};
 use super::point::{Point, reach};
 use super::region::Served;
@@ -45,7 +45,7 @@ pub(crate) enum Content {
     /// In the filler's buffer.
     Buffer,
     /// In a buffer that was put aside.
-    Aside(MmapMut),
+    Aside(Aside),
     /// In the source's own memory, as long as the region lives.
     Outside(*const c_void),
 }
@@ -58,8 +58,9 @@ unsafe impl Send for Content {}
 pub(crate) enum Work {
     /// The fault is to be looked up again.
     Fault(Fault),
-    /// Likewise, and no region was there.
-    Stray(Fault),
+    /// Likewise, and no region was there. Its waiters were woken so many times to find that out; `again`: one of them
+    /// has faulted again since.
+    Stray { fault: Fault, tries: u32, again: bool },
     /// The descriptor is to be read again.
     Read,
     /// The run's content is to be loaded. The source failed so many times.
@@ -73,7 +74,7 @@ impl Work {
     pub(crate) fn is_ending(&self) -> bool {
         match self {
             Self::Load(run, _) | Self::Install(run, _) => run.region.is_ending(),
-            Self::Fault(_) | Self::Stray(_) | Self::Read => false,
+            Self::Fault(_) | Self::Stray { .. } | Self::Read => false,
         }
     }
 }
@@ -125,14 +126,10 @@ pub(crate) struct Filler {
     pub(super) buffer: Option<MmapMut>,
     /// Buffers whose content was put aside and used since.
     pub(super) spare: Vec<MmapMut>,
-    /// How many contents are put aside.
-    pub(super) aside: usize,
     /// As long as the longest run of zeros. Nothing is ever written, so that it takes no memory.
     pub(super) zeros: Option<MmapMut>,
     /// Where faults come again and again though something is there.
     pub(super) suspect: (usize, u8),
-    /// Where faults come again and again though no region is there.
-    pub(super) stray: (usize, u32),
     /// How long a read of a source has taken lately.
     pub(super) pace: Duration,
     /// How many pages were found where nothing is mapped.
@@ -141,18 +138,8 @@ pub(crate) struct Filler {
 
 impl Filler {
     pub(crate) fn new(thread: usize) -> Self {
-        let spare = Vec::with_capacity(ASIDE);
-        Self {
-            thread,
-            buffer: None,
-            spare,
-            aside: 0,
-            zeros: None,
-            suspect: (0, 0),
-            stray: (0, 0),
-            pace: Duration::ZERO,
-            unmapped: 0,
-        }
+        let spare = Vec::with_capacity(SPARE);
+        Self { thread, buffer: None, spare, zeros: None, suspect: (0, 0), pace: Duration::ZERO, unmapped: 0 }
     }
 
     /// Whether sources keep this thread waiting, so that faults are better left to the others.
@@ -203,7 +190,7 @@ impl Filler {
     pub(crate) fn resume(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, work: Work) -> Done {
         match work {
             Work::Fault(fault) => self.fault(shared, descriptor, fault),
-            Work::Stray(fault) => self.stray_again(shared, descriptor, fault),
+            Work::Stray { fault, tries, again } => self.stray_again(shared, descriptor, fault, tries, again),
             Work::Read => Done::Yes,
             Work::Load(run, attempts) => self.load(shared, descriptor, run, attempts),
             Work::Install(run, content) => self.install(shared, descriptor, run, content),
@@ -215,7 +202,7 @@ impl Filler {
         let serving = descriptor.enter(self.thread);
         match work {
             Work::Read => {}
-            Work::Fault(fault) | Work::Stray(fault) => {
+            Work::Fault(fault) | Work::Stray { fault, .. } => {
                 if let Some(serving) = &*serving {
                     wake(&serving.uffd, page_of(fault.address));
                 }
@@ -485,7 +472,7 @@ impl Filler {
                 Err(_) => return (0, Some(Errno::ENOMEM)),
             },
             Content::Outside(bytes) => bytes.wrapping_byte_add(run.done()),
-            Content::Aside(buffer) => buffer[run.done()..].as_ptr().cast(),
+            Content::Aside(aside) => aside.bytes()[run.done()..].as_ptr().cast(),
             Content::Buffer => self.buffer.as_ref().expect("it was filled")[run.done()..].as_ptr().cast(),
         };
         if let Some(cache) = &run.region.cache {

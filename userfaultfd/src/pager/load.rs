@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::io;
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapOptions};
@@ -16,8 +17,50 @@ use super::shared::{Note, Shared};
 use super::trace::span;
 use super::{Fill, Problem, RegionId};
 
-/// So many contents can be put aside by a thread. What exceeds that is loaded again.
-pub(crate) const ASIDE: usize = 8;
+/// Bytes of content that this process puts aside at most. What exceeds that is loaded again.
+const ASIDE: usize = 64 << 20;
+
+/// Buffers that a thread keeps for content that will be put aside.
+pub(crate) const SPARE: usize = 8;
+
+/// Bytes of content that are put aside now.
+static PUT_ASIDE: AtomicUsize = AtomicUsize::new(0);
+
+/// Content that is put aside. Any thread may go on with it.
+#[derive(Debug)]
+pub(crate) struct Aside(Option<MmapMut>);
+
+impl Aside {
+    /// `None` if too much is put aside. The buffer comes back then.
+    fn new(buffer: MmapMut) -> Result<Self, MmapMut> {
+        let len = buffer.len();
+        let fits = |aside: usize| aside.checked_add(len).filter(|aside| *aside <= ASIDE.max(len));
+        match PUT_ASIDE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
+            Ok(_) => Ok(Self(Some(buffer))),
+            Err(_) => Err(buffer),
+        }
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.0.as_deref().unwrap_or_default()
+    }
+
+    fn into_buffer(mut self) -> Option<MmapMut> {
+        self.take()
+    }
+
+    fn take(&mut self) -> Option<MmapMut> {
+        let buffer = self.0.take();
+        PUT_ASIDE.fetch_sub(buffer.as_ref().map_or(0, |buffer| buffer.len()), Ordering::Relaxed);
+        buffer
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        self.take();
+    }
+}
 
 /// A source that fails isn't left alone longer.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -117,23 +160,48 @@ impl Filler {
 
     /// Puts off what can't be filled now, with its content.
     pub(super) fn put_aside(&mut self, run: Run, content: Content, wait: Wait) -> Done {
-        let content = match content {
-            Content::Buffer if self.aside < ASIDE => {
-                let full = self.buffer.take().expect("it was filled");
-                self.buffer = self.spare.pop();
-                self.aside += 1;
-                Content::Aside(full)
-            }
-            Content::Buffer => return Done::Later(Work::Load(run, 0), wait),
-            content => content,
+        let (run, content) = match content {
+            Content::Buffer => match self.take_content(run) {
+                (run, Some(aside)) => (run, Content::Aside(aside)),
+                (run, None) => return Done::Later(Work::Load(run, 0), wait),
+            },
+            content => (run, content),
         };
         Done::Later(Work::Install(run, content), wait)
     }
 
+    /// Takes what a run has in the buffer: the buffer itself, or a copy where that is much longer.
+    fn take_content(&mut self, run: Run) -> (Run, Option<Aside>) {
+        let (done, len) = (run.done(), run.len());
+        let Some(buffer) = self.buffer.take() else { return (run, None) };
+        if 2 * len <= buffer.len() {
+            let spare = self.spare.iter().position(|spare| (len..=2 * len).contains(&spare.len()));
+            let mut short = spare.map(|at| self.spare.swap_remove(at));
+            if let Ok(copy) = grown(&mut short, len) {
+                copy[..len].copy_from_slice(&buffer[done..done + len]);
+                self.buffer = Some(buffer);
+                return (run.rest(), short.and_then(|short| Aside::new(short).ok()));
+            }
+        }
+        match Aside::new(buffer) {
+            Ok(aside) => {
+                self.buffer = self.spare.pop();
+                (run, Some(aside))
+            }
+            Err(buffer) => {
+                self.buffer = Some(buffer);
+                (run, None)
+            }
+        }
+    }
+
     /// Keeps the buffer of content that was put aside.
     pub(super) fn put_back(&mut self, content: Content) {
-        if let Content::Aside(buffer) = content {
-            self.aside -= 1;
+        let Content::Aside(aside) = content else { return };
+        let Some(buffer) = aside.into_buffer() else { return };
+        if self.buffer.is_none() {
+            self.buffer = Some(buffer);
+        } else if self.spare.len() < SPARE {
             self.spare.push(buffer);
         }
     }

@@ -97,6 +97,7 @@ mod races;
 mod record;
 mod region;
 mod replay;
+mod retry;
 mod run;
 mod serve;
 mod shared;
@@ -135,6 +136,7 @@ pub use working_set::WorkingSet;
 use self::control::{Control, OnProblem, spawn, target_is_gone};
 use self::descriptor::{Descriptor, Serving, at, lock, wake};
 use self::layout::{Layout, Segment};
+use self::retry::Deferred;
 use self::serve::Worker;
 use self::shared::Shared;
 use self::shutdown::Cover;
@@ -274,7 +276,7 @@ impl PagerBuilder {
         let control = Control { shared: Arc::clone(&shared), on_problem: self.on_problem };
         pager.threads.push(spawn("uffd-control", move || control.run())?);
         for thread in 0..self.threads {
-            let worker = Worker::new(Arc::clone(&shared), thread, self.delivery);
+            let worker = Worker::new(Arc::clone(&shared), thread, self.delivery)?;
             pager.threads.push(spawn("uffd-pager", move || worker.run())?);
         }
         for reader in self.threads..self.threads + self.readers {
@@ -672,6 +674,10 @@ impl Pager {
         for thread in self.threads.drain(..) {
             // A panic of theirs has been told.
             let _panicked = thread.join();
+        }
+        // Nobody would come back to what they have put off.
+        while let Some(Deferred { descriptor, work, .. }) = self.shared.retries.take_any() {
+            self.shared.outside().give_up(&descriptor, work);
         }
         self.shared.stop_notes();
         let _panicked = control.join();

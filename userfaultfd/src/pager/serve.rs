@@ -1,19 +1,20 @@
 //! The threads that read faults and answer them.
 
 use std::collections::VecDeque;
-use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::apart;
 use super::changes::{self, Change};
 use super::delivery::{Delivery, Waiting};
 use super::descriptor::{Descriptor, Serving, wake};
 use super::fault::{Fault, page_of};
 use super::fill::{Done, Filler, Wait, Work};
 use super::load::message;
+use super::retry::{self, Deferred, History, Put};
 use super::shared::{Note, Shared, Token};
 use super::stats;
 use super::trace::event;
@@ -32,23 +33,11 @@ const OTHERS: u32 = 8;
 /// So many descriptors a thread knows at a time.
 const KNOWN: usize = 64;
 
-/// So many pieces of work are put off by a thread. Beyond that a thread that waits is waked, and faults again.
-const PARKED: usize = 256;
+/// The delay until a descriptor is read again that couldn't be read.
+const READ_AGAIN: Duration = Duration::from_millis(100);
 
-/// After so many tries it is told.
-pub(super) const STUCK: u32 = 24;
-
-/// So often it is looked whether what was put off is due, or to end.
-const LOOK: Duration = Duration::from_millis(100);
-
-/// What was put off.
-#[derive(Debug)]
-struct Parked {
-    due: Instant,
-    tries: u32,
-    descriptor: Arc<Descriptor>,
-    work: Work,
-}
+/// The delay before work is given up that there is no memory to put off.
+const NO_ROOM: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -59,7 +48,8 @@ pub(crate) struct Worker {
     one: EventBuffer,
     /// Read, and not answered yet.
     faults: VecDeque<Fault>,
-    parked: Vec<Parked>,
+    /// What waits for a change of the layout, as long as this thread tries it again and again.
+    changing: apart::Vec<Deferred>,
     /// Descriptors that this thread has met, by slot: the table that all share is locked to find one. As many as there
     /// is room for from the start.
     known: Box<[Option<Arc<Descriptor>>; KNOWN]>,
@@ -70,22 +60,22 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(shared: Arc<Shared>, thread: usize, delivery: Delivery) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, thread: usize, delivery: Delivery) -> Result<Self> {
         // Others are to have something to do as well.
         let batch = (2 * BATCH / (shared.threads + 1)).max(4);
-        Self {
+        Ok(Self {
             filler: Filler::new(thread),
             many: EventBuffer::new(batch),
             one: EventBuffer::new(1),
             faults: VecDeque::with_capacity(2 * batch),
-            parked: Vec::with_capacity(PARKED),
+            changing: apart::try_with_room(retry::ROOM).ok_or(Errno::ENOMEM)?,
             known: Box::new([const { None }; KNOWN]),
             version: 0,
             current: None,
             waiting: Waiting::new(delivery),
             shared,
             thread,
-        }
+        })
     }
 
     /// Serves until the pager stops. A panic ends what is being done, not the thread.
@@ -96,7 +86,6 @@ impl Worker {
             self.shared.note(Note::Problem(Problem::Panicked { message }));
             self.start_anew();
         }
-        self.give_up();
     }
 
     /// After a panic: what was claimed is free again, and who waits for it comes back. Who is waked for nothing does
@@ -112,18 +101,14 @@ impl Worker {
             }
         }
         self.faults.clear();
+        self.defer_changing();
+        // It may have been told of what is due.
+        self.shared.retries.look();
         // What the thread was told of once, and hasn't read, it or another is told of again.
         for descriptor in self.shared.descriptors() {
             if let Some(serving) = &*descriptor.enter(self.thread) {
                 self.shared.hand_on(&descriptor, serving.uffd.as_fd());
             }
-        }
-    }
-
-    /// Leaves nothing behind that nobody would come back to.
-    fn give_up(mut self) {
-        for Parked { descriptor, work, .. } in std::mem::take(&mut self.parked) {
-            self.filler.give_up(&descriptor, work);
         }
     }
 
@@ -137,6 +122,10 @@ impl Worker {
             self.shared.counters(self.thread).wakeups.add(1);
             for event in &events[..ready] {
                 let Some(token) = Shared::token(event) else { continue };
+                if token == Token::RETRY {
+                    self.resume();
+                    continue;
+                }
                 let Some(descriptor) = self.find(token) else { continue };
                 let blocking = event.events & libc::EPOLLERR as u32 != 0;
                 self.current = Some(token);
@@ -144,7 +133,6 @@ impl Worker {
                 self.current = None;
                 last = Some(token);
             }
-            self.resume();
             self.shared.set_at_work(self.thread, false);
         }
     }
@@ -156,8 +144,7 @@ impl Worker {
             Ok(ready) => ready,
             Err(errno) => unreachable!("waiting for faults: {errno}"),
         };
-        while self.timeout() != 0 {
-            let Some(token) = last else { break };
+        while let Some(token) = last {
             let Some(descriptor) = self.find(token) else { break };
             let (mut waiting, mut looks, mut ready) = (self.waiting, 0, 0);
             self.current = Some(token);
@@ -181,16 +168,7 @@ impl Worker {
                 break;
             }
         }
-        wait(&self.shared, events, self.timeout())
-    }
-
-    /// How long to sleep at most, in milliseconds.
-    fn timeout(&self) -> libc::c_int {
-        let Some(due) = self.parked.iter().map(|parked| parked.due).min() else { return -1 };
-        // Something may end sooner: see `Served::is_ending`.
-        let rest = due.saturating_duration_since(Instant::now()).min(LOOK);
-        // Rounded up: too early is once more for nothing.
-        rest.as_micros().div_ceil(1000).try_into().unwrap_or(libc::c_int::MAX)
+        wait(&self.shared, events, -1)
     }
 
     /// The descriptor that an event is about, if it is still served.
@@ -211,24 +189,36 @@ impl Worker {
 
     /// Reads a descriptor's events and answers the faults among them, until there are none, or others have waited long
     /// enough. Whether there were any.
-    fn answer(&mut self, descriptor: &Arc<Descriptor>, mut blocking: bool) -> bool {
+    fn answer(&mut self, descriptor: &Arc<Descriptor>, blocking: bool) -> bool {
+        let any = self.answer_batches(descriptor, blocking);
+        self.defer_changing();
+        any
+    }
+
+    fn answer_batches(&mut self, descriptor: &Arc<Descriptor>, mut blocking: bool) -> bool {
         let mut gave_way = false;
         for round in 0..ROUNDS {
             let read = self.read(descriptor, blocking);
             blocking = false;
             if std::mem::take(&mut gave_way) {
                 self.waiting.gave_way(self.faults.front());
-            } else if round > 0 && matches!(read, Ok(ControlFlow::Break(()))) && self.waiting.gives_way() {
+            } else if round > 0 && matches!(read, Ok(Read::Nothing)) && self.waiting.gives_way() {
                 gave_way = true;
                 self.shared.set_at_work(self.thread, false);
                 thread::yield_now();
                 continue;
             }
             self.answer_all(descriptor);
+            if matches!(read, Ok(Read::Changes)) {
+                self.shared.retries.take_changing(descriptor, &mut self.changing);
+            }
+            if !self.changing.is_empty() && !matches!(read, Ok(Read::Faults)) {
+                self.try_changing(descriptor);
+            }
             match read {
-                Ok(ControlFlow::Continue(())) if self.shared.is_stopping() => return true,
-                Ok(ControlFlow::Continue(())) => {}
-                Ok(ControlFlow::Break(())) => return round > 0,
+                Ok(Read::Nothing) => return round > 0,
+                Ok(_) if self.shared.is_stopping() => return true,
+                Ok(_) => {}
                 Err(error) => {
                     self.unreadable(descriptor, error);
                     return round > 0;
@@ -247,20 +237,56 @@ impl Worker {
         }
         while let Some(fault) = self.faults.front().copied() {
             let done = self.filler.fault(&self.shared, descriptor, fault);
-            self.settle(descriptor, done, 0);
+            if let Some(deferred) = self.settle(descriptor, done, None) {
+                self.keep_or_defer(deferred);
+            }
             self.faults.pop_front();
             self.waiting.answered(&fault);
         }
     }
 
-    /// Reads events with one system call. Breaks if there were no more.
-    fn read(&mut self, descriptor: &Arc<Descriptor>, blocking: bool) -> Result<ControlFlow<()>> {
+    /// Tries what waits for a change of the layout, again and again for [`AFTER_CHANGE`](retry::AFTER_CHANGE).
+    fn try_changing(&mut self, descriptor: &Arc<Descriptor>) {
+        self.shared.set_at_work(self.thread, true);
+        let start = Instant::now();
+        while !self.changing.is_empty() {
+            let Deferred { work, history, .. } = self.changing.remove(0);
+            self.shared.counters(self.thread).retries.add(1);
+            let done = self.filler.resume(&self.shared, descriptor, work);
+            if let Some(deferred) = self.settle(descriptor, done, Some(history)) {
+                self.keep_or_defer(deferred);
+            }
+            if start.elapsed() >= retry::AFTER_CHANGE {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Keeps what waits for a change of the layout, until the descriptor's events are read.
+    fn keep_or_defer(&mut self, deferred: Deferred) {
+        if deferred.waits_for_change() && self.changing.len() < self.changing.capacity() {
+            self.changing.push(deferred);
+        } else {
+            self.defer(deferred);
+        }
+    }
+
+    fn defer_changing(&mut self) {
+        while !self.changing.is_empty() {
+            let deferred = self.changing.remove(0);
+            self.defer(deferred);
+        }
+    }
+
+    /// Reads events with one system call.
+    fn read(&mut self, descriptor: &Arc<Descriptor>, blocking: bool) -> Result<Read> {
         // A thread that waits for a source leaves faults to the others.
         let alone = self.shared.threads == 1;
         let buffer = if !alone && self.filler.is_slow() { &mut self.one } else { &mut self.many };
         let (shared, thread, faults) = (&*self.shared, self.thread, &mut self.faults);
-        let mut result = Ok(ControlFlow::Break(()));
-        let mut read = |serving: &mut Serving| -> Result<ControlFlow<()>> {
+        let mut result = Ok(Read::Nothing);
+        let mut read = |serving: &mut Serving| -> Result<Read> {
             if blocking {
                 // Somebody who shares the description has made it so.
                 serving.uffd.set_nonblocking(true)?;
@@ -272,12 +298,18 @@ impl Worker {
             }
             let since = stats::now();
             // Changes are applied at once, and faults are answered after all of them.
+            let mut changes = false;
             for event in buffer.drain() {
+                changes |= !matches!(event, Ok(Event::Pagefault { .. }));
                 take(shared, thread, descriptor, serving, event, faults, since);
             }
             // Who was waked by a fill may have run at once, and faulted again: often the next is there by now, and
             // needs no poll.
-            Ok(if count > 0 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+            Ok(match count {
+                0 => Read::Nothing,
+                _ if changes => Read::Changes,
+                _ => Read::Faults,
+            })
         };
         if descriptor.tells_changes {
             descriptor.exclusively(&mut |serving| {
@@ -297,7 +329,7 @@ impl Worker {
         let id = DescriptorId(descriptor.id);
         self.shared.note(Note::Problem(Problem::Read { descriptor: id, error }));
         if matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) {
-            self.park(descriptor, Work::Read, Duration::from_millis(100), 0);
+            self.defer(Deferred::new(descriptor, Work::Read, Wait::For(READ_AGAIN), None));
         } else if let Some(serving) = self.shared.remove(descriptor) {
             // Closing it would show zeros where pages are missing.
             std::mem::forget(Arc::clone(&serving.uffd));
@@ -305,61 +337,50 @@ impl Worker {
         }
     }
 
-    /// Goes on with what was put off and is due.
+    /// Goes on with what was put off and is due, each once.
     fn resume(&mut self) {
-        if self.parked.is_empty() {
-            return;
-        }
         let now = Instant::now();
-        // Each once: what is put off again may wait for events, which somebody has to read in between.
-        let (mut at, mut end) = (0, self.parked.len());
-        while at < end {
-            if self.parked[at].due > now && !self.parked[at].work.is_ending() {
-                at += 1;
-                continue;
-            }
-            end -= 1;
-            self.parked.swap(at, end);
-            let Parked { tries, descriptor, work, .. } = self.parked.swap_remove(end);
+        while let Some(Deferred { descriptor, work, history, .. }) = self.shared.retries.next_due(now) {
             self.shared.counters(self.thread).retries.add(1);
             self.current = Some(Token::of(&descriptor));
             if matches!(work, Work::Read) {
                 self.answer(&descriptor, false);
             } else {
                 let done = self.filler.resume(&self.shared, &descriptor, work);
-                self.settle(&descriptor, done, tries + 1);
+                if let Some(deferred) = self.settle(&descriptor, done, Some(history)) {
+                    self.defer(deferred);
+                }
             }
             self.current = None;
         }
     }
 
-    /// What follows from how far a piece of work got.
-    fn settle(&mut self, descriptor: &Arc<Descriptor>, done: Done, tries: u32) {
-        let backoff = |tries: u32, most: u32| Duration::from_millis(1 << tries.min(most));
-        match done {
-            Done::Yes => {}
-            Done::Gone => self.shared.gone(descriptor),
-            Done::Later(work, Wait::For(delay)) => self.park(descriptor, work, delay, 0),
-            Done::Later(work, Wait::Rarely) => self.park(descriptor, work, Duration::from_secs(1), tries),
-            Done::Later(work, wait) => {
-                if let (Wait::Kernel(errno), STUCK) = (wait, tries) {
-                    self.tell_stuck(descriptor, &work, errno);
-                }
-                if let (Work::Load(run, _) | Work::Install(run, _), STUCK..) = (&work, tries) {
-                    if run.region.is_ending() {
-                        // Whoever ends it isn't to wait for this.
-                        run.mark_stuck();
-                    }
-                }
-                // The first tries come as soon as other events were looked at.
-                let delay = match (wait, tries) {
-                    (Wait::Kernel(Errno::EAGAIN), 0..4) => Duration::ZERO,
-                    (_, 0..STUCK) => backoff(tries.saturating_sub(3), 6),
-                    _ => backoff(tries - STUCK, 10),
-                };
-                self.park(descriptor, work, delay, tries);
+    /// Ends a piece of work, or returns what has to be put off of it.
+    fn settle(
+        &mut self,
+        descriptor: &Arc<Descriptor>,
+        done: Done,
+        history: Option<History>,
+    ) -> Option<Deferred> {
+        let (work, wait) = match done {
+            Done::Yes => return None,
+            Done::Gone => {
+                self.shared.gone(descriptor);
+                return None;
+            }
+            Done::Later(work, wait) => (work, wait),
+        };
+        let mut deferred = Deferred::new(descriptor, work, wait, history);
+        if let Some(errno) = deferred.report() {
+            self.tell_stuck(descriptor, &deferred.work, errno);
+        }
+        if let Work::Load(run, _) | Work::Install(run, _) = &deferred.work {
+            if deferred.is_stuck() && run.region.is_ending() {
+                // The thread that ends it must not wait for this.
+                run.mark_stuck();
             }
         }
+        Some(deferred)
     }
 
     fn tell_stuck(&self, descriptor: &Descriptor, work: &Work, errno: Errno) {
@@ -371,7 +392,7 @@ impl Worker {
                 Some(segment) => (segment.region.id, page_of(fault.address)),
                 None => return,
             },
-            Work::Stray(_) | Work::Read => return,
+            Work::Stray { .. } | Work::Read => return,
         };
         let (region, address) = (RegionId(region), addresses.start);
         self.shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
@@ -379,18 +400,37 @@ impl Worker {
         wake(&serving.uffd, addresses);
     }
 
-    fn park(&mut self, descriptor: &Arc<Descriptor>, work: Work, delay: Duration, tries: u32) {
-        // A descriptor is read later in any case: nobody would tell of what is unread.
-        if self.parked.len() >= PARKED && !matches!(work, Work::Read) {
-            return self.filler.give_up(descriptor, work);
+    fn defer(&mut self, deferred: Deferred) {
+        let Deferred { work, .. } = &deferred;
+        event!(
+            DEBUG,
+            "put off",
+            work = tracing::field::debug(work),
+            delay = tracing::field::debug(deferred.delay())
+        );
+        let joined = matches!(work, Work::Fault(fault) | Work::Stray { fault, .. } if !fault.joined);
+        match self.shared.retries.put(deferred) {
+            Put::Entered => {}
+            Put::Merged => self.shared.counters(self.thread).duplicates.add(joined.into()),
+            Put::NoRoom(Deferred { descriptor, work, .. }) => {
+                // It comes back at once. Not at full speed.
+                thread::sleep(NO_ROOM);
+                if let (Work::Read, Some(serving)) = (&work, &*descriptor.enter(self.thread)) {
+                    self.shared.hand_on(&descriptor, serving.uffd.as_fd());
+                }
+                self.filler.give_up(&descriptor, work);
+            }
         }
-        if delay.is_zero() {
-            std::thread::yield_now();
-        }
-        event!(DEBUG, "put off", work = tracing::field::debug(&work), delay = tracing::field::debug(delay));
-        let due = Instant::now() + delay;
-        self.parked.push(Parked { due, tries, descriptor: Arc::clone(descriptor), work });
     }
+}
+
+/// What a system call has read.
+#[derive(Clone, Copy, Debug)]
+enum Read {
+    Nothing,
+    Faults,
+    /// Changes of the layout, perhaps with faults.
+    Changes,
 }
 
 /// Takes an event in: a change is applied, a fault is put to those that are to be answered.
@@ -414,7 +454,13 @@ fn take(
                 FaultKind::Unknown(_) => &counters.unknown_faults,
             };
             counter.add(1);
-            return faults.push_back(Fault { address: addr.addr(), kind, thread: thread_id.as_raw(), since });
+            return faults.push_back(Fault {
+                address: addr.addr(),
+                kind,
+                thread: thread_id.as_raw(),
+                since,
+                joined: false,
+            });
         }
         Ok(Event::Fork { uffd }) => Change::Fork { uffd },
         Ok(Event::Remap { from, to, len }) => {

@@ -14,6 +14,7 @@ use super::descriptor::{Descriptor, Serving, lock};
 use super::fill::Filler;
 use super::layout::{Layout, ROOM, Segments};
 use super::region::Served;
+use super::retry::RetryQueue;
 use super::stats::Counters;
 use super::{Error, Problem, Result, Retry, Statistics};
 use crate::owner::{InheritedFd, Owner, abandon};
@@ -79,6 +80,8 @@ pub(crate) struct Token(u64);
 
 impl Token {
     const STOP: Self = Self(u64::MAX);
+    /// Something that was put off is due.
+    pub(crate) const RETRY: Self = Self(u64::MAX - 1);
 
     /// The slot in the table, and the number of who is meant there: the slot may be another's since.
     pub(crate) fn of(descriptor: &Descriptor) -> Self {
@@ -109,6 +112,8 @@ pub(crate) struct Shared {
     /// Whether a thread spins, waiting for the next fault. The others sleep.
     spinning: AtomicBool,
     counters: Box<[Counters]>,
+    /// What the threads that serve faults have put off.
+    pub(crate) retries: RetryQueue,
     /// Which threads answer faults at the moment, or read ahead for them.
     at_work: Box<[AtWork]>,
     /// For what isn't done by the threads that serve faults. One at a time.
@@ -149,6 +154,10 @@ impl Shared {
     pub(crate) fn new(threads: usize, readers: usize, retry: Retry) -> Result<Self> {
         let (epoll, bell) = (sys::epoll()?, sys::eventfd(true)?);
         sys::epoll_control(epoll.as_fd(), libc::EPOLL_CTL_ADD, bell.as_fd(), 0, Token::STOP.0)?;
+        let retries = RetryQueue::new()?;
+        let events = libc::EPOLLIN | libc::EPOLLET;
+        let timer = retries.timer();
+        sys::epoll_control(epoll.as_fd(), libc::EPOLL_CTL_ADD, timer, events, Token::RETRY.0)?;
         let notes = Notes {
             problems: VecDeque::with_capacity(PROBLEMS),
             forks: apart::with_room(FORKS),
@@ -165,6 +174,7 @@ impl Shared {
             asked: Condvar::new(),
             spinning: AtomicBool::new(false),
             counters: (0..=threads + readers + BACKGROUNDS).map(|_| Counters::new()).collect(),
+            retries,
             at_work: (0..threads + readers).map(|_| AtWork(AtomicBool::new(false))).collect(),
             outside: Mutex::new(Filler::new(threads + readers)),
             backgrounds: std::array::from_fn(|at| Mutex::new(Filler::new(threads + readers + 1 + at))),

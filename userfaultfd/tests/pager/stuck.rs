@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use userfaultfd::pager::{Around, Pager, Region};
 use userfaultfd::{FeatureFlags, RegisterMode, Uffd};
@@ -223,5 +224,46 @@ fn a_file_that_is_cut_off_is_gone_for_who_waits_for_it() {
         check(&memory, 0, 0);
         assert_eq!(see(&memory, 2), Seen::POISON, "as of any file that is shorter than its mapping");
         check(&memory, 0, 0);
+    });
+}
+
+#[test]
+fn faults_are_resolved_while_memory_is_given_back_without_a_pause() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    // On one CPU the thread that changes the layout never runs while the pager does.
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    if !has(test_name!(), "two CPUs", cpus > 1) {
+        return;
+    }
+    child::run_well(test_name!(), || {
+        const PAGES: usize = 512;
+        let (memory, source) = (Memory::anonymous(2 * PAGES), Pages::new(page()));
+        let pager = Pager::builder().threads(2).build().unwrap();
+        serve(&pager, uffd(FeatureFlags::EVENT_REMOVE), region(&memory, source.clone()));
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let balloon = scope.spawn(|| {
+                for number in (0..PAGES).cycle().take_while(|_| !stop.load(Ordering::SeqCst)) {
+                    memory.advise(PAGES + number, 1, libc::MADV_DONTNEED).unwrap();
+                }
+            });
+            wait_until(|| pager.statistics().removes > 0);
+            let readers: Vec<_> = (0..2)
+                .map(|first| {
+                    let memory = &memory;
+                    scope.spawn(move || {
+                        for page in (first..PAGES).step_by(2) {
+                            assert_eq!(memory.read(page), byte(page));
+                        }
+                    })
+                })
+                .collect();
+            // Only then does it stop.
+            readers.into_iter().for_each(|reader| reader.join().unwrap());
+            stop.store(true, Ordering::SeqCst);
+            balloon.join().unwrap();
+        });
+        let reads = source.reads();
+        assert!(reads.values().all(|times| *times == 1), "{reads:?}, {}", pager.statistics());
     });
 }

@@ -1,0 +1,244 @@
+//! Work that is put off, and when it is tried again: the one policy for everything that has to wait.
+//!
+//! The threads that serve faults share a queue. A thread that reads a source for long keeps nobody's work: a timer among
+//! the descriptors that all of them poll wakes any thread that is free.
+//!
+//! A fill that the kernel refuses with `EAGAIN` waits until a change of the layout has been read and the thread that made
+//! it has run on. Where a process makes one change after the other, that moment is over some microseconds after each
+//! read. So the thread that reads a change takes such work out of the queue and tries it at once, for
+//! [`AFTER_CHANGE`], before it reads on; the timer is for changes that nothing follows.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::apart;
+use super::descriptor::{Descriptor, lock};
+use super::fault::page_of;
+use super::fill::{Wait, Work};
+use crate::{Errno, sys};
+
+/// Entries that the queue has room for from the start. It grows in a mapping of its own.
+pub(super) const ROOM: usize = 256;
+
+/// How long work is tried again after a change was read. Longer keeps the next change from being read.
+pub(super) const AFTER_CHANGE: Duration = Duration::from_micros(20);
+
+/// How long the kernel may refuse a fill before that is reported.
+const STUCK_AFTER: Duration = Duration::from_secs(1);
+
+/// The longest delay of a fill that waits for a change of the layout.
+const CHANGE_DELAY: Duration = Duration::from_millis(1);
+
+/// The longest delay of work that waits for memory, or for another thread.
+const DELAY: Duration = Duration::from_secs(1);
+
+/// The longest time until the queue is searched for work of regions that end, and of descriptors that are closed.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A piece of work that is put off.
+#[derive(Debug)]
+pub(crate) struct Deferred {
+    pub(crate) descriptor: Arc<Descriptor>,
+    pub(crate) work: Work,
+    pub(crate) history: History,
+    wait: Wait,
+    /// When it was put off the last time, and until when.
+    at: Instant,
+    due: Instant,
+}
+
+/// What became of a piece of work so far.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct History {
+    /// When it was put off for the first time.
+    since: Instant,
+    /// Whether it was reported that it waits.
+    reported: bool,
+}
+
+impl Deferred {
+    /// Work that is put off, once more if it has a history.
+    pub(crate) fn new(
+        descriptor: &Arc<Descriptor>,
+        work: Work,
+        wait: Wait,
+        history: Option<History>,
+    ) -> Self {
+        let (descriptor, at) = (Arc::clone(descriptor), Instant::now());
+        let history = history.filter(|_| !matches!(wait, Wait::For(_)));
+        let history = history.unwrap_or(History { since: at, reported: false });
+        let mut new = Self { descriptor, work, history, wait, at, due: at };
+        new.due += new.delay();
+        new
+    }
+
+    pub(crate) fn delay(&self) -> Duration {
+        let waited = self.at - self.history.since;
+        match self.wait {
+            Wait::For(delay) => delay,
+            Wait::Rarely => DELAY,
+            Wait::Kernel(Errno::EAGAIN) => (waited / 8).clamp(CHANGE_DELAY / 16, CHANGE_DELAY),
+            Wait::Kernel(_) | Wait::Others => (waited / 8).clamp(Duration::from_millis(1), DELAY),
+        }
+    }
+
+    /// Whether it has waited for so long that nobody who ends its region waits for it.
+    pub(crate) fn is_stuck(&self) -> bool {
+        let waited = self.at - self.history.since;
+        matches!(self.wait, Wait::Kernel(_) | Wait::Others) && waited >= STUCK_AFTER
+    }
+
+    /// Why the kernel refuses it, once it has done so for long. The next time it is `None`.
+    pub(crate) fn report(&mut self) -> Option<Errno> {
+        match self.wait {
+            Wait::Kernel(errno) if self.is_stuck() && !self.history.reported => {
+                self.history.reported = true;
+                Some(errno)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it is worth trying once a change of the layout was read. Not if it has to be loaded again.
+    pub(crate) fn waits_for_change(&self) -> bool {
+        self.wait == Wait::Kernel(Errno::EAGAIN) && !matches!(self.work, Work::Load(..))
+    }
+
+    /// Whether it need not wait any longer.
+    fn is_due(&self, now: Instant) -> bool {
+        // What is put off anew after that moment waits: a change may have to be read in between.
+        self.due <= now || self.at < now && (self.work.is_ending() || self.descriptor.is_closed())
+    }
+
+    /// Whether this stands for other work as well, which wakes the same threads.
+    fn includes(&self, other: &Self) -> bool {
+        let page = |work: &Work| match work {
+            Work::Fault(fault) | Work::Stray { fault, .. } => Some(page_of(fault.address).start),
+            _ => None,
+        };
+        Arc::ptr_eq(&self.descriptor, &other.descriptor)
+            && match (&self.work, &other.work) {
+                (Work::Read, Work::Read) => true,
+                (one, other) => page(one).is_some() && page(one) == page(other),
+            }
+    }
+}
+
+/// What the threads that serve faults have put off.
+#[derive(Debug)]
+pub(crate) struct RetryQueue {
+    entries: Mutex<Entries>,
+    /// How many there are, to be asked without the lock.
+    count: AtomicUsize,
+    timer: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Entries {
+    all: apart::Vec<Deferred>,
+    /// When the timer expires.
+    armed: Option<Instant>,
+}
+
+/// How an entry was put into the queue.
+#[derive(Debug)]
+pub(crate) enum Put {
+    Entered,
+    /// Another entry stands for it.
+    Merged,
+    /// There is no memory for one more.
+    NoRoom(Deferred),
+}
+
+impl RetryQueue {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        let all = apart::try_with_room(ROOM).ok_or(Errno::ENOMEM)?;
+        let entries = Mutex::new(Entries { all, armed: None });
+        Ok(Self { entries, count: AtomicUsize::new(0), timer: sys::timer()? })
+    }
+
+    /// Becomes readable when something is due.
+    pub(crate) fn timer(&self) -> BorrowedFd<'_> {
+        self.timer.as_fd()
+    }
+
+    pub(crate) fn put(&self, new: Deferred) -> Put {
+        let mut entries = lock(&self.entries);
+        if let Some(entry) = entries.all.iter_mut().find(|entry| entry.includes(&new)) {
+            if let Work::Stray { again, .. } = &mut entry.work {
+                *again = true;
+            }
+            return Put::Merged;
+        }
+        if !apart::try_reserve(&mut entries.all) {
+            return Put::NoRoom(new);
+        }
+        let due = new.due;
+        entries.all.push(new);
+        self.count.store(entries.all.len(), Ordering::Relaxed);
+        if entries.armed.is_none_or(|armed| due < armed) {
+            self.arm(&mut entries, Some(due));
+        }
+        Put::Entered
+    }
+
+    /// Takes what was due at a moment, one at a time: others may take the next meanwhile.
+    pub(crate) fn next_due(&self, now: Instant) -> Option<Deferred> {
+        let mut entries = lock(&self.entries);
+        let at = entries.all.iter().position(|entry| entry.is_due(now));
+        let due = at.map(|at| entries.all.remove(at));
+        self.count.store(entries.all.len(), Ordering::Relaxed);
+        let next = entries.all.iter().map(|entry| if entry.is_due(now) { now } else { entry.due }).min();
+        self.arm(&mut entries, next);
+        due
+    }
+
+    /// Moves what waits for a change of a descriptor's layout to a list, as far as that has room.
+    pub(crate) fn take_changing(&self, descriptor: &Arc<Descriptor>, to: &mut apart::Vec<Deferred>) {
+        // One that is put in just now is tried by the thread that does that.
+        if self.count.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut entries = lock(&self.entries);
+        let mut at = 0;
+        while at < entries.all.len() && to.len() < to.capacity() {
+            let entry = &entries.all[at];
+            if Arc::ptr_eq(&entry.descriptor, descriptor) && entry.waits_for_change() {
+                to.push(entries.all.remove(at));
+            } else {
+                at += 1;
+            }
+        }
+        self.count.store(entries.all.len(), Ordering::Relaxed);
+    }
+
+    /// Takes any entry. For when nobody tries them any more.
+    pub(crate) fn take_any(&self) -> Option<Deferred> {
+        let mut entries = lock(&self.entries);
+        let any = entries.all.pop();
+        self.count.store(entries.all.len(), Ordering::Relaxed);
+        any
+    }
+
+    /// Has the queue looked at by any thread.
+    pub(crate) fn look(&self) {
+        let now = Some(Instant::now());
+        self.arm(&mut lock(&self.entries), now);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        lock(&self.entries).all.len()
+    }
+
+    fn arm(&self, entries: &mut Entries, due: Option<Instant>) {
+        let now = Instant::now();
+        let due = due.map(|due| due.min(now + LOOK));
+        if due != entries.armed || due.is_some_and(|due| due <= now) {
+            entries.armed = due;
+            sys::set_timer(self.timer.as_fd(), due.map(|due| due.saturating_duration_since(now)));
+        }
+    }
+}
