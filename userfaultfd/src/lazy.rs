@@ -7,12 +7,15 @@ use std::sync::Arc;
 
 use memmap2::{MmapMut, MmapOptions};
 
+use crate::dirty::watch::Lease;
+use crate::dirty::{self, DirtyTracker};
 use crate::owner::Owner;
 use crate::pager::{
     self, ADAPTIVE, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager,
     PagerBuilder, Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics,
     Target, WorkingSet, sigbus,
 };
+use crate::snapshot::{self, Series, Sink, Snapshot};
 use crate::{FeatureFlags, Uffd, UffdBuilder};
 
 /// Memory of this process that is read from a source as it is touched.
@@ -99,7 +102,7 @@ impl Drop for OwnMapping {
 /// Who fills it.
 #[derive(Debug)]
 enum Served {
-    Pager(Arc<Pager>, DescriptorId, RegionId),
+    Pager(Arc<Pager>, DescriptorId, RegionId, Arc<Lease>),
     /// The threads that touch it.
     Sigbus(sigbus::Owned),
 }
@@ -136,6 +139,8 @@ pub struct LazyBuilder {
     sigbus: Option<Vec<u64>>,
     /// A method that only memory with a pager has a use for.
     for_pager: Option<&'static str>,
+    /// How a tracker's protection is to work, if the kernel can.
+    protection: FeatureFlags,
 }
 
 impl LazyMemory {
@@ -162,6 +167,7 @@ impl LazyMemory {
             kernel: None,
             sigbus: None,
             for_pager: None,
+            protection: FeatureFlags::WP_ASYNC | FeatureFlags::WP_UNPOPULATED,
         }
     }
 
@@ -238,7 +244,8 @@ impl LazyMemory {
     /// Fills everything that is absent. The memory needs no pager from then on.
     ///
     /// It takes as much memory as it is long. `progress` is called now and then, first with nothing done and last
-    /// with all done. A page that the source doesn't deliver is poisoned.
+    /// with all done. A page that the source doesn't deliver is poisoned. While a [tracker](Self::tracker) is at work,
+    /// the pager goes on resolving the faults of its protection.
     ///
     /// # Errors
     ///
@@ -247,7 +254,7 @@ impl LazyMemory {
     pub fn fill(&self, progress: impl FnMut(Progress)) -> pager::Result<()> {
         self.check_owner()?;
         match &self.served {
-            Served::Pager(pager, _, region) => pager.finish_region(*region, progress),
+            Served::Pager(pager, _, region, _) => pager.finish_region(*region, progress),
             Served::Sigbus(owned) => owned.lazy().fill(progress),
         }
     }
@@ -287,10 +294,137 @@ impl LazyMemory {
     fn target(&self) -> pager::Result<Target> {
         self.check_owner()?;
         match &self.served {
-            Served::Pager(pager, _, region) => pager.target(*region),
+            Served::Pager(pager, _, region, _) => pager.target(*region),
             Served::Sigbus(owned) if owned.lazy().is_closed() => Err(Error::NotServed),
             Served::Sigbus(owned) => Ok(Target::Sigbus(Arc::clone(owned.lazy()))),
         }
+    }
+
+    /// Tracks which pages the program writes from now on, while missing pages are filled as ever.
+    ///
+    /// A page counts as written when the program writes it, not when it is filled; a page that is poisoned counts as
+    /// written. Memory that is [filled](Self::fill) has a tracker with a descriptor of its own, as
+    /// [`DirtyTracker::new`](DirtyTracker::new) makes it. The tracker may outlive the memory, and reports
+    /// [`NotTracked`](crate::Error::NotTracked) then.
+    ///
+    /// Since Linux 6.7 in [`Mode::Async`](crate::dirty::Mode::Async). From 5.13 on in
+    /// [`Mode::Sync`](crate::dirty::Mode::Sync): the pager's threads resolve the first write to each page, and a system
+    /// call that writes to it fails with `EFAULT` unless [`serves_kernel`](Self::serves_kernel).
+    ///
+    /// ```
+    /// use userfaultfd::{Error, LazyMemory, page_size};
+    /// use userfaultfd::pager::BytesSource;
+    ///
+    /// let page = page_size();
+    /// let mut memory = LazyMemory::builder(BytesSource::new(vec![1; 16 * page])).build()?;
+    /// let mut tracker = match memory.tracker() {
+    ///     Ok(tracker) => tracker,
+    ///     Err(error) => return Ok(println!("{error}")), // no write protection here
+    /// };
+    /// let start = memory.as_ptr().addr();
+    /// assert_eq!(memory[9 * page], 1); // filled, and not written
+    /// memory[3 * page] = 2; // filled, and written
+    /// let written = tracker.take().collect::<Result<Vec<_>, _>>()?;
+    /// assert_eq!(written, [start + 3 * page..start + 4 * page]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// - [`NotWithSigbus`](pager::Error::NotWithSigbus): made by [`sigbus`](Self::sigbus), and not
+    ///   [filled](Self::fill) yet.
+    /// - [`Uffd`](pager::Error::Uffd): [`AlreadyTracked`](crate::Error::AlreadyTracked), by another tracker; the errors of
+    ///   [`DirtyTracker::with`] and [`DirtyTracker::track`], `EOPNOTSUPP` from Linux 5.7 to 5.12.
+    /// - [`Register`](pager::Error::Register): the kernel can't protect such memory: before Linux 5.7, hugetlb memory
+    ///   before 5.19.
+    pub fn tracker(&self) -> pager::Result<DirtyTracker> {
+        self.check_owner()?;
+        let (options, ranges) = match &self.served {
+            Served::Pager(pager, _, region, _) => match pager.lend(*region) {
+                Ok((uffd, lease, ranges)) => (dirty::Options::new().lease(uffd, lease), ranges),
+                Err(Error::NotServed) => self.own_tracker(),
+                Err(error) => return Err(error),
+            },
+            Served::Sigbus(owned) if owned.lazy().is_closed() => self.own_tracker(),
+            Served::Sigbus(_) => return Err(Error::NotWithSigbus { option: "tracker" }),
+        };
+        let mut tracker = DirtyTracker::with(options)?;
+        for range in ranges {
+            tracker.track(range)?;
+        }
+        Ok(tracker)
+    }
+
+    fn own_tracker(&self) -> (dirty::Options, Vec<Range<usize>>) {
+        (dirty::Options::new().user_mode_only(!self.serves_kernel), vec![self.range()])
+    }
+
+    /// Fills everything that is missing, and takes a snapshot: see [`Snapshot::begin`]. So memory that was restored from
+    /// a snapshot can be saved again.
+    ///
+    /// What is missing comes from the source into memory, and from there into the snapshot, whose moment is when
+    /// everything is there. The memory needs no pager from then on. A page that the source doesn't deliver is
+    /// poisoned, and [`Gone`](crate::snapshot::Content::Gone) in the snapshot.
+    ///
+    /// ```
+    /// use userfaultfd::LazyMemory;
+    /// use userfaultfd::snapshot::{Error, SnapshotReader, SnapshotWriter};
+    /// # use userfaultfd::pager::BytesSource;
+    ///
+    /// # let dir = std::env::temp_dir();
+    /// # let path = dir.join(format!("{}.lazy-snapshot", std::process::id()));
+    /// let mut memory = LazyMemory::builder(BytesSource::new(vec![1; 1 << 20])).build()?;
+    /// memory[0] = 2;
+    /// let snapshot = match memory.snapshot(SnapshotWriter::create(&path)?) {
+    ///     Ok(snapshot) => snapshot,
+    ///     Err(Error::Kernel(error)) => return Ok(println!("{error}")), // no write protection here
+    ///     Err(error) => return Err(error.into()),
+    /// };
+    /// memory[1] = 3; // goes on at once
+    /// snapshot.wait()?;
+    /// let restored = LazyMemory::new(memory.len(), SnapshotReader::open(&path)?)?;
+    /// assert_eq!(restored[..3], [2, 1, 1]);
+    /// # drop(restored);
+    /// # std::fs::remove_file(&path)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Snapshot::begin`], and [`Fill`](snapshot::Error::Fill). [`Kernel`](snapshot::Error::Kernel) with
+    /// [`AlreadyTracked`](crate::Error::AlreadyTracked): a [tracker](Self::tracker) is at work.
+    pub fn snapshot<S: Sink + 'static>(&self, sink: S) -> snapshot::Result<Snapshot<S>> {
+        self.filled()?.begin(sink)
+    }
+
+    /// Fills everything that is missing, for a [series of snapshots](Series), each of what has changed since the one
+    /// before.
+    ///
+    /// # Errors
+    ///
+    /// As [`snapshot`](Self::snapshot), but for those of the sink.
+    pub fn series(&self) -> snapshot::Result<Series> {
+        self.filled()?.series()
+    }
+
+    /// Fills what is missing. Options to save it all.
+    fn filled(&self) -> snapshot::Result<snapshot::Options> {
+        self.check_owner().map_err(snapshot::Error::Fill)?;
+        let range = self.range();
+        if matches!(&self.served, Served::Pager(.., lease) if lease.is_taken()) {
+            return Err(crate::Error::AlreadyTracked { start: range.start, end: range.end }.into());
+        }
+        match self.fill(|_| {}) {
+            Ok(()) | Err(Error::NotServed) => {}
+            Err(error) => return Err(snapshot::Error::Fill(error)),
+        }
+        Ok(snapshot::Options::new().range(range).user_mode_only(!self.serves_kernel))
+    }
+
+    /// The addresses, whole pages.
+    fn range(&self) -> Range<usize> {
+        let start = self.memory.mapping.as_ptr().addr();
+        start..start + self.memory.mapping.len()
     }
 
     /// What nobody has touched yet, nor filled.
@@ -301,7 +435,7 @@ impl LazyMemory {
     pub fn absent(&self) -> pager::Result<Vec<Absent>> {
         self.check_owner()?;
         match &self.served {
-            Served::Pager(pager, _, region) => pager.absent(*region),
+            Served::Pager(pager, _, region, _) => pager.absent(*region),
             Served::Sigbus(owned) => owned.lazy().absent(),
         }
     }
@@ -423,7 +557,19 @@ impl LazyBuilder {
     /// - [`System`](pager::Error::System): memory or a thread can't be had; `ENOMEM` of huge pages: so many aren't
     ///   reserved.
     pub fn build(self) -> pager::Result<LazyMemory> {
-        let Self { source, offset, len, page_size, around, pager, own, kernel, sigbus, for_pager } = self;
+        let Self {
+            source,
+            offset,
+            len,
+            page_size,
+            around,
+            pager,
+            own,
+            kernel,
+            sigbus,
+            for_pager,
+            protection,
+        } = self;
         let rest = source.len().map(|end| usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX));
         let len = len.or(rest).filter(|len| *len > 0).ok_or(Error::EmptyRegion { address: 0 })?;
         if let (true, Some(source_len)) = (rest.is_some_and(|rest| len > rest), source.len()) {
@@ -458,18 +604,19 @@ impl LazyBuilder {
             .page_size(page_size)
             .around(around);
         if let Some(borders) = sigbus {
-            let uffd = open(false, true)?;
+            let uffd = open(false, FeatureFlags::SIGBUS, FeatureFlags::empty())?;
             #[expect(unsafe_code, reason = "the memory is this function's")]
             // SAFETY: as for `add_own`; `LazyMemory::sigbus` takes nothing but sources that are signal-safe, and these
             // are the source's borders.
             let owned = unsafe { sigbus::Owned::new(uffd, region, &borders) }?;
             return Ok(LazyMemory { served: Served::Sigbus(owned), memory, len, serves_kernel: false });
         }
+        let requested = FeatureFlags::THREAD_ID | protection;
         let (uffd, serves_kernel) = match kernel {
-            Some(kernel) => (open(kernel, false)?, kernel),
-            None => match open(true, false) {
+            Some(kernel) => (open(kernel, FeatureFlags::empty(), requested)?, kernel),
+            None => match open(true, FeatureFlags::empty(), requested) {
                 Ok(uffd) => (uffd, true),
-                Err(_) => (open(false, false)?, false),
+                Err(_) => (open(false, FeatureFlags::empty(), requested)?, false),
             },
         };
         let pager = match pager {
@@ -480,21 +627,18 @@ impl LazyBuilder {
         // SAFETY: nobody has seen the memory yet, and bytes are good whatever they are. It is unmapped only after the
         // pager has let go of it, and poison is what the documentation says.
         let added = unsafe { pager.add_own(uffd, [region]) }.map_err(|refused| refused.error)?;
-        let served = Served::Pager(pager, added.descriptor, added.regions[0]);
+        let (descriptor, region) = (added.descriptor, added.regions[0]);
+        let lease = Arc::clone(&pager.target(region)?.region().lease);
+        let served = Served::Pager(pager, descriptor, region, lease);
         Ok(LazyMemory { served, memory, len, serves_kernel })
     }
 }
 
 /// A userfaultfd.
-fn open(kernel: bool, sigbus: bool) -> crate::Result<Uffd> {
+fn open(kernel: bool, required: FeatureFlags, requested: FeatureFlags) -> crate::Result<Uffd> {
     let mut builder = UffdBuilder::new();
     builder.close_on_exec(true).non_blocking(true).user_mode_only(!kernel);
-    if sigbus {
-        builder.require_features(FeatureFlags::SIGBUS);
-    } else {
-        builder.request_features(FeatureFlags::THREAD_ID);
-    }
-    builder.create()
+    builder.require_features(required).request_features(requested).create()
 }
 
 impl Deref for LazyMemory {
@@ -530,8 +674,9 @@ impl AsMut<[u8]> for LazyMemory {
 impl Drop for LazyMemory {
     fn drop(&mut self) {
         // Nobody refers to the memory any more, so that what is absent may stay so. The mapping goes after this.
-        if let Served::Pager(pager, descriptor, _) = &self.served {
+        if let Served::Pager(pager, descriptor, _, lease) = &self.served {
             if self.memory.owner.is_current() {
+                lease.end();
                 drop(pager.remove(*descriptor));
             } else {
                 pager.abandon(*descriptor);
@@ -563,5 +708,54 @@ impl fmt::Debug for LazyBuilder {
             .field("kernel", &self.kernel)
             .field("sigbus", &self.sigbus.is_some())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dirty::Mode;
+    use crate::support::{has_features, require, test_name};
+
+    /// As on kernels that have less: without asynchronous protection, and without that of missing pages.
+    #[test]
+    fn old_kernels_track_lazy_memory_by_the_threads_of_its_pager() {
+        require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+        let page = crate::page_size();
+        for protection in [FeatureFlags::WP_UNPOPULATED, FeatureFlags::empty()] {
+            if !has_features(test_name!(), protection | FeatureFlags::WP_HUGETLBFS_SHMEM) {
+                continue;
+            }
+            let source = |_: u64, bytes: &mut [u8]| {
+                bytes.fill(1);
+                Ok(pager::Fill::Data)
+            };
+            let builder = LazyMemory::builder(source).len(16 * page).around(Around::Block(2 * page));
+            let mut memory = LazyBuilder { protection, ..builder }.build().unwrap();
+            let start = memory.as_ptr().addr();
+            assert_eq!(memory[0], 1);
+            memory[4 * page] = 2;
+            let mut tracker = memory.tracker().unwrap();
+            assert_eq!(tracker.mode(), Mode::Sync);
+            let mut take = || -> Vec<usize> {
+                let ranges = tracker.take().map(Result::unwrap);
+                ranges.flat_map(|range| (range.start - start) / page..(range.end - start) / page).collect()
+            };
+            assert_eq!(take(), [0; 0]);
+            assert_eq!((memory[7 * page], take()), (1, vec![]), "filled");
+            memory[0] = 3;
+            memory[4 * page] = 3;
+            memory[9 * page + 1] = 3;
+            assert_eq!((take(), take()), (vec![0, 4, 9], vec![]));
+            memory[9 * page + 1] = 4;
+            assert_eq!((memory[9 * page], memory[9 * page + 1], take()), (1, 4, vec![9]));
+            memory.fill(|_| {}).unwrap();
+            assert_eq!(take(), [0; 0]);
+            memory[10 * page] = 5;
+            assert_eq!(take(), [10]);
+            drop(tracker);
+            memory[10 * page] = 6;
+            assert!(memory[11 * page..].iter().all(|byte| *byte == 1));
+        }
     }
 }

@@ -227,10 +227,14 @@ impl Look<'_> {
             let word = self.words.get(index * (page / page_size()));
             match &self.tracked.noted {
                 Some(notes) => notes.get(chunk.start + index * page) || word.is_empty(),
-                // Of hugetlb memory holes aren't told by a scan, either.
-                None => !word.is_protected() && (page == page_size() || !word.is_empty()),
+                // Of hugetlb memory holes aren't told by a scan, either. Where a pager fills, an empty page is missing.
+                None => !word.is_protected() && (self.tells_empty() || !word.is_empty()),
             }
         })
+    }
+
+    fn tells_empty(&self) -> bool {
+        self.tracked.page == page_size() && self.watch.lease.is_none()
     }
 
     /// Resets pages that were found. A write before they are protected belongs to what was found, one after that is

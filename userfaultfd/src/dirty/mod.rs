@@ -38,6 +38,12 @@
 //! A write that is made while [`take`](DirtyTracker::take) is at work is told by it or by the next one, never by none.
 //! In `Sync` mode it may be told by both.
 //!
+//! # Memory with missing pages
+//!
+//! A range can be registered with one userfaultfd. Memory that a [`LazyMemory`](crate::LazyMemory) fills is tracked by
+//! [`LazyMemory::tracker`](crate::LazyMemory::tracker); what a handler of one's own fills, by
+//! [`Options::read_elsewhere`].
+//!
 //! # Pinned memory
 //!
 //! The kernel and devices write to pages that are pinned through no page table, so that no protection is in their way,
@@ -174,6 +180,9 @@ impl Drop for Tracker {
             drop(self.watch.untrack(&range));
         }
         drop(self.server.take());
+        if let Some(lease) = &self.watch.lease {
+            lease.give_back();
+        }
     }
 }
 

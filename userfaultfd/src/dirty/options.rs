@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use super::serve::Server;
-use super::watch::{Protection, Watch, Words, pointer};
+use super::watch::{Lease, Protection, Watch, Words, pointer};
 use crate::error::errno_of;
 use crate::maps::Process;
 use crate::pagemap::{Pagemap, Region, Scan};
@@ -56,11 +56,20 @@ pub struct Options {
     process: Process,
     /// What ranges are registered for beside, where somebody else reads the descriptor.
     elsewhere: Option<RegisterMode>,
+    /// Of memory that a pager fills.
+    lease: Option<Arc<Lease>>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { mode: None, user_mode_only: true, descriptor: None, process: Process::Own, elsewhere: None }
+        Self {
+            mode: None,
+            user_mode_only: true,
+            descriptor: None,
+            process: Process::Own,
+            elsewhere: None,
+            lease: None,
+        }
     }
 }
 
@@ -122,8 +131,22 @@ impl Options {
         self
     }
 
+    /// Tracks memory that a pager of this process fills through the descriptor.
+    pub(crate) fn lease(self, uffd: Uffd, lease: Arc<Lease>) -> Self {
+        Self { lease: Some(lease), ..self.descriptor(uffd).read_elsewhere(RegisterMode::MISSING) }
+    }
+
     /// Makes it.
     pub(crate) fn open(self, protection: Protection) -> Result<(Arc<Watch>, Mode, Option<Server>)> {
+        let lease = self.lease.clone();
+        self.open_leased(protection).inspect_err(|_| {
+            if let Some(lease) = lease {
+                lease.give_back();
+            }
+        })
+    }
+
+    fn open_leased(self, protection: Protection) -> Result<(Arc<Watch>, Mode, Option<Server>)> {
         let (asynchronous, synchronous) = match protection {
             Protection::Write => (FeatureFlags::WP_ASYNC, FeatureFlags::PAGEFAULT_FLAG_WP),
             Protection::ReadWrite => (FeatureFlags::RWP | FeatureFlags::RWP_ASYNC, FeatureFlags::RWP),
@@ -153,6 +176,7 @@ impl Options {
         let features = uffd.features();
         let mode = if features.contains(asynchronous) { Mode::Async } else { Mode::Sync };
         let mut watch = Watch::new(uffd, self.process, protection)?;
+        watch.lease = self.lease;
         watch.also = self.elsewhere.unwrap_or(RegisterMode::empty());
         if protection == Protection::Write && mode == Mode::Sync {
             watch.protects_empty = features.contains(FeatureFlags::WP_UNPOPULATED);

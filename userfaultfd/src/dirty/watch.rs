@@ -1,8 +1,24 @@
 //! Memory under the protection of a userfaultfd: what both trackers and the snapshot stand on.
+//!
+//! # Memory that a pager fills
+//!
+//! A mapping is registered with one userfaultfd, so memory with missing pages is tracked through the descriptor of the pager
+//! that fills it. Three ideas make that work:
+//!
+//! - The pager [lends](crate::pager::Pager::lend) a region to one tracker at a time: a [`Lease`]. The region is registered
+//!   for `MISSING` and `WRITE_PROTECT` from then on, also when it is filled.
+//! - While the lease is taken every fill is protected in the same call (`UFFDIO_COPY_MODE_WP`), so that what is filled isn't
+//!   written. It is taken while no fill is at work, and before the tracker protects: there is no page in between.
+//! - Who resolves a write doesn't matter. With `WP_ASYNC`, which the descriptor of a `LazyMemory` has from its handshake, it
+//!   is the kernel; without, a worker of the pager lifts the protection of the page. In both cases a page is written that
+//!   isn't protected.
+//!
+//! A snapshot needs each write to wait until the page is saved, so it has a descriptor of its own, and the pager fills
+//! everything before.
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -80,6 +96,37 @@ fn retry<T>(tries: usize, mut operation: impl FnMut() -> Result<T>) -> Result<T>
     operation()
 }
 
+/// The use of memory that a pager fills, by one tracker at a time. The pager fills pages protected while it is taken.
+#[derive(Debug, Default)]
+pub(crate) struct Lease {
+    taken: AtomicBool,
+    ended: AtomicBool,
+}
+
+impl Lease {
+    /// Whether it was free.
+    pub(crate) fn take(&self) -> bool {
+        !self.taken.swap(true, Ordering::SeqCst)
+    }
+
+    pub(crate) fn is_taken(&self) -> bool {
+        self.taken.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn give_back(&self) {
+        self.taken.store(false, Ordering::SeqCst);
+    }
+
+    /// The memory is about to be unmapped: what is mapped there later isn't the tracker's.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+}
+
 /// The ranges, and what protects them.
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -97,6 +144,8 @@ pub(crate) struct Watch {
     pub(crate) notes: bool,
     /// How often an operation is tried while the layout changes.
     pub(crate) tries: usize,
+    /// Of memory that a pager of this process fills: an empty page is one that is missing.
+    pub(crate) lease: Option<Arc<Lease>>,
     /// Replaced as a whole, so that the lock is never held for long, nor while memory is allocated: the thread that
     /// handles faults takes it.
     ranges: Mutex<Arc<[Tracked]>>,
@@ -116,6 +165,7 @@ impl Watch {
             protects_empty: true,
             notes: false,
             tries: TRIES,
+            lease: None,
             ranges: Mutex::new(Arc::new([])),
             failure: AtomicI32::new(0),
             faults: [const { AtomicU64::new(0) }; 2],
@@ -148,12 +198,23 @@ impl Watch {
     /// The error, after [`fail`](Self::fail), or of another process.
     pub(crate) fn check(&self) -> Result<()> {
         self.check_owner()?;
+        if self.has_ended() {
+            let ranges = self.ranges();
+            let ends = ranges.first().zip(ranges.last());
+            let (start, end) = ends.map_or((0, 0), |(first, last)| (first.range.start, last.range.end));
+            return Err(Error::NotTracked { start, end });
+        }
         match self.failure.load(Ordering::SeqCst) {
             0 => Ok(()),
             errno => {
                 Err(Error::TrackingFailed(crate::error::errno_of(&std::io::Error::from_raw_os_error(errno))))
             }
         }
+    }
+
+    /// Whether the memory was unmapped by its owner.
+    fn has_ended(&self) -> bool {
+        self.lease.as_ref().is_some_and(|lease| lease.has_ended())
     }
 
     fn modes(&self) -> RegisterMode {
@@ -182,6 +243,7 @@ impl Watch {
             return Err(Error::AlreadyTracked { start: range.start, end: range.end });
         }
         self.check_missing(range)?;
+        self.check()?;
         let ioctls = self
             .uffd
             .register_in(self.process, pointer(range.start), range.len(), self.modes())
@@ -206,7 +268,7 @@ impl Watch {
 
     /// Refuses memory that can't be protected since its missing pages are filled by another handler.
     fn check_missing(&self, range: &Range<usize>) -> Result<()> {
-        if !self.also.contains(RegisterMode::MISSING) || self.protects_empty {
+        if !self.also.contains(RegisterMode::MISSING) || self.protects_empty || self.lease.is_some() {
             return Ok(());
         }
         let mappings = self.process.mappings(range)?;
@@ -268,6 +330,9 @@ impl Watch {
     /// Ends the registration of a range and wakes its waiters. Where another handler fills missing pages, whose modes
     /// are registered beside, only the protection ends: unregistered memory would show zeros instead.
     fn release(&self, range: &Range<usize>) -> Result<()> {
+        if self.has_ended() {
+            return Ok(());
+        }
         if !self.also.is_empty() {
             return self.for_each_mapping(range, |range| self.lift(range));
         }

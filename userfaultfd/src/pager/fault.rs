@@ -166,7 +166,8 @@ impl Filler {
     ///
     /// Mostly it is one of several on the same page, and everybody is awake. But the page may have been taken away
     /// without a word: by madvise(2) where the descriptor doesn't tell of it, by a hole punched into the file. Then
-    /// what belongs there is zero, as everywhere after a removal, or what the page cache has.
+    /// what belongs there is zero, as everywhere after a removal, or what the page cache has. To a tracker that is a
+    /// change: the page isn't protected.
     pub(super) fn present(
         &mut self,
         shared: &Shared,

@@ -397,12 +397,6 @@ impl Filler {
         // Once more with what a marker of write protection isn't in the way of.
         let again = match content {
             Content::Zero => Content::Zeros,
-            Content::Poison if run.region.write_protected => {
-                match uffd.remove_write_protection(dst, len, true) {
-                    Ok(()) => Content::Poison,
-                    Err(_) => return End::Contested,
-                }
-            }
             // Of huge pages it is the answer to an empty pool, too: where there is nothing, poison can be put.
             Content::Buffer | Content::Outside(_) | Content::Aside(_) | Content::Zeros
                 if !run.region.zeropage_possible() =>
@@ -458,16 +452,16 @@ impl Filler {
     ) -> (usize, Option<Errno>) {
         let (uffd, dst) = (&serving.uffd, at(run.address()));
         let mut mode = CopyMode::empty();
-        mode.set(CopyMode::WRITE_PROTECT, run.region.write_protected);
+        mode.set(CopyMode::WRITE_PROTECT, run.region.fills_protected());
         let source = match content {
-            Content::Zero => {
+            Content::Zero if !run.region.fills_protected() => {
                 // SAFETY: whoever handed the region over vouches for what its pages come to hold; this one isn't
                 // there yet, as the kernel makes sure.
                 let result = unsafe { uffd.zeropage(dst, len, true) };
                 return answer(result, len);
             }
             Content::File | Content::Poison => std::ptr::null(),
-            Content::Zeros => match grown(&mut self.zeros, len) {
+            Content::Zero | Content::Zeros => match grown(&mut self.zeros, len) {
                 Ok(zeros) => zeros.as_ptr().cast(),
                 Err(_) => return (0, Some(Errno::ENOMEM)),
             },
@@ -490,7 +484,7 @@ impl Filler {
                 }
             }
             let mut mode = ContinueMode::empty();
-            mode.set(ContinueMode::WRITE_PROTECT, run.region.write_protected);
+            mode.set(ContinueMode::WRITE_PROTECT, run.region.fills_protected());
             return answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
         }
         // SAFETY: the source has `len` bytes there: a buffer of this filler, or memory of the region's source, which
@@ -550,7 +544,7 @@ pub(super) fn poison(
     let mut most = len;
     if region.cache.is_none() {
         let mut mode = ContinueMode::empty();
-        mode.set(ContinueMode::WRITE_PROTECT, region.write_protected);
+        mode.set(ContinueMode::WRITE_PROTECT, region.fills_protected());
         let mapped = uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize);
         match answer(mapped, len) {
             (0, Some(Errno::EFAULT)) => most = region.page_size(),
@@ -562,8 +556,21 @@ pub(super) fn poison(
             (mapped, errno) => return (mapped, errno, End::Present),
         }
     }
-    // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
-    let (poisoned, errno) = answer(unsafe { uffd.poison(dst, most, true) }, most);
+    let poison = |len| {
+        // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
+        answer(unsafe { uffd.poison(dst, len, true) }, len)
+    };
+    let (poisoned, errno) = match poison(most) {
+        // A marker of protection may be in the way. Who touches the page meanwhile waits for this fill.
+        (0, Some(Errno::EEXIST)) if region.fills_protected() => {
+            let page = region.page_size();
+            match uffd.remove_write_protection(dst, page, false) {
+                Ok(()) => poison(page),
+                Err(error) => (0, error.errno()),
+            }
+        }
+        poisoned => poisoned,
+    };
     (poisoned, errno, End::Poisoned)
 }
 

@@ -140,7 +140,8 @@ use self::retry::Deferred;
 use self::serve::Worker;
 use self::shared::Shared;
 use self::shutdown::Cover;
-use crate::{Errno, FeatureFlags, Uffd};
+use crate::dirty::watch::Lease;
+use crate::{Errno, FeatureFlags, RegisterMode, Uffd};
 
 /// A descriptor that a pager serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -530,7 +531,53 @@ impl Pager {
     pub fn finish_region(&self, region: RegionId, progress: impl FnMut(Progress)) -> Result<()> {
         let descriptor = self.of_region(region)?;
         shutdown::fill(&self.shared, &[(Arc::clone(&descriptor), Some(region.0))], progress)?;
+        let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
+        if segments.iter().any(|segment| segment.region.lease.is_taken()) {
+            // A tracker is at work: the region stays registered, and protection faults are the pager's to resolve.
+            return Ok(());
+        }
         self.drop_region(&descriptor, region)
+    }
+
+    /// Lends a region to a tracker: pages are filled protected from now on, until the lease is given back. The whole region
+    /// is registered for protection, too. Returns the descriptor to protect it with, and its ranges.
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`Uffd`](Error::Uffd): [`AlreadyTracked`](crate::Error::AlreadyTracked).
+    /// - [`Register`](Error::Register): the kernel can't protect such memory.
+    pub(crate) fn lend(&self, region: RegionId) -> Result<(Uffd, Arc<Lease>, Vec<Range<usize>>)> {
+        let descriptor = self.of_region(region)?;
+        let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
+        let uffd = {
+            let serving = descriptor.enter(self.shared.outside_id());
+            Arc::clone(&serving.as_ref().ok_or(Error::NotServed)?.uffd)
+        };
+        let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
+        for Segment { start, end, .. } in &segments {
+            let registered = uffd.register_with_mode(at(*start), end - start, modes);
+            registered.map_err(|error| Error::Register { address: *start, error })?;
+        }
+        let lease =
+            segments.first().map(|segment| Arc::clone(&segment.region.lease)).ok_or(Error::NotServed)?;
+        // While no fill is at work, and once all is registered: one that is protected where that can't be is refused.
+        let mut taken = false;
+        descriptor.exclusively(&mut |_| taken = lease.take());
+        if !taken {
+            let ends = segments.iter().fold((usize::MAX, 0), |(start, end), segment| {
+                (start.min(segment.start), end.max(segment.end))
+            });
+            return Err(crate::Error::AlreadyTracked { start: ends.0, end: ends.1 }.into());
+        }
+        let ranges = segments.iter().map(|segment| segment.start..segment.end).collect();
+        match uffd.try_clone() {
+            Ok(uffd) => Ok((uffd, lease, ranges)),
+            Err(error) => {
+                lease.give_back();
+                Err(error.into())
+            }
+        }
     }
 
     /// Poisons what is absent of a region, and gives it back to the kernel.

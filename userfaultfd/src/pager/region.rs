@@ -17,6 +17,7 @@ use super::around::{Around, Streams, Window};
 use super::pages::Pages;
 use super::record::Log;
 use super::{Absent, Error, PageSource, Result};
+use crate::dirty::watch::Lease;
 use crate::{Errno, FeatureFlags, IoctlFlags, RegisterMode, Support};
 
 /// The most that is filled for one fault, unless told otherwise.
@@ -265,6 +266,7 @@ impl Region {
             around: self.around,
             streams: Streams::new(),
             write_protected: self.write_protected,
+            lease: Arc::default(),
             cache,
             shared: self.shared,
             zeropage: page == crate::page_size() && !self.write_protected,
@@ -331,6 +333,8 @@ pub(crate) struct Served {
     around: Around,
     streams: Streams,
     pub(crate) write_protected: bool,
+    /// Taken while a tracker is at work.
+    pub(crate) lease: Arc<Lease>,
     pub(crate) cache: Option<Cache>,
     pub(crate) shared: bool,
     /// Whether zero pages can be mapped.
@@ -345,6 +349,12 @@ pub(crate) struct Served {
 }
 
 impl Served {
+    /// Whether pages are filled protected, so that a fill isn't taken for a write. Missing pages may have a marker of
+    /// protection then, which is in the way of zero pages and poison.
+    pub(crate) fn fills_protected(&self) -> bool {
+        self.write_protected || self.lease.is_taken()
+    }
+
     /// Whether absent pages are being poisoned, or filled at once: nobody waits for a source any more.
     pub(crate) fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Relaxed)
@@ -430,6 +440,7 @@ impl Served {
             around: self.around,
             streams: Streams::new(),
             write_protected: self.write_protected,
+            lease: Arc::default(),
             cache: None,
             shared: self.shared,
             zeropage: self.zeropage,

@@ -26,6 +26,10 @@ pub enum Error {
     #[error("a snapshot of the same memory is still at work")]
     Running,
 
+    /// What is missing of a [`LazyMemory`](crate::LazyMemory) can't be filled.
+    #[error("missing pages can't be filled before the snapshot")]
+    Fill(#[source] crate::pager::Error),
+
     /// A thread or what it needs can't be had.
     #[error("a thread for the snapshot can't be started")]
     Thread(#[source] io::Error),

@@ -7,6 +7,7 @@
 //! - A [`SnapshotWriter`] is the sink that writes a file, a [`SnapshotReader`] reads it: as a
 //!   [`PageSource`](crate::pager::PageSource), from which [`LazyMemory`](crate::LazyMemory) and a
 //!   [`Pager`](crate::pager::Pager) restore memory page by page as it is touched.
+//! - [`LazyMemory::snapshot`](crate::LazyMemory::snapshot) saves memory that is being restored.
 //! - A [`Series`] takes one snapshot after the other of the same memory, each of what has changed since the one before.
 //!
 //! ```

@@ -16,4 +16,5 @@ mod reader;
 mod scene;
 mod sources;
 mod stuck;
+mod tracked;
 mod vast;
