@@ -266,7 +266,7 @@ impl LazyMemory {
     /// - [`NotServed`](pager::Error::NotServed): all was [filled](Self::fill).
     /// - [`System`](pager::Error::System): a thread couldn't be had.
     pub fn background(&self, order: Order) -> pager::Result<Background> {
-        Background::start(self.target()?, order, 1)
+        Background::start(self.target()?, order)
     }
 
     /// Records which pages are touched, in order: see [`Recorder`].

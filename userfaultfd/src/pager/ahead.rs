@@ -10,7 +10,7 @@ use super::region::Served;
 use super::shared::Shared;
 
 /// What one thread reads at a time.
-const CHUNK: usize = 1 << 20;
+pub(super) const CHUNK: usize = 1 << 20;
 
 /// Something to read ahead.
 #[derive(Debug)]

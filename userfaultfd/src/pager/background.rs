@@ -1,4 +1,8 @@
 //! Filling what nobody has touched yet, without being in the way of those who touch.
+//!
+//! A background has one thread, and more while its source is slow. One of them at a time has the turn: it waits until no
+//! fault is being resolved, the limit is met and nothing is paused, takes the next step of the plan, and lets the next
+//! thread have the turn. Sources are read without the turn, or any lock.
 
 use std::fmt;
 use std::ops::Range;
@@ -7,24 +11,37 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::ahead;
+use super::around::Around;
 use super::control::spawn;
 use super::descriptor::{Descriptor, lock};
-use super::fill::Done;
+use super::fill::{Done, Filler};
 use super::layout::Segment;
 use super::load::alike;
 use super::region::Served;
 use super::run::Run;
-use super::shared::{BACKGROUNDS, Shared};
+use super::shared::{Lease, Shared};
 use super::sigbus::Lazy;
 use super::{Pager, Progress, RegionId, Result};
 use crate::owner::Owner;
 
-/// So many bytes are filled between two looks whether somebody waits, unless they take longer than that.
+/// Bytes that are filled between two looks whether a fault waits, unless they take longer than [`STEP_TIME`]; and of one
+/// step, where the source is fast.
 const STEP: usize = 64 << 10;
 const STEP_TIME: Duration = Duration::from_micros(50);
 
-/// So long it waits before it looks again whether faults are answered.
+/// The delay until it is looked again whether a fault waits.
 const PAUSE: Duration = Duration::from_micros(50);
+
+/// The delay until a thread that is paused, or has reached the limit, looks whether the region is still served.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Reads of a slow source that may go on at the same time in any case. More if the pager has more threads of a kind.
+const READS: usize = 4;
+
+/// A source is fast again where reads take less than this. [`Filler::is_slow`] is above, so that threads don't come and
+/// go all the time.
+const FAST: Duration = Duration::from_micros(25);
 
 /// What a background fill fills, in which order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,14 +54,21 @@ pub enum Order {
     Ranges(Vec<Range<usize>>),
 }
 
-/// A thread that fills what is absent of a region, as long as no fault is to be answered.
+/// Fills the missing pages of a region while no fault waits to be resolved.
 ///
-/// Before each small step, of 64 KiB or 50 µs (a page or a read of the source if that is more), it looks whether a fault
-/// waits or is being answered, and lets it go first. Ranges that the source
-/// [knows to be zero](super::PageSource::zeros) are filled without being read, up to 4 MiB in one step. What the source
-/// doesn't deliver is left absent, for whoever needs it.
+/// Before each step it looks whether a fault waits or is being resolved, and lets it go first. A step is the region's
+/// [`Block`](super::Around::Block); otherwise 64 KiB, and where reads of the source take longer than some 50 µs, as much as
+/// [`Adaptive`](super::Around::Adaptive) allows. If the pager has [readers](super::PagerBuilder::readers), a step is
+/// 1 MiB at most, as for them. Ranges that the source [knows to be zero](super::PageSource::zeros) are filled without
+/// being read, up to 4 MiB in one step.
 ///
-/// Dropping it ends it, after the step that it is at.
+/// While the source is slow, several steps are read at the same time: four, or as many as the pager has threads, or
+/// readers and one more. They begin in order. The steps of a background, and the sources that they read, keep no other
+/// region waiting.
+///
+/// Pages that the source doesn't deliver stay missing until they are touched; [`wait`](Self::wait) returns which.
+///
+/// Dropping it ends it, after the steps that have begun.
 ///
 /// ```
 /// use userfaultfd::LazyMemory;
@@ -54,52 +78,110 @@ pub enum Order {
 /// let background = memory.background(Order::Ascending)?;
 /// background.limit(Some(1 << 30)); // bytes in a second
 /// println!("{:?}", &memory[..4]); // doesn't wait for what is before it
-/// let progress = background.wait();
-/// assert_eq!(progress.done, progress.total);
+/// let outcome = background.wait();
+/// assert_eq!(outcome.done, outcome.total);
+/// assert!(outcome.failed.is_empty());
 /// assert_eq!(memory.statistics().absent_pages, 0);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Background {
     control: Arc<Control>,
-    /// None in another process.
-    threads: Vec<JoinHandle<()>>,
+}
+
+/// What a [`Background`] or a [`Replay`](super::Replay) has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Outcome {
+    /// Bytes gone through, present ones included.
+    pub done: u64,
+    /// Bytes to go through. More than `done` if the region isn't served any more.
+    pub total: u64,
+    /// Pages that couldn't be filled, by address: most often because the source failed. They are missing, unless a fault
+    /// has filled or poisoned them since.
+    pub failed: Vec<Failed>,
+}
+
+/// Pages that couldn't be filled, one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Failed {
+    /// The region.
+    pub region: RegionId,
+    /// Bytes, counted from the start of the region.
+    pub range: Range<usize>,
 }
 
 struct Control {
     owner: Owner,
     state: Mutex<State>,
     changed: Condvar,
-    /// What to go through, and what wasn't begun of it.
-    ranges: Vec<Range<usize>>,
-    next: Mutex<Place>,
-    /// Pages that were gone through, of how many.
+    /// Held by the thread that waits for its turn, and then takes the next step.
+    turn: Mutex<Turn>,
+    plan: Plan,
+    /// Pages gone through, of how many.
     done: AtomicUsize,
     total: usize,
+    /// Pages that couldn't be filled.
+    failed: Mutex<Vec<Range<usize>>>,
+    region: RegionId,
     page_shift: u32,
-    /// Threads that are at it.
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Threads at work, and how many there may be.
     running: AtomicUsize,
+    most_threads: usize,
 }
 
 #[derive(Debug)]
 struct State {
     paused: bool,
     stopped: bool,
-    /// Bytes in a second, and when there may be more.
+    /// Bytes a second.
     limit: Option<u64>,
-    due: Instant,
+    /// Bytes ahead of the limit at a moment. Not a time, so that another limit changes how long they last.
+    owed: u128,
+    since: Instant,
+}
+
+/// The next step.
+#[derive(Debug)]
+struct Turn {
+    place: Place,
+    /// Bytes until it is looked again whether a fault waits, and when it was looked last.
+    left: usize,
+    since: Instant,
 }
 
 /// A page of a range.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Place {
     range: usize,
     page: usize,
+}
+
+/// Pages to go through, in order.
+pub(crate) struct Plan {
+    ranges: Vec<Range<usize>>,
+    /// Pages of them to leave out.
+    leave_out: Option<fn(usize) -> bool>,
+}
+
+/// A step that a thread has taken.
+struct Taken {
+    pages: Range<usize>,
+    /// Bytes that count for the limit until it is known what was filled.
+    reserved: usize,
 }
 
 /// Where pages are filled.
 pub(crate) enum Target {
     Pager { shared: Arc<Shared>, descriptor: Arc<Descriptor>, region: Arc<Served> },
     Sigbus(Arc<Lazy>),
+}
+
+/// What a thread fills with.
+enum Hands<'a> {
+    Pager(Lease<'a>),
+    Sigbus,
 }
 
 /// What a step did.
@@ -111,31 +193,32 @@ struct Step {
 }
 
 impl Background {
-    /// Starts so many threads that fill a target. One alone goes in order.
-    pub(crate) fn start(target: Target, order: Order, threads: usize) -> Result<Self> {
+    /// Starts to fill a target.
+    pub(crate) fn start(target: Target, order: Order) -> Result<Self> {
         let (count, shift) = (target.region().pages.count(), target.region().page_shift);
-        let ranges = pages_of(order, count, shift);
-        let state = State { paused: false, stopped: false, limit: None, due: Instant::now() };
+        Self::start_plan(target, Plan::new(order, count, shift))
+    }
+
+    pub(crate) fn start_plan(target: Target, plan: Plan) -> Result<Self> {
+        let now = Instant::now();
+        let state = State { paused: false, stopped: false, limit: None, owed: 0, since: now };
         let control = Arc::new(Control {
             owner: Owner::current()?,
             state: Mutex::new(state),
             changed: Condvar::new(),
+            turn: Mutex::new(Turn { place: Place::default(), left: 0, since: now }),
             done: AtomicUsize::new(0),
-            total: ranges.iter().map(Range::len).sum(),
-            next: Mutex::default(),
-            ranges,
-            page_shift: shift,
-            running: AtomicUsize::new(threads),
+            total: plan.pages(),
+            plan,
+            failed: Mutex::default(),
+            region: RegionId(target.region().id),
+            page_shift: target.region().page_shift,
+            threads: Mutex::default(),
+            running: AtomicUsize::new(0),
+            most_threads: target.most_threads(),
         });
-        let (target, mut background) = (Arc::new(target), Self { control, threads: Vec::new() });
-        for thread in 0..threads {
-            let (target, control) = (Arc::clone(&target), Arc::clone(&background.control));
-            background.threads.push(spawn("uffd-background", move || {
-                fill(&target, &control, thread);
-                control.running.fetch_sub(1, Ordering::AcqRel);
-            })?);
-        }
-        Ok(background)
+        start_thread(&Arc::new(target), &control)?;
+        Ok(Self { control })
     }
 
     /// How far it is, of the pages that it is to go through. Those that were there already are among them.
@@ -146,13 +229,24 @@ impl Background {
         Progress { done: bytes(done.load(Ordering::Acquire)), total: bytes(*total) }
     }
 
+    /// Returns the pages that couldn't be filled so far: see [`Outcome::failed`].
+    #[must_use]
+    pub fn failed(&self) -> Vec<Failed> {
+        if !self.control.owner.is_current() {
+            return Vec::new();
+        }
+        let mut pages = lock(&self.control.failed).clone();
+        pages.sort_unstable_by_key(|pages| pages.start);
+        Failed::in_bytes(self.control.region, self.control.page_shift, pages)
+    }
+
     /// Whether it has ended: everything was gone through, or the region isn't served any more.
     #[must_use]
     pub fn is_finished(&self) -> bool {
         self.control.running.load(Ordering::Acquire) == 0 || !self.control.owner.is_current()
     }
 
-    /// Stops after the step that it is at, until it is [resumed](Self::resume).
+    /// Stops after the steps that have begun, until it is [resumed](Self::resume).
     pub fn pause(&self) {
         self.control.change(|state| state.paused = true);
     }
@@ -162,29 +256,35 @@ impl Background {
         self.control.change(|state| state.paused = false);
     }
 
-    /// Fills no more than so many bytes in a second from now on; with `None` as many as it can. Zeros count, too.
+    /// Limits how many bytes are filled in a second from now on; `None` lifts the limit. Zeros count, too.
+    ///
+    /// What was filled ahead of a limit is made up for at the speed of the new one.
     pub fn limit(&self, bytes_per_second: Option<u64>) {
-        self.control.change(|state| state.limit = bytes_per_second);
+        self.control.change(|state| {
+            state.settle(Instant::now());
+            state.limit = bytes_per_second;
+        });
     }
 
     /// Waits until it has ended. If it was paused it is resumed.
-    pub fn wait(mut self) -> Progress {
+    pub fn wait(mut self) -> Outcome {
         self.finish()
     }
 
-    pub(crate) fn finish(&mut self) -> Progress {
+    pub(crate) fn finish(&mut self) -> Outcome {
         self.resume();
         self.join();
-        self.progress()
+        let Progress { done, total } = self.progress();
+        Outcome { done, total, failed: self.failed() }
     }
 
     fn join(&mut self) {
-        let is_there = self.control.owner.is_current();
-        for thread in self.threads.drain(..) {
-            if !is_there {
-                std::mem::forget(thread);
-                continue;
-            }
+        if !self.control.owner.is_current() {
+            // They aren't there, and whoever had locked the list may not be either.
+            return;
+        }
+        // One may start another one until it ends.
+        while let Some(thread) = { lock(&self.control.threads).pop() } {
             // A source that panics is an error like others; nothing else does.
             let _panicked = thread.join();
         }
@@ -208,6 +308,55 @@ impl fmt::Debug for Background {
     }
 }
 
+impl Failed {
+    /// Runs of pages, by address, in bytes. Those that follow each other are one.
+    pub(crate) fn in_bytes(
+        region: RegionId,
+        page_shift: u32,
+        pages: impl IntoIterator<Item = Range<usize>>,
+    ) -> Vec<Self> {
+        let mut all: Vec<Self> = Vec::new();
+        for pages in pages {
+            let range = pages.start << page_shift..pages.end << page_shift;
+            match all.last_mut().filter(|last| range.start <= last.range.end) {
+                Some(last) => last.range.end = last.range.end.max(range.end),
+                None => all.push(Self { region, range }),
+            }
+        }
+        all
+    }
+}
+
+impl State {
+    /// Takes off what the time has paid.
+    fn settle(&mut self, now: Instant) {
+        const SECOND: u128 = 1_000_000_000;
+        let Some(limit) = self.limit.map(|limit| u128::from(limit.max(1))) else {
+            (self.owed, self.since) = (0, now);
+            return;
+        };
+        let paid = now.saturating_duration_since(self.since).as_nanos() * limit / SECOND;
+        if paid >= self.owed {
+            (self.owed, self.since) = (0, now);
+        } else {
+            // To the nanosecond, so that nothing is lost however often this is called.
+            self.since += nanos(paid * SECOND / limit);
+            self.owed -= paid;
+        }
+    }
+
+    /// How long it takes until the limit is met.
+    fn rest(&self, now: Instant) -> Duration {
+        let Some(limit) = self.limit.filter(|_| self.owed > 0) else { return Duration::ZERO };
+        let whole = nanos((self.owed * 1_000_000_000).div_ceil(u128::from(limit.max(1))));
+        whole.saturating_sub(now.saturating_duration_since(self.since)).max(Duration::from_nanos(1))
+    }
+}
+
+fn nanos(nanos: u128) -> Duration {
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+}
+
 impl Control {
     fn change(&self, change: impl FnOnce(&mut State)) {
         if !self.owner.is_current() {
@@ -217,46 +366,125 @@ impl Control {
         self.changed.notify_all();
     }
 
-    /// Waits until it is to go on, and tells the limit. `None`: it is to end.
-    fn go_on(&self) -> Option<Option<u64>> {
+    /// Waits while it is paused, or ahead of its limit. Returns whether there is a limit; `None`: it ends.
+    fn go_on(&self, target: &Target) -> Option<bool> {
         let mut state = lock(&self.state);
         loop {
-            let rest = state.due.saturating_duration_since(Instant::now());
-            if state.stopped {
+            let now = Instant::now();
+            state.settle(now);
+            let rest = if state.paused { LOOK } else { state.rest(now) };
+            if state.stopped || target.is_over() {
                 return None;
-            } else if state.paused {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            } else if state.limit.is_some() && !rest.is_zero() {
-                let waited = self.changed.wait_timeout(state, rest);
-                state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            } else {
-                return Some(state.limit);
+            } else if rest.is_zero() {
+                return Some(state.limit.is_some());
             }
+            let waited = self.changed.wait_timeout(state, rest.min(LOOK));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Notes that so many pages were filled, for which there is a limit.
-    fn filled(&self, pages: usize, limit: u64) {
-        let nanos = (pages << self.page_shift) as u128 * 1_000_000_000 / u128::from(limit.max(1));
-        let took = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-        let mut state = lock(&self.state);
-        state.due = state.due.max(Instant::now()).checked_add(took).unwrap_or(state.due);
+    /// Whether it was dropped.
+    fn is_stopped(&self) -> bool {
+        lock(&self.state).stopped
     }
 
-    /// Takes what comes next: `most` pages at most, of what is left of a range.
-    fn take(&self, most: impl FnOnce(Range<usize>) -> usize) -> Option<Range<usize>> {
-        let mut next = lock(&self.next);
-        let rest = loop {
-            let range = self.ranges.get(next.range)?;
-            let start = next.page.max(range.start);
-            if start < range.end {
-                break start..range.end;
+    /// Notes how much of a step was filled, for which there is a limit.
+    fn filled(&self, reserved: usize, filled: usize) {
+        if reserved > filled {
+            let mut state = lock(&self.state);
+            state.owed = state.owed.saturating_sub((reserved - filled) as u128);
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for the turn of a thread, and takes the next step. `None`: there is none.
+    fn take(&self, target: &Target, is_slow: bool) -> Option<Taken> {
+        let mut turn = lock(&self.turn);
+        let limited = loop {
+            let limited = self.go_on(target)?;
+            let now = Instant::now();
+            if turn.left > 0 && !limited && now.saturating_duration_since(turn.since) <= STEP_TIME {
+                break limited;
             }
-            *next = Place { range: next.range + 1, page: 0 };
+            if !target.is_busy() {
+                (turn.left, turn.since) = (STEP, now);
+                break limited;
+            }
+            std::thread::park_timeout(PAUSE);
+            turn.left = 0;
         };
-        let end = rest.end.min(rest.start + most(rest.clone()));
-        next.page = end;
-        Some(rest.start..end)
+        let pages = self.plan.next(&mut turn.place, target.step(is_slow && !limited))?;
+        let bytes = pages.len() << self.page_shift;
+        turn.left = turn.left.saturating_sub(bytes);
+        let reserved = if limited { bytes } else { 0 };
+        lock(&self.state).owed += reserved as u128;
+        Some(Taken { pages, reserved })
+    }
+
+    /// Takes more, up to a page, if what is taken ends where the next step begins. Returns the new end.
+    fn extend(&self, taken: &Range<usize>, to: usize) -> usize {
+        let mut turn = lock(&self.turn);
+        let Place { range, page } = turn.place;
+        let most = self.plan.ranges.get(range).filter(|range| page == taken.end && range.contains(&page));
+        let Some(most) = most.filter(|_| self.plan.leave_out.is_none()) else { return taken.end };
+        turn.place.page = to.min(most.end).max(page);
+        turn.place.page
+    }
+
+    /// Pages that couldn't be filled.
+    fn note_failed(&self, pages: Range<usize>) {
+        let mut failed = lock(&self.failed);
+        match failed.last_mut().filter(|last| last.end == pages.start) {
+            Some(last) => last.end = pages.end,
+            None => failed.push(pages),
+        }
+    }
+
+    /// Whether one more thread may start. It counts from then on.
+    fn may_start(&self) -> bool {
+        let more = |running| (running < self.most_threads).then_some(running + 1);
+        self.running.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
+    }
+}
+
+impl Plan {
+    fn new(order: Order, count: usize, shift: u32) -> Self {
+        Self { ranges: pages_of(order, count, shift), leave_out: None }
+    }
+
+    /// Runs of pages, without some.
+    pub(crate) fn without(ranges: Vec<Range<usize>>, leave_out: fn(usize) -> bool) -> Self {
+        Self { ranges, leave_out: Some(leave_out) }
+    }
+
+    fn is_left_out(&self, page: usize) -> bool {
+        self.leave_out.is_some_and(|leave_out| leave_out(page))
+    }
+
+    /// How many pages.
+    fn pages(&self) -> usize {
+        let ranges = self.ranges.iter();
+        match self.leave_out {
+            None => ranges.map(Range::len).sum(),
+            Some(leave_out) => ranges.flat_map(Range::clone).filter(|page| !leave_out(*page)).count(),
+        }
+    }
+
+    /// Takes pages of one range, from a place on: to a multiple of `step`, counted from the start of the region.
+    fn next(&self, place: &mut Place, step: usize) -> Option<Range<usize>> {
+        loop {
+            let range = self.ranges.get(place.range)?;
+            let start = place.page.max(range.start);
+            let Some(start) = (start..range.end).find(|page| !self.is_left_out(*page)) else {
+                *place = Place { range: place.range + 1, page: 0 };
+                continue;
+            };
+            let border = (start - start % step).saturating_add(step).min(range.end);
+            let end = (start..border).find(|page| self.is_left_out(*page)).unwrap_or(border);
+            place.page = end;
+            return Some(start..end);
+        }
     }
 }
 
@@ -275,33 +503,70 @@ fn pages_of(order: Order, count: usize, shift: u32) -> Vec<Range<usize>> {
     }
 }
 
-fn fill(target: &Target, control: &Control, thread: usize) {
-    let mut limit = None;
-    // How much is left of a step, and when it began.
-    let (mut left, mut since) = (0, Instant::now());
-    while !target.is_over() {
-        let now = Instant::now();
-        if left == 0 || limit.is_some() || now - since > STEP_TIME {
-            let Some(now_limited) = control.go_on() else { return };
-            limit = now_limited;
-            if target.is_busy() {
-                std::thread::park_timeout(PAUSE);
-                left = 0;
-                continue;
-            }
-            (left, since) = (STEP, now);
+/// Starts a thread, if there may be one more.
+fn start_thread(target: &Arc<Target>, control: &Arc<Control>) -> std::io::Result<()> {
+    if !control.may_start() {
+        return Ok(());
+    }
+    let (target, here) = (Arc::clone(target), Arc::clone(control));
+    let started = spawn("uffd-background", move || {
+        fill(&target, &here);
+        // The source is let go of before it counts as ended.
+        drop(target);
+        here.running.fetch_sub(1, Ordering::AcqRel);
+    });
+    match started {
+        Ok(thread) => lock(&control.threads).push(thread),
+        Err(error) => {
+            control.running.fetch_sub(1, Ordering::AcqRel);
+            return Err(error);
         }
-        let Some(pages) = control.take(|rest| target.most(rest)) else { return };
-        let mut next = pages.start;
-        while next < pages.end {
-            let Some(step) = target.step(next..pages.end, thread) else { return };
-            if let Some(limit) = limit {
-                control.filled(step.filled, limit);
+    }
+    Ok(())
+}
+
+/// Takes one step after the other.
+fn fill(target: &Arc<Target>, control: &Arc<Control>) {
+    let mut hands = target.hands();
+    // The first thread stays however fast the source is.
+    let is_first = control.running.load(Ordering::Acquire) == 1;
+    while let Some(Taken { pages: taken, reserved }) = control.take(target, hands.is_slow()) {
+        let (mut pages, mut filled) = (taken.clone(), 0);
+        while pages.start < pages.end {
+            if target.is_over() || control.is_stopped() {
+                return;
             }
-            next = step.next;
+            let zeros = target.zeros(pages.start);
+            let end = if zeros == 0 {
+                pages.end
+            } else if zeros > pages.len() && reserved == 0 {
+                pages.end = control.extend(&pages, pages.start + zeros);
+                pages.end
+            } else {
+                pages.end.min(pages.start + zeros)
+            };
+            let Some(step) = target.fill(&mut hands, pages.start..end, control) else { return };
+            filled += step.filled;
+            pages.start = step.next;
         }
-        left = left.saturating_sub(pages.len() << control.page_shift);
-        control.done.fetch_add(pages.len(), Ordering::AcqRel);
+        control.filled(reserved, filled << control.page_shift);
+        control.done.fetch_add(pages.end - taken.start, Ordering::AcqRel);
+        if hands.is_slow() {
+            // Where there is no thread to be had, those that there are go on.
+            let _refused = start_thread(target, control);
+        } else if !is_first && hands.is_fast() {
+            return;
+        }
+    }
+}
+
+impl Hands<'_> {
+    fn is_slow(&self) -> bool {
+        matches!(self, Self::Pager(filler) if filler.is_slow())
+    }
+
+    fn is_fast(&self) -> bool {
+        !matches!(self, Self::Pager(filler) if filler.pace >= FAST)
     }
 }
 
@@ -313,10 +578,19 @@ impl Target {
         }
     }
 
+    fn hands(&self) -> Hands<'_> {
+        match self {
+            Self::Pager { shared, .. } => Hands::Pager(shared.lease()),
+            Self::Sigbus(_) => Hands::Sigbus,
+        }
+    }
+
     /// Whether there is nothing to fill any more.
     fn is_over(&self) -> bool {
         match self {
-            Self::Pager { shared, region, .. } => shared.is_stopping() || region.is_ending(),
+            Self::Pager { shared, region, descriptor } => {
+                shared.is_stopping() || region.is_ending() || descriptor.is_closed()
+            }
             Self::Sigbus(lazy) => lazy.is_closed(),
         }
     }
@@ -329,44 +603,63 @@ impl Target {
         }
     }
 
-    /// How many pages to fill in one step, of those that are left of a range.
-    fn most(&self, rest: Range<usize>) -> usize {
+    /// Pages of a step.
+    fn step(&self, is_slow: bool) -> usize {
         let region = self.region();
-        let most = (STEP >> region.page_shift).max(1);
-        if rest.len() > most { alike(region, rest.start, most) } else { most }
+        let bytes = match (region.around, self) {
+            (Around::Block(block), _) => block,
+            (Around::Adaptive { most }, Self::Pager { shared, .. }) if is_slow => {
+                STEP.max(if shared.readers > 0 { most.min(ahead::CHUNK) } else { most })
+            }
+            _ => STEP,
+        };
+        (bytes >> region.page_shift).max(1)
     }
 
-    /// Fills the first absent pages of a range. `None`: the region isn't served any more.
-    fn step(&self, pages: Range<usize>, thread: usize) -> Option<Step> {
-        match self {
-            Self::Pager { shared, descriptor, region } => step(shared, descriptor, region, pages, thread),
-            Self::Sigbus(lazy) => {
+    /// Pages from one on that are known to be zero, of which many are filled at once.
+    fn zeros(&self, page: usize) -> usize {
+        alike(self.region(), page, 0)
+    }
+
+    /// Fills the first missing pages of a range, and notes those that can't be. `None`: the region isn't served any more.
+    fn fill(&self, hands: &mut Hands<'_>, pages: Range<usize>, control: &Control) -> Option<Step> {
+        match (self, hands) {
+            (Self::Pager { shared, descriptor, region }, Hands::Pager(filler)) => {
+                step(shared, descriptor, region, filler, pages, control)
+            }
+            (Self::Sigbus(lazy), _) => {
                 let (before, most) = (lazy.absent_pages(), pages.len() << self.region().page_shift);
+                let start = pages.start;
                 let next = lazy.fill_some(pages, most);
+                let states = &self.region().pages;
+                for page in (start..next).filter(|page| states.is_failed(*page)) {
+                    control.note_failed(page..page + 1);
+                }
                 Some(Step { next, filled: before.saturating_sub(lazy.absent_pages()) })
             }
+            (Self::Pager { .. }, Hands::Sigbus) => unreachable!("hands of another target"),
         }
     }
 
-    /// How many threads fill it at the same time where the order doesn't matter.
-    pub(crate) fn parallel(&self) -> usize {
+    /// How many threads may fill it at the same time.
+    fn most_threads(&self) -> usize {
         match self {
-            Self::Pager { .. } => BACKGROUNDS,
+            Self::Pager { shared, .. } => READS.max(shared.threads).max(shared.readers + 1),
             // There they would be taken for faults.
             Self::Sigbus(_) => 1,
         }
     }
 }
 
-/// Fills the first absent pages of a range that lie in one place.
+/// Fills the first missing pages of a range that lie in one place.
 fn step(
     shared: &Shared,
     descriptor: &Arc<Descriptor>,
     region: &Arc<Served>,
+    filler: &mut Filler,
     pages: Range<usize>,
-    thread: usize,
+    control: &Control,
 ) -> Option<Step> {
-    let mut filler = shared.background(thread);
     let segment = match segment_from(descriptor, filler.thread, region, pages.start)? {
         Some(segment) => segment,
         None => return Some(Step { next: pages.end, filled: 0 }),
@@ -377,7 +670,7 @@ fn step(
     }
     let (run, next) = filler.claim_ahead(&segment, within, usize::MAX);
     let Some(run) = run else { return Some(Step { next, filled: 0 }) };
-    let claimed = run.pages();
+    let (claimed, thread) = (run.pages(), filler.thread);
     let mut load = |run: Run| match filler.load(shared, descriptor, run.early(), 0) {
         Done::Yes => true,
         // Who needs it asks for it.
@@ -392,17 +685,36 @@ fn step(
     if claimed.len() > 1 {
         // Among pages that couldn't be had together, one may be what is wrong.
         for page in claimed.clone() {
-            let removed = states.claim_absent(page);
-            let run = removed.map(|removed| Run::new(&segment, page..page + 1, removed));
-            alive = alive && run.is_none_or(&mut load);
+            if !alive {
+                break;
+            }
+            let Some(removed) = states.claim_absent(page) else { continue };
+            let run = Run::new(&segment, page..page + 1, removed);
+            if region.is_ending() || shared.is_stopping() || control.is_stopped() {
+                run.give_up(descriptor.enter(thread).as_ref());
+                return None;
+            }
+            alive = load(run);
         }
     }
     if !alive {
         shared.gone(descriptor);
         return None;
     }
+    let failed = |page: &usize| states.is_failed(*page) && is_there(descriptor, thread, &segment, *page);
+    for page in claimed.clone().filter(failed) {
+        control.note_failed(page..page + 1);
+    }
     let filled = claimed.filter(|page| !states.is_absent(*page)).count();
     Some(Step { next, filled })
+}
+
+/// Whether a page is still where it was.
+fn is_there(descriptor: &Descriptor, thread: usize, segment: &Segment, page: usize) -> bool {
+    let serving = descriptor.enter(thread);
+    let address = segment.address_of(page);
+    let now = serving.as_ref().zip(address).and_then(|(serving, address)| serving.layout.find(address));
+    now.is_some_and(|now| Arc::ptr_eq(&now.region, &segment.region) && now.address_of(page) == address)
 }
 
 /// The segment of a region that a page is in, or else the first behind it. `None`: the descriptor isn't served any
@@ -420,14 +732,14 @@ fn segment_from(
 }
 
 impl Pager {
-    /// Fills what is absent of a region in the background: see [`Background`].
+    /// Fills the missing pages of a region in the background: see [`Background`].
     ///
     /// # Errors
     ///
     /// - [`NotServed`](super::Error::NotServed): the region isn't served any more.
     /// - [`System`](super::Error::System): a thread couldn't be had.
     pub fn background(&self, region: RegionId, order: Order) -> Result<Background> {
-        Background::start(self.target(region)?, order, 1)
+        Background::start(self.target(region)?, order)
     }
 
     /// A region to fill.

@@ -8,6 +8,9 @@
 //! Each thread has a shard of its own with the same layout in it, and locks that alone to fill, so that fills don't
 //! meet at a common lock. A change locks all shards. Where the descriptor tells of no changes, reading it is no
 //! change either, and locks the thread's own shard alone.
+//!
+//! Callers, and threads that fill in the background, share the last [`OUTSIDE`] shards. They may come and go in any
+//! number, so their numbers exceed that of the shards.
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -16,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::layout::{Layout, Segment};
+use super::shared::OUTSIDE;
 use crate::owner::InheritedFd;
 use crate::{FeatureFlags, Uffd};
 
@@ -61,11 +65,11 @@ pub(crate) struct Descriptor {
 }
 
 impl Descriptor {
-    /// With a shard for each of `threads`.
+    /// With a shard for each of the pager's threads, and [`OUTSIDE`] more.
     pub(crate) fn new(
         (id, slot): (u64, u32),
         serving: Serving,
-        threads: usize,
+        shards: usize,
         is_child: bool,
         was_blocking: bool,
     ) -> Self {
@@ -76,7 +80,7 @@ impl Descriptor {
         // Without /proc an adopted descriptor doesn't tell its features; then it may tell of anything.
         let features = serving.uffd.features();
         let tells_changes = features.intersects(CHANGES) || serving.uffd.ioctls().is_empty();
-        let shards = (0..threads).map(|_| Shard(Mutex::new(Some(serving.clone())))).collect();
+        let shards = (0..shards).map(|_| Shard(Mutex::new(Some(serving.clone())))).collect();
         let inherited = InheritedFd::new(serving.uffd.as_fd());
         let (closed, left) = (AtomicBool::new(false), Mutex::default());
         Self { id, slot, tells_changes, is_child, was_blocking, shards, inherited, closed, left }
@@ -84,7 +88,11 @@ impl Descriptor {
 
     /// The layout, which doesn't change as long as the guard lives. For short: no source is read meanwhile.
     pub(crate) fn enter(&self, thread: usize) -> MutexGuard<'_, Option<Serving>> {
-        lock(&self.shards[thread].0)
+        let shard = self.shards.get(thread).unwrap_or_else(|| {
+            let last = self.shards.len() - 1;
+            &self.shards[last - (thread - last) % OUTSIDE]
+        });
+        lock(&shard.0)
     }
 
     /// Changes the layout, or ends the serving by taking it, while nobody fills. What `change` leaves is what

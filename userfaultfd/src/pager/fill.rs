@@ -79,10 +79,16 @@ impl Work {
     }
 }
 
+/// Bytes that are put in place at once where no thread waits for any of them: meanwhile nobody can change the layout, nor
+/// read a descriptor that tells of changes.
+const SLICE: usize = 256 << 10;
+
 /// Why filling a run ended.
 enum Left {
     /// All is settled.
     Nothing,
+    /// Enough for one time: changes, and faults that must be read together with them, come before the rest.
+    More,
     /// The rest can't be filled yet.
     Waiting(Errno),
     /// The rest can't be filled.
@@ -251,9 +257,9 @@ impl Filler {
         content: Content,
     ) -> Done {
         reach(Point::BeforeFill, run.address());
-        let left = {
+        let left = loop {
             let serving = descriptor.enter(self.thread);
-            match &*serving {
+            let left = match &*serving {
                 // Content goes to the file before the kernel is asked to map it. The file is the parent's, too, which
                 // may be served by another pager since this child has ended, and may have written the page.
                 Some(serving)
@@ -267,9 +273,13 @@ impl Filler {
                     self.fill_all(shared, serving, &mut run, &content)
                 }
                 _ => Left::Unwanted,
+            };
+            if !matches!(left, Left::More) {
+                break left;
             }
         };
         match left {
+            Left::More => unreachable!("it was gone on with"),
             Left::Unwanted => {
                 self.put_back(content);
                 self.drop_run(shared, descriptor, run)
@@ -329,7 +339,7 @@ impl Filler {
 
     /// Fills a run as far as the kernel lets it, and settles what is filled.
     fn fill_all(&mut self, shared: &Shared, serving: &Serving, run: &mut Run, content: &Content) -> Left {
-        let addresses = run.addresses();
+        let start = run.address();
         let mut joined = false;
         // How many pages to fill with one call. A fill stays inside one mapping: beyond that it goes page by page.
         let mut most = usize::MAX;
@@ -338,6 +348,15 @@ impl Filler {
             if pages == 0 {
                 break Left::Nothing;
             }
+            let pages = match (SLICE >> run.region.page_shift).max(1) {
+                slice if run.demand.is_none() && pages > slice => {
+                    if run.address() != start {
+                        break Left::More;
+                    }
+                    slice
+                }
+                _ => pages,
+            };
             let (filled, errno, end) = self.fill(serving, run, content, pages << run.region.page_shift);
             let filled = filled >> run.region.page_shift;
             if filled > 0 {
@@ -385,8 +404,8 @@ impl Filler {
         };
         if joined {
             // Most are awake. One that came after the fill, as the page was taken away again, isn't.
-            reach(Point::BeforeWake, addresses.start);
-            wake(&serving.uffd, addresses);
+            reach(Point::BeforeWake, start);
+            wake(&serving.uffd, start..run.address());
         }
         left
     }

@@ -119,7 +119,7 @@ use std::thread::JoinHandle;
 
 pub use around::Around;
 pub(crate) use background::Target;
-pub use background::{Background, Order};
+pub use background::{Background, Failed, Order, Outcome};
 pub use delivery::Delivery;
 pub use error::{Error, Problem, Refused, Result, Retry};
 pub use record::Recorder;
@@ -398,10 +398,11 @@ impl Pager {
         self.add_checked(uffd, regions.into_iter().collect(), false)
     }
 
-    fn add_checked(&self, uffd: Uffd, regions: Vec<Region>, foreign: bool) -> Result<Added, Refused> {
+    fn add_checked(&self, uffd: Uffd, mut regions: Vec<Region>, foreign: bool) -> Result<Added, Refused> {
         if let Err(error) = self.shared.check_owner() {
             return Err(Refused { uffd, error });
         }
+        regions.iter_mut().for_each(Region::ask_source);
         let _adding = lock(&self.adding);
         let mut layout = Layout::default();
         let prepared = regions.into_iter().try_for_each(|region| {
@@ -465,10 +466,11 @@ impl Pager {
     fn add_region_checked(
         &self,
         descriptor: DescriptorId,
-        region: Region,
+        mut region: Region,
         foreign: bool,
     ) -> Result<RegionId> {
         self.shared.check_owner()?;
+        region.ask_source();
         let _adding = lock(&self.adding);
         let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
         let uffd = {
@@ -724,7 +726,7 @@ impl Pager {
         }
         // Nobody would come back to what they have put off.
         while let Some(Deferred { descriptor, work, .. }) = self.shared.retries.take_any() {
-            self.shared.outside().give_up(&descriptor, work);
+            self.shared.lease().give_up(&descriptor, work);
         }
         self.shared.stop_notes();
         let _panicked = control.join();

@@ -202,6 +202,12 @@ impl Pages {
         self.cells()[page].load(Ordering::Acquire) & (PRESENT | POISONED) == 0
     }
 
+    /// Whether a page that was to be filled isn't: neither is it there, nor is a thread about to put content there, nor was
+    /// it removed.
+    pub(crate) fn is_failed(&self, page: usize) -> bool {
+        self.cells()[page].load(Ordering::Acquire) & (PRESENT | LOADING | REMOVED) == 0
+    }
+
     /// Ends the load of a page that was claimed. Whether another fault joined, so that there is somebody to wake.
     #[must_use]
     pub(crate) fn end(&self, page: usize, end: End) -> bool {

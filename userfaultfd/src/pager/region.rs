@@ -42,6 +42,8 @@ pub struct Region {
     start: usize,
     len: usize,
     source: Arc<dyn PageSource>,
+    /// Once it was [asked](Self::ask_source).
+    source_len: Option<u64>,
     offset: u64,
     page_size: usize,
     around: Around,
@@ -62,6 +64,7 @@ impl Region {
             start,
             len,
             source: Arc::new(source),
+            source_len: None,
             offset: 0,
             page_size: crate::page_size(),
             around: Around::Adaptive { most: ADAPTIVE },
@@ -167,7 +170,12 @@ impl Region {
         modes
     }
 
-    /// What can be wrong without asking the kernel.
+    /// Asks the source how long it is: once, and while nothing is locked.
+    pub(crate) fn ask_source(&mut self) {
+        self.source_len = self.source.len();
+    }
+
+    /// What can be wrong without asking the kernel. The source was asked.
     pub(crate) fn check(&self) -> Result<()> {
         let Self { start, len, page_size: page, .. } = *self;
         if !page.is_power_of_two() || page < crate::page_size() {
@@ -189,7 +197,7 @@ impl Region {
             let (address, offset) = (start, self.offset);
             return Err(Error::BeyondSource { address, len, offset, source_len: u64::MAX });
         }
-        if let Some(source) = self.source.len() {
+        if let Some(source) = self.source_len {
             let rest = source.saturating_sub(self.offset);
             let available = rest.checked_next_multiple_of(page as u64).unwrap_or(u64::MAX);
             if len as u64 > available {
@@ -259,7 +267,7 @@ impl Region {
         };
         Ok(Served {
             id,
-            source_len: self.source.len(),
+            source_len: self.source_len,
             source: self.source,
             offset: self.offset,
             page_shift: page.trailing_zeros(),
@@ -330,7 +338,7 @@ pub(crate) struct Served {
     source_len: Option<u64>,
     pub(crate) offset: u64,
     pub(crate) page_shift: u32,
-    around: Around,
+    pub(super) around: Around,
     streams: Streams,
     pub(crate) write_protected: bool,
     /// Taken while a tracker is at work.
@@ -455,7 +463,8 @@ impl Served {
     pub(crate) fn for_tests(id: u64, page: usize, pages: usize) -> Self {
         let page_size = page.max(crate::page_size());
         let zeros = |_: u64, _: &mut [u8]| Ok(super::Fill::Zero);
-        let region = Region::new(page_size, pages * page_size, zeros);
+        let mut region = Region::new(page_size, pages * page_size, zeros);
+        region.ask_source();
         let mut served = region.serve(id, IoctlFlags::empty()).expect("memory for states");
         served.page_shift = page.trailing_zeros();
         served

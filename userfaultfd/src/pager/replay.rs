@@ -4,18 +4,18 @@ use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
-use super::background::{Background, Order, Target};
+use super::background::{Background, Outcome, Plan, Target};
 use super::record::Mode;
 use super::region::Served;
 use super::working_set::WorkingSet;
-use super::{Error, Pager, Progress, RegionId, Result};
+use super::{Error, Pager, RegionId, Result};
 
 /// One page of so many is left out, to see whether it is needed.
 const SAMPLE: usize = 64;
 
 /// A [`WorkingSet`] that is being filled in about its order, in the [background](Background): faults come first.
 ///
-/// Four threads do that (one, of memory without a pager), so that the source is asked for several pages at once.
+/// Where the source is slow, several threads do that, as for any [`Background`].
 ///
 /// One page of 64 is left out, so that it can be seen whether somebody touches it: of a page that is there already
 /// nothing tells that. [`report`](Self::report) says from that how much of the set was filled for nothing.
@@ -58,12 +58,10 @@ impl Replay {
         if !region.log()?.start(Mode::On) {
             return Err(Error::AlreadyRecorded);
         }
-        let (sample, filled): (Vec<_>, Vec<_>) = set.pages().iter().partition(|page| is_sampled(**page));
-        let runs = filled.chunk_by(|page, next| page + 1 == *next);
-        let bytes = |page: usize| page << region.page_shift;
-        let ranges = runs.map(|run| bytes(run[0])..bytes(run[0] + run.len())).collect();
-        let threads = target.parallel();
-        match Background::start(target, Order::Ranges(ranges), threads) {
+        let sample = set.pages().iter().copied().filter(|page| is_sampled(*page)).collect();
+        let runs = set.pages().chunk_by(|page, next| page + 1 == *next);
+        let runs = runs.map(|run| run[0]..run[0] + run.len()).collect();
+        match Background::start_plan(target, Plan::without(runs, is_sampled)) {
             Ok(background) => Ok(Self { background, region, set: set.pages().to_vec(), sample }),
             Err(error) => {
                 region.stop_noting();
@@ -79,7 +77,7 @@ impl Replay {
     }
 
     /// Waits until all of the set is there that isn't left out.
-    pub fn wait(&mut self) -> Progress {
+    pub fn wait(&mut self) -> Outcome {
         self.background.finish()
     }
 

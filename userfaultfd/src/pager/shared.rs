@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, TryLockError};
 
 use memmap2::MmapRaw;
 
@@ -58,8 +59,9 @@ const PROBLEMS: usize = 1024;
 const AHEAD: usize = 1024;
 const FORKS: usize = 16;
 
-/// So many threads can fill in the background at the same time.
-pub(crate) const BACKGROUNDS: usize = 4;
+/// Shards of a descriptor that callers and threads in the background share: see [`Shared::lease`]. A shard is locked
+/// while the kernel fills, never while a source is read. Each more makes each change of a layout dearer.
+pub(super) const OUTSIDE: usize = 5;
 
 /// The descriptors that are served, by slot.
 ///
@@ -116,10 +118,8 @@ pub(crate) struct Shared {
     pub(crate) retries: RetryQueue,
     /// Which threads answer faults at the moment, or read ahead for them.
     at_work: Box<[AtWork]>,
-    /// For what isn't done by the threads that serve faults. One at a time.
-    outside: Mutex<Filler>,
-    /// For threads that fill in the background, of whichever fill.
-    backgrounds: [Mutex<Filler>; BACKGROUNDS],
+    /// For what isn't done by the threads of the pager.
+    leases: Leases,
     table: Mutex<Table>,
     /// Held while one is added.
     adding: Mutex<()>,
@@ -173,11 +173,10 @@ impl Shared {
             ahead: Mutex::new(VecDeque::with_capacity(AHEAD)),
             asked: Condvar::new(),
             spinning: AtomicBool::new(false),
-            counters: (0..=threads + readers + BACKGROUNDS).map(|_| Counters::new()).collect(),
+            counters: (0..threads + readers).map(|_| Counters::new()).collect(),
             retries,
             at_work: (0..threads + readers).map(|_| AtWork(AtomicBool::new(false))).collect(),
-            outside: Mutex::new(Filler::new(threads + readers)),
-            backgrounds: std::array::from_fn(|at| Mutex::new(Filler::new(threads + readers + 1 + at))),
+            leases: Leases::new(),
             table: Mutex::default(),
             adding: Mutex::default(),
             started: Mutex::default(),
@@ -235,22 +234,27 @@ impl Shared {
 
     /// The counters of a thread, for that thread.
     pub(super) fn counters(&self, thread: usize) -> &Counters {
-        &self.counters[thread]
+        match self.counters.get(thread) {
+            Some(counters) => counters,
+            None => self.leases.counters(thread - self.counters.len()),
+        }
     }
 
-    /// The number of the thread that isn't one of the pager's, whichever it is: one at a time.
+    /// The number by which threads that aren't the pager's look at layouts. They count nothing.
     pub(crate) fn outside_id(&self) -> usize {
         self.threads + self.readers
     }
 
-    /// For who isn't a thread of the pager.
-    pub(crate) fn outside(&self) -> MutexGuard<'_, Filler> {
-        lock(&self.outside)
-    }
-
-    /// For one of the [`BACKGROUNDS`] threads that fill in the background at a time.
-    pub(crate) fn background(&self, thread: usize) -> MutexGuard<'_, Filler> {
-        lock(&self.backgrounds[thread % BACKGROUNDS])
+    /// A filler for a caller, or for a thread in the background, which has it alone: neither waits for the source or the
+    /// callback of another.
+    pub(crate) fn lease(&self) -> Lease<'_> {
+        let idle = lock(&self.leases.idle).pop();
+        let filler = idle.unwrap_or_else(|| {
+            let number = self.leases.made.fetch_add(1, Ordering::Relaxed);
+            self.leases.make_counters(number);
+            Filler::new(self.counters.len() + number)
+        });
+        Lease { leases: &self.leases, filler: Some(filler) }
     }
 
     pub(crate) fn new_region_id(&self) -> u64 {
@@ -272,8 +276,8 @@ impl Shared {
             let len = table.slots.len();
             (table.count, table.slots.iter().position(Option::is_none).unwrap_or(len), len)
         };
-        let threads = self.counters.len();
-        let descriptor = Descriptor::new((id, slot as u32), serving, threads, is_child, was_blocking);
+        let shards = self.counters.len() + OUTSIDE;
+        let descriptor = Descriptor::new((id, slot as u32), serving, shards, is_child, was_blocking);
         let descriptor = Arc::new(descriptor);
         let more = if slot == len { Vec::with_capacity(2 * len + 8) } else { Vec::new() };
         let before = {
@@ -549,7 +553,8 @@ impl Shared {
     }
 
     pub(crate) fn statistics(&self) -> Statistics {
-        let mut sum: Statistics = self.counters.iter().map(Counters::snapshot).sum();
+        let all = self.counters.iter().chain(self.leases.all_counters());
+        let mut sum: Statistics = all.map(Counters::snapshot).sum();
         sum.problems_lost += self.problems_lost.load(Ordering::Relaxed) as u64;
         let mut seen = Vec::new();
         for descriptor in self.descriptors() {
@@ -568,6 +573,76 @@ impl Shared {
     }
 }
 
+/// Fillers for threads that aren't the pager's: as many as are in use at the same time. Those that nobody uses keep their
+/// numbers, and their counters.
+struct Leases {
+    idle: Mutex<Vec<Filler>>,
+    /// How many there are.
+    made: AtomicUsize,
+    /// Blocks of counters, each twice as long as the one before. None moves once it is there.
+    counters: [OnceLock<Box<[Counters]>>; usize::BITS as usize],
+}
+
+/// How many counters the first block has.
+const FIRST: usize = 4;
+
+impl Leases {
+    fn new() -> Self {
+        let counters = [const { OnceLock::new() }; usize::BITS as usize];
+        Self { idle: Mutex::default(), made: AtomicUsize::new(0), counters }
+    }
+
+    /// The block of a number, and the place in it.
+    fn place(number: usize) -> (usize, usize) {
+        let block = (number / FIRST + 1).ilog2() as usize;
+        (block, number - FIRST * ((1 << block) - 1))
+    }
+
+    fn make_counters(&self, number: usize) {
+        let (block, _) = Self::place(number);
+        self.counters[block].get_or_init(|| (0..FIRST << block).map(|_| Counters::new()).collect());
+    }
+
+    fn counters(&self, number: usize) -> &Counters {
+        let (block, at) = Self::place(number);
+        &self.counters[block].get().expect("made together with the filler")[at]
+    }
+
+    fn all_counters(&self) -> impl Iterator<Item = &Counters> {
+        self.counters.iter().filter_map(OnceLock::get).flatten()
+    }
+}
+
+/// A filler, until it is dropped.
+pub(crate) struct Lease<'a> {
+    leases: &'a Leases,
+    filler: Option<Filler>,
+}
+
+impl Deref for Lease<'_> {
+    type Target = Filler;
+
+    fn deref(&self) -> &Filler {
+        self.filler.as_ref().expect("it is there until this is dropped")
+    }
+}
+
+impl DerefMut for Lease<'_> {
+    fn deref_mut(&mut self) -> &mut Filler {
+        self.filler.as_mut().expect("it is there until this is dropped")
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        if let Some(filler) = self.filler.take() {
+            // Without its buffers.
+            let filler = Filler::new(filler.thread);
+            lock(&self.leases.idle).push(filler);
+        }
+    }
+}
+
 /// Another thread spins.
 #[derive(Debug)]
 pub(crate) struct AlreadySpinning;
@@ -575,3 +650,19 @@ pub(crate) struct AlreadySpinning;
 /// There won't be any more notes.
 #[derive(Debug)]
 pub(crate) struct Stopped;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_of_fillers_are_each_their_own() {
+        let leases = Leases::new();
+        for number in 0..100 {
+            leases.make_counters(number);
+            leases.counters(number).fills.add(number as u64 + 1);
+        }
+        let all: Vec<_> = leases.all_counters().map(|counters| counters.fills.get()).collect();
+        assert!(all[..100].iter().enumerate().all(|(at, fills)| *fills == at as u64 + 1), "{all:?}");
+    }
+}

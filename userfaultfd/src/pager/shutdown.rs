@@ -45,7 +45,7 @@ pub(crate) fn cover(
     cover: Cover,
     progress: &mut dyn FnMut(u64),
 ) -> Result<usize> {
-    let mut filler = shared.outside();
+    let mut filler = shared.lease();
     let poison = cover == Cover::Poison;
     let is_left = |segment: &Segment, page: &usize| {
         let pages = &segment.region.pages;

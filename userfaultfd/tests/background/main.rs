@@ -10,6 +10,7 @@ mod working_sets;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 
 use support::page;
 use userfaultfd::pager::{Fill, PageSource};
@@ -54,6 +55,10 @@ struct State {
     bad: Range<usize>,
     /// These pages are known to be zero.
     zeros: Range<usize>,
+    /// Each read takes a millisecond at least.
+    slow: bool,
+    /// How many reads have gone on at the same time.
+    at_once: usize,
 }
 
 impl Watched {
@@ -84,7 +89,16 @@ impl PageSource for Watched {
         let mut state = self.0.state.lock().unwrap();
         state.reads.push(pages.clone());
         state.waiting += 1;
+        state.at_once = state.at_once.max(state.waiting);
         self.0.changed.notify_all();
+        if state.slow {
+            drop(state);
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_millis(1) {
+                std::thread::yield_now();
+            }
+            state = self.0.state.lock().unwrap();
+        }
         state = self.0.changed.wait_while(state, |state| state.tickets == Some(0)).unwrap();
         state.tickets = state.tickets.map(|tickets| tickets - 1);
         state.waiting -= 1;

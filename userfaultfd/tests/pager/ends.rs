@@ -67,6 +67,22 @@ fn finishing_goes_on_with_what_the_source_does_not_have() {
 }
 
 #[test]
+fn the_callback_of_a_fill_may_use_the_pager() {
+    require!();
+    let (one, other) = (Memory::anonymous(3), Memory::anonymous(2));
+    let pager = Pager::new().unwrap();
+    let add = |memory| serve(&pager, uffd(FeatureFlags::empty()), region(memory, Pages::new(page())));
+    let (added, second) = (add(&one), add(&other));
+    let mut results = Vec::new();
+    let finished = pager
+        .finish_region(added.regions[0], |_| results.push(pager.finish_region(second.regions[0], |_| {})));
+    finished.unwrap();
+    assert!(results[0].is_ok() && results[1..].iter().all(|result| matches!(result, Err(Error::NotServed))));
+    check(&one, 2, 2);
+    check(&other, 1, 1);
+}
+
+#[test]
 fn finishing_where_memory_was_unmapped_without_a_word() {
     require!();
     // Alone: the pager fills what it takes for its own, which another test may have mapped there since.

@@ -48,7 +48,7 @@ fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
     let (pager, source) = (Pager::new().unwrap(), Source::of(&memory));
     let region = Flavour::Anonymous.region(&memory, source).write_protected();
     let descriptor = add(&pager, uffd(FeatureFlags::PAGEFAULT_FLAG_WP), region);
-    let mut filler = pager.shared.outside();
+    let mut filler = pager.shared.lease();
     let segment = &descriptor.segments(pager.shared.outside_id(), None)[0];
     segment.region.pages.remove(0..PAGES, false);
     let (short, next) = filler.claim_ahead(segment, 0..1, 1);
