@@ -5,10 +5,12 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::apart;
 use super::descriptor::{Descriptor, Serving, wake};
 use super::layout::{Layout, Segment};
 use super::pages::Pages;
 use super::shared::{Fork, Note, Shared};
+use super::shutdown::sole;
 use super::stats::Counters;
 use super::trace::event;
 use crate::Uffd;
@@ -99,7 +101,8 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
         }
         child.insert(segment);
     }
-    holes.into_iter().for_each(|hole| child.insert_hole(hole));
+    let mut none = apart::none();
+    holes.into_iter().for_each(|hole| child.insert_hole(hole, &mut none));
     child.reserve();
     // A child's is as its parent's was made, whatever that was switched to since.
     if let Err(error) = uffd.set_nonblocking(true) {
@@ -109,9 +112,6 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
     let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(child) };
     match shared.add(serving, true, false) {
         Ok(_) => Ok(()),
-        Err(error) => {
-            let uffd = Arc::try_unwrap(uffd).expect("nobody else has got it");
-            Err((uffd, io::Error::other(error)))
-        }
+        Err(error) => Err((sole(uffd), io::Error::other(error))),
     }
 }

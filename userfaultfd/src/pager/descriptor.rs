@@ -15,9 +15,10 @@
 use std::ffi::c_void;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::growth;
 use super::layout::{Layout, Segment};
 use super::shared::OUTSIDE;
 use crate::owner::InheritedFd;
@@ -60,6 +61,8 @@ pub(crate) struct Descriptor {
     /// For a fork's child, which may find the shards locked.
     pub(crate) inherited: InheritedFd,
     closed: AtomicBool,
+    /// How many regions are being registered, and aren't in the layout yet.
+    registering: AtomicUsize,
     /// What was served, of one that a thread has closed that must not free it.
     left: Mutex<Option<Serving>>,
 }
@@ -83,7 +86,18 @@ impl Descriptor {
         let shards = (0..shards).map(|_| Shard(Mutex::new(Some(serving.clone())))).collect();
         let inherited = InheritedFd::new(serving.uffd.as_fd());
         let (closed, left) = (AtomicBool::new(false), Mutex::default());
-        Self { id, slot, tells_changes, is_child, was_blocking, shards, inherited, closed, left }
+        Self {
+            id,
+            slot,
+            tells_changes,
+            is_child,
+            was_blocking,
+            shards,
+            inherited,
+            closed,
+            registering: AtomicUsize::new(0),
+            left,
+        }
     }
 
     /// The layout, which doesn't change as long as the guard lives. For short: no source is read meanwhile.
@@ -192,6 +206,24 @@ impl Descriptor {
         }
     }
 
+    /// Begins to register a region, until the guard is dropped.
+    pub(crate) fn begin_registering(&self, thread: usize) -> Registering<'_> {
+        // Not in the middle of what needs that there is none, which has all shards.
+        let _shard = self.enter(thread);
+        self.registering.fetch_add(1, Ordering::Relaxed);
+        Registering(&self.registering)
+    }
+
+    /// Takes an address for a part of a region if that has grown. Returns whether it has.
+    pub(crate) fn adopt_growth(&self, address: usize) -> bool {
+        let mut adopted = false;
+        self.exclusively(&mut |serving| {
+            let Some(serving) = serving else { return };
+            adopted = self.registering.load(Ordering::Relaxed) == 0 && growth::adopt(serving, address);
+        });
+        adopted
+    }
+
     /// Replaces the layout by a changed one. Whether there was one still.
     pub(crate) fn change_layout(&self, change: impl FnOnce(&mut Layout)) -> bool {
         let mut change = Some(change);
@@ -204,6 +236,16 @@ impl Descriptor {
             }
         });
         served
+    }
+}
+
+/// A region is being registered.
+#[derive(Debug)]
+pub(crate) struct Registering<'a>(&'a AtomicUsize);
+
+impl Drop for Registering<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -230,8 +230,8 @@ pub enum Problem {
         /// The page.
         address: usize,
     },
-    /// A fault on memory that is registered with the descriptor and belongs to no region. It waits until there is
-    /// one.
+    /// A fault on memory that is registered with the descriptor and belongs to no region, nor to what the mapping of a
+    /// region has grown by. It waits until there is one. Reported once as long as the thread waits.
     NoRegion {
         /// The descriptor.
         descriptor: DescriptorId,

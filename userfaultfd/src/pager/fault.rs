@@ -47,7 +47,7 @@ impl Filler {
             kind = tracing::field::debug(fault.kind),
             thread = fault.thread
         );
-        let run = {
+        let run = 'found: {
             let serving = descriptor.enter(self.thread);
             // Given back meanwhile: who did that wakes everybody.
             let Some(serving) = &*serving else { return Done::Yes };
@@ -59,13 +59,14 @@ impl Filler {
                 }
                 (Some(segment), _) => segment,
                 (None, Some(hole)) => return self.present(shared, serving, hole, fault),
-                (None, None) => return self.stray(shared, descriptor, fault, 0),
+                (None, None) => break 'found None,
             };
             match self.claim(shared, descriptor, serving, segment, fault) {
-                Ok(run) => run,
+                Ok(run) => Some(run),
                 Err(done) => return done,
             }
         };
+        let Some(run) = run else { return self.stray(shared, descriptor, fault, 0) };
         reach(Point::AfterRead, fault.address);
         if run.tries > 0 {
             // Something was in the way, and nobody knows what: not at full speed.
@@ -127,9 +128,12 @@ impl Filler {
         Ok(run)
     }
 
-    /// A fault where no region is. Either it has gone since, and the faulting thread must find that out; or there is
-    /// none yet, and the thread that is woken faults again.
-    fn stray(&self, shared: &Shared, descriptor: &Descriptor, fault: Fault, tries: u32) -> Done {
+    /// A fault where no region is. Either a region has grown; or its memory has gone since, and the faulting thread must
+    /// find that out; or there is no region yet, and the thread that is woken faults again.
+    fn stray(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault, tries: u32) -> Done {
+        if descriptor.adopt_growth(fault.address) {
+            return self.fault(shared, descriptor, fault);
+        }
         if tries == STRAY {
             let descriptor = DescriptorId(descriptor.id);
             shared.note(Note::Problem(Problem::NoRegion { descriptor, address: fault.address }));
@@ -146,18 +150,22 @@ impl Filler {
         tries: u32,
         again: bool,
     ) -> Done {
-        {
+        let is_served = {
             let serving = descriptor.enter(self.thread);
             let Some(serving) = &*serving else { return Done::Yes };
             let layout = &serving.layout;
-            if layout.find(fault.address).or_else(|| layout.find_hole(fault.address)).is_none() {
-                if !again {
-                    shared.counters(self.thread).dropped.add(1);
-                    return Done::Yes;
-                }
-                wake(&serving.uffd, page_of(fault.address));
-                return self.stray(shared, descriptor, fault, tries + 1);
+            let is_served = layout.find(fault.address).or_else(|| layout.find_hole(fault.address)).is_some();
+            if !is_served && !again {
+                shared.counters(self.thread).dropped.add(1);
+                return Done::Yes;
             }
+            if !is_served {
+                wake(&serving.uffd, page_of(fault.address));
+            }
+            is_served
+        };
+        if !is_served {
+            return self.stray(shared, descriptor, fault, tries + 1);
         }
         self.fault(shared, descriptor, fault)
     }

@@ -51,6 +51,13 @@ impl Segment {
         self.first + first..self.first + behind.max(first)
     }
 
+    /// Both halves. `None` of a single page.
+    pub(crate) fn halves(&self) -> Option<[Self; 2]> {
+        let middle = self.start + ((self.pages().len() / 2) << self.region.page_shift);
+        let (below, above) = (self.part(&(self.start..middle))?, self.part(&(middle..self.end))?);
+        Some([below, above])
+    }
+
     /// The part in a range, which may lie anywhere. Borders are those of pages, as the kernel's are.
     fn part(&self, range: &Range<usize>) -> Option<Self> {
         let (start, end) = (self.start.max(range.start), self.end.min(range.end));
@@ -182,9 +189,45 @@ impl Layout {
         (self.segments, self.holes)
     }
 
-    /// Adds a hole.
-    pub(crate) fn insert_hole(&mut self, hole: Segment) {
+    /// Adds a hole, in the place of others.
+    pub(crate) fn insert_hole(&mut self, hole: Segment, gone: &mut Segments) {
+        cut(&mut self.holes, &(hole.start..hole.end), gone);
         insert(&mut self.holes, hole);
+    }
+
+    /// What ends last before an address.
+    pub(crate) fn before(&self, address: usize) -> Option<&Segment> {
+        let last = |all: &Segments| all.partition_point(|part| part.end <= address).checked_sub(1);
+        let segment = last(&self.segments).map(|at| &self.segments[at]);
+        let hole = last(&self.holes).map(|at| &self.holes[at]);
+        segment.into_iter().chain(hole).max_by_key(|part| part.end)
+    }
+
+    /// Where the first segment or hole behind an address begins; `usize::MAX` if there is none.
+    pub(crate) fn next_start(&self, address: usize) -> usize {
+        let next = |all: &Segments| {
+            all.get(all.partition_point(|part| part.start <= address)).map(|part| part.start)
+        };
+        next(&self.segments).into_iter().chain(next(&self.holes)).min().unwrap_or(usize::MAX)
+    }
+
+    /// Adds a hole where there is nothing, to the one before it if it goes on with that. Returns whether there was room.
+    pub(crate) fn grow(&mut self, hole: Segment) -> bool {
+        let at = self.holes.partition_point(|other| other.end <= hole.start);
+        let before = at.checked_sub(1).and_then(|at| self.holes.get_mut(at)).filter(|before| {
+            before.end == hole.start
+                && Arc::ptr_eq(&before.region, &hole.region)
+                && before.pages().end == hole.first
+        });
+        if let Some(before) = before {
+            before.end = hole.end;
+            return true;
+        }
+        let room = apart::try_reserve(&mut self.holes);
+        if room {
+            self.holes.insert(at, hole);
+        }
+        room
     }
 }
 

@@ -87,6 +87,7 @@ mod descriptor;
 mod error;
 mod fault;
 mod fill;
+mod growth;
 mod layout;
 mod load;
 mod own;
@@ -433,10 +434,7 @@ impl Pager {
                 regions.sort_unstable(); // numbered in the order in which they were given
                 Ok(Added { descriptor: DescriptorId(descriptor.id), regions })
             }
-            Err(error) => {
-                let uffd = Arc::try_unwrap(uffd).expect("nobody else has got it");
-                Err(Refused { uffd, error })
-            }
+            Err(error) => Err(Refused { uffd: shutdown::sole(uffd), error }),
         }
     }
 
@@ -479,6 +477,7 @@ impl Pager {
             check_overlap(&serving.layout, &region)?;
             Arc::clone(&serving.uffd)
         };
+        let _registering = descriptor.begin_registering(self.shared.outside_id());
         let segment = self.register(&uffd, region, foreign)?;
         drop(uffd);
         let (id, range) = (RegionId(segment.region.id), segment.start..segment.end);
@@ -518,8 +517,12 @@ impl Pager {
         if foreign && own::is_registered_here(&region.range()).unwrap_or(true) {
             return Err(Error::OwnMemory { address: start });
         }
-        let region = Arc::new(region.serve(self.shared.new_region_id(), offered)?);
-        Ok(Segment { start, end, region, first: 0 })
+        let mut region = region.serve(self.shared.new_region_id(), offered)?;
+        let page = region.page_size();
+        // Where the kernel can't tell it may be so.
+        let followed = end.checked_add(page).and_then(|to| growth::is_one_mapping(uffd, end - page..to));
+        region.followed = (followed != Some(false)).then_some(end);
+        Ok(Segment { start, end, region: Arc::new(region), first: 0 })
     }
 
     /// Fills what is absent of a region, and gives it back to the kernel.
@@ -609,8 +612,12 @@ impl Pager {
         let (mut gone, mut served) = (apart::none(), false);
         descriptor.exclusively(&mut |serving| {
             let Some(serving) = serving else { return };
-            served = Arc::make_mut(&mut serving.layout).take(region.0, &mut gone);
-            shutdown::unregister(&serving.uffd, &gone);
+            let layout = Arc::make_mut(&mut serving.layout);
+            served = layout.take(region.0, &mut gone);
+            let mut replaced = apart::none();
+            // What stays registered is served on, as the kernel would.
+            shutdown::unregister(&serving.uffd, &gone, |part| layout.insert_hole(part, &mut replaced));
+            gone.extend(replaced);
         });
         if served { Ok(()) } else { Err(Error::NotServed) }
     }
@@ -687,7 +694,7 @@ impl Pager {
             shutdown::fill(&self.shared, &all, &mut progress)?;
             for descriptor in descriptors {
                 if let Some(serving) = self.shared.remove(&descriptor) {
-                    shutdown::unregister(&serving.uffd, serving.layout.everything());
+                    shutdown::unregister(&serving.uffd, serving.layout.everything(), |_| {});
                 }
             }
             // Forks that came meanwhile have brought others.

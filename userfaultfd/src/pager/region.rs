@@ -280,6 +280,7 @@ impl Region {
             zeropage: page == crate::page_size() && !self.write_protected,
             poison: offered.contains(IoctlFlags::POISON),
             pages,
+            followed: None,
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
         })
@@ -350,6 +351,8 @@ pub(crate) struct Served {
     /// Whether pages can be poisoned: since Linux 6.6.
     pub(crate) poison: bool,
     pub(crate) pages: Pages,
+    /// Its end, if memory of the same mapping that was registered before follows: what is there is no growth.
+    pub(crate) followed: Option<usize>,
     /// Its absent pages are to be poisoned, or filled at once.
     ending: AtomicBool,
     /// Where it is noted which pages faults came for, once somebody has wanted to know.
@@ -454,6 +457,7 @@ impl Served {
             zeropage: self.zeropage,
             poison: self.poison,
             pages,
+            followed: self.followed,
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
         }

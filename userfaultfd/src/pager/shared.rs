@@ -210,12 +210,12 @@ impl Shared {
         };
         let slots = table.iter().flat_map(|table| table.slots.iter().flatten());
         let of_descriptors = slots.filter(|served| descriptor.is_none_or(|id| id == served.id));
-        let own = [&self.epoll, &self.bell].map(|fd| InheritedFd::new(fd.as_fd()));
+        let own = [self.epoll.as_fd(), self.bell.as_fd(), self.retries.timer()].map(InheritedFd::new);
         let own = own.iter().filter(|_| descriptor.is_none());
         for fd in of_descriptors.map(|served| &served.inherited).chain(own) {
             // SAFETY: this is a child, without the threads, and every method of the pager is an error in it. The table
             // owned the descriptor when the process forked, or else its number was forgotten; nothing of the table, nor
-            // of this, is dropped any more. The pager's own two are asked for once, when it is dropped.
+            // of this, is dropped any more. The pager's own three are asked for once, when it is dropped.
             unsafe { fd.close() };
         }
     }

@@ -207,11 +207,32 @@ pub(crate) fn fill(
     Ok(())
 }
 
-/// Gives faults back to the kernel.
-pub(crate) fn unregister<'a>(uffd: &Uffd, parts: impl IntoIterator<Item = &'a Segment>) {
+/// So many ranges are given back one by one, of a segment that the kernel doesn't take as a whole.
+const PIECES: usize = 1024;
+
+/// Gives faults back to the kernel, mapping by mapping where something else was mapped over a part. `kept` gets what it
+/// doesn't take, which may be registered still. Waiters are woken in any case.
+pub(crate) fn unregister<'a>(
+    uffd: &Uffd,
+    parts: impl IntoIterator<Item = &'a Segment>,
+    mut kept: impl FnMut(Segment),
+) {
     for segment in parts {
-        // Part of it may be unmapped, or the process gone; whoever waits is waked in any case.
-        let _gone = uffd.unregister_unexplained(at(segment.start), segment.end - segment.start);
+        let mut left = PIECES;
+        unregister_piecewise(uffd, segment, &mut left, &mut kept);
+    }
+}
+
+fn unregister_piecewise(uffd: &Uffd, part: &Segment, left: &mut usize, kept: &mut dyn FnMut(Segment)) {
+    let Err(error) = uffd.unregister_unexplained(at(part.start), part.end - part.start) else { return };
+    *left = left.saturating_sub(1);
+    match (error.errno(), part.halves()) {
+        (Some(Errno::EINVAL), Some(halves)) if *left > 0 => {
+            halves.iter().for_each(|half| unregister_piecewise(uffd, half, left, kept));
+        }
+        // Nothing is mapped here, or nothing that can be registered.
+        (Some(Errno::EINVAL), None) => {}
+        _ => kept(part.clone()),
     }
 }
 

@@ -238,3 +238,93 @@ fn every_change_and_fault_at_once() {
         pager.finish(|_| {}).unwrap();
     });
 }
+
+#[test]
+fn what_a_mapping_grows_by_is_what_the_kernel_would_show() {
+    require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP);
+    for kind in [Kind::Anonymous, Kind::Memfd] {
+        for moves in [false, true] {
+            // Alone: another test might map something where this one grows.
+            child::run_well(test_name!(), || {
+                let memory = Memory::new(kind, 8);
+                let pager = Pager::new().unwrap();
+                let source = Pages::new(page());
+                let start = memory.start().expose_provenance();
+                let region = Region::new(start, 4 * page(), source.clone()).around(Around::Page);
+                let region = if kind.is_shared() { region.shared() } else { region };
+                serve(&pager, uffd(CHANGES), region);
+                check(&memory, 0, 0);
+                if kind.is_shared() {
+                    memory.alias().write(5, 55);
+                }
+                if moves {
+                    // SAFETY: the pages are the test's, and no reference leads to them.
+                    let protected = unsafe { libc::mprotect(memory.at(4), 4 * page(), libc::PROT_NONE) };
+                    assert_eq!(protected, 0);
+                } else {
+                    memory.unmap(4, 4);
+                }
+                let flags = if moves { libc::MREMAP_MAYMOVE } else { 0 };
+                // SAFETY: the memory is the test's, and no reference leads to it.
+                let grown = unsafe { libc::mremap(memory.start(), 4 * page(), 8 * page(), flags) };
+                assert_ne!(grown, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+                let see = |number: usize| crate::reader::read(grown.addr() + number * page());
+                for number in 0..4 {
+                    assert_eq!(see(number), content(number), "{kind:?}, {moves}");
+                }
+                assert_eq!(see(5), if kind.is_shared() { Seen::Byte(55) } else { Seen::ZERO });
+                assert_eq!([4, 6, 7].map(see), [Seen::ZERO; 3], "{kind:?}, {moves}");
+                source.were_read_once(4);
+                pager.finish(|_| {}).unwrap();
+            });
+        }
+    }
+}
+
+#[test]
+fn memory_registered_beforehand_waits_for_its_region() {
+    require!();
+    let memory = Memory::anonymous(4);
+    let (pager, problems) = {
+        let problems = crate::scene::Problems::default();
+        (Pager::builder().on_problem(problems.callback()).build().unwrap(), problems)
+    };
+    let uffd = uffd(FeatureFlags::empty());
+    uffd.register(memory.start(), memory.len()).unwrap();
+    let part = |first: usize, pages: usize| {
+        let start = memory.at(first).expose_provenance();
+        Region::new(start, pages * page(), Pages::new(page())).offset((first * page()) as u64)
+    };
+    let added = serve(&pager, uffd, part(0, 2));
+    let readers = [2, 3].map(|page| crate::reader::Reader::of(memory.at(page).addr()));
+    // Each page is reported once, and nothing is put there.
+    wait_until(|| problems.count("NoRegion") == 2);
+    assert!(readers.iter().all(|reader| !reader.has_seen()));
+    // SAFETY: only raw pointers lead to the memory of tests.
+    unsafe { pager.add_own_region(added.descriptor, part(2, 2)) }.unwrap();
+    assert_eq!(readers.each_ref().map(crate::reader::Reader::wait), [content(2), content(3)]);
+    assert_eq!(problems.all().len(), 2, "{:?}", problems.all());
+}
+
+#[test]
+fn a_region_that_a_file_was_mapped_over_is_given_back_around_it() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(8);
+        let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
+        let added = serve(&pager, uffd(FeatureFlags::empty()), region(&memory, source));
+        let Some(file) = crate::support::mapping::regular_file(test_name!(), 1) else { return };
+        let (read, fixed) = (libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED);
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+        // SAFETY: the page is the test's, and no reference leads to it.
+        let over = unsafe { libc::mmap(memory.at(2), page(), read, fixed, fd, 0) };
+        assert_eq!(over, memory.at(2));
+        pager.finish_region(added.regions[0], |_| {}).unwrap();
+        for number in [0, 1, 3, 4, 5, 6, 7] {
+            check(&memory, number, number);
+            memory.advise(number, 1, libc::MADV_DONTNEED).unwrap();
+            assert_eq!(see(&memory, number), Seen::ZERO);
+        }
+        assert_eq!(pager.statistics().faults(), 0, "the kernel's own business");
+    });
+}

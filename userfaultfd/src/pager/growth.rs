@@ -1,0 +1,65 @@
+//! What a region's mapping has grown by.
+//!
+//! mremap(2) that makes a mapping longer registers the new part, too, and no event tells of it. What belongs there is
+//! what the kernel itself would show: zeros, or what the file has. So the part is served as a hole of the region.
+//!
+//! Memory that somebody registers to add it as a region later looks the same, where it is of one mapping with a region
+//! before it. If it was registered when that region was added it counts as such memory, and its faults wait.
+
+#![expect(unsafe_code, reason = "an operation that can't succeed")]
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::descriptor::{Serving, at};
+use super::layout::{Layout, Segment};
+use crate::{Errno, Uffd, sys};
+
+/// Whether a range lies in one mapping that is registered. `None`: the kernel can't tell at the moment.
+pub(super) fn is_one_mapping(uffd: &Uffd, range: Range<usize>) -> Option<bool> {
+    let unreadable = sys::unreadable().ok()?;
+    // COPY looks at the mapping before it reads its source.
+    // SAFETY: nothing can be read there, so that nothing is copied.
+    let answer = unsafe { uffd.copy(unreadable, at(range.start), range.len(), false) };
+    match answer.err().and_then(|error| error.errno()) {
+        Some(Errno::EFAULT | Errno::EEXIST) => Some(true),
+        Some(Errno::ENOENT | Errno::EINVAL) => Some(false),
+        _ => None,
+    }
+}
+
+/// Takes an address for a hole if a region's mapping has grown as far as that, with all that it has grown by. Returns
+/// whether it has. While nothing else is changed: what is about to be added must not be taken for grown.
+pub(super) fn adopt(serving: &mut Serving, address: usize) -> bool {
+    let Some(before) = serving.layout.before(address).cloned() else { return false };
+    let (page, end) = (before.region.page_size(), before.end);
+    if before.region.followed == Some(end) {
+        return false;
+    }
+    let fits = |pages: usize| {
+        let len = pages.checked_mul(page).and_then(|len| end.checked_add(len));
+        len.is_some_and(|to| is_one_mapping(&serving.uffd, end - page..to) == Some(true))
+    };
+    let mut pages = (address - end) / page + 1;
+    if !fits(pages) {
+        return false;
+    }
+    // As far as the mapping goes, or to what is served behind it.
+    let most = (serving.layout.next_start(address) - end) / page;
+    let mut step = pages;
+    while step <= most - pages && fits(pages + step) {
+        pages += step;
+        step = step.saturating_mul(2);
+    }
+    while step > 1 {
+        step /= 2;
+        if step <= most - pages && fits(pages + step) {
+            pages += step;
+        }
+    }
+    let grown =
+        Segment { start: end, end: end + pages * page, first: before.pages().end, region: before.region };
+    // It is nobody else's while all shards are locked.
+    debug_assert_eq!(Arc::strong_count(&serving.layout), 1);
+    Layout::grow(Arc::make_mut(&mut serving.layout), grown)
+}
