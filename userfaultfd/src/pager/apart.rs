@@ -41,6 +41,13 @@ pub(crate) fn try_reserve<T>(vector: &mut Vec<T>) -> bool {
     vector.try_reserve(1).is_ok()
 }
 
+/// Makes room for so many more items. Waits where there is no memory: what an event tells can't be left out.
+pub(crate) fn reserve<T>(vector: &mut Vec<T>, items: usize) {
+    while vector.try_reserve(items).is_err() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
 /// The length of a mapping.
 fn mapped_len(layout: Layout) -> usize {
     layout.size().next_multiple_of(page_size())

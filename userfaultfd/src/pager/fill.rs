@@ -19,7 +19,7 @@ use super::control::target_is_gone;
 use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fault::{Fault, page_of};
 use super::layout::Segment;
-use super::load::{Aside, SPARE, grown};
+use super::load::{Aside, NoContent, SPARE, grown};
 use super::pages::{End, MAX_TRIES};
 use super::point::{Point, reach};
 use super::region::Served;
@@ -28,7 +28,7 @@ use super::shared::{Note, Shared};
 use super::trace::event;
 use super::{Problem, RegionId};
 use crate::error::errno_of;
-use crate::{ContinueMode, CopyMode, Errno};
+use crate::{ContinueMode, CopyMode, Errno, sys};
 
 /// What belongs into a run.
 #[derive(Debug)]
@@ -229,9 +229,35 @@ impl Filler {
             return self.drop_run(shared, descriptor, run);
         }
         match self.content(shared, &run) {
-            Ok(content) => self.install(shared, descriptor, run, content),
-            Err(error) => self.source_failed(shared, descriptor, run, attempts, error),
+            Ok(content) => {
+                if let (Content::Outside(bytes), true) = (&content, descriptor.tells_changes) {
+                    // Here, and not while a change waits for the shard: the source's memory may have to be read first.
+                    sys::populate(*bytes, run.len());
+                }
+                self.install(shared, descriptor, run, content)
+            }
+            Err(NoContent::Source(error)) => self.source_failed(shared, descriptor, run, attempts, error),
+            Err(NoContent::NoMemory) => self.no_memory(shared, descriptor, run, attempts),
         }
+    }
+
+    /// What to do when there was no memory for a run's content. It is waited for, as where the kernel has none.
+    fn no_memory(&mut self, shared: &Shared, descriptor: &Descriptor, run: Run, attempts: u32) -> Done {
+        let wait = Wait::Kernel(Errno::ENOMEM);
+        if run.is_early {
+            return Done::Later(Work::Load(run, attempts), wait);
+        }
+        if run.pages().len() > 1 {
+            // There may be enough for a page.
+            return match self.alone(descriptor, run) {
+                Some(run) => self.load(shared, descriptor, run, attempts),
+                None => Done::Yes,
+            };
+        }
+        if run.region.is_ending() {
+            return self.install(shared, descriptor, run, Content::Poison);
+        }
+        Done::Later(Work::Load(run, attempts), wait)
     }
 
     /// Whether a run still belongs where it was claimed.

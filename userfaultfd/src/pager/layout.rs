@@ -244,6 +244,7 @@ fn parts(segments: &[Segment], range: Range<usize>) -> impl Iterator<Item = Segm
 fn insert(segments: &mut Segments, segment: Segment) {
     let at = segments.partition_point(|other| other.end <= segment.start);
     debug_assert!(segments.get(at).is_none_or(|other| segment.end <= other.start), "segments overlap");
+    apart::reserve(segments, 1);
     segments.insert(at, segment);
 }
 
@@ -254,8 +255,10 @@ fn cut(segments: &mut Segments, range: &Range<usize>, gone: &mut Segments) {
     let Some(last) = segments[first..first + count].last() else { return };
     let below = segments[first].part(&(0..range.start));
     let above = last.part(&(range.end..usize::MAX));
+    apart::reserve(gone, count);
     gone.extend(parts(segments, range.clone()));
     segments.drain(first..first + count);
+    apart::reserve(segments, 2);
     for rest in [above, below].into_iter().flatten() {
         segments.insert(first, rest);
     }

@@ -65,9 +65,29 @@ impl Drop for Aside {
 /// A source that fails isn't left alone longer.
 const LONGEST: Duration = Duration::from_secs(60);
 
+/// Why the content of a run can't be had.
+#[derive(Debug)]
+pub(crate) enum NoContent {
+    /// The source failed.
+    Source(io::Error),
+    /// There is no memory for a buffer.
+    NoMemory,
+}
+
+impl From<io::Error> for NoContent {
+    fn from(error: io::Error) -> Self {
+        Self::Source(error)
+    }
+}
+
 impl Filler {
+    /// Maps the buffer for a page of the base size, so that there is always one.
+    pub(super) fn prepare(&mut self) -> io::Result<()> {
+        grown(&mut self.buffer, crate::page_size()).map(drop)
+    }
+
     /// The content of a run, read from its source if need be.
-    pub(super) fn content(&mut self, shared: &Shared, run: &Run) -> io::Result<Content> {
+    pub(super) fn content(&mut self, shared: &Shared, run: &Run) -> Result<Content, NoContent> {
         let (region, len) = (&*run.region, run.len());
         let offset = region.offset_of(run.pages().start);
         if run.removed && region.cache.is_some() {
@@ -84,7 +104,7 @@ impl Filler {
             }
         }
         span!("load", offset = offset, len = len);
-        let buffer = grown(&mut self.buffer, len)?;
+        let buffer = grown(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
         let counters = shared.counters(self.thread);
         let start = Instant::now();
         let fill = caught(|| region.source.read(offset, &mut buffer[..len]));

@@ -19,6 +19,7 @@ use super::shared::{Note, Shared, Token};
 use super::stats;
 use super::trace::event;
 use super::{DescriptorId, Problem, RegionId};
+use crate::error::errno_of;
 use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};
 
 /// So many events are read with one system call.
@@ -63,8 +64,10 @@ impl Worker {
     pub(crate) fn new(shared: Arc<Shared>, thread: usize, delivery: Delivery) -> Result<Self> {
         // Others are to have something to do as well.
         let batch = (2 * BATCH / (shared.threads + 1)).max(4);
+        let mut filler = Filler::new(thread);
+        filler.prepare().map_err(|error| errno_of(&error))?;
         Ok(Self {
-            filler: Filler::new(thread),
+            filler,
             many: EventBuffer::new(batch),
             one: EventBuffer::new(1),
             faults: VecDeque::with_capacity(2 * batch),

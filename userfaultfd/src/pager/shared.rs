@@ -423,7 +423,10 @@ impl Shared {
                 return;
             }
             Note::Problem(problem) => notes.problems.push_back(problem),
-            Note::Fork(fork) => notes.forks.push(fork),
+            Note::Fork(fork) => {
+                apart::reserve(&mut notes.forks, 1);
+                notes.forks.push(fork);
+            }
             // It is there by now.
             Note::Gone => {}
         }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use userfaultfd::pager::{Around, Pager, Region};
-use userfaultfd::{FeatureFlags, RegisterMode, Uffd};
+use userfaultfd::{FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 use crate::reader::{Reader, Seen, read, tell_signals};
 use crate::scene::{Pages, Problems, byte, check, content, memory, region, see, serve};
@@ -265,5 +265,104 @@ fn faults_are_resolved_while_memory_is_given_back_without_a_pause() {
         });
         let reads = source.reads();
         assert!(reads.values().all(|times| *times == 1), "{reads:?}, {}", pager.statistics());
+    });
+}
+
+/// Limits this process to the address space that it has, and one MiB for the allocator, for as long as the work takes.
+fn without_address_space<T>(work: impl FnOnce(&dyn Fn()) -> T) -> T {
+    let set = |most: libc::rlim_t| {
+        let limit = libc::rlimit { rlim_cur: most, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: the structure is borrowed for the call.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
+    };
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: usize = statm.split(' ').next().unwrap().parse().unwrap();
+    set((pages * page() + (1 << 20)) as libc::rlim_t);
+    let done = work(&|| set(libc::RLIM_INFINITY));
+    set(libc::RLIM_INFINITY);
+    done
+}
+
+#[test]
+fn pages_are_filled_one_by_one_where_there_is_no_memory_for_more() {
+    require!();
+    child::run_well(test_name!(), || {
+        tell_signals();
+        let pages = (4 << 20) / page();
+        let (memory, source) = (Memory::anonymous(pages), Pages::new(page()));
+        let pager = Pager::new().unwrap();
+        let region = region(&memory, source.clone()).around(Around::Block(pages * page()));
+        serve(&pager, uffd(FeatureFlags::empty()), region);
+        let seen = without_address_space(|_| (memory.read(5), memory.read(6)));
+        assert_eq!(seen, (byte(5), byte(6)));
+        source.were_read_once(2);
+        check(&memory, 7, 7);
+        // All from there on.
+        source.were_read_once(pages - 5);
+        assert_eq!(pager.statistics().source_errors, 0);
+    });
+}
+
+#[test]
+fn memory_for_a_buffer_is_waited_for() {
+    require!(FeatureFlags::MISSING_HUGETLBFS);
+    child::run_well(test_name!(), || {
+        let Some(memory) = memory(test_name!(), Kind::PrivateHugetlb, 2) else { return };
+        let source = Pages::new(memory.page());
+        let pager = Pager::new().unwrap();
+        serve(&pager, uffd(FeatureFlags::empty()), region(&memory, source.clone()));
+        std::thread::scope(|scope| {
+            let (go, may_go) = std::sync::mpsc::channel::<()>();
+            let reader = scope.spawn({
+                let memory = &memory;
+                move || {
+                    may_go.recv().unwrap();
+                    memory.read(1)
+                }
+            });
+            without_address_space(|give_back| {
+                go.send(()).unwrap();
+                // The source isn't asked: there is nothing to read into.
+                wait_until(|| pager.statistics().retries > 5);
+                assert!(!reader.is_finished() && source.reads().is_empty());
+                give_back();
+            });
+            assert_eq!(reader.join().unwrap(), byte(1));
+        });
+        source.were_read_once(1);
+        assert_eq!(pager.statistics().source_errors, 0);
+    });
+}
+
+#[test]
+fn a_change_is_read_while_the_memory_of_a_source_is_waited_for() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    child::run_well(test_name!(), || {
+        // The source's memory is missing itself, as a page of a file is that a network has to bring.
+        let content = Memory::anonymous(2);
+        let slow = UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(false).create();
+        if !has(test_name!(), "a userfaultfd for faults of the kernel", slow.is_ok()) {
+            return;
+        }
+        let slow = slow.unwrap();
+        slow.register(content.start(), content.len()).unwrap();
+        let start: *const u8 = content.start().cast();
+        // SAFETY: it is mapped until the process ends, and only the kernel reads it.
+        let bytes = unsafe { std::slice::from_raw_parts(start, content.len()) };
+        std::mem::forget(content);
+        let memory = Memory::anonymous(2);
+        let pager = Pager::builder().threads(2).build().unwrap();
+        let source = userfaultfd::pager::BytesSource::new(bytes);
+        serve(&pager, uffd(FeatureFlags::EVENT_REMOVE), region(&memory, source));
+        let reader = Reader::of(memory.at(1).addr());
+        wait_until(|| matches!(slow.read_event().unwrap(), Some(userfaultfd::Event::Pagefault { .. })));
+        // Returns once its event was read.
+        memory.advise(0, 1, libc::MADV_DONTNEED).unwrap();
+        assert!(!reader.has_seen());
+        let page_of_content = bytes.as_ptr().wrapping_add(page()).cast_mut().cast();
+        let nines = vec![9; page()];
+        // SAFETY: the page is missing, and nobody but the kernel reads it.
+        unsafe { slow.copy(nines.as_ptr().cast(), page_of_content, page(), true) }.unwrap();
+        assert_eq!(reader.wait(), Seen::Byte(9));
     });
 }
