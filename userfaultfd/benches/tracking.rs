@@ -1,12 +1,14 @@
 //! What it costs to know what was written, and to begin a snapshot: a table of ratios.
 //!
 //! `cargo bench -p userfaultfd --bench tracking [-- GIB]`. Ways are compared in one run and take turns, so that whatever
-//! else the machine does meets all. Times are medians of the rounds, and behind them the fastest round, which what else
-//! the machine does can't slow down; a ratio is told of each. The memory is 4 GiB unless told otherwise; it takes twice
+//! else the machine does meets all; which is first is drawn by lot. Times are medians of the rounds, behind them the
+//! fastest round, which what else the machine does can't slow down, and the slowest; a ratio is told of the first two. The memory is 4 GiB unless told otherwise; it takes twice
 //! that. Protecting costs the kernel something for each page, so a snapshot of memory in transparent huge pages begins
 //! many times faster than one of memory in small pages: both are told.
 
+use std::collections::hash_map::RandomState;
 use std::fs::File;
+use std::hash::{BuildHasher, Hasher};
 use std::io::Write;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -72,16 +74,29 @@ impl Memory {
     }
 }
 
-/// What some rounds took, in seconds: the median, and the fastest.
-fn summary(mut times: Vec<Duration>) -> [f64; 2] {
+/// What some rounds took, in seconds: the median, the fastest and the slowest.
+fn summary(mut times: Vec<Duration>) -> [f64; 3] {
     times.sort_unstable();
-    [times[times.len() / 2], times[0]].map(|time| time.as_secs_f64())
+    [times[times.len() / 2], times[0], times[times.len() - 1]].map(|time| time.as_secs_f64())
 }
 
-/// Pages in no order, the same in every run.
+/// Numbers in no order: pages, the same ones in every run, or by lot.
 struct Random(u64);
 
 impl Random {
+    fn new() -> Self {
+        Self(RandomState::new().build_hasher().finish())
+    }
+
+    /// Numbers in an order that is drawn by lot.
+    fn order<const N: usize>(&mut self) -> [usize; N] {
+        let mut order = std::array::from_fn(|at| at);
+        for last in (1..N).rev() {
+            order.swap(last, self.below(last + 1));
+        }
+        order
+    }
+
     fn below(&mut self, pages: usize) -> usize {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % pages
@@ -89,7 +104,7 @@ impl Random {
 }
 
 /// How many times longer one took than the other.
-fn ratio(one: [f64; 2], other: [f64; 2]) -> String {
+fn ratio(one: [f64; 3], other: [f64; 3]) -> String {
     format!("{:>8.1} × {:>6.1} ×", one[0] / other[0], one[1] / other[1])
 }
 
@@ -128,8 +143,11 @@ fn writes(features: FeatureFlags, rounds: usize) {
     } else {
         println!("{:<24}this kernel has none", "soft-dirty");
     }
+    let mut random = Random::new();
     for _ in 0..rounds {
-        for (memory, way) in &mut ways {
+        // Those that there are, in an order that is drawn by lot.
+        for at in random.order::<5>() {
+            let Some((memory, way)) = ways.get_mut(at) else { continue };
             (way.protect)();
             way.times.push(time(|| order().for_each(|page| memory.write(page))));
         }
@@ -137,9 +155,9 @@ fn writes(features: FeatureFlags, rounds: usize) {
     let costs: Vec<_> = ways.into_iter().map(|(_, way)| (way.name, summary(way.times))).collect();
     let asynchronous = costs.iter().find(|(name, _)| name.ends_with("async")).map(|(_, cost)| *cost);
     for (name, cost) in costs {
-        let [median, fastest] = cost.map(|seconds| seconds * 1e9 / PAGES as f64);
+        let [median, fastest, slowest] = cost.map(|seconds| seconds * 1e9 / PAGES as f64);
         let ratio = asynchronous.map_or(String::new(), |least| ratio(cost, least) + " async");
-        println!("{name:<24}{median:>9.0} ns{fastest:>9.0} ns{ratio}");
+        println!("{name:<24}{median:>9.0} ns{fastest:>9.0} ns{slowest:>9.0} ns{ratio}");
     }
 }
 
@@ -216,22 +234,30 @@ fn takes(memory: &Memory, rounds: usize) {
     let mut words = vec![0; 8 << 16];
     for (written, name) in [(1, "0.1 %"), (10, "1 %"), (100, "10 %")] {
         let (mut takes, mut reads) = (Vec::new(), Vec::new());
-        let mut random = Random(1);
+        let (mut lots, mut random) = (Random::new(), Random(1));
         for _ in 0..rounds {
-            let mut left = memory.pages() * written / 1000;
-            while left > 0 {
-                memory.write(random.below(memory.pages()));
-                left -= 1;
+            // Both look at pages that were just written: who came second would find the kernel's tables in the caches.
+            let seed = random.0;
+            let mut found = [0; 2];
+            for way in lots.order::<2>() {
+                random.0 = seed;
+                for _ in 0..memory.pages() * written / 1000 {
+                    memory.write(random.below(memory.pages()));
+                }
+                let mut take = || tracker.take().map(|range| range.expect("a range").len()).sum();
+                if way == 0 {
+                    takes.push(time(|| found[0] = take()));
+                } else {
+                    // Only what was written is looked for here, and nothing is reset.
+                    reads.push(time(|| found[1] = count_by_words(&pagemap, memory, &mut words)));
+                    let reset: usize = take();
+                    assert_eq!(reset, found[1] * page_size());
+                }
             }
-            // Only what was written is looked for here, and nothing is reset.
-            let mut by_words = 0;
-            reads.push(time(|| by_words = count_by_words(&pagemap, memory, &mut words)));
-            let mut by_take = 0;
-            takes.push(time(|| by_take = tracker.take().map(|range| range.expect("a range").len()).sum()));
-            assert_eq!(by_words * page_size(), by_take);
+            assert_eq!(found[1] * page_size(), found[0]);
         }
         let (take, read) = (summary(takes), summary(reads));
-        let [[take_ms, _], [read_ms, _]] = [take, read].map(|both| both.map(|seconds| seconds * 1e3));
+        let [[take_ms, ..], [read_ms, ..]] = [take, read].map(|all| all.map(|seconds| seconds * 1e3));
         println!("{name:<24}{take_ms:>9.2} ms{read_ms:>9.2} ms{} take", ratio(read, take));
     }
 }
@@ -260,13 +286,16 @@ fn begins(memory: &Memory, rounds: usize) {
         begin(memory, drop)
     });
     // Behind those without a writer: the kernel splits the huge pages that one writes to.
-    let names = [
-        "begin, with a writer",
-        "of that, writers wait",
-        "its longest write then",
-        "and until it is aborted",
-    ];
-    beside_copies(memory, &mut copy, rounds, names, beside_a_writer);
+    let names =
+        ["begin, with a writer", "of that, writers wait", "its longest write then", "and until aborted"];
+    beside_copies(memory, &mut copy, rounds, names, |memory| beside_a_writer(memory, drop));
+    let names =
+        ["begin, with a writer", "of that, writers wait", "its longest write then", "and until all is saved"];
+    beside_copies(memory, &mut copy, rounds, names, |memory| {
+        beside_a_writer(memory, |snapshot| {
+            let _sink = snapshot.wait().expect("a snapshot that ends");
+        })
+    });
 }
 
 /// Rounds of a copy, and of something that takes several times.
@@ -287,11 +316,14 @@ fn beside_copies<const N: usize>(
         rows.iter_mut().zip(work(memory)).for_each(|((_, times), took)| times.push(took));
     }
     let copied = summary(copies);
-    println!("{:<24}{:>9.2} ms{:>9.2} ms", "copying it", copied[0] * 1e3, copied[1] * 1e3);
+    let show = |name: &str, took: [f64; 3], rest: &str| {
+        let [median, fastest, slowest] = took.map(|seconds| seconds * 1e3);
+        println!("{name:<24}{median:>9.2} ms{fastest:>9.2} ms{slowest:>9.2} ms{rest}");
+    };
+    show("copying it", copied, "");
     for (name, times) in rows {
         let took = summary(times);
-        let ratio = ratio(copied, took);
-        println!("{name:<24}{:>9.2} ms{:>9.2} ms{ratio} shorter than copying", took[0] * 1e3, took[1] * 1e3);
+        show(name, took, &(ratio(copied, took) + " shorter than copying"));
     }
 }
 
@@ -314,8 +346,8 @@ impl Sink for Discard {
 }
 
 /// The same, while a thread writes to pages in no order, and how long the longest of its writes took until the snapshot
-/// had begun, and from then until it was aborted.
-fn beside_a_writer(memory: &Memory) -> [Duration; 4] {
+/// had begun, and from then until `end` had ended it.
+fn beside_a_writer(memory: &Memory, end: impl FnOnce(Snapshot<Discard>)) -> [Duration; 4] {
     let (at_work, part) = (Barrier::new(2), AtomicUsize::new(0));
     thread::scope(|scope| {
         let writer = scope.spawn(|| {
@@ -332,7 +364,7 @@ fn beside_a_writer(memory: &Memory) -> [Duration; 4] {
         at_work.wait();
         let [begin, pause] = begin(memory, |snapshot| {
             part.store(1, Ordering::Relaxed);
-            drop(snapshot);
+            end(snapshot);
         });
         part.store(2, Ordering::Relaxed);
         let [beginning, ending, _] = writer.join().expect("a thread that only writes");

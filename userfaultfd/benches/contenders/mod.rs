@@ -36,6 +36,8 @@ pub(crate) type Make = fn() -> Result<Box<dyn Contender>, String>;
 /// All contenders of the latency ladder, by name.
 pub(crate) const CONTENDERS: &[(&str, Make)] = &[
     ("pager, default", || pager::make(Place::Anywhere, Delivery::default())),
+    ("pager, default, same CPU", || pager::make(Place::Same, Delivery::default())),
+    ("pager, default, other CPU", || pager::make(Place::Other, Delivery::default())),
     ("bare poll and read", || handler::make(Place::Anywhere, handler::Loop::Poll)),
     ("pager, Threads, other CPU", || pager::make(Place::Other, Delivery::Threads)),
     ("bare blocking read, other CPU", || handler::make(Place::Other, handler::Loop::Blocking)),

@@ -4,6 +4,8 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::options::Options;
+
 /// Where the report leaves what it makes.
 pub(crate) fn folder() -> PathBuf {
     // Of the target directory, cargo tells the folder `tmp`.
@@ -24,12 +26,18 @@ fn manifest() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// How those programs are built: as this one is. Only a run that measures takes the time to have them optimized.
+fn profile(options: &Options) -> (&'static str, &'static str) {
+    if options.test { ("dev", "debug") } else { ("release", "release") }
+}
+
 /// The program with userfaultfd 0.9, built. `Err`: what is missing.
-pub(crate) fn upstream() -> Result<PathBuf, String> {
+pub(crate) fn upstream(options: &Options) -> Result<PathBuf, String> {
+    let (profile, of_profile) = profile(options);
     let target = folder().join("upstream");
     let build = |libclang: Option<&str>| {
         let mut command = cargo();
-        command.args(["build", "--release", "--quiet", "--manifest-path"]);
+        command.args(["build", "--profile", profile, "--quiet", "--manifest-path"]);
         command.arg(manifest().join("benches/upstream/Cargo.toml")).arg("--target-dir").arg(&target);
         if let Some(folder) = libclang {
             command.env("LIBCLANG_PATH", folder);
@@ -42,7 +50,7 @@ pub(crate) fn upstream() -> Result<PathBuf, String> {
         xtask.args(["run", "--quiet", "--package", "xtask", "--", "libclang"]).current_dir(manifest());
         build(Some(output(&mut xtask)?.trim()))
     })?;
-    Ok(target.join("release/userfaultfd-upstream-bench"))
+    Ok(target.join(of_profile).join("userfaultfd-upstream-bench"))
 }
 
 /// How the library is built to see what a part of it costs.
@@ -57,10 +65,11 @@ pub(crate) enum Variant {
 }
 
 /// The program with the contenders, built in a way. `Err`: what is missing.
-pub(crate) fn variant(variant: Variant) -> Result<PathBuf, String> {
+pub(crate) fn variant(variant: Variant, options: &Options) -> Result<PathBuf, String> {
+    let (profile, of_profile) = profile(options);
     let target = folder().join(format!("{variant:?}").to_lowercase());
     let mut command = cargo();
-    command.args(["build", "--release", "--quiet", "--manifest-path"]);
+    command.args(["build", "--profile", profile, "--quiet", "--manifest-path"]);
     command.arg(manifest().join("benches/variant/Cargo.toml")).arg("--target-dir").arg(&target);
     match variant {
         Variant::Usual => {}
@@ -73,7 +82,7 @@ pub(crate) fn variant(variant: Variant) -> Result<PathBuf, String> {
         }
     }
     output(&mut command)?;
-    Ok(target.join("release/userfaultfd-variant-bench"))
+    Ok(target.join(of_profile).join("userfaultfd-variant-bench"))
 }
 
 /// What a command printed. `Err`: what it complained of.

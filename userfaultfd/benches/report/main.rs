@@ -1,12 +1,13 @@
 //! What the pager costs and what it saves, beside the same things done in other ways.
 //!
 //! `cargo bench -p userfaultfd --bench report [-- --quick] [-- --row NAME] [-- --seconds N]`. What is compared takes
-//! turns in one process, round by round, so that whatever else the machine does meets all of them; ratios are of
-//! rounds that were neighbours. The table is printed, and written to `target/report/report.md`, with two pictures
+//! turns in one process, round by round and in random order, so that whatever else the machine does meets all of them;
+//! ratios are of rounds that were neighbours. The table is printed, and written to `target/report/report.md`, with two pictures
 //! beside it: `latency.svg` and `throughput.svg`.
 //!
-//! A figure is a median, with the middle half of what was measured in brackets. A ratio has in brackets where its median
-//! is with 95 % confidence.
+//! Each row is set up six times at least. A figure is the median of the set-ups' medians, with the middle half of those in
+//! brackets. A ratio has in brackets where its median is with 95 % confidence, from the set-ups' medians alone, since
+//! rounds of one set-up have too much in common to count as several values.
 
 mod build;
 mod child;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), String> {
+    measure::check();
     let options = Options::parse(std::env::args().skip(1))?;
     if options.list {
         println!("{USAGE}\n");
@@ -61,6 +63,10 @@ fn run() -> Result<(), String> {
         eprintln!("\n{name}: {:.0} s", begin.elapsed().as_secs_f64());
         sections.push(section);
     }
+    if options.test {
+        println!("\nnothing was measured: all rows work");
+        return Ok(());
+    }
     let missed: Vec<String> = sections.iter().flat_map(Section::missed).collect();
     let verdict = if missed.is_empty() {
         "\nAll targets are met.\n".to_owned()
@@ -69,10 +75,6 @@ fn run() -> Result<(), String> {
     };
     print!("{verdict}");
     text += &verdict;
-    if options.test {
-        println!("nothing was measured: all rows work");
-        return Ok(());
-    }
     write(&text, &machine, &sections)?;
     eprintln!("{:.0} s, report in {}", start.elapsed().as_secs_f64(), build::folder().display());
     Ok(())

@@ -86,9 +86,9 @@ impl Line {
         let figure = |summary: &Option<Summary>| {
             summary.as_ref().map_or("–".to_owned(), |summary| self.unit.with_spread(summary))
         };
-        let ratio = self.ratio.as_ref().map_or(String::new(), |ratio| {
-            let [low, high] = ratio.range;
-            format!("{:.3} ({low:.3}…{high:.3})", ratio.median)
+        let ratio = self.ratio.as_ref().map_or(String::new(), |ratio| match ratio.range {
+            Some([low, high]) => format!("{:.3} ({low:.3}…{high:.3})", ratio.median),
+            None => format!("{:.3} (too few)", ratio.median),
         });
         let target = match self.target {
             Target::AtMost(most) => format!("≤ {most}"),

@@ -21,6 +21,9 @@ const PAIRS: &[(&str, &str, Target)] = &[
     ("pager, default", "bare poll and read", Target::AtMost(1.0)),
     ("pager, default", UPSTREAM, Target::AtMost(1.0)),
     ("pager, default", UPSTREAM_OTHER, Target::Shown),
+    // What the scheduler makes of the default: both threads on one CPU, or each on its own.
+    ("pager, default, same CPU", "bare blocking read, same CPU", Target::Shown),
+    ("pager, default, other CPU", "bare blocking read, other CPU", Target::Shown),
     ("pager, Threads, other CPU", "bare blocking read, other CPU", Target::AtMost(1.05)),
     ("pager, Threads, same CPU", "bare blocking read, same CPU", Target::AtMost(1.05)),
     ("pager, Spin, other CPU", "bare spinning read, other CPU", Target::Shown),
@@ -36,7 +39,7 @@ const PAIRS: &[(&str, &str, Target)] = &[
 pub(crate) fn run(options: &Options, mut section: Section) -> Section {
     let mut names: Vec<&str> = CONTENDERS.iter().map(|(name, _)| *name).collect();
     names.extend([UPSTREAM, UPSTREAM_OTHER]);
-    let upstream = build::upstream().inspect_err(|missing| {
+    let upstream = build::upstream(options).inspect_err(|missing| {
         section
             .notes
             .push(format!("userfaultfd 0.9 isn't measured, since it can't be built here:\n{missing}"));

@@ -17,7 +17,7 @@ const VARIANTS: [Variant; 3] = [Variant::Usual, Variant::Tracing, Variant::Uncou
 pub(crate) fn run(options: &Options, mut section: Section) -> Section {
     let mut programs = Vec::new();
     for variant in VARIANTS {
-        match build::variant(variant) {
+        match build::variant(variant, options) {
             Ok(program) => programs.push(program),
             Err(missing) => {
                 section
