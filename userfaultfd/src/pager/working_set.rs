@@ -25,7 +25,9 @@ use crate::PendingFile;
 ///
 /// Numbers of variable length have seven bits in each byte, the lowest first; the eighth bit tells that another byte
 /// follows. Where a run begins is told from where the run before it ended, doubled, or doubled and less by one with
-/// the sign changed if it is before that. A run of pages takes two to four bytes.
+/// the sign changed if it is before that. A run takes at least two bytes: more where it is longer than 128 pages, or begins
+/// 64 pages or more from where the one before it ended. Eight bytes are enough for a run of any length up to 2²⁸ pages that
+/// begins less than 2²⁷ pages from there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkingSet {
     page_size: usize,
@@ -195,6 +197,24 @@ mod tests {
         let bytes = set([2, 3, 1, 300]).encode();
         let content = [&b"uffd-set"[..], &[1, 12, 0x80, 0x80, 0x20, 4], &[4, 1, 5, 0, 0xd4, 4, 0]].concat();
         assert_eq!(bytes[..bytes.len() - 4], content);
+    }
+
+    #[test]
+    fn a_run_takes_the_bytes_that_the_docs_tell() {
+        crate::support::require!();
+        let len = |number| {
+            let mut bytes = Vec::new();
+            put(&mut bytes, number);
+            bytes.len()
+        };
+        let run = |start: usize, pages: usize| {
+            let set = WorkingSet::new(1 << 12, 1 << 28, (start..start + pages).collect());
+            set.encode().len() - (8 + 2 + len(1 << 28) + len(pages as u64) + 4)
+        };
+        assert_eq!([run(0, 1), run(63, 128)], [2, 2]);
+        assert_eq!([run(64, 1), run(0, 129)], [3, 3]);
+        assert_eq!(run((1 << 27) - 1, 1), 4 + 1);
+        assert_eq!(len((1 << 28) - 1), 4);
     }
 
     #[test]
