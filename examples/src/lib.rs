@@ -6,6 +6,9 @@
 //! - 1: something failed. The standard error says what.
 //! - [`UNMET`], 2: this machine or this process lacks something. The last line of the standard error says what,
 //!   after `needs`, and how to get it. The tests show that line as `SKIP`.
+//!
+//! `hello_fault` (the program of README.md) and `bigger_than_memory` use nothing of this, and end with 1 for both; `probe`
+//! with 0, since telling what is missing is what it does.
 
 mod handover;
 
@@ -18,7 +21,7 @@ use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use memmap2::{MmapMut, MmapOptions};
-use userfaultfd::{FeatureFlags, Known, pager, snapshot};
+use userfaultfd::{FeatureFlags, Known, OpenRefusal, pager, snapshot};
 
 pub use handover::{receive, send};
 
@@ -62,6 +65,11 @@ pub fn run(example: impl FnOnce() -> Result<()>) -> ExitCode {
         Some(userfaultfd::Error::FeatureNotPermitted(_)) => {
             eprintln!("needs CAP_SYS_PTRACE: be root, or run: sudo setcap cap_sys_ptrace=ep PROGRAM");
         }
+        Some(userfaultfd::Error::OpenFailed(failure)) => match failure.reason() {
+            OpenRefusal::NotPermitted => eprintln!("needs the right to create a userfaultfd: see above"),
+            OpenRefusal::NotBuiltIn => eprintln!("needs a kernel with userfaultfd: see above"),
+            _ => return ExitCode::FAILURE,
+        },
         _ if error.is::<Needs>() => {}
         _ => return ExitCode::FAILURE,
     }

@@ -11,7 +11,7 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use userfaultfd::FeatureFlags;
+use userfaultfd::{Error, FeatureFlags, Support, UffdBuilder};
 use userfaultfd_examples::UNMET;
 
 /// An example that runs longer hangs: a fault that nobody resolves.
@@ -32,21 +32,42 @@ pub(crate) struct Output {
 #[derive(Debug)]
 pub(crate) enum Need {
     Features(FeatureFlags),
-    /// As in `USERFAULTFD_EXPECT`.
-    Named(&'static str),
+    /// `CAP_SYS_PTRACE`.
+    Ptrace,
+    /// Free huge pages, so many.
+    HugePages(u64),
 }
 
 impl Need {
     /// Whether this run was told that it is met.
     fn is_expected(&self) -> bool {
+        let named = |name: &str| {
+            env::var("USERFAULTFD_EXPECT")
+                .is_ok_and(|names| names.split(',').any(|expected| expected == name))
+        };
         match self {
             Need::Features(features) => env::var("USERFAULTFD_EXPECT_FEATURES").is_ok_and(|mask| {
                 let mask =
                     u64::from_str_radix(mask.trim_start_matches("0x"), 16).expect("a mask in hexadecimal");
                 FeatureFlags::from_bits_retain(mask).contains(*features)
             }),
-            Need::Named(name) => env::var("USERFAULTFD_EXPECT")
-                .is_ok_and(|names| names.split(',').any(|expected| expected == *name)),
+            Need::Ptrace => named("CAP_SYS_PTRACE"),
+            Need::HugePages(_) => named("hugetlb"),
+        }
+    }
+
+    /// Whether the kernel says that it is met.
+    fn is_met(&self) -> bool {
+        match self {
+            Need::Features(features) => {
+                Support::probe().is_ok_and(|support| support.features().contains(*features))
+            }
+            Need::Ptrace => {
+                let forks = FeatureFlags::EVENT_FORK;
+                let uffd = UffdBuilder::new().close_on_exec(true).require_features(forks).create();
+                !matches!(uffd, Err(Error::FeatureNotPermitted(_) | Error::UnsupportedFeatures { .. }))
+            }
+            Need::HugePages(pages) => free_huge_pages() >= *pages,
         }
     }
 }
@@ -54,7 +75,7 @@ impl Need {
 impl Output {
     /// The output of a success. `None`, visibly, if a need isn't met.
     pub(crate) fn unless_unmet(self, test: &str, need: Need) -> Option<Self> {
-        if self.status.code() == Some(UNMET.into()) && !need.is_expected() {
+        if self.status.code() == Some(UNMET.into()) && !need.is_expected() && !need.is_met() {
             let needs = self.err.lines().last().unwrap_or_default();
             skip(test, needs.strip_prefix("needs ").expect("the last line tells what is needed"));
             return None;
