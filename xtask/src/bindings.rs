@@ -48,7 +48,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         None if options.check => eprintln!("the tree doesn't say its version: VERSION is not checked"),
         None => return Err("the tree doesn't say its version: add --version X.Y.Z".to_owned()),
     }
-    if options.check { compare(&files) } else { write(&files) }
+    if options.check { compare(&committed(), &files) } else { write(&committed(), &files) }
 }
 
 struct Options {
@@ -227,12 +227,17 @@ fn is_version(text: &str) -> bool {
     parts.len() == 3 && parts.iter().all(|part| part.parse::<u16>().is_ok())
 }
 
-fn compare(files: &[(&str, String)]) -> Result<(), String> {
+fn compare(folder: &Path, files: &[(&str, String)]) -> Result<(), String> {
     let mut differences = String::new();
     for (name, text) in files {
-        let path = committed().join(name);
+        let path = folder.join(name);
         let old = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        differences += &diff::unified(&format!("userfaultfd-sys/src/bindings/{name}"), &old, text);
+        if old != *text {
+            let name = format!("userfaultfd-sys/src/bindings/{name}");
+            // Lines that are alike may end otherwise.
+            let difference = diff::unified(&name, &old, text);
+            differences += if difference.is_empty() { &name } else { &difference };
+        }
     }
     if differences.is_empty() {
         println!("the committed bindings are those of these headers");
@@ -242,9 +247,9 @@ fn compare(files: &[(&str, String)]) -> Result<(), String> {
     Err("the committed bindings are not those of these headers: run the command without --check".to_owned())
 }
 
-fn write(files: &[(&str, String)]) -> Result<(), String> {
+fn write(folder: &Path, files: &[(&str, String)]) -> Result<(), String> {
     for (name, text) in files {
-        let path = committed().join(name);
+        let path = folder.join(name);
         let changed = fs::read_to_string(&path).ok().as_ref() != Some(text);
         if changed {
             fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -256,7 +261,7 @@ fn write(files: &[(&str, String)]) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Options, is_version, version_of_makefile, version_of_readme};
+    use super::*;
 
     #[test]
     fn version_is_read_from_a_makefile() {
@@ -270,6 +275,40 @@ mod tests {
         let text = "The Linux headers, of Linux 7.3.4, installed.";
         assert_eq!(version_of_readme(text).as_deref(), Some("7.3.4"));
         assert_eq!(version_of_readme("Linux headers of 7.3.4"), None);
+    }
+
+    #[test]
+    fn a_check_fails_on_drift_and_changes_nothing() {
+        let folder = crate::scratch().join(format!("drift-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let generated =
+            [("generic.rs", "pub const A: u64 = 1;\n".to_owned()), ("VERSION", "7.3.4\n".to_owned())];
+        assert!(compare(&folder, &generated).is_err(), "nothing is committed");
+        write(&folder, &generated).unwrap();
+        compare(&folder, &generated).unwrap();
+        for (name, drifted) in [
+            ("generic.rs", "pub const A: u64 = 2;\n"),
+            ("generic.rs", "pub const A: u64 = 1;\npub const B: u64 = 2;\n"),
+            ("generic.rs", "pub const A: u64 = 1;"),
+            ("generic.rs", ""),
+            ("VERSION", "7.3.3\n"),
+        ] {
+            write(&folder, &generated).unwrap();
+            fs::write(folder.join(name), drifted).unwrap();
+            let error = compare(&folder, &generated).unwrap_err();
+            assert!(error.contains("run the command without --check"), "{error}");
+            assert_eq!(fs::read_to_string(folder.join(name)).unwrap(), drifted);
+        }
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    /// `--check` compares with what is in the tree, so that all of it is compared.
+    #[test]
+    fn the_committed_files_are_those_that_are_generated() {
+        let mut names: Vec<_> =
+            fs::read_dir(committed()).unwrap().map(|file| file.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["VERSION", Encoding::Generic.file(), Encoding::MipsPowerpcSparc.file()]);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! `cargo xtask ci`: everything that has to pass before a change goes in. `.ci/run` is the same.
 
 mod bare;
+mod host;
 mod require;
-mod steps;
+pub(crate) mod steps;
 mod targets;
+mod test;
 
 use std::process::Command;
 use std::time::{Duration, Instant};

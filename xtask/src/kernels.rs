@@ -6,7 +6,7 @@ mod image;
 mod packages;
 mod qemu;
 mod report;
-mod table;
+pub(crate) mod table;
 mod verdict;
 
 use std::collections::BTreeMap;
@@ -25,14 +25,15 @@ use table::{Arch, Expectation, Features, Kernel, Table};
 use verdict::Verdict;
 
 pub(crate) const USAGE: &str = "\
-  kernels [NAME]... [--all] [--short] [--list] [--kernel PATH [--arch ARCH] [--features MASK]] [--shell NAME]
-          [--qemu PATH] [--limit SECONDS] [--binary NAME]... [-- ARGUMENT...]
+  kernels [NAME]... [--all] [--short] [--list] [--kernel PATH [--arch ARCH] [--features MASK] [--lacks NEED]...]
+          [--shell NAME] [--qemu PATH] [--limit SECONDS] [--binary NAME]... [-- ARGUMENT...]
       Run the workspace's tests on the kernels of xtask/kernels.toml, or the named ones of them, in virtual machines:
       as root and as a user without rights. QEMU and the kernels are Debian packages, fetched into the target folder.
       --all       kernels of other architectures, too
       --short     as the user without rights, only the binaries whose tests are about rights
       --list      only show the kernels
-      --kernel    a kernel image instead, which must offer exactly the features MASK if that is given
+      --kernel    a kernel image instead, which must offer exactly the features MASK if that is given; a test that is
+                  skipped for what isn't given as NEED fails, but for features that the kernel doesn't offer
       --shell     no tests but a shell on the console of this kernel, with the binaries in /tests
       --qemu      the emulator to use; else one in PATH, else a fetched one
       --limit     how long a guest may run, instead of what the table says
@@ -97,6 +98,7 @@ struct Options {
     kernel: Option<PathBuf>,
     arch: Option<String>,
     features: Option<u64>,
+    lacks: Vec<String>,
     shell: Option<String>,
     qemu: Option<PathBuf>,
     limit: Option<u64>,
@@ -117,6 +119,7 @@ impl Options {
                 "--kernel" => options.kernel = Some(value()?.into()),
                 "--arch" => options.arch = Some(value()?),
                 "--features" => options.features = Some(mask(&value()?)?),
+                "--lacks" => options.lacks.push(value()?),
                 "--shell" => options.shell = Some(value()?),
                 "--qemu" => options.qemu = Some(value()?.into()),
                 "--limit" => {
@@ -130,8 +133,9 @@ impl Options {
                 _ => return Err(format!("kernels: unexpected argument `{argument}`")),
             }
         }
-        if options.kernel.is_none() && (options.features.is_some() || options.arch.is_some()) {
-            return Err("--features and --arch tell about the image of --kernel".to_owned());
+        let described = options.features.is_some() || options.arch.is_some() || !options.lacks.is_empty();
+        if options.kernel.is_none() && described {
+            return Err("--features, --arch and --lacks tell about the image of --kernel".to_owned());
         }
         let ways =
             [options.kernel.is_some(), options.all, options.shell.is_some(), !options.names.is_empty()];
@@ -150,14 +154,13 @@ impl Options {
         if let Some(path) = &self.kernel {
             let path = path.canonicalize().map_err(|e| format!("--kernel {}: {e}", path.display()))?;
             let arch = table.arch(self.arch.as_deref().unwrap_or(std::env::consts::ARCH))?.clone();
-            let expectation = Expectation { features: self.features, ..Expectation::default() };
-            let (root, nobody) = (expectation.clone(), expectation);
+            let expectation = |user| table.expect(self.features, &self.lacks, user);
             return Ok(vec![Subject {
                 name: image::file_name(&path),
                 arch,
                 source: Source::Image(path),
-                root,
-                nobody,
+                root: expectation(User::Root),
+                nobody: expectation(User::Nobody),
                 short: self.short(table),
             }]);
         }
@@ -361,6 +364,12 @@ mod tests {
     #[test]
     fn options_that_make_no_sense_are_refused() {
         assert_eq!(parse(&["--kernel", "k", "--features", "0x1ff"]).unwrap().features, Some(0x1ff));
+        let image = parse(&["--kernel", "/dev/null", "--lacks", "swap", "--lacks", "hugetlb"]).unwrap();
+        let subject = image.subjects(&Table::read().unwrap()).unwrap().remove(0);
+        let allows = |user, need| subject.expectation(user).allows(need, &Features::read().unwrap());
+        assert!(allows(User::Root, "swap") && allows(User::Nobody, "hugetlb"));
+        assert!(!allows(User::Root, "root") && allows(User::Nobody, "root"));
+        assert!(!allows(User::Root, "PAGEMAP_SCAN") && !allows(User::Root, "memfd_secret"));
         let options = parse(&["--limit", "5", "6.1", "7.3", "--", "copy::", "--exact"]).unwrap();
         assert_eq!(
             (options.names, options.arguments),
@@ -370,6 +379,8 @@ mod tests {
             &["--features", "1ff"][..],
             &["--kernel", "k", "--features", "some"],
             &["--kernel"],
+            &["--lacks", "swap"],
+            &["--kernel", "k", "--lacks"],
             &["--kernel", "k", "6.1"],
             &["--kernel", "k", "--all"],
             &["--shell", "6.1", "7.3"],

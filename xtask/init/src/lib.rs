@@ -3,6 +3,8 @@
 //! The host puts a [`Plan`] into the guest's first file system; the guest answers with [`Record`]s over its serial
 //! console, which it shares with the kernel.
 
+#[cfg(feature = "program")]
+pub mod kernel;
 mod plan;
 mod record;
 

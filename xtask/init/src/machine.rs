@@ -3,12 +3,11 @@
 use std::ffi::CStr;
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use guest_init::{Plan, Record};
-use userfaultfd_sys as sys;
 
 use crate::guest::Guest;
 use crate::say::Voice;
@@ -82,32 +81,6 @@ fn reserve_huge_pages(_guest: &Guest, wanted: usize) -> Result<(), String> {
     } else {
         Err(format!("{} huge pages of {wanted} could be had", got.trim()))
     }
-}
-
-/// The kernel's release and its userfaultfd's features, asked for here once more without the library.
-pub(crate) fn kernel() -> Record {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    Record::Kernel {
-        release: release.trim().to_owned(),
-        features: features().map_err(|e| format!("userfaultfd: {e}")),
-    }
-}
-
-fn features() -> io::Result<u64> {
-    // SAFETY: touches no memory.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let fd = libc::c_int::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just opened it for this call.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let mut api = sys::uffdio_api { api: sys::UFFD_API, features: 0, ioctls: 0 };
-    // SAFETY: UFFDIO_API reads and writes one structure, which is borrowed for the call.
-    if unsafe { libc::ioctl(fd.as_raw_fd(), sys::UFFDIO_API as _, &mut api) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(api.features)
 }
 
 /// A folder of a user's own for temporary files, which is emptied.

@@ -41,7 +41,7 @@ fn serve(guest: &Guest, voice: &Voice) -> Result<(), String> {
     if plan.shell {
         return shell::run(guest, &plan);
     }
-    voice.say(machine::kernel());
+    voice.say(guest_init::kernel::ask());
     for pass in &plan.passes {
         run::pass(guest, &plan, pass, voice)?;
     }

@@ -1,6 +1,7 @@
 //! Started on a machine that somebody uses, it changes nothing.
 
 use std::fs;
+use std::io::Write;
 use std::process::Command;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_guest-init");
@@ -32,7 +33,9 @@ fn it_refuses_in_a_container() {
         Command::new("unshare").args(["--pid", "--fork", "--mount"]).args(program).output()
     };
     if !in_namespace(&["true"]).is_ok_and(|output| output.status.success()) {
-        eprintln!("SKIP it_refuses_in_a_container: needs the right to make PID namespaces");
+        // Past the harness, which captures what a passing test prints.
+        let skip = "SKIP it_refuses_in_a_container: needs the right to make PID namespaces";
+        writeln!(std::io::stderr(), "{skip}").unwrap();
         return;
     }
     for (arguments, reason) in [(&[][..], "not started with"), (&["i-am-a-guest"], "initramfs")] {

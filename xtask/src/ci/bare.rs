@@ -14,6 +14,7 @@ const KEPT: &[&str] = &["PATH", "HOME", "CARGO_HOME", "RUSTUP_HOME", "RUSTUP_TOO
 
 /// Ways to give a command an empty /usr/include of its own: without privilege, and with.
 const NAMESPACES: &[&[&str]] = &[&["unshare", "--map-root-user", "--mount"], &["unshare", "--mount"]];
+const VISIBLE: &str = "it builds, but /usr/include can't be hidden: there are no mount namespaces here";
 const HIDE: &str = "mount -t tmpfs none /usr/include && exec \"$@\"";
 
 pub(super) fn run() -> Result<Outcome, String> {
@@ -38,10 +39,7 @@ pub(super) fn run() -> Result<Outcome, String> {
             command.args(hide(namespace, build.get_program()));
             command
         }
-        None => {
-            println!("/usr/include stays visible: no mount namespaces here");
-            Command::new(build.get_program())
-        }
+        None => Command::new(build.get_program()),
     };
     command.args(build.get_args()).current_dir(crate::root()).env_clear();
     command.envs(KEPT.iter().filter_map(|name| Some((name, env::var_os(name)?))));
@@ -50,7 +48,9 @@ pub(super) fn run() -> Result<Outcome, String> {
         command.env(compiler, "/bin/false");
     }
     command.env("LIBCLANG_PATH", "/nonexistent");
-    execute(&mut command).map(|()| Outcome::Passed)
+    execute(&mut command)?;
+    // It wasn't shown that the build needs no headers.
+    Ok(if namespace.is_some() { Outcome::Passed } else { Outcome::Skipped(VISIBLE) })
 }
 
 /// The arguments of `namespace` that run `program` there.

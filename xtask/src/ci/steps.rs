@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Outcome, Step, bare, cargo, execute, output, require, targets};
+use super::{Outcome, Step, bare, cargo, execute, output, require, targets, test};
 use crate::{bindings, libclang};
 
 /// A header tree that may lie beside the repository. Without it the headers are fetched.
@@ -34,9 +34,10 @@ pub(super) const STEPS: &[Step] = &[
     step("bindgen", "feature `bindgen`, with the same headers", bindgen),
     step("package", "both crates, as they would be published", package),
     step("bare", "a build without libclang, C compiler and kernel headers", bare::run),
-    step("nix", "the library with the oldest nix that it accepts", oldest_nix),
+    step("nix", "the library, and programs written for 0.9, with the oldest nix that it accepts", oldest_nix),
+    step("benches", "every benchmark, once and unmeasured", benches),
     step("kernels", "the tests on other kernels, in virtual machines", kernels),
-    step("test", "the README's test command", test),
+    step("test", "the README's test command, skips only for what this machine lacks", test::run),
 ];
 
 fn passed(result: Result<(), String>) -> Result<Outcome, String> {
@@ -82,8 +83,20 @@ fn headers() -> Result<Option<PathBuf>, String> {
 fn check_bindings() -> Result<Outcome, String> {
     let Some(headers) = headers()? else { return Ok(Outcome::Skipped(NO_HEADERS)) };
     // A process of its own: bindgen panics at times.
-    let mut command = cargo(&["run", "--quiet", "--package=xtask", "--", "bindings", "--check", "--headers"]);
-    passed(execute(command.arg(headers)))
+    let check = |more: &[&str]| {
+        let mut command =
+            cargo(&["run", "--quiet", "--package=xtask", "--", "bindings", "--check", "--headers"]);
+        execute(command.arg(&headers).args(more))
+    };
+    check(&[])?;
+    // A check that can't fail would prove nothing.
+    match check(&["--version", "0.0.0"]) {
+        Ok(()) => Err("a VERSION that drifted isn't noticed".to_owned()),
+        Err(_) => {
+            println!("it fails where VERSION is another, as it must");
+            Ok(Outcome::Passed)
+        }
+    }
 }
 
 fn bindgen() -> Result<Outcome, String> {
@@ -122,7 +135,12 @@ fn oldest_nix() -> Result<Outcome, String> {
         run(&["generate-lockfile"])?;
     }
     run(&["update", "--package=nix", "--precise", OLDEST_NIX])?;
-    passed(run(&["test", "--package=userfaultfd", "--lib"]))
+    passed(run(&["test", "--package=userfaultfd", "--lib", "--test=drop_in"]))
+}
+
+/// Without `--bench` each benchmark does everything once, with little memory, and measures nothing.
+fn benches() -> Result<Outcome, String> {
+    passed(execute(&mut cargo(&["test", "--package=userfaultfd", "--benches"])))
 }
 
 /// Where there is APT, a kernel that can't be had is a failure: a mirror that is away for an hour must not look like
@@ -135,11 +153,7 @@ fn kernels() -> Result<Outcome, String> {
     passed(crate::kernels::run(&["--short".to_owned()]))
 }
 
-fn test() -> Result<Outcome, String> {
-    passed(execute(&mut cargo(&["test", "--workspace"])))
-}
-
-pub(super) fn remove(folder: &Path) -> Result<(), String> {
+pub(crate) fn remove(folder: &Path) -> Result<(), String> {
     match fs::remove_dir_all(folder) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(format!("{}: {e}", folder.display())),
         _ => Ok(()),
@@ -147,7 +161,7 @@ pub(super) fn remove(folder: &Path) -> Result<(), String> {
 }
 
 /// Copies a tree without what git and cargo keep for themselves. Links become what they point to.
-fn copy_tree(from: &Path, to: &Path) -> Result<(), String> {
+pub(crate) fn copy_tree(from: &Path, to: &Path) -> Result<(), String> {
     let error = |e| format!("{}: {e}", from.display());
     fs::create_dir_all(to).map_err(error)?;
     for entry in fs::read_dir(from).map_err(error)? {

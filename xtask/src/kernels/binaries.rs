@@ -67,7 +67,7 @@ pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
     // A program that the tests of its package run is built, too.
     tests.retain(|binary| binary.is_test);
     let examples = build("build", &[&["--examples"], &rest[..]].concat())?;
-    let init = build("build", &["--bins", "--package", NOT_TESTED[1]])?;
+    let init = build("build", &["--bin", NOT_TESTED[1], "--package", NOT_TESTED[1]])?;
     let init = init.into_iter().next().ok_or("cargo built no process 1")?;
     if tests.is_empty() {
         return Err("cargo built no test".to_owned());

@@ -12,9 +12,11 @@ const PATH: &str = "xtask/kernels.toml";
 /// What the file says.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub(super) struct Table {
+pub(crate) struct Table {
     /// What tests may ask for beside features.
-    pub(super) needs: Vec<String>,
+    pub(crate) needs: Vec<String>,
+    /// What the machine that runs this program may lack, by how its kernel was configured.
+    pub(super) any_kernel_may_lack: Vec<String>,
     /// What the unprivileged user lacks.
     pub(super) nobody_lacks: Vec<String>,
     /// What the unprivileged user runs where time is short.
@@ -67,7 +69,7 @@ pub(super) struct Kernel {
 }
 
 impl Table {
-    pub(super) fn read() -> Result<Self, String> {
+    pub(crate) fn read() -> Result<Self, String> {
         let text = fs::read_to_string(crate::root().join(PATH)).map_err(|e| format!("{PATH}: {e}"))?;
         Self::parse(&text)
     }
@@ -104,28 +106,48 @@ impl Table {
 
     /// What a kernel must meet, and what is lacking there, for one of the users.
     pub(super) fn expectation(&self, kernel: &Kernel, user: User) -> Expectation {
+        self.expect(Some(kernel.features), &kernel.lacks, user)
+    }
+
+    /// What one of the users must find on a kernel that isn't in the table.
+    pub(super) fn expect(&self, features: Option<u64>, lacks: &[String], user: User) -> Expectation {
         let nobodys = if user == User::Nobody { self.nobody_lacks.as_slice() } else { &[] };
-        let lacks: Vec<String> = kernel.lacks.iter().chain(nobodys).cloned().collect();
+        let lacks: Vec<String> = lacks.iter().chain(nobodys).cloned().collect();
         let mut needs = self.needs.clone();
         needs.retain(|need| !lacks.iter().any(|lack| covers(lack, need)));
-        Expectation { features: Some(kernel.features), needs, lacks: Some(lacks) }
+        Expectation { features, needs, lacks }
+    }
+
+    /// What the suite must find on the machine that runs this program, where `unmet` of its needs aren't met.
+    pub(crate) fn expect_here(&self, release: &str, features: u64, unmet: &[String]) -> Expectation {
+        let mut lacks = unmet.to_vec();
+        lacks.extend(self.any_kernel_may_lack.iter().cloned());
+        let release = version(release);
+        let arch = |kernel: &&Kernel| kernel.arch == std::env::consts::ARCH;
+        let older = |kernel: &&Kernel| version(&kernel.name).is_some_and(|named| Some(named) <= release);
+        let nearest =
+            self.kernel.iter().filter(arch).filter(older).max_by_key(|kernel| version(&kernel.name));
+        lacks.extend(nearest.iter().flat_map(|kernel| kernel.lacks.iter().cloned()));
+        let mut needs = self.needs.clone();
+        needs.retain(|need| !unmet.contains(need));
+        Expectation { features: Some(features), needs, lacks }
     }
 }
 
 /// What a run of the suite must find.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Expectation {
+pub(crate) struct Expectation {
     /// The mask of features, if it is known.
     pub(super) features: Option<u64>,
     /// Needs that are met.
     pub(super) needs: Vec<String>,
-    /// Needs that aren't, if all of them are known.
-    pub(super) lacks: Option<Vec<String>>,
+    /// Needs that aren't.
+    pub(super) lacks: Vec<String>,
 }
 
 impl Expectation {
     /// The environment variables that tell the suite.
-    pub(super) fn environment(&self) -> Vec<(String, String)> {
+    pub(crate) fn environment(&self) -> Vec<(String, String)> {
         let mut variables = Vec::new();
         if let Some(features) = self.features {
             variables.push(("USERFAULTFD_EXPECT_FEATURES".to_owned(), format!("{features:#x}")));
@@ -137,13 +159,18 @@ impl Expectation {
     }
 
     /// Whether a test may be skipped for what it says that it needs: features, or one thing of another kind.
-    pub(super) fn allows(&self, need: &str, features: &Features) -> bool {
-        match (features.bits(need), self.features, &self.lacks) {
-            (Some(bits), Some(offered), _) => bits & offered == 0,
-            (_, _, Some(lacks)) => lacks.iter().any(|lack| covers(lack, need)),
-            (_, _, None) => true,
+    pub(crate) fn allows(&self, need: &str, features: &Features) -> bool {
+        match (features.bits(need), self.features) {
+            (Some(bits), Some(offered)) => bits & offered == 0,
+            _ => self.lacks.iter().any(|lack| covers(lack, need)),
         }
     }
+}
+
+/// The first two numbers of a release: of `6.18.44-cloud`, 6 and 18.
+fn version(release: &str) -> Option<(u16, u16)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
 }
 
 /// Whether `lack` is `need`, or the part of it before an explanation. A `*` at the end stands for anything.
@@ -156,10 +183,10 @@ pub(super) fn covers(lack: &str, need: &str) -> bool {
 
 /// The features' names and bits, from the committed bindings: this program can do without their being compiled.
 #[derive(Debug)]
-pub(super) struct Features(BTreeMap<String, u64>);
+pub(crate) struct Features(BTreeMap<String, u64>);
 
 impl Features {
-    pub(super) fn read() -> Result<Self, String> {
+    pub(crate) fn read() -> Result<Self, String> {
         const BINDINGS: &str = "userfaultfd-sys/src/bindings/generic.rs";
         let text =
             fs::read_to_string(crate::root().join(BINDINGS)).map_err(|e| format!("{BINDINGS}: {e}"))?;
@@ -219,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_skip_is_allowed_only_for_what_is_lacking() {
-        let lacks = Some(vec!["root".to_owned(), "guards on *".to_owned()]);
+        let lacks = vec!["root".to_owned(), "guards on *".to_owned()];
         let expectation = Expectation { features: Some(16384), needs: Vec::new(), lacks };
         let allows = |need| expectation.allows(need, &features());
         assert!(allows("MOVE") && allows("root") && allows("guards on Hugetlb"));
@@ -228,16 +255,33 @@ mod tests {
             allows("root: be it") && allows("root, to drop it") && !allows("rooted") && !allows("a root")
         );
         assert!(!allows("hugetlb") && !allows("guards") && !allows(""));
-        assert!(Expectation::default().allows("anything", &features()));
-        // A mask without a list of what is lacking.
-        let mask = Expectation { features: Some(16384), ..Expectation::default() };
-        assert!(mask.allows("root", &features()) && !mask.allows("POISON", &features()));
+        // Where nothing is known, nothing is allowed.
+        assert!(!Expectation::default().allows("anything", &features()));
+        assert!(!Expectation::default().allows("POISON", &features()));
+    }
+
+    #[test]
+    fn this_machine_is_expected_to_have_what_its_release_has() {
+        let mut table = Table::read().unwrap();
+        table.any_kernel_may_lack = vec!["seccomp".to_owned()];
+        let unmet = vec!["swap".to_owned()];
+        let allows = |release, need| table.expect_here(release, 0x1ff, &unmet).allows(need, &features());
+        assert!(allows("5.10.1", "swap") && allows("5.10.1", "seccomp") && allows("5.10.1", "MOVE"));
+        assert!(!allows("5.10.1", "root"));
+        if std::env::consts::ARCH == "x86_64" {
+            assert!(allows("5.15.0-generic", "memfd_secret") && !allows("6.2.0", "memfd_secret"));
+        }
+        // Older than all of the table, and unreadable.
+        assert!(!allows("4.19.0", "memfd_secret") && !allows("unknown", "memfd_secret"));
+        let told = table.expect_here("6.18.44", 0x1ff, &unmet).environment();
+        assert!(told[1].1.split(',').any(|need| need == "root"), "{told:?}");
+        assert!(!told[1].1.split(',').any(|need| need == "swap"), "{told:?}");
     }
 
     #[test]
     fn the_suite_is_told_what_is_not_lacking() {
         let table = Table::parse(
-            "needs = ['root', 'hugetlb', 'swap']\nnobody-lacks = ['root']\nshort = ['a']\ntool-suites = []\n[arch]\n[[kernel]]\nname = '1'\n\
+            "needs = ['root', 'hugetlb', 'swap']\nany-kernel-may-lack = []\nnobody-lacks = ['root']\nshort = ['a']\ntool-suites = []\n[arch]\n[[kernel]]\nname = '1'\n\
              arch = 'x'\npackages = []\nsuites = []\nfeatures = 0x1ff\nlacks = ['swap']\n",
         );
         assert!(table.unwrap_err().contains("no architecture x"));

@@ -58,6 +58,12 @@ pub(super) fn judge(
     features: &Features,
 ) -> Verdict {
     let mut verdict = Verdict::default();
+    let mut offered = None;
+    // Where the features weren't known before, they are those that the kernel offers.
+    let judging = |user, offered| {
+        let expectation = expectation(user);
+        Expectation { features: expectation.features.or(offered), ..expectation }
+    };
     let mut running: Option<(User, String, Vec<String>)> = None;
     for record in transcript.records() {
         match record {
@@ -66,6 +72,7 @@ pub(super) fn judge(
                 let expected = expectation(User::Root).features;
                 match features {
                     Ok(mask) if expected.is_none_or(|expected| expected == *mask) => {
+                        offered = Some(*mask);
                         verdict.remarks.push(format!("features {mask:#x}"));
                     }
                     Ok(mask) => verdict.problems.push(format!(
@@ -90,7 +97,7 @@ pub(super) fn judge(
                 if let Some((user, binary, output)) = running.take() {
                     let mut outcome = outcome(user, binary, output, ending);
                     outcome.milliseconds = *milliseconds;
-                    check_skips(&mut outcome, &expectation(user), features);
+                    check_skips(&mut outcome, &judging(user, offered), features);
                     verdict.outcomes.push(outcome);
                 }
             }
@@ -100,7 +107,7 @@ pub(super) fn judge(
     if let Some((user, binary, output)) = running {
         let mut outcome =
             outcome(user, binary, output, &Ending::NotRun("the guest ended before it".to_owned()));
-        check_skips(&mut outcome, &expectation(user), features);
+        check_skips(&mut outcome, &judging(user, offered), features);
         verdict.outcomes.push(outcome);
     }
     if whole {
@@ -217,8 +224,7 @@ fn check_lacks(verdict: &mut Verdict, expectation: &Expectation) {
     }
     let needs: BTreeSet<&String> =
         verdict.outcomes.iter().flat_map(|o| o.skipped.values().flatten()).collect();
-    let stale =
-        expectation.lacks.iter().flatten().filter(|lack| !needs.iter().any(|need| covers(lack, need)));
+    let stale = expectation.lacks.iter().filter(|lack| !needs.iter().any(|need| covers(lack, need)));
     verdict
         .problems
         .extend(stale.map(|lack| format!("no test was skipped for {lack}, which is listed as lacking")));
@@ -266,7 +272,7 @@ test result: FAILED. 3 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
         let transcript = Transcript::read(lines.join("\r\n").as_bytes());
         let lacks: Vec<_> = lacks.iter().map(|lack| (*lack).to_owned()).collect();
         let expectation =
-            |_| table::Expectation { features: Some(0x1fff), needs: Vec::new(), lacks: Some(lacks.clone()) };
+            |_| table::Expectation { features: Some(0x1fff), needs: Vec::new(), lacks: lacks.clone() };
         judge(&transcript, runs, true, expectation, &Features::read().unwrap())
     }
 
@@ -307,6 +313,44 @@ test result: FAILED. 3 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
         assert!(judged(&part, Ending::Exit(0), &["hugetlb", "swap"]).is_good());
         let crashed = judged(&output, Ending::Signal(6), &["hugetlb", "swap"]);
         assert_eq!(crashed.problems, <[String; 0]>::default());
+    }
+
+    /// A user without rights lacks what the other one has.
+    #[test]
+    fn skips_of_each_user_are_judged_by_what_that_user_lacks() {
+        let run = |user, need: &str| {
+            let output = format!("running 1 test\ntest a ... ok\nSKIP a: needs {need}\ntest result: ok.");
+            let mut records = vec![Record::Start { user, binary: "/tests/kernel".to_owned() }];
+            records.extend(output.lines().map(|line| Record::Output(line.to_owned())));
+            records.push(Record::Done { ending: Ending::Exit(0), milliseconds: 0 });
+            records
+        };
+        let judged = |offered, skips: &[(User, &str)]| {
+            let mut records = vec![Record::Kernel { release: "6.1".to_owned(), features: Ok(offered) }];
+            records.extend(skips.iter().flat_map(|(user, need)| run(*user, need)));
+            records.push(Record::End);
+            let lines: Vec<_> = (0..).zip(&records).map(|(number, record)| encode(number, record)).collect();
+            let lacks = |user| if user == User::Nobody { vec!["root".to_owned()] } else { Vec::new() };
+            let expectation =
+                |user| table::Expectation { features: None, needs: Vec::new(), lacks: lacks(user) };
+            let transcript = Transcript::read(lines.join("\n").as_bytes());
+            judge(&transcript, skips.len(), true, expectation, &Features::read().unwrap())
+        };
+        let nobody = |need| judged(0x1ff, &[(User::Nobody, need), (User::Nobody, "root")]);
+        assert!(nobody("root").is_good() && nobody("MOVE").is_good());
+        for need in ["hugetlb", "MISSING_SHMEM"] {
+            let verdict = nobody(need);
+            assert!(!verdict.is_good(), "{need}");
+            let problem = format!("a was skipped for {need}, which isn't listed as lacking");
+            assert_eq!(verdict.outcomes[0].problems, [problem]);
+        }
+        // What only the other user lacks.
+        let verdict = judged(0x1ff, &[(User::Root, "root"), (User::Nobody, "root")]);
+        assert!(!verdict.is_good() && verdict.outcomes[1].problems.is_empty(), "{verdict:?}");
+        assert_eq!(verdict.outcomes[0].problems.len(), 1);
+        // What is listed as lacking, and nobody met.
+        let verdict = judged(0x1ff, &[(User::Nobody, "MOVE")]);
+        assert!(verdict.problems[0].contains("no test was skipped for root"), "{verdict:?}");
     }
 
     #[test]
