@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 pub(crate) use userfaultfd_sys::*;
@@ -312,15 +312,15 @@ pub(crate) fn is_nonblocking(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
 
 /// Keeps the program's signals away from the calling thread, but for those that its own faults raise.
 pub(crate) fn block_signals() {
-    let mut signals = std::mem::MaybeUninit::uninit();
-    // SAFETY: sigfillset writes the set.
-    unsafe { libc::sigfillset(signals.as_mut_ptr()) };
+    let mut signals = no_signals();
+    // SAFETY: the set is borrowed for the call.
+    unsafe { libc::sigfillset(&mut signals) };
     for fault in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGABRT] {
-        // SAFETY: the set was written above.
-        unsafe { libc::sigdelset(signals.as_mut_ptr(), fault) };
+        // SAFETY: as above.
+        unsafe { libc::sigdelset(&mut signals, fault) };
     }
     // SAFETY: the set is read, and the old one isn't wanted.
-    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, signals.as_ptr(), std::ptr::null_mut()) };
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &signals, std::ptr::null_mut()) };
 }
 
 /// The CPU that a thread runs on, or ran on last. `None` where /proc doesn't tell. Allocates nothing.
@@ -382,10 +382,7 @@ pub(crate) fn zero_after_fork() -> Result<&'static AtomicUsize, Errno> {
     static PAGE: AtomicPtr<AtomicUsize> = AtomicPtr::new(std::ptr::null_mut());
     let mut page = PAGE.load(Ordering::Acquire);
     if page.is_null() {
-        let new = map(page_size())?;
-        // SAFETY: the range is that of the mapping above, to which nothing leads yet.
-        check(unsafe { libc::madvise(new.as_ptr().cast(), page_size(), libc::MADV_WIPEONFORK) })?;
-        let new = new.as_ptr().cast();
+        let new = map_wiped_on_fork(page_size())?.as_ptr().cast();
         // Another thread may be faster: then this page stays unused. Not a `OnceLock`, which a fork may find locked.
         let set = PAGE.compare_exchange(page, new, Ordering::AcqRel, Ordering::Acquire);
         page = set.map_or_else(|other| other, |_| new);
@@ -417,13 +414,73 @@ pub(crate) unsafe fn unmap(start: std::ptr::NonNull<u8>, len: usize) {
     debug_assert!(unmapped.is_ok(), "{unmapped:?}");
 }
 
+/// Waits until a number isn't this one, or a wake; or for no reason. Async-signal-safe.
+pub(crate) fn futex_wait(number: &AtomicU32, expected: u32) {
+    let operation = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
+    let forever = std::ptr::null::<libc::timespec>();
+    // SAFETY: the kernel reads the number, which is borrowed for the call.
+    unsafe { libc::syscall(libc::SYS_futex, number.as_ptr(), operation, expected, forever) };
+}
+
+/// Wakes one thread that waits for a number to change. Async-signal-safe.
+pub(crate) fn futex_wake(number: &AtomicU32) {
+    let operation = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
+    // SAFETY: the address is a key; no memory is touched.
+    unsafe { libc::syscall(libc::SYS_futex, number.as_ptr(), operation, 1) };
+}
+
+/// Waiting for another thread by looking again and again: at once at first, then after sleeping for ever longer, so that
+/// a thread with a lower priority gets the CPU.
+#[derive(Debug)]
+pub(crate) struct Pause(u32);
+
+impl Pause {
+    /// So often it is looked at once.
+    const SPINS: u32 = 100;
+    /// Then it sleeps for 20 µs, twice as long each time, up to 1.28 ms.
+    const SHORTEST: libc::c_long = 20_000;
+    const DOUBLINGS: u32 = 6;
+
+    pub(crate) fn new() -> Self {
+        Self(0)
+    }
+
+    /// Lets some time pass. Async-signal-safe, and no point at which a thread is cancelled.
+    pub(crate) fn rest(&mut self) {
+        match self.0.checked_sub(Self::SPINS) {
+            None => std::hint::spin_loop(),
+            Some(sleeps) => sleep(Self::SHORTEST << sleeps.min(Self::DOUBLINGS)),
+        }
+        self.0 = self.0.saturating_add(1);
+    }
+
+    /// Sleeps for as long as [`rest`](Self::rest) does in the end. Async-signal-safe.
+    pub(crate) fn long() {
+        sleep(Self::SHORTEST << Self::DOUBLINGS);
+    }
+}
+
+/// Sleeps for so many nanoseconds, less than a second, or until a signal comes. Not by the C library's function, where
+/// a thread may be cancelled.
+fn sleep(nanos: libc::c_long) {
+    // What this system call takes, whatever the C library's structure is.
+    let time: [libc::c_long; 2] = [0, nanos];
+    // SAFETY: the kernel reads the two numbers, which are borrowed for the call.
+    unsafe { libc::syscall(libc::SYS_nanosleep, time.as_ptr(), std::ptr::null_mut::<libc::c_long>()) };
+}
+
 // memmap2 gives no such advice on Android.
 
-/// Has a mapping be zeros in the children of forks. Linux 4.14.
-pub(crate) fn wipe_on_fork(map: &memmap2::MmapRaw) -> Result<(), Errno> {
-    // SAFETY: the range is that of the mapping; the contents change in children alone, which see them through the
-    // mapping's raw pointer.
-    check(unsafe { libc::madvise(map.as_mut_ptr().cast(), map.len(), libc::MADV_WIPEONFORK) }).map(drop)
+/// `len` bytes of new memory, which is zeros in the children of forks. Linux 4.14.
+pub(crate) fn map_wiped_on_fork(len: usize) -> Result<std::ptr::NonNull<u8>, Errno> {
+    let start = map(len)?;
+    // SAFETY: the range is that of a mapping that nobody has seen yet.
+    let wiped = check(unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_WIPEONFORK) });
+    if wiped.is_err() {
+        // SAFETY: as above.
+        unsafe { unmap(start, len) };
+    }
+    wiped.map(|_| start)
 }
 
 /// Has a mapping not be there in the children of forks.
@@ -442,32 +499,52 @@ pub(crate) fn no_huge_pages(map: &memmap2::MmapRaw) -> Result<(), Errno> {
 /// A handler of a signal, as SA_SIGINFO calls it.
 pub(crate) type Handler = unsafe extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
-/// What is done on SIGBUS.
-pub(crate) fn bus_action() -> Result<libc::sigaction, Errno> {
-    let mut action = std::mem::MaybeUninit::uninit();
-    // SAFETY: the kernel writes the structure, and is told nothing new.
-    check(unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), action.as_mut_ptr()) })?;
-    // SAFETY: written by the call.
-    Ok(unsafe { action.assume_init() })
+/// An action of which a C library may fill in a part alone: its set of signals is longer than the kernel's.
+fn no_action() -> libc::sigaction {
+    // SAFETY: all zeros is the default action, without flags and with nothing blocked.
+    unsafe { std::mem::zeroed() }
 }
 
-/// Has SIGBUS handled, on the alternate stack where the thread has one, and with all signals blocked meanwhile.
+/// A set of signals without any.
+fn no_signals() -> libc::sigset_t {
+    // SAFETY: all zeros is such a set.
+    unsafe { std::mem::zeroed() }
+}
+
+/// What is done on SIGBUS.
+pub(crate) fn bus_action() -> Result<libc::sigaction, Errno> {
+    let mut action = no_action();
+    // SAFETY: the structure is borrowed for the call, which is told nothing new.
+    check(unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), &mut action) })?;
+    Ok(action)
+}
+
+/// Has something done on SIGBUS, and tells what was before.
+///
+/// # Safety
+///
+/// The caller must make sure that a handler does but what a signal handler may.
+pub(crate) unsafe fn set_bus_action(action: &libc::sigaction) -> Result<libc::sigaction, Errno> {
+    let mut old = no_action();
+    // SAFETY: both structures are borrowed for the call; the caller vouches for the handler.
+    check(unsafe { libc::sigaction(libc::SIGBUS, action, &mut old) })?;
+    Ok(old)
+}
+
+/// Has SIGBUS handled, on the stack of the thread that it is raised in, and with all signals blocked meanwhile: also
+/// those that C libraries keep for themselves, by which a thread is cancelled.
 ///
 /// # Safety
 ///
 /// The caller must make sure that the handler does but what a signal handler may.
 pub(crate) unsafe fn handle_bus(handler: Handler) -> Result<libc::sigaction, Errno> {
-    // SAFETY: all zeros is an action without flags and with nothing blocked.
-    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    let mut action = no_action();
     action.sa_sigaction = handler as *const () as libc::sighandler_t;
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-    // SAFETY: the set is borrowed for the call, which writes it.
-    unsafe { libc::sigfillset(&mut action.sa_mask) };
-    let mut old = std::mem::MaybeUninit::uninit();
-    // SAFETY: both structures are borrowed for the call; the caller vouches for the handler.
-    check(unsafe { libc::sigaction(libc::SIGBUS, &action, old.as_mut_ptr()) })?;
-    // SAFETY: written by the call.
-    Ok(unsafe { old.assume_init() })
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART;
+    // SAFETY: any bits are a set.
+    unsafe { (&raw mut action.sa_mask).cast::<u8>().write_bytes(!0, size_of::<libc::sigset_t>()) };
+    // SAFETY: the caller's promise is the same.
+    unsafe { set_bus_action(&action) }
 }
 
 /// The address and the code of a signal's information.
@@ -516,10 +593,8 @@ impl Drop for KeepErrno {
 ///
 /// The caller must make sure that `info` is what the handler was given.
 pub(crate) unsafe fn die_of_bus(info: *mut libc::siginfo_t) {
-    // SAFETY: all zeros is the default action, without flags and with nothing blocked.
-    let default: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: the structure is borrowed for the call; the default action runs no code of the process.
-    unsafe { libc::sigaction(libc::SIGBUS, &default, std::ptr::null_mut()) };
+    // SAFETY: the default action runs no code of the process.
+    let _set = unsafe { set_bus_action(&no_action()) };
     // SAFETY: touches no memory.
     let process = unsafe { libc::getpid() };
     // SAFETY: touches no memory.
@@ -586,11 +661,7 @@ const SIGNALS: libc::c_int = 64;
     target_arch = "s390x",
 ))]
 unsafe fn interrupted_mask(context: *mut libc::c_void) -> Option<libc::sigset_t> {
-    let mut mask = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigemptyset writes the set.
-    unsafe { libc::sigemptyset(mask.as_mut_ptr()) };
-    // SAFETY: all bytes of a set are written above.
-    let mut mask = unsafe { mask.assume_init() };
+    let mut mask = no_signals();
     // SAFETY: the kernel passes a valid structure, of which a field's address is taken.
     let set = unsafe { &raw const (*context.cast::<libc::ucontext_t>()).uc_sigmask };
     // The kernel's set is shorter than the C library's, and other things follow it.

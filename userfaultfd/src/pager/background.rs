@@ -21,7 +21,7 @@ use super::load::alike;
 use super::region::Served;
 use super::run::Run;
 use super::shared::{Lease, Shared};
-use super::sigbus::Lazy;
+use super::sigbus::{Lazy, Lost};
 use super::{Pager, Progress, RegionId, Result};
 use crate::owner::Owner;
 
@@ -628,14 +628,13 @@ impl Target {
                 step(shared, descriptor, region, filler, pages, control)
             }
             (Self::Sigbus(lazy), _) => {
-                let (before, most) = (lazy.absent_pages(), pages.len() << self.region().page_shift);
-                let start = pages.start;
-                let next = lazy.fill_some(pages, most);
+                let (start, most) = (pages.start, pages.len() << self.region().page_shift);
+                let step = lazy.fill_some(pages, most, Lost::Missing)?;
                 let states = &self.region().pages;
-                for page in (start..next).filter(|page| states.is_failed(*page)) {
+                for page in (start..step.next).filter(|page| states.is_failed(*page)) {
                     control.note_failed(page..page + 1);
                 }
-                Some(Step { next, filled: before.saturating_sub(lazy.absent_pages()) })
+                Some(Step { next: step.next, filled: step.filled })
             }
             (Self::Pager { .. }, Hands::Sigbus) => unreachable!("hands of another target"),
         }

@@ -222,12 +222,14 @@ impl Pages {
                 End::Contested if state >> TRIES == MAX_TRIES => absent,
                 End::Contested => absent + (1 << TRIES),
             };
-            match cell.compare_exchange_weak(state, next, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => {
-                    self.count_change(state, next);
-                    return state & JOINED != 0;
+            // Counted first: where the state can be seen it is among those that are counted.
+            self.count_change(state, next);
+            match cell.compare_exchange(state, next, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return state & JOINED != 0,
+                Err(now) => {
+                    self.count_change(next, state);
+                    state = now;
                 }
-                Err(now) => state = now,
             }
         }
     }

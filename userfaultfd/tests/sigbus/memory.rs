@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use userfaultfd::LazyMemory;
 use userfaultfd::pager::{
-    BytesSource, Delivery, Error, Fill, MappedFileSource, PageSource, Pager, Retry, SignalSafe,
+    BytesSource, Delivery, Error, Fill, MappedFileSource, Order, PageSource, Pager, Retry, SignalSafe,
     SignalSafeConcat, ZeroSource,
 };
 
 use super::support::{hugetlb, mapping, page, require, test_name};
-use super::{builder, byte, content, lazy};
+use super::{builder, byte, content, lazy, next};
 
 /// A file without a name that holds `bytes`.
 fn file(bytes: &[u8]) -> File {
@@ -275,4 +275,50 @@ fn huge_pages() {
         LazyMemory::sigbus(ZeroSource).len(2 * huge).block(2 * huge).huge_pages(huge).build().unwrap();
     assert!(zeros.iter().all(|byte| *byte == 0));
     assert_eq!((zeros.statistics().missing_faults, zeros.statistics().zero_fills), (1, 2));
+}
+
+#[test]
+fn what_the_source_lacks_stays_missing_in_the_background() {
+    require!();
+    let page = page();
+    let source = file(&content(64 * page));
+    let memory = LazyMemory::sigbus(MappedFileSource::new(source.try_clone().unwrap()).unwrap());
+    let memory = memory.block(4 * page).build().unwrap();
+    source.set_len(32 * page as u64).unwrap();
+    let background = memory.background(Order::Ascending).unwrap();
+    assert_eq!(background.wait().done, 64 * page as u64, "all of it was gone through");
+    let statistics = memory.statistics();
+    assert_eq!((statistics.present_pages, statistics.absent_pages), (32, 32), "{statistics}");
+    assert_eq!((statistics.poisoned, statistics.prefetched), (0, 32), "{statistics}");
+    // The source recovers.
+    source.write_all_at(&content(64 * page), 0).unwrap();
+    assert!(memory[..] == content(64 * page)[..]);
+}
+
+#[test]
+fn statistics_add_up_beside_a_background() {
+    require!();
+    let (page, pages) = (page(), 4096);
+    for block in [1, 4] {
+        let memory = builder(pages).block(block * page).build().unwrap();
+        let background = memory.background(Order::Ascending).unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let memory = &memory;
+                scope.spawn(move || {
+                    let mut state = thread;
+                    for _ in 0..pages {
+                        let at = next(&mut state) % memory.len();
+                        assert_eq!(memory[at], byte(at));
+                    }
+                });
+            }
+        });
+        background.wait();
+        let statistics = memory.statistics();
+        assert_eq!((statistics.present_pages, statistics.absent_pages), (pages as u64, 0), "{statistics}");
+        assert_eq!(statistics.fills, pages as u64, "{statistics}");
+        let asked = statistics.fills - statistics.prefetched;
+        assert_eq!(statistics.missing_faults, asked + statistics.duplicates, "{statistics}");
+    }
 }

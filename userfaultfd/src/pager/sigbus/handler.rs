@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 
-use super::table::Hold;
+use super::table::with_memory_at;
 use crate::pager::Result;
 use crate::pager::descriptor::lock;
 use crate::sys;
@@ -36,11 +36,10 @@ unsafe extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, co
     let (address, code) = unsafe { sys::fault_of(info) };
     // A missing page of a userfaultfd. So are other things, which no memory of ours is at.
     if code == libc::BUS_ADRERR {
-        let hold = Hold::take();
-        if hold.find(address).is_some_and(|lazy| lazy.fault(address, hold.slot())) {
+        // Nothing is held afterwards: the handler before may never return.
+        if with_memory_at(address, |lazy, shard| lazy.fault(address, shard)) == Some(true) {
             return;
         }
-        // Given back here: the handler before may never return.
     }
     // SAFETY: both are what this handler was given.
     unsafe { foreign(info, context) }

@@ -3,21 +3,24 @@
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Instant;
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
 
-use super::handler;
-use super::table::{self, Hold, SLOTS};
+use super::table::{self, SHARDS};
+use super::{handler, table::shard_number};
 use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::descriptor::at;
 use crate::pager::pages::{Claim, End};
+use crate::pager::point::{Point, reach};
 use crate::pager::region::Served;
 use crate::pager::stats::{self, Counters};
 use crate::pager::{Absent, Error, Fill, Progress, Region, RegionId, Result, Statistics};
+use crate::sys::Pause;
 use crate::{CopyMode, Errno, Uffd};
 
 /// So many bytes are filled at once, where nobody waits for a particular page.
@@ -30,10 +33,13 @@ const FUTILE: u32 = 1 << 16;
 const TRIES: u32 = 64;
 
 /// Of so many faults that a handler answers one is timed: looking at the clock is a hundredth of what a fault takes.
-const TIMED: u64 = 8;
+const TIMED: u32 = 8;
 
 /// So often it is looked whether another thread has filled the page.
 const LOOKS: u32 = 200;
+
+/// Threads that use a memory are counted in so many places, by their shard.
+const PLACES: usize = 8;
 
 /// What a handler needs.
 pub(crate) struct Lazy {
@@ -41,14 +47,73 @@ pub(crate) struct Lazy {
     served: Arc<Served>,
     start: usize,
     end: usize,
-    /// For each slot the [`Counters`] of the handlers that have it. What isn't used takes no memory.
+    /// For each shard [`Counters`], with which what was done is counted at once. What isn't used takes no memory.
     counters: MmapRaw,
+    /// Whether they are being used.
+    counting: [AtomicBool; SHARDS],
     /// A page of zeros, where zero pages can't be mapped.
     zeros: Option<MmapMut>,
     /// How many faults in a row found nothing to do.
     futile: AtomicU32,
     /// Filled as a whole, or gone.
     closed: AtomicBool,
+    /// Gone: nobody enters any more.
+    gone: AtomicBool,
+    places: [Place; PLACES],
+}
+
+#[derive(Default)]
+#[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another place's
+struct Place {
+    /// Threads that use the memory.
+    users: AtomicU32,
+    /// Faults so far, for choosing those that are timed.
+    faults: AtomicU32,
+}
+
+/// Memory that was entered: it stays until this is dropped.
+pub(super) struct User<'a> {
+    lazy: &'a Lazy,
+    place: usize,
+}
+
+impl Deref for User<'_> {
+    type Target = Lazy;
+
+    fn deref(&self) -> &Lazy {
+        self.lazy
+    }
+}
+
+impl Drop for User<'_> {
+    fn drop(&mut self) {
+        // Release: pairs with `wait_for_users`. The memory may be gone right after.
+        self.lazy.places[self.place].users.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// What was done, to be counted once it is.
+#[derive(Default)]
+struct Tally {
+    faults: u64,
+    duplicates: u64,
+    fills: u64,
+    zero_fills: u64,
+    bytes: u64,
+    prefetched: u64,
+    retries: u64,
+    source_errors: u64,
+    poisoned: u64,
+    since: Option<Instant>,
+}
+
+/// What becomes of a page that its source doesn't deliver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lost {
+    /// An access raises SIGBUS from now on.
+    Poisoned,
+    /// It stays missing.
+    Missing,
 }
 
 /// The memory's owner: handlers find it until this is dropped.
@@ -72,14 +137,25 @@ impl Owned {
         region.check_ioctls(offered)?;
         let served = Arc::new(region.serve(0, offered)?);
         let mapping = |len| MmapOptions::new().len(len).no_reserve_swap().map_anon();
-        let counters = MmapRaw::from(mapping(SLOTS * size_of::<Counters>())?);
+        let counters = MmapRaw::from(mapping(SHARDS * size_of::<Counters>())?);
         let zeros = if served.zeropage { None } else { Some(mapping(served.page_size())?) };
-        let (futile, closed) = (AtomicU32::new(0), AtomicBool::new(false));
         let owner = Owner::current()?;
-        let lazy = Arc::new(Lazy { uffd, served, start, end, counters, zeros, futile, closed });
+        let lazy = Arc::new(Lazy {
+            uffd,
+            served,
+            start,
+            end,
+            counters,
+            counting: [const { AtomicBool::new(false) }; SHARDS],
+            zeros,
+            futile: AtomicU32::new(0),
+            closed: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
+            places: Default::default(),
+        });
         lazy.prepare(borders)?;
         handler::install()?;
-        // SAFETY: the `Arc` keeps it where it is, and is given up by `drop` only after it was removed.
+        // SAFETY: the `Arc` keeps it where it is, and is given up by `drop` only after it was removed and nobody uses it.
         unsafe { table::add(Arc::as_ptr(&lazy), start, end) }?;
         Ok(Self(lazy, owner))
     }
@@ -98,67 +174,89 @@ impl Drop for Owned {
             return unsafe { InheritedFd::new(self.0.uffd.as_fd()).close() };
         }
         self.0.closed.store(true, Ordering::SeqCst);
-        if table::remove(Arc::as_ptr(&self.0)).is_err() {
-            // Handlers may find it for ever.
-            std::mem::forget(Arc::clone(&self.0));
-        }
+        self.0.gone.store(true, Ordering::SeqCst);
+        table::remove(Arc::as_ptr(&self.0));
+        self.0.wait_for_users();
     }
 }
 
 impl Lazy {
     /// Fills the pages for which a handler couldn't get the content.
     fn prepare(&self, borders: &[u64]) -> Result<()> {
-        let page = self.served.page_size() as u64;
-        let mut buffer = Vec::new();
+        let page = self.served.page_size();
+        // Pages may have to be read to where pages begin: a file that is open with O_DIRECT.
+        let mut buffer: Option<MmapMut> = None;
         for border in borders {
-            let inside = border.checked_sub(self.served.offset).filter(|inside| inside % page != 0);
-            let number = inside.and_then(|inside| usize::try_from(inside / page).ok());
+            let inside = border.checked_sub(self.served.offset).filter(|inside| inside % page as u64 != 0);
+            let number = inside.and_then(|inside| usize::try_from(inside / page as u64).ok());
             let Some(number) = number.filter(|number| *number < self.served.pages.count()) else { continue };
             if self.served.pages.claim_absent(number).is_none() {
                 continue; // it has two of them
             }
             let offset = self.served.offset_of(number);
-            buffer.resize(page as usize, 0);
-            let read = self.served.source.read(offset, &mut buffer);
+            let buffer = match &mut buffer {
+                Some(buffer) => buffer,
+                none => none.insert(MmapOptions::new().len(page).map_anon()?),
+            };
+            let read = self.served.source.read(offset, buffer);
             match read.map_err(|error| Error::Source { offset, error })? {
-                Fill::Data => buffer[self.served.within_source(offset, page as usize)..].fill(0),
+                Fill::Data => buffer[self.served.within_source(offset, page)..].fill(0),
                 Fill::Zero => buffer.fill(0),
             }
             let (to, from) = (at(self.address(number)), buffer.as_ptr().cast());
             // SAFETY: nobody has seen the page, and whoever handed the region over vouches for what it comes to hold.
-            unsafe { self.uffd.copy_with(from, to, page as usize, CopyMode::empty()) }?;
+            unsafe { self.uffd.copy_with(from, to, page, CopyMode::empty()) }?;
             let _nobody_joined = self.served.pages.end(number, End::Present);
         }
         Ok(())
     }
 
+    /// Notes that a thread uses the memory, which is about to find it in the table. It has a shard.
+    pub(super) fn entered(&self, shard: usize) -> User<'_> {
+        let place = shard % PLACES;
+        // SeqCst: this is seen by who waits for users, or `gone` by who enters.
+        self.places[place].users.fetch_add(1, Ordering::SeqCst);
+        User { lazy: self, place }
+    }
+
+    /// Notes that the calling thread uses the memory, unless it is gone: then its addresses may be anybody's.
+    fn enter(&self) -> Option<User<'_>> {
+        let user = self.entered(shard_number());
+        (!self.gone.load(Ordering::SeqCst)).then_some(user)
+    }
+
+    /// Waits until nobody uses the memory that has entered it.
+    fn wait_for_users(&self) {
+        for place in &self.places {
+            let mut pause = Pause::new();
+            while place.users.load(Ordering::SeqCst) > 0 {
+                pause.rest();
+            }
+        }
+    }
+
     /// Answers a fault. Whether the access is to be tried again; if not, it is an access that can't be.
     /// Async-signal-safe.
-    pub(super) fn fault(&self, address: usize, slot: usize) -> bool {
-        let counters = self.counters(slot);
-        let since = (counters.missing_faults.get() % TIMED == 0).then(stats::now);
-        counters.missing_faults.add(1);
+    pub(super) fn fault(&self, address: usize, shard: usize) -> bool {
+        let faults = self.places[shard % PLACES].faults.fetch_add(1, Ordering::Relaxed);
+        let since = (faults % TIMED == 0).then(stats::now);
+        let mut tally = Tally { faults: 1, since, ..Tally::default() };
         let page = (address - self.start) >> self.served.page_shift;
         let answered = match self.served.pages.claim(page) {
-            Claim::Mine { removed, .. } => self.load(page, removed, counters),
-            Claim::Joined => {
-                counters.duplicates.add(1);
-                self.join(page, counters)
-            }
-            Claim::Present => {
-                counters.duplicates.add(1);
-                self.again(page, counters)
-            }
+            Claim::Mine { removed, .. } => self.load(page, removed, &mut tally),
+            Claim::Joined => self.join(page, Some(page), &mut tally),
+            Claim::Present => self.again(page, &mut tally),
             Claim::Poisoned => false,
         };
-        if let Some(since) = since {
-            counters.fault_latency.record_since(since);
-        }
+        // One that has filled its page is none.
+        let filled = tally.fills + tally.zero_fills > tally.prefetched;
+        tally.duplicates = u64::from(answered && !filled && tally.poisoned == 0);
+        self.count(&tally, shard);
         answered
     }
 
     /// Fills a page that was claimed, and what is absent around it.
-    fn load(&self, page: usize, removed: bool, counters: &Counters) -> bool {
+    fn load(&self, page: usize, removed: bool, tally: &mut Tally) -> bool {
         let states = &self.served.pages;
         let (around, window) = self.served.around(page);
         let mut pages = page..page + 1;
@@ -171,7 +269,8 @@ impl Lazy {
         if let Some(window) = window {
             self.served.goes_on(window, &pages);
         }
-        let filled = self.put_all(pages.clone(), removed, Some(page), counters);
+        reach(Point::AfterRead, self.address(page));
+        let filled = self.put_all(pages.clone(), removed, Some(page), tally);
         if filled == pages.end {
             return true;
         }
@@ -179,12 +278,12 @@ impl Lazy {
             let _joined = states.end(other, End::Released);
         }
         // What can't be filled may be another page.
-        filled > page || self.one(page, removed, true, counters)
+        filled > page
+            || self.one(page, Some(page), Work { removed, claimed: true, lost: Lost::Poisoned }, tally)
     }
 
-    /// A fault on a page that another thread fills. That may be off its CPU, or wait for a disk: this one doesn't
-    /// depend on it.
-    fn join(&self, page: usize, counters: &Counters) -> bool {
+    /// A page that another thread fills. That may be off its CPU, or wait for a disk: this one doesn't depend on it.
+    fn join(&self, page: usize, asked: Option<usize>, tally: &mut Tally) -> bool {
         let states = &self.served.pages;
         for look in 0..LOOKS {
             if !states.is_loading(page) {
@@ -192,60 +291,61 @@ impl Lazy {
             }
             if look % 64 == 63 { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
-        self.one(page, states.is_removed(page), false, counters)
+        // Who has claimed it sees to what its source doesn't deliver.
+        let work = Work { removed: states.is_removed(page), claimed: false, lost: Lost::Missing };
+        self.one(page, asked, work, tally)
     }
 
     /// A fault on a page that is there, as far as is known. Mostly it came just before. If the page was taken away,
     /// zero is what belongs there.
-    fn again(&self, page: usize, counters: &Counters) -> bool {
-        match self.put(page..page + 1, true, Some(page), counters) {
+    fn again(&self, page: usize, tally: &mut Tally) -> bool {
+        match self.put(page..page + 1, true, Some(page), tally) {
             Ok(_) => true,
             Err(Errno::EEXIST | Errno::EAGAIN | Errno::ENOMEM) => self.try_again(),
             Err(_) => self.is_closed(),
         }
     }
 
-    /// Fills one page, which may be claimed or not.
-    fn one(&self, page: usize, removed: bool, claimed: bool, counters: &Counters) -> bool {
+    /// Fills one page.
+    fn one(&self, page: usize, asked: Option<usize>, work: Work, tally: &mut Tally) -> bool {
+        let Work { removed, claimed, lost } = work;
         let settle = |end, answered| {
-            if claimed {
+            // What is there is so for the one who has claimed it, too, whenever that goes on.
+            if claimed || end == End::Present {
                 let _joined = self.served.pages.end(page, end);
             }
             answered
         };
         for _ in 0..TRIES {
-            match self.put(page..page + 1, removed, Some(page), counters) {
+            match self.put(page..page + 1, removed, asked, tally) {
                 Ok(_) => return settle(End::Present, true),
                 Err(Errno::EEXIST) => return settle(End::Present, self.try_again()),
                 Err(Errno::EAGAIN) => {
-                    counters.retries.add(1);
+                    tally.retries += 1;
                     std::hint::spin_loop();
                 }
                 Err(Errno::ENOMEM) => break,
-                // Who has claimed it sees to that.
                 Err(Errno::EFAULT | Errno::ENODATA) if !claimed => break,
                 Err(Errno::EFAULT | Errno::ENODATA) => {
-                    counters.source_errors.add(1);
-                    return if self.poison(page, counters) {
-                        settle(End::Poisoned, true)
-                    } else {
-                        settle(End::Released, false)
+                    tally.source_errors += 1;
+                    return match lost {
+                        Lost::Poisoned if self.poison(page, tally) => settle(End::Poisoned, true),
+                        _ => settle(End::Released, false),
                     };
                 }
                 Err(_) => return settle(End::Released, self.is_closed()),
             }
         }
-        std::thread::yield_now();
+        // For whoever is to give memory back, or to go on with the page.
+        Pause::long();
         settle(End::Released, self.try_again())
     }
 
     /// Makes an access to a page raise SIGBUS. `false` before Linux 6.6.
-    fn poison(&self, page: usize, counters: &Counters) -> bool {
+    fn poison(&self, page: usize, tally: &mut Tally) -> bool {
         // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
         let poisoned = unsafe { self.uffd.poison(at(self.address(page)), self.served.page_size(), true) };
-        if poisoned.is_ok() {
-            counters.poisoned.add(1);
-        }
+        tally.poisoned += u64::from(poisoned.is_ok());
         poisoned.is_ok()
     }
 
@@ -261,21 +361,16 @@ impl Lazy {
 
     /// Fills pages that were claimed, from the first on, and settles them. Returns the first that couldn't be filled,
     /// or the end.
-    fn put_all(
-        &self,
-        pages: Range<usize>,
-        removed: bool,
-        asked: Option<usize>,
-        counters: &Counters,
-    ) -> usize {
+    fn put_all(&self, pages: Range<usize>, removed: bool, asked: Option<usize>, tally: &mut Tally) -> usize {
         let mut next = pages.start;
         while next < pages.end {
-            let filled = match self.put(next..pages.end, removed, asked, counters) {
+            let filled = match self.put(next..pages.end, removed, asked, tally) {
                 Ok(filled) => filled,
-                // Somebody has filled it who couldn't wait.
+                // Another thread has filled it that couldn't wait.
                 Err(Errno::EEXIST) => 1,
                 Err(_) => break,
             };
+            reach(Point::AfterFill, self.address(next));
             for page in next..next + filled {
                 let _joined = self.served.pages.end(page, End::Present);
             }
@@ -290,15 +385,15 @@ impl Lazy {
         pages: Range<usize>,
         removed: bool,
         asked: Option<usize>,
-        counters: &Counters,
+        tally: &mut Tally,
     ) -> Result<usize, Errno> {
         let (served, page) = (&self.served, self.served.page_size());
         let (offset, len) = (served.offset_of(pages.start), pages.len() << served.page_shift);
         let to = at(self.address(pages.start));
         let zeros = if removed { u64::MAX } else { served.source.zeros(offset) };
         let known = usize::try_from(zeros).unwrap_or(usize::MAX).min(len) & !(page - 1);
-        let (counter, result) = if known > 0 {
-            let result = match &self.zeros {
+        let result = if known > 0 {
+            match &self.zeros {
                 // SAFETY: whoever handed the region over vouches for what its pages come to hold; these aren't there
                 // yet, as the kernel makes sure.
                 None => unsafe { self.uffd.zeropage(to, known, true) },
@@ -306,15 +401,13 @@ impl Lazy {
                 Some(zeros) => unsafe {
                     self.uffd.copy_with(zeros.as_ptr().cast(), to, page, CopyMode::empty())
                 },
-            };
-            (&counters.zero_fills, result)
+            }
         } else {
             let whole = served.source.bytes(offset, len);
             let bytes = whole.or_else(|| served.source.bytes(offset, page)).ok_or(Errno::ENODATA)?;
             let len = bytes.len().min(len) & !(page - 1);
             // SAFETY: as above; the source has so many bytes there, which only the kernel reads.
-            let result = unsafe { self.uffd.copy_with(bytes.as_ptr(), to, len, CopyMode::empty()) };
-            (&counters.fills, result)
+            unsafe { self.uffd.copy_with(bytes.as_ptr(), to, len, CopyMode::empty()) }
         };
         let filled = match result {
             Ok(filled) => filled,
@@ -329,9 +422,9 @@ impl Lazy {
         let filled_pages = filled >> served.page_shift;
         let filled_range = pages.start..pages.start + filled_pages;
         let asked = asked.is_some_and(|page| filled_range.contains(&page));
-        counter.add(filled_pages as u64);
-        counters.bytes.add(filled as u64);
-        counters.prefetched.add((filled_pages - usize::from(asked)) as u64);
+        *(if known > 0 { &mut tally.zero_fills } else { &mut tally.fills }) += filled_pages as u64;
+        tally.bytes += filled as u64;
+        tally.prefetched += (filled_pages - usize::from(asked)) as u64;
         Ok(filled_pages)
     }
 
@@ -339,13 +432,48 @@ impl Lazy {
         self.start + (page << self.served.page_shift)
     }
 
-    /// The counters of a slot, for who has it.
-    fn counters(&self, slot: usize) -> &Counters {
-        assert!(slot < SLOTS, "a slot");
-        let counters = self.counters.as_ptr().cast::<Counters>().wrapping_add(slot);
+    /// The counters of a shard.
+    fn counters(&self, shard: usize) -> &Counters {
+        assert!(shard < SHARDS, "a shard");
+        let counters = self.counters.as_ptr().cast::<Counters>().wrapping_add(shard);
         // SAFETY: the mapping has so many of them. Zeros are counters that have counted nothing, and all that is in
         // them are atomics.
         unsafe { &*counters }
+    }
+
+    /// Counts what was done, in the shard's counters or, if another thread or an interrupted one is at them, in the
+    /// next ones.
+    fn count(&self, tally: &Tally, shard: usize) {
+        let mut pause = Pause::new();
+        let shard = loop {
+            let mut shards = (shard..shard + SHARDS).map(|shard| shard % SHARDS);
+            // Acquire and release: a thread goes on counting where the one before it stopped.
+            let free = shards.find(|shard| !self.counting[*shard].swap(true, Ordering::Acquire));
+            match free {
+                Some(shard) => break shard,
+                None => pause.rest(),
+            }
+        };
+        let counters = self.counters(shard);
+        for (count, more) in [
+            (&counters.missing_faults, tally.faults),
+            (&counters.duplicates, tally.duplicates),
+            (&counters.fills, tally.fills),
+            (&counters.zero_fills, tally.zero_fills),
+            (&counters.bytes, tally.bytes),
+            (&counters.prefetched, tally.prefetched),
+            (&counters.retries, tally.retries),
+            (&counters.source_errors, tally.source_errors),
+            (&counters.poisoned, tally.poisoned),
+        ] {
+            if more > 0 {
+                count.add(more);
+            }
+        }
+        if let Some(since) = tally.since {
+            counters.fault_latency.record_since(since);
+        }
+        self.counting[shard].store(false, Ordering::Release);
     }
 
     /// Fills all that is absent.
@@ -359,14 +487,12 @@ impl Lazy {
         progress(tell(total));
         let (mut next, end) = (0, self.served.pages.count());
         while next < end {
-            next = self.fill_some(next..end, BULK);
+            let step = self.fill_some(next..end, BULK, Lost::Poisoned).ok_or(Error::NotServed)?;
+            next = step.next;
             progress(tell(self.absent_pages()));
         }
-        // What others are about to fill.
-        while (0..end).any(|page| self.served.pages.is_loading(page)) {
-            std::thread::yield_now();
-        }
-        let left = self.absent_pages();
+        // Each page was filled, or found to be there; its state may not say so yet, if another thread fills it.
+        let left = (0..end).filter(|page| self.served.pages.is_absent(*page)).count();
         if left > 0 {
             return Err(Error::Unfilled { pages: left });
         }
@@ -376,25 +502,32 @@ impl Lazy {
         Ok(())
     }
 
-    /// Fills what is absent among the first pages of a range, at most so many bytes. Returns where to go on.
-    pub(crate) fn fill_some(&self, pages: Range<usize>, most: usize) -> usize {
+    /// Fills what is absent among the first pages of a range, at most so many bytes. `None`: the memory is gone.
+    pub(crate) fn fill_some(&self, pages: Range<usize>, most: usize, lost: Lost) -> Option<Step> {
+        let user = self.enter()?;
+        let mut tally = Tally::default();
+        let next = user.fill_first(pages, most, lost, &mut tally);
+        user.count(&tally, shard_number());
+        Some(Step { next, filled: (tally.fills + tally.zero_fills) as usize })
+    }
+
+    fn fill_first(&self, pages: Range<usize>, most: usize, lost: Lost, tally: &mut Tally) -> usize {
         let states = &self.served.pages;
-        let hold = Hold::take();
-        let counters = self.counters(hold.slot());
         let most = (most >> self.served.page_shift).max(1);
         for page in pages.clone() {
             let Some(removed) = states.claim_absent(page) else {
                 if states.is_loading(page) {
-                    self.join(page, counters);
+                    self.join(page, None, tally);
                 }
                 continue;
             };
             let more = page + 1..pages.end.min(page.saturating_add(most));
             let end = page + 1 + more.take_while(|next| states.claim_quietly(*next, removed)).count();
-            let filled = self.put_all(page..end, removed, None, counters);
+            reach(Point::BeforeFill, self.address(page));
+            let filled = self.put_all(page..end, removed, None, tally);
             // One by one, so that what can't be filled is one page.
             for page in filled..end {
-                let _filled = self.one(page, removed, true, counters);
+                let _filled = self.one(page, None, Work { removed, claimed: true, lost }, tally);
             }
             return end;
         }
@@ -410,9 +543,9 @@ impl Lazy {
         &self.served
     }
 
-    pub(crate) fn absent_pages(&self) -> usize {
+    fn absent_pages(&self) -> usize {
         let (present, poisoned) = self.served.pages.present_and_poisoned();
-        self.served.pages.count() - present - poisoned
+        self.served.pages.count().saturating_sub(present + poisoned)
     }
 
     /// What nobody has filled.
@@ -436,11 +569,28 @@ impl Lazy {
     }
 
     pub(crate) fn statistics(&self) -> Statistics {
-        let mut sum: Statistics = (0..SLOTS).map(|slot| self.counters(slot).snapshot()).sum();
+        let mut sum: Statistics = (0..SHARDS).map(|shard| self.counters(shard).snapshot()).sum();
         sum.present_pages = self.served.pages.present_and_poisoned().0 as u64;
         sum.absent_pages = self.absent_pages() as u64;
         sum
     }
+}
+
+/// How one page is filled.
+#[derive(Clone, Copy)]
+struct Work {
+    removed: bool,
+    /// Whether the thread that fills it has claimed it.
+    claimed: bool,
+    lost: Lost,
+}
+
+/// What a step of a fill did.
+pub(crate) struct Step {
+    /// The first page that wasn't looked at.
+    pub(crate) next: usize,
+    /// Pages that were filled.
+    pub(crate) filled: usize,
 }
 
 impl fmt::Debug for Lazy {
@@ -454,84 +604,237 @@ impl fmt::Debug for Lazy {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Mutex, MutexGuard, PoisonError};
+    use std::sync::{Condvar, Mutex};
     use std::thread;
 
     use super::*;
     use crate::pager::BytesSource;
+    use crate::pager::point::tests::{Armed, at as armed_at};
+    use crate::support::proc::wait_until;
+    use crate::support::{child, raw, require, test_name};
     use crate::{FeatureFlags, UffdBuilder, page_size};
 
-    /// Memory of four pages, and where it is. One test at a time has any: dropping it waits for slots that are taken
-    /// meanwhile, and these tests wait while they have some, as no handler does.
-    fn owned() -> (MutexGuard<'static, ()>, Owned, MmapMut) {
-        static ONE: Mutex<()> = Mutex::new(());
-        let alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut memory = MmapOptions::new().len(4 * page_size()).map_anon().unwrap();
+    const PAGES: usize = 4;
+
+    /// Memory of four pages of sevens, two of them a block, and where it is.
+    fn owned() -> (Owned, MmapMut) {
+        let mut memory = MmapOptions::new().len(PAGES * page_size()).map_anon().unwrap();
         let mut builder = UffdBuilder::new();
         let uffd = builder.close_on_exec(true).require_features(FeatureFlags::SIGBUS).create().unwrap();
         let start = memory.as_mut_ptr().expose_provenance();
         let region = Region::new(start, memory.len(), BytesSource::new(vec![7; memory.len()]));
         // SAFETY: bytes are good whatever they are, and the mapping stays longer than its owner.
         let owned = unsafe { Owned::new(uffd, region.block(2 * page_size()), &[]) };
-        (alone, owned.unwrap(), memory)
+        (owned.unwrap(), memory)
+    }
+
+    /// Threads that reach a point of a memory stop there until this is dropped.
+    struct Stop {
+        state: Arc<(Mutex<(usize, bool)>, Condvar)>,
+        _armed: Armed,
+    }
+
+    impl Stop {
+        fn at(point: Point, memory: &[u8]) -> Self {
+            let state = Arc::new((Mutex::new((0, false)), Condvar::new()));
+            let stopped = Arc::clone(&state);
+            let start = memory.as_ptr().addr();
+            let _armed = armed_at(point, start..start + memory.len(), move |_| {
+                let (state, changed) = &*stopped;
+                let mut state = state.lock().unwrap();
+                state.0 += 1;
+                changed.notify_all();
+                drop(changed.wait_while(state, |(_, goes_on)| !*goes_on).unwrap());
+            });
+            Self { state, _armed }
+        }
+
+        /// Waits until so many threads have stopped.
+        fn reached_by(&self, threads: usize) {
+            let (state, changed) = &*self.state;
+            drop(changed.wait_while(state.lock().unwrap(), |(stopped, _)| *stopped < threads).unwrap());
+        }
+    }
+
+    impl Drop for Stop {
+        fn drop(&mut self) {
+            self.state.0.lock().unwrap().1 = true;
+            self.state.1.notify_all();
+        }
+    }
+
+    fn is_found(memory: &MmapMut) -> bool {
+        table::with_memory_at(memory.as_ptr().addr(), |_, _| ()).is_some()
     }
 
     #[test]
     fn a_fault_does_not_depend_on_the_thread_that_fills_its_page() {
-        crate::support::require!();
-        let (_alone, owned, memory) = owned();
+        require!();
+        let (owned, memory) = owned();
         let states = &owned.lazy().served.pages;
         assert!(states.claim_quietly(1, false), "as if by a thread that gets no CPU");
         assert_eq!(memory[page_size()], 7);
-        assert!(states.is_loading(1));
         assert_eq!(memory[0], 7);
         assert_eq!(owned.lazy().statistics().fills, 2);
+        assert_eq!(owned.lazy().statistics().duplicates, 0, "each has filled its page");
         // The thread goes on, and finds that it is done.
-        let hold = Hold::take();
-        assert_eq!(owned.lazy().put_all(1..2, false, None, owned.lazy().counters(hold.slot())), 2);
-        assert_eq!((states.claim(1), owned.lazy().statistics().fills), (Claim::Present, 2));
+        let mut tally = Tally::default();
+        assert_eq!(owned.lazy().put_all(1..2, false, None, &mut tally), 2);
+        assert_eq!((states.claim(1), tally.fills), (Claim::Present, 0));
+        assert_eq!(states.present_and_poisoned(), (2, 0));
     }
 
     #[test]
-    fn memory_stays_until_no_handler_has_it() {
-        crate::support::require!();
-        let (_alone, owned, memory) = owned();
+    fn memory_stays_until_no_handler_uses_it() {
+        require!();
+        let (owned, memory) = owned();
         let lazy = Arc::downgrade(owned.lazy());
-        let hold = Hold::take();
-        let address = memory.as_ptr().addr();
+        let stop = Stop::at(Point::AfterRead, &memory);
         thread::scope(|scope| {
+            let reader = scope.spawn(|| memory[0]);
+            stop.reached_by(1);
             let owner = scope.spawn(|| drop(owned));
-            while Hold::take().find(address).is_some() {
-                thread::yield_now();
-            }
+            wait_until(|| !is_found(&memory));
             for _ in 0..100 {
                 thread::yield_now();
             }
             assert!(!owner.is_finished() && lazy.strong_count() == 1);
-            assert_eq!(hold.find(address).unwrap().statistics().fills, 0);
-            drop(hold);
+            drop(stop);
             owner.join().unwrap();
+            // What is there by now, or zero.
+            assert!([0, 7].contains(&reader.join().unwrap()));
         });
         assert_eq!(lazy.strong_count(), 0);
     }
 
     #[test]
-    fn more_handlers_than_slots_wait_for_each_other() {
-        crate::support::require!();
-        let (_alone, owned, memory) = owned();
-        let mut holds: Vec<_> = (0..SLOTS).map(|_| Hold::take()).collect();
-        let mut slots: Vec<_> = holds.iter().map(Hold::slot).collect();
-        slots.sort_unstable();
-        slots.dedup();
-        assert_eq!(slots.len(), SLOTS, "each has its own");
+    fn removal_waits_for_no_fault_of_other_memory() {
+        require!();
+        let (slow, other) = (owned(), owned());
+        let stop = Stop::at(Point::AfterRead, &slow.1);
         thread::scope(|scope| {
-            let reader = scope.spawn(|| memory[3 * page_size()]);
-            thread::yield_now();
-            assert!(!reader.is_finished());
-            holds.pop();
+            let reader = scope.spawn(|| slow.1[0]);
+            stop.reached_by(1);
+            assert_eq!(other.1[0], 7);
+            drop(other);
+            let new = self::owned();
+            assert_eq!(new.1[3 * page_size()], 7);
+            drop(stop);
             assert_eq!(reader.join().unwrap(), 7);
         });
-        drop(holds); // whoever is removed waits for them
-        drop(owned);
+    }
+
+    #[test]
+    fn removal_waits_for_no_fill_of_other_memory() {
+        require!();
+        let (slow, other) = (owned(), owned());
+        let stop = Stop::at(Point::BeforeFill, &slow.1);
+        thread::scope(|scope| {
+            let filler = scope.spawn(|| slow.0.lazy().fill(|_| {}));
+            stop.reached_by(1);
+            drop(other);
+            drop(stop);
+            filler.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn any_number_of_faults_is_answered_at_once() {
+        require!();
+        const MEMORIES: usize = 100;
+        let slow: Vec<_> = (0..MEMORIES).map(|_| owned()).collect();
+        let stops: Vec<_> = slow.iter().map(|(_, memory)| Stop::at(Point::AfterRead, memory)).collect();
+        thread::scope(|scope| {
+            let readers: Vec<_> = slow.iter().map(|(_, memory)| scope.spawn(|| memory[0])).collect();
+            stops.iter().for_each(|stop| stop.reached_by(1));
+            assert!(Lazy::is_busy());
+            let (owned, memory) = owned();
+            assert_eq!((memory[0], owned.lazy().statistics().fills), (7, 2));
+            drop(stops);
+            assert!(readers.into_iter().all(|reader| reader.join().unwrap() == 7));
+        });
+    }
+
+    #[test]
+    fn nothing_is_filled_once_the_memory_is_gone() {
+        require!();
+        let (owned, memory) = owned();
+        let lazy = Arc::clone(owned.lazy());
+        let stop = Stop::at(Point::BeforeFill, &memory);
+        thread::scope(|scope| {
+            let filler = scope.spawn(|| lazy.fill_some(0..PAGES, page_size(), Lost::Missing).is_some());
+            stop.reached_by(1);
+            let owner = scope.spawn(|| drop(owned));
+            wait_until(|| !is_found(&memory));
+            assert!(!owner.is_finished(), "a step that has begun is waited for");
+            drop(stop);
+            assert!(filler.join().unwrap());
+            owner.join().unwrap();
+        });
+        let fills = lazy.statistics().fills;
+        assert!(lazy.fill_some(0..PAGES, usize::MAX, Lost::Missing).is_none());
+        assert_eq!(lazy.statistics().fills, fills);
+        assert!(lazy.fill(|_| {}).is_err());
+    }
+
+    #[test]
+    fn removal_takes_no_memory() {
+        require!();
+        child::run_well(test_name!(), || {
+            let (one, other) = (owned(), owned());
+            let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            // SAFETY: the structure is borrowed for the call.
+            raw::check(unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut before) }).unwrap();
+            let none = libc::rlimit { rlim_cur: 0, ..before };
+            // SAFETY: as above.
+            raw::check(unsafe { libc::setrlimit(libc::RLIMIT_AS, &none) }).unwrap();
+            assert!(MmapOptions::new().len(page_size()).map_anon().is_err());
+            drop(one.0);
+            let is_found = [is_found(&one.1), is_found(&other.1)];
+            // SAFETY: as above.
+            raw::check(unsafe { libc::setrlimit(libc::RLIMIT_AS, &before) }).unwrap();
+            assert_eq!(is_found, [false, true]);
+            assert_eq!(other.1[0], 7);
+        });
+    }
+
+    #[test]
+    fn a_page_that_is_being_filled_counts_before_it_is_seen() {
+        require!();
+        let (owned, memory) = owned();
+        let stop = Stop::at(Point::AfterFill, &memory[..page_size()]);
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| memory[0]);
+            stop.reached_by(1);
+            // The page is there, and nobody has said so yet.
+            owned.lazy().fill(|_| {}).unwrap();
+            assert_eq!(owned.lazy().statistics().absent_pages, 0);
+            drop(stop);
+            assert_eq!(reader.join().unwrap(), 7);
+        });
+        let statistics = owned.lazy().statistics();
+        assert_eq!((statistics.present_pages, statistics.fills), (4, 4), "{statistics}");
+        assert_eq!((statistics.missing_faults, statistics.prefetched), (1, 3), "{statistics}");
+        assert_eq!(statistics.duplicates, 0, "{statistics}");
+    }
+
+    /// Signals by which C libraries cancel threads, and have all of them do something, are kept away from handlers.
+    #[test]
+    fn handler_is_not_cancelled() {
+        require!();
+        let (_owned, memory) = owned();
+        let start = memory.as_ptr().addr();
+        let blocked = Arc::new(Mutex::new(0_u64));
+        let told = Arc::clone(&blocked);
+        let _armed = armed_at(Point::AfterRead, start..start + memory.len(), move |_| {
+            let mut set = 0_u64;
+            let none = std::ptr::null::<u64>();
+            // SAFETY: the kernel writes eight bytes, which are borrowed for the call.
+            unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, none, &mut set, 8) };
+            *told.lock().unwrap() = set;
+        });
+        assert_eq!(memory[0], 7);
+        let deadly = [libc::SIGKILL, libc::SIGSTOP].iter().fold(0, |bits, signal| bits | 1 << (signal - 1));
+        assert_eq!(*blocked.lock().unwrap(), !deadly);
     }
 }

@@ -7,7 +7,7 @@ mod memory;
 mod table;
 
 pub use concat::SignalSafeConcat;
-pub(crate) use memory::{Lazy, Owned};
+pub(crate) use memory::{Lazy, Lost, Owned};
 
 use std::sync::Arc;
 

@@ -1,129 +1,190 @@
 //! Which memory lies at which address, for a signal handler to find without a lock.
 //!
-//! The table is never changed: a new one takes its place. The old one, and the memory that it leads to, is given up
-//! only when no handler reads it any more. Each handler that runs has a slot for itself, in which it says which table
-//! it reads.
+//! A fault goes through three steps: it is announced in a shard, looks for its memory in the table, and then uses that
+//! memory, which it has entered before it left the table. What it found stays until it has left the memory again.
+//!
+//! Removing memory takes its entry away in place, which needs no memory, waits until no fault looks in the table, and
+//! leaves it to the memory's owner to wait for the faults that have entered it: nobody waits for a fault of other
+//! memory. Adding memory replaces the table; the old one goes when no fault looks in it any more.
+//!
+//! All of it lies in a mapping that is zero in the child of a fork. The faults of its parent's threads aren't running
+//! there, the parent's memory isn't mapped, and the lock is free whoever held it.
 
 #![expect(unsafe_code, reason = "what a signal handler finds is behind raw pointers")]
 
-use std::mem::{self, offset_of};
-use std::ptr;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::ops::Deref;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
-use memmap2::{MmapOptions, MmapRaw};
-
-use super::memory::Lazy;
+use super::memory::{Lazy, User};
+use crate::Errno;
 use crate::pager::Result;
-use crate::pager::descriptor::lock;
-use crate::sys;
+use crate::sys::{self, Pause};
 
-/// So many handlers run at once, each with counters of its own. One more waits until another is done.
-pub(super) const SLOTS: usize = 64;
+/// Faults are announced in so many places, so that threads don't meet at one.
+pub(super) const SHARDS: usize = 64;
 
-/// How many entries there are, and then those. In a child of a fork all of it is zero: the parent's memory isn't
-/// mapped there, and what the child has at those addresses is its own.
+/// What the faults of this process share.
+#[repr(C)]
+struct Shared {
+    /// Taken by who changes the table: see [`lock`].
+    lock: AtomicU32,
+    /// Null: nothing.
+    table: AtomicPtr<Table>,
+    shards: [Shard; SHARDS],
+}
+
+#[repr(C, align(128))] // no line of the cache, nor the one that is fetched with it, is another shard's
+struct Shard {
+    /// Faults that are being answered.
+    running: AtomicU32,
+    /// Those of them that look in the table.
+    searching: AtomicU32,
+}
+
+/// The length of the mapping, how many entries there are, and then those, by address.
 #[repr(C)]
 struct Table {
+    len: usize,
     count: usize,
     entries: [Entry; 0],
 }
 
-#[derive(Clone, Copy)]
+#[repr(C)]
 struct Entry {
     start: usize,
     end: usize,
-    lazy: *const Lazy,
+    /// Null: it was removed.
+    lazy: AtomicPtr<Lazy>,
 }
 
-/// What handlers read. Null: nothing.
-static TABLE: AtomicPtr<Table> = AtomicPtr::new(ptr::null_mut());
+/// The mapping, once there is one.
+static SHARED: AtomicPtr<Shared> = AtomicPtr::new(ptr::null_mut());
 
-/// The mapping of [`TABLE`]. Held while it is replaced.
-static MAPPED: Mutex<Option<MmapRaw>> = Mutex::new(None);
-
-#[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another handler's
-struct Slot(AtomicPtr<Table>);
-
-/// The slots of the handlers that run. Null: free.
-static RUNNING: [Slot; SLOTS] = [const { Slot(AtomicPtr::new(ptr::null_mut())) }; SLOTS];
-
-/// In a slot that is taken, and reads no table yet.
-const NO_TABLE: *mut Table = ptr::without_provenance_mut(1);
-
-/// A slot, and the table that stays as long as it is held.
-pub(super) struct Hold {
-    slot: usize,
-    table: *const Table,
+fn shared() -> Option<&'static Shared> {
+    // Acquire: pairs with the release of `shared_or_new`.
+    // SAFETY: the mapping is never given back. Zeros are good, and all that changes in it are atomics.
+    unsafe { SHARED.load(Ordering::Acquire).as_ref() }
 }
 
-impl Hold {
-    /// Takes a slot. Async-signal-safe.
-    pub(super) fn take() -> Self {
-        let slot = take_slot();
-        let reads = &RUNNING[slot].0;
-        let mut table = TABLE.load(Ordering::SeqCst);
-        loop {
-            reads.store(if table.is_null() { NO_TABLE } else { table }, Ordering::SeqCst);
-            // Who replaced it before it was said to be read may not have seen that.
-            let now = TABLE.load(Ordering::SeqCst);
-            if now == table {
-                return Self { slot, table };
-            }
-            table = now;
-        }
+fn shared_or_new() -> Result<&'static Shared, Errno> {
+    if let Some(shared) = shared() {
+        return Ok(shared);
     }
-
-    /// The number of the slot, which nobody else has meanwhile.
-    pub(super) fn slot(&self) -> usize {
-        self.slot
+    let len = size_of::<Shared>();
+    let new = sys::map_wiped_on_fork(len)?;
+    let published =
+        SHARED.compare_exchange(ptr::null_mut(), new.as_ptr().cast(), Ordering::AcqRel, Ordering::Acquire);
+    if published.is_err() {
+        // SAFETY: another thread was faster, so that nobody has seen this one.
+        unsafe { sys::unmap(new, len) };
     }
-
-    /// The memory at an address. Async-signal-safe.
-    pub(super) fn find(&self, address: usize) -> Option<&Lazy> {
-        let entries = entries(self.table);
-        let entry = entries.get(entries.partition_point(|entry| entry.end <= address))?;
-        // SAFETY: what a table leads to lives until nobody reads the table any more.
-        (entry.start <= address).then(|| unsafe { &*entry.lazy })
-    }
+    shared().ok_or(Errno::ENOMEM)
 }
 
-impl Drop for Hold {
-    fn drop(&mut self) {
-        RUNNING[self.slot].0.store(ptr::null_mut(), Ordering::Release);
-    }
-}
-
-/// Takes a slot: mostly the one that the thread took the last time, as its stack tells.
-fn take_slot() -> usize {
+/// Where a thread announces its faults: mostly where it did the last time, as its stack tells.
+pub(super) fn shard_number() -> usize {
     let here = 0_u8;
     let stack = (&raw const here).addr() >> 12;
-    let first = stack.wrapping_mul(0x9e37_79b1) >> 8;
-    loop {
-        for slot in (first..first + SLOTS).map(|slot| slot % SLOTS) {
-            let free = (ptr::null_mut(), NO_TABLE);
-            let cell = &RUNNING[slot].0;
-            if cell.compare_exchange(free.0, free.1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
-                return slot;
-            }
-        }
-        std::thread::yield_now();
+    (stack.wrapping_mul(0x9e37_79b1) >> 8) % SHARDS
+}
+
+/// A fault that is being answered.
+struct Running<'a>(&'a Shard);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// Whether any handler runs. Slots of a parent's threads, which stay taken in the child of a fork, tell of tables that
-/// are none any more.
-pub(super) fn is_any_running() -> bool {
-    let table = TABLE.load(Ordering::Relaxed);
-    !table.is_null() && RUNNING.iter().any(|slot| slot.0.load(Ordering::Relaxed) == table)
+/// Does something with the memory at an address, which stays meanwhile. `None`: there is none. Async-signal-safe.
+pub(super) fn with_memory_at<T>(address: usize, with: impl FnOnce(&Lazy, usize) -> T) -> Option<T> {
+    let shared = shared()?;
+    let number = shard_number();
+    let shard = &shared.shards[number];
+    shard.running.fetch_add(1, Ordering::Relaxed);
+    let _running = Running(shard);
+    let user = shared.enter(shard, address, number)?;
+    Some(with(&user, number))
 }
 
-/// The entries of a table, by address.
+/// Whether any fault is being answered, of any memory.
+pub(super) fn is_any_running() -> bool {
+    shared().is_some_and(|shared| shared.shards.iter().any(|shard| shard.running.load(Ordering::Relaxed) > 0))
+}
+
+impl Shared {
+    /// Enters the memory at an address.
+    fn enter(&self, shard: &Shard, address: usize, number: usize) -> Option<User<'_>> {
+        // SeqCst: who takes an entry away, or replaces the table, looks at `searching` after that. Either this is seen
+        // there, and waited for, or the change is seen here.
+        shard.searching.fetch_add(1, Ordering::SeqCst);
+        let entries = entries(self.table.load(Ordering::SeqCst));
+        let entry = entries.get(entries.partition_point(|entry| entry.end <= address));
+        let lazy =
+            entry.filter(|entry| entry.start <= address).map(|entry| entry.lazy.load(Ordering::SeqCst));
+        // SAFETY: memory whose entry is there lives until `remove` has returned, which waits for this search, and then
+        // until those who have entered it left it.
+        let lazy = lazy.and_then(|lazy| unsafe { lazy.as_ref() });
+        let user = lazy.map(|lazy| lazy.entered(number));
+        shard.searching.fetch_sub(1, Ordering::SeqCst);
+        user
+    }
+
+    /// Waits until no fault looks for what was there before.
+    fn wait_for_searches(&self) {
+        for shard in &self.shards {
+            let mut pause = Pause::new();
+            while shard.searching.load(Ordering::SeqCst) > 0 {
+                pause.rest();
+            }
+        }
+    }
+}
+
+/// The lock of the table. It is free in the child of a fork.
+struct Locked(&'static Shared);
+
+const FREE: u32 = 0;
+const HELD: u32 = 1;
+const WAITED_FOR: u32 = 2;
+
+impl Locked {
+    fn new(shared: &'static Shared) -> Self {
+        let lock = &shared.lock;
+        // Acquire and release: what one holder has changed the next one sees.
+        if lock.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            while lock.swap(WAITED_FOR, Ordering::Acquire) != FREE {
+                sys::futex_wait(lock, WAITED_FOR);
+            }
+        }
+        Self(shared)
+    }
+}
+
+impl Deref for Locked {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        self.0
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        if self.0.lock.swap(FREE, Ordering::Release) == WAITED_FOR {
+            sys::futex_wake(&self.0.lock);
+        }
+    }
+}
+
+/// The entries of a table.
 fn entries<'a>(table: *const Table) -> &'a [Entry] {
     if table.is_null() {
         return &[];
     }
-    // SAFETY: a table that is published, and held, is mapped.
+    // SAFETY: a table that is published stays mapped while a fault looks in it, or the lock is held.
     let count = unsafe { (*table).count };
     // SAFETY: of a field of the mapping the address is taken.
     let first = unsafe { (&raw const (*table).entries).cast::<Entry>() };
@@ -131,60 +192,53 @@ fn entries<'a>(table: *const Table) -> &'a [Entry] {
     unsafe { std::slice::from_raw_parts(first, count) }
 }
 
-/// Has handlers find some memory, from now on.
+/// Has faults find some memory, from now on.
 ///
 /// # Safety
 ///
-/// The caller must make sure that `lazy` stays where it is until it was [removed](remove).
+/// The caller must make sure that `lazy` stays where it is until it was [removed](remove), and nobody has entered it.
 pub(super) unsafe fn add(lazy: *const Lazy, start: usize, end: usize) -> Result<()> {
-    replace(|entries| {
-        let at = entries.partition_point(|entry| entry.end <= start);
-        entries.insert(at, Entry { start, end, lazy });
-    })
-}
-
-/// Has handlers find it no more, and waits until none has it.
-pub(super) fn remove(lazy: *const Lazy) -> Result<()> {
-    replace(|entries| entries.retain(|entry| !ptr::eq(entry.lazy, lazy)))
-}
-
-fn replace(change: impl FnOnce(&mut Vec<Entry>)) -> Result<()> {
-    let mut mapped = lock(&MAPPED);
-    let old = TABLE.load(Ordering::SeqCst);
-    let mut new = entries(old).to_vec();
-    let inherited = !old.is_null() && new.is_empty();
-    change(&mut new);
-    let map = publish(&new)?;
-    let old_map = mem::replace(&mut *mapped, map);
-    if inherited {
-        // Slots of the parent's threads may say for ever that they read it: its address is used no more.
-        mem::forget(old_map);
-    } else if !old.is_null() {
-        for slot in &RUNNING {
-            while slot.0.load(Ordering::SeqCst) == old {
-                std::thread::yield_now();
-            }
-        }
+    let shared = Locked::new(shared_or_new()?);
+    let old = shared.table.load(Ordering::SeqCst);
+    let there = || entries(old).iter().filter(|entry| !entry.lazy.load(Ordering::SeqCst).is_null());
+    let count = there().count() + 1;
+    let len = size_of::<Table>() + count * size_of::<Entry>();
+    let table = sys::map(len)?.cast::<Table>().as_ptr();
+    let new = Entry { start, end, lazy: AtomicPtr::new(lazy.cast_mut()) };
+    let before = there().take_while(|entry| entry.end <= start).count();
+    let copy = |entry: &Entry| Entry {
+        start: entry.start,
+        end: entry.end,
+        lazy: AtomicPtr::new(entry.lazy.load(Ordering::SeqCst)),
+    };
+    let all = there().take(before).map(copy).chain([new]).chain(there().skip(before).map(copy));
+    // SAFETY: of a field of the mapping the address is taken.
+    let first = unsafe { (&raw mut (*table).entries).cast::<Entry>() };
+    for (number, entry) in all.enumerate() {
+        // SAFETY: the mapping has room for `count` entries, and is nobody else's yet.
+        unsafe { first.wrapping_add(number).write(entry) };
+    }
+    // SAFETY: the mapping is large enough, aligned to a page, and nobody else's yet.
+    unsafe { (*table).len = len };
+    // SAFETY: as above.
+    unsafe { (*table).count = count };
+    shared.table.store(table, Ordering::SeqCst);
+    if let Some(old) = NonNull::new(old) {
+        shared.wait_for_searches();
+        // SAFETY: it was published, so that its length was written.
+        let len = unsafe { old.as_ref() }.len;
+        // SAFETY: nobody looks in it any more, nor will: another one has taken its place.
+        unsafe { sys::unmap(old.cast(), len) };
     }
     Ok(())
 }
 
-/// Makes a table of entries what handlers read.
-fn publish(entries: &[Entry]) -> Result<Option<MmapRaw>> {
-    if entries.is_empty() {
-        TABLE.store(ptr::null_mut(), Ordering::SeqCst);
-        return Ok(None);
+/// Has faults find it no more. Those that have found it may have entered it.
+pub(super) fn remove(lazy: *const Lazy) {
+    let Some(shared) = shared().map(Locked::new) else { return };
+    let mut entries = entries(shared.table.load(Ordering::SeqCst)).iter();
+    if let Some(entry) = entries.find(|entry| ptr::eq(entry.lazy.load(Ordering::SeqCst), lazy)) {
+        entry.lazy.store(ptr::null_mut(), Ordering::SeqCst);
+        shared.wait_for_searches();
     }
-    let len = offset_of!(Table, entries) + size_of_val(entries);
-    let map = MmapRaw::from(MmapOptions::new().len(len).map_anon()?);
-    sys::wipe_on_fork(&map)?;
-    let table = map.as_mut_ptr().cast::<Table>();
-    // SAFETY: the mapping is large enough, aligned to a page, and nobody else's yet.
-    unsafe { (*table).count = entries.len() };
-    // SAFETY: of a field of the mapping the address is taken.
-    let first = unsafe { (&raw mut (*table).entries).cast::<Entry>() };
-    // SAFETY: the mapping has room for so many.
-    unsafe { first.copy_from_nonoverlapping(entries.as_ptr(), entries.len()) };
-    TABLE.store(table, Ordering::SeqCst);
-    Ok(Some(map))
 }
