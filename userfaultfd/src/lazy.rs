@@ -197,11 +197,16 @@ impl LazyMemory {
     ///
     /// # The handler
     ///
-    /// It is installed when the first such memory is built, and stays. It runs on the alternate stack of a thread
-    /// that has one, with all signals blocked. A SIGBUS that isn't about a missing page of such memory (a mapped file
-    /// that was truncated, an unaligned access, a page that is poisoned, kill(2)) is passed on to what was there
-    /// before: to a handler with the arguments and the blocked signals that it would have got, or the process ends of
-    /// SIGBUS as it would have.
+    /// It is installed when the first such memory is built, and stays. It runs with all signals blocked, on the stack
+    /// of the thread that touches the memory, not on an alternate one: that of Rust's threads hasn't room for it where
+    /// the CPU has large registers (AMX). So a thread with a small stack of its own, such as a coroutine's, must have
+    /// room for what the kernel puts there (`AT_MINSIGSTKSZ` of getauxval(3): 1 to 12 KiB) and 4 KiB more.
+    ///
+    /// A SIGBUS that isn't about a missing page of such memory (a mapped file that was truncated, an unaligned access,
+    /// a page that is poisoned, kill(2)) is passed on to what was there before: to a handler with the arguments and
+    /// the blocked signals that it would have got, or the process ends of SIGBUS as it would have. If that handler
+    /// installs the default action, as that of Rust's runtime does, or itself, this one is installed again when it
+    /// returns; until then a missing page that another thread touches is deadly.
     ///
     /// If the program installs a handler of its own **later**, that takes the place of this one. It must call the one
     /// that sigaction(2) gave back to it for each SIGBUS that it doesn't know, or missing pages are its crashes.

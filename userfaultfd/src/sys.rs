@@ -511,6 +511,13 @@ fn no_signals() -> libc::sigset_t {
     unsafe { std::mem::zeroed() }
 }
 
+/// The signals of a set, a bit for each from 1 on.
+pub(crate) fn signals_of(set: &libc::sigset_t) -> u64 {
+    // SAFETY: the set is borrowed for the call.
+    let has = |signal: &libc::c_int| unsafe { libc::sigismember(set, *signal) } == 1;
+    (1..=SIGNALS).filter(has).map(|signal| 1 << (signal - 1)).sum()
+}
+
 /// What is done on SIGBUS.
 pub(crate) fn bus_action() -> Result<libc::sigaction, Errno> {
     let mut action = no_action();

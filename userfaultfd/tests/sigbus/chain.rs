@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 
@@ -25,11 +26,10 @@ static REPAIR: AtomicBool = AtomicBool::new(true);
 
 fn note() {
     CALLS.fetch_add(1, Ordering::SeqCst);
-    let mut set = std::mem::MaybeUninit::uninit();
-    // SAFETY: the set is borrowed for the call, which writes it.
-    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, ptr::null(), set.as_mut_ptr()) };
-    // SAFETY: written above.
-    let set = unsafe { set.assume_init() };
+    // SAFETY: all zeros is a set without signals. A C library may fill in a part of it alone.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is borrowed for the call.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, ptr::null(), &mut set) };
     // SAFETY: as above.
     let is_blocked = |signal: &i32| unsafe { libc::sigismember(&set, *signal) } == 1;
     BLOCKED.store((1..32).filter(is_blocked).map(|signal| 1 << signal).sum(), Ordering::SeqCst);
@@ -82,6 +82,37 @@ fn handle(handler: usize, flags: libc::c_int, mask: &[libc::c_int]) {
 
 const WITH_INFORMATION: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
     with_information;
+
+/// Raises SIGBUS in this thread, for any reason that the kernel or a process may have.
+fn queue(code: libc::c_int, address: usize) {
+    // SAFETY: all zeros is a valid structure.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    (info.si_signo, info.si_code) = (libc::SIGBUS, code);
+    let field = (3 * size_of::<i32>()).next_multiple_of(align_of::<usize>());
+    let field = (&raw mut info).cast::<u8>().wrapping_add(field).cast::<usize>();
+    // SAFETY: inside the structure.
+    unsafe { field.write(address) };
+    let (process, thread) = (std::process::id(), proc::thread_id());
+    // SAFETY: the structure is borrowed for the call.
+    let queued = unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, libc::SIGBUS, &info) };
+    check(queued).unwrap();
+}
+
+/// SIGBUS that isn't about a missing page: as kill(2) and sigqueue(3) send it, and for memory that is broken.
+const STRAY: [fn(); 3] = [
+    || signal::send(proc::thread_id(), libc::SIGBUS),
+    || queue(libc::SI_QUEUE, 0),
+    || queue(libc::BUS_MCEERR_AO, 0),
+];
+
+/// What is done on SIGBUS.
+fn handler() -> usize {
+    // SAFETY: all zeros is an action.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: the structure is borrowed for the call.
+    check(unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), &mut action) }).unwrap();
+    action.sa_sigaction
+}
 
 /// A mapping beyond the end of its file.
 fn beyond_the_end() -> Mapping {
@@ -274,20 +305,9 @@ fn a_fault_that_never_ends_is_passed_on() {
         let memory = lazy(1);
         assert_eq!(memory[0], byte(0));
         // What the kernel would say if the page faulted again and again though it is there.
-        // SAFETY: all zeros is a valid structure.
-        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        (info.si_signo, info.si_code) = (libc::SIGBUS, libc::BUS_ADRERR);
-        let field = (3 * size_of::<i32>()).next_multiple_of(align_of::<usize>());
-        let field = (&raw mut info).cast::<u8>().wrapping_add(field).cast::<usize>();
-        // SAFETY: inside the structure.
-        unsafe { field.write(memory.as_ptr().addr()) };
-        let (process, thread) = (std::process::id(), proc::thread_id());
         let mut sent = 0_u32;
         while CALLS.load(Ordering::SeqCst) == 0 {
-            // SAFETY: the structure is borrowed for the call.
-            let queued =
-                unsafe { libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, libc::SIGBUS, &info) };
-            check(queued).unwrap();
+            queue(libc::BUS_ADRERR, memory.as_ptr().addr());
             sent += 1;
         }
         assert!(sent > 10_000, "{sent} times isn't for ever");
@@ -308,4 +328,178 @@ fn bytes_of_every_type_are_sources() {
     assert_eq!(first(BytesSource::new(*b"xy")), b'x');
     assert_eq!(first(BytesSource::new(vec![b'x'])), b'x');
     assert_eq!(first(BytesSource::new(Box::<[u8]>::from(*b"xy"))), b'x');
+}
+
+/// A stray signal through the handler of Rust's runtime, which puts the default action in place of whatever is
+/// installed.
+#[test]
+fn rusts_handler_leaves_ours_installed() {
+    require!();
+    child::run_well(test_name!(), || {
+        for stray in STRAY {
+            for second in [false, true] {
+                let child = child::fork(|| {
+                    let memory = lazy(4);
+                    stray();
+                    assert_eq!((memory[0], memory[3 * page()]), (byte(0), byte(3 * page())));
+                    if second {
+                        stray();
+                        unreachable!("the second is deadly");
+                    }
+                });
+                let status = ExitStatus::from_raw(child.wait());
+                assert_eq!(status.signal(), second.then_some(libc::SIGBUS), "{status:?}");
+                assert!(second || status.success());
+            }
+        }
+    });
+}
+
+fn set_default() {
+    CALLS.fetch_add(1, Ordering::SeqCst);
+    handle(libc::SIG_DFL, 0, &[]);
+}
+
+extern "C" fn sets_default(_: libc::c_int) {
+    set_default();
+}
+
+extern "C" fn sets_default_with_information(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    set_default();
+}
+
+extern "C" fn sets_itself(_: libc::c_int) {
+    CALLS.fetch_add(1, Ordering::SeqCst);
+    handle(sets_itself as extern "C" fn(_) as usize, libc::SA_RESETHAND, &[]);
+}
+
+extern "C" fn sets_itself_with_information(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    CALLS.fetch_add(1, Ordering::SeqCst);
+    let flags = libc::SA_RESETHAND | libc::SA_SIGINFO;
+    handle(sets_itself_with_information as extern "C" fn(_, _, _) as usize, flags, &[]);
+}
+
+#[test]
+fn handler_that_installs_the_default_or_itself_leaves_ours_installed() {
+    require!();
+    child::run_well(test_name!(), || {
+        let default = (sets_default as extern "C" fn(_) as usize, 0, true);
+        let itself = (sets_itself as extern "C" fn(_) as usize, libc::SA_RESETHAND, false);
+        let default_with = sets_default_with_information as extern "C" fn(_, _, _) as usize;
+        let itself_with = sets_itself_with_information as extern "C" fn(_, _, _) as usize;
+        let information = libc::SA_SIGINFO;
+        for (number, flags, once) in [
+            default,
+            itself,
+            (default_with, information, true),
+            (itself_with, information | libc::SA_RESETHAND, false),
+        ] {
+            for stray in STRAY {
+                let child = child::fork(|| {
+                    handle(number, flags, &[]);
+                    let memory = lazy(8);
+                    let ours = handler();
+                    for calls in 1..=3 {
+                        stray();
+                        assert_eq!((CALLS.load(Ordering::SeqCst), handler()), (calls, ours));
+                        let at = calls * page();
+                        assert_eq!(memory[at], byte(at));
+                        if once && calls == 2 {
+                            unreachable!("the second is deadly");
+                        }
+                    }
+                });
+                let status = ExitStatus::from_raw(child.wait());
+                assert_eq!(status.signal(), once.then_some(libc::SIGBUS), "{status:?}");
+                assert!(once || status.success(), "{status:?}");
+            }
+        }
+    });
+}
+
+/// What a handler that was installed after ours calls.
+static OURS: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn later(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    CALLS.fetch_add(1, Ordering::SeqCst);
+    let ours = ptr::with_exposed_provenance::<()>(OURS.load(Ordering::SeqCst));
+    // SAFETY: it is the handler that was installed with SA_SIGINFO.
+    let ours: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
+        unsafe { std::mem::transmute(ours) };
+    ours(signal, info, context);
+}
+
+#[test]
+fn handler_that_was_installed_later_and_calls_ours_stays() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = lazy(8);
+        OURS.store(handler(), Ordering::SeqCst);
+        let later = later as extern "C" fn(_, _, _) as usize;
+        handle(later, libc::SA_SIGINFO, &[]);
+        assert_eq!((memory[0], CALLS.load(Ordering::SeqCst)), (byte(0), 1));
+        // To the handler of Rust's runtime, in the end.
+        STRAY[0]();
+        assert_eq!((CALLS.load(Ordering::SeqCst), handler()), (2, later));
+        assert_eq!((memory[page()], CALLS.load(Ordering::SeqCst)), (byte(page()), 3));
+    });
+}
+
+/// Where the last handler that was called had its variables.
+static STACK: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn tells_its_stack(_: libc::c_int) {
+    let here = 0_u8;
+    STACK.store((&raw const here).addr(), Ordering::SeqCst);
+}
+
+/// Gives this thread an alternate stack, of which nothing is mapped below.
+fn alternate_stack(len: usize) -> std::ops::Range<usize> {
+    let len = len.next_multiple_of(16);
+    let pages = len.div_ceil(page()) + 1;
+    let mapping =
+        Mapping::new(pages, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None).unwrap();
+    let start = mapping.start.wrapping_byte_add(page());
+    // SAFETY: nobody refers to the mapping.
+    check(unsafe { libc::mprotect(start, (pages - 1) * page(), libc::PROT_READ | libc::PROT_WRITE) })
+        .unwrap();
+    let stack = libc::stack_t { ss_sp: start, ss_flags: 0, ss_size: len };
+    // SAFETY: the structure is borrowed for the call; the mapping stays.
+    check(unsafe { libc::sigaltstack(&stack, ptr::null_mut()) }).unwrap();
+    std::mem::forget(mapping);
+    start.addr()..start.addr() + len
+}
+
+/// Threads of Rust's library have an alternate stack that is little longer than what the kernel puts there where the CPU
+/// has many registers.
+#[test]
+fn a_fault_takes_no_room_of_the_alternate_stack() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = lazy(8);
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // SAFETY: touches no memory.
+                let least = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
+                let least = least.max(libc::MINSIGSTKSZ);
+                let _stack = alternate_stack(least + 256);
+                assert_eq!(memory[page()], byte(page()));
+            });
+            thread.join().unwrap();
+        });
+    });
+}
+
+#[test]
+fn older_handler_runs_on_the_stack_that_it_asked_for() {
+    require!();
+    child::run_well(test_name!(), || {
+        handle(tells_its_stack as extern "C" fn(_) as usize, 0, &[]);
+        let memory = lazy(8);
+        let stack = alternate_stack(1 << 20);
+        STRAY[0]();
+        let here = STACK.load(Ordering::SeqCst);
+        assert!(here != 0 && !stack.contains(&here), "{here:#x}");
+        assert_eq!(memory[0], byte(0));
+    });
 }

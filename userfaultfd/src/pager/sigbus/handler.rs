@@ -2,31 +2,65 @@
 
 #![expect(unsafe_code, reason = "a signal handler")]
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::mem;
+use std::ptr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
-use super::table::with_memory_at;
+use super::table::{self, with_memory_at};
 use crate::pager::Result;
-use crate::pager::descriptor::lock;
 use crate::sys;
 
-/// What was done on SIGBUS before.
-static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+/// What is done with a SIGBUS that isn't ours: what was done before. Null: nothing was installed yet.
+static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 
-/// Whether that was to be done once (SA_RESETHAND), and has been.
-static SPENT: AtomicBool = AtomicBool::new(false);
+/// The actions that [`BEFORE`] leads to. They stay: a handler can't know whether another one still reads the last one.
+static KNOWN: [OnceLock<libc::sigaction>; 64] = [const { OnceLock::new() }; 64];
+
+/// How many of them have been given out.
+static GIVEN_OUT: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: all zeros is the default action, without flags and with nothing blocked.
+static DEFAULT: libc::sigaction = unsafe { mem::zeroed() };
+
+/// Has [`foreign`] do this from now on, unless there were too many different actions. Async-signal-safe.
+fn remember(action: &libc::sigaction) {
+    let known = KNOWN.iter().find_map(|known| known.get().filter(|known| is_same(known, action)));
+    let known = known.or_else(|| {
+        // Nobody else sets this one, so that nobody waits.
+        let place = KNOWN.get(GIVEN_OUT.fetch_add(1, Ordering::Relaxed))?;
+        Some(place.get_or_init(|| *action))
+    });
+    if let Some(known) = known {
+        // Release: pairs with the acquire of those who call it.
+        BEFORE.store(ptr::from_ref(known).cast_mut(), Ordering::Release);
+    }
+}
 
 /// Installs the handler, the first time.
 pub(super) fn install() -> Result<()> {
-    static INSTALLED: Mutex<bool> = Mutex::new(false);
-    let mut installed = lock(&INSTALLED);
-    if !*installed {
-        // Asked before, so that a signal that comes at once finds it.
-        BEFORE.get_or_init(|| sys::bus_action().unwrap_or_else(|errno| unreachable!("SIGBUS: {errno}")));
+    install_with(|| {})
+}
+
+/// As [`install`], and does something between looking what is installed and replacing it.
+fn install_with(between: impl FnOnce()) -> Result<()> {
+    table::locked(|| {
+        if !BEFORE.load(Ordering::Acquire).is_null() {
+            return Ok(());
+        }
+        // Known before it is replaced, so that a signal that comes at once finds it.
+        let seen = sys::bus_action()?;
+        remember(&seen);
+        between();
         // SAFETY: the handler and all that it calls allocate nothing, take no lock, and keep errno.
-        unsafe { sys::handle_bus(handle) }?;
-        *installed = true;
-    }
+        let replaced = unsafe { sys::handle_bus(handle) };
+        match replaced {
+            // Another thread may have installed one meanwhile.
+            Ok(replaced) => remember(&replaced),
+            Err(_) => BEFORE.store(ptr::null_mut(), Ordering::Release),
+        }
+        replaced.map(drop)
+    })??;
     Ok(())
 }
 
@@ -47,22 +81,93 @@ unsafe extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, co
 
 /// What is done with a SIGBUS that isn't ours: what was done before.
 unsafe fn foreign(info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let before = BEFORE.get();
     // SAFETY: it is what the handler was given.
     let (_, code) = unsafe { sys::fault_of(info) };
-    match before {
-        // Ignored is what somebody sent, not what the kernel raises.
-        Some(action) if action.sa_sigaction == libc::SIG_IGN && code <= 0 => {}
-        Some(action) if action.sa_sigaction != libc::SIG_IGN && action.sa_sigaction != libc::SIG_DFL => {
-            let once = action.sa_flags & libc::SA_RESETHAND != 0;
-            if once && SPENT.swap(true, Ordering::Relaxed) {
-                // SAFETY: it is what the handler was given.
-                return unsafe { sys::die_of_bus(info) };
+    let action = loop {
+        let before = BEFORE.load(Ordering::Acquire);
+        // SAFETY: an action that was remembered stays, and isn't written any more.
+        match unsafe { before.as_ref() } {
+            // Ignored is what a process has sent, not what the kernel raises.
+            Some(action) if action.sa_sigaction == libc::SIG_IGN && code <= 0 => return,
+            Some(action) if is_handler(action) && action.sa_flags & libc::SA_RESETHAND != 0 => {
+                // It is called once, by the first thread.
+                let spent = ptr::from_ref(&DEFAULT).cast_mut();
+                if BEFORE.compare_exchange(before, spent, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                    break action;
+                }
             }
-            // SAFETY: the action was installed for SIGBUS; the rest is what the handler was given.
-            unsafe { sys::call_handler(action, info, context) };
+            Some(action) if is_handler(action) => break action,
+            // SAFETY: it is what the handler was given.
+            _ => return unsafe { sys::die_of_bus(info) },
         }
-        // SAFETY: it is what the handler was given.
-        _ => unsafe { sys::die_of_bus(info) },
+    };
+    let installed = sys::bus_action();
+    // SAFETY: the action was installed for SIGBUS; the rest is what the handler was given.
+    unsafe { sys::call_handler(action, info, context) };
+    if let (Ok(installed), Ok(now)) = (installed, sys::bus_action()) {
+        put_back(action, &installed, &now);
+    }
+}
+
+/// A handler was called, and may have installed the default action, as that of Rust's runtime does, or itself once more,
+/// as those of old do. Then that is what was done before, from now on, and what was installed is again.
+fn put_back(called: &libc::sigaction, installed: &libc::sigaction, now: &libc::sigaction) {
+    // Another handler is that of another thread, or of the program itself, and calls what was there.
+    let replaced = !is_handler(now) || now.sa_sigaction == called.sa_sigaction;
+    if replaced && !is_same(now, installed) {
+        remember(now);
+        // SAFETY: it was installed when this thread looked.
+        let _replaced = unsafe { sys::set_bus_action(installed) };
+    }
+}
+
+fn is_handler(action: &libc::sigaction) -> bool {
+    action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN
+}
+
+fn is_same(one: &libc::sigaction, other: &libc::sigaction) -> bool {
+    one.sa_sigaction == other.sa_sigaction
+        && one.sa_flags == other.sa_flags
+        && sys::signals_of(&one.sa_mask) == sys::signals_of(&other.sa_mask)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+    use crate::support::{child, proc, require, signal, test_name};
+
+    static CALLS: AtomicU32 = AtomicU32::new(0);
+
+    extern "C" fn count(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        CALLS.fetch_add(1, Ordering::SeqCst);
+    }
+
+    #[test]
+    fn handler_installed_between_look_and_installation_is_called() {
+        require!();
+        child::run_well(test_name!(), || {
+            install_with(|| signal::handle(libc::SIGBUS, count)).unwrap();
+            signal::send(proc::thread_id(), libc::SIGBUS);
+            assert_eq!(CALLS.load(Ordering::SeqCst), 1);
+        });
+    }
+
+    #[test]
+    fn handler_that_alternates_its_flags_uses_up_no_room() {
+        require!();
+        child::run_well(test_name!(), || {
+            install().unwrap();
+            let mut action = sys::bus_action().unwrap();
+            for flags in [libc::SA_NODEFER, libc::SA_RESTART].into_iter().cycle().take(200) {
+                action.sa_flags = flags;
+                remember(&action);
+                // SAFETY: what was remembered stays.
+                let before = unsafe { &*BEFORE.load(Ordering::SeqCst) };
+                assert_eq!(before.sa_flags, flags);
+            }
+            assert!(GIVEN_OUT.load(Ordering::SeqCst) <= 3);
+        });
     }
 }

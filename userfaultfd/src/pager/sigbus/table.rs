@@ -179,6 +179,12 @@ impl Drop for Locked {
     }
 }
 
+/// Does something while no other thread of the process does something of the kind, nor changes the table.
+pub(super) fn locked<T>(with: impl FnOnce() -> T) -> Result<T, Errno> {
+    let _locked = Locked::new(shared_or_new()?);
+    Ok(with())
+}
+
 /// The entries of a table.
 fn entries<'a>(table: *const Table) -> &'a [Entry] {
     if table.is_null() {
