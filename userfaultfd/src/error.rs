@@ -85,7 +85,8 @@ pub enum Error {
     #[error("a required ioctl is not supported; supported here: {0}")]
     UnsupportedIoctls(IoctlFlags),
 
-    /// Filling with zeros failed before anything was filled.
+    /// Filling with zeros failed. `EAGAIN`: nothing or a part was filled; [`zeropage_with`](crate::Uffd::zeropage_with)
+    /// tells how much.
     #[error("filling the range with zeros failed ({0:?})")]
     ZeropageFailed(#[source] Errno),
 
@@ -177,7 +178,8 @@ pub enum Error {
     #[error("tracking failed, and what was accessed isn't known ({0:?})")]
     TrackingFailed(#[source] Errno),
 
-    /// An operation without a variant of its own stopped: `MOVE`, `POISON`, a `ZEROPAGE` that had begun.
+    /// An operation without a variant of its own stopped: [`move_pages`](crate::Uffd::move_pages),
+    /// [`poison`](crate::Uffd::poison), [`zeropage_with`](crate::Uffd::zeropage_with).
     #[error("{ioctl} stopped after {done} bytes ({errno:?})")]
     Stopped {
         /// Which operation, as the flag of its ioctl.
@@ -220,13 +222,15 @@ impl Error {
     }
 
     /// How many bytes a fill (copy, zeropage, poison, move) did before it stopped; `None` where bytes aren't
-    /// counted.
+    /// counted, or not told.
     ///
     /// Waiters on that part have been woken as asked. To go on, repeat the call for the rest.
     #[must_use]
     pub fn progress(&self) -> Option<usize> {
         match self {
             Error::PartiallyCopied(done) | Error::Stopped { done, .. } => Some(*done),
+            // 0.9 has this also after a part, and so how much it was isn't told.
+            Error::ZeropageFailed(Errno::EAGAIN) => None,
             Error::CopyFailed(_) | Error::ZeropageFailed(_) => Some(0),
             _ => None,
         }

@@ -25,6 +25,16 @@ bitflags! {
 }
 
 bitflags! {
+    /// How [`Uffd::zeropage_with`] fills.
+    #[derive(Copy, Clone, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+    pub struct ZeropageMode: u64 {
+        /// Leave the waiters asleep, for a [`wake`](Uffd::wake) later.
+        #[doc(alias = "UFFDIO_ZEROPAGE_MODE_DONTWAKE")]
+        const DONT_WAKE = sys::UFFDIO_ZEROPAGE_MODE_DONTWAKE;
+    }
+}
+
+bitflags! {
     /// How [`Uffd::continue_with`] maps.
     #[derive(Copy, Clone, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
     pub struct ContinueMode: u64 {
@@ -181,7 +191,27 @@ impl Uffd {
         })
     }
 
-    /// Fills missing pages with zeros, and wakes who waits for them if `wake`.
+    /// Fills missing pages with zeros: [`zeropage_with`](Self::zeropage_with) with [`ZeropageMode::DONT_WAKE`] unless
+    /// `wake`, and with the errors that 0.9 has.
+    ///
+    /// # Errors
+    ///
+    /// [`ZeropageFailed`](Error::ZeropageFailed) with the errno of [`zeropage_with`](Self::zeropage_with). After a part
+    /// that is `EAGAIN`, as it is where the memory layout is changing, and how much was done isn't told:
+    /// `zeropage_with` tells it.
+    ///
+    /// # Safety
+    ///
+    /// As [`zeropage_with`](Self::zeropage_with).
+    #[doc(alias = "UFFDIO_ZEROPAGE")]
+    #[inline]
+    pub unsafe fn zeropage(&self, start: *mut c_void, len: usize, wake: bool) -> Result<usize> {
+        let mode = if wake { ZeropageMode::empty() } else { ZeropageMode::DONT_WAKE };
+        // SAFETY: the caller's promises are the same.
+        unsafe { self.fill_with_zeros(start, len, mode) }.map_err(|stop| Error::ZeropageFailed(stop.errno))
+    }
+
+    /// Fills missing pages with zeros, and wakes the threads that wait for them.
     ///
     /// On private memory the kernel's shared zero page is mapped, so nothing is allocated until a write. In a
     /// range that is registered for `MISSING` alone, that write isn't delivered.
@@ -192,10 +222,10 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// [`Stopped`](Error::Stopped) after a part; [`ZeropageFailed`](Error::ZeropageFailed) with nothing
-    /// filled, and
+    /// [`Stopped`](Error::Stopped), with the bytes done and
     ///
-    /// - `EAGAIN`: the memory layout is changing. Read the pending events, then try again.
+    /// - `EAGAIN`: the memory layout is changing (read the pending events, then try again), or a later page can't be
+    ///   filled (the call for the rest tells why).
     /// - `EEXIST`: something is there already: a page; on private memory also a marker of write protection or
     ///   poison, so that waking makes the fault come back for ever: use [`copy_with`](Self::copy_with) and
     ///   [`CopyMode::WRITE_PROTECT`] there. On shared memory zeros replace such a marker, before Linux 7.2 also
@@ -216,13 +246,15 @@ impl Uffd {
     /// # Examples
     ///
     /// ```
+    /// use userfaultfd::{UffdBuilder, ZeropageMode};
+    ///
     /// let page = 65536; // a multiple of every page size
     /// let mut memory = memmap2::MmapMut::map_anon(page)?;
     /// let start = memory.as_mut_ptr().cast();
-    /// let uffd = userfaultfd::UffdBuilder::new().create()?;
+    /// let uffd = UffdBuilder::new().create()?;
     /// uffd.register(start, page)?;
     /// // SAFETY: nothing has read the memory yet, and zeros are good for bytes.
-    /// assert_eq!(unsafe { uffd.zeropage(start, page, true)? }, page);
+    /// assert_eq!(unsafe { uffd.zeropage_with(start, page, ZeropageMode::empty())? }, page);
     /// assert_eq!(memory[page - 1], 0);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -231,15 +263,25 @@ impl Uffd {
     /// [`UFFDIO_ZEROPAGE(2const)`](https://man7.org/linux/man-pages/man2/UFFDIO_ZEROPAGE.2const.html).
     #[doc(alias = "UFFDIO_ZEROPAGE")]
     #[inline]
-    pub unsafe fn zeropage(&self, start: *mut c_void, len: usize, wake: bool) -> Result<usize> {
-        let mode = if wake { 0 } else { sys::UFFDIO_ZEROPAGE_MODE_DONTWAKE };
-        let mut arg = sys::uffdio_zeropage { range: range(start, len), mode, zeropage: 0 };
+    pub unsafe fn zeropage_with(&self, start: *mut c_void, len: usize, mode: ZeropageMode) -> Result<usize> {
+        // SAFETY: the caller's promises are the same.
+        unsafe { self.fill_with_zeros(start, len, mode) }.map_err(stopped(IoctlFlags::ZEROPAGE))
+    }
+
+    /// # Safety
+    ///
+    /// As [`zeropage_with`](Self::zeropage_with).
+    #[inline]
+    unsafe fn fill_with_zeros(
+        &self,
+        start: *mut c_void,
+        len: usize,
+        mode: ZeropageMode,
+    ) -> Result<usize, Stop> {
+        let mut arg = sys::uffdio_zeropage { range: range(start, len), mode: mode.bits(), zeropage: 0 };
         // SAFETY: the caller vouches for the range.
         let result = unsafe { sys::zeropage(self.as_fd(), &mut arg) };
-        outcome(result, arg.zeropage).map_err(|stop| match stop {
-            Stop { done: 0, errno } => Error::ZeropageFailed(errno),
-            stop => stopped(IoctlFlags::ZEROPAGE)(stop),
-        })
+        outcome(result, arg.zeropage)
     }
 
     /// Maps what the page cache holds: [`continue_with`](Self::continue_with) with

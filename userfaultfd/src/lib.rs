@@ -272,7 +272,7 @@ pub use crate::dirty::{AccessTracker, DirtyTracker};
 pub use crate::error::{Error, Result};
 pub use crate::event::{Drain, Event, EventBuffer, FaultKind, ReadWrite};
 pub use crate::features::{FeatureFlags, IoctlFlags, Known, RegisterMode, Support};
-pub use crate::fill::{ContinueMode, CopyMode, MoveMode};
+pub use crate::fill::{ContinueMode, CopyMode, MoveMode, ZeropageMode};
 pub use crate::lazy::{LazyBuilder, LazyMemory};
 pub use crate::open::{OpenFailure, OpenRefusal, OpenWith};
 pub use crate::pending_file::PendingFile;

@@ -27,7 +27,9 @@ use crate::atomic::AtomicU64;
 use crate::maps::{Mapping, Process};
 use crate::owner::Owner;
 use crate::pagemap::Pagemap;
-use crate::{Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, page_size};
+use crate::{
+    Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, ZeropageMode, page_size,
+};
 
 /// How often an operation is tried again while the memory layout changes. It is over when the changing thread has
 /// run; some kernels have a bug that says so for ever.
@@ -417,8 +419,9 @@ impl Watch {
         let Range { mut start, end } = *range;
         while start < end {
             // SAFETY: what is empty in private anonymous memory holds zeros already; other pages aren't touched.
-            let filled =
-                retry(self.tries, || unsafe { self.uffd.zeropage(pointer(start), end - start, true) });
+            let filled = retry(self.tries, || unsafe {
+                self.uffd.zeropage_with(pointer(start), end - start, ZeropageMode::empty())
+            });
             match filled {
                 Ok(bytes) => start += bytes,
                 Err(error) => match (error.progress(), error.errno()) {

@@ -17,7 +17,7 @@ use super::run::Run;
 use super::shared::{Note, Shared};
 use super::trace::span;
 use super::{DescriptorId, Problem, RegionId};
-use crate::{ContinueMode, CopyMode, Errno, FaultKind};
+use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
 
 /// A fault that was read.
 #[derive(Clone, Copy, Debug)]
@@ -209,7 +209,10 @@ impl Filler {
             (filled, &counters.continues)
         } else if region.zeropage && self.suspect.1 < SUSPICIOUS {
             // SAFETY: the page has been taken away, so that zeros are what belongs there, or is there, and stays.
-            (answer(unsafe { uffd.zeropage(dst, len, true) }, len), &counters.zero_fills)
+            (
+                answer(unsafe { uffd.zeropage_with(dst, len, ZeropageMode::empty()) }, len),
+                &counters.zero_fills,
+            )
         } else {
             // A marker of write protection is in the way of a zero page, and not in that of a copy.
             let mut mode = CopyMode::empty();

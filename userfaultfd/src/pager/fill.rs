@@ -28,7 +28,7 @@ use super::shared::{Note, Shared};
 use super::trace::event;
 use super::{Problem, RegionId};
 use crate::error::errno_of;
-use crate::{ContinueMode, CopyMode, Errno, sys};
+use crate::{ContinueMode, CopyMode, Errno, ZeropageMode, sys};
 
 /// What belongs into a run.
 #[derive(Debug)]
@@ -502,7 +502,7 @@ impl Filler {
             Content::Zero if !run.region.fills_protected() => {
                 // SAFETY: whoever handed the region over vouches for what its pages come to hold; this one isn't
                 // there yet, as the kernel makes sure.
-                let result = unsafe { uffd.zeropage(dst, len, true) };
+                let result = unsafe { uffd.zeropage_with(dst, len, ZeropageMode::empty()) };
                 return answer(result, len);
             }
             Content::File | Content::Poison => std::ptr::null(),

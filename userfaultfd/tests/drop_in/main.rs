@@ -8,6 +8,7 @@
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 
+mod balloon;
 mod descriptors;
 mod errors;
 mod forks;
@@ -17,4 +18,6 @@ mod minor;
 mod monitor;
 mod poll;
 mod pool;
+mod postcopy;
+mod swap;
 mod tracker;

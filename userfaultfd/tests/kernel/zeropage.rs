@@ -1,6 +1,8 @@
 //! UFFDIO_ZEROPAGE. What it has in common with other fills is tested in `fill`.
 
-use userfaultfd::{CopyMode, Errno, FaultKind, FeatureFlags, RegisterMode, Result, Uffd};
+use userfaultfd::{
+    CopyMode, Errno, Error, FaultKind, FeatureFlags, IoctlFlags, RegisterMode, Result, Uffd, ZeropageMode,
+};
 
 use crate::support::fault::{self, Fault};
 use crate::support::memory::{self, Kind, Memory};
@@ -31,6 +33,29 @@ fn zeros_are_there_and_a_later_write_is_not_delivered() {
         fault::silently(&uffd, &memory, || memory.write(0, 1));
         assert_eq!(memory.read(0), 1);
     }
+}
+
+/// As in 0.9 it doesn't tell how much it did, in the variant that programs look for; the other method does.
+#[test]
+fn stopping_half_way_is_told_by_the_one_with_a_mode() {
+    require!();
+    let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(6));
+    uffd.register(memory.start(), memory.len()).unwrap();
+    for present in [2, 5] {
+        zeropage(&uffd, &memory, present, 1).unwrap();
+    }
+    let error = zeropage(&uffd, &memory, 0, 3).unwrap_err();
+    assert!(matches!(error, Error::ZeropageFailed(Errno::EAGAIN)), "{error:?}");
+    assert!(error.is_retryable() && error.progress().is_none(), "{error:?}");
+    let error = zeropage(&uffd, &memory, 0, 3).unwrap_err();
+    assert!(matches!(error, Error::ZeropageFailed(Errno::EEXIST)), "{error:?}");
+    assert_eq!(error.progress(), Some(0));
+
+    // SAFETY: the memory is only accessed by raw pointers.
+    let error = unsafe { uffd.zeropage_with(memory.at(3), 3 * page(), ZeropageMode::empty()) }.unwrap_err();
+    let stopped = matches!(error, Error::Stopped { ioctl: IoctlFlags::ZEROPAGE, errno: Errno::EAGAIN, .. });
+    assert!(stopped, "{error:?}");
+    assert_eq!(error.progress(), Some(2 * page()));
 }
 
 #[test]

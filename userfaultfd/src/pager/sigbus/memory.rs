@@ -21,7 +21,7 @@ use crate::pager::region::Served;
 use crate::pager::stats::{self, Counters};
 use crate::pager::{Absent, Error, Fill, Progress, Region, RegionId, Result, Statistics};
 use crate::sys::Pause;
-use crate::{CopyMode, Errno, Uffd};
+use crate::{CopyMode, Errno, Uffd, ZeropageMode};
 
 /// So many bytes are filled at once, where nobody waits for a particular page.
 const BULK: usize = 1 << 20;
@@ -396,7 +396,7 @@ impl Lazy {
             match &self.zeros {
                 // SAFETY: whoever handed the region over vouches for what its pages come to hold; these aren't there
                 // yet, as the kernel makes sure.
-                None => unsafe { self.uffd.zeropage(to, known, true) },
+                None => unsafe { self.uffd.zeropage_with(to, known, ZeropageMode::empty()) },
                 // SAFETY: as above; the source is a page of this memory's own.
                 Some(zeros) => unsafe {
                     self.uffd.copy_with(zeros.as_ptr().cast(), to, page, CopyMode::empty())

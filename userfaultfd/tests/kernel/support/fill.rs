@@ -4,7 +4,9 @@
 use std::ffi::c_void;
 use std::fmt;
 
-use userfaultfd::{Errno, Error, FeatureFlags, IoctlFlags, MoveMode, RegisterMode, Result, Uffd};
+use userfaultfd::{
+    Errno, Error, FeatureFlags, IoctlFlags, MoveMode, RegisterMode, Result, Uffd, ZeropageMode,
+};
 
 use super::memory::{Kind, Memory};
 use super::{has_features, page, uffd};
@@ -67,7 +69,6 @@ impl Fill {
         match self {
             Fill::Copy if errno == Errno::EAGAIN => Err(Error::PartiallyCopied(done)),
             Fill::Copy => Err(Error::CopyFailed(errno)),
-            Fill::Zeropage if done == 0 => Err(Error::ZeropageFailed(errno)),
             Fill::Zeropage => stopped(IoctlFlags::ZEROPAGE),
             Fill::Continue if done == 0 => Err(Error::SystemError(errno)),
             Fill::Continue => Ok(done),
@@ -145,7 +146,10 @@ impl Filler {
             // SAFETY: the content lives on, and the memory is accessed only by raw pointers.
             Fill::Copy => unsafe { uffd.copy(self.content.as_ptr().cast(), start, len, wake) },
             // SAFETY: the memory is accessed only by raw pointers.
-            Fill::Zeropage => unsafe { uffd.zeropage(start, len, wake) },
+            Fill::Zeropage => unsafe {
+                let mode = if wake { ZeropageMode::empty() } else { ZeropageMode::DONT_WAKE };
+                uffd.zeropage_with(start, len, mode)
+            },
             Fill::Continue => uffd.r#continue(start, len, wake).map(|mapped| mapped as usize),
             // SAFETY: nobody accesses the memory afterwards but those who expect SIGBUS.
             Fill::Poison => unsafe { uffd.poison(start, len, wake) },
