@@ -132,7 +132,7 @@ impl UffdBuilder {
     /// # Errors
     ///
     /// As [`create`](Self::create). A descriptor of something else is [`OpenFailed`](Error::OpenFailed) with
-    /// `ENOTTY`, or with `EINVAL` where that has ioctls of its own.
+    /// `ENOTTY`, or with what another device of the kernel's says.
     ///
     /// ```no_run
     /// use std::fs::File;

@@ -61,14 +61,36 @@ pub(crate) fn open_device() -> Result<OwnedFd, Errno> {
     Ok(unsafe { own(fd) })
 }
 
-/// USERFAULTFD_IOC_NEW on an open [`DEVICE`]: what [`userfaultfd`] does, admitted by the file's permissions.
+/// USERFAULTFD_IOC_NEW on an open [`DEVICE`]: what [`userfaultfd`] does, admitted by the file's permissions. `ENOTTY`: it
+/// is something else.
+///
+/// A file of FUSE answers an ioctl with any number, which may be a descriptor of somebody else's.
 pub(crate) fn new_from_device(device: BorrowedFd<'_>, flags: libc::c_int) -> Result<OwnedFd, Errno> {
+    if !is_misc_device(device)? {
+        return Err(Errno::ENOTTY);
+    }
     // SAFETY: this ioctl takes its flags by value and touches no memory of the caller; a foreign descriptor
     // answers with an errno.
     let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW as libc::Ioctl, flags) };
     let fd = check(fd)?;
-    // SAFETY: the ioctl returned a new descriptor that nothing else owns.
+    if has_userfaultfd_name(fd) == Some(false) {
+        return Err(Errno::ENOTTY);
+    }
+    // SAFETY: a device of the kernel's returned it, and it is a userfaultfd as far as can be told: so it is a new
+    // descriptor that nothing else owns.
     Ok(unsafe { own(fd) })
+}
+
+/// Whether a descriptor is of one of the kernel's miscellaneous devices, among which is [`DEVICE`]: its minor number is
+/// given out as it loads.
+fn is_misc_device(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    const MISC_MAJOR: libc::c_uint = 10;
+    let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+    // SAFETY: the kernel writes the structure, which is borrowed for the call.
+    check(unsafe { libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()) })?;
+    // SAFETY: zeroed, and written by the call.
+    let stat = unsafe { stat.assume_init() };
+    Ok(stat.st_mode & libc::S_IFMT == libc::S_IFCHR && libc::major(stat.st_rdev as _) == MISC_MAJOR)
 }
 
 /// One line per ioctl: its function, its number, its structure. A new one of the kernel's is one more line.
@@ -762,15 +784,14 @@ pub(crate) fn set_timer(timer: BorrowedFd<'_>, rest: Option<Duration>) {
 
 /// Whether a descriptor is a userfaultfd, without changing its state.
 ///
-/// The handshake with a version that no kernel accepts tells: a userfaultfd answers EINVAL and clears the
-/// structure (contract of UFFDIO_API since 5.15), anything else leaves it alone. Older kernels leave it alone
-/// too once the handshake is done; then the name decides.
+/// Its name in /proc decides. Where there is no /proc, the handshake with a version that no kernel accepts tells: a
+/// userfaultfd answers EINVAL and clears the structure (contract of UFFDIO_API since 5.15), and so does a file of FUSE if
+/// it likes. Older kernels leave the structure alone once the handshake is done; then it counts as something else.
 pub(crate) fn is_userfaultfd(fd: BorrowedFd<'_>) -> bool {
-    let mut arg = uffdio_api { api: 0, features: 1 << 63, ioctls: !0 };
-    match api(fd, &mut arg) {
-        Err(Errno::EINVAL) => arg.features == 0 || is_named_userfaultfd(fd),
-        _ => false,
-    }
+    has_userfaultfd_name(fd.as_raw_fd()).unwrap_or_else(|| {
+        let mut arg = uffdio_api { api: 0, features: 1 << 63, ioctls: !0 };
+        api(fd, &mut arg) == Err(Errno::EINVAL) && arg.features == 0
+    })
 }
 
 /// Whether a userfaultfd is for memory of this process. `None` where the kernel doesn't tell; it must have UFFDIO_MOVE.
@@ -787,19 +808,18 @@ pub(crate) fn is_of_this_process(fd: BorrowedFd<'_>) -> Option<bool> {
     }
 }
 
-/// Whether /proc has a userfaultfd's name for a descriptor. Allocates nothing: this may be asked about a fork event,
-/// and the forking thread holds the allocator's locks until that is read.
-fn is_named_userfaultfd(fd: BorrowedFd<'_>) -> bool {
+/// Whether /proc has a userfaultfd's name for a descriptor. No file has such a name, since theirs begin with a slash.
+/// `None` where /proc isn't there. Allocates nothing: this may be asked about a fork event, and the forking thread holds
+/// the allocator's locks until that is read.
+fn has_userfaultfd_name(fd: RawFd) -> Option<bool> {
     const NAME: &[u8] = b"anon_inode:[userfaultfd]";
     let mut path = [0; 32];
-    if write!(&mut path[..], "/proc/self/fd/{}\0", fd.as_raw_fd()).is_err() {
-        return false;
-    }
+    write!(&mut path[..], "/proc/self/fd/{fd}\0").ok()?;
     // One byte more tells a longer name.
     let mut name = [0; NAME.len() + 1];
     // SAFETY: the path is NUL-terminated, and the kernel writes at most name.len() bytes to name.
     let len = unsafe { libc::readlink(path.as_ptr().cast(), name.as_mut_ptr().cast(), name.len()) };
-    usize::try_from(len).is_ok_and(|len| &name[..len] == NAME)
+    Some(&name[..usize::try_from(len).ok()?] == NAME)
 }
 
 /// The page size of the system, in bytes.
@@ -852,11 +872,11 @@ mod tests {
         crate::support::require!();
         let flags = libc::O_CLOEXEC | UFFD_USER_MODE_ONLY as libc::c_int;
         match userfaultfd(flags).or_else(|_| userfaultfd(libc::O_CLOEXEC)) {
-            Ok(uffd) => assert!(is_named_userfaultfd(uffd.as_fd())),
+            Ok(uffd) => assert_eq!(has_userfaultfd_name(uffd.as_raw_fd()), Some(true)),
             Err(errno) => panic!("a userfaultfd for faults from user mode: {errno}"),
         }
         for path in ["/proc/self/exe", "/proc/self/fd", "/"] {
-            assert!(!is_named_userfaultfd(File::open(path).unwrap().as_fd()), "{path}");
+            assert_eq!(has_userfaultfd_name(File::open(path).unwrap().as_raw_fd()), Some(false), "{path}");
         }
     }
 }

@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use userfaultfd::{Errno, Error, EventBuffer, Uffd};
+use userfaultfd::{Errno, Error, EventBuffer, OpenWith, Uffd, UffdBuilder};
 
 use crate::support::memory::Memory;
-use crate::support::{errno, foreign, raw, require};
+use crate::support::mounts::{self, Device};
+use crate::support::{child, errno, foreign, fuse, has, proc, raw, require, test_name};
 
 /// A pipe that is taken for a userfaultfd, and what is to be read from it.
 fn pipe(bytes: &[u8]) -> (Uffd, File) {
@@ -130,4 +131,55 @@ fn operations_on_anything_else_fail() {
         }
         assert!(uffd.features().is_empty() && uffd.ioctls().is_empty(), "{name}");
     }
+}
+
+/// A file of FUSE answers every ioctl with what it likes: here a number that is somebody else's descriptor.
+#[test]
+fn a_file_that_answers_like_the_device_gives_no_descriptor() {
+    require!(root);
+    child::run_well(test_name!(), || {
+        if !has(test_name!(), "mounts of its own", mounts::own()) {
+            return;
+        }
+        mounts::replace(Device::File);
+        let (mut innocent, mut writer) = raw::pipe();
+        let answer = fuse::Answer { result: writer.as_raw_fd(), fill: 0 };
+        // The device of FUSE is hidden with the others.
+        mounts::node_at(c"/dev/fuse", 10, 229);
+        if !fuse::mount_over(test_name!(), c"/dev/userfaultfd", answer) {
+            return;
+        }
+        let file = File::open("/dev/userfaultfd").unwrap();
+        for result in
+            [UffdBuilder::new().from_device(&file), UffdBuilder::new().open_with(OpenWith::Device).create()]
+        {
+            let Err(Error::OpenFailed(failure)) = result else { panic!("{result:?}") };
+            assert_eq!(failure.errno(), Some(Errno::ENOTTY));
+        }
+        // Nor is it in the way of the system call.
+        let uffd = UffdBuilder::new().close_on_exec(true).create().unwrap();
+        assert!(proc::is_userfaultfd(uffd.as_raw_fd()));
+        writer.write_all(b"!").unwrap();
+        innocent.read_exact(&mut [0]).unwrap();
+    });
+}
+
+/// So it can clear the structure of a handshake, and refuse it, as a userfaultfd does.
+#[test]
+fn a_file_that_answers_like_a_userfaultfd_is_none() {
+    require!(root);
+    child::run_well(test_name!(), || {
+        if !has(test_name!(), "mounts of its own", mounts::own()) {
+            return;
+        }
+        mounts::replace(Device::File);
+        mounts::node_at(c"/dev/fuse", 10, 229);
+        let answer = fuse::Answer { result: -libc::EINVAL, fill: 0 };
+        if !fuse::mount_over(test_name!(), c"/dev/userfaultfd", answer) {
+            return;
+        }
+        let file = OwnedFd::from(File::open("/dev/userfaultfd").unwrap());
+        let result = UffdBuilder::new().handshake(file);
+        assert!(matches!(result, Err(Error::NotUserfaultfd)), "{result:?}");
+    });
 }

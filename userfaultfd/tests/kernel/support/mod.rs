@@ -5,6 +5,7 @@ pub(crate) mod dead;
 pub(crate) mod fault;
 pub(crate) mod fill;
 pub(crate) mod foreign;
+pub(crate) mod fuse;
 pub(crate) mod handler;
 pub(crate) mod hugetlb;
 pub(crate) mod lock;

@@ -55,7 +55,12 @@ fn mount(source: &CStr, target: &CStr, filesystem: Option<&CStr>, flags: libc::c
 }
 
 fn node(major: u32, minor: u32) {
+    node_at(c"/dev/userfaultfd", major, minor);
+}
+
+/// A character device by some name, in the /dev of one's own.
+pub(crate) fn node_at(path: &CStr, major: u32, minor: u32) {
     let device = libc::makedev(major, minor);
     // SAFETY: the path is NUL-terminated.
-    check(unsafe { libc::mknod(c"/dev/userfaultfd".as_ptr(), libc::S_IFCHR | 0o666, device) }).unwrap();
+    check(unsafe { libc::mknod(path.as_ptr(), libc::S_IFCHR | 0o666, device) }).unwrap();
 }
