@@ -200,6 +200,62 @@ fn aggregates_have_every_bit_that_has_a_name() {
     assert_eq!(UFFD_API_REGISTER_MODES, 0xf);
 }
 
+/// Every name with its value, as the header has it: other people's bindings lack what is new, and the aggregates are the
+/// same whichever of two bits has which name.
+#[test]
+fn values_are_those_of_the_header() {
+    macro_rules! are {
+        ($($name:ident = $value:expr;)*) => {
+            $(
+                assert_eq!($name as u64, $value, stringify!($name));
+                assert_eq!(generic::$name as u64, $value, "generic {}", stringify!($name));
+                assert_eq!(mips_powerpc_sparc::$name as u64, $value, "mips {}", stringify!($name));
+            )*
+            // Numbers of ioctls differ by architecture, and are rebuilt from their parts elsewhere.
+            let valued = [$(stringify!($name)),*];
+            let constants = names::NAMES.iter().filter(|name| {
+                let aggregate = name.starts_with("UFFD_API_");
+                let number = IOCTLS.iter().any(|ioctl| ioctl.name == **name);
+                let structure = name.chars().all(|letter| letter.is_lowercase() || letter == '_');
+                !(aggregate || number || structure)
+            });
+            let missing: Vec<_> = constants.filter(|name| !valued.contains(name)).collect();
+            assert_eq!(missing, [&""; 0], "no value is checked");
+        };
+    }
+    are! {
+        UFFD_USER_MODE_ONLY = 1; USERFAULTFD_IOC = 0xaa; UFFD_API = 0xaa; UFFDIO = 0xaa;
+        _UFFDIO_REGISTER = 0; _UFFDIO_UNREGISTER = 1; _UFFDIO_WAKE = 2; _UFFDIO_COPY = 3; _UFFDIO_ZEROPAGE = 4;
+        _UFFDIO_MOVE = 5; _UFFDIO_WRITEPROTECT = 6; _UFFDIO_CONTINUE = 7; _UFFDIO_POISON = 8; _UFFDIO_RWPROTECT = 9;
+        _UFFDIO_SET_MODE = 0xa; _UFFDIO_API = 0x3f;
+        UFFDIO_REGISTER_MODE_MISSING = 1; UFFDIO_REGISTER_MODE_WP = 1 << 1; UFFDIO_REGISTER_MODE_MINOR = 1 << 2;
+        UFFDIO_REGISTER_MODE_RWP = 1 << 3;
+        UFFDIO_COPY_MODE_DONTWAKE = 1; UFFDIO_COPY_MODE_WP = 1 << 1;
+        UFFDIO_ZEROPAGE_MODE_DONTWAKE = 1;
+        // The other way round than with the others.
+        UFFDIO_WRITEPROTECT_MODE_WP = 1; UFFDIO_WRITEPROTECT_MODE_DONTWAKE = 1 << 1;
+        UFFDIO_RWPROTECT_MODE_RWP = 1; UFFDIO_RWPROTECT_MODE_DONTWAKE = 1 << 1;
+        UFFDIO_CONTINUE_MODE_DONTWAKE = 1; UFFDIO_CONTINUE_MODE_WP = 1 << 1;
+        UFFDIO_POISON_MODE_DONTWAKE = 1;
+        UFFDIO_MOVE_MODE_DONTWAKE = 1; UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES = 1 << 1;
+        UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1; UFFD_FEATURE_EVENT_FORK = 1 << 1; UFFD_FEATURE_EVENT_REMAP = 1 << 2;
+        UFFD_FEATURE_EVENT_REMOVE = 1 << 3; UFFD_FEATURE_MISSING_HUGETLBFS = 1 << 4;
+        UFFD_FEATURE_MISSING_SHMEM = 1 << 5; UFFD_FEATURE_EVENT_UNMAP = 1 << 6; UFFD_FEATURE_SIGBUS = 1 << 7;
+        UFFD_FEATURE_THREAD_ID = 1 << 8; UFFD_FEATURE_MINOR_HUGETLBFS = 1 << 9; UFFD_FEATURE_MINOR_SHMEM = 1 << 10;
+        UFFD_FEATURE_EXACT_ADDRESS = 1 << 11; UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12;
+        UFFD_FEATURE_WP_UNPOPULATED = 1 << 13; UFFD_FEATURE_POISON = 1 << 14; UFFD_FEATURE_WP_ASYNC = 1 << 15;
+        UFFD_FEATURE_MOVE = 1 << 16; UFFD_FEATURE_RWP = 1 << 17; UFFD_FEATURE_RWP_ASYNC = 1 << 18;
+        UFFD_EVENT_PAGEFAULT = 0x12; UFFD_EVENT_FORK = 0x13; UFFD_EVENT_REMAP = 0x14; UFFD_EVENT_REMOVE = 0x15;
+        UFFD_EVENT_UNMAP = 0x16;
+        UFFD_PAGEFAULT_FLAG_WRITE = 1; UFFD_PAGEFAULT_FLAG_WP = 1 << 1; UFFD_PAGEFAULT_FLAG_MINOR = 1 << 2;
+        UFFD_PAGEFAULT_FLAG_RWP = 1 << 3;
+        PM_SCAN_WP_MATCHING = 1; PM_SCAN_CHECK_WPASYNC = 1 << 1;
+        PAGE_IS_WPALLOWED = 1; PAGE_IS_WRITTEN = 1 << 1; PAGE_IS_FILE = 1 << 2; PAGE_IS_PRESENT = 1 << 3;
+        PAGE_IS_SWAPPED = 1 << 4; PAGE_IS_PFNZERO = 1 << 5; PAGE_IS_HUGE = 1 << 6; PAGE_IS_SOFT_DIRTY = 1 << 7;
+        PAGE_IS_GUARD = 1 << 8; PAGE_IS_ACCESSED = 1 << 9;
+    }
+}
+
 /// Code is written against the types, too: those of userfaultfd-sys 0.6, and the widths of the fields they go into.
 #[test]
 fn constants_have_the_types_of_their_fields() {

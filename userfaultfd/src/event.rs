@@ -660,6 +660,38 @@ mod tests {
         assert!(is_closed(second_end));
     }
 
+    /// Else a child would have the features of whatever was read last.
+    #[test]
+    fn a_fork_among_events_of_two_userfaultfds_inherits_nothing() {
+        crate::support::require!();
+        let terms = |features| {
+            let support = crate::Support { features, ioctls: crate::IoctlFlags::API };
+            Terms::negotiated(support, crate::IoctlFlags::empty())
+        };
+        let (message, end) = fork();
+        let read = |message: Message| {
+            move |room: &mut [Message]| {
+                room[0] = message;
+                Ok(1)
+            }
+        };
+        let mut buffer = EventBuffer::new(2);
+        buffer.receive(terms(FeatureFlags::EVENT_FORK), read(message)).unwrap();
+        buffer.receive(terms(FeatureFlags::THREAD_ID), read(fault(1))).unwrap();
+        let Some(Ok(Event::Fork { uffd })) = buffer.pop() else { panic!("no fork") };
+        // The kernel is asked, and has none for a socket.
+        assert_eq!(uffd.features(), FeatureFlags::empty());
+        drop(uffd);
+        assert!(is_closed(end));
+
+        // Once those are taken out, the next ones are of one userfaultfd again.
+        drop(buffer.pop());
+        let (message, _end) = fork();
+        buffer.receive(terms(FeatureFlags::EVENT_FORK), read(message)).unwrap();
+        let Some(Ok(Event::Fork { uffd })) = buffer.pop() else { panic!("no fork") };
+        assert_eq!(uffd.features(), FeatureFlags::EVENT_FORK);
+    }
+
     #[test]
     fn a_fork_s_descriptor_is_the_event_s_and_inherits_the_terms() {
         crate::support::require!();

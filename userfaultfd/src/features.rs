@@ -315,6 +315,62 @@ mod tests {
         assert_eq!(named, sys::UFFD_API_IOCTLS | sys::UFFD_API_RANGE_IOCTLS);
     }
 
+    /// The releases that brought flags, and all that had come with one or before it, as a mask.
+    fn by_release(mut flags: Vec<((u16, u16), u64)>) -> Vec<((u16, u16), u64)> {
+        flags.sort_unstable();
+        let mut all = 0;
+        for (_, bits) in &mut flags {
+            all |= *bits;
+            *bits = all;
+        }
+        flags.chunk_by(|a, b| a.0 == b.0).filter_map(|release| release.last().copied()).collect()
+    }
+
+    macro_rules! releases {
+        ($Flags:ty) => {
+            by_release(<$Flags>::known().iter().map(|known| (known.since, known.flag.bits())).collect())
+        };
+    }
+
+    /// What the handshake of each release answers, and what its headers have.
+    #[test]
+    fn flags_came_with_their_releases() {
+        crate::support::require!();
+        assert_eq!(
+            releases!(FeatureFlags),
+            [
+                ((4, 11), 0x7e),
+                ((4, 14), 0x1fe),
+                ((5, 7), 0x1ff),
+                ((5, 13), 0x3ff),
+                ((5, 14), 0x7ff),
+                ((5, 18), 0xfff),
+                ((5, 19), 0x1fff),
+                ((6, 4), 0x3fff),
+                ((6, 6), 0x7fff),
+                ((6, 7), 0xffff),
+                ((6, 8), 0x1_ffff),
+                ((7, 3), 0x7_ffff),
+            ]
+        );
+        assert_eq!(
+            releases!(IoctlFlags),
+            [
+                ((4, 3), 0x8000_0000_0000_001f),
+                ((5, 7), 0x8000_0000_0000_005f),
+                ((5, 13), 0x8000_0000_0000_00df),
+                ((6, 6), 0x8000_0000_0000_01df),
+                ((6, 8), 0x8000_0000_0000_01ff),
+                ((7, 3), 0x8000_0000_0000_07ff),
+            ]
+        );
+        assert_eq!(releases!(RegisterMode), [((4, 3), 0x1), ((5, 7), 0x3), ((5, 13), 0x7), ((7, 3), 0xf)]);
+        assert_eq!(
+            releases!(crate::pagemap::Categories),
+            [((6, 7), 0xff), ((6, 16), 0x1ff), ((7, 3), 0x3ff)]
+        );
+    }
+
     #[test]
     fn unknown_bits_survive() {
         crate::support::require!();

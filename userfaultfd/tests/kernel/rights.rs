@@ -144,6 +144,33 @@ fn a_device_that_is_handed_over_works_without_rights() {
     });
 }
 
+/// What the kernel offers is asked with a descriptor that takes no rights, whatever the other one is to be.
+#[test]
+fn features_are_probed_without_rights() {
+    require!(root);
+    child::run_well(test_name!(), || {
+        let (device, sysctl) = (File::open("/dev/userfaultfd").ok(), sysctl(test_name!(), "0"));
+        if !has(test_name!(), "/dev/userfaultfd", device.is_some()) || sysctl.is_none() {
+            return;
+        }
+        child::fork(|| {
+            child::drop_rights();
+            let mut builder = UffdBuilder::new();
+            builder.user_mode_only(false).request_features(FeatureFlags::THREAD_ID);
+            let uffd = builder.from_device(device.as_ref().unwrap()).unwrap();
+            assert_eq!(uffd.features(), FeatureFlags::THREAD_ID);
+            // Nor does a refusal need more to be told apart.
+            let missing = FeatureFlags::from_bits_retain(1 << 40);
+            let error = builder.require_features(missing).from_device(device.unwrap()).unwrap_err();
+            assert!(
+                matches!(error, Error::UnsupportedFeatures { missing: named, .. } if named == missing),
+                "{error:?}"
+            );
+        })
+        .succeed();
+    });
+}
+
 #[test]
 fn fork_events_take_a_capability() {
     require!();
