@@ -415,10 +415,26 @@ pub(crate) fn zero_after_fork() -> Result<&'static AtomicUsize, Errno> {
 
 /// Memory of a mapping's own, all zero. Without the allocator.
 pub(crate) fn map(len: usize) -> Result<std::ptr::NonNull<u8>, Errno> {
+    map_near(std::ptr::null_mut(), len)
+}
+
+/// The same, at an address that isn't like those that other mappings have, here or in other processes.
+pub(crate) fn map_somewhere(len: usize) -> Result<std::ptr::NonNull<u8>, Errno> {
+    let chance = usize::from_ne_bytes(random_bytes()?);
+    // From 64 to 256 GiB, or the middle of a small address space. It is a hint, where something is already.
+    #[cfg(target_pointer_width = "64")]
+    let (start, len_of_all) = (64 << 30, 192 << 30);
+    #[cfg(not(target_pointer_width = "64"))]
+    let (start, len_of_all) = (512 << 20, 1 << 30);
+    let address: usize = (start + chance % len_of_all) & !(page_size() - 1);
+    map_near(std::ptr::without_provenance_mut(address), len)
+}
+
+fn map_near(hint: *mut libc::c_void, len: usize) -> Result<std::ptr::NonNull<u8>, Errno> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: the kernel chooses an address where nothing is.
-    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
+    let start = unsafe { libc::mmap(hint, len, protection, flags, -1, 0) };
     if start == libc::MAP_FAILED {
         return Err(Errno::last());
     }
@@ -780,6 +796,28 @@ pub(crate) fn set_timer(timer: BorrowedFd<'_>, rest: Option<Duration>) {
     // SAFETY: the kernel reads the structure, which is borrowed for the call.
     let set = check(unsafe { libc::timerfd_settime(timer.as_raw_fd(), 0, &new, std::ptr::null_mut()) });
     debug_assert!(set.is_ok(), "{set:?}");
+}
+
+/// Makes an eventfd readable.
+pub(crate) fn ring(eventfd: BorrowedFd<'_>) {
+    let one = 1_u64;
+    // SAFETY: the kernel reads the number, which is borrowed for the call.
+    let written = unsafe { libc::write(eventfd.as_raw_fd(), (&raw const one).cast(), size_of::<u64>()) };
+    // It is full, and so readable, after 2^64 - 2 of them.
+    debug_assert!(written == 8 || Errno::last() == Errno::EAGAIN);
+}
+
+/// Writes to standard error, past the locks and buffers of the standard library. What can't be written is lost.
+pub(crate) fn print_error(mut text: &[u8]) {
+    while !text.is_empty() {
+        // SAFETY: the kernel reads the text, which is borrowed for the call.
+        let written = unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
+        match usize::try_from(written) {
+            Ok(written) => text = &text[written..],
+            Err(_) if Errno::last() == Errno::EINTR => {}
+            Err(_) => return,
+        }
+    }
 }
 
 /// Whether a descriptor is a userfaultfd, without changing its state.

@@ -6,9 +6,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::apart;
-use super::descriptor::{Descriptor, Serving, wake};
+use super::descriptor::{Descriptor, Origin, Serving, wake};
 use super::layout::{Layout, Segment};
 use super::pages::Pages;
+use super::point::{Point, reach};
 use super::shared::{Fork, Note, Shared};
 use super::shutdown::sole;
 use super::stats::Counters;
@@ -84,6 +85,7 @@ fn copy_states(layout: &Layout) -> io::Result<memmap2::MmapRaw> {
 /// Begins to serve a fork's child.
 pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)> {
     let Fork { uffd, layout, states, .. } = fork;
+    reach(Point::BeforeAdopt, layout.segments().first().map_or(0, |segment| segment.start));
     let states = match states {
         Ok(states) => Arc::new(states),
         Err(error) => return Err((uffd, error)),
@@ -97,7 +99,7 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
             let pages = Pages::of_copy(Arc::clone(&states), first, count);
             first += count;
             let region = segment.region.part(shared.new_region_id(), segment.first, pages);
-            segment = Segment { region: Arc::new(region), first: 0, ..segment };
+            segment = Segment { region: shared.keep(region), first: 0, ..segment };
         }
         child.insert(segment);
     }
@@ -110,8 +112,9 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
     }
     let uffd = Arc::new(uffd);
     let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(child) };
-    match shared.add(serving, true, false) {
+    match shared.add(serving, Origin { is_child: true, is_own: false, was_blocking: false }) {
         Ok(_) => Ok(()),
+        // A worker may have it for a moment.
         Err(error) => Err((sole(uffd), io::Error::other(error))),
     }
 }

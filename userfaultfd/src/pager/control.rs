@@ -1,76 +1,87 @@
-//! The thread in the background: it calls the program's callback, takes in the children of forks, and notices the end
-//! of processes that nobody else would tell of.
+//! The control thread: it serves the children of forks, notices the end of processes, and takes apart what isn't served
+//! any more. It runs none of the program's code: that is the other thread's, see `reports`.
 
-use std::fmt;
 use std::io;
-use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::apart;
 use super::changes;
 use super::descriptor::{Descriptor, at};
-use super::layout::{ROOM, Segments};
 use super::shared::{Note, Shared, Stopped};
-use super::trace::event;
 use super::{DescriptorId, Problem};
 use crate::{Errno, Uffd};
 
-/// What is called with each problem.
-pub(crate) type OnProblem = Arc<dyn Fn(&Problem) + Send + Sync>;
+/// How often it looks whether the processes whose memory is served are still there. The kernel reports no end.
+pub(super) const LOOK: Duration = Duration::from_millis(500);
 
-/// So often the children of forks are looked after. Their end isn't told.
-const LOOK: Duration = Duration::from_millis(500);
+/// How soon it looks again for what is expected to happen at any moment; twice as long each time.
+const SOON: Duration = Duration::from_millis(1);
 
-pub(crate) struct Control {
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) on_problem: Option<OnProblem>,
-}
-
-impl fmt::Debug for Control {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Control").finish_non_exhaustive()
-    }
-}
-
-impl Control {
-    pub(crate) fn run(self) {
-        let mut gone: Segments = apart::with_room(ROOM);
+/// Runs until the pager stops.
+pub(crate) fn run(shared: &Shared, look: Duration) {
+    let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
+    // Regions that aren't served any more, and that some thread still refers to.
+    let mut is_unfreed = false;
+    // Descriptors of processes that are said to end.
+    let mut ending: Vec<u64> = Vec::new();
+    let (mut soon, mut look_at) = (SOON, Instant::now() + look);
+    loop {
         loop {
-            self.shared.reap();
-            // Whoever has one still doesn't free it, but leaves it to this. What is served in part comes here again.
-            gone.retain(|segment| {
-                Arc::strong_count(&segment.region) > 1 && !self.shared.serves(&segment.region)
-            });
-            let children = self.shared.descriptors().into_iter().filter(|descriptor| descriptor.is_child);
-            let children: Vec<_> = children.collect();
-            let most = (!children.is_empty() || !gone.is_empty()).then_some(LOOK);
-            match self.shared.next_note(most) {
-                Ok(Some(Note::Problem(problem))) => self.tell(&problem),
-                Ok(Some(Note::Gone)) => self.shared.take_gone(&mut gone),
+            match shared.next_note() {
                 Ok(Some(Note::Fork(fork))) => {
                     let parent = fork.parent;
-                    if let Err((uffd, error)) = changes::adopt(&self.shared, fork) {
+                    if let Err((uffd, error)) = changes::adopt(shared, fork) {
                         // Closing it would show zeros where the child's pages are missing.
                         std::mem::forget(uffd);
-                        self.tell(&Problem::Fork { descriptor: DescriptorId(parent), error });
+                        shared.note(Note::Problem(Problem::Fork { descriptor: DescriptorId(parent), error }));
                     }
                 }
-                Ok(None) => children.iter().filter(|child| is_gone(child, &self.shared)).for_each(|child| {
-                    self.shared.gone(child);
-                }),
-                Err(Stopped) => return,
+                Ok(Some(Note::Ended)) => (is_unfreed, soon) = (true, SOON),
+                Ok(Some(Note::Problem(_)) | None) => break,
+                Err(Stopped) => {
+                    shared.reap();
+                    shared.sweep();
+                    return;
+                }
             }
         }
-    }
-
-    fn tell(&self, problem: &Problem) {
-        event!(WARN, "problem", problem = tracing::field::display(problem));
-        if let Some(on_problem) = &self.on_problem {
-            // If it panics that has been printed, and forks and further problems come here all the same.
-            let _panicked = panic::catch_unwind(AssertUnwindSafe(|| on_problem(problem)));
+        shared.reap();
+        is_unfreed = is_unfreed && shared.sweep();
+        ending
+            .retain(|id| shared.descriptor(*id).is_some_and(|descriptor| !drop_if_gone(shared, &descriptor)));
+        let now = Instant::now();
+        let mut watched = shared.descriptors();
+        watched.retain(|descriptor| !descriptor.is_own);
+        if look_at <= now {
+            watched.retain(|descriptor| !drop_if_gone(shared, descriptor));
+            look_at = now + look;
+        }
+        let is_soon = is_unfreed || !ending.is_empty();
+        let timeout = match (is_soon, watched.is_empty()) {
+            (false, true) => None,
+            (false, false) => Some(look_at - now),
+            (true, _) => Some(soon.min(LOOK)),
+        };
+        // Nothing is kept that others wait for.
+        drop(watched);
+        let ready = shared.wait_for_notes(&mut events, timeout);
+        soon = if ready == 0 && is_soon { soon * 2 } else { SOON };
+        soon = soon.min(LOOK);
+        for event in &events[..ready] {
+            let Some(token) = Shared::token(event) else { continue };
+            let named = shared.in_slot(token.slot()).filter(|descriptor| token.means(descriptor));
+            ending.extend(named.map(|descriptor| descriptor.id));
         }
     }
+}
+
+/// Ends serving a descriptor whose process has ended. Returns whether it has.
+fn drop_if_gone(shared: &Shared, descriptor: &Arc<Descriptor>) -> bool {
+    let gone = is_gone(descriptor, shared);
+    if gone {
+        shared.gone(descriptor);
+    }
+    gone
 }
 
 /// Whether the process of a descriptor has ended, or executed another program.

@@ -14,7 +14,7 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -46,6 +46,14 @@ pub(crate) struct Serving {
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
 struct Shard(Mutex<Option<Serving>>);
 
+/// Where a descriptor comes from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Origin {
+    pub(crate) is_child: bool,
+    pub(crate) is_own: bool,
+    pub(crate) was_blocking: bool,
+}
+
 #[derive(Debug)]
 pub(crate) struct Descriptor {
     /// The number of the descriptor among all that were ever added, and its place in the table: see `table`.
@@ -55,11 +63,15 @@ pub(crate) struct Descriptor {
     pub(crate) tells_changes: bool,
     /// Whether a fork brought it.
     pub(crate) is_child: bool,
+    /// Whether it is this process's own. Any other process may end.
+    pub(crate) is_own: bool,
     /// Whether it was blocking when it was handed in, and is to be so again when it is given back.
     pub(crate) was_blocking: bool,
     shards: Box<[Shard]>,
     /// For a fork's child, which may find the shards locked.
     pub(crate) inherited: InheritedFd,
+    /// What tells of the process's end.
+    pub(crate) ends: Mutex<Vec<OwnedFd>>,
     closed: AtomicBool,
     /// How many regions are being registered, and aren't in the layout yet.
     registering: AtomicUsize,
@@ -73,8 +85,7 @@ impl Descriptor {
         (id, slot): (u64, u32),
         serving: Serving,
         shards: usize,
-        is_child: bool,
-        was_blocking: bool,
+        Origin { is_child, is_own, was_blocking }: Origin,
     ) -> Self {
         const CHANGES: FeatureFlags = FeatureFlags::EVENT_FORK
             .union(FeatureFlags::EVENT_REMAP)
@@ -85,15 +96,17 @@ impl Descriptor {
         let tells_changes = features.intersects(CHANGES) || serving.uffd.ioctls().is_empty();
         let shards = (0..shards).map(|_| Shard(Mutex::new(Some(serving.clone())))).collect();
         let inherited = InheritedFd::new(serving.uffd.as_fd());
-        let (closed, left) = (AtomicBool::new(false), Mutex::default());
+        let (ends, closed, left) = (Mutex::default(), AtomicBool::new(false), Mutex::default());
         Self {
             id,
             slot,
             tells_changes,
             is_child,
+            is_own,
             was_blocking,
             shards,
             inherited,
+            ends,
             closed,
             registering: AtomicUsize::new(0),
             left,

@@ -265,6 +265,26 @@ pub enum Problem {
     },
 }
 
+/// How many kinds of problems there are.
+pub(crate) const PROBLEM_KINDS: usize = 9;
+
+impl Problem {
+    /// The number of its kind.
+    pub(crate) fn kind(&self) -> usize {
+        match self {
+            Self::Source { .. } => 0,
+            Self::Stuck { .. } => 1,
+            Self::Poisoned { .. } => 2,
+            Self::Unanswered { .. } => 3,
+            Self::NoRegion { .. } => 4,
+            Self::TargetGone { .. } => 5,
+            Self::Read { .. } => 6,
+            Self::Fork { .. } => 7,
+            Self::Panicked { .. } => 8,
+        }
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

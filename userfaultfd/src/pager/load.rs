@@ -159,6 +159,9 @@ impl Filler {
                 error,
                 attempts,
             }));
+            if run.demand.is_some() && run.region.poison {
+                shared.reports.wait();
+            }
         }
         self.install(shared, descriptor, run, Content::Poison)
     }

@@ -52,7 +52,7 @@
 //!   takes the page. Pages that are there stay in the one case, and are zero in the other, as it should be; those that
 //!   are absent are taken for removed. Say [`Region::shared`].
 //! - Without `EVENT_FORK` a child reads zeros where pages are missing: use `MADV_DONTFORK`.
-//! - When a process ends nothing tells, unless a fill finds out. Children of forks are looked after every half second.
+//! - When a process ends nothing tells. It is noticed within a second, or at once with [`Pager::watch`].
 //!
 //! # Forks
 //!
@@ -98,6 +98,7 @@ mod races;
 mod record;
 mod region;
 mod replay;
+mod reports;
 mod retry;
 mod run;
 mod serve;
@@ -114,9 +115,10 @@ mod working_set;
 
 use std::fmt;
 use std::ops::Range;
-use std::os::fd::IntoRawFd;
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 pub use around::Around;
 pub(crate) use background::Target;
@@ -134,12 +136,13 @@ pub use source::{
 pub use stats::{Histogram, Statistics};
 pub use working_set::WorkingSet;
 
-use self::control::{Control, OnProblem, spawn, target_is_gone};
-use self::descriptor::{Descriptor, Serving, at, lock, wake};
+use self::control::{spawn, target_is_gone};
+use self::descriptor::{Descriptor, Origin, Serving, at, lock, wake};
 use self::layout::{Layout, Segment};
+use self::reports::{OnProblem, Reporter};
 use self::retry::Deferred;
 use self::serve::Worker;
-use self::shared::Shared;
+use self::shared::{Note, Shared};
 use self::shutdown::Cover;
 use crate::dirty::watch::Lease;
 use crate::{Errno, FeatureFlags, RegisterMode, Uffd};
@@ -225,6 +228,7 @@ pub struct PagerBuilder {
     delivery: Delivery,
     retry: Retry,
     on_problem: Option<OnProblem>,
+    look: Duration,
 }
 
 impl PagerBuilder {
@@ -256,14 +260,22 @@ impl PagerBuilder {
         self
     }
 
-    /// What to call when something goes wrong while the pager serves. The default is nothing.
+    /// What to call when something goes wrong while the pager serves. The default writes the first problem of each
+    /// kind to standard error, other than [`TargetGone`](Problem::TargetGone).
     ///
-    /// It is called on a thread that answers no faults, one problem after the other, and may take its time and any
-    /// lock. Where problems come faster than it takes them they are counted in
-    /// [`problems_lost`](Statistics::problems_lost). It must not touch memory that the pager fills, nor drop the
-    /// pager.
+    /// It is called on a thread of its own, one problem after the other, may take its time and any lock, and may end
+    /// or drop the pager. Where problems come faster than it takes them they are counted in
+    /// [`problems_lost`](Statistics::problems_lost). Before a page is poisoned that a thread waits for, the pager
+    /// waits up to 100 ms for the call that reports why. It must not touch memory that the pager fills.
     pub fn on_problem(mut self, on_problem: impl Fn(&Problem) + Send + Sync + 'static) -> Self {
         self.on_problem = Some(Arc::new(on_problem));
+        self
+    }
+
+    /// How often it is looked whether processes are still there.
+    #[cfg(test)]
+    pub(crate) fn look(mut self, look: Duration) -> Self {
+        self.look = look;
         self
     }
 
@@ -275,8 +287,11 @@ impl PagerBuilder {
     pub fn build(self) -> Result<Pager> {
         let shared = Arc::new(Shared::new(self.threads, self.readers, self.retry)?);
         let mut pager = Pager { shared: Arc::clone(&shared), adding: Mutex::new(()), threads: Vec::new() };
-        let control = Control { shared: Arc::clone(&shared), on_problem: self.on_problem };
-        pager.threads.push(spawn("uffd-control", move || control.run())?);
+        let of_control = Arc::clone(&shared);
+        let look = self.look;
+        pager.threads.push(spawn("uffd-control", move || control::run(&of_control, look))?);
+        let (of_reports, reporter) = (Arc::clone(&shared), Reporter::new(self.on_problem));
+        pager.threads.push(spawn("uffd-reports", move || of_reports.reports.run(reporter))?);
         for thread in 0..self.threads {
             let worker = Worker::new(Arc::clone(&shared), thread, self.delivery)?;
             pager.threads.push(spawn("uffd-pager", move || worker.run())?);
@@ -298,13 +313,14 @@ impl Default for PagerBuilder {
             delivery: Delivery::default(),
             retry: Retry::default(),
             on_problem: None,
+            look: control::LOOK,
         }
     }
 }
 
 impl fmt::Debug for PagerBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { threads, readers, delivery, retry, on_problem } = self;
+        let Self { threads, readers, delivery, retry, on_problem, look: _ } = self;
         f.debug_struct("PagerBuilder")
             .field("threads", threads)
             .field("readers", readers)
@@ -327,7 +343,7 @@ pub struct Pager {
     shared: Arc<Shared>,
     /// Held while regions are added, so that two that overlap can't be both.
     adding: Mutex<()>,
-    /// The one in the background, then those that serve.
+    /// The control thread, the one that reports, then those that serve.
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -408,7 +424,7 @@ impl Pager {
         let mut layout = Layout::default();
         let prepared = regions.into_iter().try_for_each(|region| {
             check_overlap(&layout, &region)?;
-            layout.insert(self.register(&uffd, region, foreign)?);
+            layout.insert(self.register(&uffd, region)?);
             Ok(())
         });
         let switched = prepared.and_then(|()| {
@@ -420,11 +436,27 @@ impl Pager {
             Ok(was_blocking) => was_blocking,
             Err(error) => return Err(Refused { uffd, error }),
         };
+        let is_own = own::is_own(&uffd);
+        match (&is_own, layout.segments().first()) {
+            (Ok(true), Some(first)) if foreign => {
+                return Err(Refused { error: Error::OwnMemory { address: first.start }, uffd });
+            }
+            (Err(_), _) if foreign => {
+                let error = if target_is_gone(&uffd, None) {
+                    Error::TargetGone
+                } else {
+                    Error::from(is_own.unwrap_err())
+                };
+                return Err(Refused { uffd, error });
+            }
+            _ => {}
+        }
+        let origin = Origin { is_child: false, is_own: is_own.unwrap_or(false), was_blocking };
         layout.reserve();
         let regions = layout.segments().iter().map(|segment| RegionId(segment.region.id)).collect();
         let uffd = Arc::new(uffd);
         let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
-        match self.shared.add(serving, false, was_blocking) {
+        match self.shared.add(serving, origin) {
             Ok(descriptor) => {
                 // Faults that somebody else has read and not answered are told again.
                 for segment in descriptor.segments(self.shared.outside_id(), None) {
@@ -434,6 +466,7 @@ impl Pager {
                 regions.sort_unstable(); // numbered in the order in which they were given
                 Ok(Added { descriptor: DescriptorId(descriptor.id), regions })
             }
+            // A worker may have it for a moment.
             Err(error) => Err(Refused { uffd: shutdown::sole(uffd), error }),
         }
     }
@@ -475,10 +508,13 @@ impl Pager {
             let serving = descriptor.enter(self.shared.outside_id());
             let serving = serving.as_ref().ok_or(Error::NotServed)?;
             check_overlap(&serving.layout, &region)?;
+            if foreign && descriptor.is_own {
+                return Err(Error::OwnMemory { address: region.range().start });
+            }
             Arc::clone(&serving.uffd)
         };
         let _registering = descriptor.begin_registering(self.shared.outside_id());
-        let segment = self.register(&uffd, region, foreign)?;
+        let segment = self.register(&uffd, region)?;
         drop(uffd);
         let (id, range) = (RegionId(segment.region.id), segment.start..segment.end);
         let mut overlap = Ok(());
@@ -501,7 +537,7 @@ impl Pager {
     }
 
     /// Checks a region, and registers it.
-    fn register(&self, uffd: &Uffd, region: Region, foreign: bool) -> Result<Segment> {
+    fn register(&self, uffd: &Uffd, region: Region) -> Result<Segment> {
         region.check()?;
         let Range { start, end } = region.range();
         if uffd.features().contains(FeatureFlags::SIGBUS) {
@@ -514,15 +550,12 @@ impl Pager {
             _ => Error::Register { address: start, error },
         })?;
         region.check_ioctls(offered)?;
-        if foreign && own::is_registered_here(&region.range()).unwrap_or(true) {
-            return Err(Error::OwnMemory { address: start });
-        }
         let mut region = region.serve(self.shared.new_region_id(), offered)?;
         let page = region.page_size();
         // Where the kernel can't tell it may be so.
         let followed = end.checked_add(page).and_then(|to| growth::is_one_mapping(uffd, end - page..to));
         region.followed = (followed != Some(false)).then_some(end);
-        Ok(Segment { start, end, region: Arc::new(region), first: 0 })
+        Ok(Segment { start, end, region: self.shared.keep(region), first: 0 })
     }
 
     /// Fills what is absent of a region, and gives it back to the kernel.
@@ -619,6 +652,8 @@ impl Pager {
             shutdown::unregister(&serving.uffd, &gone, |part| layout.insert_hole(part, &mut replaced));
             gone.extend(replaced);
         });
+        drop(gone);
+        self.shared.note(Note::Ended);
         if served { Ok(()) } else { Err(Error::NotServed) }
     }
 
@@ -664,9 +699,40 @@ impl Pager {
         self.shared.statistics()
     }
 
-    /// Waits until nothing is served any more: all processes have gone, or all descriptors were removed.
+    /// Has the end of a descriptor's process noticed at once. Without it, it is noticed within a second.
     ///
-    /// That a process has gone is noticed when a page is to be filled in it, or if it is a fork's child.
+    /// `end` is a pidfd, or a socket or pipe whose other end that process has open and no other one: when it becomes
+    /// readable, or is closed at the other end, the pager looks whether the process is gone. While it isn't, it is
+    /// served on.
+    ///
+    /// ```no_run
+    /// use std::os::fd::OwnedFd;
+    /// use userfaultfd::Uffd;
+    /// use userfaultfd::pager::{FileSource, Pager, Region};
+    ///
+    /// # fn receive() -> (OwnedFd, OwnedFd, usize, usize) { unimplemented!() }
+    /// let (uffd, socket, start, len) = receive();
+    /// let pager = Pager::new()?;
+    /// let region = Region::new(start, len, FileSource::open("snapshot")?);
+    /// let added = pager.add(Uffd::from(uffd), [region])?;
+    /// pager.watch(added.descriptor, socket)?;
+    /// pager.join(); // returns as soon as the process has ended
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](Error::NotServed): the descriptor isn't served any more.
+    /// - [`System`](Error::System): `end` can't be polled.
+    pub fn watch(&self, descriptor: DescriptorId, end: impl Into<OwnedFd>) -> Result<()> {
+        let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
+        self.shared.watch(&descriptor, end.into())
+    }
+
+    /// Waits until nothing is served any more: all processes have gone, or all descriptors were removed, and no fork's
+    /// child is still to be served.
+    ///
+    /// That a process is gone is noticed within a second, or at once: see [`watch`](Self::watch).
     pub fn join(&self) {
         self.shared.wait_until_empty();
     }
@@ -726,17 +792,17 @@ impl Pager {
             return;
         }
         self.shared.stop();
-        let control = self.threads.remove(0);
-        for thread in self.threads.drain(..) {
-            // A panic of theirs has been told.
-            let _panicked = thread.join();
-        }
+        let workers = self.threads.split_off(self.threads.len().min(2));
+        let mut others = self.threads.drain(..);
+        workers.into_iter().for_each(join);
         // Nobody would come back to what they have put off.
         while let Some(Deferred { descriptor, work, .. }) = self.shared.retries.take_any() {
             self.shared.lease().give_up(&descriptor, work);
         }
         self.shared.stop_notes();
-        let _panicked = control.join();
+        others.next().into_iter().for_each(join);
+        self.shared.reports.stop();
+        others.for_each(join);
     }
 
     /// Poisons what is absent of a descriptor, or fills it where the kernel can't do that. Whether nothing is left of
@@ -783,6 +849,15 @@ impl Drop for Pager {
                 let _kept = shutdown::sole(serving.uffd).into_raw_fd();
             }
         }
+    }
+}
+
+/// Waits for a thread, unless it is this one: a source, or a callback, may be the last that has the pager. Then it ends
+/// by itself.
+fn join(thread: JoinHandle<()>) {
+    if thread.thread().id() != thread::current().id() {
+        // A panic has been reported.
+        let _panicked = thread.join();
     }
 }
 

@@ -1,36 +1,69 @@
-//! Whether memory may be this process's own.
+//! Whether a descriptor is of this process, or of another one.
 
-use std::io;
-use std::ops::Range;
+use crate::{Errno, RegisterMode, Uffd, sys};
 
-use crate::maps::Process;
+/// How many pages are tried.
+const PAGES: usize = 2;
 
-/// Whether this process has memory in a range that is registered with some userfaultfd.
+/// Returns whether a descriptor may handle the faults of this process's memory.
 ///
-/// Asked of a range that was just registered with a descriptor, it tells whether the descriptor may belong to this
-/// process: then the range is mapped here, and registered.
-pub(super) fn is_registered_here(range: &Range<usize>) -> io::Result<bool> {
-    let here = Process::Own.mappings_with_pages(range)?;
-    // What a kernel doesn't tell may be so.
-    Ok(here.iter().any(|mapping| mapping.registered != Some(false)))
+/// A private page that was mapped for this can be registered with it then, whatever other threads do. With a descriptor
+/// of another process that is `EINVAL`: nothing is mapped there at that address, unless by a chance that is made small.
+pub(super) fn is_own(uffd: &Uffd) -> crate::Result<bool> {
+    for _ in 0..PAGES {
+        let page = sys::map_somewhere(crate::page_size())?;
+        let address = page.as_ptr().cast();
+        let registered = uffd.register_unexplained(address, crate::page_size(), RegisterMode::MISSING);
+        if registered.is_ok() {
+            // Before it is unmapped, which would be an event.
+            uffd.unregister_unexplained(address, crate::page_size())?;
+        }
+        #[expect(unsafe_code, reason = "the page is this function's")]
+        // SAFETY: it was mapped above, and nothing refers to it.
+        unsafe {
+            sys::unmap(page, crate::page_size());
+        }
+        match registered {
+            Ok(_) => {}
+            Err(error) if error.errno() == Some(Errno::EINVAL) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::UffdBuilder;
+    use crate::support::child::{self, Forked};
+    use crate::support::memory::Memory;
+    use crate::support::{dead, require, test_name, uffd};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
 
     #[test]
-    fn this_process_knows_its_own() {
-        crate::support::require!();
-        let page = crate::page_size();
-        let mut memory = memmap2::MmapMut::map_anon(3 * page).unwrap();
-        let start = memory.as_mut_ptr();
-        let uffd = UffdBuilder::new().close_on_exec(true).create().unwrap();
-        let middle = start.addr() + page..start.addr() + 2 * page;
-        assert!(!is_registered_here(&middle).unwrap());
-        uffd.register(start.wrapping_add(page).cast(), page).unwrap();
-        assert!(is_registered_here(&middle).unwrap());
-        assert!(!is_registered_here(&(start.addr()..middle.start)).unwrap());
+    fn a_descriptor_of_this_process_is_told_from_another_ones() {
+        require!();
+        child::run_well(test_name!(), || {
+            let own = uffd(crate::FeatureFlags::EVENT_UNMAP);
+            assert!(is_own(&own).unwrap());
+            // Of a process with the same layout, which has this memory at the same address.
+            let memory = Memory::anonymous(1);
+            let (here, there) = UnixStream::pair().unwrap();
+            let child: Forked = child::fork(|| {
+                let other = uffd(crate::FeatureFlags::empty());
+                child::send_fd(&there, other.as_fd());
+                let _until_killed = std::io::Read::read(&mut &there, &mut [0]);
+            });
+            let other = Uffd::from(child::receive_fd(&here));
+            other.register(memory.start(), memory.len()).unwrap();
+            for _ in 0..100 {
+                assert!(!is_own(&other).unwrap());
+            }
+            child.kill();
+            child.wait();
+            let gone = is_own(&dead::uffd(&memory)).unwrap_err().errno();
+            assert!(matches!(gone, Some(Errno::ESRCH | Errno::ENOMEM)), "{gone:?}");
+        });
     }
 }

@@ -11,6 +11,8 @@ pub(crate) enum Point {
     AfterFill,
     /// Others are about to be waked, whose fault another fill has answered.
     BeforeWake,
+    /// The child of a fork is about to be served. Not in the life of a fault.
+    BeforeAdopt,
 }
 
 /// The pager is at a point, with the page at an address. Nothing outside of tests.

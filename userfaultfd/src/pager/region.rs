@@ -281,6 +281,7 @@ impl Region {
             poison: offered.contains(IoctlFlags::POISON),
             pages,
             followed: None,
+            is_childs: false,
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
         })
@@ -353,6 +354,8 @@ pub(crate) struct Served {
     pub(crate) pages: Pages,
     /// Its end, if memory of the same mapping that was registered before follows: what is there is no growth.
     pub(crate) followed: Option<usize>,
+    /// Whether a fork brought it.
+    pub(crate) is_childs: bool,
     /// Its absent pages are to be poisoned, or filled at once.
     ending: AtomicBool,
     /// Where it is noted which pages faults came for, once somebody has wanted to know.
@@ -458,6 +461,7 @@ impl Served {
             poison: self.poison,
             pages,
             followed: self.followed,
+            is_childs: true,
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
         }

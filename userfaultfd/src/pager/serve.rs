@@ -336,7 +336,7 @@ impl Worker {
         } else if let Some(serving) = self.shared.remove(descriptor) {
             // Closing it would show zeros where pages are missing.
             std::mem::forget(Arc::clone(&serving.uffd));
-            descriptor.leave(serving);
+            self.shared.leave(descriptor, serving);
         }
     }
 

@@ -1,34 +1,40 @@
 //! What the threads of a pager share. Faults meet at none of its locks.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fmt;
+use std::fs::File;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, TryLockError};
+use std::time::Duration;
 
 use memmap2::MmapRaw;
 
 use super::ahead::Ahead;
 use super::apart;
-use super::descriptor::{Descriptor, Serving, lock};
+use super::descriptor::{Descriptor, Origin, Serving, lock};
 use super::fill::Filler;
 use super::layout::{Layout, ROOM, Segments};
 use super::region::Served;
+use super::reports::Reports;
 use super::retry::RetryQueue;
 use super::stats::Counters;
 use super::{Error, Problem, Result, Retry, Statistics};
 use crate::owner::{InheritedFd, Owner, abandon};
 use crate::{Uffd, sys};
 
-/// What the thread in the background is told by those that serve faults. They don't do it themselves: it takes locks
-/// that who waits for a page may hold, the allocator's or those of the program's callback.
+/// What the threads that serve faults have others do. They don't do it themselves: it takes locks that who waits for a
+/// page may hold, the allocator's or those of the program's callback.
 #[derive(Debug)]
 pub(crate) enum Note {
+    /// For the thread that reports.
     Problem(Problem),
+    /// For the control thread.
     Fork(Fork),
-    /// Something [has gone](Shared::take_gone).
-    Gone,
+    /// Something isn't served any more: likewise.
+    Ended,
 }
 
 /// A process forked, and this is its child's.
@@ -42,20 +48,18 @@ pub(crate) struct Fork {
     pub(crate) states: std::io::Result<MmapRaw>,
 }
 
-/// Notes that aren't taken yet. Adding one takes nothing of the allocator's: see `apart`. Problems that there is no room
-/// for are lost; for forks, and for what has gone, room is made.
+/// Notes for the control thread that it hasn't taken yet. Adding one takes nothing of the allocator's: see `apart`.
 #[derive(Debug)]
 struct Notes {
-    problems: VecDeque<Problem>,
     forks: apart::Vec<Fork>,
-    /// What was served, and is to be freed once nobody has it.
+    /// Room for what a change takes out of a layout.
     gone: Segments,
+    ended: bool,
     /// Whether one was taken, and its child isn't served yet.
     adopting: bool,
     stopped: bool,
 }
 
-const PROBLEMS: usize = 1024;
 const AHEAD: usize = 1024;
 const FORKS: usize = 16;
 
@@ -99,6 +103,30 @@ impl Token {
     }
 }
 
+/// All regions that were added and not freed yet, so that none ends with a thread that serves faults: to free its source
+/// is the program's code. And what is left to be known of those that were.
+#[derive(Debug, Default)]
+struct Regions {
+    all: Vec<Arc<Served>>,
+    present: usize,
+    absent: usize,
+}
+
+impl Regions {
+    /// The pages of a region that are there, and those that are missing.
+    fn figures(region: &Served) -> (usize, usize) {
+        let (present, poisoned) = region.pages.present_and_poisoned();
+        (present, region.pages.count() - present - poisoned)
+    }
+}
+
+impl Notes {
+    /// Whether a process has forked whose child isn't served yet.
+    fn has_forks(&self) -> bool {
+        self.adopting || !self.forks.is_empty()
+    }
+}
+
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
 struct AtWork(AtomicBool);
 
@@ -130,9 +158,15 @@ pub(crate) struct Shared {
     table_changed: Condvar,
     /// Grows with each change of the table.
     version: AtomicU32,
-    regions: AtomicUsize,
+    region_count: AtomicUsize,
+    regions: Mutex<Regions>,
     notes: Mutex<Notes>,
-    noted: Condvar,
+    /// The control thread has taken a note.
+    note_taken: Condvar,
+    /// What the control thread waits for: its bell, and what tells of the ends of processes.
+    control_epoll: OwnedFd,
+    control_bell: OwnedFd,
+    pub(crate) reports: Reports,
     problems_lost: AtomicUsize,
     epoll: OwnedFd,
     /// Readable at any time, and looked at once the pager is to stop.
@@ -158,10 +192,13 @@ impl Shared {
         let events = libc::EPOLLIN | libc::EPOLLET;
         let timer = retries.timer();
         sys::epoll_control(epoll.as_fd(), libc::EPOLL_CTL_ADD, timer, events, Token::RETRY.0)?;
+        let (control_epoll, control_bell) = (sys::epoll()?, sys::eventfd(false)?);
+        let (control, token) = (control_bell.as_fd(), Token::STOP.0);
+        sys::epoll_control(control_epoll.as_fd(), libc::EPOLL_CTL_ADD, control, libc::EPOLLIN, token)?;
         let notes = Notes {
-            problems: VecDeque::with_capacity(PROBLEMS),
             forks: apart::with_room(FORKS),
             gone: apart::with_room(ROOM),
+            ended: false,
             adopting: false,
             stopped: false,
         };
@@ -183,9 +220,13 @@ impl Shared {
             thread_has_started: Condvar::new(),
             table_changed: Condvar::new(),
             version: AtomicU32::new(0),
-            regions: AtomicUsize::new(0),
+            region_count: AtomicUsize::new(0),
+            regions: Mutex::default(),
             notes: Mutex::new(notes),
-            noted: Condvar::new(),
+            note_taken: Condvar::new(),
+            control_epoll,
+            control_bell,
+            reports: Reports::new(),
             problems_lost: AtomicUsize::new(0),
             epoll,
             bell,
@@ -210,12 +251,18 @@ impl Shared {
         };
         let slots = table.iter().flat_map(|table| table.slots.iter().flatten());
         let of_descriptors = slots.filter(|served| descriptor.is_none_or(|id| id == served.id));
-        let own = [self.epoll.as_fd(), self.bell.as_fd(), self.retries.timer()].map(InheritedFd::new);
-        let own = own.iter().filter(|_| descriptor.is_none());
-        for fd in of_descriptors.map(|served| &served.inherited).chain(own) {
+        let own = [&self.epoll, &self.bell, &self.control_epoll, &self.control_bell];
+        let own = own.map(|fd| InheritedFd::new(fd.as_fd()));
+        let timer = InheritedFd::new(self.retries.timer());
+        let own = own.iter().chain([&timer]).filter(|_| descriptor.is_none());
+        let ends = of_descriptors.clone().filter_map(|served| served.ends.try_lock().ok());
+        let ends: Vec<_> = ends
+            .flat_map(|ends| ends.iter().map(|end| InheritedFd::new(end.as_fd())).collect::<Vec<_>>())
+            .collect();
+        for fd in of_descriptors.map(|served| &served.inherited).chain(own).chain(&ends) {
             // SAFETY: this is a child, without the threads, and every method of the pager is an error in it. The table
             // owned the descriptor when the process forked, or else its number was forgotten; nothing of the table, nor
-            // of this, is dropped any more. The pager's own three are asked for once, when it is dropped.
+            // of this, is dropped any more. The pager's own are asked for once, when it is dropped.
             unsafe { fd.close() };
         }
     }
@@ -258,16 +305,43 @@ impl Shared {
     }
 
     pub(crate) fn new_region_id(&self) -> u64 {
-        self.regions.fetch_add(1, Ordering::Relaxed) as u64
+        self.region_count.fetch_add(1, Ordering::Relaxed) as u64
+    }
+
+    /// Keeps a region until nothing else refers to it.
+    pub(crate) fn keep(&self, region: Served) -> Arc<Served> {
+        let region = Arc::new(region);
+        lock(&self.regions).all.push(Arc::clone(&region));
+        region
+    }
+
+    /// Has the regions freed that nothing refers to any more. Returns whether there are others that aren't served.
+    pub(crate) fn sweep(&self) -> bool {
+        let (mut freed, served) = (Vec::new(), self.served_regions());
+        let mut regions = lock(&self.regions);
+        let Regions { all, present, absent } = &mut *regions;
+        all.retain(|region| {
+            // Nobody makes another reference but by one that there is.
+            let is_last = Arc::strong_count(region) == 1;
+            if is_last {
+                let figures = Regions::figures(region);
+                if !region.is_childs {
+                    (*present, *absent) = (*present + figures.0, *absent + figures.1);
+                }
+                freed.push(Arc::clone(region));
+            }
+            !is_last
+        });
+        let left = all.iter().any(|region| !served.contains(&region.id));
+        drop(regions);
+        if !freed.is_empty() {
+            self.reports.free(freed);
+        }
+        left
     }
 
     /// Begins to serve a descriptor.
-    pub(crate) fn add(
-        &self,
-        serving: Serving,
-        is_child: bool,
-        was_blocking: bool,
-    ) -> Result<Arc<Descriptor>> {
+    pub(crate) fn add(&self, serving: Serving, origin: Origin) -> Result<Arc<Descriptor>> {
         let _adding = lock(&self.adding);
         self.reap();
         let uffd = Arc::clone(&serving.uffd);
@@ -277,7 +351,7 @@ impl Shared {
             (table.count, table.slots.iter().position(Option::is_none).unwrap_or(len), len)
         };
         let shards = self.counters.len() + OUTSIDE;
-        let descriptor = Descriptor::new((id, slot as u32), serving, shards, is_child, was_blocking);
+        let descriptor = Descriptor::new((id, slot as u32), serving, shards, origin);
         let descriptor = Arc::new(descriptor);
         let more = if slot == len { Vec::with_capacity(2 * len + 8) } else { Vec::new() };
         let before = {
@@ -304,7 +378,11 @@ impl Shared {
         let events = libc::EPOLLIN | libc::EPOLLET;
         let token = Token::of(&descriptor).0;
         match sys::epoll_control(self.epoll.as_fd(), libc::EPOLL_CTL_ADD, uffd.as_fd(), events, token) {
-            Ok(()) => Ok(descriptor),
+            Ok(()) => {
+                // To look after its process from now on.
+                sys::ring(self.control_bell.as_fd());
+                Ok(descriptor)
+            }
             Err(errno) => {
                 drop(self.remove(&descriptor));
                 Err(errno.into())
@@ -321,6 +399,7 @@ impl Shared {
         lock(&self.table).served -= 1;
         self.version.fetch_add(1, Ordering::Release);
         self.table_changed.notify_all();
+        self.note(Note::Ended);
         Some(serving)
     }
 
@@ -400,103 +479,130 @@ impl Shared {
         if !self.owner.is_current() {
             return;
         }
-        let table = lock(&self.table);
-        drop(self.table_changed.wait_while(table, |table| table.served > 0));
+        // A fork whose child isn't served yet was noted before its parent could end.
+        let some = |table: &mut Table| table.served > 0 || lock(&self.notes).has_forks();
+        drop(self.table_changed.wait_while(lock(&self.table), some));
+    }
+
+    /// Leaves what was served by a descriptor to the control thread, to free it.
+    pub(crate) fn leave(&self, descriptor: &Descriptor, serving: Serving) {
+        descriptor.leave(serving);
+        self.note(Note::Ended);
     }
 
     /// Ends serving a descriptor whose process has gone.
     pub(crate) fn gone(&self, descriptor: &Arc<Descriptor>) {
         if let Some(serving) = self.remove(descriptor) {
-            // Freed by who takes the descriptor out.
-            descriptor.leave(serving);
+            self.leave(descriptor, serving);
             let descriptor = super::DescriptorId(descriptor.id);
             self.note(Note::Problem(Problem::TargetGone { descriptor }));
         }
     }
 
-    /// Tells the thread in the background.
+    /// Has another thread do something.
     pub(crate) fn note(&self, note: Note) {
-        let mut notes = lock(&self.notes);
         match note {
-            Note::Problem(_) if notes.problems.len() == PROBLEMS => {
-                self.problems_lost.fetch_add(1, Ordering::Relaxed);
+            Note::Problem(problem) => {
+                if !self.reports.post(problem) {
+                    self.problems_lost.fetch_add(1, Ordering::Relaxed);
+                }
                 return;
             }
-            Note::Problem(problem) => notes.problems.push_back(problem),
             Note::Fork(fork) => {
+                let mut notes = lock(&self.notes);
                 apart::reserve(&mut notes.forks, 1);
                 notes.forks.push(fork);
             }
-            // It is there by now.
-            Note::Gone => {}
+            Note::Ended => lock(&self.notes).ended = true,
         }
-        drop(notes);
-        self.noted.notify_all();
+        sys::ring(self.control_bell.as_fd());
     }
 
-    /// Leaves it to the thread in the background to free what a change takes out of a layout.
+    /// Drops what a change takes out of a layout. That frees nothing: see [`Regions`].
     pub(crate) fn free(&self, change: impl FnOnce(&mut Segments)) {
         let mut notes = lock(&self.notes);
         change(&mut notes.gone);
         let some = !notes.gone.is_empty();
+        notes.gone.clear();
         drop(notes);
         if some {
-            self.noted.notify_all();
+            self.note(Note::Ended);
         }
     }
 
-    /// Whether any part of a region is served.
-    pub(crate) fn serves(&self, region: &Arc<Served>) -> bool {
-        self.descriptors().iter().any(|descriptor| {
-            let serving = descriptor.enter(self.outside_id());
-            let mut parts = serving.iter().flat_map(|serving| serving.layout.everything());
-            parts.any(|part| Arc::ptr_eq(&part.region, region))
-        })
+    /// The regions of which any part is served.
+    fn served_regions(&self) -> HashSet<u64> {
+        let mut served = HashSet::new();
+        for descriptor in self.descriptors() {
+            let (segments, holes) =
+                (descriptor.segments(self.outside_id(), None), descriptor.holes(self.outside_id(), None));
+            served.extend(segments.iter().chain(&holes).map(|part| part.region.id));
+        }
+        served
     }
 
-    /// Takes what was left so. There is room for more at any time.
-    pub(crate) fn take_gone(&self, gone: &mut Segments) {
-        gone.extend(lock(&self.notes).gone.drain(..));
-    }
-
-    /// Waits for a note, at most so long. Forks come first. `Err` once the pager has stopped and nothing is left.
-    pub(crate) fn next_note(&self, most: Option<std::time::Duration>) -> Result<Option<Note>, Stopped> {
-        let nothing = |notes: &mut Notes| {
-            notes.forks.is_empty() && notes.gone.is_empty() && notes.problems.is_empty() && !notes.stopped
-        };
+    /// The next note for the control thread, which has done what the one before asked for. `Err` once the pager has
+    /// stopped and nothing is left.
+    pub(crate) fn next_note(&self) -> Result<Option<Note>, Stopped> {
         let mut notes = lock(&self.notes);
-        if std::mem::take(&mut notes.adopting) {
-            self.noted.notify_all();
-        }
-        notes = match most {
-            None => self.noted.wait_while(notes, nothing).unwrap_or_else(PoisonError::into_inner),
-            Some(most) => {
-                let waited = self.noted.wait_timeout_while(notes, most, nothing);
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            }
-        };
+        let adopted = std::mem::take(&mut notes.adopting);
         let fork = (!notes.forks.is_empty()).then(|| Note::Fork(notes.forks.remove(0)));
         notes.adopting = fork.is_some();
-        let note = fork.or_else(|| (!notes.gone.is_empty()).then_some(Note::Gone));
-        let note = note.or_else(|| notes.problems.pop_front().map(Note::Problem));
-        if note.is_none() && notes.stopped {
-            return Err(Stopped);
-        }
+        let note = fork.or_else(|| std::mem::take(&mut notes.ended).then_some(Note::Ended));
+        let stopped = notes.stopped;
         drop(notes);
-        self.noted.notify_all();
-        Ok(note)
+        self.note_taken.notify_all();
+        if adopted {
+            // Who waits for the last descriptor looks at this, too.
+            drop(lock(&self.table));
+            self.table_changed.notify_all();
+        }
+        if note.is_none() && stopped { Err(Stopped) } else { Ok(note) }
+    }
+
+    /// Waits until there are notes, or something tells of the end of a process. Returns how many tokens there are.
+    pub(crate) fn wait_for_notes(
+        &self,
+        events: &mut [libc::epoll_event],
+        timeout: Option<Duration>,
+    ) -> usize {
+        // Rounded up: too early is once more for nothing.
+        let millis = |time: Duration| time.as_micros().div_ceil(1000).try_into().unwrap_or(libc::c_int::MAX);
+        let timeout = timeout.map_or(-1, millis);
+        let ready = sys::epoll_wait(self.control_epoll.as_fd(), events, timeout)
+            .unwrap_or_else(|errno| unreachable!("waiting for notes: {errno}"));
+        if events[..ready].iter().any(|event| Self::token(event).is_none()) {
+            // Whether it rang is all that matters.
+            let _count = sys::read(self.control_bell.as_fd(), &mut [0; 8]);
+        }
+        ready
+    }
+
+    /// Has the control thread look after a process as soon as something can be read from `end`, or it is closed.
+    pub(crate) fn watch(&self, descriptor: &Descriptor, end: OwnedFd) -> Result<()> {
+        let end = File::from(end);
+        let kind = end.metadata()?.file_type();
+        // What is sent over a socket or a pipe tells nothing.
+        let events = match () {
+            () if kind.is_socket() => libc::EPOLLRDHUP,
+            () if kind.is_fifo() => 0,
+            () => libc::EPOLLIN,
+        };
+        let (epoll, token) = (self.control_epoll.as_fd(), Token::of(descriptor).0);
+        sys::epoll_control(epoll, libc::EPOLL_CTL_ADD, end.as_fd(), events | libc::EPOLLONESHOT, token)?;
+        lock(&descriptor.ends).push(end.into());
+        Ok(())
     }
 
     /// Waits until the children of all forks that were read are served.
     pub(crate) fn wait_for_forks(&self) {
-        let some = |notes: &mut Notes| notes.adopting || !notes.forks.is_empty();
-        drop(self.noted.wait_while(lock(&self.notes), some));
+        drop(self.note_taken.wait_while(lock(&self.notes), |notes| notes.has_forks()));
     }
 
-    /// Has the thread in the background end when nothing is left.
+    /// Has the control thread end when nothing is left.
     pub(crate) fn stop_notes(&self) {
         lock(&self.notes).stopped = true;
-        self.noted.notify_all();
+        sys::ring(self.control_bell.as_fd());
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -559,18 +665,12 @@ impl Shared {
         let all = self.counters.iter().chain(self.leases.all_counters());
         let mut sum: Statistics = all.map(Counters::snapshot).sum();
         sum.problems_lost += self.problems_lost.load(Ordering::Relaxed) as u64;
-        let mut seen = Vec::new();
-        for descriptor in self.descriptors() {
-            for segment in descriptor.segments(self.outside_id(), None) {
-                let region = segment.region;
-                if seen.contains(&region.id) {
-                    continue;
-                }
-                seen.push(region.id);
-                let (present, poisoned) = region.pages.present_and_poisoned();
-                sum.present_pages += present as u64;
-                sum.absent_pages += (region.pages.count() - present - poisoned) as u64;
-            }
+        if self.owner.is_current() {
+            let regions = lock(&self.regions);
+            let figures = regions.all.iter().map(|region| Regions::figures(region));
+            let ended = (regions.present, regions.absent);
+            let (present, absent) = figures.fold(ended, |sum, one| (sum.0 + one.0, sum.1 + one.1));
+            (sum.present_pages, sum.absent_pages) = (present as u64, absent as u64);
         }
         sum
     }

@@ -98,7 +98,7 @@ fn what_a_child_drops_closes_its_own_numbers() {
         let (pager, _, _) = served(&memory);
         let mut things = Some((pager, lazy(None), sigbus()));
         let before = open();
-        assert_eq!(before, 9, "three userfaultfds, and two pagers' three others");
+        assert_eq!(before, 13, "three userfaultfds, and two pagers' five others");
         child::fork(|| {
             drop(things.take());
             assert_eq!(open(), 0);

@@ -13,6 +13,7 @@ mod lazy;
 mod leaks;
 mod others;
 mod reader;
+mod reports;
 mod scene;
 mod sources;
 mod stuck;

@@ -11,7 +11,7 @@ use crate::scene::{self, Pages, Problems, byte, region};
 use crate::support::child::{self, Forked};
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::wait_until;
-use crate::support::{page, require, test_name, uffd};
+use crate::support::{has_features, page, require, test_name, uffd};
 
 /// A process that reads the pages it is told, and writes what it found.
 struct Target {
@@ -229,6 +229,32 @@ fn a_target_that_is_killed_is_dropped_with_the_next_fill() {
         other.process.kill();
         other.process.wait();
         drop(pager);
+    });
+}
+
+#[test]
+fn a_process_that_ends_quietly_is_noticed() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(4);
+        for (touched, forks) in [(0, false), (2, false), (2, true), (4, false)] {
+            let features = if forks { FeatureFlags::EVENT_FORK } else { FeatureFlags::empty() };
+            if !has_features(test_name!(), features) {
+                continue;
+            }
+            let (mut target, descriptor) = Target::start(&memory, features, true);
+            let problems = Problems::default();
+            let pager = Pager::builder().on_problem(problems.callback()).build().unwrap();
+            pager.add(descriptor, [region(&memory, Pages::new(page()))]).unwrap();
+            (0..touched).for_each(|page| assert_eq!(target.read(page), byte(page.into())));
+            // Nothing of it is in flight.
+            target.process.kill();
+            target.process.wait();
+            pager.join();
+            wait_until(|| problems.count("TargetGone") == 1);
+            assert_eq!(pager.descriptors(), []);
+            wait_until(|| (0..64).all(|fd| !crate::support::proc::is_userfaultfd(fd)));
+        }
     });
 }
 

@@ -398,6 +398,7 @@ macro_rules! races {
         // A point that is left out is an error here.
         const _: fn(Point) = |point| match point {
             $(Point::$point => {})*
+            Point::BeforeAdopt => {}
         };
         use $crate::pager::point::Point;
     };

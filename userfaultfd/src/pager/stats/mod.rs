@@ -48,9 +48,10 @@ macro_rules! counters {
             pub fault_latency: Histogram,
             /// How long the source took for a read, failed ones too.
             pub source_latency: Histogram,
-            /// Pages that aren't there yet. Not a counter: it falls.
+            /// Pages that aren't there yet. Not a counter: it falls. A region that isn't served any more counts with what
+            /// it had then, unless it was a fork's child's.
             pub absent_pages: u64,
-            /// Pages that are there. Not a counter: removing and unmapping lower it.
+            /// Pages that are there, likewise. Not a counter: removing lowers it.
             pub present_pages: u64,
         }
 

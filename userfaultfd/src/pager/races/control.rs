@@ -1,0 +1,217 @@
+//! Forks, the ends of processes, and who frees what is left: nothing that the program's code does is in the way, and
+//! that code runs on the thread for it.
+
+#![expect(unsafe_code, reason = "the memory is the test's, and a process forks")]
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use super::harness::{Reader, Seen, Stop, start, wait_for_progress};
+use crate::pager::point::Point;
+use crate::pager::{Around, Fill, PageSource, Pager, Problem, Region};
+use crate::support::child::{self, Forked};
+use crate::support::memory::Memory;
+use crate::support::proc::wait_until;
+use crate::support::{require, test_name, uffd};
+use crate::{FeatureFlags, Uffd};
+
+/// As good as never.
+const NEVER: Duration = Duration::from_secs(3600);
+
+fn sevens(_: u64, bytes: &mut [u8]) -> std::io::Result<Fill> {
+    bytes.fill(7);
+    Ok(Fill::Data)
+}
+
+fn region(memory: &Memory, source: impl PageSource + 'static) -> Region {
+    Region::new(memory.start().expose_provenance(), memory.len(), source).around(Around::Page)
+}
+
+/// A process that sends the descriptor of its copy of `memory`, and does something once it is told to.
+fn target(
+    memory: &Memory,
+    features: FeatureFlags,
+    act: impl FnOnce(&mut UnixStream),
+) -> (Forked, UnixStream, Uffd) {
+    let (here, mut there) = UnixStream::pair().unwrap();
+    let process = child::fork(|| {
+        let own = uffd(features);
+        own.register(memory.start(), memory.len()).unwrap();
+        child::send_fd(&there, own.as_fd());
+        assert_eq!(there.read(&mut [0]).unwrap(), 1);
+        act(&mut there);
+    });
+    let descriptor = Uffd::from(child::receive_fd(&here));
+    (process, here, descriptor)
+}
+
+fn pidfd(process: &Forked) -> OwnedFd {
+    // SAFETY: touches no memory.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, process.pid(), 0) };
+    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: it was just opened, and nothing else owns it.
+    unsafe { OwnedFd::from_raw_fd(fd as i32) }
+}
+
+#[test]
+fn joining_waits_for_the_child_of_a_fork() {
+    require!(FeatureFlags::EVENT_FORK);
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(4);
+        let (process, mut socket, descriptor) = target(&memory, FeatureFlags::EVENT_FORK, |there| {
+            // As a daemon does at its start.
+            // SAFETY: the child allocates nothing.
+            if unsafe { libc::fork() } == 0 {
+                let byte = memory.read(2);
+                there.write_all(&[byte]).unwrap();
+                let _until_told = there.read(&mut [0]);
+            }
+        });
+        let stop = Stop::at(Point::BeforeAdopt, 0..usize::MAX);
+        let pager = Arc::new(Pager::builder().build().unwrap());
+        let added = pager.add(descriptor, [region(&memory, sevens)]).unwrap();
+        socket.write_all(&[0]).unwrap();
+        stop.reached();
+        process.succeed();
+        // The control thread would notice its end.
+        pager.finish_region(added.regions[0], |_| {}).unwrap_err();
+        assert_eq!(pager.descriptors(), []);
+        let joining = Arc::clone(&pager);
+        let (joined, id) = start(move || joining.join());
+        wait_for_progress(&joined, id);
+        assert!(!joined.is_finished(), "a child is still to be served");
+        stop.go();
+        let mut byte = [0];
+        socket.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, [7]);
+        assert!(!joined.is_finished());
+        socket.write_all(&[0]).unwrap();
+        joined.join().unwrap();
+        assert_eq!(pager.descriptors(), []);
+    });
+}
+
+#[test]
+fn a_callback_that_takes_its_time_delays_no_child() {
+    require!(FeatureFlags::EVENT_FORK);
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(4);
+        let (called, is_called) = mpsc::channel();
+        let (go, may_go) = mpsc::channel::<()>();
+        let (called, may_go) = (Mutex::new(called), Mutex::new(may_go));
+        let on_problem = move |_: &Problem| {
+            called.lock().unwrap().send(()).unwrap();
+            let _gone = may_go.lock().unwrap().recv();
+        };
+        let pager = Pager::builder().on_problem(on_problem).build().unwrap();
+        let source = |offset: u64, bytes: &mut [u8]| match offset {
+            0 => Err(std::io::ErrorKind::NotFound.into()),
+            _ => sevens(offset, bytes),
+        };
+        let uffd = uffd(FeatureFlags::EVENT_FORK);
+        // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
+        let added = unsafe { pager.add_own(uffd, [region(&memory, source)]) }.unwrap();
+        let bad = pager.background(added.regions[0], crate::pager::Order::Ascending).unwrap();
+        bad.wait();
+        super::harness::tell_signals();
+        let reader = Reader::of(memory.at(0).addr());
+        is_called.recv().unwrap();
+        child::fork(|| assert_eq!(memory.read(3), 7)).succeed();
+        drop(go);
+        if crate::support::features().contains(FeatureFlags::POISON) {
+            assert_eq!(reader.wait(), Seen::POISON);
+        }
+    });
+}
+
+#[test]
+fn the_end_of_a_process_is_noticed_at_once_where_something_tells_of_it() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(4);
+        for socket_tells in [false, true] {
+            let problems = Arc::new(Mutex::new(Vec::new()));
+            let told = Arc::clone(&problems);
+            let tell = move |problem: &Problem| told.lock().unwrap().push(problem.to_string());
+            let pager = Pager::builder().look(NEVER).on_problem(tell).build().unwrap();
+            let (process, mut socket, descriptor) = target(&memory, FeatureFlags::empty(), |there| {
+                assert_eq!(memory.read(1), 7);
+                there.write_all(&[1]).unwrap();
+                assert_eq!(there.read(&mut [0]).unwrap(), 1);
+            });
+            let added = pager.add(descriptor, [region(&memory, sevens)]).unwrap();
+            let (here, there) = UnixStream::pair().unwrap();
+            if socket_tells {
+                // What comes through it isn't the end, and neither is its end.
+                pager.watch(added.descriptor, here).unwrap();
+                (&there).write_all(b"word").unwrap();
+            }
+            socket.write_all(&[0]).unwrap();
+            socket.read_exact(&mut [0]).unwrap();
+            assert_eq!(pager.descriptors(), [added.descriptor]);
+            drop(there);
+            if !socket_tells {
+                pager.watch(added.descriptor, pidfd(&process)).unwrap();
+            }
+            socket.write_all(&[0]).unwrap();
+            process.succeed();
+            pager.join();
+            wait_until(|| problems.lock().unwrap().len() == 1);
+            assert!(problems.lock().unwrap()[0].ends_with("has gone"));
+            let statistics = pager.statistics();
+            assert_eq!((statistics.present_pages, statistics.absent_pages), (1, 3), "{statistics}");
+            assert!(pager.watch(added.descriptor, UnixStream::pair().unwrap().0).is_err());
+        }
+    });
+}
+
+/// A source that tells on which thread it ends.
+struct Source(mpsc::Sender<Option<String>>, #[expect(dead_code, reason = "it is held")] Option<Arc<Pager>>);
+
+impl PageSource for Source {
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<Fill> {
+        sevens(offset, bytes)
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.0.send(thread::current().name().map(str::to_owned)).unwrap();
+    }
+}
+
+#[test]
+fn a_source_ends_on_the_thread_for_that_though_a_worker_has_it_last() {
+    require!();
+    child::run_well(test_name!(), || {
+        for holds_pager in [false, true] {
+            let (ended, ends) = mpsc::channel();
+            let pager = Arc::new(Pager::new().unwrap());
+            let source = Source(ended, holds_pager.then(|| Arc::clone(&pager)));
+            let memory = Memory::anonymous(1);
+            // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
+            let added = unsafe { pager.add_own(uffd(FeatureFlags::empty()), [region(&memory, source)]) };
+            let stop = Stop::at(Point::BeforeFill, 0..usize::MAX);
+            let reader = Reader::of(memory.at(0).addr());
+            stop.reached();
+            drop(pager.remove(added.unwrap().descriptor).unwrap());
+            assert_eq!(reader.wait(), Seen::ZERO);
+            let is_last = Arc::strong_count(&pager) == 1;
+            assert_eq!(is_last, !holds_pager);
+            let pager = (!holds_pager).then_some(pager);
+            assert!(ends.try_recv().is_err(), "the worker has it");
+            stop.go();
+            assert_eq!(ends.recv().unwrap().as_deref(), Some("uffd-reports"));
+            // Where it was the last that had the pager, all threads end.
+            let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+            if holds_pager {
+                wait_until(|| threads() == 3);
+            }
+            drop(pager);
+        }
+    });
+}

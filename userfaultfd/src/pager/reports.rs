@@ -1,0 +1,197 @@
+//! The thread that runs the program's code: it calls [`on_problem`](super::PagerBuilder::on_problem), and frees sources.
+//!
+//! Both may take their time, take any lock, panic, or end the pager. So no other thread does either, and none waits for
+//! this one but for a moment, before a page is poisoned.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::fmt;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::Problem;
+use super::descriptor::lock;
+use super::error::PROBLEM_KINDS;
+use super::load::message;
+use super::region::Served;
+use super::trace::event;
+
+/// What is called with each problem.
+pub(crate) type OnProblem = Arc<dyn Fn(&Problem) + Send + Sync>;
+
+/// Problems that wait to be reported. What exceeds that is lost, and counted.
+const ROOM: usize = 1024;
+
+/// How long a page isn't poisoned so that its problem is reported first: the access that follows may end the process.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// What is to be reported and freed.
+#[derive(Debug)]
+pub(crate) struct Reports {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    /// Regions that nothing refers to any more. Apart from the queue: it grows in the allocator, which a fork may have
+    /// locked until the threads that report problems read its event.
+    freed: Mutex<Vec<Arc<Served>>>,
+}
+
+/// Nothing here allocates: see `apart`.
+#[derive(Debug)]
+struct Queue {
+    problems: VecDeque<Problem>,
+    some_freed: bool,
+    /// How many problems were posted, and reported.
+    posted: u64,
+    reported: u64,
+    /// A worker has waited for a report in vain. None does so until all are made.
+    is_late: bool,
+    stopped: bool,
+}
+
+enum Task {
+    Report(Problem),
+    Free,
+    Stop,
+}
+
+impl Reports {
+    pub(crate) fn new() -> Self {
+        let problems = VecDeque::with_capacity(ROOM);
+        let (posted, reported) = (0, 0);
+        let queue = Queue { problems, some_freed: false, posted, reported, is_late: false, stopped: false };
+        Self { queue: Mutex::new(queue), changed: Condvar::new(), freed: Mutex::default() }
+    }
+
+    /// Has a problem reported. Returns `false` if there is no room.
+    pub(crate) fn post(&self, problem: Problem) -> bool {
+        let mut queue = lock(&self.queue);
+        if queue.problems.len() == ROOM {
+            return false;
+        }
+        queue.problems.push_back(problem);
+        queue.posted += 1;
+        drop(queue);
+        self.changed.notify_all();
+        true
+    }
+
+    /// Waits until the problems that were posted are reported, for a moment at most.
+    pub(crate) fn wait(&self) {
+        let mut queue = lock(&self.queue);
+        let posted = queue.posted;
+        if queue.is_late {
+            return;
+        }
+        let unreported = |queue: &mut Queue| queue.reported < posted && !queue.stopped;
+        let waited = self.changed.wait_timeout_while(queue, PATIENCE, unreported);
+        queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+        queue.is_late = queue.reported < posted;
+    }
+
+    /// Has regions freed, each of which is the caller's alone.
+    pub(crate) fn free(&self, regions: Vec<Arc<Served>>) {
+        lock(&self.freed).extend(regions);
+        lock(&self.queue).some_freed = true;
+        self.changed.notify_all();
+    }
+
+    /// Has the thread end when nothing is left.
+    pub(crate) fn stop(&self) {
+        lock(&self.queue).stopped = true;
+        self.changed.notify_all();
+    }
+
+    fn next(&self) -> Task {
+        let nothing = |queue: &mut Queue| queue.problems.is_empty() && !queue.some_freed && !queue.stopped;
+        let mut queue =
+            self.changed.wait_while(lock(&self.queue), nothing).unwrap_or_else(PoisonError::into_inner);
+        if let Some(problem) = queue.problems.pop_front() {
+            Task::Report(problem)
+        } else if std::mem::take(&mut queue.some_freed) {
+            Task::Free
+        } else {
+            Task::Stop
+        }
+    }
+
+    /// Reports and frees, until it is stopped.
+    pub(crate) fn run(&self, mut reporter: Reporter) {
+        loop {
+            match self.next() {
+                Task::Report(problem) => {
+                    reporter.report(&problem);
+                    let mut queue = lock(&self.queue);
+                    queue.reported += 1;
+                    queue.is_late &= queue.reported < queue.posted;
+                    drop(queue);
+                    self.changed.notify_all();
+                }
+                Task::Free => {
+                    let freed = std::mem::take(&mut *lock(&self.freed));
+                    for region in freed {
+                        if let Err(panic) = contain(|| drop(region)) {
+                            reporter.report(&Problem::Panicked { message: message(&*panic).to_owned() });
+                            forget_panic(panic);
+                        }
+                    }
+                }
+                Task::Stop => return,
+            }
+        }
+    }
+}
+
+/// Who is told: the program's callback, or else standard error.
+pub(crate) struct Reporter {
+    on_problem: Option<OnProblem>,
+    /// Which kinds of problems were printed.
+    printed: [bool; PROBLEM_KINDS],
+}
+
+impl fmt::Debug for Reporter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reporter").field("printed", &self.printed).finish_non_exhaustive()
+    }
+}
+
+impl Reporter {
+    pub(crate) fn new(on_problem: Option<OnProblem>) -> Self {
+        Self { on_problem, printed: [false; PROBLEM_KINDS] }
+    }
+
+    fn report(&mut self, problem: &Problem) {
+        event!(WARN, "problem", problem = tracing::field::display(problem));
+        let reported = match &self.on_problem {
+            Some(on_problem) => contain(|| on_problem(problem)),
+            None => contain(|| self.print(problem)),
+        };
+        if let Err(panic) = reported {
+            // It has been printed, and further problems come here all the same.
+            forget_panic(panic);
+        }
+    }
+
+    /// Prints the first problem of a kind. That a process ends is none.
+    fn print(&mut self, problem: &Problem) {
+        if matches!(problem, Problem::TargetGone { .. })
+            || std::mem::replace(&mut self.printed[problem.kind()], true)
+        {
+            return;
+        }
+        let line = format!("userfaultfd: {problem} (printed once; PagerBuilder::on_problem gets all)\n");
+        // Not through the standard library: a thread that prints memory which it waits for has its lock.
+        crate::sys::print_error(line.as_bytes());
+    }
+}
+
+fn contain(run: impl FnOnce()) -> Result<(), Box<dyn Any + Send>> {
+    panic::catch_unwind(AssertUnwindSafe(run))
+}
+
+/// Frees what a panic has left, which may panic in turn.
+fn forget_panic(panic: Box<dyn Any + Send>) {
+    if let Err(again) = contain(|| drop(panic)) {
+        std::mem::forget(again);
+    }
+}
