@@ -193,7 +193,7 @@ impl Options {
 }
 
 /// Whether the kernel has `PAGEMAP_SCAN`.
-fn can_scan() -> Result<bool> {
+pub(crate) fn can_scan() -> Result<bool> {
     match Scan::new(0..0).next_regions(&Pagemap::of_self()?, &mut [Region::default()]) {
         Ok(_) => Ok(true),
         Err(Error::SystemError(Errno::ENOTTY)) => Ok(false),

@@ -59,6 +59,11 @@ impl Word {
         self.0 & Self::PROTECTED != 0
     }
 
+    /// Nothing is there but a marker of something else than protection, or a page that was swapped out unprotected.
+    pub(crate) fn is_marker(self) -> bool {
+        self.0 & (Self::PRESENT | Self::SWAPPED | Self::PROTECTED) == Self::SWAPPED
+    }
+
     /// Nothing is there, not even a marker.
     pub(crate) fn is_empty(self) -> bool {
         self.0 & (Self::PRESENT | Self::SWAPPED | Self::PROTECTED) == 0

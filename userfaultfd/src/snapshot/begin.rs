@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Instant;
 
+use super::bits::Bits;
 use super::copier::{Active, Copier, PATIENCE, TRIES, bits_of};
 use super::layout::Part;
 use super::shared::Begin;
@@ -27,18 +28,64 @@ impl Copier {
     pub(super) fn begin(&mut self, Begin { queue, counts, changed }: Begin) -> Result<()> {
         self.dirty.join(&changed);
         self.doubted = 0;
-        self.unprotected = self.dirty.clone();
+        if !self.look.can_tell() {
+            self.unprotected.join(&self.dirty);
+        }
+        self.look_ahead()?;
         self.protect_ahead()?;
-        let (moment, mut tries) = (Instant::now(), 0);
-        while !self.protect_rest(&mut tries)? {
-            self.start_over()?;
+        let (moment, mut tries, mut all_markers) = (Instant::now(), 0, false);
+        loop {
+            if !self.protect_rest(&mut tries)? {
+                self.start_over()?;
+                continue;
+            }
+            // Protection ends without an event, too. The moment is the beginning of a look that finds all protected,
+            // since nothing is protected during it: of a page that lost its protection before, and was written, the
+            // content would be of a later moment.
+            let lost = self.look_at_all()?;
+            let markers = lost.pages == lost.markers;
+            if lost.pages == 0 || markers && all_markers {
+                break;
+            }
+            // What looks like one may be a page that was swapped out. That is protected now.
+            all_markers = markers;
+            tries += 1;
+            if tries >= TRIES * TRIES {
+                return Err(Error::SystemError(Errno::EAGAIN));
+            }
         }
         let wanted = self.dirty.clone();
-        self.dirty.set(0..self.dirty.len(), false);
+        let removed = std::mem::replace(&mut self.removed, Bits::new(wanted.len(), false));
+        self.dirty.set(0..wanted.len(), false);
+        // What is dropped only now has changed for the next one. Private anonymous memory shows it; other memory seems
+        // as protected as before.
+        self.dirty.join_common(&removed, &self.silent);
+        // And what can't be protected may change at any time.
+        self.dirty.join(&self.unprotected);
         counts.total.store((wanted.count() * page_size()) as u64, Ordering::Relaxed);
         let pause = u64::try_from(moment.elapsed().as_nanos()).unwrap_or(u64::MAX);
         counts.pause_ns.store(pause, Ordering::Relaxed);
-        self.active = Some(Active::new(queue, counts, wanted));
+        self.active = Some(Active::new(queue, counts, wanted, removed));
+        Ok(())
+    }
+
+    /// Finds what has lost its protection without an event, and lets writers go on meanwhile.
+    fn look_ahead(&mut self) -> Result<()> {
+        let mut slices = Slices::new();
+        for part in self.layout.parts().to_vec() {
+            let mut rest = part;
+            while rest.len > 0 {
+                let slice = slices.cut(rest.clone());
+                // At first nothing is protected.
+                if !self.unprotected.all(bits_of(&slice)) {
+                    slices.time(|| self.look_at(&slice))?;
+                    self.let_go_on()?;
+                }
+                rest.address += slice.len;
+                rest.offset += slice.len;
+                rest.len -= slice.len;
+            }
+        }
         Ok(())
     }
 
@@ -67,7 +114,7 @@ impl Copier {
 
     /// Lets everybody go on who waits, while no snapshot is at work.
     pub(super) fn let_go_on(&mut self) -> Result<()> {
-        self.read_while_beginning()?;
+        self.hold_faults()?;
         self.retry_held()
     }
 
@@ -75,11 +122,12 @@ impl Copier {
     fn next_unprotected(&self, from: &mut usize) -> Option<Part> {
         loop {
             let run = self.unprotected.next_run(*from, usize::MAX)?;
-            let part = self.layout.locate(&(run.start * page_size()..run.end * page_size()));
+            let bytes = run.start * page_size()..run.end * page_size();
+            let part = self.layout.locate(&bytes);
             if part.is_some() {
                 return part;
             }
-            *from = run.start + 1;
+            *from = run.start + self.layout.lost(&bytes) / page_size();
         }
     }
 
@@ -95,7 +143,7 @@ impl Copier {
                     if *tries % TRIES == 0 {
                         return if *tries < TRIES * TRIES { Ok(false) } else { Err(error) };
                     }
-                    self.read_while_beginning()?;
+                    self.hold_faults()?;
                     thread::yield_now();
                 }
                 Err(error) => return Err(error),
@@ -106,9 +154,27 @@ impl Copier {
 
     fn protect(&mut self, part: &Part) -> Result<()> {
         match self.watch.arm(&(part.address..part.address + part.len)) {
-            // Or unmapped meanwhile, which its event will tell.
-            Ok(()) | Err(Error::NotTracked { .. }) => {
+            Ok(()) => {
                 self.unprotected.set(bits_of(part), false);
+                Ok(())
+            }
+            // Unmapped, which its event will tell.
+            Err(Error::NotTracked { .. }) if self.is_changing() => Err(Error::SystemError(Errno::EAGAIN)),
+            // Some of it isn't ours any more, and no event tells: it was changed while nothing was registered.
+            Err(Error::NotTracked { .. }) if part.len > part.page => {
+                let half = (part.len / part.page).div_ceil(2) * part.page;
+                self.protect(&Part { len: half, ..part.clone() })?;
+                self.protect(&Part {
+                    address: part.address + half,
+                    offset: part.offset + half,
+                    len: part.len - half,
+                    page: part.page,
+                })
+            }
+            Err(Error::NotTracked { .. }) => {
+                self.unprotected.set(bits_of(part), false);
+                let gone = self.layout.remove(&(part.address..part.address + part.len));
+                self.gone(&gone);
                 Ok(())
             }
             Err(error) => Err(error),
@@ -130,7 +196,7 @@ impl Copier {
                 if !protected.is_err_and(|error| error.is_retryable()) {
                     break;
                 }
-                self.read_while_beginning()?;
+                self.hold_faults()?;
                 thread::yield_now();
             }
         }
@@ -147,6 +213,17 @@ impl Copier {
             }
         }
         self.changed(0..self.dirty.len());
+        // What was unmapped meanwhile, of which no event tells.
+        for part in self.layout.parts().to_vec() {
+            let all = part.address..part.address + part.len;
+            let mappings = self.watch.process.mappings(&all)?;
+            let starts = mappings.iter().map(|mapping| mapping.range.start).chain([all.end]);
+            let ends = [all.start].into_iter().chain(mappings.iter().map(|mapping| mapping.range.end));
+            for hole in ends.zip(starts).map(|(end, start)| end..start).filter(|hole| !hole.is_empty()) {
+                let gone = self.layout.remove(&hole);
+                self.gone(&gone);
+            }
+        }
         Ok(())
     }
 }

@@ -67,6 +67,17 @@ impl Bits {
         Some(start..self.find(start..last, |word| !word).unwrap_or(last))
     }
 
+    /// Whether all in a range are set.
+    pub(super) fn all(&self, range: Range<usize>) -> bool {
+        self.find(range, |word| !word).is_none()
+    }
+
+    /// Sets what is set in all of the others.
+    pub(super) fn join_common(&mut self, one: &Bits, other: &Bits) {
+        let common = one.words.iter().zip(&other.words).map(|(one, other)| one & other);
+        self.words.iter_mut().zip(common).for_each(|(word, common)| *word |= common);
+    }
+
     /// Sets what is set in the other.
     pub(super) fn join(&mut self, other: &Bits) {
         self.words.iter_mut().zip(&other.words).for_each(|(word, other)| *word |= other);
@@ -90,6 +101,7 @@ mod tests {
         assert_eq!(bits.next_run(64, 10), Some(64..74));
         assert_eq!(bits.next_run(130, 10), Some(199..200));
         assert_eq!(bits.next(200), None);
+        assert!(bits.all(60..130) && bits.all(64..128) && !bits.all(59..130) && !bits.all(60..131));
         bits.set(61..128, false);
         assert_eq!(bits.next_run(61, 1000), Some(128..130));
         let mut all = Bits::new(129, true);
@@ -97,5 +109,9 @@ mod tests {
         all.set(0..129, false);
         all.join(&bits);
         assert_eq!(all.next_run(0, 10), Some(60..61));
+        let (mut common, mut other) = (Bits::new(200, false), Bits::new(200, false));
+        other.set(129..200, true);
+        common.join_common(&bits, &other);
+        assert_eq!((common.count(), common.next(0), common.next(130)), (2, Some(129), Some(199)));
     }
 }

@@ -1,4 +1,11 @@
 //! The thread that saves pages: those about to be written first, the others in order.
+//!
+//! A page is read, then the kernel is asked whether it is still protected, then whether the layout was still the one
+//! that is known when it was read. Only then it is delivered. A page that is protected need not be the page that it
+//! seems: mremap(2) may have put another one there, or another program may have mapped and protected its own. Whoever
+//! changes the layout waits until the event is read, and as long as that is so the kernel says that the layout changes.
+//! So what was read is [kept](Kept) until it doesn't, or until a look at everything shows that nothing is where it
+//! shouldn't be.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -8,11 +15,13 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use super::bits::Bits;
 use super::layout::{Layout, Part};
+use super::look::Look;
 use super::options::Removal;
-use super::queue::{End, Item, Payload, Queue, Size};
+use super::queue::{Buffer, End, Item, Payload, Queue, Size};
 use super::shared::{Counts, Shared};
 use super::slices::Slices;
 use crate::atomic::AtomicU64;
@@ -22,9 +31,9 @@ use crate::maps::Process;
 use crate::owner::InheritedFd;
 use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, page_size, sys};
 
-/// How often pages that can't be read, or aren't protected any more, are looked at again: the event that says why may
-/// be on its way.
-const DOUBTS: u32 = 20;
+/// How long pages that can't be read, or aren't protected any more, are looked at again: the event that says why may be
+/// on its way.
+const DOUBT: Duration = Duration::from_millis(200);
 
 /// Milliseconds between two looks.
 const DOUBT_MS: i32 = 10;
@@ -40,34 +49,102 @@ pub(super) const PATIENCE: u32 = 100_000;
 pub(super) struct Active {
     queue: Arc<Queue>,
     counts: Arc<Counts>,
-    /// What is still to be saved.
+    /// What is still to be read.
     pub(super) pending: Bits,
+    /// What was read, and isn't delivered yet.
+    kept: Vec<Kept>,
     /// All that the snapshot is to hold.
     wanted: Bits,
+    /// Pages whose removal was read before the snapshot's moment. They may go at any time, and hold zeros then.
+    removed: Bits,
+    /// Those of them that are still to be saved, and were seen mapped and not protected: dropped, unless an event that
+    /// isn't read yet tells that something else lies there.
+    pub(super) dropped: Bits,
     /// Where the walk is.
     pub(super) cursor: usize,
-    /// A change of the layout waits to be told, and with it who makes it.
+    /// A change of the layout waits to be read, and with it the thread that makes it.
     pub(super) change_waits: bool,
-    doubts: u32,
+    /// Until when pages in doubt are looked at again.
+    doubt_until: Option<Instant>,
     /// All has been saved; the sink is still at it.
     pub(super) draining: bool,
 }
 
+/// What was read of some pages that were protected.
+#[derive(Debug)]
+struct Kept {
+    part: Part,
+    buffer: Buffer,
+    /// It was read because it was about to be written.
+    on_write: bool,
+}
+
 impl Active {
-    pub(super) fn new(queue: Arc<Queue>, counts: Arc<Counts>, wanted: Bits) -> Self {
-        let pending = wanted.clone();
-        Self { queue, counts, pending, wanted, cursor: 0, change_waits: false, doubts: 0, draining: false }
+    pub(super) fn new(queue: Arc<Queue>, counts: Arc<Counts>, wanted: Bits, removed: Bits) -> Self {
+        Self {
+            queue,
+            counts,
+            dropped: Bits::new(wanted.len(), false),
+            pending: wanted.clone(),
+            kept: Vec::new(),
+            wanted,
+            removed,
+            cursor: 0,
+            change_waits: false,
+            doubt_until: None,
+            draining: false,
+        }
     }
 
     /// Whether something is still to be saved.
     pub(super) fn is_pending(&self) -> bool {
-        self.pending.next(self.cursor).or_else(|| self.pending.next(0)).is_some()
+        !self.kept.is_empty() || self.pending.next(self.cursor).or_else(|| self.pending.next(0)).is_some()
+    }
+
+    /// Whether a page was read, and isn't delivered yet.
+    fn keeps(&self, page: &Part) -> bool {
+        let within =
+            |kept: &Kept| (kept.part.offset..kept.part.offset + kept.part.len).contains(&page.offset);
+        self.kept.iter().any(within)
+    }
+
+    /// Forgets what was read from some addresses.
+    pub(super) fn discard(&mut self, range: &Range<usize>) {
+        for index in (0..self.kept.len()).rev() {
+            let part = &self.kept[index].part;
+            if part.address < range.end && part.address + part.len > range.start {
+                let kept = self.kept.swap_remove(index);
+                self.pending.set(bits_of(&kept.part), true);
+                self.queue.give_back(kept.buffer);
+                self.cursor = 0;
+            }
+        }
     }
 }
 
-/// Whether pages were saved.
+/// Whether a page may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Writable {
+    Now,
+    /// It isn't saved yet.
+    Later,
+    /// Whoever writes it has been woken, and finds out.
+    Again,
+}
+
+/// What a look has found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Lost {
+    /// Pages that aren't protected, though they should be.
+    pub(super) pages: usize,
+    /// Those of them that can't be protected: guard pages, poisoned pages.
+    pub(super) markers: usize,
+}
+
+/// Whether pages were read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Saved {
+    /// They are kept, or known without.
     Yes,
     /// There is no buffer.
     Full,
@@ -82,15 +159,16 @@ pub(super) struct Copier {
     pub(super) removal: Removal,
     /// Pages stay protected after they are saved: what changes is for the next snapshot.
     series: bool,
-    /// The page table tells what is protected.
-    verifies: bool,
+    pub(super) look: Look,
     chunk: usize,
     /// What has changed since the last snapshot began; at first everything.
     pub(super) dirty: Bits,
-    /// While a snapshot begins: what of it isn't protected yet, or no more.
+    /// What isn't protected, as far as is known.
     pub(super) unprotected: Bits,
-    /// What was dropped since the last snapshot ended: it may go at any time, and hold zeros then.
+    /// Pages whose removal was read since the last snapshot began. They may go at any time.
     pub(super) removed: Bits,
+    /// Pages that may go and seem protected all the same.
+    pub(super) silent: Bits,
     pub(super) active: Option<Active>,
     /// Faults that can't be resolved yet.
     pub(super) held: VecDeque<Event>,
@@ -98,6 +176,8 @@ pub(super) struct Copier {
     pub(super) changing: u32,
     /// How often a page that is about to be written was in doubt.
     pub(super) doubted: u32,
+    /// How often what was read couldn't be delivered, since the layout changes.
+    stalled: u32,
     pub(super) fdinfo: File,
     words: Words,
     done: bool,
@@ -115,11 +195,11 @@ impl Copier {
         watch: Arc<Watch>,
         shared: Arc<Shared>,
         layout: Layout,
-        (removal, series, verifies): (Removal, bool, bool),
+        (removal, series, look): (Removal, bool, Look),
+        silent: Bits,
         chunk: usize,
     ) -> io::Result<Self> {
-        let end = layout.parts().iter().map(|part| part.offset + part.len).max().unwrap_or(0);
-        let pages = end / page_size();
+        let pages = silent.len();
         let fdinfo = File::open(format!("/proc/self/fdinfo/{}", watch.uffd.as_raw_fd()))?;
         let owned = [watch.uffd.as_fd(), watch.pagemap.as_fd(), fdinfo.as_fd()];
         shared.inherited.get_or_init(|| owned.map(InheritedFd::new));
@@ -130,15 +210,17 @@ impl Copier {
             layout,
             removal,
             series,
-            verifies,
+            look,
             chunk,
             dirty: Bits::new(pages, true),
             unprotected: Bits::new(pages, true),
             removed: Bits::new(pages, false),
+            silent,
             active: None,
             held: VecDeque::with_capacity(64),
             changing: 0,
             doubted: 0,
+            stalled: 0,
             words: Words::default(),
             done: false,
         })
@@ -242,6 +324,9 @@ impl Copier {
             // Nothing is read from it until all is saved, and for that there is no buffer.
             return Ok(sys::wait_readable([woken], -1).map(drop)?);
         }
+        if self.may_hide_removal() {
+            return Ok(sys::wait_readable([woken], DOUBT_MS).map(drop)?);
+        }
         if self.held.is_empty() {
             return Ok(sys::wait_readable([uffd, woken], -1).map(drop)?);
         }
@@ -268,7 +353,6 @@ impl Copier {
             // The next one has to hold all of it.
             self.dirty.join(&active.wanted);
         }
-        self.removed.set(0..self.removed.len(), false);
         self.done = !self.series;
         self.shared.release();
     }
@@ -291,25 +375,14 @@ impl Copier {
         let Event::Pagefault { kind: FaultKind::WriteProtected, addr, .. } = event else { return Ok(()) };
         let page = self.layout.page_at(addr.addr());
         if let Some(page) = &page {
-            let bits = bits_of(page);
-            if self.active.as_ref().is_some_and(|active| active.pending.get(bits.start)) {
-                match self.save(page, Size::Page)? {
-                    Saved::Yes => self.count(|counts| &counts.on_write, page.len),
-                    Saved::Full => {
-                        self.changing = 0;
-                        self.held.push_back(event);
-                        return Ok(());
-                    }
-                    // It is being moved or unmapped, and who waits finds out; or it can't be read at all.
-                    Saved::Doubt if self.doubted < TRIES => {
-                        self.doubted += 1;
-                        self.changing = 0;
-                        return self.watch.uffd.wake(pointer(page.address), page.len);
-                    }
-                    Saved::Doubt => self.gone(std::slice::from_ref(page)),
+            match self.save_first(page)? {
+                Writable::Now => self.changed(bits_of(page)),
+                Writable::Later => {
+                    self.held.push_back(event);
+                    return Ok(());
                 }
+                Writable::Again => return self.watch.uffd.wake(pointer(page.address), page.len),
             }
-            self.changed(bits);
         }
         let start = addr.addr() / page_size() * page_size();
         let known = page.is_some();
@@ -333,11 +406,46 @@ impl Copier {
         Ok(())
     }
 
+    /// Saves a page that is about to be written, if it must be.
+    fn save_first(&mut self, page: &Part) -> Result<Writable> {
+        let Some(active) = &mut self.active else { return Ok(Writable::Now) };
+        if active.pending.get(bits_of(page).start) {
+            match self.read(page, Size::Page, true)? {
+                Saved::Yes => {}
+                Saved::Full => {
+                    self.changing = 0;
+                    return Ok(Writable::Later);
+                }
+                // It is being moved or unmapped, and its event tells.
+                Saved::Doubt if self.changing < TRIES && self.is_changing() => {
+                    self.changing += 1;
+                    return Ok(Writable::Later);
+                }
+                // Or it can't be read at all.
+                Saved::Doubt if self.doubted < TRIES => {
+                    self.doubted += 1;
+                    self.changing = 0;
+                    return Ok(Writable::Again);
+                }
+                Saved::Doubt => self.gone(std::slice::from_ref(page)),
+            }
+        }
+        if self.active.as_ref().is_none_or(|active| !active.keeps(page)) {
+            return Ok(Writable::Now);
+        }
+        let delivered =
+            if self.changing < TRIES { self.deliver(false)? } else { self.deliver_or_read_change()? };
+        if !delivered {
+            self.changing += 1;
+        }
+        Ok(if delivered { Writable::Now } else { Writable::Later })
+    }
+
     /// Lifts the protection of a page that has been saved, if it must be, whose next write needn't be known, by ending
     /// its registration, and wakes who waits. Neither that nor registering is refused while the layout changes.
     fn register_anew(&mut self, start: usize, len: usize) -> Result<()> {
         let uffd = &self.watch.uffd;
-        if self.verifies {
+        if self.look.can_tell() {
             self.words.read(&self.watch.pagemap, &(start..start + len))?;
             if !self.words.get(0).is_protected() {
                 // Something else may lie there by now, and be registered by somebody else.
@@ -369,125 +477,304 @@ impl Copier {
     /// Pages that are gone: what they held can't be told any more, if it wasn't saved.
     pub(super) fn gone(&mut self, parts: &[Part]) {
         for part in parts {
-            self.dirty.set(bits_of(part), false);
-            let bytes = self.settle(part, || Payload::Gone);
-            self.count(|counts| &counts.gone, bytes);
+            // For the next snapshot, unless this one says so.
+            self.dirty.set(bits_of(part), true);
+            self.unprotected.set(bits_of(part), false);
+            for run in self.settle(part, || Payload::Gone) {
+                self.count(|counts| &counts.gone, run.len() * page_size());
+                self.dirty.set(run, false);
+            }
         }
     }
 
-    /// Delivers what of a part is still to be saved, without reading it. Returns how many bytes that is.
-    pub(super) fn settle(&mut self, part: &Part, payload: impl Fn() -> Payload) -> usize {
+    /// Delivers what of a part is still to be read, without reading it. Returns what that is.
+    pub(super) fn settle(&mut self, part: &Part, payload: impl Fn() -> Payload) -> Vec<Range<usize>> {
         let bits = bits_of(part);
-        let Some(active) = &mut self.active else { return 0 };
-        let (mut from, mut settled) = (bits.start, 0);
-        while let Some(run) =
-            active.pending.next_run(from, bits.end - from).filter(|run| run.start < bits.end)
-        {
-            let run = run.start..run.end.min(bits.end);
-            let len = run.len() * page_size();
-            let offset = (run.start * page_size()) as u64;
-            active.queue.push(Item { offset, len, payload: payload() });
-            active.counts.saved.fetch_add(len as u64, Ordering::Relaxed);
-            settled += len;
-            from = run.end;
-            active.pending.set(run, false);
-            if from >= bits.end {
+        let Some(active) = &mut self.active else { return Vec::new() };
+        let mut settled = Vec::new();
+        let mut from = bits.start;
+        while from < bits.end {
+            let Some(run) = active.pending.next_run(from, bits.end - from) else { break };
+            if run.start >= bits.end {
                 break;
             }
+            let run = run.start..run.end.min(bits.end);
+            let len = run.len() * page_size();
+            active.queue.push(Item { offset: (run.start * page_size()) as u64, len, payload: payload() });
+            active.counts.saved.fetch_add(len as u64, Ordering::Relaxed);
+            active.doubt_until = None;
+            from = run.end;
+            active.pending.set(run.clone(), false);
+            settled.push(run);
         }
         settled
     }
 
-    /// Saves a part, whole pages that are all still to be saved.
-    fn save(&mut self, part: &Part, size: Size) -> Result<Saved> {
+    /// Reads a part, whole pages that are all still to be read.
+    fn read(&mut self, part: &Part, size: Size, on_write: bool) -> Result<Saved> {
         let Some(active) = &mut self.active else { return Ok(Saved::Doubt) };
         let Some(mut buffer) = active.queue.buffer(size) else { return Ok(Saved::Full) };
         let range = part.address..part.address + part.len;
         let words = &mut self.words;
-        if !self.verifies {
+        let verifies = self.look.can_tell();
+        if !verifies {
             words.read(&self.watch.pagemap, &range)?;
         }
         // Where the page table doesn't tell what is protected, an empty page is one that was dropped.
-        let there = self.verifies || (0..part.len / page_size()).all(|index| !words.get(index).is_empty());
+        let there = verifies || (0..part.len / page_size()).all(|index| !words.get(index).is_empty());
         let pid = match self.watch.process {
             Process::Own => std::process::id() as libc::pid_t,
             Process::Other(pid) => pid.as_raw(),
         };
-        let read = match sys::read_memory(pid, &range, &mut buffer.bytes) {
-            Ok(bytes) => bytes == part.len && there,
+        let mapped = match sys::read_memory(pid, &range, &mut buffer.bytes) {
+            Ok(bytes) => bytes == part.len,
             Err(Errno::EFAULT) => false,
             Err(errno) => {
                 active.queue.give_back(buffer);
                 return Err(errno.into());
             }
         };
-        let mut still = read;
-        if self.verifies {
+        let mut same = mapped && there;
+        if verifies {
             words.read(&self.watch.pagemap, &range)?;
             // What is protected after it was read was so all the time: nothing but this thread protects.
             let mut pages = (0..part.len / page_size()).step_by(part.page / page_size());
-            still &= pages.all(|index| words.get(index).is_protected());
+            same &= pages.all(|index| words.get(index).is_protected());
         }
-        if still {
-            let item = Item { offset: part.offset as u64, len: part.len, payload: Payload::Data(buffer) };
-            active.queue.push(item);
-            active.counts.saved.fetch_add(part.len as u64, Ordering::Relaxed);
-            active.pending.set(bits_of(part), false);
+        let bits = bits_of(part);
+        if same {
+            active.pending.set(bits, false);
+            active.doubt_until = None;
+            active.kept.push(Kept { part: part.clone(), buffer, on_write });
             return Ok(Saved::Yes);
         }
         active.queue.give_back(buffer);
-        if part.len == part.page && self.removed.get(bits_of(part).start) {
-            // Dropped about when the snapshot began: zeros are what it held then, as good as what was there before.
-            self.settle(part, || Payload::Zero);
-            return Ok(Saved::Yes);
+        if part.len == part.page && active.removed.get(bits.start) && mapped {
+            active.dropped.set(bits, true);
+            if !self.is_changing() {
+                self.settle_dropped();
+                return Ok(Saved::Yes);
+            }
         }
         Ok(Saved::Doubt)
     }
 
-    /// Saves the next pages. Tells whether there was something to do.
+    /// Delivers pages that were dropped about when the snapshot began: zeros are what they held then, as good as what
+    /// was there before.
+    fn settle_dropped(&mut self) {
+        let Some(active) = &mut self.active else { return };
+        let dropped = std::mem::replace(&mut active.dropped, Bits::new(active.wanted.len(), false));
+        let mut from = 0;
+        while let Some(run) = dropped.next_run(from, usize::MAX) {
+            from = run.end;
+            let (offset, len) = (run.start * page_size(), run.len() * page_size());
+            self.settle(&Part { address: 0, offset, len, page: page_size() }, || Payload::Zero);
+        }
+    }
+
+    /// Whether the kernel knows of a change of the layout that isn't read yet, or whose thread hasn't run since.
+    pub(super) fn is_changing(&self) -> bool {
+        // It says so before it says that an empty range is none.
+        self.watch.uffd.write_protect_unexplained(pointer(0), 0).is_err_and(|error| error.is_retryable())
+    }
+
+    /// Delivers what was read, unless the layout changes: then an event may tell that it was something else. Returns
+    /// whether nothing is left. With `look` the whole layout is looked at instead.
+    fn deliver(&mut self, look: bool) -> Result<bool> {
+        if self.active.as_ref().is_none_or(|active| active.kept.is_empty()) {
+            return Ok(true);
+        }
+        if self.is_changing() && !(look && self.is_still_ours()?) {
+            return Ok(false);
+        }
+        self.stalled = 0;
+        let Some(active) = &mut self.active else { return Ok(true) };
+        let mut lifted = Vec::new();
+        for Kept { part, buffer, on_write } in active.kept.drain(..) {
+            let len = part.len;
+            active.queue.push(Item { offset: part.offset as u64, len, payload: Payload::Data(buffer) });
+            active.counts.saved.fetch_add(len as u64, Ordering::Relaxed);
+            if on_write {
+                active.counts.on_write.fetch_add(len as u64, Ordering::Relaxed);
+            } else {
+                lifted.push(part);
+            }
+        }
+        lifted.iter().try_for_each(|part| self.lift(part))?;
+        Ok(true)
+    }
+
+    /// The same where the layout changes all the time. If something isn't where it should be, what was read is
+    /// forgotten, and the change is read that tells why.
+    fn deliver_or_read_change(&mut self) -> Result<bool> {
+        if self.deliver(true)? {
+            return Ok(true);
+        }
+        if let Some(active) = &mut self.active {
+            active.discard(&(0..usize::MAX));
+        }
+        self.read_change()?;
+        Ok(false)
+    }
+
+    /// Whether every page that should be protected is so, and what was read is registered with this descriptor. Then
+    /// no change has been made that isn't read: one that moves pages leaves a place unprotected, and one that unmaps
+    /// pages leaves a hole or memory that isn't registered so.
+    pub(super) fn is_still_ours(&mut self) -> Result<bool> {
+        if !self.look.can_tell() {
+            return Ok(true);
+        }
+        for part in self.layout.parts() {
+            let mappings = self.watch.process.mappings(&(part.address..part.address + part.len))?;
+            if mappings.iter().map(|mapping| mapping.range.len()).sum::<usize>() != part.len {
+                return Ok(false);
+            }
+        }
+        if self.look_at_all()?.pages > 0 {
+            return Ok(false);
+        }
+        let kept = self.active.iter().flat_map(|active| &active.kept);
+        Ok(kept.into_iter().all(|Kept { part, .. }| {
+            let mode = RegisterMode::WRITE_PROTECT;
+            self.watch.uffd.register_unexplained(pointer(part.address), part.len, mode).is_ok()
+        }))
+    }
+
+    /// Looks at all pages. Those that aren't protected, though they should be, have changed.
+    pub(super) fn look_at_all(&mut self) -> Result<Lost> {
+        let mut lost = Lost::default();
+        for part in self.layout.parts().to_vec() {
+            let Lost { pages, markers } = self.look_at(&part)?;
+            lost.pages += pages;
+            lost.markers += markers;
+        }
+        Ok(lost)
+    }
+
+    /// The same with a part.
+    pub(super) fn look_at(&mut self, part: &Part) -> Result<Lost> {
+        let mut found = Vec::new();
+        let bit_of = |address: usize| (part.offset + (address - part.address)) / page_size();
+        self.look.unprotected(&self.watch.pagemap, part, |range| {
+            // The others are known, and may be most of all.
+            if !self.unprotected.all(bit_of(range.start)..bit_of(range.end)) {
+                found.push(range);
+            }
+        })?;
+        let mut lost = Lost::default();
+        for range in found {
+            let first = bit_of(range.start);
+            self.words.read(&self.watch.pagemap, &range)?;
+            // What was removed about when the snapshot began may go at any time.
+            let expected = |bit| self.active.as_ref().is_some_and(|active| active.removed.get(bit));
+            let known = |bit| self.unprotected.get(bit) || expected(bit);
+            for index in (0..range.len() / page_size()).filter(|index| !known(first + index)) {
+                lost.pages += 1;
+                lost.markers += usize::from(self.words.get(index).is_marker());
+            }
+            self.changed(first..first + range.len() / page_size());
+        }
+        Ok(lost)
+    }
+
+    /// Reads the next pages. Returns whether there was something to do.
     fn walk(&mut self) -> Result<bool> {
         let pages = self.chunk / page_size();
         let Some(active) = &mut self.active else { return Ok(false) };
         if active.draining {
             return Ok(false);
         }
+        let keeps = !active.kept.is_empty();
         let Some(run) = active.pending.next_run(active.cursor, pages) else {
-            return if active.is_pending() { self.walk_again() } else { self.all_saved() };
+            return match active.is_pending() {
+                true if keeps => self.deliver_in_time(),
+                true => self.walk_again(),
+                false => self.all_saved(),
+            };
         };
         if !active.queue.has_buffer(Size::Chunk) {
-            return Ok(false);
+            return if keeps { self.deliver_in_time() } else { Ok(false) };
         }
         let bytes = run.start * page_size()..run.end * page_size();
         let Some(part) = self.layout.locate(&bytes) else {
             // Unmapped before it was wanted.
-            let part = Part { address: 0, offset: bytes.start, len: page_size(), page: page_size() };
-            self.gone(&[part]);
+            let len = self.layout.lost(&bytes);
+            self.gone(&[Part { address: 0, offset: bytes.start, len, page: page_size() }]);
             return Ok(true);
         };
-        let mut next = bits_of(&part).end;
-        match self.save(&part, Size::Chunk)? {
-            Saved::Yes => self.lift(&part)?,
-            Saved::Full => return Ok(false),
-            // One page may spoil all.
-            Saved::Doubt if part.len > part.page => {
-                for at in (0..part.len).step_by(part.page) {
-                    let page =
-                        Part { address: part.address + at, offset: part.offset + at, len: part.page, ..part };
-                    match self.save(&page, Size::Chunk)? {
-                        Saved::Yes => self.lift(&page)?,
-                        Saved::Doubt => {}
-                        Saved::Full => {
-                            next = bits_of(&page).start;
-                            break;
-                        }
-                    }
-                }
-            }
-            Saved::Doubt => {}
-        }
+        let next = self.read_pages(&part)?;
         if let Some(active) = &mut self.active {
             active.cursor = next;
         }
+        self.deliver(false)?;
+        Ok(true)
+    }
+
+    /// Reads what of a part can be. Returns how far it got.
+    fn read_pages(&mut self, part: &Part) -> Result<usize> {
+        let next = match self.read(part, Size::Chunk, false)? {
+            Saved::Full => part.offset,
+            // One page may spoil all.
+            Saved::Doubt if part.len > part.page => {
+                for at in (0..part.len).step_by(part.page) {
+                    let page = Part {
+                        address: part.address + at,
+                        offset: part.offset + at,
+                        len: part.page,
+                        page: part.page,
+                    };
+                    if self.read(&page, Size::Chunk, false)? == Saved::Full {
+                        return Ok(bits_of(&page).start);
+                    }
+                    self.deliver(false)?;
+                }
+                part.offset + part.len
+            }
+            Saved::Yes | Saved::Doubt => part.offset + part.len,
+        };
+        Ok(next / page_size())
+    }
+
+    /// Reads pages whose removal was read before they were saved, since faults hid it. Whoever removes them has to run
+    /// first.
+    pub(super) fn read_removed(&mut self, part: &Part) -> Result<()> {
+        let bits = bits_of(part);
+        let mut from = bits.start;
+        while from < bits.end {
+            let Some(active) = &self.active else { break };
+            let pages = (self.chunk / page_size()).min(bits.end - from);
+            let Some(run) = active.pending.next_run(from, pages).filter(|run| run.end <= bits.end) else {
+                break;
+            };
+            let offset = run.start * page_size();
+            let part = Part {
+                address: part.address + (offset - part.offset),
+                offset,
+                len: run.len() * page_size(),
+                page: part.page,
+            };
+            let next = self.read_pages(&part)?;
+            if next == run.start {
+                break; // there is no buffer
+            }
+            from = run.end;
+        }
+        Ok(())
+    }
+
+    /// Delivers what was read, before more can be. While the layout changes, its events are read meanwhile, unless one
+    /// waits.
+    fn deliver_in_time(&mut self) -> Result<bool> {
+        if self.deliver(false)? {
+            return Ok(true);
+        }
+        self.stalled += 1;
+        if self.stalled < TRIES && self.active.as_ref().is_some_and(|active| !active.change_waits) {
+            thread::yield_now();
+            return Ok(true);
+        }
+        self.stalled = 0;
+        self.deliver_or_read_change()?;
         Ok(true)
     }
 
@@ -517,27 +804,32 @@ impl Copier {
     fn walk_again(&mut self) -> Result<bool> {
         let Some(active) = &mut self.active else { return Ok(false) };
         active.cursor = 0;
-        if active.change_waits {
-            self.read_change()?;
-            return Ok(true);
+        if active.change_waits || self.is_changing() {
+            // Nothing else can be saved before what is to be read. That tells of everything that was made when pages
+            // were seen as dropped.
+            self.read_changes()?;
+            self.settle_dropped();
         }
-        active.doubts += 1;
-        if active.doubts <= DOUBTS {
+        let Some(active) = self.active.as_mut().filter(|active| active.is_pending()) else { return Ok(true) };
+        let now = Instant::now();
+        if now < *active.doubt_until.get_or_insert(now + DOUBT) {
             let fds = [self.watch.uffd.as_fd(), self.shared.woken.as_fd()];
             sys::wait_readable(fds, DOUBT_MS)?;
             return Ok(true);
         }
         let all = Part { address: 0, offset: 0, len: self.dirty.len() * page_size(), page: page_size() };
-        let bytes = self.settle(&all, || Payload::Gone);
-        self.count(|counts| &counts.gone, bytes);
+        for run in self.settle(&all, || Payload::Gone) {
+            self.count(|counts| &counts.gone, run.len() * page_size());
+        }
         Ok(true)
     }
 
     /// Lets pages that have been saved be written freely, unless what is written is to be known.
-    fn lift(&self, part: &Part) -> Result<()> {
+    fn lift(&mut self, part: &Part) -> Result<()> {
         if self.series {
             return Ok(());
         }
+        self.unprotected.set(bits_of(part), true);
         match self.watch.uffd.remove_write_protection(pointer(part.address), part.len, true) {
             // It is unmapped, or the layout changes: the next write to it is a fault that lifts it.
             Err(error) if error.is_retryable() || error.errno() == Some(Errno::ENOENT) => Ok(()),

@@ -1,5 +1,6 @@
 //! What is read from the descriptor: faults, and changes of the layout, which wait until they are read.
 
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
@@ -10,11 +11,12 @@ use crate::error::errno_of;
 use crate::{Errno, Error, Event, Result, sys};
 
 impl Copier {
-    pub(super) fn read_while_beginning(&mut self) -> Result<()> {
+    /// Reads all that there is. Follows changes, and holds faults back.
+    pub(super) fn hold_faults(&mut self) -> Result<()> {
         while let Some(event) = self.watch.uffd.read_event()? {
             match event {
                 Event::Pagefault { .. } => self.held.push_back(event),
-                change => self.change(change),
+                change => self.change(change)?,
             }
         }
         Ok(())
@@ -38,21 +40,26 @@ impl Copier {
     /// Reads what there is, except a change for which something is to be saved first.
     ///
     /// The kernel delivers faults before changes, and drops what a change drops when that was read. So with no fault
-    /// unread, something to read is a change.
+    /// unread, something to read is a change. And while the layout changes, nothing is read: the only fault may vanish
+    /// before it is, and what is read instead is the change.
     pub(super) fn read_events(&mut self) -> Result<()> {
         while self.held.is_empty() && !self.active.as_ref().is_some_and(|active| active.change_waits) {
             let [readable] = sys::wait_readable([self.watch.uffd.as_fd()], 0)?;
             if !readable {
                 return Ok(());
             }
-            if self.saves_first() && self.unread_faults()? == 0 {
-                self.save_before_change();
-                return Ok(());
+            if self.may_hide_removal() {
+                return if self.unread_faults()? == 0 { self.save_before_change() } else { Ok(()) };
             }
             let Some(event) = self.watch.uffd.read_event()? else { return Ok(()) };
             self.apply(event)?;
         }
         Ok(())
+    }
+
+    /// Whether what is to be read may be a removal before which something is to be saved.
+    pub(super) fn may_hide_removal(&self) -> bool {
+        self.saves_first() && self.is_changing()
     }
 
     /// Where faults can't be resolved since the layout changes, its change is to be read.
@@ -65,7 +72,7 @@ impl Copier {
         // as the one that is held is of a page that isn't known, since it has moved, only that change tells which.
         if readable && (self.unread_faults()? == 0 || self.changing > 2 * TRIES) {
             if self.saves_first() {
-                self.save_before_change();
+                self.save_before_change()?;
             } else {
                 self.read_change()?;
             }
@@ -73,11 +80,25 @@ impl Copier {
         Ok(())
     }
 
-    fn save_before_change(&mut self) {
+    /// Has everything saved before the change is read that waits. A removal is made when it was read; any other change
+    /// has been made, and is read at once.
+    fn save_before_change(&mut self) -> Result<()> {
+        if !self.is_still_ours()? {
+            return self.read_change();
+        }
         if let Some(active) = &mut self.active {
             active.change_waits = true;
             active.cursor = 0;
         }
+        Ok(())
+    }
+
+    /// Reads all that there is, so that nothing is left unread that was made before; faults are held back.
+    pub(super) fn read_changes(&mut self) -> Result<()> {
+        if let Some(active) = &mut self.active {
+            active.change_waits = false;
+        }
+        self.hold_faults()
     }
 
     /// Reads the change that waits; the faults before it are held back.
@@ -86,7 +107,7 @@ impl Copier {
             if matches!(event, Event::Pagefault { .. }) {
                 self.held.push_back(event);
             } else {
-                self.change(event);
+                self.change(event)?;
                 break;
             }
         }
@@ -97,41 +118,53 @@ impl Copier {
         Ok(())
     }
 
+    fn discard(&mut self, range: &Range<usize>) {
+        if let Some(active) = &mut self.active {
+            active.discard(range);
+        }
+    }
+
     fn apply(&mut self, event: Event) -> Result<()> {
         match event {
             Event::Pagefault { .. } => self.fault(event),
-            change => {
-                self.change(change);
-                Ok(())
-            }
+            change => self.change(change),
         }
     }
 
     /// Follows a change of the layout.
-    fn change(&mut self, event: Event) {
+    fn change(&mut self, event: Event) -> Result<()> {
         match event {
             Event::Remove { start, end } => {
-                let begun = self.active.as_ref().is_some_and(|active| !active.draining);
                 for part in self.layout.at(&(start.addr()..end.addr())) {
-                    let bits = bits_of(&part);
-                    if begun && self.removal == Removal::Zero {
-                        self.settle(&part, || Payload::Zero);
-                    } else if !begun {
-                        self.removed.set(bits.clone(), true);
+                    match self.removal {
+                        Removal::Zero => drop(self.settle(&part, || Payload::Zero)),
+                        Removal::Save => self.read_removed(&part)?,
                     }
-                    self.changed(bits);
+                    self.removed.set(bits_of(&part), true);
+                    self.changed(bits_of(&part));
                 }
             }
             Event::Unmap { start, end } => {
-                let parts = self.layout.remove(&(start.addr()..end.addr()));
+                let range = start.addr()..end.addr();
+                self.discard(&range);
+                let parts = self.layout.remove(&range);
                 self.gone(&parts);
             }
             Event::Remap { from, to, len } => {
-                let parts = self.layout.shift(&(from.addr()..from.addr() + len), to.addr());
+                let (from, to) = (from.addr(), to.addr());
+                for part in self.layout.at(&(from..from + len)) {
+                    if let Some(active) = &mut self.active {
+                        active.dropped.set(bits_of(&part), false);
+                    }
+                }
+                self.discard(&(from..from + len));
+                self.discard(&(to..to + len));
+                let parts = self.layout.shift(&(from..from + len), to);
                 self.gone(&parts);
             }
             // A child isn't this process; its descriptor is closed here.
             Event::Fork { .. } | Event::Pagefault { .. } => {}
         }
+        Ok(())
     }
 }

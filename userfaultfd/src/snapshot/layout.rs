@@ -63,6 +63,13 @@ impl Layout {
         Some(Part { address: part.address + into, offset: range.start, len, page: part.page })
     }
 
+    /// How many bytes of a range of the snapshot, from its beginning on, lie nowhere.
+    pub(super) fn lost(&self, range: &Range<usize>) -> usize {
+        let lies = |part: &Part| part.offset < range.end && part.offset + part.len > range.start;
+        let next = self.0.iter().filter(|part| lies(part)).map(|part| part.offset).min();
+        next.map_or(range.len(), |next| next.saturating_sub(range.start))
+    }
+
     /// These addresses are gone. Returns what they were.
     pub(super) fn remove(&mut self, range: &Range<usize>) -> Vec<Part> {
         let removed = self.at(range);
@@ -101,6 +108,7 @@ mod tests {
         assert_eq!(layout.remove(&(108..112)), [part(108, 8, 4)]);
         assert_eq!(layout.parts(), [part(100, 0, 8), part(112, 12, 28), part(200, 40, 20)]);
         assert_eq!((layout.locate(&(8..12)), layout.page_at(108)), (None, None));
+        assert_eq!([8..60, 8..10, 10..60, 60..64, 4..60].map(|range| layout.lost(&range)), [4, 2, 2, 4, 0]);
 
         // Over a part of the last one.
         assert_eq!(layout.shift(&(120..128), 208), [part(208, 48, 8)]);

@@ -46,8 +46,12 @@
 //!   lifted, and everybody goes on.
 //! - **Nothing wrong is passed off as content.** Where the kernel tells what is protected (Linux 5.13), each page is
 //!   looked at after it was read: one that isn't protected any more is [`Content::Gone`], and counted in
-//!   [`Progress::gone`]. (On Linux 6.1 so are private hugetlb pages of another process that it still shares with its
-//!   parent since a fork: reading them ends their protection there.)
+//!   [`Progress::gone`]. A page is delivered only if the layout was still the known one when it was read, so that a page
+//!   that was moved or mapped in its place isn't taken for it. (On Linux 6.1 private hugetlb pages of another process that
+//!   it still shares with its parent since a fork are gone, too: reading them ends their protection there.)
+//! - **A page that isn't protected when a snapshot of a [`Series`] begins has changed**, whatever has ended its
+//!   protection: a write, a drop, a guard page, `UFFDIO_MOVE`, the merging of equal pages. Looking takes some
+//!   nanoseconds a page from Linux 6.7 on, and some hundred before.
 //!
 //! A snapshot, and a [`Series`], work in the process that began them. In the child of a fork their methods fail with
 //! [`Error::OtherProcess`](crate::Error::OtherProcess), and dropping them leaves the parent's alone.
@@ -57,12 +61,13 @@
 //! | | |
 //! | --- | --- |
 //! | it drops pages: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | saved before that, or zeros: [`Removal`] |
-//! | munmap(2), another mapping in its place | what isn't saved yet is gone: the kernel tells too late |
-//! | mremap(2) | followed to its new place |
+//! | munmap(2), another mapping in its place | what isn't saved yet is gone: the kernel tells too late. What was unmapped before a snapshot of a [`Series`] begins is gone, too, until the end of the series |
+//! | mremap(2) | followed to its new place. It returns when all of the snapshot has been read, unless [`Removal::Zero`] |
 //! | mprotect(2) to `PROT_NONE` | what isn't saved yet can't be read, and is gone if that lasts |
 //! | fork(2) | the child is another process; the snapshot goes on. From Linux 5.19 to 6.3 a child that writes to protected [hugetlb memory](crate::Uffd::write_protect) hangs |
 //! | a write through another mapping of the same file, write(2) to the file, a write to [pinned memory](crate::dirty#pinned-memory) | isn't held up: it may be in the snapshot or not |
-//! | a hole punched into the file | zeros are in the snapshot, if the page isn't saved yet |
+//! | a hole punched into the file | zeros are in the snapshot, if the page isn't saved yet; a [`Series`] doesn't notice it |
+//! | guard pages, pages moved away by `UFFDIO_MOVE` | what isn't saved yet is gone |
 //!
 //! Memory may be private anonymous, shared (memfd, tmpfs, shared anonymous) and hugetlb memory that can be read and
 //! written. Reading shared memory that nobody has touched allocates it.
@@ -121,6 +126,7 @@ mod events;
 mod format;
 mod handle;
 mod layout;
+mod look;
 mod maker;
 mod options;
 mod queue;

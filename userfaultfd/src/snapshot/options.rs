@@ -9,10 +9,10 @@ use super::copier::Copier;
 use super::error::{Error, Result};
 use super::handle::{Series, Snapshot};
 use super::layout::{Layout, Part};
+use super::look::Look;
 use super::maker::{Buffers, Maker};
 use super::shared::Shared;
 use super::sink::{Region, Sink};
-use crate::dirty::options::tells_protection;
 use crate::dirty::watch::{Protection, Watch};
 use crate::maps::Process;
 use crate::{FeatureFlags, Pid, Uffd, UffdBuilder, page_size};
@@ -26,7 +26,8 @@ const CHUNK: usize = 256 << 10;
 #[non_exhaustive]
 pub enum Removal {
     /// They are saved: who drops them, and everybody who writes to a page that is still protected, waits until all of
-    /// the snapshot has been read. Right whenever what is dropped may have been in use when the snapshot began:
+    /// the snapshot has been read. So does a thread that moves memory with mremap(2), and now and then one that unmaps it or
+    /// maps something in its place: the kernel tells what it is only to whoever lets it go on. Right whenever what is dropped may have been in use when the snapshot began:
     /// memory that an allocator gives back.
     #[default]
     Save,
@@ -168,13 +169,31 @@ impl Options {
             pages: ((self.buffer / 4 / largest).max(4), largest),
         };
         let shared = Arc::new(Shared::new().map_err(Error::Thread)?);
-        let layout = Layout::new(parts);
-        let how = (self.removal, series, tells_protection()?);
-        let copier = Copier::new(watch, Arc::clone(&shared), layout, how, chunk).map_err(Error::Thread)?;
+        let look = Look::new()?;
+        let silent = silent(&watch, &parts, look.can_tell())?;
+        let how = (self.removal, series, look);
+        let copier = Copier::new(watch, Arc::clone(&shared), Layout::new(parts), how, silent, chunk)
+            .map_err(Error::Thread)?;
         let copier = thread::Builder::new()
             .name("snapshot".into())
             .spawn(move || copier.run())
             .map_err(Error::Thread)?;
         Ok(Maker { shared, copier: Some(copier), regions, buffers })
     }
+}
+
+/// The pages that may be dropped and seem protected all the same: what isn't private anonymous memory, or all if the
+/// kernel doesn't tell what is protected.
+fn silent(watch: &Watch, parts: &[Part], can_tell: bool) -> Result<Bits> {
+    let end = parts.iter().map(|part| part.offset + part.len).max().unwrap_or(0);
+    let mut silent = Bits::new(end / page_size(), true);
+    for part in parts.iter().filter(|_| can_tell) {
+        for mapping in watch.process.mappings(&(part.address..part.address + part.len))? {
+            if mapping.anonymous {
+                let start = (part.offset + (mapping.range.start - part.address)) / page_size();
+                silent.set(start..start + mapping.range.len() / page_size(), false);
+            }
+        }
+    }
+    Ok(silent)
 }

@@ -22,7 +22,7 @@ fn each(test: &str) -> impl Iterator<Item = Memory> {
 
 /// Begins a snapshot whose sink takes nothing, does `change` to the last pages in a thread of its own, and lets the sink
 /// go on when that waits in the system call, or has returned.
-fn during(
+pub(crate) fn during(
     memory: &Memory,
     removal: Removal,
     syscall: Option<libc::c_long>,
@@ -152,7 +152,7 @@ fn pages_that_are_unmapped_are_gone_and_told_so() {
     child::run_well(test_name!(), || {
         for memory in each(test_name!()) {
             let (before, pages) = (number(&memory, 1), memory.pages());
-            let image = during(&memory, Removal::Save, Some(libc::SYS_munmap), || memory.unmap(pages - 5, 3));
+            let image = during(&memory, Removal::Save, None, || memory.unmap(pages - 5, 3));
             let gone = image.with(|delivered| delivered.gone.clone());
             let expected: Vec<u64> = (pages - 5..pages - 2).map(|page| page as u64).collect();
             assert_eq!(gone, expected, "{memory:?}");

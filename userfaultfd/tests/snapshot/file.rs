@@ -64,7 +64,7 @@ impl Drop for Folder {
 }
 
 /// Bytes as an open file.
-fn file(bytes: &[u8]) -> File {
+pub(crate) fn file(bytes: &[u8]) -> File {
     // SAFETY: the name is NUL-terminated.
     let fd = unsafe { libc::memfd_create(c"snapshot".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0, "{}", io::Error::last_os_error());

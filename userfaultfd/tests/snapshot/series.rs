@@ -10,7 +10,7 @@ use userfaultfd::{FeatureFlags, Pid, RegisterMode, Uffd};
 
 use crate::image::{Image, addresses, content, number};
 use crate::ring::Ring;
-use crate::support::memory::{self, Memory};
+use crate::support::memory::{self, Kind, Memory};
 use crate::support::{child, features, has, mapping, require, test_name, uffd};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
@@ -128,7 +128,10 @@ fn dropped_pages_have_changed() {
             assert!(delivered.gone.is_empty());
         });
         memory.write(2, 60);
-        assert_eq!(pages(&take(&mut series), &memory), [2], "{memory:?}");
+        // Other memory than private anonymous doesn't tell whether the drop was made before the snapshot began.
+        let again = if memory.kind() == Kind::Anonymous { vec![2] } else { vec![1, 2] };
+        assert_eq!(pages(&take(&mut series), &memory), again, "{memory:?}");
+        assert_eq!(pages(&take(&mut series), &memory), [], "{memory:?}");
     }
 }
 

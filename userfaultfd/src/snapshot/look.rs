@@ -1,0 +1,73 @@
+//! Looking for pages that aren't protected.
+
+use std::ops::Range;
+
+use super::layout::Part;
+use crate::dirty::options::{can_scan, tells_protection};
+use crate::dirty::watch::{CHUNK, Words, runs};
+use crate::pagemap::{Categories, Pagemap, Region, Scan};
+use crate::{Result, page_size};
+
+/// Ranges that a scan reports at a time.
+const RANGES: usize = 256;
+
+/// How the kernel reports what is protected.
+#[derive(Debug)]
+pub(super) enum Look {
+    /// By a scan (Linux 6.7), which takes some nanoseconds a page.
+    Scan(Box<[Region]>),
+    /// By the words of the page map (Linux 5.13): some hundred nanoseconds a page.
+    Words(Words),
+    /// Not at all.
+    Never,
+}
+
+impl Look {
+    pub(super) fn new() -> Result<Self> {
+        Ok(match tells_protection()? {
+            false => Look::Never,
+            true if can_scan()? => Look::Scan(vec![Region::default(); RANGES].into()),
+            true => Look::Words(Words::default()),
+        })
+    }
+
+    pub(super) fn can_tell(&self) -> bool {
+        !matches!(self, Look::Never)
+    }
+
+    /// Finds the runs of pages in a part that aren't protected, as addresses.
+    pub(super) fn unprotected(
+        &mut self,
+        pagemap: &Pagemap,
+        part: &Part,
+        mut found: impl FnMut(Range<usize>),
+    ) -> Result<()> {
+        let all = part.address..part.address + part.len;
+        match self {
+            Look::Scan(regions) => {
+                let mut scan = Scan::new(all);
+                // Nothing but this category, picked and reported: the kernel has a fast path for that. A page that
+                // isn't protected is a written one.
+                scan.all_of(Categories::WRITTEN);
+                while let Some(regions) = scan.next_regions(pagemap, regions)? {
+                    regions.iter().for_each(|region| found(region.range()));
+                }
+            }
+            Look::Words(words) => {
+                let bytes = (CHUNK * page_size()).max(part.page);
+                for start in all.clone().step_by(bytes) {
+                    let chunk = start..all.end.min(start.saturating_add(bytes));
+                    words.read(pagemap, &chunk)?;
+                    let unprotected = |index: usize| {
+                        let word = words.get(index * (part.page / page_size()));
+                        // Of hugetlb memory holes aren't reported by a scan, either.
+                        !word.is_protected() && (part.page == page_size() || !word.is_empty())
+                    };
+                    runs(&chunk, part.page, unprotected).into_iter().for_each(&mut found);
+                }
+            }
+            Look::Never => {}
+        }
+        Ok(())
+    }
+}
