@@ -91,11 +91,17 @@ fn many_faults_are_read_in_one_system_call() {
     let memory = missing(&uffd, 32);
     with_pending_faults(&uffd, &memory, || {
         let mut buffer = EventBuffer::new(memory.pages() + 1);
-        assert_eq!(uffd.read_batch(&mut buffer).unwrap(), memory.pages());
+        let before = proc::fdinfo(&uffd);
+        let count = uffd.read_batch(&mut buffer).unwrap();
         let info = proc::fdinfo(&uffd);
-        assert_eq!((info.pending, info.total), (0, memory.pages()));
         let read = addresses(buffer.drain());
-        assert_eq!((read.len(), BTreeSet::from_iter(read)), (memory.pages(), pages(&memory)));
+        // A thread that is woken for another reason, by a signal or a late wake of a futex, withdraws its fault and faults
+        // again: then one is missing here, and is pending now.
+        let missing = pages(&memory).difference(&read.iter().copied().collect()).count();
+        let seen = format!("{before:?} before, {info:?} after; {missing} pages not among {read:x?}");
+        assert_eq!(count, memory.pages(), "{seen}");
+        assert_eq!((info.pending, info.total), (0, memory.pages()), "{seen}");
+        assert_eq!((read.len(), BTreeSet::from_iter(read)), (memory.pages(), pages(&memory)), "{seen}");
     });
 }
 
