@@ -85,6 +85,8 @@ impl Waiting {
         if budget.is_zero() || shared.start_spinning().is_err() {
             return false;
         }
+        // Also if answering what is found panics.
+        let spinning = Spinning(shared);
         let start = Instant::now();
         let found = loop {
             if look() {
@@ -95,7 +97,7 @@ impl Waiting {
             }
             std::hint::spin_loop();
         };
-        shared.end_spinning();
+        drop(spinning);
         if !found {
             self.choice.missed();
         }
@@ -138,6 +140,15 @@ impl Waiting {
             // Without the permission it stays where it is.
             let _moved = sys::run_on(cpu);
         }
+    }
+}
+
+/// Lets other threads spin once it is dropped.
+struct Spinning<'a>(&'a Shared);
+
+impl Drop for Spinning<'_> {
+    fn drop(&mut self) {
+        self.0.end_spinning();
     }
 }
 
@@ -339,6 +350,15 @@ mod tests {
         let (mut one, mut other) = (waiting(Delivery::Spin(LONGEST)), waiting(Delivery::Spin(LONGEST)));
         assert!(one.spin(&shared, || !looks(&mut other, &shared, true)));
         assert!(looks(&mut other, &shared, true), "the first has ended");
+    }
+
+    #[test]
+    fn a_thread_that_panics_while_it_spins_lets_others_spin() {
+        let shared = shared();
+        let mut panicking = waiting(Delivery::Spin(LONGEST));
+        let spin = std::panic::AssertUnwindSafe(|| panicking.spin(&shared, || panic!("a mistake")));
+        assert!(std::panic::catch_unwind(spin).is_err());
+        assert!(looks(&mut waiting(Delivery::Spin(LONGEST)), &shared, true));
     }
 
     /// How many of so many faults it spins for, if they take so long, sleeping and spinning.

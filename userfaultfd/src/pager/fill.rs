@@ -528,6 +528,7 @@ impl Filler {
                     return (0, Some(errno_of(&error)));
                 }
             }
+            reach(Point::BeforeMap, run.address());
             let mut mode = ContinueMode::empty();
             mode.set(ContinueMode::WRITE_PROTECT, run.region.fills_protected());
             return answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);

@@ -378,6 +378,42 @@ mod tests {
     }
 
     #[test]
+    fn a_hole_takes_the_place_of_one_that_was_left_there_before() {
+        let (a, b) = (region(1, 4), region(2, 2));
+        let mut layout = Layout::default();
+        layout.insert(segment(10, 4, &a, 0));
+        let mut gone = apart::none();
+        layout.shift(10 * PAGE..14 * PAGE, 30 * PAGE, &mut gone);
+        // Something new in the middle of the hole, which is moved away in turn.
+        layout.insert(segment(11, 2, &b, 0));
+        layout.shift(11 * PAGE..13 * PAGE, 50 * PAGE, &mut gone);
+        let holes: Vec<_> =
+            layout.holes().iter().map(|s| (s.start / PAGE, s.end / PAGE, s.region.id, s.first)).collect();
+        assert_eq!(&holes[..3], [(10, 11, 1, 0), (11, 13, 2, 0), (13, 14, 1, 3)]);
+        assert!(gone.iter().any(|part| part.region.id == 1 && part.pages() == (1..3)));
+        assert_eq!(layout.find_hole(12 * PAGE).map(|hole| hole.region.id), Some(2));
+    }
+
+    #[test]
+    fn what_a_mapping_grows_by_goes_on_with_the_hole_before() {
+        let a = region(1, 4);
+        let mut layout = Layout::default();
+        layout.insert(segment(10, 4, &a, 0));
+        layout.insert(segment(30, 4, &a, 0));
+        assert!(layout.before(10 * PAGE).is_none());
+        for (start, first) in [(14, 4), (16, 6)] {
+            assert_eq!(layout.before(start * PAGE).map(|part| part.end), Some(start * PAGE));
+            assert_eq!(layout.next_start(start * PAGE), 30 * PAGE);
+            assert!(layout.grow(segment(start, 2, &a, first)));
+        }
+        assert!(layout.grow(segment(34, 1, &a, 4)));
+        let holes: Vec<_> = layout.holes().iter().map(|s| (s.start / PAGE, s.end / PAGE, s.first)).collect();
+        assert_eq!(holes, [(14, 18, 4), (34, 35, 4)]);
+        assert_eq!(layout.next_start(30 * PAGE), 34 * PAGE);
+        assert_eq!(layout.next_start(34 * PAGE), usize::MAX);
+    }
+
+    #[test]
     fn what_is_shared_is_in_both_places_once_it_is_moved() {
         crate::support::require!();
         let mut a = Served::for_tests(1, PAGE, 4);

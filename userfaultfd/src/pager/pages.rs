@@ -125,9 +125,12 @@ impl Pages {
         self.count
     }
 
-    /// How many pages are there, and how many are poisoned.
+    /// How many pages are there, and how many are poisoned. Together no more than there are pages.
     pub(crate) fn present_and_poisoned(&self) -> (usize, usize) {
-        (self.present.load(Ordering::Relaxed), self.poisoned.load(Ordering::Relaxed))
+        // What one thread has filled another may count as removed before the first has counted it.
+        let number = |count: &AtomicUsize| (count.load(Ordering::Relaxed) as isize).max(0) as usize;
+        let present = number(&self.present).min(self.count);
+        (present, number(&self.poisoned).min(self.count - present))
     }
 
     /// Takes a page that a fault is about.
@@ -346,6 +349,21 @@ mod tests {
         let absent = Claim::Mine { removed: false, tries: 0 };
         let removed = Claim::Mine { removed: true, tries: 0 };
         assert_eq!(claims, [Claim::Present, absent, removed, Claim::Present]);
+    }
+
+    #[test]
+    fn a_page_that_is_counted_out_before_it_is_counted_in_is_none() {
+        let pages = Pages::new(2).unwrap();
+        pages.count_change(PRESENT, 0);
+        pages.count_change(POISONED, 0);
+        assert_eq!(pages.present_and_poisoned(), (0, 0));
+        pages.count_change(0, PRESENT);
+        pages.count_change(0, POISONED);
+        assert_eq!(pages.present_and_poisoned(), (0, 0));
+        // As many in as there are pages, and one that isn't counted out yet.
+        (0..2).for_each(|_| pages.count_change(0, PRESENT));
+        pages.count_change(0, POISONED);
+        assert_eq!(pages.present_and_poisoned(), (2, 0));
     }
 
     #[test]

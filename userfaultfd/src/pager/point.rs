@@ -7,6 +7,8 @@ pub(crate) enum Point {
     AfterRead,
     /// The content is there, and the kernel is about to be asked.
     BeforeFill,
+    /// The content is in the page cache, and the kernel is about to be asked to map it.
+    BeforeMap,
     /// The kernel has filled what it would, which isn't noted yet; the threads that it knew to wait are awake.
     AfterFill,
     /// Others are about to be waked, whose fault another fill has answered.

@@ -193,6 +193,39 @@ fn a_page_that_waits_for_its_source_is_zero_once_it_is_removed() {
     assert_eq!(reader.wait(), Seen::ZERO);
 }
 
+/// A page that waits for a source that isn't asked again for a minute, with its reader.
+fn waiting_for_long(features: FeatureFlags) -> (Memory, Pager, Reader) {
+    let memory = Memory::anonymous(2);
+    let retry = Retry { attempts: 1000, delay: Duration::from_secs(60) };
+    let pager = pager(&Problems::default(), retry);
+    serve(&pager, uffd(features), region(&memory, Bad::new(1, usize::MAX)));
+    let reader = Reader::of(memory.at(1).addr());
+    wait_until(|| pager.statistics().source_errors > 0);
+    (memory, pager, reader)
+}
+
+#[test]
+fn a_page_that_is_unmapped_while_its_source_is_down_is_gone_at_once() {
+    require!(FeatureFlags::EVENT_UNMAP);
+    child::run_well(test_name!(), || {
+        tell_signals();
+        let (memory, _pager, reader) = waiting_for_long(FeatureFlags::EVENT_UNMAP);
+        memory.unmap(1, 1);
+        assert_eq!(reader.wait(), Seen::Signal(libc::SIGSEGV));
+    });
+}
+
+#[test]
+fn a_page_that_is_moved_while_its_source_is_down_leaves_zeros_at_once() {
+    require!(FeatureFlags::EVENT_REMAP);
+    child::run_well(test_name!(), || {
+        let (memory, _pager, reader) = waiting_for_long(FeatureFlags::EVENT_REMAP);
+        let target = Memory::anonymous(1);
+        memory.move_over(1, 1, &target, libc::MREMAP_DONTUNMAP);
+        assert_eq!(reader.wait(), Seen::ZERO);
+    });
+}
+
 #[test]
 fn a_file_that_has_become_shorter_is_poison_and_not_zeros() {
     require!();

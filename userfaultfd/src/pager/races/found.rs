@@ -73,7 +73,7 @@ fn a_hole_punched_before_a_page_is_mapped_from_the_cache_is_no_poison() {
         let Some(memory) = Flavour::Minor.memory(test, PAGES) else { return };
         let pager = Pager::new().unwrap();
         add(&pager, uffd(FeatureFlags::empty()), Flavour::Minor.region(&memory, Source::of(&memory)));
-        let stop = Stop::at(Point::BeforeFill, 0..usize::MAX);
+        let stop = Stop::at(Point::BeforeMap, 0..usize::MAX);
         let reader = Reader::of(memory.at(1).addr());
         stop.reached();
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -82,6 +82,8 @@ fn a_hole_punched_before_a_page_is_mapped_from_the_cache_is_no_poison() {
         assert_eq!(unsafe { libc::fallocate(memory.file().as_raw_fd(), mode, 0, len) }, 0);
         stop.go();
         assert_eq!(reader.wait(), content(1));
+        // The kernel had nothing to map, and the content was put there again.
+        assert!(pager.statistics().retries > 0);
     });
 }
 

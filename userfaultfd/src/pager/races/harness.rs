@@ -398,7 +398,8 @@ macro_rules! races {
         // A point that is left out is an error here.
         const _: fn(Point) = |point| match point {
             $(Point::$point => {})*
-            Point::BeforeAdopt => {}
+            // No points of every fault: see `found` and `control`.
+            Point::BeforeAdopt | Point::BeforeMap => {}
         };
         use $crate::pager::point::Point;
     };

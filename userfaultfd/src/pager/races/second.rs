@@ -21,7 +21,9 @@ static SECOND: Act<()> = Act {
 fn another(scene: &Scene, point: Point) -> Vec<Reader> {
     let reader = Reader::of(scene.at(PAGE));
     match point {
-        Point::AfterRead | Point::BeforeFill => wait_until(|| scene.statistics().duplicates > 0),
+        Point::AfterRead | Point::BeforeFill | Point::BeforeMap => {
+            wait_until(|| scene.statistics().duplicates > 0)
+        }
         // It is there, though the pager is busy with it still.
         Point::BeforeAdopt => unreachable!("it isn't in the life of a fault"),
         Point::AfterFill | Point::BeforeWake => assert_eq!(reader.wait(), Seen::Byte(PAGE as u8 + 1)),
