@@ -340,6 +340,7 @@ mod tests {
 
     #[test]
     fn pages_are_within_a_range_that_has_all_of_them() {
+        crate::support::require!();
         let segment = segment(100, 8, &region(1, 20), 5);
         let within = |start, end| segment.pages_within(&(start..end));
         assert_eq!(within(0, usize::MAX), 5..13);

@@ -760,6 +760,7 @@ mod tests {
 
     #[test]
     fn counters_of_fillers_are_each_their_own() {
+        crate::support::require!();
         let leases = Leases::new();
         for number in 0..100 {
             leases.make_counters(number);
