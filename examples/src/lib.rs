@@ -46,7 +46,7 @@ impl Error for Needs {}
 /// Runs an example, and makes an exit status of how it ends.
 pub fn run(example: impl FnOnce() -> Result<()>) -> ExitCode {
     let Err(error) = example() else { return ExitCode::SUCCESS };
-    // This library's errors don't repeat their cause, so that is told here.
+    // This library's errors say their cause; others' may leave it out.
     eprintln!("{error}");
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -57,7 +57,10 @@ impl UffdBuilder {
     /// Whether reading returns at once when there is no event, instead of waiting for one. The default is
     /// `false`.
     ///
-    /// poll(2) and epoll(7) work only on a non-blocking descriptor; on a blocking one they report an error.
+    /// poll(2) and epoll(7) work only on a non-blocking descriptor; on a blocking one they report an error, which is
+    /// taken for "readable". So an event loop or a task of an async runtime, which must never wait in a read, takes
+    /// `true`: with `false` the first read without an event holds up its thread, and all that runs there, without a
+    /// word. [`Uffd::try_read_event`] answers with an error instead.
     #[doc(alias = "O_NONBLOCK")]
     pub fn non_blocking(&mut self, non_blocking: bool) -> &mut Self {
         self.flags.non_blocking = non_blocking;

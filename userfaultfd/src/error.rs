@@ -1,5 +1,10 @@
 //! What can go wrong, and the questions to ask of it.
+//!
+//! The text of an error, here and in the other layers, is whole: it has the errno, or the text of the error that is its
+//! cause. So `source()` leads nowhere, and printing an error with its chain of causes says nothing twice. What a program
+//! asks is [`errno`](Error::errno), or the variant's fields.
 
+use std::fmt;
 use std::io;
 
 use crate::open::OpenFailure;
@@ -30,8 +35,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// A copy failed without copying anything. `EAGAIN` is never here: that is `PartiallyCopied(0)`.
-    #[error("copying into the range failed ({0:?})")]
-    CopyFailed(#[source] Errno),
+    #[error("copying into the range failed: {0}")]
+    CopyFailed(Errno),
 
     /// A copy stopped after this many bytes, perhaps 0; go on with the rest.
     ///
@@ -50,15 +55,15 @@ pub enum Error {
     },
 
     /// A system call failed.
-    #[error("system call failed ({0:?})")]
-    SystemError(#[from] Errno),
+    #[error("system call failed: {0}")]
+    SystemError(Errno),
 
     /// The kernel refused to register or unregister a range, or to protect it, and the reason was found. The text tells it,
     /// and what would work.
     ///
     /// Where it can't be found, and for what happens by itself (`EAGAIN`, `ESRCH`, `ENOMEM`; `ENOENT` where nothing is
     /// mapped any more), these operations fail with [`SystemError`](Error::SystemError).
-    #[error("{ioctl} failed ({errno:?}): {refusal}")]
+    #[error("{ioctl} failed, {errno:?}: {refusal}")]
     Refused {
         /// The operation.
         ioctl: IoctlFlags,
@@ -87,12 +92,14 @@ pub enum Error {
 
     /// Filling with zeros failed. `EAGAIN`: nothing or a part was filled; [`zeropage_with`](crate::Uffd::zeropage_with)
     /// tells how much.
-    #[error("filling the range with zeros failed ({0:?})")]
-    ZeropageFailed(#[source] Errno),
+    #[error("filling the range with zeros failed: {0}")]
+    ZeropageFailed(Errno),
 
     /// `/dev/userfaultfd` was asked for by [`OpenWith::Device`](crate::OpenWith::Device) and can't be opened.
-    #[error("cannot open /dev/userfaultfd (its file permissions decide who may; it exists since Linux 6.1)")]
-    OpenDevUserfaultfd(#[source] io::Error),
+    #[error(
+        "cannot open /dev/userfaultfd (its file permissions decide who may; it exists since Linux 6.1): {0}"
+    )]
+    OpenDevUserfaultfd(io::Error),
 
     /// No way to create a descriptor worked. The text tells what was tried and what helps.
     #[error(transparent)]
@@ -129,6 +136,12 @@ pub enum Error {
     /// The descriptor is something else than a userfaultfd.
     #[error("the descriptor is not a userfaultfd")]
     NotUserfaultfd,
+
+    /// Reading would wait, since the descriptor was made without
+    /// [`non_blocking`](crate::UffdBuilder::non_blocking): from [`try_read_event`](crate::Uffd::try_read_event) and
+    /// [`try_read_batch`](crate::Uffd::try_read_batch). [`set_nonblocking`](crate::Uffd::set_nonblocking) helps.
+    #[error("reading would wait: the descriptor was made without non_blocking(true)")]
+    Blocking,
 
     /// A buffer without room for anything: an [`EventBuffer`](crate::EventBuffer) of size 0, no regions for a
     /// scan.
@@ -175,19 +188,18 @@ pub enum Error {
     /// What was accessed since the last answer isn't known: the thread that handles a tracker's faults had to stop, or
     /// ranges that were taken and not looked at can't be given back. Protection may be off. Make a new tracker, and
     /// take all of its memory for accessed.
-    #[error("tracking failed, and what was accessed isn't known ({0:?})")]
-    TrackingFailed(#[source] Errno),
+    #[error("tracking failed, and what was accessed isn't known: {0}")]
+    TrackingFailed(Errno),
 
     /// An operation without a variant of its own stopped: [`move_pages`](crate::Uffd::move_pages),
     /// [`poison`](crate::Uffd::poison), [`zeropage_with`](crate::Uffd::zeropage_with).
-    #[error("{ioctl} stopped after {done} bytes ({errno:?})")]
+    #[error("{ioctl} stopped after {done} bytes: {errno}")]
     Stopped {
         /// Which operation, as the flag of its ioctl.
         ioctl: IoctlFlags,
         /// Bytes done before it stopped.
         done: usize,
         /// Why. After some bytes this is `EAGAIN`, and the call for the rest tells the reason.
-        #[source]
         errno: Errno,
     },
 }
@@ -207,6 +219,7 @@ impl Error {
             Error::OpenFailed(failure) => failure.errno(),
             Error::UnsupportedFeatures { .. } | Error::FeatureNeeds { .. } => Some(Errno::EINVAL),
             Error::AlreadyHandshaken
+            | Error::Blocking
             | Error::EmptyBuffer
             | Error::AlreadyTracked { .. }
             | Error::MissingServed { .. } => Some(Errno::EINVAL),
@@ -248,6 +261,12 @@ impl Error {
     }
 }
 
+impl From<Errno> for Error {
+    fn from(errno: Errno) -> Self {
+        Self::SystemError(errno)
+    }
+}
+
 impl From<Error> for io::Error {
     /// Keeps the kind that belongs to the errno, and the error itself as the inner one.
     fn from(error: Error) -> Self {
@@ -261,8 +280,87 @@ impl From<Error> for io::Error {
     }
 }
 
+/// An error that comes from outside, such as a source's or a sink's, with its causes behind it: their texts may leave
+/// them out. Each is said once.
+#[derive(Debug)]
+pub(crate) struct Whole<'a>(pub(crate) &'a (dyn std::error::Error + 'static));
+
+impl fmt::Display for Whole<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut said = self.0.to_string();
+        for cause in std::iter::successors(self.0.source(), |error| error.source()) {
+            let cause = cause.to_string();
+            if !said.contains(&cause) {
+                said.push_str(": ");
+                said.push_str(&cause);
+            }
+        }
+        f.write_str(&said)
+    }
+}
+
 /// The error number of an operating system's error.
 #[allow(deprecated, reason = "nix 0.28 renamed from_i32 to from_raw, and 0.27 is accepted too")]
 pub(crate) fn errno_of(error: &io::Error) -> Errno {
     Errno::from_i32(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{pager, snapshot};
+
+    /// As `anyhow` and others print an error with `{:#}`.
+    fn with_causes(error: &dyn std::error::Error) -> String {
+        let causes = std::iter::successors(Some(error), |error| error.source());
+        causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the store is away")]
+    struct Away(#[source] io::Error);
+
+    fn away() -> io::Error {
+        io::Error::other(Away(io::Error::from_raw_os_error(libc::ECONNRESET)))
+    }
+
+    /// Each with what its text must have.
+    fn errors() -> Vec<(Box<dyn std::error::Error>, Vec<&'static str>)> {
+        let einval = || Error::SystemError(Errno::EINVAL);
+        let io = || io::Error::from_raw_os_error(libc::EMFILE);
+        let (ioctl, errno) = (IoctlFlags::POISON, Errno::EINVAL);
+        let (address, offset) = (0x1000, 0x2000);
+        vec![
+            (einval().into(), vec!["EINVAL"]),
+            (Error::CopyFailed(errno).into(), vec!["EINVAL"]),
+            (Error::ZeropageFailed(errno).into(), vec!["EINVAL"]),
+            (Error::TrackingFailed(errno).into(), vec!["EINVAL"]),
+            (Error::Stopped { ioctl, done: 4096, errno }.into(), vec!["EINVAL", "POISON", "4096"]),
+            (Error::OpenDevUserfaultfd(io()).into(), vec!["/dev/userfaultfd", "(os error 24)"]),
+            (pager::Error::Register { address, error: einval() }.into(), vec!["0x1000", "EINVAL"]),
+            (pager::Error::Uffd(einval()).into(), vec!["EINVAL"]),
+            (pager::Error::System(io()).into(), vec!["(os error 24)"]),
+            (
+                pager::Error::Source { offset, error: away() }.into(),
+                vec!["0x2000", "the store is away", "(os error 104)"],
+            ),
+            (snapshot::Error::Kernel(einval()).into(), vec!["EINVAL"]),
+            (snapshot::Error::Sink(away()).into(), vec!["the store is away", "(os error 104)"]),
+            (snapshot::Error::Thread(io()).into(), vec!["(os error 24)"]),
+            (snapshot::Error::Fill(pager::Error::Uffd(einval())).into(), vec!["EINVAL"]),
+            (snapshot::FormatError::Io(io()).into(), vec!["(os error 24)"]),
+        ]
+    }
+
+    #[test]
+    fn texts_have_the_cause_and_have_it_once() {
+        crate::support::require!();
+        for (error, parts) in errors() {
+            let (text, chain) = (error.to_string(), with_causes(&*error));
+            for part in parts {
+                assert_eq!(text.matches(part).count(), 1, "{part} in: {text}");
+                assert_eq!(chain.matches(part).count(), 1, "{part} in: {chain}");
+            }
+        }
+    }
 }

@@ -505,6 +505,43 @@ impl Uffd {
         }
     }
 
+    /// Reads one event, like [`read_event`](Self::read_event), and never waits: for event loops and async runtimes.
+    ///
+    /// # Errors
+    ///
+    /// [`Blocking`](Error::Blocking), with nothing read, on a descriptor that was made without
+    /// [`non_blocking`](crate::UffdBuilder::non_blocking), or that another owner of its description has switched;
+    /// else as [`read_event`](Self::read_event).
+    ///
+    /// ```
+    /// use userfaultfd::{Error, UffdBuilder};
+    ///
+    /// let uffd = UffdBuilder::new().create()?;
+    /// assert!(matches!(uffd.try_read_event(), Err(Error::Blocking))); // read_event would wait for ever
+    /// uffd.set_nonblocking(true)?;
+    /// assert!(uffd.try_read_event()?.is_none());
+    /// # Ok::<(), Error>(())
+    /// ```
+    pub fn try_read_event(&self) -> Result<Option<Event>> {
+        self.never_waits()?;
+        self.read_event()
+    }
+
+    /// Reads as many events as are there and fit, like [`read_batch`](Self::read_batch), and never waits.
+    ///
+    /// # Errors
+    ///
+    /// [`Blocking`](Error::Blocking), as [`try_read_event`](Self::try_read_event); else as
+    /// [`read_batch`](Self::read_batch).
+    pub fn try_read_batch(&self, buf: &mut EventBuffer) -> Result<usize> {
+        self.never_waits()?;
+        self.read_batch(buf)
+    }
+
+    fn never_waits(&self) -> Result<()> {
+        if self.is_nonblocking()? { Ok(()) } else { Err(Error::Blocking) }
+    }
+
     /// Reads as many events as are there and fit into the buffer, in one system call, and takes them out in
     /// the order of delivery.
     ///

@@ -5,6 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use super::{DescriptorId, RegionId};
+use crate::error::Whole;
 use crate::{Errno, IoctlFlags, Uffd};
 
 /// The result of the pager's operations.
@@ -87,12 +88,11 @@ pub enum Error {
     /// be registered so, or with pages of another size. `EBUSY`: it is registered with another userfaultfd, or for
     /// more than the pager would. `EPERM`: a shared mapping that can't be written. Or the kernel lacks what the region
     /// asks for.
-    #[error("registering the region at {address:#x} failed")]
+    #[error("registering the region at {address:#x} failed: {error}")]
     Register {
         /// The region's start.
         address: usize,
         /// What the kernel said.
-        #[source]
         error: crate::Error,
     },
 
@@ -125,12 +125,11 @@ pub enum Error {
     },
 
     /// The source failed to deliver what had to be read at once.
-    #[error("the source failed at byte {offset:#x}")]
+    #[error("the source failed at byte {offset:#x}: {}", Whole(.error))]
     Source {
         /// Where in the source, in bytes.
         offset: u64,
         /// What it said.
-        #[source]
         error: io::Error,
     },
 
@@ -158,12 +157,18 @@ pub enum Error {
     },
 
     /// The kernel refused something about the descriptor.
-    #[error("the kernel refused")]
+    #[error(transparent)]
     Uffd(#[from] crate::Error),
 
     /// Memory, a thread or a descriptor for the pager itself couldn't be had.
-    #[error("the pager lacks something of the system's")]
-    System(#[from] io::Error),
+    #[error("the pager failed to get memory, a thread or a descriptor: {0}")]
+    System(io::Error),
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        Self::System(error)
+    }
 }
 
 impl From<Errno> for Error {
@@ -176,12 +181,11 @@ impl From<Errno> for Error {
 ///
 /// It comes back, since closing it would show zeros to whoever waits for its pages.
 #[derive(Debug, thiserror::Error)]
-#[error("a descriptor was refused")]
+#[error("a descriptor was refused: {error}")]
 pub struct Refused {
     /// The descriptor. Regions that were to be served may be registered with it.
     pub uffd: Uffd,
     /// Why.
-    #[source]
     pub error: Error,
 }
 
@@ -290,7 +294,8 @@ impl fmt::Display for Problem {
         match self {
             Self::Source { address, offset, error, attempts, .. } => write!(
                 f,
-                "the source failed {attempts} times at byte {offset:#x}, for the page at {address:#x}: {error}"
+                "the source failed {attempts} times at byte {offset:#x}, for the page at {address:#x}: {}",
+                Whole(error)
             ),
             Self::Stuck { address, errno, .. } => {
                 write!(f, "the page at {address:#x} can't be filled: {errno}")

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::error::Whole;
+
 /// Why a snapshot wasn't taken. Memory is free and everybody goes on, whatever it is.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -11,8 +13,8 @@ pub enum Error {
     Kernel(#[from] crate::Error),
 
     /// The sink failed.
-    #[error("the sink of the snapshot failed")]
-    Sink(#[source] io::Error),
+    #[error("the sink of the snapshot failed: {}", Whole(.0))]
+    Sink(io::Error),
 
     /// The sink panicked.
     #[error("the sink of the snapshot panicked")]
@@ -27,12 +29,12 @@ pub enum Error {
     Running,
 
     /// What is missing of a [`LazyMemory`](crate::LazyMemory) can't be filled.
-    #[error("missing pages can't be filled before the snapshot")]
-    Fill(#[source] crate::pager::Error),
+    #[error("missing pages can't be filled before the snapshot: {0}")]
+    Fill(crate::pager::Error),
 
     /// A thread or what it needs can't be had.
-    #[error("a thread for the snapshot can't be started")]
-    Thread(#[source] io::Error),
+    #[error("a thread for the snapshot can't be started: {0}")]
+    Thread(io::Error),
 }
 
 /// The result of taking a snapshot.

@@ -40,8 +40,8 @@ impl std::fmt::Debug for SnapshotId {
 #[non_exhaustive]
 pub enum FormatError {
     /// The file can't be read.
-    #[error("the snapshot file can't be read")]
-    Io(#[from] io::Error),
+    #[error("the snapshot file can't be read: {0}")]
+    Io(io::Error),
 
     /// It is another kind of file.
     #[error("the file is no snapshot")]
@@ -74,6 +74,12 @@ pub enum FormatError {
         /// The one that was given.
         found: SnapshotId,
     },
+}
+
+impl From<io::Error> for FormatError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
 }
 
 /// What lies in some blocks.

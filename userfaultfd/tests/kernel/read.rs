@@ -6,7 +6,7 @@ use std::thread;
 
 use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, Result, Uffd, UffdBuilder};
 
-use crate::support::fault::during_all;
+use crate::support::fault::{during, during_all};
 use crate::support::handler::{Fault, fill, while_changing, zero};
 use crate::support::memory::Memory;
 use crate::support::proc::{self, wait_for_pending, wait_until, wait_until_in};
@@ -246,4 +246,30 @@ fn blocking_is_switched_at_run_time_for_all_duplicates() {
         duplicate.set_nonblocking(false).unwrap();
         assert_eq!((poll(&duplicate), poll(&uffd)), (libc::POLLERR, libc::POLLERR));
     }
+}
+
+/// What an async worker reads with must not wait, whatever the descriptor is.
+#[test]
+fn a_read_that_never_waits_is_refused_on_a_blocking_descriptor() {
+    require!();
+    let (memory, uffd) = (Memory::anonymous(1), uffd(FeatureFlags::empty()));
+    uffd.register(memory.start(), memory.len()).unwrap();
+    let mut buffer = EventBuffer::new(2);
+    assert!(uffd.try_read_event().unwrap().is_none());
+    assert_eq!(uffd.try_read_batch(&mut buffer).unwrap(), 0);
+    uffd.set_nonblocking(false).unwrap();
+    let errors = [uffd.try_read_event().map(drop), uffd.try_read_batch(&mut buffer).map(drop)];
+    for error in errors {
+        let error = error.unwrap_err();
+        assert!(matches!(error, Error::Blocking) && !error.is_retryable(), "{error:?}");
+        assert!(error.to_string().contains("non_blocking"), "{error}");
+    }
+    uffd.set_nonblocking(true).unwrap();
+    let answer = |_: &crate::support::fault::Faults<'_>| {
+        wait_for_event(&uffd);
+        let event = uffd.try_read_event().unwrap();
+        assert!(matches!(event, Some(Event::Pagefault { .. })), "{event:?}");
+        zero(&uffd, &memory, 0, 1);
+    };
+    during(&uffd, &memory, || memory.read(0), answer);
 }
