@@ -1,15 +1,12 @@
 //! [`LazyMemory`]: memory of this process that fills itself.
 
 use std::fmt;
-use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
-use memmap2::{MmapMut, MmapOptions};
-
 use crate::dirty::watch::Lease;
 use crate::dirty::{self, DirtyTracker};
-use crate::owner::Owner;
+use crate::own_mapping::OwnMapping;
 use crate::pager::{
     self, ADAPTIVE, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager,
     PagerBuilder, Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics,
@@ -46,6 +43,11 @@ use crate::{FeatureFlags, Uffd, UffdBuilder};
 /// touched fails with `EFAULT`: [`populate`](Self::populate) the range before.
 /// [`serves_kernel`](Self::serves_kernel) tells.
 ///
+/// # Locked memory
+///
+/// In a process that locks what it maps (`mlockall(MCL_FUTURE)`) it is lazy, too: each page is locked once it is there.
+/// All of it counts for the limit of locked memory from the start.
+///
 /// # Forks
 ///
 /// A child hasn't got the memory (`MADV_DONTFORK`): dereferencing it there panics, its methods fail with
@@ -60,43 +62,6 @@ pub struct LazyMemory {
     memory: OwnMapping,
     len: usize,
     serves_kernel: bool,
-}
-
-/// The mapping, which only the process that made it has.
-struct OwnMapping {
-    owner: Owner,
-    mapping: ManuallyDrop<MmapMut>,
-}
-
-impl OwnMapping {
-    fn new(mapping: MmapMut) -> pager::Result<Self> {
-        Ok(Self { owner: Owner::current()?, mapping: ManuallyDrop::new(mapping) })
-    }
-
-    /// Panics in any other process: something else may be at these addresses there.
-    #[inline]
-    fn check(&self) {
-        if !self.owner.is_current() {
-            not_here();
-        }
-    }
-}
-
-#[cold]
-fn not_here() -> ! {
-    panic!("this LazyMemory was made before a fork, by the parent process: a child hasn't got it")
-}
-
-impl Drop for OwnMapping {
-    fn drop(&mut self) {
-        if self.owner.is_current() {
-            #[expect(unsafe_code, reason = "in another process it is not to be unmapped")]
-            // SAFETY: it is dropped here alone, and nothing uses it after this.
-            unsafe {
-                ManuallyDrop::drop(&mut self.mapping);
-            }
-        }
-    }
 }
 
 /// Who fills it.
@@ -293,7 +258,7 @@ impl LazyMemory {
     }
 
     fn check_owner(&self) -> pager::Result<()> {
-        if self.memory.owner.is_current() { Ok(()) } else { Err(Error::NotServed) }
+        if self.memory.is_here() { Ok(()) } else { Err(Error::NotServed) }
     }
 
     fn target(&self) -> pager::Result<Target> {
@@ -428,8 +393,8 @@ impl LazyMemory {
 
     /// The addresses, whole pages.
     fn range(&self) -> Range<usize> {
-        let start = self.memory.mapping.as_ptr().addr();
-        start..start + self.memory.mapping.len()
+        let start = self.memory.as_ptr().addr();
+        start..start + self.memory.len()
     }
 
     /// What nobody has touched yet, nor filled.
@@ -596,15 +561,8 @@ impl LazyBuilder {
         else {
             return Err(Error::Unaligned { address: 0, len, page_size });
         };
-        let mut options = MmapOptions::new();
-        options.len(whole);
-        match huge {
-            Some(bits) => options.huge(Some(bits)),
-            None => options.no_reserve_swap(),
-        };
-        let mut memory = OwnMapping::new(options.map_anon()?)?;
-        crate::sys::dont_fork(&mut memory.mapping)?;
-        let region = Region::new(memory.mapping.as_mut_ptr().expose_provenance(), whole, source)
+        let memory = OwnMapping::new(whole, huge)?;
+        let region = Region::new(memory.as_ptr().expose_provenance(), whole, source)
             .offset(offset)
             .page_size(page_size)
             .around(around);
@@ -614,6 +572,7 @@ impl LazyBuilder {
             // SAFETY: as for `add_own`; `LazyMemory::sigbus` takes nothing but sources that are signal-safe, and these
             // are the source's borders.
             let owned = unsafe { sigbus::Owned::new(uffd, region, &borders) }?;
+            memory.lock_on_fault()?;
             return Ok(LazyMemory { served: Served::Sigbus(owned), memory, len, serves_kernel: false });
         }
         let requested = FeatureFlags::THREAD_ID | protection;
@@ -635,7 +594,9 @@ impl LazyBuilder {
         let (descriptor, region) = (added.descriptor, added.regions[0]);
         let lease = Arc::clone(&pager.target(region)?.region().lease);
         let served = Served::Pager(pager, descriptor, region, lease);
-        Ok(LazyMemory { served, memory, len, serves_kernel })
+        let lazy = LazyMemory { served, memory, len, serves_kernel };
+        lazy.memory.lock_on_fault()?;
+        Ok(lazy)
     }
 }
 
@@ -651,16 +612,14 @@ impl Deref for LazyMemory {
 
     #[inline]
     fn deref(&self) -> &[u8] {
-        self.memory.check();
-        &self.memory.mapping[..self.len]
+        &self.memory.bytes()[..self.len]
     }
 }
 
 impl DerefMut for LazyMemory {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
-        self.memory.check();
-        &mut self.memory.mapping[..self.len]
+        &mut self.memory.bytes_mut()[..self.len]
     }
 }
 
@@ -680,7 +639,7 @@ impl Drop for LazyMemory {
     fn drop(&mut self) {
         // Nobody refers to the memory any more, so that what is absent may stay so. The mapping goes after this.
         if let Served::Pager(pager, descriptor, _, lease) = &self.served {
-            if self.memory.owner.is_current() {
+            if self.memory.is_here() {
                 lease.end();
                 drop(pager.remove(*descriptor));
             } else {
@@ -695,7 +654,7 @@ impl fmt::Debug for LazyMemory {
     /// Not the content: looking at it would fill it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LazyMemory")
-            .field("start", &self.memory.mapping.as_ptr())
+            .field("start", &self.memory.as_ptr())
             .field("len", &self.len)
             .field("serves_kernel", &self.serves_kernel)
             .finish_non_exhaustive()

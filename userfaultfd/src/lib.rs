@@ -254,6 +254,7 @@ mod fill;
 mod lazy;
 mod maps;
 mod open;
+mod own_mapping;
 mod owner;
 pub mod pagemap;
 pub mod pager;

@@ -521,11 +521,47 @@ pub(crate) fn map_wiped_on_fork(len: usize) -> Result<std::ptr::NonNull<u8>, Err
     wiped.map(|_| start)
 }
 
-/// Has a mapping not be there in the children of forks.
-pub(crate) fn dont_fork(map: &mut memmap2::MmapMut) -> Result<(), Errno> {
-    let (start, len) = (map.as_mut_ptr().cast(), map.len());
-    // SAFETY: the range is that of the mapping, in which nothing changes for this process.
-    check(unsafe { libc::madvise(start, len, libc::MADV_DONTFORK) }).map(drop)
+/// `len` bytes of new private memory, in pages of 2 to the power of `huge` bytes or of the base size, which isn't there
+/// in the children of forks. No page is there, although the process may lock all that it maps: mlockall(2) has the kernel
+/// fill such mappings at once. Also tells whether that is so; then [`lock_on_fault`] has to lock it again.
+pub(crate) fn map_empty(len: usize, huge: Option<u8>) -> Result<(std::ptr::NonNull<u8>, bool), Errno> {
+    let kind = match huge {
+        Some(bits) => libc::MAP_HUGETLB | libc::c_int::from(bits) << libc::MAP_HUGE_SHIFT,
+        None => libc::MAP_NORESERVE,
+    };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | kind;
+    // The kernel fills nothing that can't be accessed.
+    // SAFETY: the kernel chooses an address where nothing is.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(Errno::last());
+    }
+    let empty = || {
+        // SAFETY: the range is that of the mapping above, to which nothing leads yet, here and below.
+        check(unsafe { libc::madvise(start, len, libc::MADV_DONTFORK) })?;
+        // Of what can be wrong with it, it can only be locked, which huge pages never are.
+        // SAFETY: as above.
+        let locked = huge.is_none() && unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) } == -1;
+        if locked {
+            // SAFETY: as above.
+            check(unsafe { libc::munlock(start, len) })?;
+        }
+        // SAFETY: as above.
+        check(unsafe { libc::mprotect(start, len, libc::PROT_READ | libc::PROT_WRITE) })?;
+        Ok((std::ptr::NonNull::new(start.cast()).ok_or(Errno::ENOMEM)?, locked))
+    };
+    empty().inspect_err(|_| {
+        // SAFETY: as above.
+        unsafe { libc::munmap(start, len) };
+    })
+}
+
+/// Has each page of a range locked once it is there: mlock2(2). Linux 4.4.
+pub(crate) fn lock_on_fault(start: std::ptr::NonNull<u8>, len: usize) -> Result<(), Errno> {
+    const MLOCK_ONFAULT: libc::c_int = 1;
+    // SAFETY: nothing of the memory changes.
+    let locked = unsafe { libc::syscall(libc::SYS_mlock2, start.as_ptr(), len, MLOCK_ONFAULT) };
+    Errno::result(locked).map(drop)
 }
 
 /// Has a mapping take memory in pages of the base size. `EINVAL`: the kernel has no others.

@@ -59,6 +59,11 @@ impl Region {
     ///
     /// The memory must be mapped: private anonymous memory, memfd, tmpfs, shared anonymous, or hugetlb memory. The
     /// pager registers it for missing faults, whether it is registered already or not.
+    ///
+    /// Nothing of it must be there that is to come from the source. **Locked memory counts as present**: mlock(2)
+    /// fills a range with zeros, and mlockall(2) with `MCL_FUTURE` each new mapping, as does `MAP_POPULATE`. Map it with
+    /// `PROT_NONE`, unlock it, and make it accessible then; `mlock2` with `MLOCK_ONFAULT` locks it once it is registered.
+    /// [`LazyMemory`](crate::LazyMemory) does all that.
     pub fn new(start: usize, len: usize, source: impl PageSource + 'static) -> Self {
         Self {
             start,

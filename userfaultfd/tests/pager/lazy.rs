@@ -292,3 +292,49 @@ fn huge_pages_hold_it() {
     let refused = LazyMemory::builder(ZeroSource).len(1 << 40).huge_pages(size).build();
     assert!(matches!(refused, Err(Error::System(_))), "{refused:?}");
 }
+
+/// Whether what is mapped at an address is locked.
+fn is_locked(address: usize) -> bool {
+    let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut lines = smaps.lines().skip_while(|line| {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        let number = |text| usize::from_str_radix(text, 16).ok();
+        !range.is_some_and(|(from, to)| number(from) <= Some(address) && Some(address) < number(to))
+    });
+    lines.find_map(|line| line.strip_prefix("VmFlags:")).unwrap().split_whitespace().any(|flag| flag == "lo")
+}
+
+#[test]
+fn memory_is_lazy_where_the_process_locks_what_it_maps() {
+    require!(root);
+    child::run_well(test_name!(), || {
+        let pages = 64;
+        for flags in [libc::MCL_FUTURE, libc::MCL_FUTURE | libc::MCL_ONFAULT] {
+            // SAFETY: nothing of any memory changes.
+            assert_eq!(unsafe { libc::mlockall(flags) }, 0);
+            for builder in [
+                LazyMemory::builder(BytesSource::new(vec![7; pages * page()])),
+                LazyMemory::sigbus(BytesSource::new(vec![7; pages * page()])),
+            ] {
+                let memory = builder.around(Around::Page).build().unwrap();
+                assert!(is_locked(memory.as_ptr().addr()));
+                assert_eq!(memory.absent().unwrap()[0].len, memory.len());
+                assert!(memory.iter().all(|byte| *byte == 7));
+                eventually(|| memory.statistics().fills, pages as u64);
+            }
+            if let Some(_pages) = hugetlb::reserve(test_name!(), 2) {
+                let size = Kind::PrivateHugetlb.page();
+                let builder = LazyMemory::builder(|_: u64, bytes: &mut [u8]| {
+                    bytes.fill(7);
+                    Ok(Fill::Data)
+                });
+                let memory = builder.len(size).huge_pages(size).build().unwrap();
+                assert_eq!((memory[0], memory[size - 1]), (7, 7));
+            }
+        }
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::munlockall() }, 0);
+        let memory = LazyMemory::new(page(), ZeroSource).unwrap();
+        assert!(!is_locked(memory.as_ptr().addr()));
+    });
+}

@@ -1,0 +1,93 @@
+//! Memory of this process in which nothing is, whatever the process locks, until it is filled.
+
+#![expect(unsafe_code, reason = "a mapping of its own")]
+
+use std::io;
+use std::ptr::NonNull;
+
+use crate::owner::Owner;
+use crate::sys;
+
+/// Private memory, which only the process that made it has. It is unmapped when this is dropped there.
+#[derive(Debug)]
+pub(crate) struct OwnMapping {
+    owner: Owner,
+    start: NonNull<u8>,
+    len: usize,
+    /// Whether the process locks what it maps.
+    locked: bool,
+}
+
+// SAFETY: the memory is this value's, as a slice of bytes in a box is.
+unsafe impl Send for OwnMapping {}
+// SAFETY: through a shared reference it is only read.
+unsafe impl Sync for OwnMapping {}
+
+impl OwnMapping {
+    /// Maps `len` bytes, whole pages: of 2 to the power of `huge` bytes, or of the system's.
+    pub(crate) fn new(len: usize, huge: Option<u8>) -> io::Result<Self> {
+        let owner = Owner::current()?;
+        let (start, locked) = sys::map_empty(len, huge)?;
+        Ok(Self { owner, start, len, locked })
+    }
+
+    /// Has each page locked once it is there, if the process locks what it maps.
+    pub(crate) fn lock_on_fault(&self) -> io::Result<()> {
+        if self.locked {
+            sys::lock_on_fault(self.start, self.len)?;
+        }
+        Ok(())
+    }
+
+    /// Whether this process has it.
+    #[inline]
+    pub(crate) fn is_here(&self) -> bool {
+        self.owner.is_current()
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The bytes. Panics in any other process: something else may be at these addresses there.
+    #[inline]
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.check();
+        // SAFETY: so many bytes are mapped, initialised by the kernel, and this value's.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+
+    /// Likewise.
+    #[inline]
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        self.check();
+        // SAFETY: as for `bytes`, and it is borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+
+    #[inline]
+    fn check(&self) {
+        if !self.is_here() {
+            not_here();
+        }
+    }
+}
+
+#[cold]
+fn not_here() -> ! {
+    panic!("this LazyMemory was made before a fork, by the parent process: a child hasn't got it")
+}
+
+impl Drop for OwnMapping {
+    fn drop(&mut self) {
+        // In another process it isn't mapped.
+        if self.is_here() {
+            // SAFETY: it was mapped by `new`, and nothing uses it after this.
+            unsafe { sys::unmap(self.start, self.len) };
+        }
+    }
+}
