@@ -205,6 +205,49 @@ pub(crate) fn seek_data(file: BorrowedFd<'_>, from: u64) -> Result<u64, Errno> {
     u64::try_from(data).map_err(|_| Errno::last())
 }
 
+/// What fstat(2) tells of a file's content: where it differs the content may have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileStamp {
+    /// In bytes. 0 of a block device.
+    pub(crate) len: u64,
+    /// Memory or disk that it takes, in bytes.
+    pub(crate) allocated: u64,
+    /// Seconds and nanoseconds of the last change of the content, and of anything.
+    modified: (i64, i64),
+    pub(crate) changed: (i64, i64),
+}
+
+/// Asks for the stamp of a file. It takes no lock of the file's, and leaves the offset alone. Async-signal-safe.
+pub(crate) fn file_stamp(file: BorrowedFd<'_>) -> Result<FileStamp, Errno> {
+    // SAFETY: all zeros is such a structure.
+    let mut stat: libc::stat64 = unsafe { std::mem::zeroed() };
+    // SAFETY: the structure is borrowed for the call.
+    check(unsafe { libc::fstat64(file.as_raw_fd(), &mut stat) })?;
+    Ok(FileStamp {
+        len: stat.st_size as u64,
+        allocated: (stat.st_blocks as u64).saturating_mul(512),
+        modified: (stat.st_mtime as i64, stat.st_mtime_nsec as i64),
+        changed: (stat.st_ctime as i64, stat.st_ctime_nsec as i64),
+    })
+}
+
+/// lseek(2) with SEEK_HOLE: where the next hole from `from` on is, or the end of the file. ENXIO: that is before `from`.
+///
+/// Moves the file's offset, as [`seek_data`].
+pub(crate) fn seek_hole(file: BorrowedFd<'_>, from: u64) -> Result<u64, Errno> {
+    let from = libc::off64_t::try_from(from).map_err(|_| Errno::EOVERFLOW)?;
+    // SAFETY: the system call takes integers and touches no memory.
+    let hole = unsafe { libc::lseek64(file.as_raw_fd(), from, libc::SEEK_HOLE) };
+    u64::try_from(hole).map_err(|_| Errno::last())
+}
+
+/// Whether a file is open with O_DIRECT: then only whole blocks can be read, to aligned memory.
+pub(crate) fn is_direct(file: BorrowedFd<'_>) -> Result<bool, Errno> {
+    // SAFETY: F_GETFL touches no memory.
+    let flags = check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) })?;
+    Ok(flags & libc::O_DIRECT != 0)
+}
+
 /// fallocate(2): has a range of a file exist, as it is or with zeros. Through signals.
 pub(crate) fn allocate(file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<(), Errno> {
     let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;

@@ -1,13 +1,14 @@
 //! Sources that are slow, fail, panic, or have too little.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use userfaultfd::pager::{Around, FileSource, Fill, MappedFileSource, PageSource, Pager, Retry, SourceBytes};
-use userfaultfd::{FeatureFlags, UffdBuilder};
+use userfaultfd::{FeatureFlags, LazyMemory, UffdBuilder};
 
 use crate::reader::{Reader, Seen, tell_signals};
 use crate::scene::{Pages, Problems, can_poison, content, eventually, region, see, serve};
@@ -368,5 +369,44 @@ fn behind_the_end_of_a_source_the_last_page_is_zero() {
         assert!(memory.content(0).iter().all(|byte| *byte == 7));
         let last = memory.content(1);
         assert!(last[..100].iter().all(|byte| *byte == 7) && last[100..].iter().all(|byte| *byte == 0));
+    }
+}
+
+/// A system call holds locks of a file while it touches memory whose source is the same file: that of the offset, which
+/// all duplicates share, and those of the content.
+#[test]
+fn system_calls_on_the_sources_own_file_end() {
+    require!(root);
+    let on_disk = || {
+        let path = std::env::current_exe().unwrap().with_extension(format!("{}.own", std::process::id()));
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        file
+    };
+    let in_memory = || File::from(memfd(0, 0));
+    let new: [&dyn Fn() -> File; 2] = [&on_disk, &in_memory];
+    for (new, is_mapped, is_sparse) in new
+        .iter()
+        .flat_map(|new| [false, true].map(|mapped| [false, true].map(|sparse| (new, mapped, sparse))))
+        .flatten()
+    {
+        let mut file = new();
+        file.write_all(&vec![7; 64 * page()]).unwrap();
+        if is_sparse {
+            file.set_len(1 << 24).unwrap();
+        }
+        file.rewind().unwrap();
+        let same = file.try_clone().unwrap();
+        let source: Arc<dyn PageSource> = if is_mapped {
+            Arc::new(MappedFileSource::new(same).unwrap())
+        } else {
+            Arc::new(FileSource::new(same).unwrap())
+        };
+        let mut memory = LazyMemory::builder(source).around(Around::Page).build().unwrap();
+        file.read_exact(&mut memory[..2 * page()]).unwrap();
+        file.write_all(&memory[8 * page()..10 * page()]).unwrap();
+        file.write_all_at(&memory[16 * page()..18 * page()], 32 * page() as u64).unwrap();
+        assert!(memory[..20 * page()].iter().all(|byte| *byte == 7), "{is_mapped} {is_sparse}");
+        assert_eq!(file.stream_position().unwrap(), 4 * page() as u64);
     }
 }

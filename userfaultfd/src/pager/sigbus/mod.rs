@@ -86,8 +86,8 @@ plain_bytes! {
     [const N: usize] &'static [u8; N],
 }
 
-// SAFETY: beside computing there are calls of lseek(2) and fstat(2). It has each page that isn't cut by the end; if the
-// file has become shorter, the source isn't whole.
+// SAFETY: beside computing there are calls of fstat(2). It has each page that isn't cut by the end; if the file has
+// become shorter, the source isn't whole.
 #[expect(unsafe_code, reason = "the contract is kept, as told")]
 unsafe impl SignalSafe for MappedFileSource {}
 

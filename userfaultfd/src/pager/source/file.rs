@@ -2,12 +2,17 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use memmap2::MmapOptions;
 
 use super::{Fill, PageSource, invalid};
-use crate::{Errno, sys};
+use crate::Errno;
+use crate::sys::{self, FileStamp};
 
 /// A file as a source, or a part of it: a regular file or a block device.
 ///
@@ -29,19 +34,115 @@ use crate::{Errno, sys};
 ///
 /// - **Length**: that at creation. A file that grows is served up to there. Where it has become shorter, a read is
 ///   an error of the kind [`UnexpectedEof`](io::ErrorKind::UnexpectedEof) that names the offset, and never zeros.
-/// - **Holes** are [`Fill::Zero`] and aren't read. They are looked for, by one lseek(2) for each read, if the file
-///   had fewer blocks than bytes at creation; [`sparse`](Self::sparse) decides otherwise. That moves the file's
-///   offset, which duplicates of the descriptor share; reading depends on no offset.
+/// - **Holes** are [`Fill::Zero`] and aren't read. They are looked for at creation, up to 65,536 of them, if the file
+///   had fewer blocks than bytes; [`sparse`](Self::sparse) decides otherwise. That takes a description of its own of
+///   the file, from `/proc/self/fd`; without it there are no holes. Once the file has changed its holes are read, too.
 /// - **Changes** of the content show in pages that are read afterwards.
+/// - **`O_DIRECT`**: a file that is open so is read in whole blocks, also where its end isn't that of a block.
+///
+/// # System calls on the file itself
+///
+/// A system call may touch memory of this source while it is at work on the same file: `read` of the file into the
+/// memory, `write` of the memory to the file. The kernel holds locks of the file meanwhile, and a fault whose read
+/// needs one of them never ends. A read of the source takes neither the lock of the file's offset nor, on ext4, tmpfs
+/// and Btrfs, the one that a write holds, and such calls work. They can't where a read waits for a write of the same
+/// file: on XFS, with `O_DIRECT`, and on file systems of networks. Fill the memory before
+/// ([`populate`](crate::LazyMemory::populate)), or write through a buffer.
 #[derive(Debug)]
 pub struct FileSource {
     file: File,
     /// What part of the file: offset 0 of the source is here. `start + len` is an offset that a file can have.
     start: u64,
     len: u64,
-    /// Whether to look for holes.
-    sparse: bool,
+    holes: Option<Holes>,
+    /// Whether it is a block device, whose length fstat(2) doesn't tell.
+    is_device: bool,
+    /// Whether only whole blocks can be read.
+    is_direct: bool,
 }
+
+/// Where a file has holes, as long as it hasn't changed.
+#[derive(Debug)]
+struct Holes {
+    /// What the holes were looked for with. Closing it would release the process's locks of the file (fcntl(2)).
+    _own: File,
+    stamp: FileStamp,
+    /// In order.
+    holes: Vec<Range<u64>>,
+}
+
+impl Holes {
+    /// As many are looked for: a tenth of a second, and a MiB.
+    const MOST: usize = 1 << 16;
+
+    /// What takes more than its data is allocated in advance, but for this much that file systems need themselves.
+    const OVERHEAD: u64 = 1 << 16;
+
+    /// The clock of file systems ticks at least as often.
+    const TICK: Duration = Duration::from_millis(100);
+
+    /// Looks for the holes of a range of a file. Not for a fault: that takes locks of the file. `None`: there are none,
+    /// or they can't be told.
+    fn find(file: &File, range: Range<u64>) -> Option<Self> {
+        // The offset of `file`, and the lock of it, are the program's.
+        let own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
+        // Asked before, so that it tells of changes meanwhile.
+        let stamp = sys::file_stamp(own.as_fd()).ok()?;
+        let whole = 0..stamp.len;
+        let (holes, data_len) = Self::scan(&own, range.clone(), stamp.len)?;
+        if holes.is_empty() {
+            return None;
+        }
+        // Writing to what was allocated in advance shows in the times alone.
+        if Self::changed_just_now(&stamp) {
+            let data_len = if range == whole { data_len } else { Self::scan(&own, whole, stamp.len)?.1 };
+            if stamp.allocated > data_len + Self::OVERHEAD {
+                return None;
+            }
+        }
+        Some(Self { _own: own, stamp, holes })
+    }
+
+    /// The holes of a range of a file of so many bytes, and how many bytes are data.
+    fn scan(own: &File, range: Range<u64>, len: u64) -> Option<(Vec<Range<u64>>, u64)> {
+        let (mut holes, mut at, mut data_len, end) = (Vec::new(), range.start, 0, range.end.min(len));
+        while at < end && holes.len() < Self::MOST {
+            let data = match sys::seek_data(own.as_fd(), at) {
+                Ok(data) => data.min(end),
+                // None follows.
+                Err(Errno::ENXIO) => end,
+                // A file system that doesn't tell.
+                Err(_) => return None,
+            };
+            if data > at {
+                holes.push(at..data);
+            }
+            if data == end {
+                break;
+            }
+            at = sys::seek_hole(own.as_fd(), data).ok()?;
+            data_len += at.min(end) - data;
+        }
+        Some((holes, data_len))
+    }
+
+    /// Whether another change may leave the times as they are.
+    fn changed_just_now(stamp: &FileStamp) -> bool {
+        let (seconds, nanos) = stamp.changed;
+        let since = u64::try_from(seconds).unwrap_or(0);
+        let changed = UNIX_EPOCH + Duration::new(since, u32::try_from(nanos).unwrap_or(0));
+        SystemTime::now().duration_since(changed).map_or(true, |since| since < Self::TICK)
+    }
+
+    /// How much of a hole follows.
+    fn at(&self, offset: u64) -> u64 {
+        let hole = self.holes.partition_point(|hole| hole.end <= offset);
+        self.holes.get(hole).filter(|hole| hole.start <= offset).map_or(0, |hole| hole.end - offset)
+    }
+}
+
+/// The largest block of a file that is open with O_DIRECT.
+const BLOCK: usize = 4096;
 
 impl FileSource {
     /// Opens a file for reading.
@@ -58,7 +159,7 @@ impl FileSource {
     /// # Errors
     ///
     /// `EBADF`: the file isn't open for reading. `EISDIR`, `ESPIPE`: a directory, a pipe or a socket. Of the kind
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput): another file without a length.
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput): another file without a length, such as most of `/proc`.
     pub fn new(file: File) -> io::Result<Self> {
         Self::within(file, 0, None)
     }
@@ -73,26 +174,41 @@ impl FileSource {
         Self::within(file, offset, Some(len))
     }
 
-    /// Whether to look for holes: worth it if there are some.
+    /// Whether to look for holes, now: worth it if there are some.
     #[must_use]
-    pub fn sparse(self, sparse: bool) -> Self {
-        Self { sparse, ..self }
+    pub fn sparse(mut self, sparse: bool) -> Self {
+        self.holes = None;
+        if sparse && !self.is_device {
+            self.holes = Holes::find(&self.file, self.start..self.start + self.len);
+        }
+        self
     }
 
     fn within(file: File, start: u64, len: Option<u64>) -> io::Result<Self> {
         // Reads nothing, but is refused where a read is.
         file.read_at(&mut [], 0)?;
-        let metadata = file.metadata()?;
-        let (file_len, sparse) = if metadata.is_file() {
-            (metadata.len(), metadata.blocks().saturating_mul(512) < metadata.len())
-        } else if metadata.file_type().is_block_device() {
-            ((&file).seek(SeekFrom::End(0))?, false)
+        let kind = file.metadata()?.file_type();
+        let (stamp, is_device) = (sys::file_stamp(file.as_fd())?, kind.is_block_device());
+        let file_len = if kind.is_file() {
+            // It has something all the same.
+            if stamp.len == 0 && file.read_at(&mut [0], 0).is_ok_and(|read| read > 0) {
+                return Err(invalid("a file that doesn't tell its length".into()));
+            }
+            stamp.len
+        } else if is_device {
+            // By a description of its own, if there can be one, whose offset is nobody else's.
+            let own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+            own.as_ref().unwrap_or(&file).seek(SeekFrom::End(0))?
         } else {
             return Err(invalid("neither a regular file nor a block device".into()));
         };
+        let is_direct = sys::is_direct(file.as_fd())?;
         let rest = file_len.checked_sub(start);
         match (len.or(rest), rest) {
-            (Some(len), Some(rest)) if len <= rest => Ok(Self { file, start, len, sparse }),
+            (Some(len), Some(rest)) if len <= rest => {
+                let source = Self { file, start, len, holes: None, is_device, is_direct };
+                Ok(source.sparse(stamp.allocated < stamp.len))
+            }
             _ => {
                 let wanted = len.unwrap_or_default();
                 Err(invalid(format!("{wanted} bytes at offset {start} of a file of {file_len} bytes")))
@@ -105,10 +221,54 @@ impl FileSource {
         (&self.file, self.start, self.len)
     }
 
-    /// Whether the file has become so short that the byte before `end` is gone. By lseek(2), which takes a third of
-    /// fstat(2)'s time, and moves the offset.
-    pub(super) fn lacks(&self, end: u64) -> bool {
-        !(&self.file).seek(SeekFrom::End(0)).is_ok_and(|now| now >= self.start + end)
+    /// Whether the bytes are there, as far as can be told: not in a hole, nor beyond the end of a file that has become
+    /// shorter.
+    pub(super) fn has_data(&self, offset: u64, len: u64) -> bool {
+        if self.is_device {
+            return true;
+        }
+        let Ok(now) = sys::file_stamp(self.file.as_fd()) else { return false };
+        now.len >= self.start + offset + len && self.hole_at(offset, || Some(now)) < len
+    }
+
+    /// How much of a hole follows on an offset, if the file is what it was.
+    fn hole_at(&self, offset: u64, now: impl FnOnce() -> Option<FileStamp>) -> u64 {
+        let Some(holes) = &self.holes else { return 0 };
+        match holes.at(self.start + offset) {
+            // Nothing is asked about what is data.
+            0 => 0,
+            hole if now() == Some(holes.stamp) => hole,
+            _ => 0,
+        }
+    }
+
+    /// Reads whole blocks, to where blocks may be read, of a file that is open with O_DIRECT.
+    fn read_blocks(&self, page: &mut [u8], inside: usize, from: u64) -> io::Result<()> {
+        let aligned = [page.as_ptr().addr(), page.len(), (from % BLOCK as u64) as usize];
+        if aligned.iter().all(|number| number % BLOCK == 0) {
+            let whole = inside.next_multiple_of(BLOCK).min(page.len());
+            return self.read_up_to(&mut page[..whole], inside, from);
+        }
+        let before = (from % BLOCK as u64) as usize;
+        let whole = (before + inside).next_multiple_of(BLOCK);
+        let mut blocks = MmapOptions::new().len(whole).map_anon()?;
+        self.read_up_to(&mut blocks, before + inside, from - before as u64)?;
+        page[..inside].copy_from_slice(&blocks[before..before + inside]);
+        Ok(())
+    }
+
+    /// Reads at least so much of what there is room for.
+    fn read_up_to(&self, room: &mut [u8], least: usize, from: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < least {
+            match self.file.read_at(&mut room[done..], from + done as u64) {
+                Ok(0) => return Err(self.became_shorter(from, least)),
+                Ok(read) => done += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// What to say of a read that found the end of the file.
@@ -127,13 +287,13 @@ impl PageSource for FileSource {
         if self.zeros(offset) >= inside as u64 {
             return Ok(Fill::Zero);
         }
-        let (content, beyond) = page.split_at_mut(inside);
         let from = self.start + offset;
-        self.file.read_exact_at(content, from).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => self.became_shorter(from, inside),
-            _ => error,
-        })?;
-        beyond.fill(0);
+        if self.is_direct {
+            self.read_blocks(page, inside, from)?;
+        } else {
+            self.read_up_to(&mut page[..inside], inside, from)?;
+        }
+        page[inside..].fill(0);
         Ok(Fill::Data)
     }
 
@@ -145,18 +305,8 @@ impl PageSource for FileSource {
         if offset >= self.len {
             return u64::MAX;
         }
-        if !self.sparse {
-            return 0;
-        }
-        let (from, end) = (self.start + offset, self.start + self.len);
-        let data = match sys::seek_data(self.file.as_fd(), from) {
-            Ok(data) => data,
-            // A hole up to the end of the file, which may have become shorter.
-            Err(Errno::ENXIO) => self.file.metadata().map_or(from, |now| now.len()),
-            // A file system that doesn't tell. What else may be wrong a read will tell.
-            Err(_) => from,
-        };
-        if data >= end { u64::MAX } else { data.saturating_sub(from) }
+        let hole = self.hole_at(offset, || sys::file_stamp(self.file.as_fd()).ok());
+        if offset + hole >= self.len { u64::MAX } else { hole }
     }
 }
 
@@ -164,10 +314,12 @@ impl PageSource for FileSource {
 mod tests {
     use std::io::ErrorKind;
     use std::os::fd::OwnedFd;
+    use std::os::unix::fs::OpenOptionsExt;
     use std::os::unix::net::UnixStream;
     use std::{fs, iter};
 
     use super::*;
+    use crate::support::require;
 
     /// More than one block of every file system, whatever the page size.
     const BLOCK: usize = 1 << 18;
@@ -312,8 +464,9 @@ mod tests {
         let source = FileSource::new(file.try_clone().unwrap()).unwrap();
         assert_eq!(source.zeros(0), u64::MAX);
         file.set_len(BLOCK as u64 + 10).unwrap();
-        assert_eq!(source.zeros(10), BLOCK as u64);
-        assert_eq!(check(&source, |_| 0, 0, BLOCK), Fill::Zero);
+        // What has changed is read.
+        assert_eq!(source.zeros(10), 0);
+        assert_eq!(check(&source, |_| 0, 0, BLOCK), Fill::Data);
         let error = source.read(BLOCK as u64, &mut [0; 11]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
     }
@@ -401,15 +554,13 @@ mod tests {
             let Ok(content) = fs::read(path) else { continue };
             let source = FileSource::open(path).unwrap();
             assert_eq!(source.len(), Some(content.len() as u64), "{path}");
-            assert!(source.sparse, "{path}");
             let mut buffer = vec![0xee; content.len() + 100];
             assert_eq!(source.read(0, &mut buffer).unwrap(), Fill::Data, "{path}");
             assert!(buffer[..content.len()] == content && buffer[content.len()..] == [0; 100], "{path}");
             assert_eq!(source.zeros(0), 0, "{path}");
         }
         // Neither a hole nor anything else can be looked for in a file that refuses lseek(2).
-        let refuses = FileSource { file: socket(), start: 0, len: 100, sparse: true };
-        assert_eq!(refuses.zeros(0), 0);
+        assert!(Holes::find(&socket(), 0..100).is_none());
     }
 
     #[test]
@@ -442,5 +593,68 @@ mod tests {
                 });
             }
         });
+    }
+
+    #[test]
+    fn files_that_tell_no_length_are_refused() {
+        require!();
+        for path in ["/proc/self/status", "/proc/cpuinfo"] {
+            let error = FileSource::open(path).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{path}");
+            assert_eq!(error.to_string(), "a file that doesn't tell its length");
+        }
+    }
+
+    #[test]
+    fn offset_of_the_file_is_left_alone() {
+        require!();
+        let mut file = sparse_file();
+        file.seek(SeekFrom::Start(17)).unwrap();
+        let source = FileSource::new(file.try_clone().unwrap()).unwrap();
+        assert!(source.holes.is_some());
+        check(&source, sparse_byte, BLOCK, BLOCK);
+        assert_eq!((source.zeros(0), source.zeros(3 * BLOCK as u64)), (BLOCK as u64, 2 * BLOCK as u64));
+        assert_eq!(file.stream_position().unwrap(), 17);
+    }
+
+    #[test]
+    fn holes_that_were_allocated_in_advance_are_data_once_written() {
+        require!();
+        let file = File::from(sys::memfd());
+        file.set_len(4 * BLOCK as u64).unwrap();
+        sys::allocate(file.as_fd(), BLOCK as u64, BLOCK).unwrap();
+        let source = FileSource::new(file.try_clone().unwrap()).unwrap();
+        file.write_all_at(&[7], BLOCK as u64).unwrap();
+        assert_eq!(check(&source, |at| if at == BLOCK { 7 } else { 0 }, BLOCK, BLOCK), Fill::Data);
+    }
+
+    #[test]
+    fn file_open_with_o_direct_is_read_to_its_odd_end() {
+        require!();
+        // Where such files are: not on every tmpfs.
+        let path = std::env::current_exe().unwrap().with_extension(format!("{}.direct", std::process::id()));
+        let len = 3 * 4096 + 123;
+        fs::write(&path, (0..len).map(byte).collect::<Vec<_>>()).unwrap();
+        let direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(&path);
+        fs::remove_file(&path).unwrap();
+        let Ok(file) = direct else {
+            crate::support::has(crate::support::test_name!(), "O_DIRECT", false);
+            return;
+        };
+        let source = FileSource::new(file.try_clone().unwrap()).unwrap();
+        let mut pages = MmapOptions::new().len(4 * 4096).map_anon().unwrap();
+        for (offset, size) in [(0, 4096), (3 * 4096, 4096), (0, 4 * 4096), (2 * 4096, 2 * 4096)] {
+            pages.fill(0xee);
+            assert_eq!(source.read(offset as u64, &mut pages[..size]).unwrap(), Fill::Data);
+            let expected = (offset..offset + size).map(|at| if at < len { byte(at) } else { 0 });
+            assert!(pages[..size].iter().copied().eq(expected), "{size} at {offset}");
+        }
+        // To memory that isn't aligned, and by an odd window.
+        for offset in [0, 1, 4095, len - 1] {
+            check(&source, byte, offset, 5000);
+        }
+        let part = FileSource::range(file, 1000, 8000).unwrap();
+        check(&part, |at| byte(1000 + at), 0, 4096);
+        check(&part, |at| byte(1000 + at), 4096, 4096);
     }
 }

@@ -25,9 +25,9 @@ use super::{FileSource, Fill, PageSource, SourceBytes, invalid};
 /// with the read-ahead of mappings. A last page that the file doesn't fill, and holes, are [read](Self::read) as from
 /// a [`FileSource`]; all that is said there about lengths, holes and changes holds here.
 ///
-/// A file that has become shorter is an error here, too: looked for before each copy, by an lseek(2) that moves the
-/// file's offset, and reported by the kernel (`EFAULT`) for pages that are gone when it copies. One thing nobody can
-/// see: if a file is cut off inside of a page between that look and the copy, the page ends with zeros.
+/// A file that has become shorter is an error here, too: looked for before each copy, by fstat(2), and reported by the
+/// kernel (`EFAULT`) for pages that are gone when it copies. One thing nobody can see: if a file is cut off inside of a
+/// page between that look and the copy, the page ends with zeros.
 #[derive(Debug)]
 pub struct MappedFileSource {
     file: FileSource,
@@ -96,7 +96,7 @@ impl PageSource for MappedFileSource {
     fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
         let end = offset.checked_add(len as u64)?;
         // Beyond the end of the file, where it is now, the last page of the mapping has zeros.
-        if Some(end) > self.file.len() || self.file.zeros(offset) >= len as u64 || self.file.lacks(end) {
+        if Some(end) > self.file.len() || !self.file.has_data(offset, len as u64) {
             return None;
         }
         // Within the mapping, whose length is a usize.
