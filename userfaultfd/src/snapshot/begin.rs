@@ -6,10 +6,10 @@
 
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::bits::Bits;
-use super::copier::{Active, Copier, PATIENCE, TRIES, bits_of};
+use super::copier::{Active, Copier, PATIENCE, bits_of};
 use super::layout::Part;
 use super::shared::Begin;
 use super::slices::Slices;
@@ -22,6 +22,12 @@ const FEW: usize = 256;
 /// How often what was written is protected again ahead, if that is less and less.
 const ROUNDS: usize = 5;
 
+/// How long it is tried to protect what isn't while the layout changes, and writers wait. Then all begins anew.
+const MOST: Duration = Duration::from_millis(20);
+
+/// How long in all.
+const GIVE_UP: Duration = Duration::from_secs(20);
+
 impl Copier {
     /// Begins a snapshot. At its moment no fault is resolved before all of it is protected: what was written after
     /// another write isn't in the snapshot if that one isn't.
@@ -33,10 +39,14 @@ impl Copier {
         }
         self.look_ahead()?;
         self.protect_ahead()?;
-        let (moment, mut tries, mut all_markers) = (Instant::now(), 0, false);
+        let (moment, mut since, mut all_markers) = (Instant::now(), Instant::now(), false);
         loop {
-            if !self.protect_rest(&mut tries)? {
+            if !self.protect_rest(since)? {
+                if moment.elapsed() > GIVE_UP {
+                    return Err(Error::SystemError(Errno::EAGAIN));
+                }
                 self.start_over()?;
+                since = Instant::now();
                 continue;
             }
             // Protection ends without an event, too. The moment is the beginning of a look that finds all protected,
@@ -49,11 +59,8 @@ impl Copier {
             }
             // What looks like one may be a page that was swapped out. That is protected now.
             all_markers = markers;
-            tries += 1;
-            if tries >= TRIES * TRIES {
-                return Err(Error::SystemError(Errno::EAGAIN));
-            }
         }
+        self.mapped = self.mappings()?;
         let wanted = self.dirty.clone();
         let removed = std::mem::replace(&mut self.removed, Bits::new(wanted.len(), false));
         self.dirty.set(0..wanted.len(), false);
@@ -132,16 +139,15 @@ impl Copier {
     }
 
     /// Protects all that isn't. Tells whether that could be done: the layout may change all the time.
-    fn protect_rest(&mut self, tries: &mut u32) -> Result<bool> {
+    fn protect_rest(&mut self, since: Instant) -> Result<bool> {
         let mut from = 0;
         while let Some(part) = self.next_unprotected(&mut from) {
             match self.protect(&part) {
                 Ok(()) => from = bits_of(&part).end,
                 // Who changes the layout waits until its event is read.
                 Err(error) if error.is_retryable() => {
-                    *tries += 1;
-                    if *tries % TRIES == 0 {
-                        return if *tries < TRIES * TRIES { Ok(false) } else { Err(error) };
+                    if since.elapsed() > MOST {
+                        return Ok(false);
                     }
                     self.hold_faults()?;
                     thread::yield_now();

@@ -167,6 +167,8 @@ pub(super) struct Copier {
     pub(super) unprotected: Bits,
     /// Pages whose removal was read since the last snapshot began. They may go at any time.
     pub(super) removed: Bits,
+    /// The mappings in which all lay when a snapshot began, or when the layout was last looked at.
+    pub(super) mapped: Vec<Range<usize>>,
     /// Pages that may go and seem protected all the same.
     pub(super) silent: Bits,
     pub(super) active: Option<Active>,
@@ -215,6 +217,7 @@ impl Copier {
             dirty: Bits::new(pages, true),
             unprotected: Bits::new(pages, true),
             removed: Bits::new(pages, false),
+            mapped: Vec::new(),
             silent,
             active: None,
             held: VecDeque::with_capacity(64),
@@ -617,27 +620,38 @@ impl Copier {
         Ok(false)
     }
 
-    /// Whether every page that should be protected is so, and what was read is registered with this descriptor. Then
-    /// no change has been made that isn't read: one that moves pages leaves a place unprotected, and one that unmaps
-    /// pages leaves a hole or memory that isn't registered so.
+    /// Whether no change has been made that isn't read. One that moves pages leaves a hole, or with `MREMAP_DONTUNMAP`
+    /// unprotected pages, and other mappings than before. One that unmaps pages leaves a hole, or memory that isn't
+    /// registered with this descriptor.
     pub(super) fn is_still_ours(&mut self) -> Result<bool> {
         if !self.look.can_tell() {
             return Ok(true);
         }
-        for part in self.layout.parts() {
-            let mappings = self.watch.process.mappings(&(part.address..part.address + part.len))?;
-            if mappings.iter().map(|mapping| mapping.range.len()).sum::<usize>() != part.len {
-                return Ok(false);
-            }
-        }
-        if self.look_at_all()?.pages > 0 {
+        let mapped = self.mappings()?;
+        let len = |ranges: &[Range<usize>]| ranges.iter().map(Range::len).sum::<usize>();
+        if len(&mapped) != self.layout.parts().iter().map(|part| part.len).sum::<usize>() {
             return Ok(false);
         }
+        // What has lost its protection where nothing was mapped anew was moved away without an event.
+        if self.look_at_all()?.pages > 0 && mapped != self.mapped {
+            return Ok(false);
+        }
+        self.mapped = mapped;
         let kept = self.active.iter().flat_map(|active| &active.kept);
         Ok(kept.into_iter().all(|Kept { part, .. }| {
             let mode = RegisterMode::WRITE_PROTECT;
             self.watch.uffd.register_unexplained(pointer(part.address), part.len, mode).is_ok()
         }))
+    }
+
+    /// The mappings in which all lies.
+    pub(super) fn mappings(&self) -> Result<Vec<Range<usize>>> {
+        let mut mapped = Vec::new();
+        for part in self.layout.parts() {
+            let mappings = self.watch.process.mappings(&(part.address..part.address + part.len))?;
+            mapped.extend(mappings.into_iter().map(|mapping| mapping.range));
+        }
+        Ok(mapped)
     }
 
     /// Looks at all pages. Those that aren't protected, though they should be, have changed.

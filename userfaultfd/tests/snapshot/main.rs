@@ -10,6 +10,7 @@ mod file;
 mod forked;
 mod image;
 mod live;
+mod model;
 mod moments;
 mod restore;
 #[path = "../dirty/ring.rs"]
