@@ -352,12 +352,13 @@ impl Copier {
             return;
         }
         let active = self.active.take().expect("it was there");
-        if failed || sink == Some(false) {
+        let well = !failed && sink == Some(true);
+        if !well {
             // The next one has to hold all of it.
             self.dirty.join(&active.wanted);
         }
         self.done = !self.series;
-        self.shared.release();
+        self.shared.release(well);
     }
 
     pub(super) fn retry_held(&mut self) -> Result<()> {

@@ -14,6 +14,9 @@ pub(super) const REGION: usize = 24;
 pub(super) const EXTENT: usize = 24;
 pub(super) const CHECKSUM: usize = 4;
 
+/// The logarithm of the largest block to base 2: the page size of no machine is larger.
+const LARGEST_BLOCK: u32 = 20;
+
 /// Where an extent of zeros or of lost pages has its data: nowhere. Real data never begin in the header.
 const ZERO: u64 = 0;
 const GONE: u64 = 1;
@@ -183,7 +186,7 @@ impl Header {
             version => return Err(FormatError::UnknownVersion(version)),
         }
         let shift = u32_at(bytes, 12);
-        if !is_sealed(bytes) || !(9..=40).contains(&shift) {
+        if !is_sealed(bytes) || !(9..=LARGEST_BLOCK).contains(&shift) {
             return Err(FormatError::Damaged("its header"));
         }
         let parent = id_at(bytes, 32);

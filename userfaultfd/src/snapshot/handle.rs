@@ -20,7 +20,7 @@ use super::sink::Sink;
 ///
 /// Between them memory stays protected, and the first write to a page is a fault that a thread handles, as in the
 /// `Sync` mode of a [`DirtyTracker`](crate::DirtyTracker). A snapshot that failed doesn't count: the next one holds
-/// what it should have held.
+/// what it should have held, which is everything as long as none was completed.
 ///
 /// The kernel doesn't report what it or a device writes to [pinned memory](crate::dirty#pinned-memory), such as registered
 /// buffers of io_uring, memory for RDMA or a device, the target of an `O_DIRECT` read in flight: declare it with
@@ -29,8 +29,6 @@ use super::sink::Sink;
 /// Dropping it ends the protection; a snapshot that is at work is aborted.
 pub struct Series {
     pub(super) maker: Maker,
-    /// A snapshot has been begun that counts, as far as is known.
-    pub(super) taken: bool,
     /// What every snapshot holds.
     pub(super) always: Bits,
     /// What the next one holds, since it was in `always`.
@@ -47,8 +45,7 @@ impl Series {
     pub fn begin<S: Sink + 'static>(&mut self, sink: S) -> Result<Snapshot<S>> {
         let mut changed = self.always.clone();
         changed.join(&self.revoked);
-        let snapshot = self.maker.begin(sink, self.taken, changed)?;
-        self.taken = true;
+        let snapshot = self.maker.begin(sink, changed)?;
         self.revoked = self.maker.no_bits();
         Ok(snapshot)
     }

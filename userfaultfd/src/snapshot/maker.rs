@@ -29,20 +29,14 @@ pub(super) struct Maker {
 }
 
 impl Maker {
-    pub(super) fn begin<S: Sink + 'static>(
-        &self,
-        mut sink: S,
-        incremental: bool,
-        changed: Bits,
-    ) -> Result<Snapshot<S>> {
+    pub(super) fn begin<S: Sink + 'static>(&self, mut sink: S, changed: Bits) -> Result<Snapshot<S>> {
         if !self.shared.owner.is_current() {
             return Err(Error::Kernel(crate::Error::OtherProcess));
         }
-        if !self.shared.claim() {
-            return Err(Error::Running);
-        }
-        let begun = self.begin_claimed(&mut sink, incremental, changed);
-        let (queue, counts) = begun.inspect_err(|_| self.shared.release())?;
+        let incremental = self.shared.claim().ok_or(Error::Running)?;
+        let begin = || self.begin_claimed(&mut sink, incremental, changed);
+        let begun = caught(begin).and_then(|begun| begun);
+        let (queue, counts) = begun.inspect_err(|_| self.shared.release(false))?;
         let of_sink = Arc::clone(&queue);
         let spawned =
             thread::Builder::new().name("snapshot sink".into()).spawn(move || deliver(sink, &of_sink));
@@ -117,6 +111,17 @@ impl Drop for Maker {
     }
 }
 
+/// Calls a sink, which may panic.
+fn caught<T>(call: impl FnOnce() -> T) -> Result<T> {
+    panic::catch_unwind(AssertUnwindSafe(call)).map_err(|payload| {
+        // So may what it panics with, when it is dropped, and what it panics with then.
+        if let Err(payload) = panic::catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+            std::mem::forget(payload);
+        }
+        Error::SinkPanicked
+    })
+}
+
 /// Gives a sink what is delivered.
 fn deliver<S: Sink>(mut sink: S, queue: &Queue) -> (S, Result<()>) {
     let deliver = || loop {
@@ -129,7 +134,7 @@ fn deliver<S: Sink>(mut sink: S, queue: &Queue) -> (S, Result<()>) {
             Err(End::Aborted) => return Err(Error::Aborted),
         }
     };
-    let result = panic::catch_unwind(AssertUnwindSafe(deliver)).unwrap_or(Err(Error::SinkPanicked));
+    let result = caught(deliver).and_then(|result| result);
     if result.is_err() {
         queue.end(End::Aborted);
     }

@@ -113,7 +113,7 @@ impl Options {
     /// As [`Snapshot::begin`].
     pub fn begin<S: Sink + 'static>(self, sink: S) -> Result<Snapshot<S>> {
         let maker = self.maker(false)?;
-        let mut snapshot = maker.begin(sink, false, Bits::default())?;
+        let mut snapshot = maker.begin(sink, Bits::default())?;
         snapshot.maker = Some(maker);
         Ok(snapshot)
     }
@@ -126,7 +126,7 @@ impl Options {
     pub fn series(self) -> Result<Series> {
         let maker = self.maker(true)?;
         let (always, revoked) = (maker.no_bits(), maker.no_bits());
-        Ok(Series { maker, taken: false, always, revoked })
+        Ok(Series { maker, always, revoked })
     }
 
     fn maker(self, series: bool) -> Result<Maker> {

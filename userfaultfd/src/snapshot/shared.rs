@@ -43,6 +43,8 @@ pub(super) struct State {
     pub(super) answer: Option<Result<()>>,
     /// A snapshot is at work.
     pub(super) busy: bool,
+    /// One has been completed, on which the next one may stand.
+    pub(super) based: bool,
     /// The thread is to end.
     pub(super) end: bool,
     /// The thread has ended, perhaps by an error.
@@ -94,13 +96,19 @@ impl Shared {
         debug_assert!(woken.is_ok() || woken.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock));
     }
 
-    /// Whether a snapshot is at work. If not, one is now.
-    pub(super) fn claim(&self) -> bool {
-        !std::mem::replace(&mut self.lock().busy, true)
+    /// Begins to work at a snapshot, unless one is at work. Returns whether one has been completed before.
+    pub(super) fn claim(&self) -> Option<bool> {
+        let mut state = self.lock();
+        let busy = std::mem::replace(&mut state.busy, true);
+        (!busy).then_some(state.based)
     }
 
-    pub(super) fn release(&self) {
-        self.lock().busy = false;
+    /// The snapshot isn't at work any more. It may have been completed.
+    pub(super) fn release(&self, well: bool) {
+        let mut state = self.lock();
+        state.busy = false;
+        state.based |= well;
+        drop(state);
         self.answered.notify_all();
     }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::thread;
 
 use userfaultfd::FeatureFlags;
-use userfaultfd::snapshot::{Content, Error, Options, Snapshot};
+use userfaultfd::snapshot::{Content, Error, Geometry, Options, Sink, Snapshot};
 
 use crate::image::{Image, addresses, content, number};
 use crate::support::memory::Memory;
@@ -140,4 +140,63 @@ fn one_that_waits_for_its_sink_can_be_aborted() {
     let error = snapshot.wait().map(drop).unwrap_err();
     assert!(matches!(error, Error::Aborted), "{error:?}");
     assert!(!image.with(|delivered| delivered.finished));
+}
+
+/// The next snapshot of a series holds everything as long as none was completed, and nobody waits for what panicked.
+#[test]
+fn a_series_goes_on_after_sinks_that_fail_and_panic() {
+    require!(WRITE_PROTECT);
+    struct Panics {
+        at: usize,
+        calls: usize,
+    }
+    /// What it panics with panics, too.
+    struct Again;
+    impl Drop for Again {
+        fn drop(&mut self) {
+            if !thread::panicking() {
+                panic!("again");
+            }
+        }
+    }
+    impl Panics {
+        fn call(&mut self) -> io::Result<()> {
+            self.calls += 1;
+            if self.calls > self.at {
+                std::panic::panic_any(Again);
+            }
+            Ok(())
+        }
+    }
+    impl Sink for Panics {
+        fn begin(&mut self, _: &Geometry) -> io::Result<()> {
+            self.call()
+        }
+        fn write(&mut self, _: u64, _: Content<'_>) -> io::Result<()> {
+            self.call()
+        }
+        fn finish(&mut self) -> io::Result<()> {
+            self.call()
+        }
+    }
+    let memory = large();
+    let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+    for at in 0..4 {
+        let result = series.begin(Panics { at, calls: 0 }).and_then(|snapshot| snapshot.wait().map(drop));
+        assert!(matches!(result, Err(Error::SinkPanicked)), "{at} {result:?}");
+        // Nobody waits.
+        number(&memory, at);
+    }
+    let failing = Image::new();
+    failing.with(|delivered| delivered.fails_at = Some(1));
+    series.begin(failing).unwrap().wait().map(drop).unwrap_err();
+    let written = number(&memory, 7);
+    let image = Image::new();
+    series.begin(image.clone()).unwrap().wait().unwrap();
+    assert!(!image.with(|delivered| delivered.geometry.as_ref().unwrap().incremental));
+    assert_eq!(image.content(&memory), written);
+    let next = Image::new();
+    series.begin(next.clone()).unwrap().wait().unwrap();
+    assert!(next.with(|delivered| delivered.geometry.as_ref().unwrap().incremental));
+    assert_eq!(next.pages(), []);
 }

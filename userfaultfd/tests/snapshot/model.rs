@@ -63,6 +63,10 @@ struct Operation {
 
 type Log = BTreeMap<usize, Vec<Operation>>;
 
+/// Where a log has the moves of pages. Memory may have to be unregistered while a snapshot begins, if it can't be
+/// protected since the layout changes all the time; what moves then is gone.
+const MOVES: usize = 1 << 30;
+
 /// What a snapshot holds: the first word of each page, `None` where it is gone.
 type Held = BTreeMap<usize, Option<u64>>;
 
@@ -183,7 +187,10 @@ impl World {
                         continue; // more than one mapping
                     }
                     moved[first..first + many].fill(true);
-                    continue; // it holds what it held
+                    // They hold what they held.
+                    let moves = Operation { began, ended: self.now(), effect: Effect::Gone, name: "move" };
+                    (first..first + many).for_each(|page| log.entry(page + MOVES).or_default().push(moves));
+                    continue;
                 }
                 86 if self.series && small && random.one_in(4) && !moved[first] => {
                     gone[first..first + many].fill(true);
@@ -250,8 +257,9 @@ fn check(log: &Log, taken: &Taken, page: usize, held: Option<u64>) -> Result<(),
     let fine = match held {
         Some(word) => may.any(|effect| effect == Effect::Holds(word) || effect == Effect::Silent(word)),
         None => {
+            let moves = log.get(&(page + MOVES)).map_or(&[][..], Vec::as_slice);
             may.any(|effect| effect == Effect::Gone)
-                || operations.iter().any(|operation| {
+                || operations.iter().chain(moves).any(|operation| {
                     operation.began < ended
                         && match operation.effect {
                             Effect::Holds(_) => false,
