@@ -477,10 +477,17 @@ impl LazyBuilder {
         self
     }
 
-    /// How many threads read the source. The default is 1.
+    /// Sets the number of threads that read the source from the start. The default is 1. See [`PagerBuilder::threads`].
     pub fn threads(mut self, threads: usize) -> Self {
         self.own = self.own.threads(threads);
         self.for_pager = Some("threads");
+        self
+    }
+
+    /// Sets the most threads that read the source at the same time. See [`PagerBuilder::max_threads`].
+    pub fn max_threads(mut self, threads: usize) -> Self {
+        self.own = self.own.max_threads(threads);
+        self.for_pager = Some("max_threads");
         self
     }
 

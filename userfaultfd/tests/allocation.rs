@@ -399,7 +399,8 @@ fn a_handler_of_every_kind_of_fault_is_quiet() {
 fn serve_quietly(source: impl PageSource + 'static, around: Around, features: FeatureFlags) {
     const PAGES: usize = 512;
     let (memory, target) = (Memory::anonymous(PAGES), Memory::anonymous(1));
-    let pager = Pager::builder().threads(2).build().unwrap();
+    // A thread that starts may allocate: others read events meanwhile.
+    let pager = Pager::builder().threads(2).max_threads(2).build().unwrap();
     let region = Region::new(memory.start().expose_provenance(), memory.len(), source).around(around);
     // SAFETY: the memory is accessed only by raw pointers.
     unsafe { pager.add_own(uffd(features), [region]) }.unwrap();

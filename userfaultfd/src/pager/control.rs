@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::changes;
 use super::descriptor::{Descriptor, at};
 use super::shared::{Note, Shared, Stopped};
+use super::workers::Added;
 use super::{DescriptorId, Problem};
 use crate::{Errno, Uffd};
 
@@ -18,13 +19,14 @@ pub(super) const LOOK: Duration = Duration::from_millis(500);
 const SOON: Duration = Duration::from_millis(1);
 
 /// Runs until the pager stops.
-pub(crate) fn run(shared: &Shared, look: Duration) {
+pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
     let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
     // Regions that aren't served any more, and that some thread still refers to.
     let mut is_unfreed = false;
     // Descriptors of processes that are said to end.
     let mut ending: Vec<u64> = Vec::new();
     let (mut soon, mut look_at) = (SOON, Instant::now() + look);
+    let mut more_workers = None;
     loop {
         loop {
             match shared.next_note() {
@@ -62,6 +64,8 @@ pub(crate) fn run(shared: &Shared, look: Duration) {
             (false, false) => Some(look_at - now),
             (true, _) => Some(soon.min(LOOK)),
         };
+        more_workers = added.look(shared, more_workers);
+        let timeout = timeout.into_iter().chain(more_workers).min();
         // Nothing is kept that others wait for.
         drop(watched);
         let ready = shared.wait_for_notes(&mut events, timeout);

@@ -302,7 +302,7 @@ mod tests {
     }
 
     fn shared() -> Shared {
-        Shared::new(1, 0, Retry::default()).unwrap()
+        Shared::new(1, 0, 0, Retry::default()).unwrap()
     }
 
     /// Whether it looked at all.

@@ -124,6 +124,9 @@ pub(crate) enum Wait {
     Rarely,
 }
 
+/// A read of a source that takes longer keeps a thread waiting: about as long as a thread of another CPU takes to wake.
+const SLOW: Duration = Duration::from_micros(50);
+
 /// Fills pages, for one thread.
 #[derive(Debug)]
 pub(crate) struct Filler {
@@ -148,9 +151,14 @@ impl Filler {
         Self { thread, buffer: None, spare, zeros: None, suspect: (0, 0), pace: Duration::ZERO, unmapped: 0 }
     }
 
+    /// Takes sources for slow until one has delivered: what is read together with the first fault would wait for it.
+    pub(super) fn expect_slow(&mut self) {
+        self.pace = SLOW + Duration::from_micros(1);
+    }
+
     /// Whether sources keep this thread waiting, so that faults are better left to the others.
     pub(crate) fn is_slow(&self) -> bool {
-        self.pace > Duration::from_micros(50)
+        self.pace > SLOW
     }
 
     /// Takes pages that nobody has asked for: the first absent ones in a range that follow each other, and at most so

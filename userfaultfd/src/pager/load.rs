@@ -100,6 +100,7 @@ impl Filler {
         if region.cache.is_none() {
             let bytes = caught(|| Ok(region.source.bytes(offset, len).filter(|bytes| bytes.len() == len)))?;
             if let Some(bytes) = bytes {
+                self.pace = self.pace * 7 / 8;
                 return Ok(Content::Outside(bytes.as_ptr()));
             }
         }

@@ -111,6 +111,7 @@ mod trace;
 
 #[doc = include_str!("tuning.md")]
 pub mod tuning {}
+mod workers;
 mod working_set;
 
 use std::fmt;
@@ -224,6 +225,7 @@ pub struct Progress {
 #[must_use = "a pager is made by build"]
 pub struct PagerBuilder {
     threads: usize,
+    max_threads: Option<usize>,
     readers: usize,
     delivery: Delivery,
     retry: Retry,
@@ -232,9 +234,21 @@ pub struct PagerBuilder {
 }
 
 impl PagerBuilder {
-    /// How many threads answer faults: as many reads of sources go on at the same time. The default is 1.
+    /// Sets the number of threads that resolve faults from the start. The default is 1. While the source keeps all of
+    /// them waiting, [more are added](Self::max_threads).
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = threads.max(1);
+        self
+    }
+
+    /// Sets the most threads that resolve faults, and so the most reads of sources that go on at the same time. The
+    /// default is 16, or [`threads`](Self::threads) if that is more.
+    ///
+    /// A thread is added while all others wait for reads that take longer than some 50 µs and another fault is there.
+    /// It ends when reads are fast again, or after a second without a fault. `max_threads(1)` never reads a source from
+    /// two threads at the same time, unless something fills in the background or reads ahead.
+    pub fn max_threads(mut self, threads: usize) -> Self {
+        self.max_threads = Some(threads.max(1));
         self
     }
 
@@ -285,11 +299,18 @@ impl PagerBuilder {
     ///
     /// [`System`](Error::System): a thread or a descriptor couldn't be had.
     pub fn build(self) -> Result<Pager> {
-        let shared = Arc::new(Shared::new(self.threads, self.readers, self.retry)?);
-        let mut pager = Pager { shared: Arc::clone(&shared), adding: Mutex::new(()), threads: Vec::new() };
+        let most = self.max_threads.unwrap_or(workers::MOST).max(self.threads);
+        let shared = Arc::new(Shared::new(self.threads, self.readers, most - self.threads, self.retry)?);
+        let added = Arc::new(workers::Added::new(self.delivery));
+        let mut pager = Pager {
+            shared: Arc::clone(&shared),
+            adding: Mutex::new(()),
+            threads: Vec::new(),
+            added: Arc::clone(&added),
+        };
         let of_control = Arc::clone(&shared);
         let look = self.look;
-        pager.threads.push(spawn("uffd-control", move || control::run(&of_control, look))?);
+        pager.threads.push(spawn("uffd-control", move || control::run(&of_control, &added, look))?);
         let (of_reports, reporter) = (Arc::clone(&shared), Reporter::new(self.on_problem));
         pager.threads.push(spawn("uffd-reports", move || of_reports.reports.run(reporter))?);
         for thread in 0..self.threads {
@@ -309,6 +330,7 @@ impl Default for PagerBuilder {
     fn default() -> Self {
         Self {
             threads: 1,
+            max_threads: None,
             readers: 0,
             delivery: Delivery::default(),
             retry: Retry::default(),
@@ -320,9 +342,10 @@ impl Default for PagerBuilder {
 
 impl fmt::Debug for PagerBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { threads, readers, delivery, retry, on_problem, look: _ } = self;
+        let Self { threads, max_threads, readers, delivery, retry, on_problem, look: _ } = self;
         f.debug_struct("PagerBuilder")
             .field("threads", threads)
+            .field("max_threads", max_threads)
             .field("readers", readers)
             .field("delivery", delivery)
             .field("retry", retry)
@@ -345,6 +368,8 @@ pub struct Pager {
     adding: Mutex<()>,
     /// The control thread, the one that reports, then those that serve.
     threads: Vec<JoinHandle<()>>,
+    /// Those that were added.
+    added: Arc<workers::Added>,
 }
 
 impl Pager {
@@ -795,6 +820,7 @@ impl Pager {
         let workers = self.threads.split_off(self.threads.len().min(2));
         let mut others = self.threads.drain(..);
         workers.into_iter().for_each(join);
+        self.added.join();
         // Nobody would come back to what they have put off.
         while let Some(Deferred { descriptor, work, .. }) = self.shared.retries.take_any() {
             self.shared.lease().give_up(&descriptor, work);

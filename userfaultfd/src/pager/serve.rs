@@ -18,6 +18,7 @@ use super::retry::{self, Deferred, History, Put};
 use super::shared::{Note, Shared, Token};
 use super::stats;
 use super::trace::event;
+use super::workers::IDLE;
 use super::{DescriptorId, Problem, RegionId};
 use crate::error::errno_of;
 use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};
@@ -40,10 +41,17 @@ const READ_AGAIN: Duration = Duration::from_millis(100);
 /// The delay before work is given up that there is no memory to put off.
 const NO_ROOM: Duration = Duration::from_millis(1);
 
+/// Faults that an added worker answers before it may end.
+const TRIAL: u32 = 8;
+
 #[derive(Debug)]
 pub(crate) struct Worker {
     shared: Arc<Shared>,
+    /// The number of its shards and counters.
     thread: usize,
+    /// Where it is noted what it is doing.
+    place: usize,
+    is_added: bool,
     filler: Filler,
     many: EventBuffer,
     one: EventBuffer,
@@ -61,11 +69,32 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
+    /// One that serves from the start.
     pub(crate) fn new(shared: Arc<Shared>, thread: usize, delivery: Delivery) -> Result<Self> {
+        Self::with(shared, Filler::new(thread), (thread, false), delivery)
+    }
+
+    /// One that was added.
+    pub(crate) fn added(
+        shared: Arc<Shared>,
+        filler: Filler,
+        place: usize,
+        delivery: Delivery,
+    ) -> Result<Self> {
+        Self::with(shared, filler, (place, true), delivery)
+    }
+
+    fn with(
+        shared: Arc<Shared>,
+        mut filler: Filler,
+        (place, is_added): (usize, bool),
+        delivery: Delivery,
+    ) -> Result<Self> {
         // Others are to have something to do as well.
         let batch = (2 * BATCH / (shared.threads + 1)).max(4);
-        let mut filler = Filler::new(thread);
+        filler.expect_slow();
         filler.prepare().map_err(|error| errno_of(&error))?;
+        let thread = filler.thread;
         Ok(Self {
             filler,
             many: EventBuffer::new(batch),
@@ -78,23 +107,41 @@ impl Worker {
             waiting: Waiting::new(delivery),
             shared,
             thread,
+            place,
+            is_added,
         })
     }
 
     /// Serves until the pager stops. A panic ends what is being done, not the thread.
     pub(crate) fn run(mut self) {
-        self.shared.thread_started();
+        if !self.is_added {
+            self.shared.thread_started();
+        }
         while let Err(panic) = panic::catch_unwind(AssertUnwindSafe(|| self.serve())) {
             let message = message(&*panic).to_owned();
             self.shared.note(Note::Problem(Problem::Panicked { message }));
             self.start_anew();
+        }
+        if self.is_added {
+            self.shared.end_worker(self.place, self.thread);
+        }
+    }
+
+    fn set_at_work(&self, at_work: bool) {
+        self.shared.set_at_work(self.place, at_work);
+    }
+
+    /// Something is about to be answered that may take a read of a source.
+    fn may_read(&self) {
+        if self.filler.is_slow() {
+            self.shared.set_reading(self.place);
         }
     }
 
     /// After a panic: what was claimed is free again, and who waits for it comes back. Who is waked for nothing does
     /// so, too.
     fn start_anew(&mut self) {
-        self.shared.set_at_work(self.thread, false);
+        self.set_at_work(false);
         if let Some(descriptor) = self.current.take().and_then(|token| self.find(token)) {
             let serving = descriptor.enter(self.thread);
             for serving in serving.iter() {
@@ -119,9 +166,17 @@ impl Worker {
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
         // Whose faults were answered last: the next may be near.
         let mut last = None;
+        let mut waits = 0;
         while !self.shared.is_stopping() {
-            let ready = self.wait(&mut events, last.take());
-            self.shared.set_at_work(self.thread, true);
+            // What one takes that then waits for a source nobody else does.
+            let room = if self.filler.is_slow() { 1 } else { events.len() };
+            let ready = self.wait(&mut events[..room], last.take());
+            waits += 1;
+            if self.is_added && (ready == 0 || waits > TRIAL && !self.filler.is_slow()) {
+                // It was woken for what is there still.
+                return self.pass_on(&events[..ready]);
+            }
+            self.set_at_work(true);
             self.shared.counters(self.thread).wakeups.add(1);
             for event in &events[..ready] {
                 let Some(token) = Shared::token(event) else { continue };
@@ -136,7 +191,23 @@ impl Worker {
                 self.current = None;
                 last = Some(token);
             }
-            self.shared.set_at_work(self.thread, false);
+            self.set_at_work(false);
+        }
+    }
+
+    /// Leaves events to the others.
+    fn pass_on(&mut self, events: &[libc::epoll_event]) {
+        for event in events {
+            match Shared::token(event) {
+                Some(Token::RETRY) => self.shared.retries.look(),
+                Some(token) => {
+                    let Some(descriptor) = self.find(token) else { continue };
+                    if let Some(serving) = &*descriptor.enter(self.thread) {
+                        self.shared.hand_on(&descriptor, serving.uffd.as_fd());
+                    }
+                }
+                None => {}
+            }
         }
     }
 
@@ -158,7 +229,7 @@ impl Worker {
                 }
                 ready > 0 || {
                     let answered = self.answer(&descriptor, false);
-                    self.shared.set_at_work(self.thread, false);
+                    self.set_at_work(false);
                     answered
                 }
             });
@@ -171,7 +242,8 @@ impl Worker {
                 break;
             }
         }
-        wait(&self.shared, events, -1)
+        let timeout = if self.is_added { IDLE.as_millis() as libc::c_int } else { -1 };
+        wait(&self.shared, events, timeout)
     }
 
     /// The descriptor that an event is about, if it is still served.
@@ -207,7 +279,7 @@ impl Worker {
                 self.waiting.gave_way(self.faults.front());
             } else if round > 0 && matches!(read, Ok(Read::Nothing)) && self.waiting.gives_way() {
                 gave_way = true;
-                self.shared.set_at_work(self.thread, false);
+                self.set_at_work(false);
                 thread::yield_now();
                 continue;
             }
@@ -236,10 +308,12 @@ impl Worker {
 
     fn answer_all(&mut self, descriptor: &Arc<Descriptor>) {
         if !self.faults.is_empty() {
-            self.shared.set_at_work(self.thread, true);
+            self.set_at_work(true);
         }
         while let Some(fault) = self.faults.front().copied() {
+            self.may_read();
             let done = self.filler.fault(&self.shared, descriptor, fault);
+            self.set_at_work(true);
             if let Some(deferred) = self.settle(descriptor, done, None) {
                 self.keep_or_defer(deferred);
             }
@@ -250,7 +324,7 @@ impl Worker {
 
     /// Tries what waits for a change of the layout, again and again for [`AFTER_CHANGE`](retry::AFTER_CHANGE).
     fn try_changing(&mut self, descriptor: &Arc<Descriptor>) {
-        self.shared.set_at_work(self.thread, true);
+        self.set_at_work(true);
         let start = Instant::now();
         while !self.changing.is_empty() {
             let Deferred { work, history, .. } = self.changing.remove(0);
@@ -285,7 +359,7 @@ impl Worker {
     /// Reads events with one system call.
     fn read(&mut self, descriptor: &Arc<Descriptor>, blocking: bool) -> Result<Read> {
         // A thread that waits for a source leaves faults to the others.
-        let alone = self.shared.threads == 1;
+        let alone = self.shared.threads == 1 && !self.shared.can_add_workers();
         let buffer = if !alone && self.filler.is_slow() { &mut self.one } else { &mut self.many };
         let (shared, thread, faults) = (&*self.shared, self.thread, &mut self.faults);
         let mut result = Ok(Read::Nothing);
@@ -349,7 +423,11 @@ impl Worker {
             if matches!(work, Work::Read) {
                 self.answer(&descriptor, false);
             } else {
+                if matches!(work, Work::Load(..)) {
+                    self.may_read();
+                }
                 let done = self.filler.resume(&self.shared, &descriptor, work);
+                self.set_at_work(true);
                 if let Some(deferred) = self.settle(&descriptor, done, Some(history)) {
                     self.defer(deferred);
                 }

@@ -3,10 +3,11 @@
 use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::fs::File;
+use std::iter;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -127,8 +128,16 @@ impl Notes {
     }
 }
 
+/// What a thread that serves faults, or reads ahead for them, is doing.
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
-struct AtWork(AtomicBool);
+struct AtWork(AtomicU8);
+
+/// A place for a worker that may be added.
+const ABSENT: u8 = 0;
+const IDLE: u8 = 1;
+const AT_WORK: u8 = 2;
+/// At work, and waiting for a source, or about to.
+const READING: u8 = 3;
 
 pub(crate) struct Shared {
     pub(crate) owner: Owner,
@@ -144,8 +153,10 @@ pub(crate) struct Shared {
     counters: Box<[Counters]>,
     /// What the threads that serve faults have put off.
     pub(crate) retries: RetryQueue,
-    /// Which threads answer faults at the moment, or read ahead for them.
+    /// What the threads that serve faults are doing, then those that read ahead, then workers that were added.
     at_work: Box<[AtWork]>,
+    /// Whether the control thread looks whether a worker has to be added.
+    watched: AtomicBool,
     /// For what isn't done by the threads of the pager.
     leases: Leases,
     table: Mutex<Table>,
@@ -185,7 +196,7 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(threads: usize, readers: usize, retry: Retry) -> Result<Self> {
+    pub(crate) fn new(threads: usize, readers: usize, added: usize, retry: Retry) -> Result<Self> {
         let (epoll, bell) = (sys::epoll()?, sys::eventfd(true)?);
         sys::epoll_control(epoll.as_fd(), libc::EPOLL_CTL_ADD, bell.as_fd(), 0, Token::STOP.0)?;
         let retries = RetryQueue::new()?;
@@ -212,7 +223,11 @@ impl Shared {
             spinning: AtomicBool::new(false),
             counters: (0..threads + readers).map(|_| Counters::new()).collect(),
             retries,
-            at_work: (0..threads + readers).map(|_| AtWork(AtomicBool::new(false))).collect(),
+            at_work: iter::repeat_n(IDLE, threads + readers)
+                .chain(iter::repeat_n(ABSENT, added))
+                .map(|state| AtWork(AtomicU8::new(state)))
+                .collect(),
+            watched: AtomicBool::new(false),
             leases: Leases::new(),
             table: Mutex::default(),
             adding: Mutex::default(),
@@ -610,13 +625,76 @@ impl Shared {
     }
 
     /// A thread begins to answer faults, or to read ahead for them; or it has ended.
-    pub(crate) fn set_at_work(&self, thread: usize, at_work: bool) {
-        self.at_work[thread].0.store(at_work, Ordering::Relaxed);
+    pub(crate) fn set_at_work(&self, place: usize, at_work: bool) {
+        self.at_work[place].0.store(if at_work { AT_WORK } else { IDLE }, Ordering::Relaxed);
+    }
+
+    /// A thread that is at work may wait for a source.
+    pub(crate) fn set_reading(&self, place: usize) {
+        self.at_work[place].0.store(READING, Ordering::Relaxed);
+        // Release: whoever takes the mark back sees that this one is reading.
+        if self.can_add_workers() && !self.watched.swap(true, Ordering::AcqRel) {
+            sys::ring(self.control_bell.as_fd());
+        }
+    }
+
+    /// Whether there is room for more workers than there are from the start.
+    pub(crate) fn can_add_workers(&self) -> bool {
+        self.at_work.len() > self.threads + self.readers
+    }
+
+    fn places(&self) -> &[AtWork] {
+        &self.at_work[self.threads + self.readers..]
+    }
+
+    /// Whether any worker waits for a source. If not, the next one that does rings.
+    pub(crate) fn is_watched(&self) -> bool {
+        let any = || {
+            let workers = self.at_work[..self.threads].iter().chain(self.places());
+            workers.into_iter().any(|state| state.0.load(Ordering::Relaxed) == READING)
+        };
+        if any() {
+            return true;
+        }
+        // Acquire: of one that came meanwhile, and hasn't rung, it is seen here that it is reading.
+        self.watched.swap(false, Ordering::AcqRel);
+        let any = any();
+        if any {
+            self.watched.store(true, Ordering::Relaxed);
+        }
+        any
+    }
+
+    /// Whether all workers wait for a source.
+    pub(crate) fn all_are_reading(&self) -> bool {
+        let states = |of: &[AtWork], state| {
+            of.iter().all(|one| [READING, state].contains(&one.0.load(Ordering::Relaxed)))
+        };
+        states(&self.at_work[..self.threads], READING) && states(self.places(), ABSENT)
+    }
+
+    /// Whether there is something to read, on any descriptor.
+    pub(crate) fn has_events(&self) -> bool {
+        sys::is_readable(self.epoll.as_fd())
+    }
+
+    /// Takes a place for a worker to be added, if there is one.
+    pub(crate) fn take_place(&self) -> Option<usize> {
+        let place = self.places().iter().position(|place| place.0.load(Ordering::Relaxed) == ABSENT)?;
+        let place = self.threads + self.readers + place;
+        self.set_at_work(place, false);
+        Some(place)
+    }
+
+    /// Ends a worker that was added, with its place and the number of its filler.
+    pub(crate) fn end_worker(&self, place: usize, number: usize) {
+        lock(&self.leases.idle).push(Filler::new(number));
+        self.at_work[place].0.store(ABSENT, Ordering::Relaxed);
     }
 
     /// Whether a fault waits or is being answered.
     pub(crate) fn is_busy(&self) -> bool {
-        self.at_work.iter().any(|thread| thread.0.load(Ordering::Relaxed))
+        self.at_work.iter().any(|thread| thread.0.load(Ordering::Relaxed) >= AT_WORK)
             || sys::is_readable(self.epoll.as_fd())
     }
 
@@ -720,6 +798,13 @@ impl Leases {
 pub(crate) struct Lease<'a> {
     leases: &'a Leases,
     filler: Option<Filler>,
+}
+
+impl Lease<'_> {
+    /// Takes the filler, for a worker.
+    pub(crate) fn take(mut self) -> Filler {
+        self.filler.take().expect("it is there until this is dropped")
+    }
 }
 
 impl Deref for Lease<'_> {

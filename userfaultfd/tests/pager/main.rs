@@ -19,3 +19,4 @@ mod sources;
 mod stuck;
 mod tracked;
 mod vast;
+mod workers;

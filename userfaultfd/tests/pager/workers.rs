@@ -1,0 +1,130 @@
+//! Workers that are added while the source keeps the others waiting.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex};
+
+use userfaultfd::pager::{Around, Fill, Pager, Region};
+use userfaultfd::{FeatureFlags, LazyMemory};
+
+use crate::reader::{Reader, Seen};
+use crate::scene::serve;
+use crate::support::memory::Memory;
+use crate::support::proc::wait_until;
+use crate::support::{child, has_features, page, require, test_name, uffd};
+
+/// Threads of this process that resolve faults.
+fn workers() -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let name = |task: std::io::Result<std::fs::DirEntry>| {
+        std::fs::read_to_string(task.ok()?.path().join("comm")).ok()
+    };
+    tasks.filter_map(name).filter(|name| name.trim() == "uffd-pager").count()
+}
+
+/// A source each of whose reads waits until so many go on at the same time, once.
+struct Together {
+    wanted: usize,
+    reading: Mutex<usize>,
+    changed: Condvar,
+    most: AtomicUsize,
+    open: AtomicBool,
+}
+
+impl Together {
+    const fn new(wanted: usize) -> Self {
+        let (reading, most, open) = (Mutex::new(0), AtomicUsize::new(0), AtomicBool::new(false));
+        Self { wanted, reading, changed: Condvar::new(), most, open }
+    }
+
+    fn read(&self, bytes: &mut [u8]) -> std::io::Result<Fill> {
+        let mut reading = self.reading.lock().unwrap();
+        *reading += 1;
+        self.most.fetch_max(*reading, Ordering::SeqCst);
+        if *reading == self.wanted {
+            self.open.store(true, Ordering::SeqCst);
+            self.changed.notify_all();
+        }
+        let closed = |_: &mut usize| !self.open.load(Ordering::SeqCst);
+        let mut reading = self.changed.wait_while(reading, closed).unwrap();
+        *reading -= 1;
+        bytes.fill(7);
+        Ok(Fill::Data)
+    }
+}
+
+#[test]
+fn a_source_that_waits_is_read_by_as_many_threads_as_there_are_faults() {
+    require!();
+    child::run_well(test_name!(), || {
+        static SOURCE: Together = Together::new(6);
+        let source = |_: u64, bytes: &mut [u8]| SOURCE.read(bytes);
+        let memory = LazyMemory::builder(source).len(8 * page()).around(Around::Page).build().unwrap();
+        assert_eq!(workers(), 1);
+        let start = memory.as_ptr().addr();
+        let readers: Vec<_> = (0..6).map(|number| Reader::of(start + number * page())).collect();
+        // None of the reads ends before the last has begun.
+        assert!(readers.iter().all(|reader| reader.wait() == Seen::Byte(7)));
+        // They end again.
+        wait_until(|| workers() == 1);
+        assert_eq!(memory[6 * page()], 7);
+    });
+}
+
+#[test]
+fn no_more_threads_are_added_than_are_allowed() {
+    require!();
+    child::run_well(test_name!(), || {
+        static SOURCE: Together = Together::new(2);
+        let memory = Memory::anonymous(64);
+        let source = |_: u64, bytes: &mut [u8]| {
+            // Slow after that, too.
+            SOURCE.read(bytes)?;
+            let start = std::time::Instant::now();
+            while start.elapsed() < std::time::Duration::from_micros(200) {
+                std::thread::yield_now();
+            }
+            Ok(Fill::Data)
+        };
+        let pager = Pager::builder().max_threads(2).build().unwrap();
+        let region =
+            Region::new(memory.start().expose_provenance(), memory.len(), source).around(Around::Page);
+        serve(&pager, uffd(FeatureFlags::empty()), region);
+        std::thread::scope(|scope| {
+            for first in 0..4 {
+                let memory = &memory;
+                scope.spawn(move || (first..64).step_by(4).for_each(|page| assert_eq!(memory.read(page), 7)));
+            }
+        });
+        assert_eq!(SOURCE.most.load(Ordering::SeqCst), 2);
+        drop(pager);
+        assert_eq!(workers(), 0);
+    });
+}
+
+#[test]
+fn threads_come_and_go_while_the_process_forks() {
+    require!();
+    child::run_well(test_name!(), || {
+        if !has_features(test_name!(), FeatureFlags::EVENT_FORK) {
+            return;
+        }
+        const ROUNDS: usize = 20;
+        let memory = Memory::anonymous(ROUNDS * 4);
+        // The forking thread holds the allocator's locks until a worker reads its event.
+        let source = |_: u64, bytes: &mut [u8]| {
+            std::thread::park_timeout(std::time::Duration::from_millis(1));
+            bytes.fill(7);
+            Ok(Fill::Data)
+        };
+        let pager = Pager::new().unwrap();
+        let region =
+            Region::new(memory.start().expose_provenance(), memory.len(), source).around(Around::Page);
+        serve(&pager, uffd(FeatureFlags::EVENT_FORK), region);
+        for round in 0..ROUNDS {
+            let readers: Vec<_> =
+                (0..4).map(|number| Reader::of(memory.at(4 * round + number).addr())).collect();
+            child::fork(|| assert_eq!(memory.read(4 * round), 7)).succeed();
+            assert!(readers.iter().all(|reader| reader.wait() == Seen::Byte(7)));
+        }
+    });
+}
