@@ -580,6 +580,7 @@ impl LazyBuilder {
             // are the source's borders.
             let owned = unsafe { sigbus::Owned::new(uffd, region, &borders) }?;
             memory.lock_on_fault()?;
+            memory.hold();
             return Ok(LazyMemory { served: Served::Sigbus(owned), memory, len, serves_kernel: false });
         }
         let requested = FeatureFlags::THREAD_ID | protection;
@@ -603,6 +604,7 @@ impl LazyBuilder {
         let served = Served::Pager(pager, descriptor, region, lease);
         let lazy = LazyMemory { served, memory, len, serves_kernel };
         lazy.memory.lock_on_fault()?;
+        lazy.memory.hold();
         Ok(lazy)
     }
 }

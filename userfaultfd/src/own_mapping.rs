@@ -5,6 +5,7 @@
 use std::io;
 use std::ptr::NonNull;
 
+use crate::holder::{Held, Holder};
 use crate::owner::Owner;
 use crate::sys;
 
@@ -16,6 +17,8 @@ pub(crate) struct OwnMapping {
     len: usize,
     /// Whether the process locks what it maps.
     locked: bool,
+    /// For errors that others get.
+    held: Held,
 }
 
 // SAFETY: the memory is this value's, as a slice of bytes in a box is.
@@ -28,7 +31,7 @@ impl OwnMapping {
     pub(crate) fn new(len: usize, huge: Option<u8>) -> io::Result<Self> {
         let owner = Owner::current()?;
         let (start, locked) = sys::map_empty(len, huge)?;
-        Ok(Self { owner, start, len, locked })
+        Ok(Self { owner, start, len, locked, held: Held::new(owner, Holder::LazyMemory) })
     }
 
     /// Has each page locked once it is there, if the process locks what it maps.
@@ -37,6 +40,12 @@ impl OwnMapping {
             sys::lock_on_fault(self.start, self.len)?;
         }
         Ok(())
+    }
+
+    /// Says that lazy memory lies there.
+    pub(crate) fn hold(&self) {
+        let start = self.start.as_ptr().addr();
+        self.held.set([start..start + self.len]);
     }
 
     /// Whether this process has it.

@@ -12,6 +12,7 @@ use std::fmt;
 use std::ops::{ControlFlow, Range};
 use std::os::fd::AsFd;
 
+use crate::holder::{self, Holder};
 use crate::maps::{Entry, Process, Source};
 use crate::{Errno, Error, FeatureFlags, IoctlFlags, RegisterMode, Support, Uffd, page_size, sys};
 
@@ -42,11 +43,12 @@ pub struct Refusal {
     start: usize,
     end: usize,
     reason: Reason,
+    holder: Option<Holder>,
 }
 
 impl Refusal {
     fn new(part: Range<usize>, reason: Reason) -> Self {
-        Self { start: part.start, end: part.end, reason }
+        Self { start: part.start, end: part.end, reason, holder: None }
     }
 
     /// The addresses that the reason is about: the range of the operation, or a part of it.
@@ -59,6 +61,17 @@ impl Refusal {
     #[must_use]
     pub fn reason(&self) -> Reason {
         self.reason
+    }
+
+    /// What of this library has registered it in this process, if it is known to have.
+    #[must_use]
+    pub fn holder(&self) -> Option<Holder> {
+        self.holder
+    }
+
+    /// Whether it is about a registration.
+    fn is_held(&self) -> bool {
+        matches!(self.reason, Reason::OtherDescriptor { .. } | Reason::DropsMode { .. })
     }
 }
 
@@ -402,11 +415,16 @@ impl Look<'_> {
                 (Some(Refusal { end, .. }), Some(found)) => found.end = end,
                 (refusal, found) => *found = refusal,
             }
-            let reason = found.map(|found| found.reason);
-            let whose = matches!(reason, Some(Reason::OtherDescriptor { .. } | Reason::DropsMode { .. }));
-            if whose { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            if found.is_some_and(|found| found.is_held()) {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
         });
         visited.ok()?;
+        if let Some(found) = found.as_mut().filter(|found| found.is_held() && process == Process::Own) {
+            found.holder = holder::of(&found.range());
+        }
         found.or(gap.filter(|_| self.errno == Errno::ENOENT))
     }
 
@@ -581,7 +599,17 @@ impl fmt::Display for MemoryKind {
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { start, end, reason } = *self;
+        self.write_reason(f)?;
+        match self.holder {
+            Some(holder) => write!(f, "; in this process it is held by {holder}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Refusal {
+    fn write_reason(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { start, end, reason, .. } = *self;
         let part = format_args!("{start:#x}..{end:#x}");
         match reason {
             Reason::Empty => write!(f, "the range at {start:#x} has no bytes"),

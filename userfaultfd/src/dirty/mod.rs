@@ -264,7 +264,8 @@ impl DirtyTracker {
     /// private anonymous memory whose missing pages another handler fills. Those of
     /// [`register_with_mode`](crate::Uffd::register_with_mode): `EINVAL` for memory that can't be tracked in this
     /// mode (files, other than memfd and tmpfs, can in `Async` mode alone), for nothing mapped and for unaligned
-    /// bounds; `EBUSY` if another userfaultfd has it. Nothing is tracked then.
+    /// bounds; `EBUSY` if another userfaultfd has it, with the [holder](crate::Refusal::holder) if that is known. Nothing
+    /// is tracked then.
     pub fn track(&mut self, range: Range<usize>) -> Result<()> {
         self.0.watch.track(&range)
     }

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use super::serve::Server;
 use super::watch::{Lease, Protection, Watch, Words, pointer};
 use crate::error::errno_of;
+use crate::holder::Holder;
 use crate::maps::Process;
 use crate::pagemap::{Pagemap, Region, Scan};
 use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder, page_size};
@@ -147,6 +148,10 @@ impl Options {
     }
 
     fn open_leased(self, protection: Protection) -> Result<(Arc<Watch>, Mode, Option<Server>)> {
+        let holder = match protection {
+            Protection::Write => Holder::DirtyTracker,
+            Protection::ReadWrite => Holder::AccessTracker,
+        };
         let (asynchronous, synchronous) = match protection {
             Protection::Write => (FeatureFlags::WP_ASYNC, FeatureFlags::PAGEFAULT_FLAG_WP),
             Protection::ReadWrite => (FeatureFlags::RWP | FeatureFlags::RWP_ASYNC, FeatureFlags::RWP),
@@ -175,7 +180,7 @@ impl Options {
         };
         let features = uffd.features();
         let mode = if features.contains(asynchronous) { Mode::Async } else { Mode::Sync };
-        let mut watch = Watch::new(uffd, self.process, protection)?;
+        let mut watch = Watch::new(uffd, self.process, protection, holder)?;
         watch.lease = self.lease;
         watch.also = self.elsewhere.unwrap_or(RegisterMode::empty());
         if protection == Protection::Write && mode == Mode::Sync {

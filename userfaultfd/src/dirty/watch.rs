@@ -24,6 +24,7 @@ use std::thread;
 
 use super::ranges::{self, Notes, Tracked};
 use crate::atomic::AtomicU64;
+use crate::holder::{Held, Holder};
 use crate::maps::{Mapping, Process};
 use crate::owner::Owner;
 use crate::pagemap::Pagemap;
@@ -156,14 +157,17 @@ pub(crate) struct Watch {
     /// Replaced as a whole, so that the lock is never held for long, nor while memory is allocated: the thread that
     /// handles faults takes it.
     ranges: Mutex<Arc<[Tracked]>>,
+    /// For errors that others get.
+    held: Held,
     failure: AtomicI32,
     pub(crate) faults: [AtomicU64; 2],
 }
 
 impl Watch {
-    pub(crate) fn new(uffd: Uffd, process: Process, protection: Protection) -> Result<Self> {
+    pub(crate) fn new(uffd: Uffd, process: Process, protection: Protection, holder: Holder) -> Result<Self> {
+        let owner = Owner::current()?;
         Ok(Self {
-            owner: Owner::current()?,
+            owner,
             uffd,
             pagemap: process.pagemap()?,
             process,
@@ -174,6 +178,7 @@ impl Watch {
             tries: TRIES,
             lease: None,
             ranges: Mutex::new(Arc::new([])),
+            held: Held::new(owner, holder),
             failure: AtomicI32::new(0),
             faults: [const { AtomicU64::new(0) }; 2],
         })
@@ -187,6 +192,9 @@ impl Watch {
     }
 
     fn set_ranges(&self, ranges: Vec<Tracked>) {
+        if self.process == Process::Own {
+            self.held.set(ranges.iter().map(|tracked| tracked.range.clone()));
+        }
         let mut ranges: Arc<[Tracked]> = ranges.into();
         std::mem::swap(&mut *self.ranges.lock().unwrap_or_else(PoisonError::into_inner), &mut ranges);
     }

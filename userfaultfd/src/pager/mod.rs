@@ -146,6 +146,8 @@ use self::serve::Worker;
 use self::shared::{Note, Shared};
 use self::shutdown::Cover;
 use crate::dirty::watch::Lease;
+use crate::holder::{Held, Holder};
+use crate::owner::Owner;
 use crate::{Errno, FeatureFlags, RegisterMode, Uffd};
 
 /// A descriptor that a pager serves.
@@ -477,6 +479,9 @@ impl Pager {
             _ => {}
         }
         let origin = Origin { is_child: false, is_own: is_own.unwrap_or(false), was_blocking };
+        if origin.is_own {
+            layout.segments().iter().for_each(hold);
+        }
         layout.reserve();
         let regions = layout.segments().iter().map(|segment| RegionId(segment.region.id)).collect();
         let uffd = Arc::new(uffd);
@@ -540,6 +545,9 @@ impl Pager {
         };
         let _registering = descriptor.begin_registering(self.shared.outside_id());
         let segment = self.register(&uffd, region)?;
+        if descriptor.is_own {
+            hold(&segment);
+        }
         drop(uffd);
         let (id, range) = (RegionId(segment.region.id), segment.start..segment.end);
         let mut overlap = Ok(());
@@ -885,6 +893,13 @@ fn join(thread: JoinHandle<()>) {
         // A panic has been reported.
         let _panicked = thread.join();
     }
+}
+
+/// Says that a pager has memory of this process.
+fn hold(segment: &Segment) {
+    let Ok(owner) = Owner::current() else { return };
+    let held = segment.region.held.get_or_init(|| Held::new(owner, Holder::Pager));
+    held.set(std::iter::once(segment.start..segment.end));
 }
 
 /// Whether a region has its addresses for itself.

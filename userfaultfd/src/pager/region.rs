@@ -18,6 +18,7 @@ use super::pages::Pages;
 use super::record::Log;
 use super::{Absent, Error, PageSource, Result};
 use crate::dirty::watch::Lease;
+use crate::holder::Held;
 use crate::{Errno, FeatureFlags, IoctlFlags, RegisterMode, Support};
 
 /// The most that is filled for one fault, unless told otherwise.
@@ -280,6 +281,7 @@ impl Region {
             streams: Streams::new(),
             write_protected: self.write_protected,
             lease: Arc::default(),
+            held: OnceLock::new(),
             cache,
             shared: self.shared,
             zeropage: page == crate::page_size() && !self.write_protected,
@@ -350,6 +352,8 @@ pub(crate) struct Served {
     pub(crate) write_protected: bool,
     /// Taken while a tracker is at work.
     pub(crate) lease: Arc<Lease>,
+    /// Of memory of this process: for errors that others get.
+    pub(crate) held: OnceLock<Held>,
     pub(crate) cache: Option<Cache>,
     pub(crate) shared: bool,
     /// Whether zero pages can be mapped.
@@ -460,6 +464,7 @@ impl Served {
             streams: Streams::new(),
             write_protected: self.write_protected,
             lease: Arc::default(),
+            held: OnceLock::new(),
             cache: None,
             shared: self.shared,
             zeropage: self.zeropage,

@@ -14,6 +14,7 @@ use super::maker::{Buffers, Maker};
 use super::shared::Shared;
 use super::sink::{Region, Sink};
 use crate::dirty::watch::{Protection, Watch};
+use crate::holder::Holder;
 use crate::maps::Process;
 use crate::{FeatureFlags, Pid, Uffd, UffdBuilder, page_size};
 
@@ -145,7 +146,7 @@ impl Options {
         };
         uffd.set_nonblocking(true)?;
         let protects_empty = uffd.features().contains(FeatureFlags::WP_UNPOPULATED);
-        let mut watch = Watch::new(uffd, self.process, Protection::Write)?;
+        let mut watch = Watch::new(uffd, self.process, Protection::Write, Holder::Snapshot)?;
         watch.protects_empty = protects_empty;
         // The thread that tries is the one that reads what must be read before another try.
         watch.tries = 1;

@@ -11,6 +11,7 @@ mod changes;
 mod concurrent;
 mod elsewhere;
 mod forked;
+mod held;
 mod pinned;
 mod process;
 mod ranges;

@@ -1,0 +1,144 @@
+//! What of this library holds which memory of this process, so that an error can name it.
+//!
+//! The kernel tells that another userfaultfd has registered a range, and not whose. What registers memory of this process
+//! says so here. This is for texts of errors alone, and costs nothing where there is none: an entry that can't be made, or
+//! read at once, is left out.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, TryLockError};
+
+use crate::atomic::AtomicU64;
+use crate::owner::Owner;
+
+/// What of this library has registered a range, in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Holder {
+    /// A [`LazyMemory`](crate::LazyMemory) that isn't filled yet.
+    LazyMemory,
+    /// A [`Pager`](crate::pager::Pager).
+    Pager,
+    /// A [`DirtyTracker`](crate::DirtyTracker).
+    DirtyTracker,
+    /// An [`AccessTracker`](crate::AccessTracker).
+    AccessTracker,
+    /// A [`Snapshot`](crate::Snapshot) that is being taken, or a [`Series`](crate::snapshot::Series).
+    Snapshot,
+}
+
+impl fmt::Display for Holder {
+    /// Its name, and what would work.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::LazyMemory => "a LazyMemory: use its tracker(), snapshot() or series(), or fill() it first",
+            Self::Pager => "a Pager: finish or remove the region first",
+            Self::DirtyTracker => "a DirtyTracker: untrack the range, or drop the tracker first",
+            Self::AccessTracker => "an AccessTracker: untrack the range, or drop the tracker first",
+            Self::Snapshot => "a snapshot: wait for it, or drop the Series first",
+        })
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    id: u64,
+    /// A forked child has nothing of its parent's.
+    owner: Owner,
+    holder: Holder,
+    range: Range<usize>,
+}
+
+/// In the order in which they were made. A child may find it locked for ever.
+static ENTRIES: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+
+/// How often it is tried to change the entries.
+const TRIES: usize = 10_000;
+
+fn entries() -> Option<MutexGuard<'static, Vec<Entry>>> {
+    match ENTRIES.try_lock() {
+        Ok(entries) => Some(entries),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
+/// Changes the entries, unless they stay locked.
+fn change(mut change: impl FnMut(&mut Vec<Entry>)) {
+    for _ in 0..TRIES {
+        if let Some(mut entries) = entries() {
+            return change(&mut entries);
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// The ranges of one holder. They are forgotten when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Held {
+    id: u64,
+    owner: Owner,
+    holder: Holder,
+}
+
+impl Held {
+    /// Of nothing yet.
+    pub(crate) fn new(owner: Owner, holder: Holder) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { id: NEXT.fetch_add(1, Ordering::Relaxed), owner, holder }
+    }
+
+    /// Replaces the ranges that it holds.
+    pub(crate) fn set(&self, ranges: impl IntoIterator<Item = Range<usize>>) {
+        let Self { id, owner, holder } = *self;
+        let mut new: Vec<Entry> =
+            ranges.into_iter().map(|range| Entry { id, owner, holder, range }).collect();
+        change(|entries| {
+            entries.retain(|entry| entry.id != id);
+            entries.append(&mut new);
+        });
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.owner.is_current() {
+            change(|entries| entries.retain(|entry| entry.id != self.id));
+        }
+    }
+}
+
+/// The holder of a part of a range, the latest if there are several. `None` if it isn't known. Allocates nothing.
+pub(crate) fn of(range: &Range<usize>) -> Option<Holder> {
+    let entries = entries()?;
+    let overlaps = |entry: &&Entry| entry.range.start < range.end && range.start < entry.range.end;
+    let current = |entry: &&Entry| entry.owner.is_current();
+    entries.iter().rev().filter(overlaps).find(current).map(|entry| entry.holder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::support::require;
+
+    #[test]
+    fn the_latest_holder_is_named_until_it_ends() {
+        require!();
+        let owner = Owner::current().unwrap();
+        // No memory is there.
+        let (first, second) = (Held::new(owner, Holder::LazyMemory), Held::new(owner, Holder::Snapshot));
+        first.set([100..200, 300..400]);
+        assert_eq!(
+            (of(&(150..160)), of(&(199..300)), of(&(200..300))),
+            (Some(Holder::LazyMemory), Some(Holder::LazyMemory), None)
+        );
+        second.set([150..160]);
+        assert_eq!((of(&(0..500)), of(&(160..170))), (Some(Holder::Snapshot), Some(Holder::LazyMemory)));
+        first.set([300..310]);
+        assert_eq!((of(&(160..170)), of(&(305..306))), (None, Some(Holder::LazyMemory)));
+        drop(second);
+        drop(first);
+        assert_eq!(of(&(0..500)), None);
+    }
+}
