@@ -137,9 +137,19 @@ pub enum Error {
     #[error("the faults of the region are recorded already")]
     AlreadyRecorded,
 
+    /// A working set can't have such a page.
+    #[error("page {page} is beyond a region of {region_pages} pages")]
+    BeyondRegion {
+        /// The page, counted from the start of the region.
+        page: usize,
+        /// How many pages the region has.
+        region_pages: usize,
+    },
+
     /// A working set is of another region: of more or fewer pages, or of pages of another size.
     #[error(
-        "a working set of {} pages of {:#x} bytes for a region of {} pages of {:#x} bytes",
+        "a working set of {} pages of {:#x} bytes for a region of {} pages of {:#x} bytes: \
+         with_region_pages and with_page_size adapt it",
         set.0, set.1, region.0, region.1
     )]
     OtherWorkingSet {

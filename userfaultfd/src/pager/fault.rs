@@ -90,6 +90,9 @@ impl Filler {
         let page = segment.page_at(fault.address);
         let mut pages = page..page + 1;
         let claim = states.claim(page);
+        if !matches!(claim, Claim::Mine { .. }) {
+            segment.region.note(page);
+        }
         let (removed, tries) = match claim {
             Claim::Mine { removed, tries } => (removed, tries),
             Claim::Joined => {

@@ -407,6 +407,13 @@ impl Served {
         usize::try_from(rest).unwrap_or(usize::MAX).min(len)
     }
 
+    /// Notes that a fault came for a page that it doesn't fill itself, if that is wanted.
+    pub(crate) fn note(&self, page: usize) {
+        if let Some(log) = self.log.get() {
+            let _exact = log.note(page);
+        }
+    }
+
     /// The pages to fill for a fault on one, as far as the region has them; and the sequence that it goes on with.
     pub(crate) fn around(&self, page: usize) -> (Range<usize>, Option<Window>) {
         if self.log.get().is_some_and(|log| log.note(page)) {
@@ -427,7 +434,7 @@ impl Served {
         (pages.start..pages.end.min(self.pages.count()), window)
     }
 
-    /// Where it is noted which pages faults came for. Whoever fills them does that, by asking what is around.
+    /// Where it is noted which pages faults came for.
     pub(crate) fn log(&self) -> io::Result<&Log> {
         if self.log.get().is_none() {
             // Somebody else may be faster; then theirs is the one.
@@ -438,7 +445,7 @@ impl Served {
 
     /// The pages that were noted.
     pub(crate) fn noted(&self) -> Vec<usize> {
-        self.log.get().map_or_else(Vec::new, |log| log.pages(self.pages.count()))
+        self.log.get().map_or_else(Vec::new, Log::pages)
     }
 
     pub(crate) fn stop_noting(&self) {

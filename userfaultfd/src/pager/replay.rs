@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::background::{Background, Outcome, Plan, Target};
 use super::record::Mode;
 use super::region::Served;
-use super::working_set::WorkingSet;
+use super::working_set::{Cover, WorkingSet};
 use super::{Error, Pager, RegionId, Result};
 
 /// One page of so many is left out, to see whether it is needed.
@@ -24,8 +24,8 @@ const SAMPLE: usize = 64;
 pub struct Replay {
     background: Background,
     region: Arc<Served>,
-    set: Vec<usize>,
-    sample: Vec<usize>,
+    set: WorkingSet,
+    cover: Cover,
 }
 
 /// How well a working set fits.
@@ -58,11 +58,8 @@ impl Replay {
         if !region.log()?.start(Mode::On) {
             return Err(Error::AlreadyRecorded);
         }
-        let sample = set.pages().iter().copied().filter(|page| is_sampled(*page)).collect();
-        let runs = set.pages().chunk_by(|page, next| page + 1 == *next);
-        let runs = runs.map(|run| run[0]..run[0] + run.len()).collect();
-        match Background::start_plan(target, Plan::without(runs, is_sampled)) {
-            Ok(background) => Ok(Self { background, region, set: set.pages().to_vec(), sample }),
+        match Background::start_plan(target, Plan::without(set.runs().to_vec(), is_sampled)) {
+            Ok(background) => Ok(Self { background, region, set: set.clone(), cover: set.cover() }),
             Err(error) => {
                 region.stop_noting();
                 Err(error)
@@ -85,15 +82,17 @@ impl Replay {
     #[must_use]
     pub fn report(&self) -> Coverage {
         let faults: HashSet<usize> = self.region.noted().into_iter().collect();
-        let in_set = self.set.iter().filter(|page| faults.contains(page)).count();
+        let in_set = faults.iter().filter(|page| self.cover.has(**page));
         // What was filled together with another page tells nothing.
-        let touched = self.sample.iter().filter(|page| faults.contains(page)).count();
-        let untouched = self.sample.iter().filter(|page| self.region.pages.is_absent(**page));
+        let touched = in_set.clone().filter(|page| is_sampled(**page)).count();
+        let untouched =
+            self.set.pages().filter(|page| is_sampled(*page) && self.region.pages.is_absent(*page));
         let untouched = untouched.filter(|page| !faults.contains(page)).count();
+        let faults_in_set = in_set.count();
         Coverage {
             set_pages: self.set.len(),
-            faults_in_set: in_set,
-            faults_outside: faults.len() - in_set,
+            faults_in_set,
+            faults_outside: faults.len() - faults_in_set,
             sampled: touched + untouched,
             sampled_touched: touched,
         }

@@ -242,7 +242,11 @@ impl Lazy {
         let since = (faults % TIMED == 0).then(stats::now);
         let mut tally = Tally { faults: 1, since, ..Tally::default() };
         let page = (address - self.start) >> self.served.page_shift;
-        let answered = match self.served.pages.claim(page) {
+        let claim = self.served.pages.claim(page);
+        if !matches!(claim, Claim::Mine { .. }) {
+            self.served.note(page);
+        }
+        let answered = match claim {
             Claim::Mine { removed, .. } => self.load(page, removed, &mut tally),
             Claim::Joined => self.join(page, Some(page), &mut tally),
             Claim::Present => self.again(page, &mut tally),

@@ -26,6 +26,10 @@ const fn upper_bound(bucket: usize) -> u64 {
     (first << shift) + ((1 << shift) - 1)
 }
 
+fn sum(counts: &[u64]) -> u64 {
+    counts.iter().fold(0, |sum, count| sum.saturating_add(*count))
+}
+
 fn nanos_of(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -62,7 +66,8 @@ impl Histogram {
     /// Counts a duration.
     pub fn record(&mut self, duration: Duration) {
         let nanos = nanos_of(duration);
-        self.buckets[bucket_of(nanos)] += 1;
+        let count = &mut self.buckets[bucket_of(nanos)];
+        *count = count.saturating_add(1);
         self.total = self.total.saturating_add(nanos);
         self.max = self.max.max(nanos);
     }
@@ -70,7 +75,7 @@ impl Histogram {
     /// Adds what another one has counted.
     pub fn merge(&mut self, other: &Self) {
         for (count, more) in self.buckets.iter_mut().zip(&other.buckets) {
-            *count += more;
+            *count = count.saturating_add(*more);
         }
         self.total = self.total.saturating_add(other.total);
         self.max = self.max.max(other.max);
@@ -79,7 +84,7 @@ impl Histogram {
     /// How many durations were counted.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.buckets.iter().sum()
+        sum(&self.buckets)
     }
 
     /// A duration that this part of all (0.5: the half) doesn't exceed: an upper bound, at most an eighth too long.
@@ -87,10 +92,14 @@ impl Histogram {
     #[must_use]
     pub fn quantile(&self, part: f64) -> Option<Duration> {
         let count = self.count();
-        let rank = ((part * count as f64).ceil() as u64).clamp(1, count.max(1));
-        let mut seen = 0;
+        // 0.55 is a little more than 55 hundredths: where the product is as near to a whole number as that, it is this one.
+        let exact = part * count as f64;
+        let whole = exact.round();
+        let near = (exact - whole).abs() <= 2.0 * f64::EPSILON * whole;
+        let rank = (if near { whole } else { exact.ceil() } as u64).clamp(1, count.max(1));
+        let mut seen = 0_u64;
         let bucket = self.buckets.iter().position(|&here| {
-            seen += here;
+            seen = here.saturating_add(seen);
             seen >= rank
         })?;
         Some(self.bound(bucket))
@@ -160,8 +169,7 @@ impl fmt::Display for Histogram {
 impl Histogram {
     fn write_bars(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const WIDTH: u64 = 40;
-        let powers: Vec<(usize, u64)> =
-            self.buckets.chunks(STEPS as usize).map(|power| power.iter().sum()).enumerate().collect();
+        let powers: Vec<(usize, u64)> = self.buckets.chunks(STEPS as usize).map(sum).enumerate().collect();
         let Some(first) = powers.iter().position(|&(_, count)| count != 0) else { return Ok(()) };
         let last = powers.iter().rposition(|&(_, count)| count != 0).unwrap_or(first);
         let most = powers.iter().map(|&(_, count)| count).max().unwrap_or(1);
@@ -274,6 +282,33 @@ mod tests {
         assert_eq!(histogram.mean(), Some(10_102 * NANO));
         assert_eq!(histogram.max(), Some(100_000 * NANO));
         assert_eq!(histogram.iter().last(), Some((106_495 * NANO, 1)));
+    }
+
+    #[test]
+    fn a_quantile_at_a_gap_is_what_is_before_it() {
+        crate::support::require!();
+        for part in 1..100_u32 {
+            let mut histogram = Histogram::default();
+            for number in 0..100 {
+                histogram.record(if number < part { NANO } else { 1_000_000 * NANO });
+            }
+            assert_eq!(histogram.quantile(f64::from(part) / 100.0), Some(NANO), "{part} %");
+            assert_eq!(
+                histogram.quantile(f64::from(part) / 100.0 + 0.001),
+                Some(1_000_000 * NANO),
+                "{part} %"
+            );
+        }
+    }
+
+    #[test]
+    fn counts_stop_at_their_largest() {
+        crate::support::require!();
+        let mut histogram = Histogram { buckets: [u64::MAX; BUCKETS], total: u64::MAX, max: 1 };
+        histogram.merge(&histogram.clone());
+        histogram.record(NANO);
+        assert_eq!(histogram.count(), u64::MAX);
+        assert!(histogram.quantile(1.0).is_some() && format!("{histogram:#}").contains('#'));
     }
 
     #[test]

@@ -166,11 +166,16 @@ impl Statistics {
     /// Faults of all kinds together.
     #[must_use]
     pub fn faults(&self) -> u64 {
-        self.missing_faults
-            + self.minor_faults
-            + self.write_protect_faults
-            + self.read_write_protect_faults
-            + self.unknown_faults
+        let Self {
+            missing_faults,
+            minor_faults,
+            write_protect_faults,
+            read_write_protect_faults,
+            unknown_faults,
+            ..
+        } = *self;
+        let others = [minor_faults, write_protect_faults, read_write_protect_faults, unknown_faults];
+        others.into_iter().fold(missing_faults, u64::saturating_add)
     }
 }
 
@@ -223,6 +228,16 @@ mod tests {
         assert_eq!(sum.fault_latency.count(), 2);
         assert_eq!(sum.fault_latency.max(), Some(Duration::from_nanos(7)));
         assert_eq!(sum.source_latency.count(), 0);
+    }
+
+    #[test]
+    fn faults_of_all_kinds_stop_at_the_largest_number() {
+        crate::support::require!();
+        let mut statistics =
+            Statistics { missing_faults: u64::MAX, minor_faults: 1, ..Statistics::default() };
+        assert_eq!(statistics.faults(), u64::MAX);
+        statistics.merge(&statistics.clone());
+        assert_eq!((statistics.faults(), statistics.minor_faults), (u64::MAX, 2));
     }
 
     #[test]
