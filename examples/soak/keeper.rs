@@ -209,7 +209,7 @@ impl<'a> Keeper<'a> {
                     };
                     match done {
                         // It was unmapped; or it stays, where the kernel can't poison.
-                        Ok(()) | Err(Error::NotServed | Error::Unfilled { .. }) => {}
+                        Ok(()) | Err(Error::NotServed | Error::Unfilled { .. } | Error::Poisoned { .. }) => {}
                         Err(error) => return Err(format!("ending a region: {error:?}")),
                     }
                 }
@@ -220,7 +220,12 @@ impl<'a> Keeper<'a> {
                     let Some(pager) = self.lock()[index].clone() else { continue };
                     let mut last = None;
                     let finished = pager.finish(|progress| last = Some(progress));
-                    finished.map_err(|error| format!("finish: {error:?}"))?;
+                    if let Err(error) = finished {
+                        // All is filled but what its source has failed to deliver.
+                        if !matches!(error, Error::Poisoned { .. }) {
+                            return Err(format!("finish: {error:?}"));
+                        }
+                    }
                     if last.is_some_and(|progress| progress.done != progress.total) {
                         return Err(format!("finish ended at {last:?}"));
                     }

@@ -214,13 +214,15 @@ impl LazyMemory {
     /// Fills everything that is absent. The memory needs no pager from then on.
     ///
     /// It takes as much memory as it is long. `progress` is called now and then, first with nothing done and last
-    /// with all done. A page that the source doesn't deliver is poisoned. While a [tracker](Self::tracker) is at work,
+    /// with all done. A page that the source doesn't deliver is poisoned, and the error tells which. While a [tracker](Self::tracker) is at work,
     /// the pager goes on resolving the faults of its protection.
     ///
     /// # Errors
     ///
-    /// [`Unfilled`](pager::Error::Unfilled): the source fails, before Linux 6.6.
-    /// [`NotServed`](pager::Error::NotServed): it was done before.
+    /// - [`Poisoned`](pager::Error::Poisoned): the source failed, now or for a fault before, so that some pages are
+    ///   poisoned. All others are filled.
+    /// - [`Unfilled`](pager::Error::Unfilled): the source fails, before Linux 6.6.
+    /// - [`NotServed`](pager::Error::NotServed): it was done before.
     pub fn fill(&self, progress: impl FnMut(Progress)) -> pager::Result<()> {
         self.check_owner()?;
         match &self.served {

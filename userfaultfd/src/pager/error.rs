@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
-use super::{DescriptorId, RegionId};
+use super::{DescriptorId, Failed, RegionId};
 use crate::error::Whole;
 use crate::{Errno, IoctlFlags, Uffd};
 
@@ -118,10 +118,22 @@ pub enum Error {
     NotServed,
 
     /// Pages couldn't be filled and can't be poisoned on this kernel. They are served on.
-    #[error("{pages} pages can't be filled, nor poisoned before Linux 6.6")]
+    #[error("{pages} pages can't be filled, nor poisoned before Linux 6.6{}", First(failed))]
     Unfilled {
         /// How many.
         pages: usize,
+        /// Where they are, as far as they are known: others may be in work, or have moved.
+        failed: Vec<Failed>,
+    },
+
+    /// Pages couldn't be filled, now or by a fault before: most often because the source failed. They are poisoned.
+    /// Everything else is filled, and the memory is given back to the kernel.
+    #[error("{pages} pages couldn't be filled and are poisoned{}", First(failed))]
+    Poisoned {
+        /// How many.
+        pages: usize,
+        /// Where they are.
+        failed: Vec<Failed>,
     },
 
     /// The source failed to deliver what had to be read at once.
@@ -178,6 +190,17 @@ pub enum Error {
 impl From<io::Error> for Error {
     fn from(error: io::Error) -> Self {
         Self::System(error)
+    }
+}
+
+/// Tells where the first of some pages are.
+struct First<'a>(&'a [Failed]);
+
+impl fmt::Display for First<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(Failed { range, .. }) = self.0.first() else { return Ok(()) };
+        let more = if self.0.len() > 1 { ", and elsewhere" } else { "" };
+        write!(f, ": bytes {:#x}..{:#x} of a region{more}", range.start, range.end)
     }
 }
 

@@ -140,11 +140,12 @@ pub use working_set::WorkingSet;
 use self::control::{spawn, target_is_gone};
 use self::descriptor::{Descriptor, Origin, Serving, at, lock, wake};
 use self::layout::{Layout, Segment};
+use self::pages::Pages;
 use self::reports::{OnProblem, Reporter};
 use self::retry::Deferred;
 use self::serve::Worker;
 use self::shared::{Note, Shared};
-use self::shutdown::Cover;
+use self::shutdown::{Cover, Unfillable};
 use crate::dirty::watch::Lease;
 use crate::holder::{Held, Holder};
 use crate::owner::Owner;
@@ -598,16 +599,21 @@ impl Pager {
     /// # Errors
     ///
     /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`Poisoned`](Error::Poisoned): its source failed, so that some pages are poisoned. All others are filled, and the
+    ///   region is given back.
     /// - [`Unfilled`](Error::Unfilled): its source fails, before Linux 6.6. The region is served on.
     pub fn finish_region(&self, region: RegionId, progress: impl FnMut(Progress)) -> Result<()> {
         let descriptor = self.of_region(region)?;
-        shutdown::fill(&self.shared, &[(Arc::clone(&descriptor), Some(region.0))], progress)?;
+        let mut poisoned = Unfillable::default();
+        let part = [(Arc::clone(&descriptor), Some(region.0))];
+        shutdown::fill(&self.shared, &part, &mut poisoned, progress)?;
         let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
         if segments.iter().any(|segment| segment.region.lease.is_taken()) {
             // A tracker is at work: the region stays registered, and protection faults are the pager's to resolve.
-            return Ok(());
+            return poisoned.poisoned();
         }
-        self.drop_region(&descriptor, region)
+        self.drop_region(&descriptor, region)?;
+        poisoned.poisoned()
     }
 
     /// Lends a region to a tracker: pages are filled protected from now on, until the lease is given back. The whole region
@@ -661,7 +667,10 @@ impl Pager {
         let descriptor = self.of_region(region)?;
         let left = shutdown::cover(&self.shared, &descriptor, Some(region.0), Cover::Poison, &mut |_| {})?;
         if left > 0 {
-            return Err(Error::Unfilled { pages: left });
+            let mut failed = Unfillable::default();
+            let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
+            failed.add(&segments, Pages::is_failed);
+            return Err(failed.unfilled(left));
         }
         self.drop_region(&descriptor, region)
     }
@@ -775,22 +784,25 @@ impl Pager {
     ///
     /// It needs as much memory as everything that it fills. `progress` is called now and then, first with nothing
     /// done and last with all done. Faults are answered meanwhile. A page that its source doesn't deliver is
-    /// poisoned.
+    /// poisoned, and the error tells which.
     ///
     /// # Errors
     ///
+    /// - [`Poisoned`](Error::Poisoned): a source failed, so that some pages are poisoned. All others are filled, everything
+    ///   is given back, and the descriptors are closed.
     /// - [`Unfilled`](Error::Unfilled): a source fails, before Linux 6.6. Everything is served on.
     /// - [`NotServed`](Error::NotServed): another process made the pager.
     pub fn finish(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
         self.shared.check_owner()?;
+        let mut poisoned = Unfillable::default();
         loop {
             self.shared.wait_for_forks();
             let descriptors = self.shared.descriptors();
             if descriptors.is_empty() {
-                return Ok(());
+                return poisoned.poisoned();
             }
             let all: Vec<_> = descriptors.iter().map(|descriptor| (Arc::clone(descriptor), None)).collect();
-            shutdown::fill(&self.shared, &all, &mut progress)?;
+            shutdown::fill(&self.shared, &all, &mut poisoned, &mut progress)?;
             for descriptor in descriptors {
                 if let Some(serving) = self.shared.remove(&descriptor) {
                     shutdown::unregister(&serving.uffd, serving.layout.everything(), |_| {});

@@ -7,8 +7,10 @@ use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fill::{Content, Done, Filler, Wait, Work};
 use super::layout::Segment;
 use super::load::alike;
+use super::pages::Pages;
+use super::region::Served;
 use super::shared::Shared;
-use super::{Absent, DescriptorId, Detached, Error, Progress, RegionId, Result};
+use super::{Absent, DescriptorId, Detached, Error, Failed, Progress, RegionId, Result};
 use crate::{Errno, Uffd};
 
 /// So many bytes are read and filled at once, where nobody waits for a particular page.
@@ -180,10 +182,45 @@ pub(crate) fn absent_bytes(segments: &[Segment]) -> u64 {
     segments.iter().map(bytes).sum()
 }
 
-/// Fills what is absent, and tells how far that is.
+/// Pages that couldn't be filled.
+#[derive(Debug, Default)]
+pub(crate) struct Unfillable {
+    pages: usize,
+    failed: Vec<Failed>,
+}
+
+impl Unfillable {
+    /// Adds the pages of some segments for which something is so.
+    pub(crate) fn add(&mut self, segments: &[Segment], is_so: fn(&Pages, usize) -> bool) {
+        for segment in segments {
+            let region = &segment.region;
+            self.add_pages(region, segment.pages().filter(|page| is_so(&region.pages, *page)));
+        }
+    }
+
+    /// Adds pages of a region.
+    pub(crate) fn add_pages(&mut self, region: &Served, pages: impl Iterator<Item = usize>) {
+        let pages = pages.inspect(|_| self.pages += 1).map(|page| page..page + 1);
+        self.failed.extend(Failed::in_bytes(RegionId(region.id), region.page_shift, pages));
+    }
+
+    /// They stay missing, `pages` with those that aren't known by number.
+    pub(crate) fn unfilled(self, pages: usize) -> Error {
+        Error::Unfilled { pages, failed: self.failed }
+    }
+
+    /// They were poisoned.
+    pub(crate) fn poisoned(self) -> Result<()> {
+        let Self { pages, failed } = self;
+        if pages == 0 { Ok(()) } else { Err(Error::Poisoned { pages, failed }) }
+    }
+}
+
+/// Fills what is absent, and tells how far that is. Adds what couldn't be filled and is poisoned.
 pub(crate) fn fill(
     shared: &Shared,
     descriptors: &[(Arc<Descriptor>, Option<u64>)],
+    poisoned: &mut Unfillable,
     mut progress: impl FnMut(Progress),
 ) -> Result<()> {
     let absent = |(descriptor, region): &(Arc<Descriptor>, Option<u64>)| {
@@ -192,17 +229,24 @@ pub(crate) fn fill(
     let total = descriptors.iter().map(absent).sum();
     let mut done = 0;
     progress(Progress { done, total });
-    let mut unfilled = 0;
+    let (mut unfilled, mut failed) = (0, Unfillable::default());
+    let mut newly_poisoned = Unfillable::default();
     for (descriptor, region) in descriptors {
         unfilled += cover(shared, descriptor, *region, Cover::Content, &mut |bytes| {
             // Pages that were removed meanwhile come in addition.
             done = (done + bytes).min(total);
             progress(Progress { done, total });
         })?;
+        let segments = descriptor.segments(shared.outside_id(), *region);
+        failed.add(&segments, Pages::is_failed);
+        // What is missing where nothing is mapped is no failure.
+        newly_poisoned.add(&segments, Pages::is_poisoned);
     }
     if unfilled > 0 {
-        return Err(Error::Unfilled { pages: unfilled });
+        return Err(failed.unfilled(unfilled));
     }
+    poisoned.pages += newly_poisoned.pages;
+    poisoned.failed.append(&mut newly_poisoned.failed);
     progress(Progress { done: total, total });
     Ok(())
 }

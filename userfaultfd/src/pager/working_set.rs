@@ -449,7 +449,7 @@ mod tests {
             bytes.len()
         };
         let run = |start: usize, pages: usize| {
-            let set = WorkingSet::new(1 << 12, 1 << 28, (start..start + pages).collect());
+            let set = WorkingSet::new(1 << 12, 1 << 28, &(start..start + pages).collect::<Vec<_>>());
             set.encode().len() - (8 + 2 + len(1 << 28) + len(pages as u64) + 4)
         };
         assert_eq!([run(0, 1), run(63, 128)], [2, 2]);

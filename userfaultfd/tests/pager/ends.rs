@@ -53,11 +53,18 @@ fn finishing_goes_on_with_what_the_source_does_not_have() {
     let mut told = Vec::new();
     let finished = pager.finish(|progress| told.push(progress));
     if can_poison() {
-        finished.unwrap();
+        let error = finished.unwrap_err();
+        let text = format!(
+            "1 pages couldn't be filled and are poisoned: bytes {:#x}..{:#x} of a region",
+            2 * page(),
+            3 * page()
+        );
+        assert_eq!(error.to_string(), text);
+        assert!(pager.descriptors().is_empty());
         assert_eq!(see(&memory, 2), Seen::POISON);
         assert_eq!(told.last().unwrap().done, told[0].total);
     } else {
-        assert!(matches!(finished, Err(Error::Unfilled { pages: 1 })), "{finished:?}");
+        assert!(matches!(finished, Err(Error::Unfilled { pages: 1, .. })), "{finished:?}");
         assert_eq!(pager.descriptors().len(), 1, "it is served on");
         assert_eq!(told.last().unwrap().done, told[0].total - page() as u64);
     }
@@ -168,7 +175,7 @@ fn removing_a_region_leaves_the_others() {
         }
         Err(error) => {
             // Two, if it isn't noted yet that the first is there.
-            assert!(!can_poison() && matches!(error, Error::Unfilled { pages: 1..=2 }), "{error:?}");
+            assert!(!can_poison() && matches!(error, Error::Unfilled { pages: 1..=2, .. }), "{error:?}");
             // It is served on.
             assert_eq!(see(&one, 1), content(1));
         }

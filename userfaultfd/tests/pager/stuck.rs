@@ -126,7 +126,7 @@ fn finishing_with_an_empty_pool_of_huge_pages_shows_no_zeros() {
             return;
         }
         let refused = pager.finish(|_| {}).unwrap_err();
-        assert!(matches!(refused, userfaultfd::pager::Error::Unfilled { pages: 1 }), "{refused:?}");
+        assert!(matches!(refused, userfaultfd::pager::Error::Unfilled { pages: 1, .. }), "{refused:?}");
         // It is served on, and finished once there is memory.
         std::fs::write("/proc/sys/vm/nr_hugepages", pool.trim()).unwrap();
         pager.finish(|_| {}).unwrap();

@@ -8,7 +8,7 @@ use std::process::ExitStatus;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 
-use userfaultfd::pager::{BytesSource, Fill, MappedFileSource, PageSource, SignalSafe, SourceBytes};
+use userfaultfd::pager::{BytesSource, Error, Fill, MappedFileSource, PageSource, SignalSafe, SourceBytes};
 use userfaultfd::{FeatureFlags, LazyMemory};
 
 use super::support::mapping::{self, Mapping};
@@ -262,6 +262,20 @@ fn a_page_whose_content_is_lost_is_sigbus() {
             assert_eq!((statistics.poisoned, statistics.present_pages), (0, 2));
         }
     });
+}
+
+#[test]
+fn filling_all_tells_which_content_is_lost() {
+    require!();
+    let memory = truncated();
+    let (poisoned, pages, failed) = match memory.fill(|_| {}).unwrap_err() {
+        Error::Poisoned { pages, failed } => (true, pages, failed),
+        Error::Unfilled { pages, failed } => (false, pages, failed),
+        error => panic!("{error}"),
+    };
+    assert_eq!(poisoned, support::features().contains(FeatureFlags::POISON));
+    assert_eq!((pages, failed.len(), failed[0].range.clone()), (2, 1, 2 * page()..4 * page()));
+    assert_eq!(memory[page()], byte(page()));
 }
 
 #[test]

@@ -18,6 +18,7 @@ use crate::pager::descriptor::at;
 use crate::pager::pages::{Claim, End};
 use crate::pager::point::{Point, reach};
 use crate::pager::region::Served;
+use crate::pager::shutdown::Unfillable;
 use crate::pager::stats::{self, Counters};
 use crate::pager::{Absent, Error, Fill, Progress, Region, RegionId, Result, Statistics};
 use crate::sys::Pause;
@@ -497,13 +498,15 @@ impl Lazy {
         }
         // Each page was filled, or found to be there; its state may not say so yet, if another thread fills it.
         let left = (0..end).filter(|page| self.served.pages.is_absent(*page)).count();
+        let mut failed = Unfillable::default();
+        failed.add_pages(&self.served, (0..end).filter(|page| self.served.pages.is_failed(*page)));
         if left > 0 {
-            return Err(Error::Unfilled { pages: left });
+            return Err(failed.unfilled(left));
         }
         self.closed.store(true, Ordering::SeqCst);
         self.uffd.unregister_unexplained(at(self.start), self.end - self.start)?;
         progress(tell(0));
-        Ok(())
+        failed.poisoned()
     }
 
     /// Fills what is absent among the first pages of a range, at most so many bytes. `None`: the memory is gone.
