@@ -370,9 +370,18 @@ pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(
 
 /// Whether O_NONBLOCK is set.
 pub(crate) fn is_nonblocking(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    Ok(status_flags(fd)? & libc::O_NONBLOCK != 0)
+}
+
+/// Whether a file was opened to append: pwrite(2) then ignores the offset that it is given.
+pub(crate) fn is_appending(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    Ok(status_flags(fd)? & libc::O_APPEND != 0)
+}
+
+/// fcntl(2) with F_GETFL.
+fn status_flags(fd: BorrowedFd<'_>) -> Result<libc::c_int, Errno> {
     // SAFETY: F_GETFL touches no memory.
-    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
-    Ok(flags & libc::O_NONBLOCK != 0)
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })
 }
 
 /// Keeps the program's signals away from the calling thread, but for those that its own faults raise.

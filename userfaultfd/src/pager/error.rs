@@ -75,6 +75,18 @@ pub enum Error {
         source_len: u64,
     },
 
+    /// A [minor](super::Region::minor) region doesn't begin at a whole page of its file, or ends beyond the largest offset
+    /// that a file can have.
+    #[error("the region of {len:#x} bytes at {address:#x} can't lie at byte {offset:#x} of a file")]
+    FileRange {
+        /// The region's start.
+        address: usize,
+        /// Its length, in bytes.
+        len: usize,
+        /// Its offset in the file, in bytes.
+        offset: u64,
+    },
+
     /// The memory, or this kernel, lacks an operation that serving it takes.
     #[error("the memory at {address:#x} lacks {missing}")]
     MissingIoctls {
@@ -92,7 +104,7 @@ pub enum Error {
     Register {
         /// The region's start.
         address: usize,
-        /// What the kernel said.
+        /// What the kernel said, and why where that could be found out.
         error: crate::Error,
     },
 

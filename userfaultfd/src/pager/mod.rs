@@ -51,6 +51,10 @@
 //! - Of shared memory a removal may be `MADV_DONTNEED`, which takes only the mapping away, or `MADV_REMOVE`, which
 //!   takes the page. Pages that are there stay in the one case, and are zero in the other, as it should be; those that
 //!   are absent are taken for removed. Say [`Region::shared`].
+//! - Guard pages (`MADV_GUARD_INSTALL`, Linux 6.13) are told by no event. Before Linux 7.2 a fill overwrites the guards of
+//!   missing pages: what is filled around a fault, in the background, and by [`finish`](Pager::finish). Where that
+//!   matters, use [`Around::Page`] and leave ranges with guards out of a background, or guard by mprotect(2), which
+//!   fills don't change. Since Linux 7.2 the kernel keeps guards.
 //! - Without `EVENT_FORK` a child reads zeros where pages are missing: use `MADV_DONTFORK`.
 //! - When a process ends nothing tells. It is noticed within a second, or at once with [`Pager::watch`].
 //!

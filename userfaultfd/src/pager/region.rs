@@ -117,7 +117,7 @@ impl Region {
 
     /// Fills pages by writing them to the file that the memory is a shared mapping of, and mapping what is in the
     /// page cache then. `file` is the memfd, or the file of hugetlbfs or tmpfs; `offset` is where in it the range
-    /// begins, in bytes.
+    /// begins, in bytes: a whole number of pages.
     ///
     /// The range is registered for [`RegisterMode::MINOR`], too. What the file holds already is not taken for
     /// content: a page is loaded from the source before it is first mapped. Linux 5.14; on hugetlb memory 5.13.
@@ -199,6 +199,12 @@ impl Region {
             }
             _ => {}
         }
+        if let Some((_, offset)) = self.minor {
+            let end = offset.checked_add(len as u64).and_then(|end| i64::try_from(end).ok());
+            if end.is_none() || offset % page as u64 != 0 {
+                return Err(Error::FileRange { address: start, len, offset });
+            }
+        }
         if self.offset.checked_add(len as u64).is_none() {
             let (address, offset) = (start, self.offset);
             return Err(Error::BeyondSource { address, len, offset, source_len: u64::MAX });
@@ -264,8 +270,8 @@ impl Region {
         }
         let cache = match self.minor {
             None => None,
-            // hugetlbfs has no write(2).
-            Some((file, offset)) if page != crate::page_size() => {
+            // hugetlbfs has no write(2), and that of a file opened to append writes behind its end.
+            Some((file, offset)) if page != crate::page_size() || crate::sys::is_appending(file.as_fd())? => {
                 let mapping = MmapOptions::new().len(self.len).offset(offset).map_raw(&file)?;
                 Some(Cache::Mapping { mapping, file, offset })
             }

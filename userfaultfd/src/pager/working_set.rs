@@ -509,7 +509,8 @@ mod tests {
         crate::support::require!();
         let pages = 1_usize << 40.min(usize::BITS - 13);
         let mut all = set([]);
-        (all.region_pages, all.runs) = (pages, vec![0..pages]);
+        all.region_pages = pages;
+        all.push(0..pages);
         let bytes = all.encode();
         assert!(bytes.len() <= 34);
         let decoded = WorkingSet::decode(&bytes).unwrap();

@@ -41,6 +41,20 @@ impl Busy {
     }
 }
 
+/// Checks that an error tells the reason, once: causes included.
+#[track_caller]
+fn says((error, uffd): (Error, Uffd), reason: &str) {
+    assert!(matches!(error, Error::Register { .. }), "{error:?}");
+    let refused = Refused { uffd, error };
+    let mut text = refused.to_string();
+    let mut cause = std::error::Error::source(&refused);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    assert_eq!(text.matches(reason).count(), 1, "{text}");
+}
+
 macro_rules! refused {
     ($busy:ident, $uffd:expr, $regions:expr, $error:pat) => {{
         let (error, uffd) = $busy.refuses($uffd, $regions);
@@ -76,6 +90,12 @@ fn regions_that_cannot_be() {
     let uffd = refused!(busy, uffd, [beyond], Error::BeyondSource { .. });
     let beyond = Region::new(start, 2 * page, ZeroSource).offset(u64::MAX - page as u64);
     let uffd = refused!(busy, uffd, [beyond], Error::BeyondSource { .. });
+    // Where in its file it lies.
+    let file = || std::fs::File::from(mapping::memfd(0, 2));
+    for offset in [u64::MAX - page as u64 + 1, i64::MAX as u64 + 1 - page as u64, 1] {
+        let region = Region::new(start, 2 * page, ZeroSource).minor(file(), offset);
+        let _uffd = refused!(busy, new(), [region], Error::FileRange { .. });
+    }
     // All of it is good then.
     let added = serve(&busy.pager, uffd, Region::new(start, 2 * page, short()));
     assert_eq!((memory.read(1), memory.content(1)[1]), (1, 0));
@@ -98,18 +118,18 @@ fn memory_that_cannot_be() {
     let new = || uffd(FeatureFlags::empty());
     // Nothing is mapped there.
     let nothing = Region::new(crate::support::nowhere().addr(), page, ZeroSource);
-    refused!(busy, new(), [nothing], Error::Register { .. });
+    says(busy.refuses(new(), [nothing]), "nothing is mapped at");
     // A file that isn't in memory.
     if let Some(file) = mapping::regular_file(test_name!(), 1) {
         let mapping = Mapping::shared(1, std::os::fd::AsFd::as_fd(&file)).unwrap();
         let region = Region::new(mapping.start.addr(), page, ZeroSource);
-        refused!(busy, new(), [region], Error::Register { .. });
+        says(busy.refuses(new(), [region]), "is a file");
     }
     // Registered with another.
     let (memory, other) = (Memory::anonymous(8), new());
     other.register(memory.start(), page).unwrap();
     let region = || Region::new(memory.start().addr(), 2 * page, ZeroSource);
-    refused!(busy, new(), [region()], Error::Register { .. });
+    says(busy.refuses(new(), [region()]), "is registered with another userfaultfd, for MISSING");
     // Served by the same pager already, with another descriptor.
     let served = Region::new(busy.memory.start().addr(), page, ZeroSource);
     refused!(busy, new(), [served], Error::Register { .. });
@@ -119,7 +139,11 @@ fn memory_that_cannot_be() {
     // Memory without minor faults.
     let file = std::fs::File::from(mapping::memfd(0, 8));
     let region = Region::new(memory.at(4).addr(), page, ZeroSource).minor(file, 0);
-    refused!(busy, new(), [region], Error::Register { .. });
+    if features().contains(FeatureFlags::MINOR_SHMEM) {
+        says(busy.refuses(new(), [region]), "is private anonymous memory");
+    } else {
+        says(busy.refuses(new(), [region]), "MINOR_SHMEM");
+    }
 }
 
 #[test]

@@ -113,6 +113,24 @@ fn a_minor_region_may_begin_inside_of_its_file() {
 }
 
 #[test]
+fn a_file_opened_to_append_is_filled_in_place() {
+    require!(FeatureFlags::MINOR_SHMEM);
+    let memory = kinds::Memory::new(Kind::Memfd, 5);
+    let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(memory.file()));
+    let file = std::fs::OpenOptions::new().read(true).append(true).open(path).unwrap();
+    let len = || file.metadata().unwrap().len();
+    let region = region(&memory, source).minor(file.try_clone().unwrap(), 0);
+    let added = serve(&pager, uffd(FeatureFlags::empty()), region);
+    check(&memory, 3, 3);
+    pager.finish_region(added.regions[0], |_| {}).unwrap();
+    for number in 0..5 {
+        check(&memory, number, number);
+    }
+    assert_eq!(len(), memory.len() as u64);
+}
+
+#[test]
 fn what_is_filled_write_protected_is_so_until_it_is_written() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
