@@ -316,6 +316,48 @@ fn it_ends_with_the_memory() {
     assert!(source.reads().len() < 100);
 }
 
+/// Whether the thread of this name sleeps.
+fn sleeps(name: &str) -> bool {
+    std::fs::read_dir("/proc/self/task").unwrap().any(|task| {
+        let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
+        stat.is_ok_and(|stat| stat.contains(&format!("({name}) S ")))
+    })
+}
+
+#[test]
+fn whatever_ends_first_waits_for_a_read_of_each_thread_and_no_more() {
+    require!();
+    for (memory_first, name) in [(false, "ends-background"), (true, "ends-memory")] {
+        let source = Watched::new();
+        source.set(|state| state.slow = true);
+        let pages = 1000 * step();
+        let memory = lazy(&source, pages);
+        let background = memory.background(Order::Ranges(vec![0..pages * page() / 2, 0..pages * page()]));
+        let background = background.unwrap();
+        source.wait_until(|state| state.at_once > 1);
+        source.set(|state| state.tickets = Some(0));
+        let before = source.reads().len();
+        let end = move || {
+            if memory_first {
+                drop(memory);
+                drop(background);
+            } else {
+                drop(background);
+                drop(memory);
+            }
+        };
+        let ending = thread::Builder::new().name(name.to_owned()).spawn(end).unwrap();
+        wait_until(|| sleeps(name));
+        source.set(|state| state.tickets = None);
+        ending.join().unwrap();
+        // Those that went on are among them before, or were about to begin.
+        let after = source.reads().len();
+        let mut threads = 0;
+        source.set(|state| threads = state.at_once);
+        assert!(after - before <= threads, "{name}: {before} reads, then {after}, by {threads} threads");
+    }
+}
+
 #[test]
 fn memory_that_is_filled_has_nothing_to_fill() {
     require!();

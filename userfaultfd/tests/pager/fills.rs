@@ -272,7 +272,7 @@ fn descriptors_that_block_are_served_and_given_back_as_they_were() {
         let memory = kinds::Memory::anonymous(2);
         let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(non_blocking).create().unwrap();
         let kept = uffd.try_clone().unwrap();
-        let pager = Pager::new().unwrap();
+        let pager = Pager::builder().max_threads(1).build().unwrap();
         let added = serve(&pager, uffd, region(&memory, Pages::new(page())));
         check(&memory, 0, 0);
         // Somebody who shares the description makes it blocking meanwhile. If the pager's thread read it just then, it

@@ -58,7 +58,7 @@ fn content(number: usize) -> Seen {
 fn scene(kind: Kind, source: &Failing, delay: Duration) -> (Pager, Memory) {
     let memory = Memory::new(kind, DOWN + UP);
     let retry = Retry { attempts: u32::MAX, delay };
-    let pager = Pager::builder().retry(retry).build().unwrap();
+    let pager = Pager::builder().max_threads(1).retry(retry).build().unwrap();
     let source = source.clone();
     let read = move |offset: u64, bytes: &mut [u8]| source.read(offset, bytes);
     let region = Region::new(memory.start().expose_provenance(), memory.len(), read).around(Around::Page);

@@ -187,6 +187,31 @@ fn a_descriptor_is_removed_once_others_have_let_go_of_it() {
 }
 
 #[test]
+fn a_descriptor_that_cannot_be_polled_is_given_back_though_others_look_at_it() {
+    require!();
+    let pager = Pager::new().unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        // It is in the table for a moment, where statistics find it.
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::SeqCst) {
+                drop(pager.statistics());
+            }
+        });
+        for _ in 0..200 {
+            // Files are always ready, and can't be waited for.
+            let file = std::fs::File::open("/proc/self/exe").unwrap();
+            // SAFETY: nothing is served.
+            let refused =
+                unsafe { pager.add_own(Uffd::from(std::os::fd::OwnedFd::from(file)), []) }.unwrap_err();
+            assert!(matches!(&refused.error, crate::pager::Error::System(_)), "{refused:?}");
+        }
+        done.store(true, std::sync::atomic::Ordering::SeqCst);
+    });
+    assert_eq!(pager.descriptors(), []);
+}
+
+#[test]
 fn another_pager_goes_on_where_one_has_stopped() {
     require!();
     let test = test_name!();
@@ -235,7 +260,7 @@ fn what_is_put_off_when_its_region_ends_lets_events_be_read() {
             return;
         }
         let memory = Arc::new(Flavour::Anonymous.memory(test, PAGES).unwrap());
-        let pager = Pager::new().unwrap();
+        let pager = Pager::builder().max_threads(1).build().unwrap();
         let region = Flavour::Anonymous.region(&memory, Source::of(&memory));
         let descriptor = add(&pager, uffd(FeatureFlags::EVENT_REMOVE), region);
         let region = Arc::clone(&descriptor.segments(0, None)[0].region);

@@ -221,7 +221,7 @@ impl Scene {
         drop(above);
         fillers.into_iter().for_each(mem::forget);
         let source = Source::of(&memory);
-        let pager = Pager::builder().threads(2).build().unwrap();
+        let pager = Pager::builder().threads(2).max_threads(2).build().unwrap();
         let uffd = crate::support::uffd(features);
         // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
         let added = unsafe { pager.add_own(uffd, [flavour.region(&memory, source.clone())]) }.unwrap();

@@ -27,7 +27,8 @@ impl Panic {
             let tell = move |problem: &Problem| told.lock().unwrap().push(problem.to_string());
             // With one thread nobody else answers what it leaves.
             let threads = if point == Point::BeforeWake { 2 } else { 1 };
-            let pager = Pager::builder().threads(threads).on_problem(tell).build().unwrap();
+            let pager =
+                Pager::builder().threads(threads).max_threads(threads).on_problem(tell).build().unwrap();
             // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
             let added =
                 unsafe { pager.add_own(uffd(FeatureFlags::empty()), [flavour.region(&memory, source)]) };
