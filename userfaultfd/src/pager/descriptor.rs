@@ -70,6 +70,8 @@ pub(crate) struct Descriptor {
     shards: Box<[Shard]>,
     /// For a fork's child, which may find the shards locked.
     pub(crate) inherited: InheritedFd,
+    /// Whether the last read failed, which was reported.
+    pub(crate) read_failed: AtomicBool,
     /// What tells of the process's end.
     pub(crate) ends: Mutex<Vec<OwnedFd>>,
     closed: AtomicBool,
@@ -106,6 +108,7 @@ impl Descriptor {
             was_blocking,
             shards,
             inherited,
+            read_failed: AtomicBool::new(false),
             ends,
             closed,
             registering: AtomicUsize::new(0),

@@ -149,7 +149,7 @@ use self::reports::{OnProblem, Reporter};
 use self::retry::Deferred;
 use self::serve::Worker;
 use self::shared::{Note, Shared};
-use self::shutdown::{Cover, Unfillable};
+use self::shutdown::{Cover, Patience, Unfillable};
 use crate::dirty::watch::Lease;
 use crate::holder::{Held, Holder};
 use crate::owner::Owner;
@@ -238,6 +238,7 @@ pub struct PagerBuilder {
     retry: Retry,
     on_problem: Option<OnProblem>,
     look: Duration,
+    patience: Duration,
 }
 
 impl PagerBuilder {
@@ -300,6 +301,13 @@ impl PagerBuilder {
         self
     }
 
+    /// How long a call waits for the kernel at its end.
+    #[cfg(test)]
+    pub(crate) fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
     /// Starts the threads.
     ///
     /// # Errors
@@ -314,6 +322,7 @@ impl PagerBuilder {
             adding: Mutex::new(()),
             threads: Vec::new(),
             added: Arc::clone(&added),
+            patience: self.patience,
         };
         let of_control = Arc::clone(&shared);
         let look = self.look;
@@ -343,13 +352,14 @@ impl Default for PagerBuilder {
             retry: Retry::default(),
             on_problem: None,
             look: control::LOOK,
+            patience: shutdown::LONG_PATIENCE,
         }
     }
 }
 
 impl fmt::Debug for PagerBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { threads, max_threads, readers, delivery, retry, on_problem, look: _ } = self;
+        let Self { threads, max_threads, readers, delivery, retry, on_problem, look: _, patience: _ } = self;
         f.debug_struct("PagerBuilder")
             .field("threads", threads)
             .field("max_threads", max_threads)
@@ -377,6 +387,8 @@ pub struct Pager {
     threads: Vec<JoinHandle<()>>,
     /// Those that were added.
     added: Arc<workers::Added>,
+    /// How long a call waits for the kernel without any progress.
+    patience: Duration,
 }
 
 impl Pager {
@@ -608,10 +620,12 @@ impl Pager {
     /// - [`Unfilled`](Error::Unfilled): its source fails, before Linux 6.6. The region is served on.
     pub fn finish_region(&self, region: RegionId, progress: impl FnMut(Progress)) -> Result<()> {
         let descriptor = self.of_region(region)?;
-        let mut poisoned = Unfillable::default();
-        let part = [(Arc::clone(&descriptor), Some(region.0))];
-        shutdown::fill(&self.shared, &part, &mut poisoned, progress)?;
+        let (mut poisoned, mut patience) = (Unfillable::default(), Patience::new(self.patience));
+        let region_alone = [(Arc::clone(&descriptor), Some(region.0))];
+        shutdown::fill(&self.shared, &region_alone, &mut patience, progress)?;
         let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
+        // What is missing where nothing is mapped is no failure.
+        poisoned.add(&segments, Pages::is_poisoned);
         if segments.iter().any(|segment| segment.region.lease.is_taken()) {
             // A tracker is at work: the region stays registered, and protection faults are the pager's to resolve.
             return poisoned.poisoned();
@@ -669,7 +683,15 @@ impl Pager {
     /// - [`Unfilled`](Error::Unfilled): before Linux 6.6, if something is absent. The region is served on.
     pub fn remove_region(&self, region: RegionId) -> Result<()> {
         let descriptor = self.of_region(region)?;
-        let left = shutdown::cover(&self.shared, &descriptor, Some(region.0), Cover::Poison, &mut |_| {})?;
+        let mut patience = Patience::new(self.patience);
+        let left = shutdown::cover(
+            &self.shared,
+            &descriptor,
+            Some(region.0),
+            Cover::Poison,
+            &mut patience,
+            &mut |_| {},
+        )?;
         if left > 0 {
             let mut failed = Unfillable::default();
             let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
@@ -788,7 +810,8 @@ impl Pager {
     ///
     /// It needs as much memory as everything that it fills. `progress` is called now and then, first with nothing
     /// done and last with all done. Faults are answered meanwhile. A page that its source doesn't deliver is
-    /// poisoned, and the error tells which.
+    /// poisoned, and the error tells which. One that was removed isn't filled: it is zero, with a pager and without.
+    /// What is added meanwhile is finished, too.
     ///
     /// # Errors
     ///
@@ -798,7 +821,7 @@ impl Pager {
     /// - [`NotServed`](Error::NotServed): another process made the pager.
     pub fn finish(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
         self.shared.check_owner()?;
-        let mut poisoned = Unfillable::default();
+        let (mut poisoned, mut patience) = (Unfillable::default(), Patience::new(self.patience));
         loop {
             self.shared.wait_for_forks();
             let descriptors = self.shared.descriptors();
@@ -806,13 +829,13 @@ impl Pager {
                 return poisoned.poisoned();
             }
             let all: Vec<_> = descriptors.iter().map(|descriptor| (Arc::clone(descriptor), None)).collect();
-            shutdown::fill(&self.shared, &all, &mut poisoned, &mut progress)?;
-            for descriptor in descriptors {
-                if let Some(serving) = self.shared.remove(&descriptor) {
-                    shutdown::unregister(&serving.uffd, serving.layout.everything(), |_| {});
-                }
+            let filled = shutdown::fill(&self.shared, &all, &mut patience, &mut progress)?;
+            // What is added meanwhile isn't filled.
+            let _adding = lock(&self.adding);
+            for descriptor in &descriptors {
+                shutdown::give_back(&self.shared, descriptor, &filled, &mut poisoned);
             }
-            // Forks that came meanwhile have brought others.
+            // Forks, and threads that add, have brought others meanwhile.
         }
     }
 
@@ -857,9 +880,10 @@ impl Pager {
 
     /// Poisons what is absent of a descriptor, or fills it where the kernel can't do that. Whether nothing is left of
     /// it, or nobody to see it.
-    fn cover(&self, descriptor: &Arc<Descriptor>) -> bool {
-        let is_covered =
-            |cover| matches!(shutdown::cover(&self.shared, descriptor, None, cover, &mut |_| {}), Ok(0));
+    fn cover(&self, descriptor: &Arc<Descriptor>, patience: &mut Patience) -> bool {
+        let is_covered = |cover| {
+            matches!(shutdown::cover(&self.shared, descriptor, None, cover, patience, &mut |_| {}), Ok(0))
+        };
         [Cover::Poison, Cover::ContentAtOnce].into_iter().any(is_covered)
             || control::is_gone(descriptor, &self.shared)
     }
@@ -875,7 +899,7 @@ impl Drop for Pager {
             return;
         }
         // With the threads at work, which read the events that fills wait for.
-        let mut uncovered = Vec::new();
+        let (mut uncovered, mut patience) = (Vec::new(), Patience::new(self.patience));
         loop {
             self.shared.wait_for_forks();
             let mut descriptors = self.shared.descriptors();
@@ -884,7 +908,7 @@ impl Drop for Pager {
                 break;
             }
             for descriptor in descriptors {
-                if self.cover(&descriptor) {
+                if self.cover(&descriptor, &mut patience) {
                     drop(self.shared.remove(&descriptor));
                 } else {
                     uncovered.push(descriptor.id);

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -369,6 +370,9 @@ impl Worker {
                 serving.uffd.set_nonblocking(true)?;
             }
             let count = serving.uffd.read_batch(buffer)?;
+            if descriptor.read_failed.load(Ordering::Relaxed) {
+                descriptor.read_failed.store(false, Ordering::Relaxed);
+            }
             let full = count == buffer.capacity();
             if full && !alone {
                 shared.hand_on(descriptor, serving.uffd.as_fd());
@@ -404,7 +408,9 @@ impl Worker {
     fn unreadable(&mut self, descriptor: &Arc<Descriptor>, error: Error) {
         let errno = error.errno();
         let id = DescriptorId(descriptor.id);
-        self.shared.note(Note::Problem(Problem::Read { descriptor: id, error }));
+        if !descriptor.read_failed.swap(true, Ordering::Relaxed) {
+            self.shared.note(Note::Problem(Problem::Read { descriptor: id, error }));
+        }
         if matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) {
             self.defer(Deferred::new(descriptor, Work::Read, Wait::For(READ_AGAIN), None));
         } else if let Some(serving) = self.shared.remove(descriptor) {

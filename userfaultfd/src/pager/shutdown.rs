@@ -1,7 +1,8 @@
 //! How serving ends: everything filled, everything absent poisoned, or handed over.
 
+use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fill::{Content, Done, Filler, Wait, Work};
@@ -19,10 +20,34 @@ const BULK: usize = 1 << 20;
 /// So often it is tried to fill what nobody else is busy with: the kernel says that something is there.
 const ROUNDS: usize = 8;
 
-/// So often the kernel is asked again that lacks memory, or whose events nobody reads any more; and so often where
-/// they are read: a minute, or as long as the kernel takes. A process that is stopped in the middle of a change is one.
-const PATIENCE: usize = 64;
-const LONG_PATIENCE: usize = 1000;
+/// How long a call waits for the kernel without any progress: while it lacks memory, or nothing reads its events any
+/// more; and where they are read. A process that is stopped in the middle of a change is a reason to give up.
+const PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const LONG_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long one call waits in all without any progress, whatever number of descriptors and pages it is about.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    most: Duration,
+    since: Option<Instant>,
+}
+
+impl Patience {
+    pub(crate) fn new(most: Duration) -> Self {
+        Self { most, since: None }
+    }
+
+    /// Something was done.
+    fn renew(&mut self) {
+        self.since = None;
+    }
+
+    /// Returns whether it is at its end, for a kernel whose events are read or not. It begins with the first call.
+    fn is_over(&mut self, events_are_read: bool) -> bool {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        since.elapsed() >= if events_are_read { self.most } else { self.most.min(PATIENCE) }
+    }
+}
 
 /// What absent pages get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +62,7 @@ pub(crate) enum Cover {
 
 /// Covers all absent pages of a descriptor, or of one of its regions. How many pages couldn't be.
 ///
-/// What was removed needs no poison: once it is given back to the kernel it is zero, as it should be.
+/// What was removed needs nothing: once it is given back to the kernel it is zero, as it should be.
 ///
 /// The pager's threads go on meanwhile.
 pub(crate) fn cover(
@@ -45,17 +70,15 @@ pub(crate) fn cover(
     descriptor: &Arc<Descriptor>,
     region: Option<u64>,
     cover: Cover,
+    patience: &mut Patience,
     progress: &mut dyn FnMut(u64),
 ) -> Result<usize> {
     let mut filler = shared.lease();
     let poison = cover == Cover::Poison;
-    let is_left = |segment: &Segment, page: &usize| {
-        let pages = &segment.region.pages;
-        pages.is_absent(*page) && !(poison && pages.is_removed(*page))
-    };
+    let is_left = |segment: &Segment, page: &usize| is_wanted(segment, *page);
     // Where a run of many pages fails, the next round goes page by page.
     let mut bulk = true;
-    let (mut rounds, mut patience) = (0, PATIENCE);
+    let mut rounds = 0;
     loop {
         let segments = descriptor.segments(shared.outside_id(), region);
         let (mut left, mut in_work, mut unable) = (0_usize, 0, 0);
@@ -74,23 +97,21 @@ pub(crate) fn cover(
                 next = after;
                 let run_pages = run.pages();
                 let work = match cover {
-                    Cover::Content | Cover::ContentAtOnce => Work::Load(run, 0),
-                    Cover::Poison if run.removed => {
+                    _ if run.removed => {
                         run.give_up(descriptor.enter(shared.outside_id()).as_ref());
                         continue;
                     }
+                    Cover::Content | Cover::ContentAtOnce => Work::Load(run, 0),
                     Cover::Poison => Work::Install(run, Content::Poison),
                 };
                 match complete(shared, &mut filler, descriptor, work, cover, patience) {
                     Completed::Yes => {
+                        patience.renew();
                         let done = run_pages.filter(|page| !is_left(segment, page)).count();
                         progress((done as u64) << segment.region.page_shift);
                     }
-                    Completed::Unable => {
-                        unable += 1;
-                        // What is lacking for one is lacking for the next.
-                        patience = 1;
-                    }
+                    // What is lacking for one is lacking for the next, which is tried once.
+                    Completed::Unable => unable += 1,
                     Completed::Gone => return Ok(0),
                 }
                 // A kernel that can't poison one can poison none.
@@ -115,7 +136,7 @@ pub(crate) fn cover(
             return Ok(left);
         }
         // What is left is being loaded by the pager's threads, was removed since, or failed among others.
-        std::thread::park_timeout(Duration::from_millis(1));
+        std::thread::sleep(Duration::from_millis(1));
         bulk = false;
     }
 }
@@ -134,7 +155,7 @@ fn complete(
     descriptor: &Arc<Descriptor>,
     work: Work,
     cover: Cover,
-    patience: usize,
+    patience: &mut Patience,
 ) -> Completed {
     let mut next = Some(work);
     let mut tries = 0;
@@ -150,22 +171,23 @@ fn complete(
                 return Completed::Unable;
             }
             Done::Later(work, wait) => {
-                let most = match wait {
-                    Wait::Kernel(Errno::EAGAIN) if !shared.is_stopping() => LONG_PATIENCE,
-                    Wait::For(_) if cover == Cover::ContentAtOnce => 0,
-                    Wait::For(_) => usize::MAX,
-                    _ => patience,
+                let is_over = match wait {
+                    Wait::For(_) => cover == Cover::ContentAtOnce,
+                    wait => patience.is_over(wait == Wait::Kernel(Errno::EAGAIN) && !shared.is_stopping()),
                 };
-                if tries >= most {
+                if is_over {
                     filler.give_up(descriptor, work);
                     return Completed::Unable;
                 }
                 let delay = match wait {
                     Wait::For(delay) => delay,
+                    // It may be over at any moment, and not for long.
+                    Wait::Kernel(Errno::EAGAIN) => Duration::from_micros(1 << tries.min(10)),
                     _ => Duration::from_micros(1 << tries.min(16)),
                 };
                 tries += 1;
-                std::thread::park_timeout(delay);
+                // Not parked: what unparks the caller's thread is the caller's.
+                std::thread::sleep(delay);
                 next = Some(work);
             }
         }
@@ -173,10 +195,15 @@ fn complete(
     Completed::Yes
 }
 
-/// Bytes that are absent.
+/// Whether a page has to be filled, or poisoned.
+fn is_wanted(segment: &Segment, page: usize) -> bool {
+    segment.region.pages.is_absent(page) && !segment.region.pages.is_removed(page)
+}
+
+/// Bytes that have to be filled.
 pub(crate) fn absent_bytes(segments: &[Segment]) -> u64 {
     let bytes = |segment: &Segment| {
-        let absent = segment.pages().filter(|page| segment.region.pages.is_absent(*page)).count();
+        let absent = segment.pages().filter(|page| is_wanted(segment, *page)).count();
         (absent as u64) << segment.region.page_shift
     };
     segments.iter().map(bytes).sum()
@@ -216,13 +243,15 @@ impl Unfillable {
     }
 }
 
-/// Fills what is absent, and tells how far that is. Adds what couldn't be filled and is poisoned.
+/// Fills what is absent, and tells how far that is. Returns the regions that are filled.
 pub(crate) fn fill(
     shared: &Shared,
     descriptors: &[(Arc<Descriptor>, Option<u64>)],
-    poisoned: &mut Unfillable,
+    patience: &mut Patience,
     mut progress: impl FnMut(Progress),
-) -> Result<()> {
+) -> Result<HashSet<u64>> {
+    let regions =
+        descriptors.iter().flat_map(|(descriptor, region)| regions_of(shared, descriptor, *region)).collect();
     let absent = |(descriptor, region): &(Arc<Descriptor>, Option<u64>)| {
         absent_bytes(&descriptor.segments(shared.outside_id(), *region))
     };
@@ -230,25 +259,44 @@ pub(crate) fn fill(
     let mut done = 0;
     progress(Progress { done, total });
     let (mut unfilled, mut failed) = (0, Unfillable::default());
-    let mut newly_poisoned = Unfillable::default();
     for (descriptor, region) in descriptors {
-        unfilled += cover(shared, descriptor, *region, Cover::Content, &mut |bytes| {
+        unfilled += cover(shared, descriptor, *region, Cover::Content, patience, &mut |bytes| {
             // Pages that were removed meanwhile come in addition.
             done = (done + bytes).min(total);
             progress(Progress { done, total });
         })?;
         let segments = descriptor.segments(shared.outside_id(), *region);
         failed.add(&segments, Pages::is_failed);
-        // What is missing where nothing is mapped is no failure.
-        newly_poisoned.add(&segments, Pages::is_poisoned);
     }
     if unfilled > 0 {
         return Err(failed.unfilled(unfilled));
     }
-    poisoned.pages += newly_poisoned.pages;
-    poisoned.failed.append(&mut newly_poisoned.failed);
     progress(Progress { done: total, total });
-    Ok(())
+    Ok(regions)
+}
+
+/// The regions of a descriptor, or the one of them.
+fn regions_of(shared: &Shared, descriptor: &Descriptor, region: Option<u64>) -> Vec<u64> {
+    let thread = shared.outside_id();
+    let (segments, holes) = (descriptor.segments(thread, region), descriptor.holes(thread, region));
+    segments.iter().chain(&holes).map(|part| part.region.id).collect()
+}
+
+/// Gives a descriptor's memory back to the kernel, unless it has other regions than those that are filled. The caller
+/// keeps others from being added meanwhile. Adds what couldn't be filled and is poisoned.
+pub(crate) fn give_back(
+    shared: &Shared,
+    descriptor: &Arc<Descriptor>,
+    filled: &HashSet<u64>,
+    poisoned: &mut Unfillable,
+) {
+    if regions_of(shared, descriptor, None).iter().all(|region| filled.contains(region)) {
+        if let Some(serving) = shared.remove(descriptor) {
+            // What is missing where nothing is mapped is no failure.
+            poisoned.add(serving.layout.segments(), Pages::is_poisoned);
+            unregister(&serving.uffd, serving.layout.everything(), |_| {});
+        }
+    }
 }
 
 /// So many ranges are given back one by one, of a segment that the kernel doesn't take as a whole.

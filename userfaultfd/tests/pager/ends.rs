@@ -89,6 +89,105 @@ fn the_callback_of_a_fill_may_use_the_pager() {
     check(&other, 1, 1);
 }
 
+/// Here between the last page and the end.
+#[test]
+fn finishing_finishes_what_is_added_meanwhile() {
+    require!();
+    let (memory, later) = (Memory::anonymous(3), Memory::anonymous(3));
+    let (pager, added, _) = served(&memory);
+    let mut second = None;
+    pager
+        .finish(|progress| {
+            if progress.done == progress.total && second.is_none() {
+                let region = region(&later, Pages::new(page()));
+                // SAFETY: only raw pointers lead to the memory of tests.
+                second = Some(unsafe { pager.add_own_region(added.descriptor, region) }.unwrap());
+            }
+        })
+        .unwrap();
+    assert_eq!(pager.descriptors(), []);
+    (0..3).for_each(|page| check(&memory, page, page));
+    (0..3).for_each(|page| check(&later, page, page));
+}
+
+#[test]
+fn a_region_that_is_added_while_the_pager_finishes_is_filled_or_refused() {
+    require!();
+    for _ in 0..50 {
+        let (memory, later) = (Memory::anonymous(3), Memory::anonymous(3));
+        let (pager, added, _) = served(&memory);
+        let second = std::thread::scope(|scope| {
+            let finishing = scope.spawn(|| pager.finish(|_| {}));
+            let region = region(&later, Pages::new(page()));
+            // SAFETY: only raw pointers lead to the memory of tests.
+            let second = unsafe { pager.add_own_region(added.descriptor, region) };
+            finishing.join().unwrap().unwrap();
+            second
+        });
+        match second {
+            Ok(_) => (0..3).for_each(|page| check(&later, page, page)),
+            Err(error) => assert!(matches!(error, Error::NotServed), "{error:?}"),
+        }
+    }
+}
+
+#[test]
+fn finishing_memory_that_is_given_back_without_a_pause() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    let memory = Memory::anonymous(64);
+    let pager = Pager::new().unwrap();
+    let uffd = uffd(FeatureFlags::EVENT_REMOVE);
+    let added = serve(&pager, uffd, region(&memory, Pages::new(page())));
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (started, has_started) = mpsc::channel();
+        let (memory, over) = (&memory, &over);
+        scope.spawn(move || {
+            for page in (32..64).cycle() {
+                memory.advise(page, 1, libc::MADV_DONTNEED).unwrap();
+                if page == 63 {
+                    let _heard = started.send(());
+                }
+                if over.load(std::sync::atomic::Ordering::SeqCst) {
+                    return;
+                }
+            }
+        });
+        has_started.recv().unwrap();
+        let finished = pager.finish_region(added.regions[0], |_| {});
+        over.store(true, std::sync::atomic::Ordering::SeqCst);
+        finished.unwrap();
+    });
+    (0..32).for_each(|page| check(&memory, page, page));
+    assert!((32..64).all(|page| memory.read(page) == 0));
+}
+
+/// What unparks the thread is the program's, and stays for it.
+#[test]
+fn a_call_leaves_the_callers_unpark_to_the_caller() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(2);
+        let (pager, added, _) = served(&memory);
+        // A part that the pager isn't told of, so that it waits and tries again.
+        let failing = std::sync::atomic::AtomicU32::new(0);
+        let source = move |offset: u64, bytes: &mut [u8]| {
+            if failing.fetch_add(1, std::sync::atomic::Ordering::SeqCst) < 3 {
+                return Err(std::io::ErrorKind::TimedOut.into());
+            }
+            userfaultfd::pager::PageSource::read(&Pages::new(page()), offset, bytes)
+        };
+        let later = Memory::anonymous(1);
+        // SAFETY: only raw pointers lead to the memory of tests.
+        unsafe { pager.add_own_region(added.descriptor, region(&later, source)) }.unwrap();
+        std::thread::current().unpark();
+        pager.finish(|_| {}).unwrap();
+        // Else this would wait until the test is at its end.
+        std::thread::park();
+        check(&later, 0, 0);
+    });
+}
+
 #[test]
 fn finishing_where_memory_was_unmapped_without_a_word() {
     require!();

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::harness::{Reader, Seen, Stop, start, wait_for_progress};
 use crate::pager::point::Point;
@@ -125,6 +125,36 @@ fn a_callback_that_takes_its_time_delays_no_child() {
         if crate::support::features().contains(FeatureFlags::POISON) {
             assert_eq!(reader.wait(), Seen::POISON);
         }
+    });
+}
+
+/// A process that is stopped in the middle of a change, here by a limit: nothing can be filled or poisoned.
+#[test]
+fn a_call_has_one_patience_and_a_problem_that_stays_is_reported_once() {
+    require!(FeatureFlags::EVENT_FORK);
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(64);
+        let problems = Arc::new(Mutex::new(Vec::new()));
+        let told = Arc::clone(&problems);
+        let tell = move |problem: &Problem| told.lock().unwrap().push(problem.to_string());
+        let patience = Duration::from_millis(300);
+        let pager = Pager::builder().patience(patience).on_problem(tell).build().unwrap();
+        let (process, mut socket, descriptor) = target(&memory, FeatureFlags::EVENT_FORK, |_| {
+            // It waits in the kernel for ever.
+            child::fork(|| {});
+        });
+        pager.add(descriptor, [region(&memory, sevens)]).unwrap();
+        let full = child::use_up_descriptors();
+        socket.write_all(&[0]).unwrap();
+        wait_until(|| !problems.lock().unwrap().is_empty());
+        let start = Instant::now();
+        drop(pager);
+        // Each page alone would have taken as long.
+        assert!(start.elapsed() < 32 * patience, "{:?}", start.elapsed());
+        drop(full);
+        let told = problems.lock().unwrap();
+        assert_eq!(told.iter().filter(|problem| problem.contains("EMFILE")).count(), 1, "{told:?}");
+        process.kill();
     });
 }
 
