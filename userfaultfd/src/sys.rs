@@ -368,6 +368,12 @@ pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(
     Ok(())
 }
 
+/// Has a descriptor closed when this process executes a program.
+pub(crate) fn close_on_exec(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: F_SETFD takes an integer and touches no memory.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) }).map(drop)
+}
+
 /// Whether O_NONBLOCK is set.
 pub(crate) fn is_nonblocking(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(status_flags(fd)? & libc::O_NONBLOCK != 0)

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use super::apart;
@@ -14,7 +15,7 @@ use super::shared::{Fork, Note, Shared};
 use super::shutdown::sole;
 use super::stats::Counters;
 use super::trace::event;
-use crate::Uffd;
+use crate::{Uffd, sys};
 
 /// A change that was read.
 #[derive(Debug)]
@@ -37,6 +38,9 @@ pub(crate) fn apply(
     match change {
         Change::Fork { uffd } => {
             counters.forks.add(1);
+            // As its parent's was made, it may be inherited by programs that this process executes.
+            let set = sys::close_on_exec(uffd.as_fd());
+            debug_assert!(set.is_ok(), "{set:?}");
             let layout = Layout::clone(&serving.layout);
             let states = copy_states(&layout);
             shared.note(Note::Fork(Fork { parent: descriptor.id, uffd, layout, states }));

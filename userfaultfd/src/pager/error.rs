@@ -12,6 +12,8 @@ use crate::{Errno, IoctlFlags, Uffd};
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a pager refused something, at once.
+///
+/// The text says why, so that the cause isn't [`source`](std::error::Error::source), too.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -379,5 +381,30 @@ impl Default for Retry {
     /// Four times: at once, and after 10, 20 and 40 ms more.
     fn default() -> Self {
         Self { attempts: 4, delay: Duration::from_millis(10) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::support::require;
+
+    #[test]
+    fn the_text_has_the_cause_and_has_it_once() {
+        require!();
+        let cause = || crate::Error::SystemError(Errno::EBUSY);
+        let errors: [Error; 5] = [
+            Error::Register { address: 0x1000, error: cause() },
+            Error::Source { offset: 1, error: io::Error::other("EBUSY") },
+            Error::Uffd(cause()),
+            Error::System(io::Error::other("EBUSY")),
+            Error::from(cause()),
+        ];
+        for error in errors {
+            let text = error.to_string();
+            assert_eq!(text.matches("EBUSY").count(), 1, "{text}");
+            let is_passed_on = matches!(error, Error::Uffd(_));
+            assert_eq!(std::error::Error::source(&error).is_some(), is_passed_on, "{text}");
+        }
     }
 }

@@ -259,6 +259,36 @@ fn a_process_that_ends_quietly_is_noticed() {
 }
 
 #[test]
+fn the_descriptor_of_a_forks_child_is_closed_on_exec() {
+    require!(FeatureFlags::EVENT_FORK);
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(2);
+        // One that is inherited, as its child's would be.
+        let mut builder = UffdBuilder::new();
+        let uffd = builder.close_on_exec(false).require_features(FeatureFlags::EVENT_FORK).create().unwrap();
+        let pager = Pager::new().unwrap();
+        let added = scene::serve(&pager, uffd, region(&memory, Pages::new(page())));
+        let (mut here, there) = UnixStream::pair().unwrap();
+        let forked = child::fork(|| {
+            assert_eq!(memory.read(1), byte(1));
+            assert_eq!((&there).read(&mut [0]).unwrap(), 1);
+        });
+        wait_until(|| pager.descriptors().len() == 2);
+        let userfaultfds = (0..64).filter(|fd| crate::support::proc::is_userfaultfd(*fd));
+        let is_inherited = |fd: &i32| {
+            let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
+            let flags = text.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+            i32::from_str_radix(flags.trim(), 8).unwrap() & libc::O_CLOEXEC == 0
+        };
+        // The parent's, as it was handed in.
+        assert_eq!(userfaultfds.filter(is_inherited).count(), 1);
+        here.write_all(&[1]).unwrap();
+        forked.succeed();
+        drop(pager.remove(added.descriptor));
+    });
+}
+
+#[test]
 fn the_descriptor_of_a_process_that_has_ended_is_closed_though_nothing_could_be_filled() {
     require!();
     child::run_well(test_name!(), || {
