@@ -172,7 +172,8 @@ impl Filler {
         let states = &segment.region.pages;
         for page in pages.clone() {
             let Some(removed) = states.claim_absent(page) else { continue };
-            let more = page + 1..pages.end.min(page.saturating_add(most));
+            let together = segment.region.together(page).end;
+            let more = page + 1..pages.end.min(page.saturating_add(most)).min(together);
             let end = page + 1 + more.take_while(|next| states.claim_quietly(*next, removed)).count();
             return (Some(Run::new(segment, page..end, removed)), end);
         }

@@ -157,11 +157,27 @@ use crate::{Errno, FeatureFlags, RegisterMode, Uffd};
 
 /// A descriptor that a pager serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct DescriptorId(u64);
 
 /// A region that a pager serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct RegionId(u64);
+
+impl RegionId {
+    /// The id with a number, as [`number`](Self::number) gave it in another process.
+    #[must_use]
+    pub const fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// Its number.
+    #[must_use]
+    pub const fn number(self) -> u64 {
+        self.0
+    }
+}
 
 /// What was added to a pager.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -173,7 +189,28 @@ pub struct Added {
 }
 
 /// Pages that nobody has filled, one after the other.
+///
+/// They can cross to another process, which goes on serving the memory: with the cargo feature `serde` they can be
+/// serialised, and without it be made of their parts.
+///
+/// ```
+/// use userfaultfd::pager::{Absent, RegionId};
+///
+/// fn line(absent: &Absent) -> String {
+///     format!("{} {} {}", absent.address, absent.len, absent.offset.map_or(-1, |offset| offset as i64))
+/// }
+///
+/// fn parse(line: &str) -> Option<Absent> {
+///     let mut fields = line.split(' ').map(|field| field.parse::<i64>().ok());
+///     let (address, len, offset) = (fields.next()??, fields.next()??, fields.next()??);
+///     Some(Absent::new(RegionId::new(0), address as usize, len as usize, u64::try_from(offset).ok()))
+/// }
+///
+/// let absent = Absent::new(RegionId::new(0), 0x7f00_0000_0000, 1 << 20, Some(4096));
+/// assert_eq!(parse(&line(&absent)), Some(absent));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Absent {
     /// The region, or what became of it by a move or a fork.
@@ -184,6 +221,15 @@ pub struct Absent {
     pub len: usize,
     /// Where their content is in the source, in bytes. `None`: they were removed, and are to be zero.
     pub offset: Option<u64>,
+}
+
+impl Absent {
+    /// Pages at an address, with their content at an offset of the source; without one they are zero. The address, the
+    /// length and the offset are in bytes. For [`Region::absent`] the region's id doesn't matter.
+    #[must_use]
+    pub const fn new(region: RegionId, address: usize, len: usize, offset: Option<u64>) -> Self {
+        Self { region, address, len, offset }
+    }
 }
 
 /// A descriptor that a pager has handed over.
@@ -423,7 +469,7 @@ impl Pager {
     ///   tells can't be.
     /// - [`Register`](Error::Register), [`MissingIoctls`](Error::MissingIoctls): the kernel won't have it.
     /// - [`TargetGone`](Error::TargetGone): the process has ended.
-    /// - [`OwnMemory`](Error::OwnMemory): it is this process's own, or `/proc` can't tell.
+    /// - [`OwnMemory`](Error::OwnMemory): the descriptor is this process's own, so that the memory is, too.
     /// - [`System`](Error::System): memory for the states of pages couldn't be had.
     pub fn add(&self, uffd: Uffd, regions: impl IntoIterator<Item = Region>) -> Result<Added, Refused> {
         self.add_checked(uffd, regions.into_iter().collect(), true)
@@ -450,6 +496,14 @@ impl Pager {
     /// - the same of pages that are removed later, as by `MADV_DONTNEED`, which become zero, and of what
     ///   is mapped in the place of the regions before they are removed from the pager.
     /// - no reference is used to a page that is poisoned as if it led to memory, or the process may die of SIGBUS.
+    /// - the same of what the pager does later without being asked again: it fills pages around a fault, and all of a
+    ///   region in the background and at its [end](Self::finish); pages that mremap(2) moves take their content along,
+    ///   and leave zeros; a mapping that grows grows with zeros.
+    /// - of a [`minor`](Region::minor) region, the same of every other mapping of its file in this process: pages that
+    ///   count as missing are overwritten in the file.
+    /// - the list of [`absent`](Region::absent) pages is true of this memory, where there is one.
+    ///
+    /// The kernel makes sure that no page is filled that is there, but for those of a file.
     #[expect(unsafe_code, reason = "the contract is the caller's")]
     pub unsafe fn add_own(
         &self,
@@ -463,7 +517,9 @@ impl Pager {
         if let Err(error) = self.shared.check_owner() {
             return Err(Refused { uffd, error });
         }
-        regions.iter_mut().for_each(Region::ask_source);
+        if let Err(error) = regions.iter_mut().try_for_each(Region::ask_source) {
+            return Err(Refused { uffd, error });
+        }
         let _adding = lock(&self.adding);
         let mut layout = Layout::default();
         let prepared = regions.into_iter().try_for_each(|region| {
@@ -548,7 +604,7 @@ impl Pager {
         foreign: bool,
     ) -> Result<RegionId> {
         self.shared.check_owner()?;
-        region.ask_source();
+        region.ask_source()?;
         let _adding = lock(&self.adding);
         let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
         let uffd = {

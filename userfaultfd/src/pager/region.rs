@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::around::{Around, Streams, Window};
+use super::load::caught;
 use super::pages::Pages;
 use super::record::Log;
 use super::{Absent, Error, PageSource, Result};
@@ -128,6 +129,11 @@ impl Region {
     /// Linux 5.19, which 5.18.13 and 5.15.56 have, too: without it such an access waits until the page is written.)
     ///
     /// The file must not shrink while it is served. Such memory is always [shared](Self::shared).
+    ///
+    /// This is safe, and relies on what maps the file: a shared mapping changes whenever any process writes to the file,
+    /// so whoever made a reference into one has answered for that. The pager is one more writer. It writes each missing
+    /// page once, from this process, whatever process the memory belongs to; other mappings of the file see that, in
+    /// this process, too. Have no reference into such a mapping, unless what it leads to may change: atomics, cells.
     pub fn minor(mut self, file: File, offset: u64) -> Self {
         self.minor = Some((file, offset));
         self.shared = true;
@@ -143,8 +149,10 @@ impl Region {
 
     /// Tells that the memory was served before, and which of its pages are still absent: what another pager
     /// [tells](super::Detached::absent) of the memory that it hands over. Whatever isn't among them is there, and is
-    /// never read from the source; of those whose offset is `None` the content is zero. Parts that lie elsewhere are
-    /// other regions', and passed over.
+    /// never read from the source. The content of those that are is at their own offset in the source, wherever they
+    /// were moved to; where it is `None` it is zero. Parts that lie elsewhere are other regions', and passed over.
+    ///
+    /// They can come from another process: see [`Absent::new`].
     ///
     /// Without it all pages count as absent. Then a page that is there nevertheless keeps its content, until it is
     /// removed; but not if the region is [minor](Self::minor).
@@ -176,9 +184,40 @@ impl Region {
         modes
     }
 
-    /// Asks the source how long it is: once, and while nothing is locked.
-    pub(crate) fn ask_source(&mut self) {
-        self.source_len = self.source.len();
+    /// Asks the source how long it is: once, and while nothing is locked. Its panic is an error like any other.
+    pub(crate) fn ask_source(&mut self) -> Result<()> {
+        let len = caught(|| Ok(self.source.len()));
+        self.source_len = len.map_err(|error| Error::Source { offset: self.offset, error })?;
+        Ok(())
+    }
+
+    /// The parts of the region that are missing, as far as it was told, with the pages of each.
+    fn missing_parts(&self) -> impl Iterator<Item = (&Absent, Range<usize>)> {
+        let (range, page) = (self.range(), self.page_size);
+        self.absent.iter().flatten().filter_map(move |part| {
+            let start = part.address.max(range.start);
+            let end = part.address.saturating_add(part.len).min(range.end);
+            let page_at = |address: usize| (address - range.start) / page;
+            (start < end).then(|| (part, page_at(start)..page_at(end)))
+        })
+    }
+
+    /// What can be wrong with those.
+    fn check_missing(&self) -> Result<()> {
+        let page = self.page_size;
+        for (part, _) in self.missing_parts() {
+            let Absent { address, len, offset, .. } = *part;
+            if address % page != 0 || len % page != 0 {
+                return Err(Error::Unaligned { address, len, page_size: page });
+            }
+            let Some(offset) = offset else { continue };
+            let source_len = self.source_len.unwrap_or(u64::MAX);
+            let available = source_len.checked_next_multiple_of(page as u64).unwrap_or(u64::MAX);
+            if offset.checked_add(len as u64).is_none_or(|end| end > available) {
+                return Err(Error::BeyondSource { address, len, offset, source_len });
+            }
+        }
+        Ok(())
     }
 
     /// What can be wrong without asking the kernel. The source was asked.
@@ -221,7 +260,7 @@ impl Region {
                 });
             }
         }
-        Ok(())
+        self.check_missing()
     }
 
     /// What the kernel can't do though it registers the memory for it.
@@ -257,17 +296,23 @@ impl Region {
     pub(crate) fn serve(self, id: u64, offered: IoctlFlags) -> io::Result<Served> {
         let page = self.page_size;
         let pages = Pages::new(self.len / page)?;
-        if let Some(absent) = &self.absent {
+        let mut moved = Vec::new();
+        if self.absent.is_some() {
             pages.all_present();
-            for part in absent {
-                let range = self.range();
-                let (start, end) = (part.address.max(range.start), (part.address + part.len).min(range.end));
-                if start < end {
-                    let part_pages = (start - range.start) / page..(end - range.start).div_ceil(page);
-                    pages.set_absent(part_pages, part.offset.is_none());
-                }
+        }
+        for (part, part_pages) in self.missing_parts() {
+            pages.set_absent(part_pages.clone(), part.offset.is_none());
+            let first = self.start + part_pages.start * page;
+            let Some(offset) = part.offset.map(|offset| offset + (first - part.address) as u64) else {
+                continue;
+            };
+            if offset != self.offset + (part_pages.start * page) as u64 {
+                moved.push(Moved { pages: part_pages, offset });
             }
         }
+        moved.sort_by_key(|part| part.pages.start);
+        // Each page has one place; what was told of it first counts.
+        moved.dedup_by(|next, before| next.pages.start < before.pages.end);
         let cache = match self.minor {
             None => None,
             // hugetlbfs has no write(2), and that of a file opened to append writes behind its end.
@@ -282,6 +327,7 @@ impl Region {
             source_len: self.source_len,
             source: self.source,
             offset: self.offset,
+            moved: moved.into(),
             page_shift: page.trailing_zeros(),
             around: self.around,
             streams: Streams::new(),
@@ -346,12 +392,22 @@ impl Cache {
     }
 }
 
+/// Pages that lay elsewhere when they were first served, so that their content isn't where their place says.
+#[derive(Clone, Debug)]
+pub(crate) struct Moved {
+    pages: Range<usize>,
+    /// Where the content of the first one is in the source, in bytes.
+    offset: u64,
+}
+
 /// A region that is served: what doesn't change, and the states of its pages.
 pub(crate) struct Served {
     pub(crate) id: u64,
     pub(crate) source: Arc<dyn PageSource>,
     source_len: Option<u64>,
     pub(crate) offset: u64,
+    /// In order. Mostly there are none.
+    moved: Box<[Moved]>,
     pub(crate) page_shift: u32,
     pub(super) around: Around,
     streams: Streams,
@@ -404,7 +460,23 @@ impl Served {
 
     /// Where the content of a page is in the source.
     pub(crate) fn offset_of(&self, page: usize) -> u64 {
-        self.offset + ((page as u64) << self.page_shift)
+        let at = self.moved.partition_point(|part| part.pages.end <= page);
+        match self.moved.get(at).filter(|part| part.pages.start <= page) {
+            Some(part) => part.offset + (((page - part.pages.start) as u64) << self.page_shift),
+            None => self.offset + ((page as u64) << self.page_shift),
+        }
+    }
+
+    /// The pages around one whose content lies as they do in the source: those that can be read together.
+    pub(crate) fn together(&self, page: usize) -> Range<usize> {
+        let at = self.moved.partition_point(|part| part.pages.end <= page);
+        match self.moved.get(at) {
+            Some(part) if part.pages.start <= page => part.pages.clone(),
+            next => {
+                let start = at.checked_sub(1).map_or(0, |before| self.moved[before].pages.end);
+                start..next.map_or(self.pages.count(), |next| next.pages.start)
+            }
+        }
     }
 
     /// How many of `len` bytes at `offset` the source has.
@@ -437,7 +509,8 @@ impl Served {
                 (window.pages(page), Some(window))
             }
         };
-        (pages.start..pages.end.min(self.pages.count()), window)
+        let together = self.together(page);
+        (pages.start.max(together.start)..pages.end.min(together.end), window)
     }
 
     /// Where it is noted which pages faults came for.
@@ -465,13 +538,24 @@ impl Served {
         self.streams.filled(window, pages);
     }
 
+    /// The moved pages among some, for a region that begins with the first of them.
+    fn moved_from(&self, first: usize, count: usize) -> Box<[Moved]> {
+        let parts = self.moved.iter().filter_map(|part| {
+            let (start, end) = (part.pages.start.max(first), part.pages.end.min(first + count));
+            let pages = start.checked_sub(first)?..end.checked_sub(first)?;
+            (start < end).then(|| Moved { pages, offset: self.offset_of(start) })
+        });
+        parts.collect()
+    }
+
     /// A part of it, from a page on, with states of its own: for a fork's child.
     pub(crate) fn part(&self, id: u64, first: usize, pages: Pages) -> Self {
         Self {
             id,
             source: Arc::clone(&self.source),
             source_len: self.source_len,
-            offset: self.offset_of(first),
+            offset: self.offset + ((first as u64) << self.page_shift),
+            moved: self.moved_from(first, pages.count()),
             page_shift: self.page_shift,
             around: self.around,
             streams: Streams::new(),
@@ -495,7 +579,7 @@ impl Served {
         let page_size = page.max(crate::page_size());
         let zeros = |_: u64, _: &mut [u8]| Ok(super::Fill::Zero);
         let mut region = Region::new(page_size, pages * page_size, zeros);
-        region.ask_source();
+        region.ask_source().expect("it doesn't fail");
         let mut served = region.serve(id, IoctlFlags::empty()).expect("memory for states");
         served.page_shift = page.trailing_zeros();
         served

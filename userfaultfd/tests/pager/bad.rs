@@ -231,6 +231,45 @@ fn a_process_that_has_ended_is_told() {
 }
 
 #[test]
+fn missing_parts_that_cannot_be() {
+    require!();
+    let (busy, memory, page) = (Busy::new(), Memory::anonymous(4), page());
+    let start = memory.start().expose_provenance();
+    let region = |address, len, offset| {
+        let part =
+            userfaultfd::pager::Absent::new(userfaultfd::pager::RegionId::new(7), address, len, offset);
+        Region::new(start, 4 * page, BytesSource::new(vec![1; 4 * page])).absent([part])
+    };
+    let uffd = uffd(FeatureFlags::empty());
+    let uffd = refused!(busy, uffd, [region(start + 1, page, None)], Error::Unaligned { .. });
+    let uffd = refused!(busy, uffd, [region(start, page - 1, None)], Error::Unaligned { .. });
+    let beyond = region(start, 2 * page, Some(3 * page as u64));
+    let uffd = refused!(busy, uffd, [beyond], Error::BeyondSource { .. });
+    let beyond = region(start, page, Some(u64::MAX - 1));
+    let uffd = refused!(busy, uffd, [beyond], Error::BeyondSource { .. });
+    serve(&busy.pager, uffd, region(start, usize::MAX / page * page, None));
+    assert_eq!(memory.read(3), 0);
+}
+
+#[test]
+fn a_source_that_panics_when_it_is_asked_for_its_length() {
+    require!();
+    struct Panics;
+    impl userfaultfd::pager::PageSource for Panics {
+        fn read(&self, _: u64, _: &mut [u8]) -> std::io::Result<userfaultfd::pager::Fill> {
+            Ok(userfaultfd::pager::Fill::Zero)
+        }
+        fn len(&self) -> Option<u64> {
+            panic!("asked")
+        }
+    }
+    let (busy, memory) = (Busy::new(), Memory::anonymous(1));
+    let region = Region::new(memory.start().addr(), page(), Panics);
+    let (error, _uffd) = busy.refuses(uffd(FeatureFlags::empty()), [region]);
+    assert!(matches!(error, Error::Source { .. }) && error.to_string().contains("asked"), "{error}");
+}
+
+#[test]
 fn no_memory_for_states_is_an_error() {
     require!();
     // More pages than any address space has states for: the length is a multiple of a page, and ends before the last.

@@ -400,6 +400,60 @@ fn what_was_moved_away_is_told_with_what_was_left_behind() {
     assert_eq!(told(pager.remove(added.descriptor).unwrap().absent()), expected);
 }
 
+/// After moves the offsets don't follow the addresses.
+#[test]
+fn memory_that_was_moved_is_handed_over_with_its_offsets() {
+    require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_REMOVE);
+    for around in [Around::Page, Around::Block(8 * page()), Around::Adaptive { most: 1 << 20 }] {
+        let memory = Memory::anonymous(12);
+        let (one, source) = (Pager::new().unwrap(), Pages::new(page()));
+        let uffd = uffd(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMOVE);
+        let whole = || region(&memory, source.clone()).around(around);
+        serve(&one, uffd, whole().around(Around::Page));
+        check(&memory, 8, 8);
+        // Pages 6 to 9 come to lie in the place of 1 to 4, and leave a hole.
+        memory.try_move(6, 4, memory.at(1), libc::MREMAP_DONTUNMAP).unwrap();
+        let expected = [0, 6, 7, 8, 9, 5, usize::MAX, usize::MAX, usize::MAX, usize::MAX, 10, 11];
+        let holds = |page: usize| match expected[page] {
+            usize::MAX => assert_eq!(see(&memory, page), Seen::ZERO),
+            number => check(&memory, page, number),
+        };
+        holds(2);
+        let detached = one.detach().pop().unwrap();
+        // As it comes to another process.
+        let parts = detached.absent().into_iter().map(|part| {
+            let region = userfaultfd::pager::RegionId::new(part.region.number());
+            Absent::new(region, part.address, part.len, part.offset)
+        });
+        let two = Pager::new().unwrap();
+        let added = serve(&two, detached.uffd, whole().absent(parts));
+        [3, 5, 4].into_iter().for_each(holds);
+        // And once more.
+        let detached = two.remove(added.descriptor).unwrap();
+        let (three, absent) = (Pager::new().unwrap(), detached.absent());
+        let added = serve(&three, detached.uffd, whole().absent(absent));
+        holds(1);
+        three.background(added.regions[0], userfaultfd::pager::Order::Ascending).unwrap().wait();
+        three.finish(|_| {}).unwrap();
+        (0..12).for_each(holds);
+        source.were_read_once(8);
+    }
+}
+
+#[cfg(feature = "serde")]
+#[test]
+fn what_is_missing_can_be_serialised() {
+    require!();
+    let memory = Memory::anonymous(4);
+    let (pager, added, _) = served(&memory);
+    check(&memory, 1, 1);
+    eventually(|| pager.statistics().present_pages, 1);
+    let absent = pager.absent(added.regions[0]).unwrap();
+    assert_eq!(absent.len(), 2);
+    let text = serde_json::to_string(&absent).unwrap();
+    assert_eq!(serde_json::from_str::<Vec<Absent>>(&text).unwrap(), absent);
+}
+
 #[test]
 fn joining_waits_until_nothing_is_served() {
     require!();

@@ -53,7 +53,7 @@ fn clippy() -> Result<Outcome, String> {
 }
 
 fn features() -> Result<Outcome, String> {
-    let features = ["--package=userfaultfd", "--features=tracing"];
+    let features = ["--package=userfaultfd", "--features=tracing,serde"];
     let run = |command: &[&str], rest: &[&str]| execute(&mut cargo(&[command, &features, rest].concat()));
     run(&["clippy", "--all-targets"], &["--", "--deny=warnings"])?;
     passed(run(&["test", "--lib"], &["--", "pager::"]))

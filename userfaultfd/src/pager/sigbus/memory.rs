@@ -130,7 +130,7 @@ impl Owned {
     /// As [`Pager::add_own`](crate::pager::Pager::add_own). The source must be [`SignalSafe`](super::SignalSafe), with
     /// these borders.
     pub(crate) unsafe fn new(uffd: Uffd, mut region: Region, borders: &[u64]) -> Result<Self> {
-        region.ask_source();
+        region.ask_source()?;
         region.check()?;
         let Range { start, end } = region.range();
         let offered = uffd.register(at(start), end - start);
