@@ -133,9 +133,9 @@ mod tests {
             (of(&(150..160)), of(&(199..300)), of(&(200..300))),
             (Some(Holder::LazyMemory), Some(Holder::LazyMemory), None)
         );
-        second.set([150..160]);
+        second.set(Some(150..160));
         assert_eq!((of(&(0..500)), of(&(160..170))), (Some(Holder::Snapshot), Some(Holder::LazyMemory)));
-        first.set([300..310]);
+        first.set(Some(300..310));
         assert_eq!((of(&(160..170)), of(&(305..306))), (None, Some(Holder::LazyMemory)));
         drop(second);
         drop(first);

@@ -45,7 +45,7 @@ impl OwnMapping {
     /// Says that lazy memory lies there.
     pub(crate) fn hold(&self) {
         let start = self.start.as_ptr().addr();
-        self.held.set([start..start + self.len]);
+        self.held.set(Some(start..start + self.len));
     }
 
     /// Whether this process has it.
