@@ -69,6 +69,19 @@ pub enum FormatError {
         parent: SnapshotId,
     },
 
+    /// Several files aren't snapshots that follow each other.
+    #[error("the snapshots are no chain: {0}")]
+    NotAChain(&'static str),
+
+    /// One of several files is refused.
+    #[error("{}: {error}", path.display())]
+    File {
+        /// Its path.
+        path: std::path::PathBuf,
+        /// Why it is refused.
+        error: Box<FormatError>,
+    },
+
     /// The snapshot that was given to it isn't the one that it follows, or isn't of memory of the same size.
     #[error("the snapshot follows {expected:?} and not {found}")]
     WrongParent {
@@ -82,6 +95,19 @@ pub enum FormatError {
 impl From<io::Error> for FormatError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
+    }
+}
+
+impl FormatError {
+    /// Returns whether the file was never finished, or is cut short: what is left of a program that ended while it
+    /// wrote. Also true of an empty file, and of one whose content didn't come to the disk.
+    #[must_use]
+    pub fn is_unfinished(&self) -> bool {
+        match self {
+            FormatError::CutShort => true,
+            FormatError::File { error, .. } => error.is_unfinished(),
+            _ => false,
+        }
     }
 }
 
@@ -249,21 +275,17 @@ pub(super) fn encode_index(geometry: &Geometry, extents: &[Extent], checksums: &
     index
 }
 
-/// The same, read. The index has the length that the footer says.
-pub(super) fn decode_index(index: &[u8], footer: &Footer) -> (Vec<Region>, Vec<Extent>, Vec<u32>) {
-    let (regions, rest) = index.split_at(footer.regions as usize * REGION);
-    let (extents, checksums) = rest.split_at(footer.extents as usize * EXTENT);
-    let region =
-        |bytes: &[u8]| Region { addresses: u64_at(bytes, 0)..u64_at(bytes, 8), page: u64_at(bytes, 16) };
-    let extent = |bytes: &[u8]| {
-        let place = match u64_at(bytes, 16) {
-            ZERO => Place::Zero,
-            GONE => Place::Gone,
-            offset => Place::Data(offset),
-        };
-        Extent { first: u64_at(bytes, 0), blocks: u64_at(bytes, 8), place }
+/// A region as it lies in the index.
+pub(super) fn decode_region(bytes: &[u8]) -> Region {
+    Region { addresses: u64_at(bytes, 0)..u64_at(bytes, 8), page: u64_at(bytes, 16) }
+}
+
+/// An extent, likewise.
+pub(super) fn decode_extent(bytes: &[u8]) -> Extent {
+    let place = match u64_at(bytes, 16) {
+        ZERO => Place::Zero,
+        GONE => Place::Gone,
+        offset => Place::Data(offset),
     };
-    let regions = regions.chunks_exact(REGION).map(region).collect();
-    let extents = extents.chunks_exact(EXTENT).map(extent).collect();
-    (regions, extents, checksums.chunks_exact(CHECKSUM).map(|bytes| u32_at(bytes, 0)).collect())
+    Extent { first: u64_at(bytes, 0), blocks: u64_at(bytes, 8), place }
 }

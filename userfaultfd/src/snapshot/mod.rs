@@ -60,7 +60,7 @@
 //!
 //! | | |
 //! | --- | --- |
-//! | it drops pages: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | saved before that, or zeros: [`Removal`] |
+//! | it drops pages: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | saved before that, or zeros: [`Removal`]. What is dropped at the very moment at which other memory is unmapped or moved may be gone |
 //! | munmap(2), another mapping in its place | what isn't saved yet is gone: the kernel tells too late. What was unmapped before a snapshot of a [`Series`] begins is gone, too, until the end of the series |
 //! | mremap(2) | followed to its new place. It returns when all of the snapshot has been read, unless [`Removal::Zero`]. What moves while memory can't be protected, since its layout changes all the time, is gone |
 //! | mprotect(2) to `PROT_NONE` | what isn't saved yet can't be read, and is gone if that lasts |
@@ -125,6 +125,7 @@ mod error;
 mod events;
 mod format;
 mod handle;
+mod layer;
 mod layout;
 mod look;
 mod maker;

@@ -1,30 +1,41 @@
-//! Reading a snapshot file: at once, or page by page as they are needed.
+//! Reading snapshot files: at once, or page by page as they are needed.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::format::{Extent, Footer, FormatError, HEADER, Header, Place, SnapshotId, decode_index};
-use super::sink::Region;
+use super::format::{FormatError, Place, SnapshotId};
+use super::layer::{Layer, Stretch};
+use super::sink::{Content, Geometry, Region, Sink};
+use super::writer::SnapshotWriter;
 use crate::pager::{Fill, PageSource};
 
-/// A snapshot file that is read: a [`PageSource`], from which a pager restores memory as it is touched.
+/// So many files of a chain are kept open. Others are opened when they are read, as many again at a time.
+const OPEN: usize = 64;
+
+/// Bytes that are merged at a time.
+const PIECE: u64 = 1 << 20;
+
+/// A snapshot that is read from its file, or from a chain of files that stand on one another: a [`PageSource`], from
+/// which a pager restores memory as it is touched.
 ///
-/// Opening it reads and checks all but the pages themselves. Each page is checked when it is read, so a damaged one is
-/// an error of that page, and never wrong bytes.
+/// Opening a file reads and checks all but the pages themselves. Each page is checked when it is read, so a damaged one
+/// is an error of that page, and never wrong bytes.
+///
+/// A page of a chain is found by one search, however many files there are. At most some 128 of them are open at a time:
+/// those of a longer chain are opened again by their path when they are needed, so they must stay where they are.
 pub struct SnapshotReader {
-    file: File,
-    header: Header,
-    regions: Vec<Region>,
-    extents: Vec<Extent>,
-    /// Of all blocks of data, in order.
-    checksums: Vec<u32>,
-    /// How many checksums come before those of an extent.
-    before: Vec<u64>,
+    /// The newest first.
+    layers: Vec<Layer>,
+    /// What lies where, by its first block.
+    index: Vec<Stretch>,
     len: u64,
-    parent: Option<Box<SnapshotReader>>,
+    /// Files that were opened again, the last one used first.
+    opened: Mutex<VecDeque<(u32, Arc<File>)>>,
 }
 
 impl SnapshotReader {
@@ -34,7 +45,8 @@ impl SnapshotReader {
     ///
     /// [`FormatError`]: it can't be read, is no snapshot, of an unknown version, cut short, or damaged.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, FormatError> {
-        Self::new(File::open(path)?)
+        let path = std::path::absolute(path)?;
+        Self::of(Layer::open(File::open(&path)?, Some(path))?)
     }
 
     /// Reads an open file.
@@ -43,73 +55,11 @@ impl SnapshotReader {
     ///
     /// As [`open`](Self::open).
     pub fn new(file: File) -> Result<Self, FormatError> {
-        let size = file.metadata()?.len();
-        let mut bytes = [0; HEADER];
-        if size < HEADER as u64 {
-            let mut start = vec![0; size as usize];
-            file.read_exact_at(&mut start, 0)?;
-            let begun = !start.is_empty() && super::format::MAGIC.starts_with(&start[..start.len().min(8)]);
-            return Err(if begun { FormatError::CutShort } else { FormatError::NotASnapshot });
-        }
-        file.read_exact_at(&mut bytes, 0)?;
-        let header = Header::decode(&bytes)?;
-        if size < header.block + HEADER as u64 {
-            return Err(FormatError::CutShort);
-        }
-        file.read_exact_at(&mut bytes, size - HEADER as u64)?;
-        let footer = Footer::decode(&bytes)?;
-        if footer.id != header.id {
-            return Err(FormatError::Damaged("its ends are of two snapshots"));
-        }
-        let len = footer.index_len();
-        if len.and_then(|len| len.checked_add(footer.index)?.checked_add(HEADER as u64)) != Some(size) {
-            return Err(FormatError::Damaged("its length"));
-        }
-        // As long as the file at most.
-        let mut index = vec![0; len.unwrap_or(0) as usize];
-        file.read_exact_at(&mut index, footer.index)?;
-        if crc32fast::hash(&index) != footer.index_crc {
-            return Err(FormatError::Damaged("its index"));
-        }
-        let (regions, extents, checksums) = decode_index(&index, &footer);
-        let mut reader =
-            Self { file, header, regions, extents, checksums, before: Vec::new(), len: 0, parent: None };
-        reader.check(footer.index)?;
-        Ok(reader)
+        Self::of(Layer::open(file, None)?)
     }
 
-    /// Makes sure that the index is one: only a writer that is wrong makes another.
-    fn check(&mut self, index: u64) -> Result<(), FormatError> {
-        let damaged = FormatError::Damaged("its index makes no sense");
-        let block = self.header.block;
-        let mut len = 0u64;
-        for region in &self.regions {
-            let size = region.addresses.end.checked_sub(region.addresses.start);
-            match size.filter(|size| size % block == 0).and_then(|size| len.checked_add(size)) {
-                Some(sum) => len = sum,
-                None => return Err(damaged),
-            }
-        }
-        self.len = len;
-        let (mut next, mut checksums) = (0, 0);
-        for extent in &self.extents {
-            self.before.push(checksums);
-            let end = extent.first.checked_add(extent.blocks).filter(|end| *end <= len / block);
-            let gap = extent.first > next && self.header.parent.is_none();
-            let Some(end) = end.filter(|_| extent.first >= next && extent.blocks > 0 && !gap) else {
-                return Err(damaged);
-            };
-            if let Place::Data(offset) = extent.place {
-                let inside = extent.blocks.checked_mul(block).and_then(|size| offset.checked_add(size));
-                if offset < block || offset % block != 0 || inside.is_none_or(|end| end > index) {
-                    return Err(damaged);
-                }
-                checksums += extent.blocks;
-            }
-            next = end;
-        }
-        let whole = next == len / block || self.header.parent.is_some();
-        if !whole || checksums != self.checksums.len() as u64 { Err(damaged) } else { Ok(()) }
+    fn of((layer, index, len): (Layer, Vec<Stretch>, u64)) -> Result<Self, FormatError> {
+        Ok(Self { layers: vec![layer], index, len, opened: Mutex::default() })
     }
 
     /// Puts an incremental snapshot on top of the one that it follows, with what that one follows already in place.
@@ -118,111 +68,172 @@ impl SnapshotReader {
     ///
     /// [`FormatError::WrongParent`]: it is another one, or of memory of another size.
     pub fn on(mut self, parent: SnapshotReader) -> Result<Self, FormatError> {
-        let found = parent.id();
-        if self.header.parent != Some(found) || self.len != parent.len {
-            return Err(FormatError::WrongParent { expected: self.header.parent, found });
+        let (found, expected, block) = (parent.id(), self.base().header.parent, self.block());
+        if expected != Some(found) || self.len != parent.len || block != parent.block() {
+            return Err(FormatError::WrongParent { expected, found });
         }
-        self.parent = Some(Box::new(parent));
+        let above = self.layers.len() as u32;
+        let below =
+            parent.index.into_iter().map(|stretch| Stretch { layer: stretch.layer + above, ..stretch });
+        self.index = overlay(self.index, below, block);
+        self.layers.extend(parent.layers);
+        for layer in self.layers.iter_mut().skip(OPEN) {
+            layer.file.take_if(|_| layer.path.is_some());
+        }
         Ok(self)
+    }
+
+    fn block(&self) -> u64 {
+        self.top().header.block
+    }
+
+    fn top(&self) -> &Layer {
+        self.layers.first().expect("there is one")
+    }
+
+    fn base(&self) -> &Layer {
+        self.layers.last().expect("there is one")
     }
 
     /// The name of the snapshot.
     #[must_use]
     pub fn id(&self) -> SnapshotId {
-        self.header.id
+        self.top().header.id
     }
 
     /// The snapshot that it follows, if it holds only what has changed since.
     #[must_use]
     pub fn parent(&self) -> Option<SnapshotId> {
-        self.header.parent
+        self.top().header.parent
     }
 
     /// The ranges of memory, in the order in which they lie in the snapshot.
     #[must_use]
     pub fn regions(&self) -> &[Region] {
-        &self.regions
+        &self.top().regions
     }
 
     /// Bytes of data in this file: without zeros, and what is in the snapshot that it follows.
     #[must_use]
     pub fn data_len(&self) -> u64 {
-        self.checksums.len() as u64 * self.header.block
+        self.top().checksums.len() as u64 * self.block()
     }
 
     /// Bytes of pages in this file that could not be told; reading them is an error.
     #[must_use]
     pub fn gone_len(&self) -> u64 {
-        let gone = self.extents.iter().filter(|extent| extent.place == Place::Gone);
-        gone.map(|extent| extent.blocks * self.header.block).sum()
+        self.top().gone
     }
 
-    /// Reads all of it, and those that it follows, to find what is damaged.
+    /// Reads all of it, what it holds and what of those that it follows it shows, to find what is damaged.
     ///
     /// # Errors
     ///
     /// [`FormatError::Damaged`], [`FormatError::NeedsParent`], [`FormatError::Io`]. Pages that are gone are none.
     pub fn verify(&self) -> Result<(), FormatError> {
-        match (&self.parent, self.header.parent) {
-            (None, Some(parent)) => return Err(FormatError::NeedsParent { parent }),
-            (Some(parent), _) => parent.verify()?,
-            (None, None) => {}
+        if let Some(parent) = self.base().header.parent {
+            return Err(FormatError::NeedsParent { parent });
         }
-        let mut bytes = vec![0; self.header.block as usize];
-        for (extent, before) in self.extents.iter().zip(&self.before) {
-            for block in 0..extent.blocks {
-                if let Place::Data(offset) = extent.place {
-                    self.read_blocks(offset, before + block, block, &mut bytes)?;
-                }
+        let mut bytes = vec![0; self.block() as usize];
+        for stretch in &self.index {
+            for block in 0..stretch.blocks {
+                let Place::Data(offset) = stretch.place else { break };
+                self.read_data(stretch, offset, block, &mut bytes)?;
             }
         }
         Ok(())
     }
 
-    /// Reads blocks from `block` of an extent on, whose data begin at `offset`, and checks them against the checksums
-    /// from `checksum` on.
-    fn read_blocks(
+    /// Writes what this snapshot and those that it follows hold to one file, which replaces the one at `path` when it is
+    /// complete. It has the name of this snapshot, so those that follow this one stand on it; it holds everything, or
+    /// what has changed since the snapshot that the lowest one follows. The files that it takes the place of can be
+    /// removed then.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing the file; of the kind [`InvalidData`](io::ErrorKind::InvalidData), a page is damaged.
+    pub fn merge(&self, path: impl AsRef<Path>) -> io::Result<()> {
+        let parent = self.base().header.parent;
+        let mut writer = SnapshotWriter::create(path)?.named(self.id(), parent, self.block() as usize);
+        writer.begin(&Geometry { regions: self.regions().to_vec(), incremental: parent.is_some() })?;
+        let block = self.block();
+        let mut bytes = Vec::new();
+        for stretch in &self.index {
+            let (offset, len) = (stretch.first * block, stretch.blocks * block);
+            let Place::Data(data) = stretch.place else {
+                let zero = stretch.place == Place::Zero;
+                writer.write(offset, if zero { Content::Zero(len) } else { Content::Gone(len) })?;
+                continue;
+            };
+            let piece = PIECE / block;
+            for first in (0..stretch.blocks).step_by(piece as usize) {
+                bytes.resize((piece.min(stretch.blocks - first) * block) as usize, 0);
+                self.read_data(stretch, data, first, &mut bytes).map_err(into_io)?;
+                writer.write(offset + first * block, Content::Data(&bytes))?;
+            }
+        }
+        writer.finish()
+    }
+
+    /// Reads blocks from `block` of a stretch on, whose data begin at `offset`, and checks them.
+    fn read_data(
         &self,
+        stretch: &Stretch,
         offset: u64,
-        checksum: u64,
         block: u64,
         bytes: &mut [u8],
     ) -> Result<(), FormatError> {
-        self.file.read_exact_at(bytes, offset + block * self.header.block)?;
-        let blocks = bytes.chunks_exact(self.header.block as usize);
+        let layer = &self.layers[stretch.layer as usize];
+        let at = offset + block * self.block();
+        match &layer.file {
+            Some(file) => file.read_exact_at(bytes, at)?,
+            None => self.open_again(stretch.layer)?.read_exact_at(bytes, at)?,
+        }
+        let blocks = bytes.chunks_exact(self.block() as usize);
         let same = blocks
-            .zip(&self.checksums[checksum as usize..])
+            .zip(&layer.checksums[(stretch.checksum + block) as usize..])
             .all(|(bytes, sum)| crc32fast::hash(bytes) == *sum);
         if same { Ok(()) } else { Err(FormatError::Damaged("a page doesn't have its checksum")) }
     }
 
+    fn open_again(&self, layer: u32) -> io::Result<Arc<File>> {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = opened.iter().position(|(of, _)| *of == layer) {
+            let found = opened.remove(at).expect("it is there");
+            opened.push_front(found);
+        } else {
+            let file = Arc::new(self.layers[layer as usize].open_again()?);
+            opened.truncate(OPEN - 1);
+            opened.push_front((layer, file));
+        }
+        Ok(Arc::clone(&opened[0].1))
+    }
+
     /// Fills `bytes`, a whole number of blocks, with those from `first` on.
     fn read_whole(&self, first: u64, bytes: &mut [u8]) -> io::Result<Fill> {
-        let block = self.header.block as usize;
+        let block = self.block() as usize;
         let (mut at, end) = (first, first + (bytes.len() / block) as u64);
         let mut all_zero = true;
+        let mut next = self.index.partition_point(|stretch| stretch.end() <= at);
         while at < end {
-            let next = self.extents.partition_point(|extent| extent.first + extent.blocks <= at);
-            let (place, until) = match self.extents.get(next) {
-                Some(extent) if extent.first <= at => (Some(extent.place), extent.first + extent.blocks),
-                Some(extent) => (None, extent.first),
+            let (stretch, until) = match self.index.get(next) {
+                Some(stretch) if stretch.first <= at => (Some(stretch), stretch.end()),
+                Some(stretch) => (None, stretch.first),
                 None => (None, end),
             };
             let until = until.min(end);
             let part = &mut bytes[(at - first) as usize * block..(until - first) as usize * block];
-            let zero = match (place, &self.parent) {
+            let zero = match stretch {
                 // Beyond the end there are zeros.
-                (None, _) if at >= self.len / block as u64 => true,
-                (None, Some(parent)) => parent.read(at * block as u64, part)? == Fill::Zero,
-                (None, None) => return Err(self.without_parent()),
-                (Some(Place::Zero), _) => true,
-                (Some(Place::Gone), _) => {
+                None if at >= self.len / block as u64 => true,
+                None => return Err(self.without_parent()),
+                Some(Stretch { place: Place::Zero, .. }) => true,
+                Some(Stretch { place: Place::Gone, .. }) => {
                     let text = "the page was gone before the snapshot could save it";
                     return Err(io::Error::new(io::ErrorKind::InvalidData, text));
                 }
-                (Some(Place::Data(offset)), _) => {
-                    let into = at - self.extents[next].first;
-                    self.read_blocks(offset, self.before[next] + into, into, part).map_err(into_io)?;
+                Some(stretch @ Stretch { place: Place::Data(offset), .. }) => {
+                    self.read_data(stretch, *offset, at - stretch.first, part).map_err(into_io)?;
                     false
                 }
             };
@@ -231,16 +242,38 @@ impl SnapshotReader {
             }
             all_zero &= zero;
             at = until;
+            next += usize::from(stretch.is_some());
         }
         Ok(if all_zero { Fill::Zero } else { Fill::Data })
     }
 
     fn without_parent(&self) -> io::Error {
-        match self.header.parent {
+        match self.base().header.parent {
             Some(parent) => into_io(FormatError::NeedsParent { parent }),
             None => into_io(FormatError::Damaged("its index makes no sense")),
         }
     }
+}
+
+/// What lies in the one above, and where nothing does, in the one below.
+fn overlay(above: Vec<Stretch>, below: impl Iterator<Item = Stretch>, block: u64) -> Vec<Stretch> {
+    let mut all: Vec<Stretch> = Vec::with_capacity(above.len());
+    let mut above = above.into_iter().peekable();
+    for stretch in below {
+        let mut from = stretch.first.max(all.last().map_or(0, Stretch::end));
+        while let Some(next) = above.next_if(|next| next.first < stretch.end()) {
+            all.extend(stretch.cut(from, next.first, block));
+            from = from.max(next.end());
+            let covers = next.end() >= stretch.end();
+            all.push(next);
+            if covers {
+                break;
+            }
+        }
+        all.extend(stretch.cut(from, stretch.end(), block));
+    }
+    all.extend(above);
+    all
 }
 
 fn into_io(error: FormatError) -> io::Error {
@@ -252,7 +285,7 @@ fn into_io(error: FormatError) -> io::Error {
 
 impl PageSource for SnapshotReader {
     fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
-        let block = self.header.block;
+        let block = self.block();
         let len = page.len() as u64;
         if offset % block == 0 && len % block == 0 {
             return self.read_whole(offset / block, page);
@@ -277,7 +310,7 @@ impl fmt::Debug for SnapshotReader {
         f.debug_struct("SnapshotReader")
             .field("id", &self.id())
             .field("parent", &self.parent())
-            .field("regions", &self.regions)
+            .field("regions", &self.regions())
             .finish_non_exhaustive()
     }
 }

@@ -82,6 +82,11 @@ impl<W: Write> SnapshotWriter<W> {
         self
     }
 
+    /// Has another name than a new one, follows another snapshot, and blocks of another size.
+    pub(super) fn named(self, id: SnapshotId, parent: Option<SnapshotId>, block: usize) -> Self {
+        Self { id, parent, block, zeros: vec![0; block].into(), ..self }
+    }
+
     /// The name of the snapshot, for [`follows`](Self::follows) of the next one.
     #[must_use]
     pub fn id(&self) -> SnapshotId {

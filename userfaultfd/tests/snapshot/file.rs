@@ -193,13 +193,11 @@ fn every_cut_is_found() {
     let lens = (0..200).chain((200..good.len() - 200).step_by(101)).chain(good.len() - 200..good.len());
     for len in lens {
         let error = SnapshotReader::new(file(&good[..len])).unwrap_err();
-        let named = if len == 0 {
-            matches!(error, FormatError::NotASnapshot)
-        } else {
-            matches!(error, FormatError::CutShort)
-        };
-        assert!(named, "{len} {error:?}");
+        assert!(matches!(error, FormatError::CutShort) && error.is_unfinished(), "{len} {error:?}");
     }
+    // Nor has the content come to the disk.
+    let error = SnapshotReader::new(file(&vec![0; good.len()])).unwrap_err();
+    assert!(error.is_unfinished(), "{error:?}");
     // More than was written is wrong, too.
     let longer = [&good[..], &[0]].concat();
     assert!(SnapshotReader::new(file(&longer)).is_err());
@@ -209,7 +207,8 @@ fn every_cut_is_found() {
 fn other_files_and_versions_are_refused() {
     require!(WRITE_PROTECT);
     for other in [&b"something else that is long enough to have a header of sixty-four bytes"[..], b"short"] {
-        assert!(matches!(SnapshotReader::new(file(other)), Err(FormatError::NotASnapshot)));
+        let error = SnapshotReader::new(file(other)).unwrap_err();
+        assert!(matches!(error, FormatError::NotASnapshot) && !error.is_unfinished());
     }
     assert!(matches!(SnapshotReader::open("/nowhere/at/all"), Err(FormatError::Io(_))));
     let memory = Memory::anonymous(1);
@@ -603,4 +602,122 @@ fn geometry_of(memory: &Memory) -> Geometry {
     let image = crate::image::Image::new();
     Snapshot::begin(addresses(memory), image.clone()).unwrap().wait().unwrap();
     image.with(|delivered| delivered.geometry.clone().unwrap())
+}
+
+/// What a writer that is wrong, or wants harm, has written: it is refused, and no room is made for what isn't there.
+#[test]
+fn what_takes_too_much_room_is_refused() {
+    require!(WRITE_PROTECT);
+    let memory = Memory::anonymous(2);
+    number(&memory, 1);
+    let good = bytes_of(&memory);
+    // Blocks that no page is as large as.
+    for shift in [21, 40, 63] {
+        let mut bytes = good.clone();
+        bytes[12] = shift;
+        let checksum = crc(&bytes[..60]);
+        bytes[60..64].copy_from_slice(&checksum.to_le_bytes());
+        let large = file(&bytes);
+        large.set_len(1 << 41).unwrap();
+        assert!(SnapshotReader::new(large).is_err(), "{shift}");
+    }
+    // An index that is a hole of 24 MiB, with its checksum right: extents that are nothing.
+    let (mut hasher, hole) = (crc32fast::Hasher::new(), 24_u64 << 20);
+    let index = page() as u64;
+    let len = index + hole + 64;
+    (0..hole >> 20).for_each(|_| hasher.update(&[0; 1 << 20]));
+    let mut footer = [0; 64];
+    footer[..8].copy_from_slice(b"UFFDSEND");
+    footer[8..16].copy_from_slice(&good[16..24]);
+    footer[48..56].copy_from_slice(&good[24..32]);
+    for (at, number) in [(16, index), (24, 0), (32, hole / 24), (40, 0)] {
+        footer[at..at + 8].copy_from_slice(&number.to_le_bytes());
+    }
+    footer[56..60].copy_from_slice(&hasher.finalize().to_le_bytes());
+    let checksum = crc(&footer[..60]);
+    footer[60..].copy_from_slice(&checksum.to_le_bytes());
+    let sparse = file(&good[..page()]);
+    sparse.set_len(len).unwrap();
+    sparse.write_all_at(&footer, len - 64).unwrap();
+    let error = SnapshotReader::new(sparse).unwrap_err();
+    assert!(matches!(error, FormatError::Damaged(text) if text.contains("makes no sense")), "{error:?}");
+}
+
+/// A chain that is longer than a process may have open files, and than its stack is deep.
+#[test]
+fn a_long_chain_is_read_flat_and_merged() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        const FILES: usize = 300;
+        let (folder, memory) = (Folder::new(test_name!()), Memory::anonymous(8));
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        number(&memory, 1);
+        let mut parent = None;
+        let mut reader: Option<SnapshotReader> = None;
+        let limit = libc::rlimit { rlim_cur: 200, rlim_max: 200 };
+        // SAFETY: the structure is borrowed for the call.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+        for number in 0..FILES {
+            // The first pages stay in the first file, the second page in the second, and so on.
+            memory.write(4 + number % 4, number as u8);
+            let writer = SnapshotWriter::new(Vec::new()).unwrap();
+            let mut writer = match parent {
+                Some(parent) => writer.follows(parent),
+                None => writer,
+            };
+            parent = Some(writer.id());
+            writer = series.begin(writer).unwrap().wait().unwrap().0;
+            let path = folder.path(&format!("{number:04}"));
+            fs::write(&path, writer.into_inner()).unwrap();
+            let one = SnapshotReader::open(&path).unwrap();
+            reader = Some(match reader {
+                Some(reader) => one.on(reader).unwrap(),
+                None => one,
+            });
+        }
+        let reader = reader.unwrap();
+        reader.verify().unwrap();
+        let all: Vec<u8> = (0..8).flat_map(|page| memory.content(page)).collect();
+        assert!(read_all(&reader, page()) == all && read_all(&reader, all.len()) == all);
+        // One file takes the place of all, and what followed the last stands on it.
+        let merged = folder.path("merged");
+        reader.merge(&merged).unwrap();
+        memory.write(0, 77);
+        let writer = SnapshotWriter::new(Vec::new()).unwrap().follows(reader.id());
+        let next = series.begin(writer).unwrap().wait().unwrap().0.into_inner();
+        drop(reader);
+        let merged = SnapshotReader::open(&merged).unwrap();
+        merged.verify().unwrap();
+        assert_eq!(
+            (merged.id(), merged.parent(), merged.data_len()),
+            (parent.unwrap(), None, 8 * page() as u64)
+        );
+        assert!(read_all(&merged, page()) == all);
+        let next = SnapshotReader::new(file(&next)).unwrap().on(merged).unwrap();
+        let all: Vec<u8> = (0..8).flat_map(|page| memory.content(page)).collect();
+        assert!(read_all(&next, page()) == all);
+    });
+}
+
+/// Some increments are merged into one that follows what the lowest one followed.
+#[test]
+fn increments_are_merged_without_their_base() {
+    require!(WRITE_PROTECT);
+    let (folder, memory) = (Folder::new(test_name!()), Memory::anonymous(5));
+    number(&memory, 1);
+    let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+    let writer = || SnapshotWriter::new(Vec::new()).unwrap();
+    let first = take(&mut series, writer());
+    memory.write(1, 50);
+    memory.write(3, 60);
+    let second = take(&mut series, writer().follows(first.id()));
+    memory.write(3, 61);
+    memory.write(4, 0);
+    let third = take(&mut series, writer().follows(second.id()));
+    let both = third.on(second).unwrap();
+    both.merge(folder.path("both")).unwrap();
+    let both = SnapshotReader::open(folder.path("both")).unwrap();
+    assert_eq!((both.parent(), both.data_len()), (Some(first.id()), 2 * page() as u64));
+    let all: Vec<u8> = (0..5).flat_map(|page| memory.content(page)).collect();
+    assert!(read_all(&both.on(first).unwrap(), page()) == all);
 }

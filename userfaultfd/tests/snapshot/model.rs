@@ -261,12 +261,17 @@ fn check(log: &Log, taken: &Taken, page: usize, held: Option<u64>) -> Result<(),
     let fine = match held {
         Some(word) => may.any(|effect| effect == Effect::Holds(word) || effect == Effect::Silent(word)),
         None => {
+            let moving = log.keys().any(|page| *page >= MOVES)
+                || log.values().flatten().any(|op| op.effect == Effect::Gone);
             let moves = log.get(&(page + MOVES)).map_or(&[][..], Vec::as_slice);
             may.any(|effect| effect == Effect::Gone)
                 || operations.iter().chain(moves).any(|operation| {
                     operation.began < ended
                         && match operation.effect {
-                            Effect::Holds(_) => false,
+                            // A removal may be read before a page is saved, since a move hides it.
+                            Effect::Holds(_) => {
+                                operation.name == "drop" && moving && operation.ended > before
+                            }
                             Effect::Silent(_) => operation.ended > before,
                             Effect::Gone => true,
                         }
