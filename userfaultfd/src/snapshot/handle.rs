@@ -1,19 +1,25 @@
 //! Snapshots as their users see them.
 
 use std::fmt;
+use std::fs::File;
+use std::io::BufWriter;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::bits::Bits;
+use super::chain::next_path;
 use super::error::{Error, Result};
+use super::format::SnapshotId;
 use super::maker::Maker;
 use super::options::Options;
 use super::queue::Queue;
 use super::shared::{Counts, Shared, duration};
 use super::sink::Sink;
+use super::writer::SnapshotWriter;
 
 /// Snapshots of the same memory, one after the other: the first holds all of it, each other one what has changed since
 /// the one before began.
@@ -33,6 +39,19 @@ pub struct Series {
     pub(super) always: Bits,
     /// What the next one holds, since it was in `always`.
     pub(super) revoked: Bits,
+    /// The last file of [`begin_in`](Self::begin_in).
+    pub(super) last: Option<Last>,
+}
+
+/// A file that the next one may follow.
+#[derive(Debug)]
+pub(super) struct Last {
+    id: SnapshotId,
+    folder: PathBuf,
+    /// How many had been completed when it was begun.
+    before: u64,
+    /// How many files it stands on.
+    below: usize,
 }
 
 impl Series {
@@ -46,6 +65,47 @@ impl Series {
         let mut changed = self.always.clone();
         changed.join(&self.revoked);
         let snapshot = self.maker.begin(sink, changed)?;
+        self.revoked = self.maker.no_bits();
+        Ok(snapshot)
+    }
+
+    /// Begins the next snapshot as a file in a directory. Names it by a number greater than those that are there, and
+    /// has it follow the file before, if that was completed, is of this directory and no other snapshot of this series
+    /// was completed since. Otherwise, and after `increments` files that follow a base, it is a base itself, which holds
+    /// everything.
+    ///
+    /// [`Chain::open`](super::Chain::open) finds the files.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Self::begin). [`Error::Sink`]: the file can't be created.
+    pub fn begin_in(
+        &mut self,
+        directory: impl AsRef<Path>,
+        increments: usize,
+    ) -> Result<Snapshot<SnapshotWriter<BufWriter<File>>>> {
+        let Self { maker, always, revoked, last, .. } = self;
+        let mut next = None;
+        let snapshot = maker.begin_with(|completed| {
+            let folder = std::path::absolute(directory).map_err(Error::Sink)?;
+            let follows = last.as_ref().filter(|last| {
+                last.before + 1 == completed && last.below < increments && last.folder == folder
+            });
+            let mut changed = always.clone();
+            changed.join(revoked);
+            if follows.is_none() {
+                changed.set(0..changed.len(), true);
+            }
+            let path = next_path(&folder).map_err(Error::Sink)?;
+            let mut writer = SnapshotWriter::create(path).map_err(Error::Sink)?;
+            if let Some(last) = follows {
+                writer = writer.follows(last.id);
+            }
+            let below = follows.map_or(0, |last| last.below + 1);
+            next = Some(Last { id: writer.id(), folder, before: completed, below });
+            Ok((writer, follows.is_some(), changed))
+        })?;
+        self.last = next;
         self.revoked = self.maker.no_bits();
         Ok(snapshot)
     }

@@ -29,11 +29,21 @@ pub(super) struct Maker {
 }
 
 impl Maker {
-    pub(super) fn begin<S: Sink + 'static>(&self, mut sink: S, changed: Bits) -> Result<Snapshot<S>> {
+    pub(super) fn begin<S: Sink + 'static>(&self, sink: S, changed: Bits) -> Result<Snapshot<S>> {
+        self.begin_with(|completed| Ok((sink, completed > 0, changed)))
+    }
+
+    /// Begins a snapshot with what a function returns for the number of those that have been completed: the sink,
+    /// whether it gets only what has changed, and what counts as changed.
+    pub(super) fn begin_with<S: Sink + 'static>(
+        &self,
+        with: impl FnOnce(u64) -> Result<(S, bool, Bits)>,
+    ) -> Result<Snapshot<S>> {
         if !self.shared.owner.is_current() {
             return Err(Error::Kernel(crate::Error::OtherProcess));
         }
-        let incremental = self.shared.claim().ok_or(Error::Running)?;
+        let completed = self.shared.claim().ok_or(Error::Running)?;
+        let (mut sink, incremental, changed) = with(completed).inspect_err(|_| self.shared.release(false))?;
         let begin = || self.begin_claimed(&mut sink, incremental, changed);
         let begun = caught(begin).and_then(|begun| begun);
         let (queue, counts) = begun.inspect_err(|_| self.shared.release(false))?;

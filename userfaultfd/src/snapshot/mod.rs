@@ -9,6 +9,7 @@
 //!   [`Pager`](crate::pager::Pager) restore memory page by page as it is touched.
 //! - [`LazyMemory::snapshot`](crate::LazyMemory::snapshot) saves memory that is being restored.
 //! - A [`Series`] takes one snapshot after the other of the same memory, each of what has changed since the one before.
+//!   [`Series::begin_in`] names and links their files, [`Chain`] finds them.
 //!
 //! ```
 //! use userfaultfd::snapshot::{Error, SnapshotReader, SnapshotWriter};
@@ -120,6 +121,7 @@
 
 mod begin;
 mod bits;
+mod chain;
 mod copier;
 mod error;
 mod events;
@@ -137,6 +139,7 @@ mod sink;
 mod slices;
 mod writer;
 
+pub use self::chain::Chain;
 pub use self::error::{Error, Result};
 pub use self::format::{FormatError, SnapshotId};
 pub use self::handle::{Progress, Series, Snapshot};

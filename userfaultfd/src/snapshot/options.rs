@@ -127,7 +127,7 @@ impl Options {
     pub fn series(self) -> Result<Series> {
         let maker = self.maker(true)?;
         let (always, revoked) = (maker.no_bits(), maker.no_bits());
-        Ok(Series { maker, always, revoked })
+        Ok(Series { maker, always, revoked, last: None })
     }
 
     fn maker(self, series: bool) -> Result<Maker> {

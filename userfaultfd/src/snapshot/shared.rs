@@ -43,8 +43,8 @@ pub(super) struct State {
     pub(super) answer: Option<Result<()>>,
     /// A snapshot is at work.
     pub(super) busy: bool,
-    /// One has been completed, on which the next one may stand.
-    pub(super) based: bool,
+    /// How many have been completed, on the last of which the next one may stand.
+    pub(super) completed: u64,
     /// The thread is to end.
     pub(super) end: bool,
     /// The thread has ended, perhaps by an error.
@@ -96,18 +96,18 @@ impl Shared {
         debug_assert!(woken.is_ok() || woken.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock));
     }
 
-    /// Begins to work at a snapshot, unless one is at work. Returns whether one has been completed before.
-    pub(super) fn claim(&self) -> Option<bool> {
+    /// Begins to work at a snapshot, unless one is at work. Returns how many have been completed.
+    pub(super) fn claim(&self) -> Option<u64> {
         let mut state = self.lock();
         let busy = std::mem::replace(&mut state.busy, true);
-        (!busy).then_some(state.based)
+        (!busy).then_some(state.completed)
     }
 
     /// The snapshot isn't at work any more. It may have been completed.
     pub(super) fn release(&self, well: bool) {
         let mut state = self.lock();
         state.busy = false;
-        state.based |= well;
+        state.completed += u64::from(well);
         drop(state);
         self.answered.notify_all();
     }

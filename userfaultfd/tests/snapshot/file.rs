@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use userfaultfd::pager::{Fill, PageSource};
 use userfaultfd::snapshot::{
-    Content, FormatError, Geometry, Options, Series, Sink, Snapshot, SnapshotReader, SnapshotWriter,
+    Chain, Content, FormatError, Geometry, Options, Series, Sink, Snapshot, SnapshotReader, SnapshotWriter,
 };
 use userfaultfd::{FeatureFlags, RegisterMode};
 
@@ -648,13 +648,13 @@ fn what_takes_too_much_room_is_refused() {
 fn a_long_chain_is_read_flat_and_merged() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
-        const FILES: usize = 300;
+        const FILES: usize = 170;
         let (folder, memory) = (Folder::new(test_name!()), Memory::anonymous(8));
         let mut series = Options::new().range(addresses(&memory)).series().unwrap();
         number(&memory, 1);
         let mut parent = None;
         let mut reader: Option<SnapshotReader> = None;
-        let limit = libc::rlimit { rlim_cur: 200, rlim_max: 200 };
+        let limit = libc::rlimit { rlim_cur: 150, rlim_max: 150 };
         // SAFETY: the structure is borrowed for the call.
         assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
         for number in 0..FILES {
@@ -720,4 +720,58 @@ fn increments_are_merged_without_their_base() {
     assert_eq!((both.parent(), both.data_len()), (Some(first.id()), 2 * page() as u64));
     let all: Vec<u8> = (0..5).flat_map(|page| memory.content(page)).collect();
     assert!(read_all(&both.on(first).unwrap(), page()) == all);
+}
+
+/// A series names and links its files, and a chain finds them, whatever else lies there.
+#[test]
+fn a_series_of_files_in_a_folder_is_a_chain() {
+    require!(WRITE_PROTECT);
+    let (folder, memory) = (Folder::new(test_name!()), Memory::anonymous(5));
+    let error = Chain::open(&folder.0).unwrap_err();
+    assert!(matches!(error, FormatError::NotAChain(_)), "{error:?}");
+    number(&memory, 1);
+    let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+    let assert_now = |files: usize| {
+        let chain = Chain::open(&folder.0).unwrap();
+        assert_eq!(chain.files().len(), files, "{chain:?}");
+        let reader = chain.into_reader().unwrap();
+        reader.verify().unwrap();
+        let all: Vec<u8> = (0..5).flat_map(|page| memory.content(page)).collect();
+        assert!(read_all(&reader, page()) == all);
+        reader
+    };
+    // A base, two that follow, and a base again.
+    for files in [1, 2, 3, 1, 2] {
+        memory.write(files, 50 + files as u8);
+        series.begin_in(&folder.0, 2).unwrap().wait().unwrap();
+        assert_now(files);
+    }
+    assert_eq!(folder.names()[0], "0000000001.snapshot");
+    // One that went elsewhere is followed by a base.
+    memory.write(2, 71);
+    series.begin(crate::image::Image::new()).unwrap().wait().unwrap();
+    series.begin_in(&folder.0, 2).unwrap().wait().unwrap();
+    assert_now(1);
+    memory.write(3, 72);
+    series.begin_in(&folder.0, 2).unwrap().wait().unwrap();
+    // What wasn't finished is passed over, a merged file takes the place of two.
+    fs::write(folder.path("9999999999.snapshot"), b"").unwrap();
+    fs::write(folder.path("8888888888.snapshot"), b"UFFDSNAP").unwrap();
+    fs::write(folder.path(".hidden"), b"something else").unwrap();
+    let last = folder.path(&folder.names().into_iter().rfind(|name| name.starts_with("00")).unwrap());
+    assert_now(2).merge(&last).unwrap();
+    assert_now(1);
+    // What is foreign is refused, and named.
+    let foreign = folder.path("foreign");
+    fs::write(&foreign, b"something else").unwrap();
+    let error = Chain::open(&folder.0).unwrap_err();
+    assert!(error.to_string().contains("foreign: the file is no snapshot"), "{error}");
+    fs::remove_file(foreign).unwrap();
+    // So is a chain without its base.
+    fs::remove_file(folder.path("9999999999.snapshot")).unwrap();
+    memory.write(3, 73);
+    series.begin_in(&folder.0, 2).unwrap().wait().unwrap();
+    fs::remove_file(&last).unwrap();
+    let error = Chain::open(&folder.0).unwrap_err();
+    assert!(matches!(error, FormatError::NeedsParent { .. }), "{error:?}");
 }
