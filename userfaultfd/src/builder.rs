@@ -70,7 +70,9 @@ impl UffdBuilder {
     /// Whether only faults from user mode are handled. The default is `true`, which needs no rights.
     ///
     /// With `true`, a system call that is given a missing page (read(2) into it, say) fails with `EFAULT`,
-    /// and KVM guests cannot run on the memory. With `false` such faults are delivered too, which takes
+    /// and KVM guests can't run on the memory: a missing page that the guest meets is no fault of a thread, but ends
+    /// `KVM_RUN` with `EFAULT`, or with `KVM_EXIT_INTERNAL_ERROR` (an `InternalError` of VM monitors) where KVM emulates
+    /// the instruction. Neither says why. With `false` such faults are delivered too, which takes
     /// access to `/dev/userfaultfd`, `CAP_SYS_PTRACE`, or the sysctl `vm.unprivileged_userfaultfd=1`.
     ///
     /// Before Linux 5.11 there is no such restriction to ask for, and all faults are delivered.

@@ -1,6 +1,7 @@
 //! [`LazyMemory`]: memory of this process that fills itself.
 
 use std::fmt;
+use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
@@ -10,10 +11,10 @@ use crate::own_mapping::OwnMapping;
 use crate::pager::{
     self, ADAPTIVE, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager,
     PagerBuilder, Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics,
-    Target, WorkingSet, sigbus,
+    Target, WorkingSet, region, sigbus,
 };
 use crate::snapshot::{self, Series, Sink, Snapshot};
-use crate::{FeatureFlags, Uffd, UffdBuilder};
+use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 
 /// Memory of this process that is read from a source as it is touched.
 ///
@@ -36,12 +37,19 @@ use crate::{FeatureFlags, Uffd, UffdBuilder};
 /// SIGBUS**, as for a mapped file whose disk fails. Before Linux 6.6, which can't poison, the thread waits until the
 /// source delivers. [`on_problem`](LazyBuilder::on_problem) is told in both cases.
 ///
+/// [`try_populate`](Self::try_populate), [`read_at`](Self::read_at) and [`write_at`](Self::write_at) return an error
+/// instead.
+///
 /// # System calls
 ///
 /// Where the process may handle faults from kernel mode (see "Rights" in the [crate docs](crate#rights)), the memory
 /// can be given to system calls like any other. Where it may not, a system call that meets a page that nobody has
 /// touched fails with `EFAULT`: [`populate`](Self::populate) the range before.
 /// [`serves_kernel`](Self::serves_kernel) tells.
+///
+/// A guest of KVM on such memory touches it by system calls: where they aren't served, `KVM_RUN` fails with `EFAULT`, or
+/// ends with `KVM_EXIT_INTERNAL_ERROR` (an `InternalError` of VM monitors), when the guest meets a missing page. Ask for
+/// [`serve_kernel(true)`](LazyBuilder::serve_kernel), which says what right is missing.
 ///
 /// # Locked memory
 ///
@@ -60,6 +68,8 @@ use crate::{FeatureFlags, Uffd, UffdBuilder};
 pub struct LazyMemory {
     served: Served,
     memory: OwnMapping,
+    /// The states of its pages.
+    region: Arc<region::Served>,
     len: usize,
     serves_kernel: bool,
 }
@@ -137,7 +147,7 @@ impl LazyMemory {
     }
 
     /// Memory that is filled in the very thread that touches it, by a handler of SIGBUS: no thread is waked for a
-    /// fault, which is what takes most of its time otherwise. Nor is a [pager](Self::pager) needed.
+    /// fault, which is what takes most of its time otherwise. Nor is a pager needed.
     ///
     /// [`len`](LazyBuilder::len), [`offset`](LazyBuilder::offset), [`huge_pages`](LazyBuilder::huge_pages) and
     /// [`around`](LazyBuilder::around) say how it is to be; the other methods of the builder are about pagers.
@@ -209,6 +219,118 @@ impl LazyMemory {
             std::hint::black_box(self[at]);
             at += page;
         }
+    }
+
+    /// Has a range filled, as [`populate`](Self::populate), and fails where that raises SIGBUS: when the source doesn't
+    /// deliver a page, or a page is poisoned already.
+    ///
+    /// The source is asked as often as [`retry`](LazyBuilder::retry) says. What it doesn't deliver stays missing, so that
+    /// it can be tried again.
+    ///
+    /// # Errors
+    ///
+    /// Names the first page of the range that isn't there, by its place in the memory and in the source.
+    pub fn try_populate(&self, range: Range<usize>) -> io::Result<()> {
+        self.check_owner().map_err(io::Error::other)?;
+        let shift = self.region.page_shift;
+        let (start, end) = (range.start, range.end.min(self.len));
+        if start >= end {
+            return Ok(());
+        }
+        let pages = start >> shift..((end - 1) >> shift) + 1;
+        let states = &self.region.pages;
+        if pages.clone().any(|page| states.is_absent(page)) {
+            match self.target().and_then(|target| target.fill_now(pages.clone())) {
+                Ok(()) | Err(Error::NotServed) => {}
+                Err(error) => return Err(io::Error::other(error)),
+            }
+        }
+        match pages.into_iter().find(|page| states.is_absent(*page) || states.is_poisoned(*page)) {
+            None => Ok(()),
+            Some(page) => {
+                let what =
+                    if states.is_poisoned(page) { "is poisoned" } else { "can't be had from the source" };
+                let (at, offset) = (page << shift, self.region.offset_of(page));
+                let text =
+                    format!("the page at byte {at:#x} of the memory, {offset:#x} of the source, {what}");
+                Err(io::Error::other(text))
+            }
+        }
+    }
+
+    /// Copies bytes from an offset on, without SIGBUS if the source fails. Returns how many: fewer than there is room
+    /// for at the end of the memory, none beyond it.
+    ///
+    /// ```
+    /// use userfaultfd::LazyMemory;
+    /// use userfaultfd::pager::Fill;
+    ///
+    /// let mut memory = LazyMemory::new(1 << 20, |offset: u64, page: &mut [u8]| {
+    ///     if offset >= 1 << 19 {
+    ///         return Err(std::io::Error::other("the server is away"));
+    ///     }
+    ///     page.fill(7);
+    ///     Ok(Fill::Data)
+    /// })?;
+    /// let mut bytes = [0; 10];
+    /// assert_eq!((memory.read_at(5, &mut bytes)?, bytes), (10, [7; 10]));
+    /// memory.write_at(5, b"written")?;
+    /// let error = memory.read_at(1 << 19, &mut bytes).unwrap_err();
+    /// assert!(error.to_string().contains("byte 0x80000 of the memory"), "{error}");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`try_populate`](Self::try_populate). Nothing was copied then.
+    pub fn read_at(&self, offset: usize, buf: &mut [u8]) -> io::Result<usize> {
+        let range = self.within(offset, buf.len());
+        self.try_populate(range.clone())?;
+        let read = range.len();
+        buf[..read].copy_from_slice(&self[range]);
+        Ok(read)
+    }
+
+    /// Copies bytes to an offset of the memory, without SIGBUS if the source fails. Returns how many: fewer than there
+    /// are at the end of the memory, none beyond it.
+    ///
+    /// # Errors
+    ///
+    /// As [`try_populate`](Self::try_populate), also for pages of which all is written. Nothing was copied then.
+    pub fn write_at(&mut self, offset: usize, buf: &[u8]) -> io::Result<usize> {
+        let range = self.within(offset, buf.len());
+        self.try_populate(range.clone())?;
+        let written = range.len();
+        self[range].copy_from_slice(&buf[..written]);
+        Ok(written)
+    }
+
+    /// The part of some bytes that the memory has.
+    fn within(&self, offset: usize, len: usize) -> Range<usize> {
+        let start = offset.min(self.len);
+        start..start + len.min(self.len - start)
+    }
+
+    /// Returns a raw pointer to all bytes of the memory: for several threads that write to parts of it, or for code that
+    /// isn't Rust's. An access through it fills pages as any other does.
+    ///
+    /// It may be written through as long as the memory lives and nothing borrows the bytes that are written. In the child
+    /// of a fork it leads to nothing.
+    ///
+    /// ```
+    /// use userfaultfd::LazyMemory;
+    /// use userfaultfd::pager::BytesSource;
+    ///
+    /// let memory = LazyMemory::builder(BytesSource::new([7; 100])).build()?;
+    /// let raw = memory.as_raw_slice().cast::<u8>();
+    /// // SAFETY: within the memory, of which nothing is borrowed.
+    /// unsafe { raw.add(99).write(8) };
+    /// assert_eq!(memory[98..], [7, 8]);
+    /// # Ok::<(), userfaultfd::pager::Error>(())
+    /// ```
+    #[must_use]
+    pub fn as_raw_slice(&self) -> *mut [u8] {
+        std::ptr::slice_from_raw_parts_mut(self.memory.as_ptr(), self.len)
     }
 
     /// Fills everything that is absent. The memory needs no pager from then on.
@@ -421,15 +543,6 @@ impl LazyMemory {
             Served::Sigbus(owned) => owned.lazy().statistics(),
         }
     }
-
-    /// The pager. `None` if there is none: [`sigbus`](Self::sigbus).
-    #[must_use]
-    pub fn pager(&self) -> Option<&Arc<Pager>> {
-        match &self.served {
-            Served::Pager(pager, ..) => Some(pager),
-            Served::Sigbus(_) => None,
-        }
-    }
 }
 
 impl LazyBuilder {
@@ -561,16 +674,19 @@ impl LazyBuilder {
         if let (Some(option), Some(_)) = (option, &sigbus) {
             return Err(Error::NotWithSigbus { option });
         }
+        let huge = (page_size != crate::page_size()).then(|| page_size.trailing_zeros() as u8);
+        let whole = len.checked_next_multiple_of(page_size).filter(|len| isize::try_from(*len).is_ok());
+        // What the kernel says of less.
+        let whole = whole.ok_or(Errno::ENOMEM)?;
         let around = match around {
-            Around::Block(block) => Around::Block(block.max(1).next_multiple_of(page_size)),
+            // More than all of the memory is all of it.
+            Around::Block(block) => Around::Block(block.clamp(1, whole).next_multiple_of(page_size)),
             around => around,
         };
-        let huge = (page_size != crate::page_size()).then(|| page_size.trailing_zeros() as u8);
-        let Some(whole) = len.checked_next_multiple_of(page_size).filter(|len| isize::try_from(*len).is_ok())
-        else {
-            return Err(Error::Unaligned { address: 0, len, page_size });
-        };
-        let memory = OwnMapping::new(whole, huge)?;
+        let memory = OwnMapping::new(whole, huge).map_err(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) if huge.is_some() => Error::PageSize { address: 0, page_size },
+            _ => Error::System(error),
+        })?;
         let region = Region::new(memory.as_ptr().expose_provenance(), whole, source)
             .offset(offset)
             .page_size(page_size)
@@ -583,7 +699,14 @@ impl LazyBuilder {
             let owned = unsafe { sigbus::Owned::new(uffd, region, &borders) }?;
             memory.lock_on_fault()?;
             memory.hold();
-            return Ok(LazyMemory { served: Served::Sigbus(owned), memory, len, serves_kernel: false });
+            let region = Arc::clone(owned.lazy().region());
+            return Ok(LazyMemory {
+                served: Served::Sigbus(owned),
+                memory,
+                region,
+                len,
+                serves_kernel: false,
+            });
         }
         let requested = FeatureFlags::THREAD_ID | protection;
         let (uffd, serves_kernel) = match kernel {
@@ -601,10 +724,10 @@ impl LazyBuilder {
         // SAFETY: nobody has seen the memory yet, and bytes are good whatever they are. It is unmapped only after the
         // pager has let go of it, and poison is what the documentation says.
         let added = unsafe { pager.add_own(uffd, [region]) }.map_err(|refused| refused.error)?;
-        let (descriptor, region) = (added.descriptor, added.regions[0]);
-        let lease = Arc::clone(&pager.target(region)?.region().lease);
-        let served = Served::Pager(pager, descriptor, region, lease);
-        let lazy = LazyMemory { served, memory, len, serves_kernel };
+        let (descriptor, id) = (added.descriptor, added.regions[0]);
+        let region = Arc::clone(pager.target(id)?.region());
+        let served = Served::Pager(pager, descriptor, id, Arc::clone(&region.lease));
+        let lazy = LazyMemory { served, memory, region, len, serves_kernel };
         lazy.memory.lock_on_fault()?;
         lazy.memory.hold();
         Ok(lazy)

@@ -22,8 +22,9 @@ use super::region::Served;
 use super::run::Run;
 use super::shared::{Lease, Shared};
 use super::sigbus::{Lazy, Lost};
-use super::{Pager, Progress, RegionId, Result};
+use super::{Pager, Progress, RegionId, Result, Retry};
 use crate::owner::Owner;
+use crate::sys;
 
 /// Bytes that are filled between two looks whether a fault waits, unless they take longer than [`STEP_TIME`]; and of one
 /// step, where the source is fast.
@@ -200,23 +201,7 @@ impl Background {
     }
 
     pub(crate) fn start_plan(target: Target, plan: Plan) -> Result<Self> {
-        let now = Instant::now();
-        let state = State { paused: false, stopped: false, limit: None, owed: 0, since: now };
-        let control = Arc::new(Control {
-            owner: Owner::current()?,
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-            turn: Mutex::new(Turn { place: Place::default(), left: 0, since: now }),
-            done: AtomicUsize::new(0),
-            total: plan.pages(),
-            plan,
-            failed: Mutex::default(),
-            region: RegionId(target.region().id),
-            page_shift: target.region().page_shift,
-            threads: Mutex::default(),
-            running: AtomicUsize::new(0),
-            most_threads: target.most_threads(),
-        });
+        let control = Arc::new(Control::new(&target, plan)?);
         start_thread(&Arc::new(target), &control)?;
         Ok(Self { control })
     }
@@ -432,6 +417,25 @@ impl Control {
         turn.place.page
     }
 
+    fn new(target: &Target, plan: Plan) -> Result<Self> {
+        let now = Instant::now();
+        Ok(Self {
+            owner: Owner::current()?,
+            state: Mutex::new(State { paused: false, stopped: false, limit: None, owed: 0, since: now }),
+            changed: Condvar::new(),
+            turn: Mutex::new(Turn { place: Place::default(), left: 0, since: now }),
+            done: AtomicUsize::new(0),
+            total: plan.pages(),
+            plan,
+            failed: Mutex::default(),
+            region: RegionId(target.region().id),
+            page_shift: target.region().page_shift,
+            threads: Mutex::default(),
+            running: AtomicUsize::new(0),
+            most_threads: target.most_threads(),
+        })
+    }
+
     /// Pages that couldn't be filled.
     fn note_failed(&self, pages: Range<usize>) {
         let mut failed = lock(&self.failed);
@@ -638,6 +642,40 @@ impl Target {
             }
             (Self::Pager { .. }, Hands::Sigbus) => unreachable!("hands of another target"),
         }
+    }
+
+    /// Fills missing pages in the calling thread, without giving way to faults. What the source doesn't deliver, as often
+    /// as it is asked, stays missing.
+    pub(crate) fn fill_now(&self, pages: Range<usize>) -> Result<()> {
+        let control = Control::new(self, Plan::new(Order::Ascending, 0, 0))?;
+        let retry = match self {
+            Self::Pager { shared, .. } => shared.retry,
+            // The source is in memory: it has the page or not.
+            Self::Sigbus(_) => Retry { attempts: 1, delay: Duration::ZERO },
+        };
+        let mut delay = retry.delay;
+        for attempt in 1..=retry.attempts.max(1) {
+            let (mut next, mut hands) = (pages.start, self.hands());
+            while next < pages.end {
+                let end = pages.end.min(next.saturating_add(self.step(false)));
+                next = self.fill(&mut hands, next..end, &control).ok_or(super::Error::NotServed)?.next;
+            }
+            drop(hands);
+            let states = &self.region().pages;
+            for page in pages.clone() {
+                let mut pause = sys::Pause::new();
+                while states.is_loading(page) {
+                    pause.rest();
+                }
+            }
+            let missing = |page| states.is_absent(page);
+            if attempt == retry.attempts || self.is_over() || !pages.clone().any(missing) {
+                break;
+            }
+            std::thread::sleep(delay);
+            delay = delay.saturating_mul(2);
+        }
+        Ok(())
     }
 
     /// How many threads may fill it at the same time.

@@ -100,7 +100,7 @@ mod point;
 #[cfg(test)]
 mod races;
 mod record;
-mod region;
+pub(crate) mod region;
 mod replay;
 mod reports;
 mod retry;

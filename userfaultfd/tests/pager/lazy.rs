@@ -103,8 +103,77 @@ fn what_cannot_be_is_refused() {
     assert!(matches!(error(LazyMemory::builder(source()).offset(1).len(page())), Error::BeyondSource { .. }));
     assert!(matches!(error(LazyMemory::builder(source()).huge_pages(3)), Error::PageSize { .. }));
     assert!(matches!(error(LazyMemory::builder(source()).huge_pages(1)), Error::PageSize { .. }));
-    let vast = LazyMemory::builder(ZeroSource).len(usize::MAX);
-    assert!(matches!(error(vast), Error::Unaligned { .. } | Error::System(_)));
+    // The kernel has no such pages.
+    assert!(matches!(error(LazyMemory::builder(source()).huge_pages(2 * page())), Error::PageSize { .. }));
+    for len in [usize::MAX, usize::MAX / 2, isize::MAX as usize - page()] {
+        let vast = LazyMemory::builder(ZeroSource).len(len);
+        assert!(matches!(error(vast), Error::System(error) if error.raw_os_error() == Some(libc::ENOMEM)));
+    }
+}
+
+#[test]
+fn block_larger_than_the_memory_is_all_of_it() {
+    require!();
+    for block in [usize::MAX, usize::MAX - page() + 1, 1 << 40] {
+        let memory =
+            LazyMemory::builder(Pages::new(page())).len(5 * page() - 7).block(block).build().unwrap();
+        assert_eq!(memory[3 * page()], byte(3));
+        eventually(|| memory.statistics().fills, 5);
+    }
+}
+
+#[test]
+fn populating_begins_with_the_page_that_a_range_begins_in() {
+    require!();
+    let memory =
+        LazyMemory::builder(Pages::new(page())).len(8 * page()).around(Around::Page).build().unwrap();
+    memory.populate(3 * page() - 1..4 * page());
+    eventually(|| memory.statistics().present_pages, 2);
+    memory.populate(6 * page() - 1..6 * page() + 1);
+    eventually(|| memory.statistics().present_pages, 4);
+}
+
+#[test]
+fn what_the_source_lacks_is_an_error_of_reads() {
+    require!();
+    let away = Arc::new(std::sync::atomic::AtomicUsize::new(usize::MAX));
+    let times = Arc::clone(&away);
+    let source = move |offset: u64, bytes: &mut [u8]| {
+        use std::sync::atomic::Ordering::SeqCst;
+        let lacks = offset + bytes.len() as u64 > 4 * page() as u64;
+        if lacks && times.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok() {
+            return Err(ErrorKind::NotFound.into());
+        }
+        bytes.fill(7);
+        Ok(Fill::Data)
+    };
+    let retry = Retry { attempts: 3, delay: std::time::Duration::from_millis(1) };
+    let builder = LazyMemory::builder(source).len(8 * page() - 3).around(Around::Page).retry(retry);
+    let mut memory = builder.build().unwrap();
+    let mut bytes = vec![0; 2 * page()];
+    assert_eq!(memory.read_at(page() + 5, &mut bytes).unwrap(), 2 * page());
+    assert!(bytes.iter().all(|byte| *byte == 7));
+    assert_eq!(memory.write_at(3 * page(), b"abc").unwrap(), 3);
+    assert_eq!(memory[3 * page() - 1..3 * page() + 4], *b"\x07abc\x07");
+    let name = format!("the page at byte {:#x} of the memory, ", 4 * page());
+    for error in [
+        memory.read_at(3 * page() + 1, &mut bytes).unwrap_err(),
+        memory.write_at(4 * page() + 1, b"x").unwrap_err(),
+        memory.try_populate(0..usize::MAX).unwrap_err(),
+    ] {
+        assert!(error.to_string().starts_with(&name), "{error}");
+    }
+    assert_eq!(memory.statistics().poisoned, 0, "it may be tried again");
+    // It recovers with the second try.
+    away.store(1, std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(memory.read_at(4 * page(), &mut bytes[..page()]).unwrap(), page());
+    away.store(0, std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(memory.read_at(8 * page() - 5, &mut bytes).unwrap(), 2);
+    assert_eq!(memory.read_at(9 * page(), &mut bytes).unwrap(), 0);
+    memory.try_populate(0..usize::MAX).unwrap();
+    assert_eq!(memory.statistics().absent_pages, 0);
+    memory.fill(|_| {}).unwrap();
+    memory.try_populate(0..usize::MAX).unwrap();
 }
 
 #[test]
@@ -116,7 +185,6 @@ fn memories_share_a_pager_and_go_one_by_one() {
     };
     let (one, other) = (new().unwrap(), new().unwrap());
     assert_eq!((one[page()], other[2 * page()]), (byte(1), byte(2)));
-    assert!(Arc::ptr_eq(one.pager().unwrap(), &pager));
     assert_eq!(pager.descriptors().len(), 2);
     std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -342,6 +342,12 @@ fn bytes_of_every_type_are_sources() {
     assert_eq!(first(BytesSource::new(*b"xy")), b'x');
     assert_eq!(first(BytesSource::new(vec![b'x'])), b'x');
     assert_eq!(first(BytesSource::new(Box::<[u8]>::from(*b"xy"))), b'x');
+    let mut mapping = memmap2::MmapMut::map_anon(2 * page()).unwrap();
+    mapping[0] = b'x';
+    assert_eq!(first(BytesSource::new(mapping.make_read_only().unwrap())), b'x');
+    let mut mapping = memmap2::MmapMut::map_anon(2 * page()).unwrap();
+    mapping[0] = b'x';
+    assert_eq!(first(BytesSource::new(mapping)), b'x');
 }
 
 /// A stray signal through the handler of Rust's runtime, which puts the default action in place of whatever is

@@ -186,7 +186,7 @@ fn system_calls_are_served_what_was_touched() {
     require!();
     let page = page();
     let memory = builder(4).block(page).build().unwrap();
-    assert!(!memory.serves_kernel() && memory.pager().is_none());
+    assert!(!memory.serves_kernel());
     let to = File::from(mapping::memfd(0, 0));
     let refused = to.write_at(&memory[page..2 * page], 0).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EFAULT));
@@ -321,4 +321,30 @@ fn statistics_add_up_beside_a_background() {
         let asked = statistics.fills - statistics.prefetched;
         assert_eq!(statistics.missing_faults, asked + statistics.duplicates, "{statistics}");
     }
+}
+
+#[test]
+fn what_the_source_lacks_is_an_error_of_reads() {
+    require!();
+    let page = page();
+    let source = file(&content(8 * page));
+    let memory = LazyMemory::sigbus(MappedFileSource::new(source.try_clone().unwrap()).unwrap());
+    let mut memory = memory.block(4 * page).build().unwrap();
+    source.set_len(6 * page as u64).unwrap();
+    let mut bytes = vec![0; 3 * page];
+    assert_eq!(memory.read_at(2 * page + 5, &mut bytes).unwrap(), bytes.len());
+    assert!(bytes[..] == content(8 * page)[2 * page + 5..][..3 * page]);
+    let name = format!("the page at byte {:#x} of the memory, ", 6 * page);
+    for error in [
+        memory.read_at(5 * page, &mut bytes).unwrap_err(),
+        memory.write_at(6 * page + 1, b"x").unwrap_err(),
+        memory.try_populate(0..8 * page).unwrap_err(),
+    ] {
+        assert!(error.to_string().starts_with(&name), "{error}");
+    }
+    source.write_all_at(&content(8 * page), 0).unwrap();
+    assert_eq!(memory.write_at(8 * page - 2, b"xyz").unwrap(), 2);
+    assert_eq!(memory[8 * page - 3..], [byte(8 * page - 3), b'x', b'y']);
+    memory.try_populate(0..usize::MAX).unwrap();
+    assert_eq!(memory.statistics().absent_pages, 0);
 }

@@ -11,6 +11,8 @@ pub(crate) use memory::{Lazy, Lost, Owned};
 
 use std::sync::Arc;
 
+use memmap2::{Mmap, MmapMut};
+
 use super::{BytesSource, MappedFileSource, PageSource, ZeroSource};
 
 /// A source that a signal handler may ask, for [`LazyMemory::sigbus`](crate::LazyMemory::sigbus).
@@ -84,6 +86,8 @@ plain_bytes! {
     [] String,
     [const N: usize] [u8; N],
     [const N: usize] &'static [u8; N],
+    [] Mmap,
+    [] MmapMut,
 }
 
 // SAFETY: beside computing there are calls of fstat(2). It has each page that isn't cut by the end; if the file has
