@@ -33,6 +33,7 @@
 //! | mremap(2) to elsewhere | as munmap(2); track the new place |
 //! | fork(2) | the parent goes on as before; the child isn't tracked; from Linux 5.19 to 6.3 it hangs if it writes to protected [hugetlb memory](crate::Uffd::write_protect) |
 //! | mprotect(2), also to `PROT_NONE` | isn't seen; pages stay tracked |
+//! | mlock(2), `MADV_POPULATE_WRITE` of pages that can be written | is a write in `Async` mode: the kernel makes them writable ahead. In `Sync` mode the pages are written likewise, or the call fails: see [`Options::user_mode_only`] |
 //! | swapping, compaction, page migration | isn't seen |
 //!
 //! A write that is made while [`take`](DirtyTracker::take) is at work is told by it or by the next one, never by none.

@@ -132,6 +132,22 @@ fn unmapped_pages_are_told_no_more() {
 }
 
 #[test]
+fn locking_pages_is_a_write_in_async_mode() {
+    require!(FeatureFlags::WP_ASYNC);
+    let space = Space::from(Memory::anonymous(4));
+    space.populate();
+    let mut tracker = tracker(Mode::Async);
+    tracker.track(space.all()).unwrap();
+    // SAFETY: changes no content.
+    let locked = unsafe { libc::mlock(space.at(1), 2 * space.page) };
+    if !has(test_name!(), "memory that may be locked", locked == 0) {
+        return;
+    }
+    assert_eq!(space.told(tracker.take()), [1..3]);
+    assert_eq!(space.told(tracker.take()), []);
+}
+
+#[test]
 fn access_rights_change_nothing() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
