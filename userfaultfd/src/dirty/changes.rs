@@ -99,7 +99,7 @@ impl fmt::Debug for Ranges<'_> {
 #[derive(Debug)]
 pub(crate) enum Eye {
     /// By a scan for a category.
-    Scan { category: Categories, regions: Box<[Region]>, current: Option<(Scan, Range<usize>)> },
+    Scan { category: Categories, regions: Box<[Region]>, current: Option<(Scan, Tracked)> },
     /// By the words of the pagemap, and what faults have noted.
     Words { words: Words, mappings: VecDeque<(Mapping, Tracked)> },
 }
@@ -152,30 +152,32 @@ impl Walk {
         }
         match &mut self.eye {
             Eye::Scan { category, regions, current } => {
-                let (scan, of) = match current {
+                let (scan, part) = match current {
                     Some(current) => current,
                     None => {
-                        let Some(Tracked { range, .. }) = self.parts.pop_front() else { return Ok(()) };
-                        let mut scan = Scan::new(range.clone());
-                        // Nothing but this category, picked and reported: the kernel has a fast path for that.
-                        scan.all_of(*category);
-                        if *category == Categories::WRITTEN {
-                            scan.write_protect(self.reset).require_async(true);
-                        }
-                        current.insert((scan, range))
+                        let Some(part) = self.parts.pop_front() else { return Ok(()) };
+                        let scan = scan_of(*category, &part, self.reset);
+                        current.insert((scan, part))
                     }
                 };
                 match scan.next_regions(&watch.pagemap, regions) {
+                    Ok(Some(regions)) if self.reset && !part.armed => {
+                        // What is written there from now on is for the next time.
+                        let armed = watch.arm_blocks(&part.range, regions, found)?;
+                        part.range.start = armed.max(scan.remaining().start);
+                        *current = (part.range.start < part.range.end)
+                            .then(|| (scan_of(*category, part, self.reset), part.clone()));
+                    }
                     Ok(Some(regions)) => found.extend(regions.iter().map(Region::range)),
                     Ok(None) => *current = None,
                     Err(error) => {
                         // Pages that were reset before it failed have not been reported.
-                        if self.reset {
+                        if self.reset && part.armed {
                             watch.give_back(&scan.remaining());
                         }
                         return Err(match error {
                             Error::SystemError(Errno::EPERM) => {
-                                Error::NotTracked { start: of.start, end: of.end }
+                                Error::NotTracked { start: part.range.start, end: part.range.end }
                             }
                             error => error,
                         });
@@ -210,6 +212,20 @@ impl Walk {
             }
         }
     }
+}
+
+/// A scan for what is of a category in a part.
+fn scan_of(category: Categories, part: &Tracked, reset: bool) -> Scan {
+    let mut scan = Scan::new(part.range.clone());
+    // Nothing but this category, picked and reported: the kernel has a fast path for that.
+    scan.all_of(category);
+    if category == Categories::WRITTEN {
+        scan.write_protect(reset && part.armed).require_async(true);
+    }
+    if !part.armed {
+        scan.any_of(Categories::PRESENT | Categories::SWAPPED).none_of(Categories::PFNZERO);
+    }
+    scan
 }
 
 /// A look at the words of some pages of a mapping.

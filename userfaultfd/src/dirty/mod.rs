@@ -26,7 +26,7 @@
 //! | --- | --- |
 //! | a page nobody has touched | isn't written, and is when it is |
 //! | a page that is read only | isn't written |
-//! | `MADV_DONTNEED`, `MADV_FREE` on private anonymous memory | dropped pages are written: what they held is gone |
+//! | `MADV_DONTNEED`, `MADV_FREE` on private anonymous memory | dropped pages are written: what they held is gone. Of a large hole, in `Async` mode, what was written and dropped since the last look is zero as before, and isn't |
 //! | the same on other memory, `MADV_REMOVE`, holes punched into a file | isn't seen; the next write is |
 //! | munmap(2) | those pages are told no more |
 //! | another mapping in the same place | [`Error::NotTracked`](crate::Error::NotTracked) |
@@ -257,6 +257,11 @@ impl DirtyTracker {
     /// It may span mappings and holes; what is mapped into a hole later isn't tracked. The bounds are multiples of
     /// the page size, of the huge page size on hugetlb memory. Takes time with the size of what is there, some
     /// milliseconds a GiB.
+    ///
+    /// Of an empty reservation that is so, too, where its pages are protected before they are there: 64 GiB take 0.6 s
+    /// (Linux 6.18, x86-64, a virtual machine) and 128 MiB of page tables. In `Async` mode holes of 32 MiB and more in private
+    /// anonymous memory (16 page tables) are left out until something is there, and cost nothing, unless the descriptor
+    /// is [read elsewhere](Options::read_elsewhere).
     ///
     /// # Errors
     ///

@@ -183,6 +183,8 @@ impl Options {
         let mut watch = Watch::new(uffd, self.process, protection, holder)?;
         watch.lease = self.lease;
         watch.also = self.elsewhere.unwrap_or(RegisterMode::empty());
+        watch.leaves_holes =
+            protection == Protection::Write && mode == Mode::Async && self.elsewhere.is_none();
         if protection == Protection::Write && mode == Mode::Sync {
             watch.protects_empty = features.contains(FeatureFlags::WP_UNPOPULATED);
             watch.notes = !tells_protection()?;

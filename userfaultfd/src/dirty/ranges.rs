@@ -16,6 +16,8 @@ pub(crate) struct Tracked {
     pub(crate) noted: Option<Arc<Notes>>,
     /// It counts as written, whatever the kernel says.
     pub(crate) always: bool,
+    /// Pages that aren't there are protected, too. Where they aren't, what is there and isn't protected is written.
+    pub(crate) armed: bool,
 }
 
 /// A bit a page: it was written.
@@ -134,7 +136,7 @@ mod tests {
     fn of(ranges: &[Range<usize>]) -> Vec<Tracked> {
         ranges
             .iter()
-            .map(|range| Tracked { range: range.clone(), page: 4, noted: None, always: false })
+            .map(|range| Tracked { range: range.clone(), page: 4, noted: None, always: false, armed: true })
             .collect()
     }
 

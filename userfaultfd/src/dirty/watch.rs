@@ -27,7 +27,7 @@ use crate::atomic::AtomicU64;
 use crate::holder::{Held, Holder};
 use crate::maps::{Mapping, Process};
 use crate::owner::Owner;
-use crate::pagemap::Pagemap;
+use crate::pagemap::{Categories, Pagemap, Region, Scan};
 use crate::{
     Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, ZeropageMode, page_size,
 };
@@ -38,6 +38,9 @@ const TRIES: usize = 100_000;
 
 /// Pages whose words are read at a time, if they are of the base size.
 pub(crate) const CHUNK: usize = 4096;
+
+/// How many blocks a hole has at least that is left unprotected. Protecting them takes a page table each, and 80 ns a page.
+const HOLE_BLOCKS: usize = 16;
 
 /// Against what memory is protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,6 +157,9 @@ pub(crate) struct Watch {
     pub(crate) tries: usize,
     /// Of memory that a pager of this process fills: an empty page is one that is missing.
     pub(crate) lease: Option<Arc<Lease>>,
+    /// Large holes of private anonymous memory aren't protected before something is there: that takes page tables. Where
+    /// a scan tells what is written, and empty pages belong to nobody else.
+    pub(crate) leaves_holes: bool,
     /// Replaced as a whole, so that the lock is never held for long, nor while memory is allocated: the thread that
     /// handles faults takes it.
     ranges: Mutex<Arc<[Tracked]>>,
@@ -177,6 +183,7 @@ impl Watch {
             notes: false,
             tries: TRIES,
             lease: None,
+            leaves_holes: false,
             ranges: Mutex::new(Arc::new([])),
             held: Held::new(owner, holder),
             failure: AtomicI32::new(0),
@@ -297,7 +304,7 @@ impl Watch {
     fn layout(&self, ioctls: IoctlFlags, range: &Range<usize>) -> Result<Vec<Tracked>> {
         let tracked = |range: Range<usize>, page| {
             let noted = self.notes.then(|| Arc::new(Notes::new(&range, page)));
-            Tracked { range, page, noted, always: false }
+            Tracked { range, page, noted, always: false, armed: true }
         };
         // Hugetlb memory anywhere in the range takes this operation away from the answer.
         if ioctls.contains(IoctlFlags::ZEROPAGE) {
@@ -335,7 +342,9 @@ impl Watch {
         if tracked.iter().map(|tracked| tracked.range.len()).sum::<usize>() != range.len() {
             return Err(Error::NotTracked { start: range.start, end: range.end });
         }
-        self.set_ranges(ranges::changed(&all, range, |tracked| tracked.always = always));
+        self.set_ranges(ranges::changed(&all, range, |tracked| {
+            (tracked.always, tracked.armed) = (always, true)
+        }));
         tracked.iter().filter(|tracked| tracked.always && !always).for_each(|tracked| {
             self.give_back(&tracked.range);
         });
@@ -374,6 +383,9 @@ impl Watch {
 
     /// Protects all of a registered range.
     pub(crate) fn arm(&self, range: &Range<usize>) -> Result<()> {
+        if self.leaves_holes {
+            return self.arm_around_holes(range);
+        }
         self.protect(range)?;
         if !self.fills_empty() {
             return Ok(());
@@ -389,6 +401,95 @@ impl Watch {
             }
         }
         Ok(())
+    }
+
+    /// Protects what is there, and small holes.
+    fn arm_around_holes(&self, range: &Range<usize>) -> Result<()> {
+        let (mut all, mut protected) = (self.ranges().to_vec(), range.start);
+        for hole in self.holes(range)? {
+            if protected < hole.start {
+                self.protect(&(protected..hole.start))?;
+            }
+            protected = hole.end;
+            all = ranges::changed(&all, &hole, |tracked| tracked.armed = false);
+        }
+        self.set_ranges(all);
+        if protected < range.end { self.protect(&(protected..range.end)) } else { Ok(()) }
+    }
+
+    /// Large holes of private anonymous memory, whole blocks.
+    fn holes(&self, range: &Range<usize>) -> Result<Vec<Range<usize>>> {
+        let mut holes = Vec::new();
+        let mut note = |hole: Range<usize>| {
+            let (start, end) = (hole.start.next_multiple_of(block()), hole.end / block() * block());
+            if start < end && end - start >= HOLE_BLOCKS * block() {
+                holes.push(start..end);
+            }
+        };
+        if range.len() < HOLE_BLOCKS * block() {
+            return Ok(holes);
+        }
+        let there = Categories::PRESENT | Categories::SWAPPED;
+        let mut regions = vec![Region::default(); 512];
+        for mapping in self.process.mappings(range)?.iter().filter(|mapping| mapping.anonymous) {
+            let mut end = mapping.range.start;
+            let mut scan = Scan::new(mapping.range.clone());
+            scan.any_of(there).report(there);
+            while let Some(regions) = scan.next_regions(&self.pagemap, &mut regions)? {
+                for region in regions.iter().map(Region::range) {
+                    note(end..region.start);
+                    end = region.end;
+                }
+            }
+            note(end..mapping.range.end);
+        }
+        Ok(holes)
+    }
+
+    /// Protects the blocks of a hole in which these pages are, and adds to `found` what is written there, which is
+    /// reset in the same step. Returns the end of the last block.
+    pub(crate) fn arm_blocks(
+        &self,
+        hole: &Range<usize>,
+        pages: &[Region],
+        found: &mut Vec<Range<usize>>,
+    ) -> Result<usize> {
+        let (mut regions, mut armed) = ([Region::default(); 64], Vec::<Range<usize>>::new());
+        for page in pages.iter().map(Region::range) {
+            let start = (page.start / block() * block()).max(hole.start);
+            let start = start.max(armed.last().map_or(start, |last| last.end));
+            let end = page.end.next_multiple_of(block()).min(hole.end);
+            if start >= end {
+                continue;
+            }
+            let mut scan = Scan::new(start..end);
+            scan.all_of(Categories::WRITTEN)
+                .report(Categories::PRESENT | Categories::SWAPPED | Categories::PFNZERO)
+                .write_protect(true)
+                .require_async(true);
+            loop {
+                match scan.next_regions(&self.pagemap, &mut regions) {
+                    Ok(Some(regions)) => {
+                        let written = regions.iter().filter(|region| is_content(region.categories()));
+                        found.extend(written.map(Region::range));
+                    }
+                    Ok(None) => break,
+                    Err(error) => {
+                        self.give_back(&(start..end));
+                        return Err(error);
+                    }
+                }
+            }
+            match armed.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => armed.push(start..end),
+            }
+        }
+        let all = armed.iter().fold(self.ranges().to_vec(), |all, range| {
+            ranges::changed(&all, range, |tracked| tracked.armed = true)
+        });
+        self.set_ranges(all);
+        Ok(armed.last().map_or(hole.start, |last| last.end))
     }
 
     /// Whether empty pages of private anonymous memory are filled, to be protected. Never where another handler fills
@@ -536,6 +637,16 @@ impl Watch {
             result => result,
         }
     }
+}
+
+/// Bytes that a page table is for, on most machines.
+fn block() -> usize {
+    512 * page_size()
+}
+
+/// Whether a page that isn't protected has been written: zeros that were only read are the kernel's.
+pub(crate) fn is_content(page: Categories) -> bool {
+    page.intersects(Categories::PRESENT | Categories::SWAPPED) && !page.contains(Categories::PFNZERO)
 }
 
 /// Runs of pages in `range` that `pick` picks by their index.

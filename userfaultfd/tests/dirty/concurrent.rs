@@ -115,3 +115,44 @@ fn tracking_more_disturbs_no_writer() {
         assert!((0..4).all(|page| counter(space, page, 0).load(Ordering::SeqCst) == 300));
     });
 }
+
+/// The same in a large hole, whose page tables appear meanwhile.
+#[test]
+fn no_write_to_a_hole_is_lost_while_take_loops() {
+    require!(FeatureFlags::WP_ASYNC);
+    const PAGES: usize = 16 << 10;
+    const STEP: usize = 61;
+    for _ in 0..3 {
+        let space = Space::from(crate::support::memory::Memory::anonymous(PAGES));
+        let mut tracker = space::tracker(userfaultfd::dirty::Mode::Async);
+        tracker.track(space.all()).unwrap();
+        let mut copy = vec![0; PAGES];
+        let running = AtomicUsize::new(WRITERS);
+        thread::scope(|scope| {
+            for writer in 0..WRITERS {
+                let (space, running) = (&space, &running);
+                scope.spawn(move || {
+                    for round in 1..=4000 {
+                        // Some pages are written by one writer, and some more than once.
+                        let page = (round * (writer + 1) * STEP) % PAGES;
+                        counter(space, page, 0).fetch_add(1, Ordering::SeqCst);
+                    }
+                    running.fetch_sub(1, Ordering::SeqCst);
+                });
+            }
+            loop {
+                let last = running.load(Ordering::SeqCst) == 0;
+                for range in tracker.take() {
+                    for page in space.pages_of(&range.unwrap()) {
+                        copy[page] = counter(&space, page, 0).load(Ordering::SeqCst);
+                    }
+                }
+                if last {
+                    break;
+                }
+            }
+        });
+        let now = |page: usize| counter(&space, page, 0).load(Ordering::SeqCst);
+        assert!((0..PAGES).all(|page| copy[page] == now(page)));
+    }
+}

@@ -235,3 +235,72 @@ fn another_tracker_is_made_while_the_heap_is_tracked() {
         assert!(tracker.count().unwrap() > 0);
     });
 }
+
+/// Memory that is reserved and holds nothing takes no page tables, and is tracked all the same.
+#[test]
+#[cfg(target_pointer_width = "64")]
+fn a_vast_reservation_is_tracked_at_no_cost() {
+    require!(FeatureFlags::WP_ASYNC);
+    child::run_well(test_name!(), || {
+        const LEN: usize = 64 << 30;
+        let tables = || {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let field = status.lines().find_map(|line| line.strip_prefix("VmPTE:")).unwrap();
+            1024 * field.trim().trim_end_matches(" kB").parse::<usize>().unwrap()
+        };
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        let mapping = Mapping::new(LEN / page(), rights, flags, None).unwrap();
+        let start = mapping.start.cast::<u8>();
+        let number = |far: usize, page_there: usize| (far << 30) / page() + page_there;
+        let at = |number: usize| start.wrapping_add(number * page());
+        // SAFETY: inside the mapping, which is accessed by raw pointers alone.
+        let write = |number: usize| unsafe { at(number).write_volatile(1) };
+        // SAFETY: as above.
+        let read = |number: usize| unsafe { at(number).read_volatile() };
+        let drop_page = |number: usize| {
+            // SAFETY: as above.
+            assert_eq!(unsafe { libc::madvise(at(number).cast(), page(), libc::MADV_DONTNEED) }, 0);
+        };
+        let mut tracker = space::tracker(Mode::Async);
+        // SAFETY: changes no content.
+        unsafe { libc::madvise(mapping.start, LEN, libc::MADV_NOHUGEPAGE) };
+        write(number(3, 7));
+        let before = tables();
+        tracker.track(start.addr()..start.addr() + LEN).unwrap();
+        assert_eq!(tracker.tracked(), [start.addr()..start.addr() + LEN]);
+        assert!(tables() - before < 4 << 20, "{} bytes of page tables", tables() - before);
+        let told = |ranges: userfaultfd::dirty::Ranges<'_>| -> Vec<usize> {
+            let pages = |range: std::ops::Range<usize>| range.step_by(page());
+            ranges.flat_map(|range| pages(range.unwrap())).map(|at| (at - start.addr()) / page()).collect()
+        };
+        assert_eq!(told(tracker.take()), [0; 0]);
+        let written = [number(3, 7), number(3, 8), number(40, 0), number(40, 2), number(63, 1)];
+        for round in 0..3 {
+            written.into_iter().for_each(write);
+            assert_eq!((read(number(40, 1)), read(number(50, 0))), (0, 0));
+            assert_eq!(told(tracker.dirty()), written, "{round}");
+            assert_eq!(told(tracker.take()), written, "{round}");
+            assert_eq!(told(tracker.take()), [0; 0], "{round}");
+        }
+        // Read before, then written; dropped.
+        write(number(40, 1));
+        write(number(50, 0));
+        assert_eq!(told(tracker.take()), [number(40, 1), number(50, 0)]);
+        drop_page(number(40, 2));
+        drop_page(number(50, 0));
+        assert_eq!(told(tracker.dirty()), [number(40, 2), number(50, 0)]);
+        // What is found and not taken out is told again.
+        write(number(20, 5));
+        write(number(30, 5));
+        drop(tracker.take().next());
+        let rest = told(tracker.take());
+        assert!(rest.contains(&number(30, 5)) && rest.contains(&number(50, 0)), "{rest:?}");
+        tracker.set_always_dirty(at(number(10, 0)).addr()..at(number(10, 2)).addr(), true).unwrap();
+        assert_eq!(told(tracker.take()), [number(10, 0), number(10, 1)]);
+        tracker.set_always_dirty(at(number(10, 0)).addr()..at(number(10, 2)).addr(), false).unwrap();
+        assert_eq!(told(tracker.take()), [number(10, 0), number(10, 1)]);
+        assert_eq!(told(tracker.take()), [0; 0]);
+        assert!(tables() - before < 4 << 20, "{} bytes of page tables", tables() - before);
+    });
+}
