@@ -125,7 +125,7 @@ pub(crate) enum Wait {
 }
 
 /// A read of a source that takes longer keeps a thread waiting: about as long as a thread of another CPU takes to wake.
-const SLOW: Duration = Duration::from_micros(50);
+pub(super) const SLOW: Duration = Duration::from_micros(50);
 
 /// Fills pages, for one thread.
 #[derive(Debug)]
@@ -139,6 +139,8 @@ pub(crate) struct Filler {
     pub(super) zeros: Option<MmapMut>,
     /// Where faults come again and again though something is there.
     pub(super) suspect: (usize, u8),
+    /// Where it is noted what the thread is doing, of a worker.
+    pub(super) place: Option<usize>,
     /// How long a read of a source has taken lately.
     pub(super) pace: Duration,
     /// How many pages were found where nothing is mapped.
@@ -148,11 +150,22 @@ pub(crate) struct Filler {
 impl Filler {
     pub(crate) fn new(thread: usize) -> Self {
         let spare = Vec::with_capacity(SPARE);
-        Self { thread, buffer: None, spare, zeros: None, suspect: (0, 0), pace: Duration::ZERO, unmapped: 0 }
+        Self {
+            thread,
+            buffer: None,
+            spare,
+            zeros: None,
+            suspect: (0, 0),
+            place: None,
+            pace: Duration::ZERO,
+            unmapped: 0,
+        }
     }
 
-    /// Takes sources for slow until one has delivered: what is read together with the first fault would wait for it.
-    pub(super) fn expect_slow(&mut self) {
+    /// Begins to fill for a worker, and to note there when it waits for a source. Sources are taken for slow until one has
+    /// delivered: what is read together with the first fault would wait for it.
+    pub(super) fn begin_to_serve(&mut self, place: usize) {
+        self.place = Some(place);
         self.pace = SLOW + Duration::from_micros(1);
     }
 

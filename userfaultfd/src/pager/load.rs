@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use memmap2::{MmapMut, MmapOptions};
 
 use super::descriptor::Descriptor;
-use super::fill::{Content, Done, Filler, Wait, Work};
+use super::fill::{Content, Done, Filler, SLOW, Wait, Work};
 use super::pages::MAX_TRIES;
 use super::region::Served;
 use super::run::Run;
@@ -107,9 +107,16 @@ impl Filler {
         span!("load", offset = offset, len = len);
         let buffer = grown(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
         let counters = shared.counters(self.thread);
+        let waits = self.place.filter(|_| self.pace > SLOW);
+        if let Some(place) = waits {
+            shared.set_reading(place);
+        }
         let start = Instant::now();
         let fill = caught(|| region.source.read(offset, &mut buffer[..len]));
         let took = start.elapsed();
+        if let Some(place) = waits {
+            shared.set_at_work(place, true);
+        }
         self.pace = (self.pace * 7 + took) / 8;
         counters.source_latency.record(took);
         counters.source_reads.add(1);

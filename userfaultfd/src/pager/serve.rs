@@ -93,7 +93,7 @@ impl Worker {
     ) -> Result<Self> {
         // Others are to have something to do as well.
         let batch = (2 * BATCH / (shared.threads + 1)).max(4);
-        filler.expect_slow();
+        filler.begin_to_serve(place);
         filler.prepare().map_err(|error| errno_of(&error))?;
         let thread = filler.thread;
         Ok(Self {
@@ -130,13 +130,6 @@ impl Worker {
 
     fn set_at_work(&self, at_work: bool) {
         self.shared.set_at_work(self.place, at_work);
-    }
-
-    /// Something is about to be answered that may take a read of a source.
-    fn may_read(&self) {
-        if self.filler.is_slow() {
-            self.shared.set_reading(self.place);
-        }
     }
 
     /// After a panic: what was claimed is free again, and who waits for it comes back. Who is waked for nothing does
@@ -312,9 +305,7 @@ impl Worker {
             self.set_at_work(true);
         }
         while let Some(fault) = self.faults.front().copied() {
-            self.may_read();
             let done = self.filler.fault(&self.shared, descriptor, fault);
-            self.set_at_work(true);
             if let Some(deferred) = self.settle(descriptor, done, None) {
                 self.keep_or_defer(deferred);
             }
@@ -429,11 +420,7 @@ impl Worker {
             if matches!(work, Work::Read) {
                 self.answer(&descriptor, false);
             } else {
-                if matches!(work, Work::Load(..)) {
-                    self.may_read();
-                }
                 let done = self.filler.resume(&self.shared, &descriptor, work);
-                self.set_at_work(true);
                 if let Some(deferred) = self.settle(&descriptor, done, Some(history)) {
                     self.defer(deferred);
                 }

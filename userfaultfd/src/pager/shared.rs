@@ -136,7 +136,7 @@ struct AtWork(AtomicU8);
 const ABSENT: u8 = 0;
 const IDLE: u8 = 1;
 const AT_WORK: u8 = 2;
-/// At work, and waiting for a source, or about to.
+/// At work, and waiting for a source.
 const READING: u8 = 3;
 
 pub(crate) struct Shared {
@@ -629,7 +629,7 @@ impl Shared {
         self.at_work[place].0.store(if at_work { AT_WORK } else { IDLE }, Ordering::Relaxed);
     }
 
-    /// A thread that is at work may wait for a source.
+    /// A worker begins to wait for a source.
     pub(crate) fn set_reading(&self, place: usize) {
         self.at_work[place].0.store(READING, Ordering::Relaxed);
         // Release: whoever takes the mark back sees that this one is reading.
