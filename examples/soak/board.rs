@@ -43,6 +43,11 @@ acts! {
     Poisoned: "accesses to poisoned pages",
     Refused: "requests that this kernel refuses",
     Lazy: "LazyMemory",
+    Crowd: "crowds that waited for a source",
+    Signals: "faults under a hail of signals",
+    ChildDrops: "children that dropped or left memory",
+    Many: "hundreds of memories",
+    Limits: "processes that reached a limit",
 }
 
 /// What one thread does.

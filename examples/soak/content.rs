@@ -58,7 +58,7 @@ impl Content {
     }
 
     /// Writes what the source has from a page on.
-    fn fill(&self, first: usize, bytes: &mut [u8]) {
+    pub(crate) fn fill(&self, first: usize, bytes: &mut [u8]) {
         for (page, bytes) in bytes.chunks_mut(self.page * WORD).enumerate() {
             for (word, bytes) in bytes.chunks_exact_mut(WORD).enumerate() {
                 bytes.copy_from_slice(&self.loaded(first + page, word).to_ne_bytes());

@@ -1,5 +1,7 @@
 //! Everything at once, for a while: processes whose threads fault, write, remove, move and fork; sources that stall,
-//! fail and panic; pagers that are handed over, finished and dropped. Every page that is read is checked.
+//! fail and panic; pagers that are handed over, finished and dropped; crowds that wait for a source that is down, signals,
+//! children that drop what they inherit, memories by the hundred, limits that are reached. Every page that is read is
+//! checked.
 //!
 //! ```sh
 //! cargo run --release --example soak -- --seconds 60
@@ -13,10 +15,12 @@ mod bus;
 mod content;
 mod keeper;
 mod leaks;
+mod limits;
 mod link;
 mod options;
 mod own;
 mod random;
+mod storms;
 mod target;
 
 use std::fs::File;
@@ -49,9 +53,18 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     let mut arguments = env::args().skip(1);
-    if arguments.next().as_deref() == Some(TARGET) {
-        let orders = options::orders(arguments).expect("what this program passes to itself");
-        return userfaultfd_examples::run(|| be_target(orders));
+    match arguments.next().as_deref() {
+        Some(TARGET) => {
+            let orders = options::orders(arguments).expect("what this program passes to itself");
+            return userfaultfd_examples::run(|| be_target(orders));
+        }
+        Some(limits::LIMITS) => {
+            let seed = arguments.next().and_then(|seed| seed.parse().ok());
+            return userfaultfd_examples::run(|| {
+                limits::reach(seed.expect("what this program passes to itself"))
+            });
+        }
+        _ => {}
     }
     match Options::parse(env::args().skip(1)) {
         Ok(options) => userfaultfd_examples::run(|| soak(&options)),

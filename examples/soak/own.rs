@@ -10,6 +10,7 @@ use crate::board::{Act, Slot};
 use crate::content::{Content, WORD};
 use crate::keeper::Common;
 use crate::random::Random;
+use crate::storms;
 
 /// Makes memory, reads it from several threads, writes it, fills it, drops it; as long as `goes_on` says.
 pub(crate) fn work(
@@ -24,6 +25,10 @@ pub(crate) fn work(
     let shared = Pager::builder().threads(1 + random.below(4)).retry(retry).on_problem(note.clone()).build();
     let shared = Arc::new(shared.map_err(|error| format!("a pager: {error}"))?);
     while goes_on() {
+        if random.one_in(16) {
+            storms::strike(slot, &shared, random)?;
+            continue;
+        }
         slot.begin(Act::Lazy, 0);
         let (page, pages) = (page_size(), 1 + random.below(300));
         let words = pages * page / WORD - random.below(page / WORD);

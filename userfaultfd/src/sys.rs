@@ -507,6 +507,14 @@ fn map_near(hint: *mut libc::c_void, len: usize) -> Result<std::ptr::NonNull<u8>
 pub(crate) unsafe fn unmap(start: std::ptr::NonNull<u8>, len: usize) {
     // SAFETY: as the caller has made sure.
     let unmapped = check(unsafe { libc::munmap(start.as_ptr().cast(), len) });
+    if unmapped == Err(Errno::ENOMEM) {
+        // The kernel has merged it with its neighbours, and the process has as many mappings as it may: none can be
+        // split. The memory is given back, and the addresses stay taken.
+        // SAFETY: as the caller has made sure.
+        let dropped = check(unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_DONTNEED) });
+        debug_assert!(dropped.is_ok(), "{dropped:?}");
+        return;
+    }
     debug_assert!(unmapped.is_ok(), "{unmapped:?}");
 }
 
@@ -997,6 +1005,41 @@ mod tests {
         run_on(cpu).unwrap();
         assert_eq!(last_cpu(here), Some(cpu));
         assert_eq!(run_on(1 << 20), Err(Errno::EINVAL));
+    }
+
+    /// Mappings side by side are one to the kernel, which can't be split where the process has as many as it may.
+    #[test]
+    fn memory_is_given_back_where_no_mapping_can_be_split() {
+        crate::support::require!();
+        let limit = crate::maps::max_mappings().expect("/proc tells");
+        let few = limit < 100_000;
+        if !crate::support::has(crate::support::test_name!(), "a limit of mappings that is soon reached", few)
+        {
+            return;
+        }
+        crate::support::child::run_well(crate::support::test_name!(), || {
+            let page = page_size();
+            let start = map(3 * page).unwrap();
+            let middle = start.map_addr(|address| address.saturating_add(page));
+            // SAFETY: a page that was just mapped, and is nobody else's.
+            unsafe { middle.write_volatile(7) };
+            let many = memmap2::MmapOptions::new().len(limit * page).no_reserve_swap().map_anon().unwrap();
+            let many = memmap2::MmapRaw::from(many);
+            for odd in (1..limit).step_by(2) {
+                let odd = many.as_mut_ptr().wrapping_add(odd * page).cast();
+                // SAFETY: a page of the mapping, which nobody refers to.
+                if unsafe { libc::mprotect(odd, page, libc::PROT_READ) } == -1 {
+                    break;
+                }
+            }
+            // SAFETY: of what was mapped above, and not used any more.
+            unsafe { unmap(middle, page) };
+            // SAFETY: it is mapped still, as the process has no mapping to spare.
+            assert_eq!(unsafe { middle.read_volatile() }, 0);
+            drop(many);
+            // SAFETY: as mapped above, and not used any more.
+            unsafe { unmap(start, 3 * page) };
+        });
     }
 
     #[test]
