@@ -354,6 +354,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_panics_while_it_spins_lets_others_spin() {
+        crate::support::require!();
         let shared = shared();
         let mut panicking = waiting(Delivery::Spin(LONGEST));
         let spin = std::panic::AssertUnwindSafe(|| panicking.spin(&shared, || panic!("a mistake")));

@@ -380,6 +380,7 @@ mod tests {
 
     #[test]
     fn a_hole_takes_the_place_of_one_that_was_left_there_before() {
+        crate::support::require!();
         let (a, b) = (region(1, 4), region(2, 2));
         let mut layout = Layout::default();
         layout.insert(segment(10, 4, &a, 0));
@@ -397,6 +398,7 @@ mod tests {
 
     #[test]
     fn what_a_mapping_grows_by_goes_on_with_the_hole_before() {
+        crate::support::require!();
         let a = region(1, 4);
         let mut layout = Layout::default();
         layout.insert(segment(10, 4, &a, 0));

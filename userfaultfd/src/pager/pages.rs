@@ -353,6 +353,7 @@ mod tests {
 
     #[test]
     fn a_page_that_is_counted_out_before_it_is_counted_in_is_none() {
+        crate::support::require!();
         let pages = Pages::new(2).unwrap();
         pages.count_change(PRESENT, 0);
         pages.count_change(POISONED, 0);

@@ -36,6 +36,8 @@ pub(crate) fn run_with(
         body();
         return None;
     }
+    // The child has a watchdog of its own, which may be paused.
+    let _pause = super::pause_watchdog();
     Some(prepare(alone(test).stdin(Stdio::null())).output().unwrap())
 }
 

@@ -12,6 +12,7 @@ pub(crate) struct Lock(File);
 impl Lock {
     /// Waits until nobody else has locked it.
     pub(crate) fn wait(file: File) -> Self {
+        let _pause = super::pause_watchdog();
         // SAFETY: touches no memory.
         check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }).unwrap();
         Self(file)

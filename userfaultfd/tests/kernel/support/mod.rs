@@ -18,6 +18,7 @@ pub(crate) mod seccomp;
 pub(crate) mod signal;
 pub(crate) mod sysctl;
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::ffi::c_void;
 use std::io::Write;
@@ -163,13 +164,56 @@ pub(crate) fn page() -> usize {
 /// Ends the process, and names the test, if it takes longer than a minute, or than `USERFAULTFD_TEST_SECONDS` says:
 /// a test that hangs is a fault that nobody resolved.
 #[derive(Debug)]
-pub(crate) struct Watchdog(Arc<(Mutex<Watch>, Condvar)>);
+pub(crate) struct Watchdog(Watched);
+
+/// What a test does, as its watchdog sees it.
+type Watched = Arc<(Mutex<Watch>, Condvar)>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Watch {
     Starting,
     Running,
+    /// It waits for what others have, and for as long as they have it.
+    Paused,
     Done,
+}
+
+/// So many times longer than a test may run it may wait for others.
+const PATIENCE: u32 = 10;
+
+std::thread_local! {
+    /// Of the test that runs in this thread.
+    static WATCHED: RefCell<Option<Watched>> = const { RefCell::new(None) };
+}
+
+/// The watchdog of this thread's test doesn't count the time until this is dropped: a test that waits for another one,
+/// perhaps of another process, doesn't hang.
+#[derive(Debug)]
+pub(crate) struct Pause(Option<Watched>);
+
+/// Pauses the watchdog of this thread's test.
+pub(crate) fn pause_watchdog() -> Pause {
+    let watched = WATCHED.with_borrow(Clone::clone);
+    Pause(watched.filter(|watched| change(watched, Watch::Running, Watch::Paused)))
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        if let Some(watched) = &self.0 {
+            change(watched, Watch::Paused, Watch::Running);
+        }
+    }
+}
+
+/// Whether it was as it is to be changed from.
+fn change((watch, changed): &(Mutex<Watch>, Condvar), from: Watch, to: Watch) -> bool {
+    let mut watch = watch.lock().unwrap();
+    let is_so = *watch == from;
+    if is_so {
+        *watch = to;
+        changed.notify_all();
+    }
+    is_so
 }
 
 impl Watchdog {
@@ -186,15 +230,24 @@ impl Watchdog {
             let mut watch = watch.lock().unwrap();
             *watch = Watch::Running;
             changed.notify_all();
-            let (watch, _) =
-                changed.wait_timeout_while(watch, limit, |watch| *watch == Watch::Running).unwrap();
-            if *watch == Watch::Running {
-                end_hanging_process(&verdict);
+            loop {
+                let now = *watch;
+                let limit = match now {
+                    Watch::Done => return,
+                    Watch::Paused => PATIENCE * limit,
+                    Watch::Starting | Watch::Running => limit,
+                };
+                let (next, waited) = changed.wait_timeout_while(watch, limit, |watch| *watch == now).unwrap();
+                if waited.timed_out() {
+                    end_hanging_process(&verdict);
+                }
+                watch = next;
             }
         });
         // Starting a thread takes locks, which the test may make a fork hold for ever.
         let (starting, changed) = &*watch;
         drop(changed.wait_while(starting.lock().unwrap(), |watch| *watch == Watch::Starting).unwrap());
+        WATCHED.set(Some(Arc::clone(&watch)));
         Self(watch)
     }
 }
@@ -218,6 +271,7 @@ impl Drop for Watchdog {
         let (watch, changed) = &*self.0;
         *watch.lock().unwrap() = Watch::Done;
         changed.notify_all();
+        WATCHED.set(None);
     }
 }
 
