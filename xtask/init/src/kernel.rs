@@ -13,15 +13,23 @@ pub fn ask() -> Record {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Record::Kernel {
         release: release.trim().to_owned(),
-        features: features().map_err(|e| format!("userfaultfd: {e}")),
+        features: handshake(0).map_err(|e| format!("userfaultfd: {e}")),
     }
 }
 
-fn features() -> io::Result<u64> {
+/// Returns whether this process may be told of forks. The capability alone doesn't decide: it must be had in the initial
+/// user namespace.
+#[must_use]
+pub fn may_watch_forks() -> bool {
+    handshake(sys::UFFD_FEATURE_EVENT_FORK).is_ok()
+}
+
+/// Asks for features, and returns the mask of those that there are.
+fn handshake(features: u64) -> io::Result<u64> {
     // Before Linux 5.11 there is no restriction to faults from user mode, which everybody may have.
     let user_mode_only = sys::UFFD_USER_MODE_ONLY as libc::c_int;
     let fd = open(user_mode_only).or_else(|_| open(0))?;
-    let mut api = sys::uffdio_api { api: sys::UFFD_API, features: 0, ioctls: 0 };
+    let mut api = sys::uffdio_api { api: sys::UFFD_API, features, ioctls: 0 };
     // SAFETY: UFFDIO_API reads and writes one structure, which is borrowed for the call.
     if unsafe { libc::ioctl(fd.as_raw_fd(), sys::UFFDIO_API as _, &mut api) } != 0 {
         return Err(io::Error::last_os_error());
