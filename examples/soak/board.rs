@@ -48,7 +48,6 @@ acts! {
     ChildDrops: "children that dropped or left memory",
     Many: "hundreds of memories",
     Limits: "processes that reached a limit",
-    Locked: "memories made while all memory is locked",
 }
 
 /// What one thread does.

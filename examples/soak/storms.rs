@@ -1,6 +1,6 @@
 //! What happens seldom, made to happen often, on memory of this very process: a crowd that waits for a source that is
 //! down, threads that are sent signals while they fault, children of forks that drop what they inherit, memories by the
-//! hundred, limits that are reached, memory that is locked.
+//! hundred, limits that are reached.
 
 use std::io;
 use std::sync::Arc;
@@ -27,15 +27,13 @@ const PATIENT: Retry = Retry { attempts: 200, delay: Duration::from_millis(1) };
 
 /// One storm. Whether it is over, and all that was read was right.
 pub(crate) fn strike(slot: &Slot, pager: &Arc<Pager>, random: &mut Random) -> Result<(), String> {
-    let act =
-        [Act::Crowd, Act::Signals, Act::ChildDrops, Act::Many, Act::Limits, Act::Locked][random.below(6)];
+    let act = [Act::Crowd, Act::Signals, Act::ChildDrops, Act::Many, Act::Limits][random.below(5)];
     slot.begin(act, 0);
     let struck = match act {
         Act::Crowd => crowd(random),
         Act::Signals => signals(pager, random),
         Act::ChildDrops => child_drops(pager, random),
         Act::Limits => limits::run(random.next()),
-        Act::Locked => locked(pager, random),
         _ => many(pager, random),
     };
     struck.map_err(|problem| format!("{act:?}: {problem}"))?;
@@ -196,25 +194,6 @@ fn child_drops(pager: &Arc<Pager>, random: &mut Random) -> Result<(), String> {
         }
     }
     (0..64).try_for_each(|page| memories.iter().try_for_each(|memory| look(memory, &content, page, random)))
-}
-
-/// Memory is made while whatever is mapped is locked, and so populated.
-fn locked(pager: &Arc<Pager>, random: &mut Random) -> Result<(), String> {
-    let content = content(16, random);
-    let source = || content.source(1, 16).map_err(|error| error.to_string());
-    // Not everybody may lock so much, or at all.
-    // SAFETY: touches no memory.
-    let _locked = unsafe { libc::mlockall(libc::MCL_FUTURE) };
-    let shared = LazyMemory::builder(source()?).pager(pager).build();
-    let own = LazyMemory::builder(source()?).build();
-    let sigbus = of_sigbus(&content);
-    // SAFETY: touches no memory.
-    unsafe { libc::munlockall() };
-    let text = |error: userfaultfd::pager::Error| error.to_string();
-    for memory in [shared.map_err(text)?, own.map_err(text)?, sigbus?] {
-        (0..16).try_for_each(|page| look(&memory, &content, page, random))?;
-    }
-    Ok(())
 }
 
 /// Memories by the hundred, some of which are looked at; and dropped from several threads.

@@ -7,6 +7,7 @@ mod cross;
 mod diff;
 mod kernels;
 mod libclang;
+mod mutants;
 mod pip;
 mod sanitize;
 mod sys;
@@ -43,9 +44,10 @@ fn main() -> ExitCode {
         "cross" => cross::run(&arguments),
         "kernels" => kernels::run(&arguments),
         "libclang" => libclang::load().map(|path| println!("{}", path.display())),
+        "mutants" => mutants::run(&arguments),
         "sanitize" => sanitize::run(&arguments),
         command if command.is_empty() || is_help(command) => {
-            print!("{USAGE}\n{}\n{}\n{}", cross::USAGE, kernels::USAGE, sanitize::USAGE);
+            print!("{USAGE}\n{}\n{}\n{}\n{}", cross::USAGE, kernels::USAGE, mutants::USAGE, sanitize::USAGE);
             Ok(())
         }
         _ => Err(format!("no command `{command}`\n\n{USAGE}")),
