@@ -682,7 +682,7 @@ impl Target {
     fn most_threads(&self) -> usize {
         match self {
             Self::Pager { shared, .. } => READS.max(shared.threads).max(shared.readers + 1),
-            // There they would be taken for faults.
+            // What is to be read the kernel reads, with the read-ahead of mappings.
             Self::Sigbus(_) => 1,
         }
     }
