@@ -22,8 +22,9 @@ const FEW: usize = 256;
 /// How often what was written is protected again ahead, if that is less and less.
 const ROUNDS: usize = 5;
 
-/// How long it is tried to protect what isn't while the layout changes, and writers wait. Then all begins anew.
-const MOST: Duration = Duration::from_millis(20);
+/// How long it is tried to protect what isn't while the layout changes, and writers wait. Then all begins anew, and for a
+/// moment nothing tells of changes.
+const MOST: Duration = Duration::from_millis(200);
 
 /// How long in all.
 const GIVE_UP: Duration = Duration::from_secs(20);

@@ -138,6 +138,10 @@ impl Copier {
                 for part in self.layout.at(&(start.addr()..end.addr())) {
                     match self.removal {
                         Removal::Zero => drop(self.settle(&part, || Payload::Zero)),
+                        // It seems as protected after it was dropped as before.
+                        Removal::Save if self.silent.all(bits_of(&part)) => {
+                            self.gone(std::slice::from_ref(&part));
+                        }
                         Removal::Save => self.read_removed(&part)?,
                     }
                     self.removed.set(bits_of(&part), true);
