@@ -21,7 +21,7 @@ fn a_snapshot_in_a_child_is_refused_and_stays_the_parents() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     child::run_well(test_name!(), || {
         for waits in [false, true] {
-            let (memory, none) = (Memory::anonymous(8), open());
+            let memory = Memory::anonymous(8);
             let (before, image) = (number(&memory, 1), Image::closed());
             let snapshot = Snapshot::begin(addresses(&memory), image.clone()).unwrap();
             image.wait_for_piece();
@@ -36,8 +36,8 @@ fn a_snapshot_in_a_child_is_refused_and_stays_the_parents() {
                 } else {
                     drop(inherited);
                 }
-                assert_eq!(open(), none);
-                // Its own, of the same memory.
+                // Not all numbers need be closed: the thread may be closing them itself when the process forks, as all
+                // is in its buffers. Its own, of the same memory.
                 let (now, own) = (number(&memory, 3), Image::new());
                 Snapshot::begin(addresses(&memory), own.clone()).unwrap().wait().unwrap();
                 assert_eq!(own.content(&memory), now);
