@@ -171,7 +171,11 @@ fn pages_that_a_file_lost_are_poisoned_and_told_and_never_zero() {
         // The end is inside of page 5, whose beginning is lost, too: half a page is none.
         file.set_len(5 * page as u64 + 10).unwrap();
         // Nobody may touch the pages that are poisoned.
-        memory.fill(|_| {}).unwrap();
+        let filled = memory.fill(|_| {});
+        assert!(
+            matches!(&filled, Err(userfaultfd::pager::Error::Poisoned { pages: 3, .. })),
+            "mapped: {mapped}: {filled:?}"
+        );
         assert!(memory[..5 * page] == content[..5 * page], "mapped: {mapped}");
         let statistics = memory.statistics();
         assert_eq!((statistics.fills, statistics.poisoned), (5, 3), "mapped: {mapped}\n{statistics}");
