@@ -384,6 +384,10 @@ mod tests {
         crate::support::require!();
         let got = LINUX_7_3.negotiate(FeatureFlags::WP_ASYNC, NONE).unwrap();
         assert_eq!(got, FeatureFlags::WP_ASYNC | FeatureFlags::WP_UNPOPULATED);
+        // Where it isn't offered it isn't there, whatever else is.
+        let without =
+            Kernel { features: LINUX_7_3.features.difference(FeatureFlags::WP_UNPOPULATED), ..LINUX_7_3 };
+        assert_eq!(without.negotiate(FeatureFlags::WP_ASYNC, NONE).unwrap(), FeatureFlags::WP_ASYNC);
     }
 
     #[test]

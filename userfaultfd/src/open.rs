@@ -268,4 +268,11 @@ mod tests {
         assert_eq!(refused(Errno::ENOENT, Errno::ENOSYS, true).reason(), OpenRefusal::NotBuiltIn);
         assert_eq!(refused(Errno::EACCES, Errno::EMFILE, true).reason(), OpenRefusal::Other);
     }
+
+    #[test]
+    fn device_that_may_not_be_opened_is_a_missing_right() {
+        crate::support::require!();
+        let failure = OpenFailure { device_open: Some(Errno::EACCES), ..OpenFailure::default() };
+        assert_eq!(failure.reason(), OpenRefusal::NotPermitted);
+    }
 }

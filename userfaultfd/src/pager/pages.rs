@@ -323,6 +323,27 @@ mod tests {
     }
 
     #[test]
+    fn removal_that_keeps_pages_keeps_present_ones_alone() {
+        crate::support::require!();
+        let pages = Pages::new(2).unwrap();
+        pages.claim(0);
+        assert!(!pages.end(0, End::Present));
+        pages.remove(0..2, true);
+        assert_eq!(pages.claim(0), Claim::Present);
+        assert_eq!(pages.claim(1), Claim::Mine { removed: true, tries: 0 });
+    }
+
+    #[test]
+    fn fault_that_joined_before_a_removal_is_woken_after_the_load() {
+        crate::support::require!();
+        let pages = Pages::new(1).unwrap();
+        pages.claim(0);
+        assert_eq!(pages.claim(0), Claim::Joined);
+        pages.remove(0..1, false);
+        assert!(pages.end(0, End::Released), "a fault joined");
+    }
+
+    #[test]
     fn tries_are_counted_up_to_a_limit_and_forgotten_with_success() {
         crate::support::require!();
         let pages = Pages::new(1).unwrap();

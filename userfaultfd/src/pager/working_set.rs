@@ -431,6 +431,19 @@ mod tests {
     }
 
     #[test]
+    fn numbers_of_more_than_64_bits_are_refused() {
+        crate::support::require!();
+        // Nine times seven bits, and one more.
+        let largest = [[0xff; 9].as_slice(), &[0x01]].concat();
+        assert_eq!(take(&mut largest.as_slice()), Some(u64::MAX));
+        for last in [0x02, 0x03, 0x7f] {
+            let larger = [[0xff; 9].as_slice(), &[last]].concat();
+            assert_eq!(take(&mut larger.as_slice()), None, "{last:#x}");
+        }
+        assert_eq!(take(&mut [0x80; 11].as_slice()), None);
+    }
+
+    #[test]
     fn it_is_compact_and_the_same_on_every_machine() {
         crate::support::require!();
         assert_eq!(set(100..1 << 19).encode().len(), 10 + 3 + 3 + 2 + 3 + 4);
