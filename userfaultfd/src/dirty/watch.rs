@@ -362,10 +362,23 @@ impl Watch {
         }
         let unregister =
             |range: &Range<usize>| self.uffd.unregister_unexplained(pointer(range.start), range.len());
-        match unregister(range) {
-            // Nothing is mapped there any more, or something that can't be registered.
-            Err(Error::SystemError(Errno::EINVAL)) => self.for_each_mapping(range, unregister),
-            result => result,
+        // Before Linux 6.18 any userfaultfd of the process ends any registration, also that of what was mapped there
+        // since and is served by another handler. Only its owner can register a mapping again.
+        let register = |range: &Range<usize>| {
+            self.uffd.register_unexplained(pointer(range.start), range.len(), self.modes())
+        };
+        let of_others = |error: &Error| matches!(error, Error::SystemError(Errno::EBUSY));
+        let unregister_own = |range: &Range<usize>| match register(range) {
+            Err(error) if of_others(&error) => Ok(()),
+            _ => unregister(range),
+        };
+        match register(range) {
+            Err(error) if of_others(&error) => self.for_each_mapping(range, unregister_own),
+            _ => match unregister(range) {
+                // Nothing is mapped there any more, or something that can't be registered.
+                Err(Error::SystemError(Errno::EINVAL)) => self.for_each_mapping(range, unregister_own),
+                result => result,
+            },
         }
     }
 

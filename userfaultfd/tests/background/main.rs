@@ -10,6 +10,7 @@ mod working_sets;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use support::page;
@@ -47,6 +48,8 @@ struct Inner {
 struct State {
     /// The pages of each read, in order.
     reads: Vec<Range<usize>>,
+    /// The thread of each.
+    threads: Vec<ThreadId>,
     /// So many reads may go on. `None`: all.
     tickets: Option<usize>,
     /// How many reads wait.
@@ -75,6 +78,21 @@ impl Watched {
         self.0.state.lock().unwrap().reads.clone()
     }
 
+    /// Asserts what was read, and that each thread has kept to that order: on a machine on which a read takes long several
+    /// go on at once, and one may overtake another.
+    fn assert_reads(&self, expected: &[Range<usize>]) {
+        let state = self.0.state.lock().unwrap();
+        let place = |read: &Range<usize>| expected.iter().position(|expected| expected == read);
+        let places: Vec<_> = state.reads.iter().map(place).collect();
+        let mut sorted = places.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..expected.len()).map(Some).collect::<Vec<_>>(), "{:?}", state.reads);
+        for thread in &state.threads {
+            let its = places.iter().zip(&state.threads).filter(|(_, its)| *its == thread);
+            assert!(its.is_sorted_by_key(|(place, _)| *place), "{thread:?}: {:?}", state.reads);
+        }
+    }
+
     /// Waits for something to be so.
     fn wait_until(&self, condition: impl Fn(&State) -> bool) {
         let state = self.0.state.lock().unwrap();
@@ -88,6 +106,7 @@ impl PageSource for Watched {
         let pages = first..first + buffer.len() / page();
         let mut state = self.0.state.lock().unwrap();
         state.reads.push(pages.clone());
+        state.threads.push(thread::current().id());
         state.waiting += 1;
         state.at_once = state.at_once.max(state.waiting);
         self.0.changed.notify_all();
@@ -95,7 +114,7 @@ impl PageSource for Watched {
             drop(state);
             let start = Instant::now();
             while start.elapsed() < Duration::from_millis(1) {
-                std::thread::yield_now();
+                thread::yield_now();
             }
             state = self.0.state.lock().unwrap();
         }
