@@ -313,13 +313,17 @@ fn memory_for_a_buffer_is_waited_for() {
         serve(&pager, uffd(FeatureFlags::empty()), region(&memory, source.clone()));
         std::thread::scope(|scope| {
             let (go, may_go) = std::sync::mpsc::channel::<()>();
+            let (started, has_started) = std::sync::mpsc::channel::<()>();
             let reader = scope.spawn({
                 let memory = &memory;
                 move || {
+                    // A thread that starts maps a stack for signals.
+                    started.send(()).unwrap();
                     may_go.recv().unwrap();
                     memory.read(1)
                 }
             });
+            has_started.recv().unwrap();
             without_address_space(|give_back| {
                 go.send(()).unwrap();
                 // The source isn't asked: there is nothing to read into.
