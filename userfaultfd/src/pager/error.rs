@@ -403,8 +403,8 @@ mod tests {
         for error in errors {
             let text = error.to_string();
             assert_eq!(text.matches("EBUSY").count(), 1, "{text}");
-            let is_passed_on = matches!(error, Error::Uffd(_));
-            assert_eq!(std::error::Error::source(&error).is_some(), is_passed_on, "{text}");
+            // What prints a chain of causes has nothing to repeat.
+            assert!(std::error::Error::source(&error).is_none(), "{text}");
         }
     }
 }
