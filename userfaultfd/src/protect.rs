@@ -80,7 +80,7 @@ impl Uffd {
             .map_err(|error| self.explained(error, IoctlFlags::WRITE_PROTECT, start, len, None))
     }
 
-    /// The same, for those who know what to do about a refusal.
+    /// The same, for callers that know what to do about a refusal.
     #[inline]
     pub(crate) fn write_protect_unexplained(&self, start: *mut c_void, len: usize) -> Result<()> {
         self.set_write_protection(start, len, sys::UFFDIO_WRITEPROTECT_MODE_WP)
@@ -162,7 +162,7 @@ impl Uffd {
             .map_err(|error| self.explained(error, IoctlFlags::READ_WRITE_PROTECT, start, len, None))
     }
 
-    /// The same, for those who know what to do about a refusal.
+    /// The same, for callers that know what to do about a refusal.
     #[inline]
     pub(crate) fn read_write_protect_unexplained(&self, start: *mut c_void, len: usize) -> Result<()> {
         self.set_read_write_protection(start, len, sys::UFFDIO_RWPROTECT_MODE_RWP)

@@ -288,7 +288,7 @@ impl Uffd {
         })
     }
 
-    /// The same, for those who know what to do about a refusal.
+    /// The same, for callers that know what to do about a refusal.
     pub(crate) fn register_unexplained(
         &self,
         start: *mut c_void,
@@ -359,7 +359,7 @@ impl Uffd {
             .map_err(|error| self.explained(error, IoctlFlags::UNREGISTER, start, len, None))
     }
 
-    /// The same, for those who know what to do about a refusal.
+    /// The same, for callers that know what to do about a refusal.
     pub(crate) fn unregister_unexplained(&self, start: *mut c_void, len: usize) -> Result<()> {
         let unregistered = sys::unregister(self.as_fd(), &mut range(start, len));
         // Waiters of WP, MINOR and RWP faults would sleep on; so would those of a half-done ENOMEM.

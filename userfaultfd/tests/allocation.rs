@@ -180,7 +180,7 @@ fn a_handler_of_missing_pages_is_quiet() {
     }
 }
 
-/// Why something was refused is looked for by whoever is refused: perhaps the handler, while a fork waits for it.
+/// The refused thread looks for the reason itself: perhaps it is the handler, while a fork waits for it.
 #[test]
 fn a_refusal_is_looked_into_quietly() {
     require!();

@@ -142,7 +142,7 @@ impl Reports {
     }
 }
 
-/// Who is told: the program's callback, or else standard error.
+/// Where problems are reported: the program's callback, or else standard error.
 pub(crate) struct Reporter {
     on_problem: Option<OnProblem>,
     /// Which kinds of problems were printed.

@@ -243,7 +243,7 @@ impl Unfillable {
     }
 }
 
-/// Fills what is absent, and tells how far that is. Returns the regions that are filled.
+/// Fills missing pages and reports the progress. Returns the regions that are filled.
 pub(crate) fn fill(
     shared: &Shared,
     descriptors: &[(Arc<Descriptor>, Option<u64>)],

@@ -14,7 +14,7 @@ use super::sink::{Content, Geometry, Region, Sink};
 use super::writer::SnapshotWriter;
 use crate::pager::{Fill, PageSource};
 
-/// So many files of a chain are kept open. Others are opened when they are read, as many again at a time.
+/// The number of files of a chain that are kept open. Others are opened when they are read, as many again at a time.
 const OPEN: usize = 64;
 
 /// Bytes that are merged at a time.

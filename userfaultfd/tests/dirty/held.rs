@@ -11,7 +11,7 @@ use crate::support::{child, page, require, test_name, uffd};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
-/// Checks who holds memory when it is to be tracked or saved, from what the error says.
+/// Checks what holds memory that can't be tracked or saved, from what the error says.
 #[track_caller]
 fn is_held(range: std::ops::Range<usize>, holder: Option<Holder>, text: &str) {
     let check = |error: Error| {

@@ -73,7 +73,7 @@ fn what_a_fork_puts_in_the_place_of_its_parents_memory_is_its_own() {
 static WAITING: AtomicUsize = AtomicUsize::new(0);
 static GO_ON: AtomicBool = AtomicBool::new(false);
 
-/// A source that keeps those who ask it waiting.
+/// A source that keeps its callers waiting.
 struct Slow;
 
 impl PageSource for Slow {

@@ -8,7 +8,7 @@
 //! memory. Adding memory replaces the table; the old one goes when no fault looks in it any more.
 //!
 //! All of it lies in a mapping that is zero in the child of a fork. The faults of its parent's threads aren't running
-//! there, the parent's memory isn't mapped, and the lock is free whoever held it.
+//! there, the parent's memory isn't mapped, and the lock is free, whichever thread held it.
 
 #![expect(unsafe_code, reason = "what a signal handler finds is behind raw pointers")]
 
@@ -27,7 +27,7 @@ pub(super) const SHARDS: usize = 64;
 /// What the faults of this process share.
 #[repr(C)]
 struct Shared {
-    /// Taken by who changes the table: see [`lock`].
+    /// Held while the table is changed: see [`lock`].
     lock: AtomicU32,
     /// Null: nothing.
     table: AtomicPtr<Table>,
