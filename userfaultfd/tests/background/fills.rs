@@ -34,7 +34,7 @@ fn all_is_filled_in_order_and_nothing_twice() {
     let statistics = memory.statistics();
     assert_eq!((statistics.absent_pages, statistics.faults()), (0, 1));
     // The page that was there cuts the step that it lies in.
-    let steps = in_steps([0..pages]).into_iter().flat_map(|step| {
+    let steps = in_steps(std::iter::once(0..pages)).into_iter().flat_map(|step| {
         let parts = if step.contains(&5) { [step.start..5, 6..step.end] } else { [step, 0..0] };
         parts.into_iter().filter(|part| !part.is_empty())
     });

@@ -10,7 +10,7 @@ use super::raw::check;
 pub(crate) struct Lock(File);
 
 impl Lock {
-    /// Waits until nobody else has locked it.
+    /// Waits until no other process or test holds it.
     pub(crate) fn wait(file: File) -> Self {
         let _pause = super::pause_watchdog();
         // SAFETY: touches no memory.
