@@ -305,7 +305,7 @@ fn write(file: &Path, text: &str) -> Result<(), String> {
 }
 
 fn output(command: &mut Command) -> Result<String, String> {
-    crate::ci::output(command)
+    crate::command::output(command)
 }
 
 #[cfg(test)]

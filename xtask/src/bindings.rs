@@ -8,6 +8,7 @@ use crate::sys::bindings::{Generated, configure, generate};
 use crate::sys::headers::Headers;
 use crate::sys::names;
 use crate::sys::targets::{Encoding, TARGETS, Target};
+use crate::tree;
 use crate::{diff, libclang};
 
 /// The committed text doesn't depend on the host, nor on the order or number of targets.
@@ -25,7 +26,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         return Err("BINDGEN_EXTRA_CLANG_ARGS would get into the committed files: unset it".to_owned());
     }
     libclang::load()?;
-    let scratch = crate::scratch().join("bindings");
+    let scratch = tree::scratch().join("bindings");
     fs::create_dir_all(&scratch).map_err(|e| format!("{}: {e}", scratch.display()))?;
     let tree = match &options.headers {
         Some(tree) => tree.clone(),
@@ -89,7 +90,7 @@ const PACKAGE: &str = "linux-libc-dev";
 /// Fetches Debian's newest kernel headers whose version starts with `version`. Returns a folder with `include/` and
 /// `arch/ARCH/asm/`.
 pub(crate) fn fetch(version: &str) -> Result<PathBuf, String> {
-    let folder = crate::scratch().join("bindings");
+    let folder = tree::scratch().join("bindings");
     let fetch = || {
         let apt = Apt::open(folder.join("apt"), &SUITES, &apt::host()?)?;
         let version = apt.version(PACKAGE, version)?;
@@ -130,11 +131,11 @@ fn lay_out(package: &Path, place: &Path) -> std::io::Result<()> {
 }
 
 fn wrapper() -> PathBuf {
-    crate::root().join("userfaultfd-sys/include/wrapper.h")
+    tree::root().join("userfaultfd-sys/include/wrapper.h")
 }
 
 fn committed() -> PathBuf {
-    crate::root().join("userfaultfd-sys/src/bindings")
+    tree::root().join("userfaultfd-sys/src/bindings")
 }
 
 fn bind(wrapper: &Path, place: Vec<String>, target: &str, scratch: &Path) -> Result<Generated, String> {
@@ -279,7 +280,7 @@ mod tests {
 
     #[test]
     fn a_check_fails_on_drift_and_changes_nothing() {
-        let folder = crate::scratch().join(format!("drift-{}", std::process::id()));
+        let folder = tree::scratch().join(format!("drift-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         let generated =
             [("generic.rs", "pub const A: u64 = 1;\n".to_owned()), ("VERSION", "7.3.4\n".to_owned())];

@@ -3,26 +3,15 @@
 mod bare;
 mod host;
 mod require;
-pub(crate) mod steps;
+mod step;
+mod steps;
 mod targets;
 mod test;
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
+use step::{Outcome, Step};
 use steps::STEPS;
-
-/// How a step ended, if it didn't fail.
-enum Outcome {
-    Passed,
-    Skipped(&'static str),
-}
-
-struct Step {
-    name: &'static str,
-    what: &'static str,
-    run: fn() -> Result<Outcome, String>,
-}
 
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     let mut selected = Vec::new();
@@ -71,41 +60,4 @@ fn timed(step: &Step) -> (Result<Outcome, String>, Duration) {
         Err(message) => println!("FAILED: {message}"),
     }
     (result, start.elapsed())
-}
-
-/// The cargo that runs this program, in the workspace.
-pub(crate) fn cargo(arguments: &[&str]) -> Command {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(arguments).current_dir(crate::root());
-    command
-}
-
-/// Runs a command that shows its own output.
-pub(crate) fn execute(command: &mut Command) -> Result<(), String> {
-    println!("$ {}", display(command));
-    let status = command.status().map_err(|e| format!("{}: {e}", display(command)))?;
-    if status.success() { Ok(()) } else { Err(format!("{}: {status}", display(command))) }
-}
-
-/// Runs a command for what it says.
-pub(crate) fn output(command: &mut Command) -> Result<String, String> {
-    let output = command.output().map_err(|e| format!("{}: {e}", display(command)))?;
-    if output.status.success() {
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    } else {
-        let errors = String::from_utf8_lossy(&output.stderr);
-        Err(format!("{}: {}: {}", display(command), output.status, errors.trim_end()))
-    }
-}
-
-/// The command without the path of its program, and with the environment that is set for it.
-pub(crate) fn display(command: &Command) -> String {
-    let program = std::path::Path::new(command.get_program());
-    let mut words: Vec<_> = command
-        .get_envs()
-        .filter_map(|(name, value)| Some(format!("{}={:?}", name.to_string_lossy(), value?)))
-        .collect();
-    words.push(program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().into_owned());
-    words.extend(command.get_args().map(|argument| argument.to_string_lossy().into_owned()));
-    words.join(" ")
 }

@@ -20,6 +20,8 @@ pub(crate) use rust::{HELP, Rust};
 use targets::Target;
 pub(crate) use toolchain::Toolchain;
 
+use crate::tree;
+
 pub(crate) const USAGE: &str = "\
   cross [TARGET]... [--list] [--require] [--no-tests]
       Check both crates and all examples for other targets, with a current Rust and with the oldest that is promised,
@@ -144,7 +146,7 @@ fn test(target: &Target) -> Outcome {
     };
     let (mut passed, mut failed, mut problems) = (0, 0, Vec::new());
     for (name, path) in &binaries {
-        let log = crate::scratch().join("cross").join(format!("{}-{}.log", target.name, name));
+        let log = tree::scratch().join("cross").join(format!("{}-{}.log", target.name, name));
         match emulator.test(path, &log) {
             Ok((good, bad)) => {
                 (passed, failed) = (passed + good, failed + bad);
@@ -165,7 +167,7 @@ fn test(target: &Target) -> Outcome {
 /// Runs cargo for its messages. What doesn't compile is a failure if it is the workspace's, and a standard library
 /// that isn't to be had otherwise.
 fn build(command: &mut Command) -> Result<String, Outcome> {
-    let shown = crate::ci::display(command);
+    let shown = crate::command::display(command);
     println!("$ {shown}");
     let output = command.stdin(Stdio::null()).output();
     let output = output.map_err(|e| Outcome::NotAvailable(format!("{shown}: {e}")))?;

@@ -3,6 +3,7 @@
 mod binaries;
 mod cpio;
 mod image;
+mod options;
 mod packages;
 mod qemu;
 mod report;
@@ -11,7 +12,6 @@ mod verdict;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -19,10 +19,13 @@ use std::time::{Duration, Instant};
 use guest_init::{Pass, Plan, Transcript, User};
 
 use binaries::{Binary, Built};
+use options::{Options, Subject};
 use packages::{Files, Packages};
 use qemu::{Machine, Qemu};
-use table::{Arch, Expectation, Features, Kernel, Table};
+use table::{Features, Table};
 use verdict::Verdict;
+
+use crate::tree;
 
 pub(crate) const USAGE: &str = "\
   kernels [NAME]... [--all] [--short] [--list] [--kernel PATH [--arch ARCH] [--features MASK] [--lacks NEED]...]
@@ -57,131 +60,13 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         list(&table);
         return Ok(());
     }
-    let folder = crate::scratch().join("kernels");
+    let folder = tree::scratch().join("kernels");
     fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let guests = prepare(&folder, options.subjects(&table)?, &options, &table)?;
     if options.shell.is_some() {
         return guests.iter().try_for_each(|guest| guest.machine(&folder, &options)?.0.run_here());
     }
     run_all(&folder, &guests, &options)
-}
-
-/// A kernel to run, and what is expected of it.
-struct Subject {
-    name: String,
-    arch: Arch,
-    source: Source,
-    root: Expectation,
-    nobody: Expectation,
-    /// What the user without rights runs of the binaries, if not all.
-    short: Option<Vec<String>>,
-}
-
-/// Where a kernel comes from.
-enum Source {
-    Image(PathBuf),
-    Packages(Kernel),
-}
-
-impl Subject {
-    fn expectation(&self, user: User) -> Expectation {
-        if user == User::Root { self.root.clone() } else { self.nobody.clone() }
-    }
-}
-
-#[derive(Debug, Default)]
-struct Options {
-    names: Vec<String>,
-    all: bool,
-    short: bool,
-    list: bool,
-    kernel: Option<PathBuf>,
-    arch: Option<String>,
-    features: Option<u64>,
-    lacks: Vec<String>,
-    shell: Option<String>,
-    qemu: Option<PathBuf>,
-    limit: Option<u64>,
-    binaries: Vec<String>,
-    arguments: Vec<String>,
-}
-
-impl Options {
-    fn parse(arguments: &[String]) -> Result<Self, String> {
-        let mut options = Options::default();
-        let mut arguments = arguments.iter();
-        while let Some(argument) = arguments.next() {
-            let mut value = || arguments.next().cloned().ok_or_else(|| format!("{argument} needs a value"));
-            match argument.as_str() {
-                "--all" => options.all = true,
-                "--short" => options.short = true,
-                "--list" => options.list = true,
-                "--kernel" => options.kernel = Some(value()?.into()),
-                "--arch" => options.arch = Some(value()?),
-                "--features" => options.features = Some(mask(&value()?)?),
-                "--lacks" => options.lacks.push(value()?),
-                "--shell" => options.shell = Some(value()?),
-                "--qemu" => options.qemu = Some(value()?.into()),
-                "--limit" => {
-                    let value = value()?;
-                    let limit: NonZeroU64 = value.parse().map_err(|e| format!("--limit {value}: {e}"))?;
-                    options.limit = Some(limit.get());
-                }
-                "--binary" => options.binaries.push(value()?),
-                "--" => options.arguments.extend(arguments.by_ref().cloned()),
-                name if !name.starts_with('-') => options.names.push(name.to_owned()),
-                _ => return Err(format!("kernels: unexpected argument `{argument}`")),
-            }
-        }
-        let described = options.features.is_some() || options.arch.is_some() || !options.lacks.is_empty();
-        if options.kernel.is_none() && described {
-            return Err("--features, --arch and --lacks tell about the image of --kernel".to_owned());
-        }
-        let ways =
-            [options.kernel.is_some(), options.all, options.shell.is_some(), !options.names.is_empty()];
-        if ways.into_iter().filter(|way| *way).count() > 1 {
-            return Err("one of names, --all, --kernel and --shell says which kernels".to_owned());
-        }
-        Ok(options)
-    }
-
-    fn short(&self, table: &Table) -> Option<Vec<String>> {
-        self.short.then(|| table.short.clone())
-    }
-
-    /// The kernels to run.
-    fn subjects(&self, table: &Table) -> Result<Vec<Subject>, String> {
-        if let Some(path) = &self.kernel {
-            let path = path.canonicalize().map_err(|e| format!("--kernel {}: {e}", path.display()))?;
-            let arch = table.arch(self.arch.as_deref().unwrap_or(std::env::consts::ARCH))?.clone();
-            let expectation = |user| table.expect(self.features, &self.lacks, user);
-            return Ok(vec![Subject {
-                name: image::file_name(&path),
-                arch,
-                source: Source::Image(path),
-                root: expectation(User::Root),
-                nobody: expectation(User::Nobody),
-                short: self.short(table),
-            }]);
-        }
-        let names: Vec<String> = self.shell.iter().chain(&self.names).cloned().collect();
-        let subject = |kernel: &Kernel| {
-            Ok(Subject {
-                name: kernel.name.clone(),
-                arch: table.arch(&kernel.arch)?.clone(),
-                source: Source::Packages(kernel.clone()),
-                root: table.expectation(kernel, User::Root),
-                nobody: table.expectation(kernel, User::Nobody),
-                short: self.short(table),
-            })
-        };
-        table.select(&names, self.all)?.into_iter().map(subject).collect()
-    }
-}
-
-fn mask(text: &str) -> Result<u64, String> {
-    let digits = text.strip_prefix("0x").unwrap_or(text);
-    u64::from_str_radix(digits, 16).map_err(|e| format!("--features {text}: {e}"))
 }
 
 fn list(table: &Table) {
@@ -351,45 +236,4 @@ fn run_guest(
     // Made again in no time, and large.
     let _ = fs::remove_file(&machine.initramfs);
     Ok(verdict)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(arguments: &[&str]) -> Result<Options, String> {
-        Options::parse(&arguments.iter().map(|argument| (*argument).to_owned()).collect::<Vec<_>>())
-    }
-
-    #[test]
-    fn options_that_make_no_sense_are_refused() {
-        assert_eq!(parse(&["--kernel", "k", "--features", "0x1ff"]).unwrap().features, Some(0x1ff));
-        let image = parse(&["--kernel", "/dev/null", "--lacks", "swap", "--lacks", "hugetlb"]).unwrap();
-        let subject = image.subjects(&Table::read().unwrap()).unwrap().remove(0);
-        let allows = |user, need| subject.expectation(user).allows(need, &Features::read().unwrap());
-        assert!(allows(User::Root, "swap") && allows(User::Nobody, "hugetlb"));
-        assert!(!allows(User::Root, "root") && allows(User::Nobody, "root"));
-        assert!(!allows(User::Root, "PAGEMAP_SCAN") && !allows(User::Root, "memfd_secret"));
-        let options = parse(&["--limit", "5", "6.1", "7.3", "--", "copy::", "--exact"]).unwrap();
-        assert_eq!(
-            (options.names, options.arguments),
-            (vec!["6.1".into(), "7.3".into()], vec!["copy::".into(), "--exact".into()])
-        );
-        for wrong in [
-            &["--features", "1ff"][..],
-            &["--kernel", "k", "--features", "some"],
-            &["--kernel"],
-            &["--lacks", "swap"],
-            &["--kernel", "k", "--lacks"],
-            &["--kernel", "k", "6.1"],
-            &["--kernel", "k", "--all"],
-            &["--shell", "6.1", "7.3"],
-            &["--all", "6.1"],
-            &["--fast"],
-            &["--limit", "soon"],
-            &["--limit", "0"],
-        ] {
-            assert!(parse(wrong).is_err(), "{wrong:?}");
-        }
-    }
 }

@@ -4,6 +4,7 @@ use std::env;
 use std::path::PathBuf;
 
 use crate::pip;
+use crate::tree;
 
 const HELP: &str = "\
 libclang, with which the headers are read, is neither installed nor could it be fetched. Any of these helps:
@@ -26,7 +27,7 @@ pub(crate) fn load() -> Result<PathBuf, String> {
     if env::var_os("LIBCLANG_PATH").is_some() {
         return Err(format!("LIBCLANG_PATH is set, but of no use: {unusable}"));
     }
-    let folder = crate::scratch().join("libclang");
+    let folder = tree::scratch().join("libclang");
     let unpacked = folder.join("clang/native");
     if !unpacked.is_dir() {
         // The Python package has nothing but the library in it, for every usual system.

@@ -3,6 +3,7 @@
 mod apt;
 mod bindings;
 mod ci;
+mod command;
 mod cross;
 mod diff;
 mod kernels;
@@ -11,9 +12,9 @@ mod mutants;
 mod pip;
 mod sanitize;
 mod sys;
+mod tree;
 
 use std::env;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const USAGE: &str = "\
@@ -63,15 +64,4 @@ fn main() -> ExitCode {
 
 fn is_help(argument: &str) -> bool {
     ["help", "-h", "--help"].contains(&argument)
-}
-
-/// The workspace.
-fn root() -> &'static Path {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    manifest.parent().unwrap_or(manifest)
-}
-
-/// Where what this program makes, and may lose, lies.
-fn scratch() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from).join("xtask")
 }

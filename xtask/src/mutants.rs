@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
-use crate::ci::{cargo, display, steps};
+use crate::command::{cargo, display};
+use crate::tree;
 
 pub(crate) const USAGE: &str = "\
   mutants [--list] [PART]...
@@ -135,7 +136,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
 }
 
 fn read() -> Result<Vec<Mutant>, String> {
-    let text = fs::read_to_string(crate::root().join(PATH)).map_err(|e| format!("{PATH}: {e}"))?;
+    let text = fs::read_to_string(tree::root().join(PATH)).map_err(|e| format!("{PATH}: {e}"))?;
     let list: List = toml::from_str(&text).map_err(|e| format!("{PATH}: {e}"))?;
     Ok(list.mutant)
 }
@@ -143,7 +144,7 @@ fn read() -> Result<Vec<Mutant>, String> {
 fn list(mutants: &[Mutant]) -> Result<(), String> {
     let mut stale = Vec::new();
     for mutant in mutants {
-        let text = text(&source(crate::root()), mutant)?;
+        let text = text(&source(tree::root()), mutant)?;
         let fits = mutant.apply(&text).err();
         let note = match (&fits, &mutant.invisible) {
             (Some(problem), _) => format!(": STALE: {problem}"),
@@ -174,10 +175,10 @@ struct Copy {
 
 impl Copy {
     fn make() -> Result<Self, String> {
-        let folder = crate::scratch().join("mutants");
+        let folder = tree::scratch().join("mutants");
         let copy = Self { tree: folder.join("source"), target: folder.join("target") };
-        steps::remove(&copy.tree)?;
-        steps::copy_tree(crate::root(), &copy.tree)?;
+        tree::remove(&copy.tree)?;
+        tree::copy(tree::root(), &copy.tree)?;
         Ok(copy)
     }
 
@@ -257,7 +258,7 @@ mod tests {
     #[test]
     fn the_list_of_the_tree_names_files_and_tests() {
         for mutant in read().unwrap() {
-            assert!(source(crate::root()).join(&mutant.file).is_file(), "{}", mutant.name());
+            assert!(source(tree::root()).join(&mutant.file).is_file(), "{}", mutant.name());
             assert!(mutant.test.starts_with("--"), "{}", mutant.name());
             assert!(mutant.from != mutant.to && !mutant.from.is_empty(), "{}", mutant.name());
             assert!(mutant.invisible.is_none_or(|reason| reason.len() > 20), "a reason");

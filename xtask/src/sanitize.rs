@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use crate::ci::{execute, output};
+use crate::command::{execute, output};
 use crate::cross::{self, Rust};
+use crate::tree;
 
 pub(crate) const USAGE: &str = "\
   sanitize [address] [thread] [fuzz] [--runs N] [--require]
@@ -145,7 +146,7 @@ impl Installed {
     }
 
     fn cargo(&self, subcommand: &str, rustflags: &str, folder: &str) -> Command {
-        let mut command = crate::ci::cargo(&[subcommand, "--target", &self.target]);
+        let mut command = crate::command::cargo(&[subcommand, "--target", &self.target]);
         command.env("RUSTC_BOOTSTRAP", "1").env_remove("CARGO_ENCODED_RUSTFLAGS").env("RUSTFLAGS", rustflags);
         command.env("CARGO_TARGET_DIR", self::folder(folder));
         command
@@ -153,7 +154,7 @@ impl Installed {
 }
 
 fn folder(name: &str) -> PathBuf {
-    crate::scratch().join("sanitize").join(name)
+    tree::scratch().join("sanitize").join(name)
 }
 
 fn about(rustc: &Path) -> Result<String, String> {
@@ -209,7 +210,7 @@ fn thread(installed: &Installed, _: u64) -> Result<(), Failure> {
          -Zpre-link-arg=-Wl,--no-whole-archive -Clink-arg=-lm",
         runtime.display()
     );
-    let suppressions = crate::root().join(SUPPRESSIONS);
+    let suppressions = tree::root().join(SUPPRESSIONS);
     let options = format!("{SIGNALS}:die_after_fork=0:suppressions={}", suppressions.display());
     test(&SKIPPED_BY_THREAD, |subcommand| {
         let mut command = installed.cargo(subcommand, &flags, "thread");
@@ -222,7 +223,7 @@ fn thread(installed: &Installed, _: u64) -> Result<(), Failure> {
 
 fn fuzz(installed: &Installed, runs: u64) -> Result<(), Failure> {
     installed.runtime("asan")?;
-    let sources = crate::root().join(FUZZ);
+    let sources = tree::root().join(FUZZ);
     let mut command = installed.cargo("build", COVERAGE, "fuzz");
     execute(command.args(["--release", "--manifest-path"]).arg(sources.join("Cargo.toml")))?;
 

@@ -4,7 +4,9 @@ use std::env;
 use std::ffi::OsStr;
 use std::process::Command;
 
-use super::{Outcome, cargo, execute, output, steps};
+use super::step::Outcome;
+use crate::command::{cargo, execute, output};
+use crate::tree;
 
 /// Packages that a build from committed bindings has no use for.
 const UNWANTED: &[&str] = &["bindgen", "cc", "clang-sys", "cmake", "pkg-config"];
@@ -26,8 +28,8 @@ pub(super) fn run() -> Result<Outcome, String> {
         return Err(format!("userfaultfd depends on {unwanted}"));
     }
 
-    let target = crate::scratch().join("bare");
-    steps::remove(&target)?;
+    let target = tree::scratch().join("bare");
+    tree::remove(&target)?;
     let build = cargo(&["build", "--package=userfaultfd-sys", "--package=userfaultfd"]);
     let namespace = NAMESPACES.iter().find(|namespace| {
         let arguments = hide(namespace, OsStr::new("true"));
@@ -41,7 +43,7 @@ pub(super) fn run() -> Result<Outcome, String> {
         }
         None => Command::new(build.get_program()),
     };
-    command.args(build.get_args()).current_dir(crate::root()).env_clear();
+    command.args(build.get_args()).current_dir(tree::root()).env_clear();
     command.envs(KEPT.iter().filter_map(|name| Some((name, env::var_os(name)?))));
     command.env("CARGO_TARGET_DIR", target);
     for compiler in ["CC", "CXX", "CLANG_PATH", "LLVM_CONFIG_PATH"] {

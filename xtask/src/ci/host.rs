@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::path::Path;
 
-use super::{cargo, output};
+use crate::command::{cargo, output};
 
 /// The bit of WP_ASYNC, which came with the same release as PAGEMAP_SCAN.
 const WP_ASYNC: u64 = 1 << 15;

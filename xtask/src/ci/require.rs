@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::Outcome;
+use super::step::Outcome;
+
+use crate::tree;
 
 /// Where the packages lie that have tests.
 const PACKAGES: [&str; 4] = ["examples", "userfaultfd", "userfaultfd-sys", "xtask"];
@@ -20,13 +22,13 @@ const EXCEPTIONS: &[(&str, &str)] = &[
 pub(super) fn run() -> Result<Outcome, String> {
     let mut files = Vec::new();
     for package in PACKAGES {
-        find(&crate::root().join(package), &mut files)?;
+        find(&tree::root().join(package), &mut files)?;
     }
     files.sort();
     let (mut tests, mut without, mut met) = (0, Vec::new(), Vec::new());
     for path in files {
         let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let path = path.strip_prefix(crate::root()).unwrap_or(&path);
+        let path = path.strip_prefix(tree::root()).unwrap_or(&path);
         let exception = EXCEPTIONS.iter().position(|(exception, _)| path.starts_with(exception));
         for test in of(&text) {
             tests += 1;

@@ -1,11 +1,12 @@
 //! The steps.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
-use super::{Outcome, Step, bare, cargo, execute, output, require, targets, test};
-use crate::{bindings, libclang};
+use super::step::{Outcome, Step};
+use super::{bare, require, targets, test};
+use crate::command::{cargo, execute, output};
+use crate::{bindings, libclang, tree};
 
 /// A header tree that may lie beside the repository. Without it the headers are fetched.
 const HEADERS: &str = "../shared/uapi";
@@ -72,7 +73,7 @@ fn docs_rs() -> Result<Outcome, String> {
 /// The headers of the committed bindings' kernel: beside the repository, or fetched. `None` where neither is possible: a
 /// mirror that has a newer kernel by now is no failure of the tree.
 fn headers() -> Result<Option<PathBuf>, String> {
-    let beside = crate::root().join(HEADERS);
+    let beside = tree::root().join(HEADERS);
     if beside.is_dir() {
         return Ok(Some(beside));
     }
@@ -113,7 +114,7 @@ fn bindgen() -> Result<Outcome, String> {
 
 fn package() -> Result<Outcome, String> {
     let mut command = cargo(&["package", "--package=userfaultfd-sys", "--package=userfaultfd"]);
-    let changes = output(Command::new("git").args(["status", "--porcelain"]).current_dir(crate::root()));
+    let changes = output(Command::new("git").args(["status", "--porcelain"]).current_dir(tree::root()));
     if changes.is_ok_and(|changes| !changes.is_empty()) {
         println!("with changes that aren't committed");
         command.arg("--allow-dirty");
@@ -123,10 +124,10 @@ fn package() -> Result<Outcome, String> {
 
 fn oldest_nix() -> Result<Outcome, String> {
     // A copy, since the choice of a version is the workspace's Cargo.lock.
-    let copy = crate::scratch().join("oldest-nix");
+    let copy = tree::scratch().join("oldest-nix");
     let source = copy.join("source");
-    remove(&source)?;
-    copy_tree(crate::root(), &source)?;
+    tree::remove(&source)?;
+    tree::copy(tree::root(), &source)?;
     let run = |arguments: &[&str]| {
         let mut command = cargo(arguments);
         execute(command.current_dir(&source).env("CARGO_TARGET_DIR", copy.join("target")))
@@ -157,27 +158,4 @@ fn kernels() -> Result<Outcome, String> {
     let binaries = ON_EACH_KERNEL.iter().flat_map(|binary| ["--binary", *binary]);
     let arguments: Vec<_> = ["--short"].into_iter().chain(binaries).map(str::to_owned).collect();
     passed(crate::kernels::run(&arguments))
-}
-
-pub(crate) fn remove(folder: &Path) -> Result<(), String> {
-    match fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(format!("{}: {e}", folder.display())),
-        _ => Ok(()),
-    }
-}
-
-/// Copies a tree without what git and cargo keep for themselves. Links become what they point to.
-pub(crate) fn copy_tree(from: &Path, to: &Path) -> Result<(), String> {
-    let error = |e| format!("{}: {e}", from.display());
-    fs::create_dir_all(to).map_err(error)?;
-    for entry in fs::read_dir(from).map_err(error)? {
-        let entry = entry.map_err(error)?;
-        let (from, to) = (entry.path(), to.join(entry.file_name()));
-        if !from.is_dir() {
-            fs::copy(&from, &to).map_err(|e| format!("{}: {e}", from.display()))?;
-        } else if entry.file_name() != ".git" && !from.join("CACHEDIR.TAG").exists() {
-            copy_tree(&from, &to)?;
-        }
-    }
-    Ok(())
 }

@@ -3,7 +3,8 @@
 use std::env;
 use std::process::Command;
 
-use super::{Outcome, output};
+use super::step::Outcome;
+use crate::command::output;
 use crate::sys::targets::TARGETS;
 
 /// Its target is WALI: WebAssembly with system calls that aren't the kernel's.

@@ -5,7 +5,8 @@ use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
 use super::host::Host;
-use super::{Outcome, cargo, display};
+use super::step::Outcome;
+use crate::command::{cargo, display};
 use crate::kernels::table::{Expectation, Features, Table};
 
 /// By need, the tests that were skipped for it.

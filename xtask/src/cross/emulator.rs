@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::apt::{self, Apt};
+use crate::tree;
 
 const SUITE: &str = "trixie";
 const LIMIT: Duration = Duration::from_secs(300);
@@ -43,7 +44,7 @@ impl Emulator {
         }
         let fetch = || {
             let host = apt::host()?;
-            let apt = Apt::open(crate::scratch().join("cross/apt").join(SUITE).join(&host), &[SUITE], &host)?;
+            let apt = Apt::open(tree::scratch().join("cross/apt").join(SUITE).join(&host), &[SUITE], &host)?;
             let tree = apt.packages(&["qemu-user".to_owned()], &[""])?;
             let found = tree.join("usr/bin").join(&names[0]);
             if found.is_file() { Ok(found) } else { Err(format!("{} is not there", found.display())) }
@@ -69,7 +70,7 @@ impl Emulator {
         let error = |e| format!("{}: {e}", log.display());
         let output = File::create(log).map_err(error)?;
         command.stdin(Stdio::null()).stderr(output.try_clone().map_err(error)?).stdout(output);
-        command.current_dir(crate::root());
+        command.current_dir(tree::root());
         let mut child = command.spawn().map_err(|e| format!("{}: {e}", binary.display()))?;
         let start = Instant::now();
         let status = loop {

@@ -10,7 +10,8 @@ use std::rc::Rc;
 
 use super::targets::TARGETS;
 use crate::apt::{self, Apt};
-use crate::ci::output;
+use crate::command::output;
+use crate::tree;
 
 /// The suite whose `rustc-web` is of the workspace's minimum version, and one with a newer one.
 const OLDEST: &str = "bookworm";
@@ -110,7 +111,7 @@ impl Rust {
 
 /// The minimum version that Cargo.toml promises.
 fn promised() -> Result<String, String> {
-    let file = crate::root().join("Cargo.toml");
+    let file = tree::root().join("Cargo.toml");
     let text = fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?;
     let value = text.lines().find_map(|line| line.strip_prefix("rust-version = "));
     value.map(|value| value.trim_matches('"').to_owned()).ok_or("Cargo.toml has no rust-version".to_owned())
@@ -141,7 +142,7 @@ struct Debian {
 
 impl Debian {
     fn new(suite: &'static str) -> Result<Rc<Self>, String> {
-        let folder = crate::scratch().join("cross/apt").join(suite);
+        let folder = tree::scratch().join("cross/apt").join(suite);
         let arch = apt::host()?;
         let host = Apt::open(folder.join(&arch), &[suite], &arch)?;
         Ok(Rc::new(Self { suite, folder, host, others: RefCell::default() }))
@@ -205,7 +206,7 @@ fn assemble(
     rustlib: &Path,
     sources: Option<&Path>,
 ) -> Result<(PathBuf, PathBuf), String> {
-    let folder = crate::scratch().join("cross/rust").join(name);
+    let folder = tree::scratch().join("cross/rust").join(name);
     let sysroot = folder.join("sysroot");
     let links = sysroot.join("lib/rustlib");
     create(&links)?;

@@ -7,6 +7,8 @@ use std::process::Command;
 use super::rust::{Library, Rust};
 use super::zig::Zig;
 
+use crate::tree;
+
 /// What it takes to build for a target.
 pub(crate) struct Toolchain {
     target: String,
@@ -48,7 +50,7 @@ impl Toolchain {
         if self.library == Library::Source {
             command.arg("-Zbuild-std").env("RUSTC_BOOTSTRAP", "1");
         }
-        command.args(arguments).current_dir(crate::root());
+        command.args(arguments).current_dir(tree::root());
         command.env("RUSTC", &self.rust.rustc).env("CARGO_TARGET_DIR", self.folder());
         for variable in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "CARGO_ENCODED_RUSTFLAGS"] {
             command.env_remove(variable);
@@ -67,6 +69,6 @@ impl Toolchain {
     }
 
     fn folder(&self) -> PathBuf {
-        crate::scratch().join("cross/build").join(&self.rust.version)
+        tree::scratch().join("cross/build").join(&self.rust.version)
     }
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::pip;
+use crate::tree;
 
 const HELP: &str = "\
 a linker for other targets could not be fetched. Have `pip` or `python3 -m pip` at hand, which fetches the packages
@@ -18,7 +19,7 @@ pub(super) struct Zig {
 impl Zig {
     /// Fetches both if an earlier call hasn't.
     pub(super) fn fetch() -> Result<Self, String> {
-        let zig = Self { folder: crate::scratch().join("zig") };
+        let zig = Self { folder: tree::scratch().join("zig") };
         if !zig.cargo_zigbuild().is_file() || !zig.zig().is_file() {
             pip::install(&zig.folder.join("packages"), &["ziglang", "cargo-zigbuild"])
                 .map_err(|tried| format!("{HELP}\n\nWhat was tried:{tried}"))?;

@@ -78,14 +78,14 @@ pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
 /// The target that this machine's compiler is itself built for.
 fn host() -> Result<String, String> {
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let about = crate::ci::output(Command::new(rustc).arg("-vV"))?;
+    let about = crate::command::output(Command::new(rustc).arg("-vV"))?;
     let host = about.lines().find_map(|line| line.strip_prefix("host: "));
     host.map(str::to_owned).ok_or_else(|| format!("rustc names no host: {about}"))
 }
 
 /// Cargo, for static programs of this machine's own.
 fn own_cargo(target: &str, folder: &Path, subcommand: &str, arguments: &[&str]) -> Command {
-    let mut command = crate::ci::cargo(&[subcommand, "--target", target]);
+    let mut command = crate::command::cargo(&[subcommand, "--target", target]);
     command.args(arguments).env("CARGO_TARGET_DIR", folder);
     // The flags hold for the target alone, not for build scripts, since --target is given.
     command.env_remove("CARGO_ENCODED_RUSTFLAGS").env("RUSTFLAGS", "-Ctarget-feature=+crt-static");
@@ -100,7 +100,7 @@ fn run(command: &mut Command) -> Result<Vec<Binary>, String> {
     // What is emulated takes many times as long as it takes to be optimized. Its checks stay.
     command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "1");
     command.stdin(Stdio::null()).stderr(Stdio::inherit());
-    let shown = crate::ci::display(command);
+    let shown = crate::command::display(command);
     let output = command.output().map_err(|e| format!("{shown}: {e}"))?;
     if !output.status.success() {
         return Err(format!("{shown}: {}", output.status));

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use super::image::file_name;
+use super::options::{Options, Source, Subject};
 use super::qemu::Qemu;
 use super::table::Table;
-use super::{Options, Source, Subject};
 use crate::apt::{self, Apt};
 
 const KERNEL_HELP: &str = "give a kernel image with --kernel";
@@ -97,14 +98,13 @@ impl Packages {
             let tree = apt.packages(&names, &wanted)?;
             let files = apt::files(&tree);
             let is_image = |path: &&PathBuf| {
-                let name = super::image::file_name(path);
+                let name = file_name(path);
                 name.starts_with("vmlinuz") || name.starts_with("vmlinux")
             };
             let image = files.iter().find(is_image).ok_or(format!("no kernel in {}", tree.display()))?;
             let module = |name: &String| {
-                let of_module = |path: &&PathBuf| {
-                    super::image::file_name(path).split_once(".ko").is_some_and(|(stem, _)| stem == name)
-                };
+                let of_module =
+                    |path: &&PathBuf| file_name(path).split_once(".ko").is_some_and(|(stem, _)| stem == name);
                 files.iter().find(of_module).cloned()
             };
             let modules = subject.arch.modules.iter().filter_map(module).collect();

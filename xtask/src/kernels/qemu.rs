@@ -74,7 +74,7 @@ impl Qemu {
 
     /// What it says that it is.
     pub(super) fn version(&self) -> Result<String, String> {
-        let text = crate::ci::output(self.command().arg("--version"))?;
+        let text = crate::command::output(self.command().arg("--version"))?;
         Ok(text.lines().next().unwrap_or_default().to_owned())
     }
 

@@ -6,6 +6,8 @@ use std::fs;
 use guest_init::User;
 use serde::Deserialize;
 
+use crate::tree;
+
 /// Where the table lies in the workspace.
 const PATH: &str = "xtask/kernels.toml";
 
@@ -70,7 +72,7 @@ pub(super) struct Kernel {
 
 impl Table {
     pub(crate) fn read() -> Result<Self, String> {
-        let text = fs::read_to_string(crate::root().join(PATH)).map_err(|e| format!("{PATH}: {e}"))?;
+        let text = fs::read_to_string(tree::root().join(PATH)).map_err(|e| format!("{PATH}: {e}"))?;
         Self::parse(&text)
     }
 
@@ -188,8 +190,7 @@ pub(crate) struct Features(BTreeMap<String, u64>);
 impl Features {
     pub(crate) fn read() -> Result<Self, String> {
         const BINDINGS: &str = "userfaultfd-sys/src/bindings/generic.rs";
-        let text =
-            fs::read_to_string(crate::root().join(BINDINGS)).map_err(|e| format!("{BINDINGS}: {e}"))?;
+        let text = fs::read_to_string(tree::root().join(BINDINGS)).map_err(|e| format!("{BINDINGS}: {e}"))?;
         let features = Self::parse(&text);
         if features.0.is_empty() { Err(format!("{BINDINGS} has no features")) } else { Ok(features) }
     }
