@@ -9,8 +9,8 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
-use crate::atomic::AtomicU64;
 use crate::owner::Owner;
+use crate::sync::AtomicU64;
 
 /// What of this library has registered a range, in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -244,7 +244,6 @@ extern crate self as userfaultfd;
 #[expect(dead_code, unsafe_code, reason = "it has what the tests of the kernel need")]
 mod support;
 
-mod atomic;
 mod builder;
 pub mod dirty;
 mod error;
@@ -263,6 +262,7 @@ mod pending_file;
 mod protect;
 mod refusal;
 pub mod snapshot;
+mod sync;
 mod sys;
 mod uffd;
 

@@ -24,11 +24,11 @@ use super::options::Removal;
 use super::queue::{Buffer, End, Item, Payload, Queue, Size};
 use super::shared::{Counts, Shared};
 use super::slices::Slices;
-use crate::atomic::AtomicU64;
 use crate::dirty::watch::{Watch, Words, pointer};
 use crate::error::errno_of;
 use crate::maps::Process;
 use crate::owner::InheritedFd;
+use crate::sync::AtomicU64;
 use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, page_size, sys};
 
 /// How long pages that can't be read, or aren't protected any more, are looked at again: the event that says why may be

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use super::bits::Bits;
 use super::queue::Queue;
-use crate::atomic::AtomicU64;
 use crate::owner::{InheritedFd, Owner, abandon};
+use crate::sync::AtomicU64;
 use crate::{Errno, Error, Result};
 
 /// What a snapshot has done so far, in bytes.
