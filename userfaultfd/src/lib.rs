@@ -239,6 +239,7 @@
 // Tests of the inside share what the others have, which names the crate from outside.
 #[cfg(test)]
 extern crate self as userfaultfd;
+mod proc_maps;
 #[cfg(test)]
 #[path = "../tests/kernel/support/mod.rs"]
 #[expect(dead_code, unsafe_code, reason = "it has what the tests of the kernel need")]
@@ -252,7 +253,6 @@ mod features;
 mod fill;
 mod holder;
 mod lazy;
-mod maps;
 mod open;
 mod own_mapping;
 mod owner;

@@ -13,7 +13,7 @@ use std::ops::{ControlFlow, Range};
 use std::os::fd::AsFd;
 
 use crate::holder::{self, Holder};
-use crate::maps::{Entry, Process, Source};
+use crate::proc_maps::{Entry, Process, Source};
 use crate::{Errno, Error, FeatureFlags, IoctlFlags, RegisterMode, Support, Uffd, page_size, sys};
 
 /// Why the kernel refused an operation, and which part of the range the reason is about.
@@ -379,7 +379,7 @@ fn too_many_mappings(process: Process) -> Option<Reason> {
         ControlFlow::Continue(())
     });
     // A registration splits off two parts at most.
-    let limit = crate::maps::max_mappings()?;
+    let limit = crate::proc_maps::max_mappings()?;
     (counted.is_ok() && count + 2 > limit).then_some(Reason::TooManyMappings { limit })
 }
 
@@ -437,7 +437,7 @@ impl Look<'_> {
         let here = |reason| Some(Refusal::new(part.clone(), reason));
         match (self.errno, *ioctl) {
             (Errno::EPERM, IoctlFlags::REGISTER) => {
-                let writable = flags.contains(crate::maps::VmFlags::MAY_WRITE);
+                let writable = flags.contains(crate::proc_maps::VmFlags::MAY_WRITE);
                 if writable { None } else { here(Reason::NotWritable) }
             }
             (Errno::EBUSY, IoctlFlags::REGISTER) => {

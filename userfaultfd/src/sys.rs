@@ -1011,7 +1011,7 @@ mod tests {
     #[test]
     fn memory_is_given_back_where_no_mapping_can_be_split() {
         crate::support::require!();
-        let limit = crate::maps::max_mappings().expect("/proc tells");
+        let limit = crate::proc_maps::max_mappings().expect("/proc tells");
         let few = limit < 100_000;
         if !crate::support::has(crate::support::test_name!(), "a limit of mappings that is soon reached", few)
         {

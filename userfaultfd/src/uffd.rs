@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawF
 
 use crate::error::errno_of;
 use crate::event::{self, Event, EventBuffer, Message};
-use crate::maps::{self, Process};
+use crate::proc_maps::{self, Process};
 use crate::refusal::{self, Refusal, Request};
 use crate::{Errno, Error, FeatureFlags, IoctlFlags, Pid, RegisterMode, Result, Support, sys};
 
@@ -133,7 +133,7 @@ impl Uffd {
 
     fn negotiated(&self) -> Support {
         self.terms.support().unwrap_or_else(|| {
-            maps::fdinfo(self.as_raw_fd(), b"API:", parse_api)
+            proc_maps::fdinfo(self.as_raw_fd(), b"API:", parse_api)
                 .unwrap_or(Support { features: FeatureFlags::empty(), ioctls: IoctlFlags::empty() })
         })
     }

@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use super::ranges::Tracked;
 use super::watch::{CHUNK, Watch, Words, runs};
-use crate::maps::Mapping;
 use crate::pagemap::{Categories, Region, Scan};
+use crate::proc_maps::Mapping;
 use crate::{Errno, Error, Result, page_size};
 
 /// Ranges that a scan reports at a time.

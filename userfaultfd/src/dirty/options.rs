@@ -6,8 +6,8 @@ use super::serve::Server;
 use super::watch::{Lease, Protection, Watch, Words, pointer};
 use crate::error::errno_of;
 use crate::holder::Holder;
-use crate::maps::Process;
 use crate::pagemap::{Pagemap, Region, Scan};
+use crate::proc_maps::Process;
 use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder, page_size};
 
 /// How a tracker learns of an access.

@@ -24,9 +24,9 @@ use std::thread;
 
 use super::ranges::{self, Notes, Tracked};
 use crate::holder::{Held, Holder};
-use crate::maps::{Mapping, Process};
 use crate::owner::Owner;
 use crate::pagemap::{Categories, Pagemap, Region, Scan};
+use crate::proc_maps::{Mapping, Process};
 use crate::sync::AtomicU64;
 use crate::{
     Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, ZeropageMode, page_size,

@@ -26,8 +26,8 @@ use super::shared::{Counts, Shared};
 use super::slices::Slices;
 use crate::dirty::watch::{Watch, Words, pointer};
 use crate::error::errno_of;
-use crate::maps::Process;
 use crate::owner::InheritedFd;
+use crate::proc_maps::Process;
 use crate::sync::AtomicU64;
 use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, page_size, sys};
 

@@ -15,7 +15,7 @@ use super::shared::Shared;
 use super::sink::{Region, Sink};
 use crate::dirty::watch::{Protection, Watch};
 use crate::holder::Holder;
-use crate::maps::Process;
+use crate::proc_maps::Process;
 use crate::{FeatureFlags, Pid, Uffd, UffdBuilder, page_size};
 
 /// Bytes that the walk saves at a time, unless a page is larger.
