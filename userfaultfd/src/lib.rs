@@ -239,6 +239,7 @@
 // Tests of the inside share what the others have, which names the crate from outside.
 #[cfg(test)]
 extern crate self as userfaultfd;
+mod mapped_vec;
 mod proc_maps;
 #[cfg(test)]
 #[path = "../tests/kernel/support/mod.rs"]

@@ -6,7 +6,6 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use super::apart;
 use super::descriptor::{Descriptor, Origin, Serving, wake};
 use super::layout::{Layout, Segment};
 use super::pages::Pages;
@@ -15,7 +14,7 @@ use super::shared::{Fork, Note, Shared};
 use super::shutdown::sole;
 use super::stats::Counters;
 use super::trace::event;
-use crate::{Uffd, sys};
+use crate::{Uffd, mapped_vec, sys};
 
 /// A change that was read.
 #[derive(Debug)]
@@ -107,7 +106,7 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
         }
         child.insert(segment);
     }
-    let mut none = apart::none();
+    let mut none = mapped_vec::none();
     holes.into_iter().for_each(|hole| child.insert_hole(hole, &mut none));
     child.reserve();
     // A child's is as its parent's was made, whatever that was switched to since.

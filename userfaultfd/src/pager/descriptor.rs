@@ -197,7 +197,7 @@ impl Descriptor {
         self.collect(thread, region, Layout::holes)
     }
 
-    /// Copies what there is of a kind. Nothing is allocated while the layout is locked: see `apart`.
+    /// Copies what there is of a kind. Nothing is allocated while the layout is locked: see `mapped_vec`.
     fn collect(
         &self,
         thread: usize,

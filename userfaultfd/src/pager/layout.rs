@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::apart;
 use super::region::Served;
+use crate::mapped_vec;
 
 /// A part of a region, where it is mapped now. mremap(2) and munmap(2) cut regions into several.
 #[derive(Clone, Debug)]
@@ -70,8 +70,8 @@ impl Segment {
     }
 }
 
-/// Segments that are cut and moved with all shards locked: see `apart`.
-pub(crate) type Segments = apart::Vec<Segment>;
+/// Segments that are cut and moved with all shards locked: see `mapped_vec`.
+pub(crate) type Segments = mapped_vec::Vec<Segment>;
 
 /// There is room for so many more of them from the start. A mapping that is made because another one has gone would
 /// come to lie in its place, where a program may be about to map something else.
@@ -90,7 +90,7 @@ pub(crate) struct Layout {
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { segments: apart::none(), holes: apart::none(), moving: apart::none() }
+        Self { segments: mapped_vec::none(), holes: mapped_vec::none(), moving: mapped_vec::none() }
     }
 }
 
@@ -223,7 +223,7 @@ impl Layout {
             before.end = hole.end;
             return true;
         }
-        let room = apart::try_reserve(&mut self.holes);
+        let room = mapped_vec::try_reserve(&mut self.holes);
         if room {
             self.holes.insert(at, hole);
         }
@@ -244,7 +244,7 @@ fn parts(segments: &[Segment], range: Range<usize>) -> impl Iterator<Item = Segm
 fn insert(segments: &mut Segments, segment: Segment) {
     let at = segments.partition_point(|other| other.end <= segment.start);
     debug_assert!(segments.get(at).is_none_or(|other| segment.end <= other.start), "segments overlap");
-    apart::reserve(segments, 1);
+    mapped_vec::reserve(segments, 1);
     segments.insert(at, segment);
 }
 
@@ -255,10 +255,10 @@ fn cut(segments: &mut Segments, range: &Range<usize>, gone: &mut Segments) {
     let Some(last) = segments[first..first + count].last() else { return };
     let below = segments[first].part(&(0..range.start));
     let above = last.part(&(range.end..usize::MAX));
-    apart::reserve(gone, count);
+    mapped_vec::reserve(gone, count);
     gone.extend(parts(segments, range.clone()));
     segments.drain(first..first + count);
-    apart::reserve(segments, 2);
+    mapped_vec::reserve(segments, 2);
     for rest in [above, below].into_iter().flatten() {
         segments.insert(first, rest);
     }
@@ -284,7 +284,7 @@ mod tests {
     }
 
     fn cut(layout: &mut Layout, range: std::ops::Range<usize>) -> Segments {
-        let mut gone = apart::none();
+        let mut gone = mapped_vec::none();
         layout.cut(range, &mut gone);
         gone
     }
@@ -319,7 +319,7 @@ mod tests {
         let inside: Vec<_> = parts.iter().map(|s| (s.start / PAGE, s.end / PAGE, s.first)).collect();
         assert_eq!(inside, [(11, 14, 1), (14, 15, 0)]);
         assert_eq!(cut(&mut layout, 0..10 * PAGE).len(), 0);
-        let mut gone = apart::none();
+        let mut gone = mapped_vec::none();
         assert!(layout.take(b.id, &mut gone) && !layout.take(b.id, &mut gone));
         assert_eq!(gone.len(), 1);
         assert_eq!(shape(&layout), [(10, 11, 0)]);
@@ -358,7 +358,7 @@ mod tests {
         let mut layout = Layout::default();
         layout.insert(segment(10, 8, &a, 0));
         layout.insert(segment(30, 4, &b, 0));
-        let mut gone = apart::none();
+        let mut gone = mapped_vec::none();
         layout.shift(12 * PAGE..14 * PAGE, 31 * PAGE, &mut gone);
         assert_eq!(shape(&layout), [(10, 12, 0), (14, 18, 4), (30, 31, 0), (31, 33, 2), (33, 34, 3)]);
         assert!(gone.len() == 1 && gone[0].region.id == b.id && gone[0].pages() == (1..3));
@@ -384,7 +384,7 @@ mod tests {
         let (a, b) = (region(1, 4), region(2, 2));
         let mut layout = Layout::default();
         layout.insert(segment(10, 4, &a, 0));
-        let mut gone = apart::none();
+        let mut gone = mapped_vec::none();
         layout.shift(10 * PAGE..14 * PAGE, 30 * PAGE, &mut gone);
         // Something new in the middle of the hole, which is moved away in turn.
         layout.insert(segment(11, 2, &b, 0));
@@ -424,7 +424,7 @@ mod tests {
         let a = Arc::new(a);
         let mut layout = Layout::default();
         layout.insert(segment(10, 4, &a, 0));
-        layout.shift(10 * PAGE..14 * PAGE, 20 * PAGE, &mut apart::none());
+        layout.shift(10 * PAGE..14 * PAGE, 20 * PAGE, &mut mapped_vec::none());
         assert_eq!(shape(&layout), [(10, 14, 0), (20, 24, 0)]);
         assert!(layout.holes().is_empty());
     }

@@ -81,7 +81,6 @@
 //! description, and [`detach`](Pager::detach) switches it back. Nobody else may read it meanwhile.
 
 mod ahead;
-mod apart;
 mod around;
 mod background;
 mod changes;
@@ -153,7 +152,7 @@ use self::shutdown::{Cover, Patience, Unfillable};
 use crate::dirty::watch::Lease;
 use crate::holder::{Held, Holder};
 use crate::owner::Owner;
-use crate::{Errno, FeatureFlags, RegisterMode, Uffd};
+use crate::{Errno, FeatureFlags, RegisterMode, Uffd, mapped_vec};
 
 /// A descriptor that a pager serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -767,12 +766,12 @@ impl Pager {
 
     fn drop_region(&self, descriptor: &Descriptor, region: RegionId) -> Result<()> {
         // Freed when the shards are free again.
-        let (mut gone, mut served) = (apart::none(), false);
+        let (mut gone, mut served) = (mapped_vec::none(), false);
         descriptor.exclusively(&mut |serving| {
             let Some(serving) = serving else { return };
             let layout = Arc::make_mut(&mut serving.layout);
             served = layout.take(region.0, &mut gone);
-            let mut replaced = apart::none();
+            let mut replaced = mapped_vec::none();
             // What stays registered is served on, as the kernel would.
             shutdown::unregister(&serving.uffd, &gone, |part| layout.insert_hole(part, &mut replaced));
             gone.extend(replaced);

@@ -36,7 +36,7 @@ pub(crate) struct Reports {
     freed: Mutex<Vec<Arc<Served>>>,
 }
 
-/// Nothing here allocates: see `apart`.
+/// Nothing here allocates: see `mapped_vec`.
 #[derive(Debug)]
 struct Queue {
     problems: VecDeque<Problem>,

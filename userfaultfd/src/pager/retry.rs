@@ -13,11 +13,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::apart;
 use super::descriptor::{Descriptor, lock};
 use super::fault::page_of;
 use super::fill::{Wait, Work};
-use crate::{Errno, sys};
+use crate::{Errno, mapped_vec, sys};
 
 /// Entries that the queue has room for from the start. It grows in a mapping of its own.
 pub(super) const ROOM: usize = 256;
@@ -137,7 +136,7 @@ pub(crate) struct RetryQueue {
 
 #[derive(Debug)]
 struct Entries {
-    all: apart::Vec<Deferred>,
+    all: mapped_vec::Vec<Deferred>,
     /// When the timer expires.
     armed: Option<Instant>,
 }
@@ -154,7 +153,7 @@ pub(crate) enum Put {
 
 impl RetryQueue {
     pub(crate) fn new() -> Result<Self, Errno> {
-        let all = apart::try_with_room(ROOM).ok_or(Errno::ENOMEM)?;
+        let all = mapped_vec::try_with_room(ROOM).ok_or(Errno::ENOMEM)?;
         let entries = Mutex::new(Entries { all, armed: None });
         Ok(Self { entries, count: AtomicUsize::new(0), timer: sys::timer()? })
     }
@@ -172,7 +171,7 @@ impl RetryQueue {
             }
             return Put::Merged;
         }
-        if !apart::try_reserve(&mut entries.all) {
+        if !mapped_vec::try_reserve(&mut entries.all) {
             return Put::NoRoom(new);
         }
         let due = new.due;
@@ -196,7 +195,7 @@ impl RetryQueue {
     }
 
     /// Moves what waits for a change of a descriptor's layout to a list, as far as that has room.
-    pub(crate) fn take_changing(&self, descriptor: &Arc<Descriptor>, to: &mut apart::Vec<Deferred>) {
+    pub(crate) fn take_changing(&self, descriptor: &Arc<Descriptor>, to: &mut mapped_vec::Vec<Deferred>) {
         // One that is put in just now is tried by the thread that does that.
         if self.count.load(Ordering::Relaxed) == 0 {
             return;

@@ -8,7 +8,6 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::apart;
 use super::changes::{self, Change};
 use super::delivery::{Delivery, Waiting};
 use super::descriptor::{Descriptor, Serving, wake};
@@ -17,12 +16,11 @@ use super::fill::{Done, Filler, Wait, Work};
 use super::load::message;
 use super::retry::{self, Deferred, History, Put};
 use super::shared::{Note, Shared, Token};
-use super::stats;
 use super::trace::event;
 use super::workers::IDLE;
-use super::{DescriptorId, Problem, RegionId};
+use super::{DescriptorId, Problem, RegionId, stats};
 use crate::error::errno_of;
-use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};
+use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result, mapped_vec};
 
 /// So many events are read with one system call.
 const BATCH: usize = 64;
@@ -59,7 +57,7 @@ pub(crate) struct Worker {
     /// Read, and not answered yet.
     faults: VecDeque<Fault>,
     /// What waits for a change of the layout, as long as this thread tries it again and again.
-    changing: apart::Vec<Deferred>,
+    changing: mapped_vec::Vec<Deferred>,
     /// Descriptors that this thread has met, by slot: the table that all share is locked to find one. As many as there
     /// is room for from the start.
     known: Box<[Option<Arc<Descriptor>>; KNOWN]>,
@@ -101,7 +99,7 @@ impl Worker {
             many: EventBuffer::new(batch),
             one: EventBuffer::new(1),
             faults: VecDeque::with_capacity(2 * batch),
-            changing: apart::try_with_room(retry::ROOM).ok_or(Errno::ENOMEM)?,
+            changing: mapped_vec::try_with_room(retry::ROOM).ok_or(Errno::ENOMEM)?,
             known: Box::new([const { None }; KNOWN]),
             version: 0,
             current: None,

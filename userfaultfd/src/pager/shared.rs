@@ -14,7 +14,6 @@ use std::time::Duration;
 use memmap2::MmapRaw;
 
 use super::ahead::Ahead;
-use super::apart;
 use super::descriptor::{Descriptor, Origin, Serving, lock};
 use super::fill::Filler;
 use super::layout::{Layout, ROOM, Segments};
@@ -24,7 +23,7 @@ use super::retry::RetryQueue;
 use super::stats::Counters;
 use super::{Error, Problem, Result, Retry, Statistics};
 use crate::owner::{InheritedFd, Owner, abandon};
-use crate::{Uffd, sys};
+use crate::{Uffd, mapped_vec, sys};
 
 /// What the threads that serve faults have others do. They don't do it themselves: it takes locks that who waits for a
 /// page may hold, the allocator's or those of the program's callback.
@@ -49,10 +48,10 @@ pub(crate) struct Fork {
     pub(crate) states: std::io::Result<MmapRaw>,
 }
 
-/// Notes for the control thread that it hasn't taken yet. Adding one takes nothing of the allocator's: see `apart`.
+/// Notes for the control thread that it hasn't taken yet. Adding one takes nothing of the allocator's: see `mapped_vec`.
 #[derive(Debug)]
 struct Notes {
-    forks: apart::Vec<Fork>,
+    forks: mapped_vec::Vec<Fork>,
     /// Room for what a change takes out of a layout.
     gone: Segments,
     ended: bool,
@@ -207,8 +206,8 @@ impl Shared {
         let (control, token) = (control_bell.as_fd(), Token::STOP.0);
         sys::epoll_control(control_epoll.as_fd(), libc::EPOLL_CTL_ADD, control, libc::EPOLLIN, token)?;
         let notes = Notes {
-            forks: apart::with_room(FORKS),
-            gone: apart::with_room(ROOM),
+            forks: mapped_vec::with_room(FORKS),
+            gone: mapped_vec::with_room(ROOM),
             ended: false,
             adopting: false,
             stopped: false,
@@ -525,7 +524,7 @@ impl Shared {
             }
             Note::Fork(fork) => {
                 let mut notes = lock(&self.notes);
-                apart::reserve(&mut notes.forks, 1);
+                mapped_vec::reserve(&mut notes.forks, 1);
                 notes.forks.push(fork);
             }
             Note::Ended => lock(&self.notes).ended = true,
