@@ -242,7 +242,7 @@ extern crate self as userfaultfd;
 mod mapped_vec;
 mod proc_maps;
 #[cfg(test)]
-#[path = "../tests/kernel/support/mod.rs"]
+#[path = "../tests/support/mod.rs"]
 #[expect(dead_code, unsafe_code, reason = "it has what the tests of the kernel need")]
 mod support;
 

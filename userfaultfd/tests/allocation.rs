@@ -1,7 +1,7 @@
 //! A handler that is running neither allocates nor frees. Else it could wait for a lock of the allocator's, held by a
 //! thread that waits for the handler: one that faulted inside the allocator, or one that forks under `EVENT_FORK`.
 
-#[path = "kernel/support/mod.rs"]
+#[path = "support/mod.rs"]
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 

@@ -1,6 +1,6 @@
 //! Filling what nobody waits for: in the background, and from a record of what was needed before.
 
-#[path = "../kernel/support/mod.rs"]
+#[path = "../support/mod.rs"]
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 

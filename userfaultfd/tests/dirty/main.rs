@@ -2,7 +2,7 @@
 
 #![expect(clippy::single_range_in_vec_init, reason = "what is told is a list of ranges")]
 
-#[path = "../kernel/support/mod.rs"]
+#[path = "../support/mod.rs"]
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 

@@ -4,7 +4,7 @@
 //! the crate, each in the idiom of its kind: none of them uses what came later, or what the other tests share. What the
 //! idioms can't be kept of is told in README.md under "From 0.9".
 
-#[path = "../kernel/support/mod.rs"]
+#[path = "../support/mod.rs"]
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 

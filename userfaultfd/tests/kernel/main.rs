@@ -1,5 +1,6 @@
 //! What the kernel does, seen through this crate: one module for each of its words.
 
+#[path = "../support/mod.rs"]
 mod support;
 
 mod copy;

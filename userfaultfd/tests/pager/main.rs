@@ -1,6 +1,6 @@
 //! The pager: what it promises, with memory and descriptors of every kind, in this process and in others.
 
-#[path = "../kernel/support/mod.rs"]
+#[path = "../support/mod.rs"]
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 

@@ -1,6 +1,6 @@
 //! Memory whose faults are answered in the thread that makes them.
 
-#[path = "../kernel/support/mod.rs"]
+#[path = "../support/mod.rs"]
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 

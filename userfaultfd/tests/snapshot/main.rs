@@ -1,6 +1,6 @@
 //! Snapshots of memory that goes on being written: what they hold, and the files that hold them.
 
-#[path = "../kernel/support/mod.rs"]
+#[path = "../support/mod.rs"]
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 
