@@ -241,6 +241,7 @@
 extern crate self as userfaultfd;
 mod mapped_vec;
 mod proc_maps;
+pub mod source;
 #[cfg(test)]
 #[path = "../tests/support/mod.rs"]
 #[expect(dead_code, unsafe_code, reason = "it has what the tests of the kernel need")]

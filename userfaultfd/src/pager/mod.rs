@@ -108,7 +108,6 @@ mod serve;
 mod shared;
 mod shutdown;
 pub(crate) mod sigbus;
-mod source;
 mod stats;
 mod trace;
 
@@ -124,6 +123,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+pub use crate::source::{
+    BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
+};
 pub use around::Around;
 pub(crate) use background::Target;
 pub use background::{Background, Failed, Order, Outcome};
@@ -134,9 +136,6 @@ pub(crate) use region::ADAPTIVE;
 pub use region::Region;
 pub use replay::{Coverage, Replay};
 pub use sigbus::{SignalSafe, SignalSafeConcat};
-pub use source::{
-    BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
-};
 pub use stats::{Histogram, Statistics};
 pub use working_set::WorkingSet;
 

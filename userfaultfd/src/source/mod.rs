@@ -28,7 +28,8 @@ pub enum Fill {
 /// Where the content of memory comes from: what belongs at which offset.
 ///
 /// It is read by the pager's threads, several at once, each page once unless a read fails. A read may take as long
-/// as it needs: faults on other pages go on meanwhile, with [more threads](super::PagerBuilder::max_threads) if need be.
+/// as it needs: faults on other pages go on meanwhile, with
+/// [more threads](crate::pager::PagerBuilder::max_threads) if need be.
 ///
 /// Any closure of the shape of [`read`](Self::read) is a source:
 ///
