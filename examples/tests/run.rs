@@ -526,3 +526,54 @@ fn the_readmes_show_hello_fault_and_what_it_prints() {
     let first = crate_page.split("```\n").nth(1).expect("a program");
     assert_eq!(first, program);
 }
+
+#[test]
+fn cookbook_shows_parts_of_examples_as_they_are() {
+    macro_rules! page {
+        ($name:literal) => {
+            include_str!(concat!("../../userfaultfd/src/guide/cookbook/", $name, ".md"))
+        };
+    }
+    let restore_and_serve = concat!(include_str!("../restore.rs"), include_str!("../serve.rs"));
+    for (page, example) in [
+        (page!("other_process"), restore_and_serve),
+        (page!("migration"), include_str!("../migrate.rs")),
+        (page!("tokio_loop"), include_str!("../tokio_loop.rs")),
+    ] {
+        let blocks = blocks(page);
+        assert_eq!(blocks.len(), 2, "{page}");
+        for (_, block) in blocks {
+            // Lines that rustdoc hides make the part a program. Between them each run of lines is of the example.
+            let parts = block.split_inclusive('\n').collect::<Vec<_>>();
+            for part in parts.split(|line| line.starts_with("# ")).filter(|part| !part.is_empty()) {
+                let part = part.concat();
+                assert!(example.contains(&part), "not in the example:\n{part}");
+            }
+        }
+    }
+}
+
+#[test]
+fn migrated_program_comes_to_what_it_comes_to_without_moving() {
+    let output = run(command("migrate").arg("1"));
+    assert!(output.status.success(), "{output:?}");
+    let lines: Vec<&str> = output.out.lines().collect();
+    assert_eq!(lines[0], "source: 100000 steps, then handed 16 bytes over");
+    assert!(lines[1].starts_with("destination: ran on for "), "{}", output.out);
+    assert!(lines[2].starts_with("destination: all 1048576 bytes are here after "), "{}", output.out);
+    let result = lines[3].strip_prefix("source: the program came to what it comes to without moving: ");
+    assert_eq!(result.map(str::len), Some(16), "{}", output.out);
+    assert_eq!(lines.len(), 4);
+    let usage = run(command("migrate").arg("0"));
+    assert_eq!(
+        (usage.status.code(), &*usage.err),
+        (Some(1), "usage: cargo run --example migrate -- [MIB]\n")
+    );
+}
+
+#[test]
+fn tokio_loop_resolves_the_fault_of_every_thread() {
+    let output = run(&mut command("tokio_loop"));
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(output.out, "32 threads have read 32 pages\n");
+}

@@ -46,6 +46,7 @@
 //! - [Closing the descriptor](#closing-the-descriptor)
 //! - [What is `unsafe`, and why](#what-is-unsafe-and-why)
 //! - [What it doesn't do](#what-it-doesnt-do)
+//! - [Guides](guide): when not to use it, a cookbook, moving from 0.9
 //!
 //! # Which tool for which job
 //!
@@ -82,6 +83,29 @@
 //! | [`zeropage`](Uffd::zeropage) | yes | yes | no | no |
 //! | [`continue`](Uffd::continue) | no | yes | yes | no |
 //! | [`move_pages`](Uffd::move_pages) | yes, within one process | no | no | no |
+//!
+//! What resolves which fault, and since which release of Linux:
+//!
+//! | fault | register for | resolve with | on memory | since Linux |
+//! | --- | --- | --- | --- | --- |
+//! | page missing | `MISSING` | `copy` | private anonymous | 4.3 |
+//! | | | | shared¹, hugetlb | 4.11 |
+//! | | | `zeropage` | private anonymous | 4.3 |
+//! | | | | shared¹ | 4.11 |
+//! | | | `move_pages` | private anonymous, within one process | 6.8 |
+//! | | | `poison` | private anonymous, shared¹, hugetlb | 6.6 |
+//! | page cached and not mapped | `MINOR` | `continue` | hugetlb | 5.13 |
+//! | | | | shared¹ | 5.14 |
+//! | write to a protected page | `WRITE_PROTECT` | `remove_write_protection` | private anonymous | 5.7 |
+//! | | | | shared¹, hugetlb | 5.19 |
+//! | the same, only noted | `WRITE_PROTECT`, feature `WP_ASYNC` | nothing; `DirtyTracker` tells | these and regular files | 6.7 |
+//! | access to a protected page | `READ_WRITE_PROTECT`, feature `RWP` | `remove_read_write_protection` | private anonymous, shared¹, hugetlb | 7.3 |
+//! | the same, only noted | `READ_WRITE_PROTECT`, `RWP`, `RWP_ASYNC` | nothing; `AccessTracker` tells | the same | 7.3 |
+//!
+//! ¹ memfd, tmpfs, shared anonymous; private mappings of a memfd, too. Not segments of System V.
+//!
+//! Write protection exists on x86-64, arm64 and some riscv64, minor faults also on loongarch64 and all
+//! riscv64. Ask the kernel with `Support::probe()` and `require_features`, and don't compare versions.
 //!
 //! Addresses and lengths are bytes, multiples of the [page size](page_size()); on hugetlb memory multiples of
 //! the huge page size.
@@ -253,6 +277,7 @@ mod error;
 mod event;
 mod features;
 mod fill;
+pub mod guide;
 mod holder;
 mod lazy;
 mod open;

@@ -2,7 +2,7 @@
 //!
 //! [`interface`] names every item of those releases with its type. The other modules are programs of the kinds that use
 //! the crate, each in the idiom of its kind: none of them uses what came later, or what the other tests share. What the
-//! idioms can't be kept of is told in README.md under "From 0.9".
+//! idioms can't be kept of is told in the guide `from_0_9`.
 
 #[path = "../support/mod.rs"]
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
