@@ -7,7 +7,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use crate::owner::Owner;
 use crate::sync::AtomicU64;
@@ -98,6 +98,13 @@ impl Held {
             entries.retain(|entry| entry.id != id);
             entries.append(&mut new);
         });
+    }
+
+    /// Whether another holder has a part of a range. Waits until it can be told.
+    pub(crate) fn is_shared(&self, range: &Range<usize>) -> bool {
+        let entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
+        let overlaps = |entry: &Entry| entry.range.start < range.end && range.start < entry.range.end;
+        entries.iter().any(|entry| entry.id != self.id && entry.owner.is_current() && overlaps(entry))
     }
 }
 

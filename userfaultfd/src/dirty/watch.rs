@@ -206,6 +206,11 @@ impl Watch {
         std::mem::swap(&mut *self.ranges.lock().unwrap_or_else(PoisonError::into_inner), &mut ranges);
     }
 
+    /// Whether another tracker, snapshot or pager of this process says that it has a part of a range.
+    pub(crate) fn is_held_by_another(&self, range: &Range<usize>) -> bool {
+        self.held.is_shared(range)
+    }
+
     /// From now on nothing is known any more.
     pub(crate) fn fail(&self, error: &Error) {
         let errno = error.errno().unwrap_or(Errno::EIO);
@@ -396,10 +401,16 @@ impl Watch {
 
     /// Protects all of a registered range.
     pub(crate) fn arm(&self, range: &Range<usize>) -> Result<()> {
+        self.arm_through(&self.uffd, range)
+    }
+
+    /// The same, through another descriptor of the same process: the kernel doesn't ask which one has registered memory
+    /// that is protected or filled.
+    pub(crate) fn arm_through(&self, uffd: &Uffd, range: &Range<usize>) -> Result<()> {
         if self.leaves_holes {
             return self.arm_around_holes(range);
         }
-        self.protect(range)?;
+        self.protect_through(uffd, range)?;
         if !self.fills_empty() {
             return Ok(());
         }
@@ -410,7 +421,7 @@ impl Watch {
                 let chunk = start..end.min(start.saturating_add(CHUNK * page_size()));
                 words.read(&self.pagemap, &chunk)?;
                 let empty = runs(&chunk, page_size(), |index| words.get(index).is_empty());
-                self.protect_empty(&chunk, &empty)?;
+                self.protect_empty_through(uffd, &chunk, &empty)?;
             }
         }
         Ok(())
@@ -518,6 +529,10 @@ impl Watch {
     /// That `part` was protected shows that what lies there is registered for it; that it can be registered again
     /// shows that it is registered with this descriptor. So pages of what was mapped there meanwhile aren't filled.
     pub(crate) fn protect_empty(&self, part: &Range<usize>, empty: &[Range<usize>]) -> Result<()> {
+        self.protect_empty_through(&self.uffd, part, empty)
+    }
+
+    fn protect_empty_through(&self, uffd: &Uffd, part: &Range<usize>, empty: &[Range<usize>]) -> Result<()> {
         if empty.is_empty() {
             return Ok(());
         }
@@ -529,7 +544,7 @@ impl Watch {
             Err(error) => return Err(error),
         }
         for run in empty {
-            match self.fill(run) {
+            match self.fill_through(uffd, run) {
                 // Mapped anew meanwhile.
                 Err(error) if error.errno() == Some(Errno::ENOENT) => {
                     return Err(Error::NotTracked { start: run.start, end: run.end });
@@ -537,17 +552,21 @@ impl Watch {
                 result => result?,
             }
         }
-        self.protect(part)
+        self.protect_through(uffd, part)
     }
 
     /// Makes pages of private anonymous memory that are empty such that can be protected: the zero page is mapped.
-    #[expect(unsafe_code, reason = "filling is")]
     pub(crate) fn fill(&self, range: &Range<usize>) -> Result<()> {
+        self.fill_through(&self.uffd, range)
+    }
+
+    #[expect(unsafe_code, reason = "filling is")]
+    fn fill_through(&self, uffd: &Uffd, range: &Range<usize>) -> Result<()> {
         let Range { mut start, end } = *range;
         while start < end {
             // SAFETY: what is empty in private anonymous memory holds zeros already; other pages aren't touched.
             let filled = retry(self.tries, || unsafe {
-                self.uffd.zeropage_with(pointer(start), end - start, ZeropageMode::empty())
+                uffd.zeropage_with(pointer(start), end - start, ZeropageMode::empty())
             });
             match filled {
                 Ok(bytes) => start += bytes,
@@ -563,9 +582,13 @@ impl Watch {
 
     /// Protects a range, as far as it is registered.
     pub(crate) fn protect(&self, range: &Range<usize>) -> Result<()> {
+        self.protect_through(&self.uffd, range)
+    }
+
+    fn protect_through(&self, uffd: &Uffd, range: &Range<usize>) -> Result<()> {
         self.each(range, |start, len| match self.protection {
-            Protection::Write => self.uffd.write_protect_unexplained(start, len),
-            Protection::ReadWrite => self.uffd.read_write_protect_unexplained(start, len),
+            Protection::Write => uffd.write_protect_unexplained(start, len),
+            Protection::ReadWrite => uffd.read_write_protect_unexplained(start, len),
         })
     }
 

@@ -95,7 +95,7 @@ mod layout;
 mod load;
 mod own;
 mod pages;
-mod point;
+pub(crate) mod point;
 #[cfg(test)]
 mod races;
 mod record;

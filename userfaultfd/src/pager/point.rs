@@ -15,6 +15,17 @@ pub(crate) enum Point {
     BeforeWake,
     /// The child of a fork is about to be served. Not in the life of a fault.
     BeforeAdopt,
+    /// Not in the life of a fault either.
+    Snapshot(Moment),
+}
+
+/// Where a snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// Memory is about to be protected.
+    BeforeProtect,
+    /// Memory is about to be protected through the second descriptor, since its layout changes all the time.
+    BeforeBeside,
 }
 
 /// The pager is at a point, with the page at an address. Nothing outside of tests.

@@ -4,16 +4,18 @@
 //! memory is protected ahead, while whoever writes to it goes on at once, and for the moment itself there is only left
 //! what was written since: as live migration copies memory while its machine runs on, and stops it for the rest.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::bits::Bits;
-use super::copier::{Active, Copier, PATIENCE, bits_of};
+use super::copier::{Active, Copier, bits_of};
 use super::layout::Part;
 use super::shared::Begin;
 use super::slices::Slices;
 use crate::dirty::watch::pointer;
+use crate::pager::point::{Moment, Point, reach};
 use crate::{Errno, Error, RegisterMode, Result, page_size};
 
 /// So few pages aren't protected ahead, but at the moment itself.
@@ -22,11 +24,11 @@ const FEW: usize = 256;
 /// How often what was written is protected again ahead, if that is less and less.
 const ROUNDS: usize = 5;
 
-/// How long it is tried to protect what isn't while the layout changes, and writers wait. Then all begins anew, and for a
-/// moment nothing tells of changes.
-const MOST: Duration = Duration::from_millis(200);
+/// Time without success, while the layout changes and writers wait, after which memory is protected through the
+/// [second descriptor](Copier::beside).
+const REFUSED: Duration = Duration::from_millis(20);
 
-/// How long in all.
+/// Time after which a snapshot that can't begin fails.
 const GIVE_UP: Duration = Duration::from_secs(20);
 
 impl Copier {
@@ -40,28 +42,27 @@ impl Copier {
         }
         self.look_ahead()?;
         self.protect_ahead()?;
-        let (moment, mut since, mut all_markers) = (Instant::now(), Instant::now(), false);
+        let (moment, mut all_markers) = (Instant::now(), false);
+        self.protected_beside = false;
         loop {
-            if !self.protect_rest(since)? {
-                if moment.elapsed() > GIVE_UP {
-                    return Err(Error::SystemError(Errno::EAGAIN));
-                }
-                self.start_over()?;
-                since = Instant::now();
-                continue;
-            }
+            self.protect_rest(moment)?;
+            let mapped = self.mappings()?;
             // Protection ends without an event, too. The moment is the beginning of a look that finds all protected,
             // since nothing is protected during it: of a page that lost its protection before, and was written, the
             // content would be of a later moment.
             let lost = self.look_at_all()?;
             let markers = lost.pages == lost.markers;
             if lost.pages == 0 || markers && all_markers {
-                break;
+                if !self.protected_beside || self.is_where_it_was(&mapped)? {
+                    self.mapped = mapped;
+                    break;
+                }
+                self.hold_faults()?;
             }
             // What looks like one may be a page that was swapped out. That is protected now.
             all_markers = markers;
+            check_time(moment)?;
         }
-        self.mapped = self.mappings()?;
         let wanted = self.dirty.clone();
         let removed = std::mem::replace(&mut self.removed, Bits::new(wanted.len(), false));
         self.dirty.set(0..wanted.len(), false);
@@ -139,16 +140,18 @@ impl Copier {
         }
     }
 
-    /// Protects all that isn't. Tells whether that could be done: the layout may change all the time.
-    fn protect_rest(&mut self, since: Instant) -> Result<bool> {
+    /// Protects all that isn't.
+    fn protect_rest(&mut self, moment: Instant) -> Result<()> {
         let mut from = 0;
         while let Some(part) = self.next_unprotected(&mut from) {
             match self.protect(&part) {
                 Ok(()) => from = bits_of(&part).end,
-                // Who changes the layout waits until its event is read.
+                // The thread that changes the layout waits until its event is read.
                 Err(error) if error.is_retryable() => {
-                    if since.elapsed() > MOST {
-                        return Ok(false);
+                    check_time(moment)?;
+                    if moment.elapsed() > REFUSED && self.protect_beside(&part)? {
+                        from = bits_of(&part).end;
+                        continue;
                     }
                     self.hold_faults()?;
                     thread::yield_now();
@@ -156,10 +159,59 @@ impl Copier {
                 Err(error) => return Err(error),
             }
         }
+        Ok(())
+    }
+
+    /// Protects a part through the second descriptor, which the kernel doesn't refuse while the layout changes. Returns
+    /// whether that could be done.
+    ///
+    /// No event is read for it, so the threads that drop pages stop at their next drop. A part that was moved or unmapped
+    /// by a change that isn't read yet counts as protected, too: [`is_where_it_was`](Self::is_where_it_was) finds that.
+    fn protect_beside(&mut self, part: &Part) -> Result<bool> {
+        let Some(beside) = &self.beside else { return Ok(false) };
+        let range = part.address..part.address + part.len;
+        reach(Point::Snapshot(Moment::BeforeBeside), part.address);
+        // What another tracker has there by now isn't touched.
+        if self.watch.is_held_by_another(&range) {
+            return Ok(false);
+        }
+        self.protected_beside = true;
+        match self.watch.arm_through(beside, &range) {
+            Ok(()) => {
+                self.unprotected.set(bits_of(part), false);
+                Ok(true)
+            }
+            Err(Error::NotTracked { .. }) => Ok(false),
+            Err(error) if error.is_retryable() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether all is mapped, and by this descriptor's mappings: no page has moved or been unmapped by a change that isn't
+    /// read. For memory that was all seen protected after it was `mapped` so.
+    ///
+    /// A moved page leaves a hole, or memory that isn't protected, or memory that another descriptor protects.
+    fn is_where_it_was(&self, mapped: &[Range<usize>]) -> Result<bool> {
+        let mapped: usize = mapped.iter().map(Range::len).sum();
+        let parts = self.layout.parts();
+        if mapped != parts.iter().map(|part| part.len).sum::<usize>() {
+            return Ok(false);
+        }
+        for part in parts {
+            match self.watch.uffd.register_unexplained(
+                pointer(part.address),
+                part.len,
+                RegisterMode::WRITE_PROTECT,
+            ) {
+                Err(Error::SystemError(Errno::EBUSY | Errno::EINVAL)) => return Ok(false),
+                result => drop(result?),
+            }
+        }
         Ok(true)
     }
 
     fn protect(&mut self, part: &Part) -> Result<()> {
+        reach(Point::Snapshot(Moment::BeforeProtect), part.address);
         match self.watch.arm(&(part.address..part.address + part.len)) {
             Ok(()) => {
                 self.unprotected.set(bits_of(part), false);
@@ -167,7 +219,8 @@ impl Copier {
             }
             // Unmapped, which its event will tell.
             Err(Error::NotTracked { .. }) if self.is_changing() => Err(Error::SystemError(Errno::EAGAIN)),
-            // Some of it isn't ours any more, and no event tells: it was changed while nothing was registered.
+            // Some of it isn't ours any more, and no event tells: before Linux 6.18 any userfaultfd of the process can
+            // end a registration.
             Err(Error::NotTracked { .. }) if part.len > part.page => {
                 let half = (part.len / part.page).div_ceil(2) * part.page;
                 self.protect(&Part { len: half, ..part.clone() })?;
@@ -187,50 +240,9 @@ impl Copier {
             Err(error) => Err(error),
         }
     }
+}
 
-    /// Ends all protection, and begins without: every page may have changed then. For a program that changes its layout
-    /// all the time, so that protection can neither be put nor lifted. Registering isn't refused meanwhile, and what
-    /// isn't registered can be changed without an event.
-    fn start_over(&mut self) -> Result<()> {
-        self.free()?;
-        // All who waited for a fault have been woken.
-        self.held.clear();
-        self.changing = 0;
-        if let Some(part) = self.layout.parts().first().cloned() {
-            // Says that the layout changes before it says that nothing is registered.
-            for _ in 0..PATIENCE {
-                let protected = self.watch.uffd.write_protect_unexplained(pointer(part.address), part.len);
-                if !protected.is_err_and(|error| error.is_retryable()) {
-                    break;
-                }
-                self.hold_faults()?;
-                thread::yield_now();
-            }
-        }
-        self.held.clear();
-        for part in self.layout.parts() {
-            match self.watch.uffd.register_unexplained(
-                pointer(part.address),
-                part.len,
-                RegisterMode::WRITE_PROTECT,
-            ) {
-                // Unmapped, while nothing told.
-                Err(Error::SystemError(Errno::EINVAL)) => {}
-                result => drop(result?),
-            }
-        }
-        self.changed(0..self.dirty.len());
-        // What was unmapped meanwhile, of which no event tells.
-        for part in self.layout.parts().to_vec() {
-            let all = part.address..part.address + part.len;
-            let mappings = self.watch.process.mappings(&all)?;
-            let starts = mappings.iter().map(|mapping| mapping.range.start).chain([all.end]);
-            let ends = [all.start].into_iter().chain(mappings.iter().map(|mapping| mapping.range.end));
-            for hole in ends.zip(starts).map(|(end, start)| end..start).filter(|hole| !hole.is_empty()) {
-                let gone = self.layout.remove(&hole);
-                self.gone(&gone);
-            }
-        }
-        Ok(())
-    }
+/// Fails once a snapshot has tried to begin for too long.
+fn check_time(moment: Instant) -> Result<()> {
+    if moment.elapsed() > GIVE_UP { Err(Error::SystemError(Errno::EAGAIN)) } else { Ok(()) }
 }

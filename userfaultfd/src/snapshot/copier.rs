@@ -29,7 +29,7 @@ use crate::error::errno_of;
 use crate::owner::InheritedFd;
 use crate::proc_maps::Process;
 use crate::sync::AtomicU64;
-use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, page_size, sys};
+use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, Uffd, page_size, sys};
 
 /// How long pages that can't be read, or aren't protected any more, are looked at again: the event that says why may be
 /// on its way.
@@ -40,9 +40,6 @@ const DOUBT_MS: i32 = 10;
 
 /// How often an operation is tried while the memory layout changes, before something else is done about it.
 pub(super) const TRIES: u32 = 50;
-
-/// How often it is tried when nobody can start another change.
-pub(super) const PATIENCE: u32 = 100_000;
 
 /// The snapshot that is at work.
 #[derive(Debug)]
@@ -154,6 +151,11 @@ enum Saved {
 
 pub(super) struct Copier {
     pub(super) watch: Arc<Watch>,
+    /// A descriptor of the same process with which nothing is registered, so that no change of the layout is its: the
+    /// kernel doesn't refuse what is protected through it. `None` for memory of another process.
+    pub(super) beside: Option<Uffd>,
+    /// The snapshot that begins has used it.
+    pub(super) protected_beside: bool,
     shared: Arc<Shared>,
     pub(super) layout: Layout,
     pub(super) removal: Removal,
@@ -195,6 +197,7 @@ impl Drop for Copier {
 impl Copier {
     pub(super) fn new(
         watch: Arc<Watch>,
+        beside: Option<Uffd>,
         shared: Arc<Shared>,
         layout: Layout,
         (removal, series, look): (Removal, bool, Look),
@@ -204,10 +207,13 @@ impl Copier {
         let pages = silent.len();
         let fdinfo = File::open(format!("/proc/self/fdinfo/{}", watch.uffd.as_raw_fd()))?;
         let owned = [watch.uffd.as_fd(), watch.pagemap.as_fd(), fdinfo.as_fd()];
-        shared.inherited.get_or_init(|| owned.map(InheritedFd::new));
+        let owned = owned.into_iter().chain(beside.as_ref().map(AsFd::as_fd));
+        shared.inherited.get_or_init(|| owned.map(InheritedFd::new).collect());
         Ok(Self {
             fdinfo,
             watch,
+            beside,
+            protected_beside: false,
             shared,
             layout,
             removal,
@@ -392,14 +398,14 @@ impl Copier {
         let known = page.is_some();
         let (start, len) = page.map_or((start, page_size()), |page| (page.address, page.len));
         match self.watch.uffd.remove_write_protection(pointer(start), len, true) {
-            // The layout changes: what lies here may be another page than it seems.
-            Err(error) if error.is_retryable() && !(known && self.changing >= TRIES) => {
-                self.changing += 1;
-                self.held.push_back(event);
-                return Ok(());
+            // The layout changes: what lies here may be another page than it seems. Or it changes all the time.
+            Err(error) if error.is_retryable() => {
+                if !(known && self.changing >= TRIES && self.lift_beside(start, len)?) {
+                    self.changing += 1;
+                    self.held.push_back(event);
+                    return Ok(());
+                }
             }
-            // It changes all the time.
-            Err(error) if error.is_retryable() => self.register_anew(start, len)?,
             // Unmapped meanwhile.
             Err(error) if error.errno() == Some(Errno::ENOENT) => {
                 self.watch.uffd.wake(pointer(start), len)?;
@@ -445,25 +451,32 @@ impl Copier {
         Ok(if delivered { Writable::Now } else { Writable::Later })
     }
 
-    /// Lifts the protection of a page that has been saved, if it must be, whose next write needn't be known, by ending
-    /// its registration, and wakes who waits. Neither that nor registering is refused while the layout changes.
-    fn register_anew(&mut self, start: usize, len: usize) -> Result<()> {
-        let uffd = &self.watch.uffd;
-        if self.look.can_tell() {
-            self.words.read(&self.watch.pagemap, &(start..start + len))?;
-            if !self.words.get(0).is_protected() {
-                // Something else may lie there by now, and be registered by somebody else.
-                return uffd.wake(pointer(start), len);
+    /// Lifts the protection of a page that has been saved, if it must be, while the layout changes all the time, and wakes
+    /// the threads that wait for it: through the second descriptor. Returns whether that could be done.
+    fn lift_beside(&mut self, start: usize, len: usize) -> Result<bool> {
+        if self.beside.is_none() {
+            return Ok(false);
+        }
+        self.words.read(&self.watch.pagemap, &(start..start + len))?;
+        if self.words.get(0).is_protected() {
+            // A page that isn't saved may have moved here by a change that isn't read yet. Then mappings differ from what
+            // they were.
+            if self.mappings()? != self.mapped && !self.is_still_ours()? {
+                return Ok(false);
+            }
+            match self
+                .beside
+                .as_ref()
+                .map(|beside| beside.remove_write_protection(pointer(start), len, false))
+            {
+                Some(Err(error)) if error.is_retryable() => return Ok(false),
+                // Unmapped meanwhile.
+                Some(Err(error)) if error.errno() != Some(Errno::ENOENT) => return Err(error),
+                _ => {}
             }
         }
-        let registered = uffd.unregister_unexplained(pointer(start), len).and_then(|()| {
-            uffd.register_unexplained(pointer(start), len, RegisterMode::WRITE_PROTECT).map(drop)
-        });
-        match registered {
-            // Unmapped meanwhile.
-            Err(Error::SystemError(Errno::EINVAL)) => uffd.wake(pointer(start), len),
-            result => result,
-        }
+        self.watch.uffd.wake(pointer(start), len)?;
+        Ok(true)
     }
 
     fn count(&self, counter: impl Fn(&Counts) -> &AtomicU64, bytes: usize) {

@@ -185,7 +185,8 @@ impl<S: Sink + 'static> Snapshot<S> {
     ///
     /// - [`Error::Kernel`]: the kernel has no write protection for such memory (`EINVAL`: private anonymous memory
     ///   takes Linux 5.7, shared and hugetlb memory 5.19, files can't be protected), no descriptor, another
-    ///   userfaultfd has it (`EBUSY`; the text names the holder if it is of this process), no `/proc`.
+    ///   userfaultfd has it (`EBUSY`; the text names the holder if it is of this process), no `/proc`, a layout that
+    ///   changes for 20 seconds without a pause (`EAGAIN`; of another process, or before Linux 5.13).
     /// - [`Error::Sink`]: the sink can't begin.
     /// - [`Error::Thread`]: no threads.
     ///

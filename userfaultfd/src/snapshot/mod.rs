@@ -63,7 +63,7 @@
 //! | --- | --- |
 //! | it drops pages: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | saved before that, or zeros: [`Removal`]. What is dropped at the very moment at which other memory is unmapped or moved may be gone; so may, in a snapshot that begins then, what is dropped by a call that has waited for the snapshot before |
 //! | munmap(2), another mapping in its place | what isn't saved yet is gone: the kernel tells too late. What was unmapped before a snapshot of a [`Series`] begins is gone, too, until the end of the series |
-//! | mremap(2) | followed to its new place. It returns when all of the snapshot has been read, unless [`Removal::Zero`]. Where memory can't be protected for 200 ms, since its layout changes all the time, it is unregistered for a moment: what moves, or is unmapped, in that moment isn't followed |
+//! | mremap(2) | followed to its new place. It returns when all of the snapshot has been read, unless [`Removal::Zero`]. |
 //! | mprotect(2) to `PROT_NONE` | what isn't saved yet can't be read, and is gone if that lasts |
 //! | fork(2) | the child is another process; the snapshot goes on. From Linux 5.19 to 6.3 a child that writes to protected [hugetlb memory](crate::Uffd::write_protect) hangs |
 //! | a write through another mapping of the same file, write(2) to the file, a write to [pinned memory](crate::dirty#pinned-memory) | isn't held up: it may be in the snapshot or not |
@@ -133,6 +133,8 @@ mod look;
 mod maker;
 mod options;
 mod queue;
+#[cfg(test)]
+mod races;
 mod reader;
 mod shared;
 mod sink;

@@ -171,9 +171,16 @@ impl Options {
         };
         let shared = Arc::new(Shared::new().map_err(Error::Thread)?);
         let look = Look::new()?;
+        // Where the kernel doesn't tell what is protected, nothing shows whether it was this memory.
+        let beside = match watch.process {
+            Process::Own if look.can_tell() => {
+                Some(UffdBuilder::new().close_on_exec(true).user_mode_only(self.user_mode_only).create()?)
+            }
+            _ => None,
+        };
         let silent = silent(&watch, &parts, look.can_tell())?;
         let how = (self.removal, series, look);
-        let copier = Copier::new(watch, Arc::clone(&shared), Layout::new(parts), how, silent, chunk)
+        let copier = Copier::new(watch, beside, Arc::clone(&shared), Layout::new(parts), how, silent, chunk)
             .map_err(Error::Thread)?;
         let copier = thread::Builder::new()
             .name("snapshot".into())

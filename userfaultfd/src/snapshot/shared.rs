@@ -28,7 +28,7 @@ pub(super) struct Counts {
 pub(super) struct Shared {
     pub(super) owner: Owner,
     /// What the thread owns, as long as it does.
-    pub(super) inherited: OnceLock<[InheritedFd; 3]>,
+    pub(super) inherited: OnceLock<Vec<InheritedFd>>,
     /// Something to read there means that something changed.
     pub(super) woken: UnixStream,
     /// Its other end, which the queue of each snapshot has, too.

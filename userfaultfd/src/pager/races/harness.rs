@@ -399,7 +399,7 @@ macro_rules! races {
         const _: fn(Point) = |point| match point {
             $(Point::$point => {})*
             // No points of every fault: see `found` and `control`.
-            Point::BeforeAdopt | Point::BeforeMap => {}
+            Point::BeforeAdopt | Point::BeforeMap | Point::Snapshot(_) => {}
         };
         use $crate::pager::point::Point;
     };
