@@ -1,6 +1,7 @@
 //! `cargo xtask ci`: everything that has to pass before a change goes in. `.ci/run` is the same.
 
 mod bare;
+mod deny;
 mod host;
 mod require;
 mod step;

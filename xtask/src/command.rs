@@ -4,6 +4,8 @@ use std::env;
 use std::path::Path;
 use std::process::Command;
 
+use serde_json::Value;
+
 use crate::tree;
 
 /// The cargo that runs this program, in the workspace.
@@ -41,4 +43,15 @@ pub(crate) fn display(command: &Command) -> String {
     words.push(program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().into_owned());
     words.extend(command.get_args().map(|argument| argument.to_string_lossy().into_owned()));
     words.join(" ")
+}
+
+/// The cargo features of one of the workspace's packages, without `default`.
+pub(crate) fn features(package: &str) -> Result<Vec<String>, String> {
+    let text = output(&mut cargo(&["metadata", "--no-deps", "--format-version=1"]))?;
+    let metadata: Value = serde_json::from_str(&text).map_err(|e| format!("cargo metadata: {e}"))?;
+    let packages = metadata["packages"].as_array().into_iter().flatten();
+    let features =
+        packages.filter(|entry| entry["name"] == package).find_map(|entry| entry["features"].as_object());
+    let features = features.ok_or_else(|| format!("cargo metadata tells no features of {package}"))?;
+    Ok(features.keys().filter(|name| *name != "default").cloned().collect())
 }

@@ -10,6 +10,7 @@ mod kernels;
 mod libclang;
 mod mutants;
 mod pip;
+mod public_api;
 mod sanitize;
 mod sys;
 mod tree;
@@ -46,9 +47,11 @@ fn main() -> ExitCode {
         "kernels" => kernels::run(&arguments),
         "libclang" => libclang::load().map(|path| println!("{}", path.display())),
         "mutants" => mutants::run(&arguments),
+        "public-api" => public_api::run(&arguments),
         "sanitize" => sanitize::run(&arguments),
         command if command.is_empty() || is_help(command) => {
-            print!("{USAGE}\n{}\n{}\n{}\n{}", cross::USAGE, kernels::USAGE, mutants::USAGE, sanitize::USAGE);
+            let others = [cross::USAGE, kernels::USAGE, mutants::USAGE, public_api::USAGE, sanitize::USAGE];
+            print!("{USAGE}\n{}", others.join("\n"));
             Ok(())
         }
         _ => Err(format!("no command `{command}`\n\n{USAGE}")),

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use super::step::{Outcome, Step};
-use super::{bare, require, targets, test};
+use super::{bare, deny, require, targets, test};
 use crate::command::{cargo, execute, output};
+use crate::public_api::{self, Checked};
 use crate::{bindings, libclang, tree};
 
 /// A header tree that may lie beside the repository. Without it the headers are fetched.
@@ -30,6 +31,8 @@ pub(super) const STEPS: &[Step] = &[
     step("features", "the library with its optional parts", features),
     step("doc", "documentation, warnings denied", doc),
     step("docs-rs", "documentation as docs.rs builds it", docs_rs),
+    step("api", "the public interface is that of userfaultfd/public-api.txt", public_api),
+    step("deny", "licences, duplicates and advisories of dependencies", deny::run),
     step("targets", "every Linux target of this Rust has bindings", targets::run),
     step("bindings", "the committed bindings are those of their kernel's headers", check_bindings),
     step("bindgen", "feature `bindgen`, with the same headers", bindgen),
@@ -68,6 +71,13 @@ fn doc() -> Result<Outcome, String> {
 fn docs_rs() -> Result<Outcome, String> {
     let mut command = cargo(&["doc", "--package=userfaultfd-sys", "--package=userfaultfd", "--no-deps"]);
     passed(execute(command.env("DOCS_RS", "1").env("RUSTDOCFLAGS", "--cfg=docsrs --deny=warnings")))
+}
+
+fn public_api() -> Result<Outcome, String> {
+    match public_api::check()? {
+        Checked::Same => Ok(Outcome::Passed),
+        Checked::OtherFormat(_) => Ok(Outcome::Skipped("the JSON of this rustdoc is of another version")),
+    }
 }
 
 /// The headers of the committed bindings' kernel: beside the repository, or fetched. `None` where neither is possible: a
