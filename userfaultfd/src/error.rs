@@ -161,6 +161,15 @@ pub enum Error {
         end: usize,
     },
 
+    /// A range to track isn't part of the [`LazyMemory`](crate::LazyMemory) that the tracker is of.
+    #[error("{start:#x}..{end:#x} isn't part of the memory that this tracker is of")]
+    OtherMemory {
+        /// The first address.
+        start: usize,
+        /// The address behind the last.
+        end: usize,
+    },
+
     /// In a tracked range lies memory that isn't registered: something else was mapped there. What was written to it
     /// isn't known. [`untrack`](crate::DirtyTracker::untrack) the range, and track it again.
     #[error("memory in {start:#x}..{end:#x} isn't tracked any more: something else was mapped there")]
@@ -222,6 +231,7 @@ impl Error {
             | Error::Blocking
             | Error::EmptyBuffer
             | Error::AlreadyTracked { .. }
+            | Error::OtherMemory { .. }
             | Error::MissingServed { .. } => Some(Errno::EINVAL),
             Error::NotTracked { .. } => Some(Errno::ENOENT),
             Error::OtherProcess => Some(Errno::ESRCH),

@@ -399,7 +399,8 @@ impl LazyMemory {
     /// A page counts as written when the program writes it, not when it is filled; a page that is poisoned counts as
     /// written. Memory that is [filled](Self::fill) has a tracker with a descriptor of its own, as
     /// [`DirtyTracker::new`](DirtyTracker::new) makes it. The tracker may outlive the memory, and reports
-    /// [`NotTracked`](crate::Error::NotTracked) then.
+    /// [`NotTracked`](crate::Error::NotTracked) then. It tracks this memory alone: other ranges are
+    /// [`OtherMemory`](crate::Error::OtherMemory) while the pager fills it.
     ///
     /// Since Linux 6.7 in [`Mode::Async`](crate::dirty::Mode::Async). From 5.13 on in
     /// [`Mode::Sync`](crate::dirty::Mode::Sync): the pager's threads resolve the first write to each page, and a system
@@ -435,7 +436,9 @@ impl LazyMemory {
         self.check_owner()?;
         let (options, ranges) = match &self.served {
             Served::Pager(pager, _, region, _) => match pager.lend(*region) {
-                Ok((uffd, lease, ranges)) => (dirty::Options::new().lease(uffd, lease), ranges),
+                Ok((uffd, lease, ranges)) => {
+                    (dirty::Options::new().lease(uffd, lease, ranges.clone()), ranges)
+                }
                 Err(Error::NotServed) => self.own_tracker(),
                 Err(error) => return Err(error),
             },

@@ -13,7 +13,7 @@
 
 #![expect(unsafe_code, reason = "closes numbers whose owner is out of reach")]
 
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
 use crate::{Errno, sys};
@@ -84,6 +84,26 @@ impl InheritedFd {
             // caller has made sure; and it is taken out above, so that it is closed once.
             drop(unsafe { sys::own(number) });
         }
+    }
+}
+
+/// A descriptor with its number, for a fork's child to close.
+#[derive(Debug)]
+pub(crate) struct NotedFd {
+    fd: OwnedFd,
+    pub(crate) number: InheritedFd,
+}
+
+impl From<OwnedFd> for NotedFd {
+    fn from(fd: OwnedFd) -> Self {
+        let number = InheritedFd::new(fd.as_fd());
+        Self { fd, number }
+    }
+}
+
+impl AsFd for NotedFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

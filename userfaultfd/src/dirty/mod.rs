@@ -267,7 +267,8 @@ impl DirtyTracker {
     ///
     /// [`AlreadyTracked`](crate::Error::AlreadyTracked) if a part is.
     /// [`MissingServed`](crate::Error::MissingServed): a [descriptor](Options::descriptor) without `WP_UNPOPULATED`, and
-    /// private anonymous memory whose missing pages another handler fills. Those of
+    /// private anonymous memory whose missing pages another handler fills.
+    /// [`OtherMemory`](crate::Error::OtherMemory): the tracker is that of a [`LazyMemory`](crate::LazyMemory). Those of
     /// [`register_with_mode`](crate::Uffd::register_with_mode): `EINVAL` for memory that can't be tracked in this
     /// mode (files, other than memfd and tmpfs, can in `Async` mode alone), for nothing mapped and for unaligned
     /// bounds; `EBUSY` if another userfaultfd has it, with the [holder](crate::Refusal::holder) if that is known. Nothing

@@ -1,5 +1,6 @@
 //! How a tracker is made: which mode, which descriptor, whose memory.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use super::serve::Server;
@@ -57,8 +58,8 @@ pub struct Options {
     process: Process,
     /// What ranges are registered for beside, where somebody else reads the descriptor.
     elsewhere: Option<RegisterMode>,
-    /// Of memory that a pager fills.
-    lease: Option<Arc<Lease>>,
+    /// Of memory that a pager fills, and where it lies.
+    lease: Option<(Arc<Lease>, Vec<Range<usize>>)>,
 }
 
 impl Default for Options {
@@ -133,15 +134,15 @@ impl Options {
     }
 
     /// Tracks memory that a pager of this process fills through the descriptor.
-    pub(crate) fn lease(self, uffd: Uffd, lease: Arc<Lease>) -> Self {
-        Self { lease: Some(lease), ..self.descriptor(uffd).read_elsewhere(RegisterMode::MISSING) }
+    pub(crate) fn lease(self, uffd: Uffd, lease: Arc<Lease>, ranges: Vec<Range<usize>>) -> Self {
+        Self { lease: Some((lease, ranges)), ..self.descriptor(uffd).read_elsewhere(RegisterMode::MISSING) }
     }
 
     /// Makes it.
     pub(crate) fn open(self, protection: Protection) -> Result<(Arc<Watch>, Mode, Option<Server>)> {
         let lease = self.lease.clone();
         self.open_leased(protection).inspect_err(|_| {
-            if let Some(lease) = lease {
+            if let Some((lease, _)) = lease {
                 lease.give_back();
             }
         })
@@ -181,7 +182,7 @@ impl Options {
         let features = uffd.features();
         let mode = if features.contains(asynchronous) { Mode::Async } else { Mode::Sync };
         let mut watch = Watch::new(uffd, self.process, protection, holder)?;
-        watch.lease = self.lease;
+        (watch.lease, watch.lent) = self.lease.unzip();
         watch.also = self.elsewhere.unwrap_or(RegisterMode::empty());
         watch.leaves_holes =
             protection == Protection::Write && mode == Mode::Async && self.elsewhere.is_none();

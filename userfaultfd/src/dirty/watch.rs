@@ -157,6 +157,8 @@ pub(crate) struct Watch {
     pub(crate) tries: usize,
     /// Of memory that a pager of this process fills: an empty page is one that is missing.
     pub(crate) lease: Option<Arc<Lease>>,
+    /// That memory. The descriptor is the pager's, which knows nothing of other ranges: their faults would have no end.
+    pub(crate) lent: Option<Vec<Range<usize>>>,
     /// Large holes of private anonymous memory aren't protected before something is there: that takes page tables. Where
     /// a scan tells what is written, and empty pages belong to nobody else.
     pub(crate) leaves_holes: bool,
@@ -183,6 +185,7 @@ impl Watch {
             notes: false,
             tries: TRIES,
             lease: None,
+            lent: None,
             leaves_holes: false,
             ranges: Mutex::new(Arc::new([])),
             held: Held::new(owner, holder),
@@ -269,6 +272,7 @@ impl Watch {
         if ranges::overlaps(&all, range) {
             return Err(Error::AlreadyTracked { start: range.start, end: range.end });
         }
+        self.check_lent(range)?;
         self.check_missing(range)?;
         self.check()?;
         let ioctls = self
@@ -290,6 +294,17 @@ impl Watch {
                 drop(self.release(range));
                 Err(error)
             }
+        }
+    }
+
+    /// Refuses memory that isn't lent.
+    fn check_lent(&self, range: &Range<usize>) -> Result<()> {
+        let holds = |lent: &Range<usize>| lent.start <= range.start && range.end <= lent.end;
+        match &self.lent {
+            Some(lent) if !lent.iter().any(holds) => {
+                Err(Error::OtherMemory { start: range.start, end: range.end })
+            }
+            _ => Ok(()),
         }
     }
 

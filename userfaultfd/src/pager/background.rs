@@ -23,7 +23,7 @@ use super::run::Run;
 use super::shared::{Lease, Shared};
 use super::sigbus::{Lazy, Lost};
 use super::{Pager, Progress, RegionId, Result, Retry};
-use crate::owner::Owner;
+use crate::owner::{Owner, abandon};
 use crate::sys;
 
 /// Bytes that are filled between two looks whether a fault waits, unless they take longer than [`STEP_TIME`]; and of one
@@ -265,8 +265,9 @@ impl Background {
 
     fn join(&mut self) {
         if !self.control.owner.is_current() {
-            // They aren't there, and whoever had locked the list may not be either.
-            return;
+            // The threads aren't there, and one that had locked the list may not be either. Their handles may stand for
+            // threads that this process has started since: they are never dropped.
+            return abandon(&self.control);
         }
         // One may start another one until it ends.
         while let Some(thread) = { lock(&self.control.threads).pop() } {

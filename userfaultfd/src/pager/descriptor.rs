@@ -14,14 +14,14 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::growth;
 use super::layout::{Layout, Segment};
 use super::shared::OUTSIDE;
-use crate::owner::InheritedFd;
+use crate::owner::{InheritedFd, NotedFd};
 use crate::{FeatureFlags, Uffd};
 
 /// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any time.
@@ -73,7 +73,7 @@ pub(crate) struct Descriptor {
     /// Whether the last read failed, which was reported.
     pub(crate) read_failed: AtomicBool,
     /// What tells of the process's end.
-    pub(crate) ends: Mutex<Vec<OwnedFd>>,
+    pub(crate) ends: Mutex<Vec<NotedFd>>,
     closed: AtomicBool,
     /// How many regions are being registered, and aren't in the layout yet.
     registering: AtomicUsize,

@@ -265,15 +265,13 @@ impl Shared {
         };
         let slots = table.iter().flat_map(|table| table.slots.iter().flatten());
         let of_descriptors = slots.filter(|served| descriptor.is_none_or(|id| id == served.id));
+        let ends: Vec<_> = of_descriptors.clone().filter_map(|served| served.ends.try_lock().ok()).collect();
         let own = [&self.epoll, &self.bell, &self.control_epoll, &self.control_bell];
         let own = own.map(|fd| InheritedFd::new(fd.as_fd()));
         let timer = InheritedFd::new(self.retries.timer());
         let own = own.iter().chain([&timer]).filter(|_| descriptor.is_none());
-        let ends = of_descriptors.clone().filter_map(|served| served.ends.try_lock().ok());
-        let ends: Vec<_> = ends
-            .flat_map(|ends| ends.iter().map(|end| InheritedFd::new(end.as_fd())).collect::<Vec<_>>())
-            .collect();
-        for fd in of_descriptors.map(|served| &served.inherited).chain(own).chain(&ends) {
+        let ends = ends.iter().flat_map(|ends| ends.iter().map(|end| &end.number));
+        for fd in of_descriptors.map(|served| &served.inherited).chain(own).chain(ends) {
             // SAFETY: this is a child, without the threads, and every method of the pager is an error in it. The table
             // owned the descriptor when the process forked, or else its number was forgotten; nothing of the table, nor
             // of this, is dropped any more. The pager's own are asked for once, when it is dropped.
@@ -604,7 +602,7 @@ impl Shared {
         };
         let (epoll, token) = (self.control_epoll.as_fd(), Token::of(descriptor).0);
         sys::epoll_control(epoll, libc::EPOLL_CTL_ADD, end.as_fd(), events | libc::EPOLLONESHOT, token)?;
-        lock(&descriptor.ends).push(end.into());
+        lock(&descriptor.ends).push(OwnedFd::from(end).into());
         Ok(())
     }
 

@@ -1,7 +1,11 @@
 //! What a fork's child inherits is the parent's: it can neither use it nor harm it.
 
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::net::UnixStream;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
+use std::thread;
 
 use userfaultfd::pager::{Around, BytesSource, Error, Order, Pager, Refused, Region};
 use userfaultfd::{FeatureFlags, LazyMemory};
@@ -10,6 +14,7 @@ use crate::scene::{Pages, byte, check, region, serve, served};
 use crate::support::child;
 use crate::support::mapping::Mapping;
 use crate::support::memory::Memory;
+use crate::support::proc::wait_until;
 use crate::support::{page, require, test_name, uffd};
 
 const PAGES: usize = 16;
@@ -111,6 +116,58 @@ fn what_a_child_drops_closes_its_own_numbers() {
         assert_eq!(pager.statistics().poisoned, 0);
         drop(things);
         assert_eq!(open(), 0);
+    });
+}
+
+/// Each number is closed once, so that one that the child has opened since stays open.
+#[test]
+fn dropping_in_a_child_closes_each_number_once() {
+    require!();
+    child::run_well(test_name!(), || {
+        let pager = Arc::new(Pager::new().unwrap());
+        let memory = lazy(Some(&pager));
+        let (end, _other) = UnixStream::pair().unwrap();
+        pager.watch(pager.descriptors()[0], end).unwrap();
+        let mut things = Some((pager, memory));
+        child::fork(|| {
+            let (pager, memory) = things.take().unwrap();
+            drop(memory);
+            let files: Vec<File> = (0..16).map(|_| File::open("/proc/self/exe").unwrap()).collect();
+            drop(pager);
+            files.iter().for_each(|file| drop(file.metadata().unwrap()));
+        })
+        .succeed();
+        assert_eq!(things.unwrap().1[0], byte(0));
+    });
+}
+
+/// Memory that threads of the parent had is used again by threads of the child.
+#[test]
+fn a_child_that_drops_a_finished_background_leaves_its_own_threads_alone() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = lazy(None);
+        let background = memory.background(Order::Ascending).unwrap();
+        let is_of_background = |task: io::Result<fs::DirEntry>| {
+            let name = fs::read_to_string(task.unwrap().path().join("comm"));
+            name.is_ok_and(|name| name == "uffd-background\n")
+        };
+        wait_until(|| {
+            background.is_finished() && !fs::read_dir("/proc/self/task").unwrap().any(is_of_background)
+        });
+        let mut background = Some(background);
+        child::fork(|| {
+            let gate = Arc::new(Barrier::new(9));
+            let wait = |gate: &Arc<Barrier>| {
+                let gate = Arc::clone(gate);
+                move || drop(gate.wait())
+            };
+            let threads: Vec<_> = (0..8).map(|_| thread::spawn(wait(&gate))).collect();
+            drop(background.take());
+            gate.wait();
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
+        })
+        .succeed();
     });
 }
 

@@ -9,10 +9,11 @@ use std::thread;
 use userfaultfd::dirty::Ranges;
 use userfaultfd::pager::{Around, BytesSource, Fill};
 use userfaultfd::snapshot::{self, Content};
-use userfaultfd::{DirtyTracker, FeatureFlags, LazyMemory, pager};
+use userfaultfd::{DirtyTracker, Error, FeatureFlags, LazyMemory, pager};
 
 use crate::reader::{Seen, read, tell_signals};
 use crate::scene::{Pages, Problems, byte, can_poison};
+use crate::support::memory::Memory;
 use crate::support::{child, features, has, hugetlb, page, require, test_name};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
@@ -319,4 +320,26 @@ fn what_is_missing_is_filled_and_saved() {
         image[7 * page()..8 * page()].copy_from_slice(&change[7 * page()..8 * page()]);
         assert!(image == memory[..], "{sigbus}");
     }
+}
+
+/// The pager knows nothing of other memory, and would leave its faults alone.
+#[test]
+fn tracker_of_lazy_memory_refuses_other_memory() {
+    require!(WRITE_PROTECT);
+    let (memory, _) = memory(8, Around::Page);
+    let Some(mut tracker) = tracker(test_name!(), &memory) else { return };
+    let other = Memory::anonymous(8);
+    let (start, lazy) = (other.start().addr(), memory.as_ptr().addr());
+    for range in [start..start + other.len(), lazy..lazy + 9 * page(), lazy - page()..lazy + page()] {
+        tracker.untrack(lazy..lazy + memory.len()).unwrap();
+        let refused = tracker.track(range.clone()).unwrap_err();
+        assert!(
+            matches!(refused, Error::OtherMemory { start, end } if (start, end) == (range.start, range.end)),
+            "{refused}"
+        );
+    }
+    assert_eq!(other.read(3), 0);
+    // A part of its own memory is tracked again.
+    tracker.track(lazy + 2 * page()..lazy + 4 * page()).unwrap();
+    assert_eq!(memory[3 * page()], byte(3));
 }
