@@ -5,7 +5,6 @@ use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
-use crate::dirty::watch::Lease;
 use crate::dirty::{self, DirtyTracker};
 use crate::own_mapping::OwnMapping;
 use crate::pager::{
@@ -14,6 +13,7 @@ use crate::pager::{
     Target, WorkingSet, region, sigbus,
 };
 use crate::snapshot::{self, Series, Sink, Snapshot};
+use crate::watch::Lease;
 use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 
 /// Memory of this process that is read from a source as it is touched.

@@ -292,6 +292,7 @@ pub mod snapshot;
 mod sync;
 mod sys;
 mod uffd;
+mod watch;
 
 pub use nix::errno::Errno;
 pub use nix::unistd::Pid;

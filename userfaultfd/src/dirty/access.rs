@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use super::changes::{Eye, Ranges};
 use super::options::{Mode, Options};
-use super::watch::Protection;
 use super::{Stats, Tracker};
 use crate::pagemap::Categories;
+use crate::watch::Protection;
 use crate::{Event, Result};
 
 /// Which pages were read or written since they were last reset: the working set.

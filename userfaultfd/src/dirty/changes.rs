@@ -5,10 +5,10 @@ use std::fmt;
 use std::iter::FusedIterator;
 use std::ops::Range;
 
-use super::ranges::Tracked;
-use super::watch::{CHUNK, Watch, Words, runs};
 use crate::pagemap::{Categories, Region, Scan};
 use crate::proc_maps::Mapping;
+use crate::watch::ranges::Tracked;
+use crate::watch::{CHUNK, Watch, Words, runs};
 use crate::{Errno, Error, Result, page_size};
 
 /// Ranges that a scan reports at a time.

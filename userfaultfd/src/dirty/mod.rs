@@ -84,9 +84,7 @@
 mod access;
 mod changes;
 pub(crate) mod options;
-pub(crate) mod ranges;
 mod serve;
-pub(crate) mod watch;
 
 use std::fmt;
 use std::ops::Range;
@@ -98,8 +96,8 @@ use self::changes::Eye;
 pub use self::changes::Ranges;
 pub use self::options::{Mode, Options};
 use self::serve::Server;
-use self::watch::{Protection, Watch};
 use crate::pagemap::Categories;
+use crate::watch::{Protection, Watch, ranges};
 use crate::{Event, FaultKind, Result};
 
 /// What a tracker has done.

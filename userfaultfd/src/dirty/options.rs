@@ -4,11 +4,11 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use super::serve::Server;
-use super::watch::{Lease, Protection, Watch, Words, pointer};
 use crate::error::errno_of;
 use crate::holder::Holder;
 use crate::pagemap::{Pagemap, Region, Scan};
 use crate::proc_maps::Process;
+use crate::watch::{Lease, Protection, Watch, Words, pointer};
 use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder, page_size};
 
 /// How a tracker learns of an access.

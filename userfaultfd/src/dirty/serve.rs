@@ -6,9 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use super::watch::Watch;
 use crate::error::errno_of;
 use crate::owner::{InheritedFd, abandon};
+use crate::watch::Watch;
 use crate::{Error, Event, EventBuffer, Result, page_size, sys};
 
 /// Messages that are read at a time.

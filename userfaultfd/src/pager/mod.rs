@@ -148,9 +148,9 @@ use self::retry::Deferred;
 use self::serve::Worker;
 use self::shared::{Note, Shared};
 use self::shutdown::{Cover, Patience, Unfillable};
-use crate::dirty::watch::Lease;
 use crate::holder::{Held, Holder};
 use crate::owner::Owner;
+use crate::watch::Lease;
 use crate::{Errno, FeatureFlags, RegisterMode, Uffd, mapped_vec};
 
 /// A descriptor that a pager serves.

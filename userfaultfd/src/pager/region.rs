@@ -18,8 +18,8 @@ use super::load::caught;
 use super::pages::Pages;
 use super::record::Log;
 use super::{Absent, Error, PageSource, Result};
-use crate::dirty::watch::Lease;
 use crate::holder::Held;
+use crate::watch::Lease;
 use crate::{Errno, FeatureFlags, IoctlFlags, RegisterMode, Support};
 
 /// The most that is filled for one fault, unless told otherwise.

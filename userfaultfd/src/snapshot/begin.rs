@@ -14,8 +14,8 @@ use super::copier::{Active, Copier, bits_of};
 use super::layout::Part;
 use super::shared::Begin;
 use super::slices::Slices;
-use crate::dirty::watch::pointer;
 use crate::pager::point::{Moment, Point, reach};
+use crate::watch::pointer;
 use crate::{Errno, Error, RegisterMode, Result, page_size};
 
 /// So few pages aren't protected ahead, but at the moment itself.

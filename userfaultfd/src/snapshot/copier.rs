@@ -24,11 +24,11 @@ use super::options::Removal;
 use super::queue::{Buffer, End, Item, Payload, Queue, Size};
 use super::shared::{Counts, Shared};
 use super::slices::Slices;
-use crate::dirty::watch::{Watch, Words, pointer};
 use crate::error::errno_of;
 use crate::owner::InheritedFd;
 use crate::proc_maps::Process;
 use crate::sync::AtomicU64;
+use crate::watch::{Watch, Words, pointer};
 use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, Uffd, page_size, sys};
 
 /// How long pages that can't be read, or aren't protected any more, are looked at again: the event that says why may be

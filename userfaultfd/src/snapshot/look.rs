@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use super::layout::Part;
 use crate::dirty::options::{can_scan, tells_protection};
-use crate::dirty::watch::{CHUNK, Words, runs};
 use crate::pagemap::{Categories, Pagemap, Region, Scan};
+use crate::watch::{CHUNK, Words, runs};
 use crate::{Result, page_size};
 
 /// Ranges that a scan reports at a time.

@@ -13,9 +13,9 @@ use super::look::Look;
 use super::maker::{Buffers, Maker};
 use super::shared::Shared;
 use super::sink::{Region, Sink};
-use crate::dirty::watch::{Protection, Watch};
 use crate::holder::Holder;
 use crate::proc_maps::Process;
+use crate::watch::{Protection, Watch};
 use crate::{FeatureFlags, Pid, Uffd, UffdBuilder, page_size};
 
 /// Bytes that the walk saves at a time, unless a page is larger.
@@ -155,7 +155,7 @@ impl Options {
         let mut regions = Vec::new();
         for range in &self.ranges {
             watch.register(range)?;
-            for tracked in crate::dirty::ranges::within(&watch.ranges(), range) {
+            for tracked in crate::watch::ranges::within(&watch.ranges(), range) {
                 let offset = parts.last().map_or(0, |part: &Part| part.offset + part.len);
                 let Range { start, end } = tracked.range;
                 parts.push(Part { address: start, offset, len: end - start, page: tracked.page });

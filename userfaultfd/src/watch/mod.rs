@@ -16,13 +16,15 @@
 //! A snapshot needs each write to wait until the page is saved, so it has a descriptor of its own, and the pager fills
 //! everything before.
 
+pub(crate) mod ranges;
+
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use super::ranges::{self, Notes, Tracked};
+use self::ranges::{Notes, Tracked};
 use crate::holder::{Held, Holder};
 use crate::owner::Owner;
 use crate::pagemap::{Categories, Pagemap, Region, Scan};
