@@ -11,7 +11,6 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::ahead;
 use super::around::Around;
 use super::control::spawn;
 use super::descriptor::{Descriptor, lock};
@@ -21,8 +20,8 @@ use super::load::alike;
 use super::region::Served;
 use super::run::Run;
 use super::shared::{Lease, Shared};
-use super::sigbus::{Lazy, Lost};
-use super::{Pager, Progress, RegionId, Result, Retry};
+use super::{Pager, Progress, RegionId, Result, Retry, ahead};
+use crate::lazy::sigbus::{Lazy, Lost};
 use crate::owner::{Owner, abandon};
 use crate::sys;
 

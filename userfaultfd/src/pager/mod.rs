@@ -86,7 +86,7 @@ mod background;
 mod changes;
 mod control;
 mod delivery;
-mod descriptor;
+pub(crate) mod descriptor;
 mod error;
 mod fault;
 mod fill;
@@ -94,7 +94,7 @@ mod growth;
 mod layout;
 mod load;
 mod own;
-mod pages;
+pub(crate) mod pages;
 pub(crate) mod point;
 #[cfg(test)]
 mod races;
@@ -106,9 +106,8 @@ mod retry;
 mod run;
 mod serve;
 mod shared;
-mod shutdown;
-pub(crate) mod sigbus;
-mod stats;
+pub(crate) mod shutdown;
+pub(crate) mod stats;
 mod trace;
 
 #[doc = include_str!("tuning.md")]
@@ -123,6 +122,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};
 pub use crate::source::{
     BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
 };
@@ -135,7 +135,6 @@ pub use record::Recorder;
 pub(crate) use region::ADAPTIVE;
 pub use region::Region;
 pub use replay::{Coverage, Replay};
-pub use sigbus::{SignalSafe, SignalSafeConcat};
 pub use stats::{Histogram, Statistics};
 pub use working_set::WorkingSet;
 

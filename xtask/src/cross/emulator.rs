@@ -14,12 +14,12 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// Tests that open a userfaultfd, which the emulator has not: ENOSYS; of how long to spin, for which it is too slow; and
 /// of advice to the kernel, which doesn't get it.
 const TAKES_A_KERNEL: [&str; 7] = [
+    "lazy::sigbus::",
     "pager::ahead::",
     "pager::delivery::",
     "pager::own::",
     "pager::pages::tests::states_take_memory",
     "pager::races::",
-    "pager::sigbus::",
     "sys::tests::the_name_tells_a_userfaultfd",
 ];
 

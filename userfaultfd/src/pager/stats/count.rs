@@ -15,21 +15,21 @@ mod whole {
 
     /// One thread writes, so that it needs no locked instruction: what it loads is what it stored last.
     #[derive(Debug, Default)]
-    pub(in crate::pager) struct Count(AtomicU64);
+    pub(crate) struct Count(AtomicU64);
 
     impl Count {
-        pub(in crate::pager) const fn new() -> Self {
+        pub(crate) const fn new() -> Self {
             Self(AtomicU64::new(0))
         }
 
         #[inline]
-        pub(in crate::pager) fn get(&self) -> u64 {
+        pub(crate) fn get(&self) -> u64 {
             self.0.load(Ordering::Relaxed)
         }
 
         /// Only for the thread that writes, as the rest of the setters.
         #[inline]
-        pub(in crate::pager) fn set(&self, value: u64) {
+        pub(crate) fn set(&self, value: u64) {
             self.0.store(value, Ordering::Relaxed);
         }
     }
@@ -44,19 +44,19 @@ mod halves {
     /// The upper half is there twice, written before and after the lower one, and read the other way round. A reader
     /// that finds both the same has the lower half that belongs to them.
     #[derive(Debug, Default)]
-    pub(in crate::pager) struct Count {
+    pub(crate) struct Count {
         before: AtomicU32,
         lower: AtomicU32,
         after: AtomicU32,
     }
 
     impl Count {
-        pub(in crate::pager) const fn new() -> Self {
+        pub(crate) const fn new() -> Self {
             Self { before: AtomicU32::new(0), lower: AtomicU32::new(0), after: AtomicU32::new(0) }
         }
 
         #[inline]
-        pub(in crate::pager) fn get(&self) -> u64 {
+        pub(crate) fn get(&self) -> u64 {
             loop {
                 // Each load sees at least what was stored before the store that the load before it saw.
                 let upper = self.after.load(Ordering::Acquire);
@@ -69,7 +69,7 @@ mod halves {
         }
 
         #[inline]
-        pub(in crate::pager) fn set(&self, value: u64) {
+        pub(crate) fn set(&self, value: u64) {
             let (upper, lower) = ((value >> 32) as u32, value as u32);
             self.before.store(upper, Ordering::Release);
             self.lower.store(lower, Ordering::Release);
@@ -80,7 +80,7 @@ mod halves {
 
 impl Count {
     #[inline]
-    pub(in crate::pager) fn add(&self, more: u64) {
+    pub(crate) fn add(&self, more: u64) {
         if COUNTED {
             self.set(self.get().saturating_add(more));
         }

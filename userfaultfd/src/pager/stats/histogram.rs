@@ -188,20 +188,20 @@ impl Histogram {
 
 /// Where one thread counts durations that any other reads.
 #[derive(Debug)]
-pub(in crate::pager) struct Recorder {
+pub(crate) struct Recorder {
     buckets: [Count; BUCKETS],
     total: Count,
     max: Count,
 }
 
 impl Recorder {
-    pub(in crate::pager) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { buckets: [const { Count::new() }; BUCKETS], total: Count::new(), max: Count::new() }
     }
 
     /// Counts a duration. Only for the one thread that writes.
     #[inline]
-    pub(in crate::pager) fn record(&self, duration: Duration) {
+    pub(crate) fn record(&self, duration: Duration) {
         let nanos = nanos_of(duration);
         // Before the bucket: who sees the duration counted mostly sees it in these too.
         self.total.add(nanos);
@@ -213,14 +213,14 @@ impl Recorder {
 
     /// Counts how long it is since a moment that [`now`](super::now) has told.
     #[inline]
-    pub(in crate::pager) fn record_since(&self, since: Instant) {
+    pub(crate) fn record_since(&self, since: Instant) {
         if COUNTED {
             self.record(since.elapsed());
         }
     }
 
     /// What was counted. Of a duration that is being counted right now any part may be there.
-    pub(in crate::pager) fn snapshot(&self) -> Histogram {
+    pub(crate) fn snapshot(&self) -> Histogram {
         let mut histogram = Histogram::default();
         for (count, source) in histogram.buckets.iter_mut().zip(&self.buckets) {
             *count = source.get();

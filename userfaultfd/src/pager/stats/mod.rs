@@ -13,11 +13,11 @@ use std::time::Instant;
 
 use count::{COUNTED, Count};
 pub use histogram::Histogram;
-pub(in crate::pager) use histogram::Recorder;
+pub(crate) use histogram::Recorder;
 
 /// The moment that something begins whose duration is to be counted.
 #[inline]
-pub(in crate::pager) fn now() -> Instant {
+pub(crate) fn now() -> Instant {
     static ANY: OnceLock<Instant> = OnceLock::new();
     if COUNTED { Instant::now() } else { *ANY.get_or_init(Instant::now) }
 }
@@ -60,14 +60,14 @@ macro_rules! counters {
         /// Aligned so that two threads' counters share no cache line, nor the neighbour that is fetched with it.
         #[derive(Debug)]
         #[repr(align(128))]
-        pub(in crate::pager) struct Counters {
-            $(pub(in crate::pager) $name: Count,)*
-            pub(in crate::pager) fault_latency: Recorder,
-            pub(in crate::pager) source_latency: Recorder,
+        pub(crate) struct Counters {
+            $(pub(crate) $name: Count,)*
+            pub(crate) fault_latency: Recorder,
+            pub(crate) source_latency: Recorder,
         }
 
         impl Counters {
-            pub(in crate::pager) const fn new() -> Self {
+            pub(crate) const fn new() -> Self {
                 Self {
                     $($name: Count::new(),)*
                     fault_latency: Recorder::new(),
@@ -76,7 +76,7 @@ macro_rules! counters {
             }
 
             /// What the thread has done so far. Numbers of pages are left to who knows the pages.
-            pub(in crate::pager) fn snapshot(&self) -> Statistics {
+            pub(crate) fn snapshot(&self) -> Statistics {
                 Statistics {
                     $($name: self.$name.get(),)*
                     fault_latency: self.fault_latency.snapshot(),

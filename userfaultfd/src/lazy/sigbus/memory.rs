@@ -568,7 +568,7 @@ impl Lazy {
                 Some(last) => last.len += len,
                 None => {
                     let offset = Some(self.served.offset_of(page));
-                    absent.push(Absent { region: RegionId(self.served.id), address, len, offset });
+                    absent.push(Absent { region: RegionId::new(self.served.id), address, len, offset });
                 }
             }
         }

@@ -1,5 +1,7 @@
 //! [`LazyMemory`]: memory of this process that fills itself.
 
+pub(crate) mod sigbus;
+
 use std::fmt;
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
@@ -10,7 +12,7 @@ use crate::own_mapping::OwnMapping;
 use crate::pager::{
     self, ADAPTIVE, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager,
     PagerBuilder, Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics,
-    Target, WorkingSet, region, sigbus,
+    Target, WorkingSet, region,
 };
 use crate::snapshot::{self, Series, Sink, Snapshot};
 use crate::watch::Lease;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use memmap2::{Mmap, MmapMut};
 
-use super::{BytesSource, MappedFileSource, PageSource, ZeroSource};
+use crate::pager::{BytesSource, MappedFileSource, PageSource, ZeroSource};
 
 /// A source that a signal handler may ask, for [`LazyMemory::sigbus`](crate::LazyMemory::sigbus).
 ///
