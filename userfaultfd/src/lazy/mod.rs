@@ -9,10 +9,11 @@ use std::sync::Arc;
 
 use crate::dirty::{self, DirtyTracker};
 use crate::own_mapping::OwnMapping;
+use crate::pager::memory::region;
 use crate::pager::{
     self, ADAPTIVE, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager,
     PagerBuilder, Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics,
-    Target, WorkingSet, region,
+    Target, WorkingSet,
 };
 use crate::snapshot::{self, Series, Sink, Snapshot};
 use crate::watch::Lease;

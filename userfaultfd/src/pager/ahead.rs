@@ -3,10 +3,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::descriptor::Descriptor;
 use super::fill::{Done, Filler};
-use super::layout::Segment;
-use super::region::Served;
+use super::memory::address_map::Segment;
+use super::memory::descriptor::Descriptor;
+use super::memory::region::Served;
 use super::shared::Shared;
 
 /// What one thread reads at a time.

@@ -6,9 +6,9 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use super::descriptor::{Descriptor, Origin, Serving, wake};
-use super::layout::{Layout, Segment};
-use super::pages::Pages;
+use super::memory::address_map::{Layout, Segment};
+use super::memory::descriptor::{Descriptor, Origin, Serving, wake};
+use super::memory::page_state::Pages;
 use super::point::{Point, reach};
 use super::shared::{Fork, Note, Shared};
 use super::shutdown::sole;

@@ -5,11 +5,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::changes;
-use super::descriptor::{Descriptor, at};
+use super::memory::descriptor::{Descriptor, at};
 use super::shared::{Note, Shared, Stopped};
 use super::workers::Added;
-use super::{DescriptorId, Problem};
+use super::{DescriptorId, Problem, changes};
 use crate::{Errno, Uffd};
 
 /// How often it looks whether the processes whose memory is served are still there. The kernel reports no end.

@@ -6,17 +6,16 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::ahead;
-use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fill::{Done, Filler, Wait, Work, answer};
-use super::layout::Segment;
 use super::load::grown;
-use super::pages::Claim;
+use super::memory::address_map::Segment;
+use super::memory::descriptor::{Descriptor, Serving, at, wake};
+use super::memory::page_run::Run;
+use super::memory::page_state::Claim;
 use super::point::{Point, reach};
-use super::run::Run;
 use super::shared::{Note, Shared};
 use super::trace::span;
-use super::{DescriptorId, Problem, RegionId};
+use super::{DescriptorId, Problem, RegionId, ahead};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
 
 /// A fault that was read.

@@ -16,14 +16,14 @@ use std::time::Duration;
 use memmap2::MmapMut;
 
 use super::control::target_is_gone;
-use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fault::{Fault, page_of};
-use super::layout::Segment;
 use super::load::{Aside, NoContent, SPARE, grown};
-use super::pages::{End, MAX_TRIES};
+use super::memory::address_map::Segment;
+use super::memory::descriptor::{Descriptor, Serving, at, wake};
+use super::memory::page_run::Run;
+use super::memory::page_state::{End, MAX_TRIES};
+use super::memory::region::Served;
 use super::point::{Point, reach};
-use super::region::Served;
-use super::run::Run;
 use super::shared::{Note, Shared};
 use super::trace::event;
 use super::{Problem, RegionId};
@@ -70,7 +70,7 @@ pub(crate) enum Work {
 }
 
 impl Work {
-    /// Whether it is for a region that is [ending](super::region::Served::is_ending): it isn't put off any longer then.
+    /// Whether it is for a region that is [ending](super::memory::region::Served::is_ending): it isn't put off any longer then.
     pub(crate) fn is_ending(&self) -> bool {
         match self {
             Self::Load(run, _) | Self::Install(run, _) => run.region.is_ending(),

@@ -11,8 +11,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::descriptor::{Serving, at};
-use super::layout::{Layout, Segment};
+use super::memory::address_map::{Layout, Segment};
+use super::memory::descriptor::{Serving, at};
 use crate::{Errno, Uffd, sys};
 
 /// Whether a range lies in one mapping that is registered. `None`: the kernel can't tell at the moment.

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapOptions};
 
-use super::descriptor::Descriptor;
 use super::fill::{Content, Done, Filler, SLOW, Wait, Work};
-use super::pages::MAX_TRIES;
-use super::region::Served;
-use super::run::Run;
+use super::memory::descriptor::Descriptor;
+use super::memory::page_run::Run;
+use super::memory::page_state::MAX_TRIES;
+use super::memory::region::Served;
 use super::shared::{Note, Shared};
 use super::trace::span;
 use super::{Fill, Problem, RegionId};

@@ -81,29 +81,24 @@
 //! description, and [`detach`](Pager::detach) switches it back. Nobody else may read it meanwhile.
 
 mod ahead;
-mod around;
 mod background;
 mod changes;
 mod control;
 mod delivery;
-pub(crate) mod descriptor;
 mod error;
 mod fault;
 mod fill;
 mod growth;
-mod layout;
 mod load;
+pub(crate) mod memory;
 mod own;
-pub(crate) mod pages;
 pub(crate) mod point;
 #[cfg(test)]
 mod races;
 mod record;
-pub(crate) mod region;
 mod replay;
 mod reports;
 mod retry;
-mod run;
 mod serve;
 mod shared;
 pub(crate) mod shutdown;
@@ -122,26 +117,26 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+pub use self::memory::fault_around::Around;
+pub(crate) use self::memory::region::ADAPTIVE;
+pub use self::memory::region::Region;
 pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};
 pub use crate::source::{
     BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
 };
-pub use around::Around;
 pub(crate) use background::Target;
 pub use background::{Background, Failed, Order, Outcome};
 pub use delivery::Delivery;
 pub use error::{Error, Problem, Refused, Result, Retry};
 pub use record::Recorder;
-pub(crate) use region::ADAPTIVE;
-pub use region::Region;
 pub use replay::{Coverage, Replay};
 pub use stats::{Histogram, Statistics};
 pub use working_set::WorkingSet;
 
 use self::control::{spawn, target_is_gone};
-use self::descriptor::{Descriptor, Origin, Serving, at, lock, wake};
-use self::layout::{Layout, Segment};
-use self::pages::Pages;
+use self::memory::address_map::{Layout, Segment};
+use self::memory::descriptor::{Descriptor, Origin, Serving, at, lock, wake};
+use self::memory::page_state::Pages;
 use self::reports::{OnProblem, Reporter};
 use self::retry::Deferred;
 use self::serve::Worker;

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
-use super::region::Served;
+use super::memory::region::Served;
 use super::working_set::WorkingSet;
 use super::{Error, Pager, RegionId, Result};
 

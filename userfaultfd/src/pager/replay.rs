@@ -5,8 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::background::{Background, Outcome, Plan, Target};
+use super::memory::region::Served;
 use super::record::Mode;
-use super::region::Served;
 use super::working_set::{Cover, WorkingSet};
 use super::{Error, Pager, RegionId, Result};
 

@@ -11,10 +11,10 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::Problem;
-use super::descriptor::lock;
 use super::error::PROBLEM_KINDS;
 use super::load::message;
-use super::region::Served;
+use super::memory::descriptor::lock;
+use super::memory::region::Served;
 use super::trace::event;
 
 /// What is called with each problem.

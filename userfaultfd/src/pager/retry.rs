@@ -13,9 +13,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::descriptor::{Descriptor, lock};
 use super::fault::page_of;
 use super::fill::{Wait, Work};
+use super::memory::descriptor::{Descriptor, lock};
 use crate::{Errno, mapped_vec, sys};
 
 /// Entries that the queue has room for from the start. It grows in a mapping of its own.

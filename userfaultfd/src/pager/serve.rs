@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use super::changes::{self, Change};
 use super::delivery::{Delivery, Waiting};
-use super::descriptor::{Descriptor, Serving, wake};
 use super::fault::{Fault, page_of};
 use super::fill::{Done, Filler, Wait, Work};
 use super::load::message;
+use super::memory::descriptor::{Descriptor, Serving, wake};
 use super::retry::{self, Deferred, History, Put};
 use super::shared::{Note, Shared, Token};
 use super::trace::event;

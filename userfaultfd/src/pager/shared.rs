@@ -14,10 +14,10 @@ use std::time::Duration;
 use memmap2::MmapRaw;
 
 use super::ahead::Ahead;
-use super::descriptor::{Descriptor, Origin, Serving, lock};
 use super::fill::Filler;
-use super::layout::{Layout, ROOM, Segments};
-use super::region::Served;
+use super::memory::address_map::{Layout, ROOM, Segments};
+use super::memory::descriptor::{Descriptor, Origin, Serving, lock};
+use super::memory::region::Served;
 use super::reports::Reports;
 use super::retry::RetryQueue;
 use super::stats::Counters;

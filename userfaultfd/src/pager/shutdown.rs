@@ -4,12 +4,12 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::descriptor::{Descriptor, Serving, at, wake};
 use super::fill::{Content, Done, Filler, Wait, Work};
-use super::layout::Segment;
 use super::load::alike;
-use super::pages::Pages;
-use super::region::Served;
+use super::memory::address_map::Segment;
+use super::memory::descriptor::{Descriptor, Serving, at, wake};
+use super::memory::page_state::Pages;
+use super::memory::region::Served;
 use super::shared::Shared;
 use super::{Absent, DescriptorId, Detached, Error, Failed, Progress, RegionId, Result};
 use crate::{Errno, Uffd};

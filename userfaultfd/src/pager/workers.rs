@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::control::spawn;
 use super::delivery::Delivery;
-use super::descriptor::lock;
+use super::memory::descriptor::lock;
 use super::serve::Worker;
 use super::shared::Shared;
 

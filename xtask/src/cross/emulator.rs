@@ -18,7 +18,7 @@ const TAKES_A_KERNEL: [&str; 7] = [
     "pager::ahead::",
     "pager::delivery::",
     "pager::own::",
-    "pager::pages::tests::states_take_memory",
+    "pager::memory::page_state::tests::states_take_memory",
     "pager::races::",
     "sys::tests::the_name_tells_a_userfaultfd",
 ];

@@ -11,8 +11,8 @@ use super::harness::{
     Flavour, PAGES, Reader, Seen, Source, Stop, clear, content, read, room, start, tell_signals,
     wait_for_progress,
 };
-use crate::pager::descriptor::Descriptor;
 use crate::pager::fill::Work;
+use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::point::{Point, tests::at};
 use crate::pager::{Around, Fill, Pager, Region};
 use crate::support::memory::Memory;

@@ -13,12 +13,12 @@ use std::sync::{Arc, OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
 
-use super::around::{Around, Streams, Window};
-use super::load::caught;
-use super::pages::Pages;
-use super::record::Log;
-use super::{Absent, Error, PageSource, Result};
+use super::fault_around::{Around, Streams, Window};
+use super::page_state::Pages;
 use crate::holder::Held;
+use crate::pager::load::caught;
+use crate::pager::record::Log;
+use crate::pager::{Absent, Error, PageSource, Result};
 use crate::watch::Lease;
 use crate::{Errno, FeatureFlags, IoctlFlags, RegisterMode, Support};
 
@@ -148,7 +148,7 @@ impl Region {
     }
 
     /// Tells that the memory was served before, and which of its pages are still absent: what another pager
-    /// [tells](super::Detached::absent) of the memory that it hands over. Whatever isn't among them is there, and is
+    /// [tells](crate::pager::Detached::absent) of the memory that it hands over. Whatever isn't among them is there, and is
     /// never read from the source. The content of those that are is at their own offset in the source, wherever they
     /// were moved to; where it is `None` it is zero. Parts that lie elsewhere are other regions', and passed over.
     ///
@@ -409,7 +409,7 @@ pub(crate) struct Served {
     /// In order. Mostly there are none.
     moved: Box<[Moved]>,
     pub(crate) page_shift: u32,
-    pub(super) around: Around,
+    pub(in crate::pager) around: Around,
     streams: Streams,
     pub(crate) write_protected: bool,
     /// Taken while a tracker is at work.
@@ -577,7 +577,7 @@ impl Served {
     #[cfg(test)]
     pub(crate) fn for_tests(id: u64, page: usize, pages: usize) -> Self {
         let page_size = page.max(crate::page_size());
-        let zeros = |_: u64, _: &mut [u8]| Ok(super::Fill::Zero);
+        let zeros = |_: u64, _: &mut [u8]| Ok(crate::pager::Fill::Zero);
         let mut region = Region::new(page_size, pages * page_size, zeros);
         region.ask_source().expect("it doesn't fail");
         let mut served = region.serve(id, IoctlFlags::empty()).expect("memory for states");

@@ -4,9 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::address_map::Segment;
 use super::descriptor::{Serving, wake};
-use super::layout::Segment;
-use super::pages::End;
+use super::page_state::End;
 use super::region::Served;
 
 /// Pages of a region, one after the other, that one thread has claimed. The first `done` of them are settled; dropping

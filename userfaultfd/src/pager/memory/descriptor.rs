@@ -18,10 +18,10 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::growth;
-use super::layout::{Layout, Segment};
-use super::shared::OUTSIDE;
+use super::address_map::{Layout, Segment};
 use crate::owner::{InheritedFd, NotedFd};
+use crate::pager::growth;
+use crate::pager::shared::OUTSIDE;
 use crate::{FeatureFlags, Uffd};
 
 /// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any time.

@@ -1,0 +1,9 @@
+//! What is served: regions, where they lie, and the state of each page.
+//! Nothing here starts a thread, or asks the kernel for more than memory.
+
+pub(crate) mod address_map;
+pub(crate) mod descriptor;
+pub(crate) mod fault_around;
+pub(crate) mod page_run;
+pub(crate) mod page_state;
+pub(crate) mod region;
