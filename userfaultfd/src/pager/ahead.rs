@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::fill::{Done, Filler};
+use super::fill::install::{Done, Filler};
 use super::memory::address_map::Segment;
 use super::memory::descriptor::Descriptor;
 use super::memory::region::Served;

@@ -12,8 +12,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::control::spawn;
-use super::fill::{Done, Filler};
-use super::load::alike;
+use super::fill::install::{Done, Filler};
+use super::fill::load::alike;
 use super::memory::address_map::Segment;
 use super::memory::descriptor::{Descriptor, lock};
 use super::memory::fault_around::Around;

@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
-use super::fault::Fault;
+use super::fill::fault::Fault;
 use super::shared::Shared;
 use crate::sys;
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::Problem;
 use super::error::PROBLEM_KINDS;
-use super::load::message;
+use super::fill::load::message;
 use super::memory::descriptor::lock;
 use super::memory::region::Served;
 use super::trace::event;

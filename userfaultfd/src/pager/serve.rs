@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use super::changes::{self, Change};
 use super::delivery::{Delivery, Waiting};
-use super::fault::{Fault, page_of};
-use super::fill::{Done, Filler, Wait, Work};
-use super::load::message;
+use super::fill::fault::{Fault, page_of};
+use super::fill::install::{Done, Filler, Wait, Work};
+use super::fill::load::message;
+use super::fill::retry::{self, Deferred, History, Put};
 use super::memory::descriptor::{Descriptor, Serving, wake};
-use super::retry::{self, Deferred, History, Put};
 use super::shared::{Note, Shared, Token};
 use super::trace::event;
 use super::workers::IDLE;

@@ -14,12 +14,12 @@ use std::time::Duration;
 use memmap2::MmapRaw;
 
 use super::ahead::Ahead;
-use super::fill::Filler;
+use super::fill::install::Filler;
+use super::fill::retry::RetryQueue;
 use super::memory::address_map::{Layout, ROOM, Segments};
 use super::memory::descriptor::{Descriptor, Origin, Serving, lock};
 use super::memory::region::Served;
 use super::reports::Reports;
-use super::retry::RetryQueue;
 use super::stats::Counters;
 use super::{Error, Problem, Result, Retry, Statistics};
 use crate::owner::{InheritedFd, Owner, abandon};

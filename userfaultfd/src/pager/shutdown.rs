@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::fill::{Content, Done, Filler, Wait, Work};
-use super::load::alike;
+use super::fill::install::{Content, Done, Filler, Wait, Work};
+use super::fill::load::alike;
 use super::memory::address_map::Segment;
 use super::memory::descriptor::{Descriptor, Serving, at, wake};
 use super::memory::page_state::Pages;

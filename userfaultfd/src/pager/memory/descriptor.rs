@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::address_map::{Layout, Segment};
 use crate::owner::{InheritedFd, NotedFd};
-use crate::pager::growth;
+use crate::pager::fill::growth;
 use crate::pager::shared::OUTSIDE;
 use crate::{FeatureFlags, Uffd};
 

@@ -16,7 +16,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use super::fault_around::{Around, Streams, Window};
 use super::page_state::Pages;
 use crate::holder::Held;
-use crate::pager::load::caught;
+use crate::pager::fill::load::caught;
 use crate::pager::record::Log;
 use crate::pager::{Absent, Error, PageSource, Result};
 use crate::watch::Lease;

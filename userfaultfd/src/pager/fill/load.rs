@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapOptions};
 
-use super::fill::{Content, Done, Filler, SLOW, Wait, Work};
-use super::memory::descriptor::Descriptor;
-use super::memory::page_run::Run;
-use super::memory::page_state::MAX_TRIES;
-use super::memory::region::Served;
-use super::shared::{Note, Shared};
-use super::trace::span;
-use super::{Fill, Problem, RegionId};
+use super::install::{Content, Done, Filler, SLOW, Wait, Work};
+use crate::pager::memory::descriptor::Descriptor;
+use crate::pager::memory::page_run::Run;
+use crate::pager::memory::page_state::MAX_TRIES;
+use crate::pager::memory::region::Served;
+use crate::pager::shared::{Note, Shared};
+use crate::pager::trace::span;
+use crate::pager::{Fill, Problem, RegionId};
 
 /// Bytes of content that this process puts aside at most. What exceeds that is loaded again.
 const ASIDE: usize = 64 << 20;
@@ -41,7 +41,7 @@ impl Aside {
         }
     }
 
-    pub(super) fn bytes(&self) -> &[u8] {
+    pub(in crate::pager) fn bytes(&self) -> &[u8] {
         self.0.as_deref().unwrap_or_default()
     }
 
@@ -82,12 +82,12 @@ impl From<io::Error> for NoContent {
 
 impl Filler {
     /// Maps the buffer for a page of the base size, so that there is always one.
-    pub(super) fn prepare(&mut self) -> io::Result<()> {
+    pub(in crate::pager) fn prepare(&mut self) -> io::Result<()> {
         grown(&mut self.buffer, crate::page_size()).map(drop)
     }
 
     /// The content of a run, read from its source if need be.
-    pub(super) fn content(&mut self, shared: &Shared, run: &Run) -> Result<Content, NoContent> {
+    pub(in crate::pager) fn content(&mut self, shared: &Shared, run: &Run) -> Result<Content, NoContent> {
         let (region, len) = (&*run.region, run.len());
         let offset = region.offset_of(run.pages().start);
         if run.removed && region.cache.is_some() {
@@ -139,7 +139,7 @@ impl Filler {
     }
 
     /// What to do when the source didn't deliver.
-    pub(super) fn source_failed(
+    pub(in crate::pager) fn source_failed(
         &mut self,
         shared: &Shared,
         descriptor: &Descriptor,
@@ -175,7 +175,7 @@ impl Filler {
     }
 
     /// The page that was asked for, without its neighbours, which are given up. `None` if nobody asked.
-    pub(super) fn alone(&self, descriptor: &Descriptor, run: Run) -> Option<Run> {
+    pub(in crate::pager) fn alone(&self, descriptor: &Descriptor, run: Run) -> Option<Run> {
         if run.pages().len() == 1 {
             return Some(run);
         }
@@ -190,7 +190,7 @@ impl Filler {
     }
 
     /// Puts off what can't be filled now, with its content.
-    pub(super) fn put_aside(&mut self, run: Run, content: Content, wait: Wait) -> Done {
+    pub(in crate::pager) fn put_aside(&mut self, run: Run, content: Content, wait: Wait) -> Done {
         let (run, content) = match content {
             Content::Buffer => match self.take_content(run) {
                 (run, Some(aside)) => (run, Content::Aside(aside)),
@@ -227,7 +227,7 @@ impl Filler {
     }
 
     /// Keeps the buffer of content that was put aside.
-    pub(super) fn put_back(&mut self, content: Content) {
+    pub(in crate::pager) fn put_back(&mut self, content: Content) {
         let Content::Aside(aside) = content else { return };
         let Some(buffer) = aside.into_buffer() else { return };
         if self.buffer.is_none() {
@@ -248,13 +248,13 @@ fn known_zeros(region: &Served, offset: u64) -> u64 {
 }
 
 /// How many pages to fill at once from one on, where nobody waits: many if they are known to be zero, else `most`.
-pub(super) fn alike(region: &Served, page: usize, most: usize) -> usize {
+pub(in crate::pager) fn alike(region: &Served, page: usize, most: usize) -> usize {
     let zeros = known_zeros(region, region.offset_of(page)).min(ZEROS as u64) as usize >> region.page_shift;
     if zeros > 0 { zeros } else { most }
 }
 
 /// A buffer of at least `len` bytes. It is mapped: nothing that a thread which forks has locked is needed.
-pub(super) fn grown(buffer: &mut Option<MmapMut>, len: usize) -> io::Result<&mut MmapMut> {
+pub(in crate::pager) fn grown(buffer: &mut Option<MmapMut>, len: usize) -> io::Result<&mut MmapMut> {
     if buffer.as_ref().is_none_or(|buffer| buffer.len() < len) {
         *buffer = Some(MmapOptions::new().len(len).no_reserve_swap().map_anon()?);
     }
@@ -262,7 +262,7 @@ pub(super) fn grown(buffer: &mut Option<MmapMut>, len: usize) -> io::Result<&mut
 }
 
 /// Calls a source. Its panic is an error like any other.
-pub(super) fn caught<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+pub(in crate::pager) fn caught<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     panic::catch_unwind(AssertUnwindSafe(call))
         .unwrap_or_else(|panic| Err(io::Error::other(format!("the source panicked: {}", message(&*panic)))))
 }

@@ -15,19 +15,19 @@ use std::time::Duration;
 
 use memmap2::MmapMut;
 
-use super::control::target_is_gone;
 use super::fault::{Fault, page_of};
 use super::load::{Aside, NoContent, SPARE, grown};
-use super::memory::address_map::Segment;
-use super::memory::descriptor::{Descriptor, Serving, at, wake};
-use super::memory::page_run::Run;
-use super::memory::page_state::{End, MAX_TRIES};
-use super::memory::region::Served;
-use super::point::{Point, reach};
-use super::shared::{Note, Shared};
-use super::trace::event;
-use super::{Problem, RegionId};
 use crate::error::errno_of;
+use crate::pager::control::target_is_gone;
+use crate::pager::memory::address_map::Segment;
+use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
+use crate::pager::memory::page_run::Run;
+use crate::pager::memory::page_state::{End, MAX_TRIES};
+use crate::pager::memory::region::Served;
+use crate::pager::point::{Point, reach};
+use crate::pager::shared::{Note, Shared};
+use crate::pager::trace::event;
+use crate::pager::{Problem, RegionId};
 use crate::{ContinueMode, CopyMode, Errno, ZeropageMode, sys};
 
 /// What belongs into a run.
@@ -70,7 +70,7 @@ pub(crate) enum Work {
 }
 
 impl Work {
-    /// Whether it is for a region that is [ending](super::memory::region::Served::is_ending): it isn't put off any longer then.
+    /// Whether it is for a region that is [ending](crate::pager::memory::region::Served::is_ending): it isn't put off any longer then.
     pub(crate) fn is_ending(&self) -> bool {
         match self {
             Self::Load(run, _) | Self::Install(run, _) => run.region.is_ending(),
@@ -125,26 +125,26 @@ pub(crate) enum Wait {
 }
 
 /// A read of a source that takes longer keeps a thread waiting: about as long as a thread of another CPU takes to wake.
-pub(super) const SLOW: Duration = Duration::from_micros(50);
+pub(in crate::pager) const SLOW: Duration = Duration::from_micros(50);
 
 /// Fills pages, for one thread.
 #[derive(Debug)]
 pub(crate) struct Filler {
     /// The number of the thread: its shards, its counters.
-    pub(super) thread: usize,
-    pub(super) buffer: Option<MmapMut>,
+    pub(in crate::pager) thread: usize,
+    pub(in crate::pager) buffer: Option<MmapMut>,
     /// Buffers whose content was put aside and used since.
-    pub(super) spare: Vec<MmapMut>,
+    pub(in crate::pager) spare: Vec<MmapMut>,
     /// As long as the longest run of zeros. Nothing is ever written, so that it takes no memory.
-    pub(super) zeros: Option<MmapMut>,
+    pub(in crate::pager) zeros: Option<MmapMut>,
     /// Where faults come again and again though something is there.
-    pub(super) suspect: (usize, u8),
+    pub(in crate::pager) suspect: (usize, u8),
     /// Where it is noted what the thread is doing, of a worker.
-    pub(super) place: Option<usize>,
+    pub(in crate::pager) place: Option<usize>,
     /// How long a read of a source has taken lately.
-    pub(super) pace: Duration,
+    pub(in crate::pager) pace: Duration,
     /// How many pages were found where nothing is mapped.
-    pub(super) unmapped: usize,
+    pub(in crate::pager) unmapped: usize,
 }
 
 impl Filler {
@@ -164,7 +164,7 @@ impl Filler {
 
     /// Begins to fill for a worker, and to note there when it waits for a source. Sources are taken for slow until one has
     /// delivered: what is read together with the first fault would wait for it.
-    pub(super) fn begin_to_serve(&mut self, place: usize) {
+    pub(in crate::pager) fn begin_to_serve(&mut self, place: usize) {
         self.place = Some(place);
         self.pace = SLOW + Duration::from_micros(1);
     }
@@ -297,7 +297,7 @@ impl Filler {
     }
 
     /// Puts the content of a run in place, if it still belongs there.
-    pub(super) fn install(
+    pub(in crate::pager) fn install(
         &mut self,
         shared: &Shared,
         descriptor: &Descriptor,
@@ -602,7 +602,7 @@ fn skip(serving: &Serving, run: &mut Run, end: End) {
 /// content.
 ///
 /// Does the first pages that are of one kind. How many bytes, why it stopped, and what the pages are from then on.
-pub(super) fn poison(
+pub(in crate::pager) fn poison(
     serving: &Serving,
     region: &Served,
     address: usize,
@@ -643,7 +643,7 @@ pub(super) fn poison(
 }
 
 /// How many bytes an operation did, and why it stopped if it did.
-pub(super) fn answer(result: crate::Result<usize>, len: usize) -> (usize, Option<Errno>) {
+pub(in crate::pager) fn answer(result: crate::Result<usize>, len: usize) -> (usize, Option<Errno>) {
     match result {
         Ok(done) if done == len => (done, None),
         // CONTINUE that stopped half-way.

@@ -11,12 +11,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::memory::address_map::{Layout, Segment};
-use super::memory::descriptor::{Serving, at};
+use crate::pager::memory::address_map::{Layout, Segment};
+use crate::pager::memory::descriptor::{Serving, at};
 use crate::{Errno, Uffd, sys};
 
 /// Whether a range lies in one mapping that is registered. `None`: the kernel can't tell at the moment.
-pub(super) fn is_one_mapping(uffd: &Uffd, range: Range<usize>) -> Option<bool> {
+pub(in crate::pager) fn is_one_mapping(uffd: &Uffd, range: Range<usize>) -> Option<bool> {
     let unreadable = sys::unreadable().ok()?;
     // COPY looks at the mapping before it reads its source.
     // SAFETY: nothing can be read there, so that nothing is copied.
@@ -30,7 +30,7 @@ pub(super) fn is_one_mapping(uffd: &Uffd, range: Range<usize>) -> Option<bool> {
 
 /// Takes an address for a hole if a region's mapping has grown as far as that, with all that it has grown by. Returns
 /// whether it has. While nothing else is changed: what is about to be added must not be taken for grown.
-pub(super) fn adopt(serving: &mut Serving, address: usize) -> bool {
+pub(in crate::pager) fn adopt(serving: &mut Serving, address: usize) -> bool {
     let Some(before) = serving.layout.before(address).cloned() else { return false };
     let (page, end) = (before.region.page_size(), before.end);
     if before.region.followed == Some(end) {

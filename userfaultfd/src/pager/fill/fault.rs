@@ -6,16 +6,16 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::fill::{Done, Filler, Wait, Work, answer};
+use super::install::{Done, Filler, Wait, Work, answer};
 use super::load::grown;
-use super::memory::address_map::Segment;
-use super::memory::descriptor::{Descriptor, Serving, at, wake};
-use super::memory::page_run::Run;
-use super::memory::page_state::Claim;
-use super::point::{Point, reach};
-use super::shared::{Note, Shared};
-use super::trace::span;
-use super::{DescriptorId, Problem, RegionId, ahead};
+use crate::pager::memory::address_map::Segment;
+use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
+use crate::pager::memory::page_run::Run;
+use crate::pager::memory::page_state::Claim;
+use crate::pager::point::{Point, reach};
+use crate::pager::shared::{Note, Shared};
+use crate::pager::trace::span;
+use crate::pager::{DescriptorId, Problem, RegionId, ahead};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
 
 /// A fault that was read.
@@ -76,7 +76,7 @@ impl Filler {
     }
 
     /// Takes the page of a fault, and what is absent in the block around it.
-    pub(super) fn claim(
+    pub(in crate::pager) fn claim(
         &mut self,
         shared: &Shared,
         descriptor: &Arc<Descriptor>,
@@ -144,7 +144,7 @@ impl Filler {
         Done::Later(Work::Stray { fault, tries, again: tries == 0 }, Wait::For(delay))
     }
 
-    pub(super) fn stray_again(
+    pub(in crate::pager) fn stray_again(
         &mut self,
         shared: &Shared,
         descriptor: &Arc<Descriptor>,
@@ -178,7 +178,7 @@ impl Filler {
     /// without a word: by madvise(2) where the descriptor doesn't tell of it, by a hole punched into the file. Then
     /// what belongs there is zero, as everywhere after a removal, or what the page cache has. To a tracker that is a
     /// change: the page isn't protected.
-    pub(super) fn present(
+    pub(in crate::pager) fn present(
         &mut self,
         shared: &Shared,
         serving: &Serving,
@@ -247,7 +247,7 @@ impl Filler {
 
     /// A fault on a page that is poisoned, as far as the pager knows: it came before the poison, or somebody took
     /// that away.
-    pub(super) fn poisoned(
+    pub(in crate::pager) fn poisoned(
         &mut self,
         shared: &Shared,
         serving: &Serving,
@@ -274,7 +274,7 @@ impl Filler {
     }
 
     /// A fault on a page that is protected: it is let go on.
-    pub(super) fn unprotect(
+    pub(in crate::pager) fn unprotect(
         &self,
         shared: &Shared,
         serving: &Serving,
@@ -307,7 +307,7 @@ impl Filler {
 }
 
 /// The page of the base size at an address.
-pub(super) fn page_of(address: usize) -> Range<usize> {
+pub(in crate::pager) fn page_of(address: usize) -> Range<usize> {
     let page = crate::page_size();
     let start = address & !(page - 1);
     start..start + page

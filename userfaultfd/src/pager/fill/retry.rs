@@ -14,15 +14,15 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::fault::page_of;
-use super::fill::{Wait, Work};
-use super::memory::descriptor::{Descriptor, lock};
+use super::install::{Wait, Work};
+use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::{Errno, mapped_vec, sys};
 
 /// Entries that the queue has room for from the start. It grows in a mapping of its own.
-pub(super) const ROOM: usize = 256;
+pub(in crate::pager) const ROOM: usize = 256;
 
 /// How long work is tried again after a change was read. Longer keeps the next change from being read.
-pub(super) const AFTER_CHANGE: Duration = Duration::from_micros(20);
+pub(in crate::pager) const AFTER_CHANGE: Duration = Duration::from_micros(20);
 
 /// How long the kernel may refuse a fill before that is reported.
 const STUCK_AFTER: Duration = Duration::from_secs(1);

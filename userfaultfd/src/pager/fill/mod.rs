@@ -1,0 +1,7 @@
+//! How a page gets in: a fault is claimed, its content loaded and installed, and what has to wait is retried.
+
+pub(crate) mod fault;
+pub(crate) mod growth;
+pub(crate) mod install;
+pub(crate) mod load;
+pub(crate) mod retry;
