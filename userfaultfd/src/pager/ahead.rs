@@ -7,7 +7,7 @@ use super::fill::install::{Done, Filler};
 use super::memory::address_map::Segment;
 use super::memory::descriptor::Descriptor;
 use super::memory::region::Served;
-use super::shared::Shared;
+use super::serve::shared::Shared;
 
 /// What one thread reads at a time.
 pub(super) const CHUNK: usize = 1 << 20;

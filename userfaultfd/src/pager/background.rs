@@ -11,7 +11,6 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::control::spawn;
 use super::fill::install::{Done, Filler};
 use super::fill::load::alike;
 use super::memory::address_map::Segment;
@@ -19,7 +18,8 @@ use super::memory::descriptor::{Descriptor, lock};
 use super::memory::fault_around::Around;
 use super::memory::page_run::Run;
 use super::memory::region::Served;
-use super::shared::{Lease, Shared};
+use super::serve::control::spawn;
+use super::serve::shared::{Lease, Shared};
 use super::{Pager, Progress, RegionId, Result, Retry, ahead};
 use crate::lazy::sigbus::{Lazy, Lost};
 use crate::owner::{Owner, abandon};

@@ -82,28 +82,21 @@
 
 mod ahead;
 mod background;
-mod changes;
-mod control;
-mod delivery;
 mod error;
 mod fill;
 pub(crate) mod memory;
-mod own;
-pub(crate) mod point;
 #[cfg(test)]
 mod races;
 mod record;
 mod replay;
-mod reports;
-mod serve;
-mod shared;
-pub(crate) mod shutdown;
+pub(crate) mod serve;
 pub(crate) mod stats;
+pub(crate) mod sync_point;
+mod target;
 mod trace;
 
 #[doc = include_str!("tuning.md")]
 pub mod tuning {}
-mod workers;
 mod working_set;
 
 use std::fmt;
@@ -116,29 +109,30 @@ use std::time::Duration;
 pub use self::memory::fault_around::Around;
 pub(crate) use self::memory::region::ADAPTIVE;
 pub use self::memory::region::Region;
+pub use self::serve::delivery::Delivery;
 pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};
 pub use crate::source::{
     BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
 };
 pub(crate) use background::Target;
 pub use background::{Background, Failed, Order, Outcome};
-pub use delivery::Delivery;
 pub use error::{Error, Problem, Refused, Result, Retry};
 pub use record::Recorder;
 pub use replay::{Coverage, Replay};
 pub use stats::{Histogram, Statistics};
 pub use working_set::WorkingSet;
 
-use self::control::{spawn, target_is_gone};
 use self::fill::growth;
 use self::fill::retry::Deferred;
 use self::memory::address_map::{Layout, Segment};
 use self::memory::descriptor::{Descriptor, Origin, Serving, at, lock, wake};
 use self::memory::page_state::Pages;
-use self::reports::{OnProblem, Reporter};
-use self::serve::Worker;
-use self::shared::{Note, Shared};
-use self::shutdown::{Cover, Patience, Unfillable};
+use self::serve::control::{spawn, target_is_gone};
+use self::serve::reports::{OnProblem, Reporter};
+use self::serve::shared::{Note, Shared};
+use self::serve::shutdown::{Cover, Patience, Unfillable};
+use self::serve::worker::Worker;
+use self::serve::{control, shutdown, worker_pool};
 use crate::holder::{Held, Holder};
 use crate::owner::Owner;
 use crate::watch::Lease;
@@ -349,9 +343,9 @@ impl PagerBuilder {
     ///
     /// [`System`](Error::System): a thread or a descriptor couldn't be had.
     pub fn build(self) -> Result<Pager> {
-        let most = self.max_threads.unwrap_or(workers::MOST).max(self.threads);
+        let most = self.max_threads.unwrap_or(worker_pool::MOST).max(self.threads);
         let shared = Arc::new(Shared::new(self.threads, self.readers, most - self.threads, self.retry)?);
-        let added = Arc::new(workers::Added::new(self.delivery));
+        let added = Arc::new(worker_pool::Added::new(self.delivery));
         let mut pager = Pager {
             shared: Arc::clone(&shared),
             adding: Mutex::new(()),
@@ -422,7 +416,7 @@ pub struct Pager {
     /// The control thread, the one that reports, then those that serve.
     threads: Vec<JoinHandle<()>>,
     /// Those that were added.
-    added: Arc<workers::Added>,
+    added: Arc<worker_pool::Added>,
     /// How long a call waits for the kernel without any progress.
     patience: Duration,
 }
@@ -526,7 +520,7 @@ impl Pager {
             Ok(was_blocking) => was_blocking,
             Err(error) => return Err(Refused { uffd, error }),
         };
-        let is_own = own::is_own(&uffd);
+        let is_own = target::is_own(&uffd);
         match (&is_own, layout.segments().first()) {
             (Ok(true), Some(first)) if foreign => {
                 return Err(Refused { error: Error::OwnMemory { address: first.start }, uffd });

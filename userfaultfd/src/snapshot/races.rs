@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use super::{Content, Options};
-use crate::pager::point::tests::at;
-use crate::pager::point::{Moment, Point};
+use crate::pager::sync_point::tests::at;
+use crate::pager::sync_point::{Moment, Point};
 use crate::support::memory::{self, Kind, Memory};
 use crate::support::proc::{thread_id, wait_until_in};
 use crate::support::{child, require, test_name};

@@ -16,8 +16,8 @@ const LIMIT: Duration = Duration::from_secs(300);
 const TAKES_A_KERNEL: [&str; 7] = [
     "lazy::sigbus::",
     "pager::ahead::",
-    "pager::delivery::",
-    "pager::own::",
+    "pager::serve::delivery::",
+    "pager::target::",
     "pager::memory::page_state::tests::states_take_memory",
     "pager::races::",
     "sys::tests::the_name_tells_a_userfaultfd",

@@ -17,9 +17,9 @@ use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::memory::descriptor::at;
 use crate::pager::memory::page_state::{Claim, End};
 use crate::pager::memory::region::Served;
-use crate::pager::point::{Point, reach};
-use crate::pager::shutdown::Unfillable;
+use crate::pager::serve::shutdown::Unfillable;
 use crate::pager::stats::{self, Counters};
+use crate::pager::sync_point::{Point, reach};
 use crate::pager::{Absent, Error, Fill, Progress, Region, RegionId, Result, Statistics};
 use crate::sys::Pause;
 use crate::{CopyMode, Errno, Uffd, ZeropageMode};
@@ -616,7 +616,7 @@ mod tests {
 
     use super::*;
     use crate::pager::BytesSource;
-    use crate::pager::point::tests::{Armed, at as armed_at};
+    use crate::pager::sync_point::tests::{Armed, at as armed_at};
     use crate::support::proc::wait_until;
     use crate::support::{child, raw, require, test_name};
     use crate::{FeatureFlags, UffdBuilder, page_size};

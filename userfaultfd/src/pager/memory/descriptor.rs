@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::address_map::{Layout, Segment};
 use crate::owner::{InheritedFd, NotedFd};
 use crate::pager::fill::growth;
-use crate::pager::shared::OUTSIDE;
+use crate::pager::serve::shared::OUTSIDE;
 use crate::{FeatureFlags, Uffd};
 
 /// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any time.

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::harness::{Reader, Seen, Stop, start, wait_for_progress};
-use crate::pager::point::Point;
+use crate::pager::sync_point::Point;
 use crate::pager::{Around, Fill, PageSource, Pager, Problem, Region};
 use crate::support::child::{self, Forked};
 use crate::support::memory::Memory;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use super::harness::{Flavour, PAGE, PAGES, Source, Stop, races};
-use crate::pager::point::Point;
+use crate::pager::sync_point::Point;
 use crate::pager::{Pager, Problem};
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;

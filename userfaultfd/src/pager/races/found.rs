@@ -13,7 +13,8 @@ use super::harness::{
 };
 use crate::pager::fill::install::Work;
 use crate::pager::memory::descriptor::Descriptor;
-use crate::pager::point::{Point, tests::at};
+use crate::pager::sync_point::Point;
+use crate::pager::sync_point::tests::at;
 use crate::pager::{Around, Fill, Pager, Region};
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;

@@ -10,9 +10,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::{iter, mem, ptr};
 
-use crate::pager::point::Point;
-use crate::pager::point::tests::{Armed, at};
-use crate::pager::shared::Shared;
+use crate::pager::serve::shared::Shared;
+use crate::pager::sync_point::Point;
+use crate::pager::sync_point::tests::{Armed, at};
 use crate::pager::{Added, Around, Fill, PageSource, Pager, Region, Statistics};
 use crate::support::mapping::Mapping;
 use crate::support::memory::{Kind, Memory};
@@ -392,7 +392,8 @@ macro_rules! races {
         $(#[test]
         fn $name() {
             $crate::support::require!();
-            use $crate::pager::{point::Point, races::harness::Flavour};
+            use crate::pager::sync_point::Point;
+            use crate::pager::races::harness::Flavour;
             super::super::$act.race($crate::support::test_name!(), Flavour::$flavour, Point::$point);
         })*
         // A point that is left out is an error here.
@@ -401,7 +402,7 @@ macro_rules! races {
             // No points of every fault: see `found` and `control`.
             Point::BeforeAdopt | Point::BeforeMap | Point::Snapshot(_) => {}
         };
-        use $crate::pager::point::Point;
+        use crate::pager::sync_point::Point;
     };
 }
 pub(super) use races;

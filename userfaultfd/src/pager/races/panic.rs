@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use super::harness::{Flavour, PAGE, PAGES, Source, Stop, content, races, read};
 use crate::FeatureFlags;
-use crate::pager::point::Point;
-use crate::pager::point::tests::at;
+use crate::pager::sync_point::Point;
+use crate::pager::sync_point::tests::at;
 use crate::pager::{Pager, Problem};
 use crate::support::proc::wait_until;
 use crate::support::{child, uffd};

@@ -6,7 +6,7 @@ use super::harness::{
     Act, NOTHING_MAPPED, Outcome, PAGE, PAGES, Reader, Scene, Seen, clear, content, races, read, room,
 };
 use crate::FeatureFlags;
-use crate::pager::point::Point;
+use crate::pager::sync_point::Point;
 use crate::support::has;
 use crate::support::proc::wait_until;
 

@@ -2,7 +2,7 @@
 
 use super::harness::{Act, Outcome, PAGE, Reader, Scene, Seen, content, nobody, races, read};
 use crate::FeatureFlags;
-use crate::pager::point::Point;
+use crate::pager::sync_point::Point;
 use crate::support::has;
 use crate::support::proc::wait_until;
 

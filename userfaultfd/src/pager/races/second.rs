@@ -2,7 +2,7 @@
 
 use super::harness::{Act, PAGE, Reader, Scene, Seen, content, races};
 use crate::FeatureFlags;
-use crate::pager::point::Point;
+use crate::pager::sync_point::Point;
 use crate::support::proc::wait_until;
 
 static SECOND: Act<()> = Act {

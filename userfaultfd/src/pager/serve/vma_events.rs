@@ -6,14 +6,14 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use super::memory::address_map::{Layout, Segment};
-use super::memory::descriptor::{Descriptor, Origin, Serving, wake};
-use super::memory::page_state::Pages;
-use super::point::{Point, reach};
 use super::shared::{Fork, Note, Shared};
 use super::shutdown::sole;
-use super::stats::Counters;
-use super::trace::event;
+use crate::pager::memory::address_map::{Layout, Segment};
+use crate::pager::memory::descriptor::{Descriptor, Origin, Serving, wake};
+use crate::pager::memory::page_state::Pages;
+use crate::pager::stats::Counters;
+use crate::pager::sync_point::{Point, reach};
+use crate::pager::trace::event;
 use crate::{Uffd, mapped_vec, sys};
 
 /// A change that was read.

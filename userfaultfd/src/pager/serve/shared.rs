@@ -13,16 +13,16 @@ use std::time::Duration;
 
 use memmap2::MmapRaw;
 
-use super::ahead::Ahead;
-use super::fill::install::Filler;
-use super::fill::retry::RetryQueue;
-use super::memory::address_map::{Layout, ROOM, Segments};
-use super::memory::descriptor::{Descriptor, Origin, Serving, lock};
-use super::memory::region::Served;
 use super::reports::Reports;
-use super::stats::Counters;
-use super::{Error, Problem, Result, Retry, Statistics};
 use crate::owner::{InheritedFd, Owner, abandon};
+use crate::pager::ahead::Ahead;
+use crate::pager::fill::install::Filler;
+use crate::pager::fill::retry::RetryQueue;
+use crate::pager::memory::address_map::{Layout, ROOM, Segments};
+use crate::pager::memory::descriptor::{Descriptor, Origin, Serving, lock};
+use crate::pager::memory::region::Served;
+use crate::pager::stats::Counters;
+use crate::pager::{Error, Problem, Result, Retry, Statistics};
 use crate::{Uffd, mapped_vec, sys};
 
 /// What the threads that serve faults have others do. They don't do it themselves: it takes locks that who waits for a
@@ -65,7 +65,7 @@ const FORKS: usize = 16;
 
 /// Shards of a descriptor that callers and threads in the background share: see [`Shared::lease`]. A shard is locked
 /// while the kernel fills, never while a source is read. Each more makes each change of a layout dearer.
-pub(super) const OUTSIDE: usize = 5;
+pub(in crate::pager) const OUTSIDE: usize = 5;
 
 /// The descriptors that are served, by slot.
 ///
@@ -292,7 +292,7 @@ impl Shared {
     }
 
     /// The counters of a thread, for that thread.
-    pub(super) fn counters(&self, thread: usize) -> &Counters {
+    pub(in crate::pager) fn counters(&self, thread: usize) -> &Counters {
         match self.counters.get(thread) {
             Some(counters) => counters,
             None => self.leases.counters(thread - self.counters.len()),
@@ -506,7 +506,7 @@ impl Shared {
     pub(crate) fn gone(&self, descriptor: &Arc<Descriptor>) {
         if let Some(serving) = self.remove(descriptor) {
             self.leave(descriptor, serving);
-            let descriptor = super::DescriptorId(descriptor.id);
+            let descriptor = crate::pager::DescriptorId(descriptor.id);
             self.note(Note::Problem(Problem::TargetGone { descriptor }));
         }
     }

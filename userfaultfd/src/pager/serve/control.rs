@@ -5,14 +5,15 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::memory::descriptor::{Descriptor, at};
 use super::shared::{Note, Shared, Stopped};
-use super::workers::Added;
-use super::{DescriptorId, Problem, changes};
+use super::vma_events;
+use super::worker_pool::Added;
+use crate::pager::memory::descriptor::{Descriptor, at};
+use crate::pager::{DescriptorId, Problem};
 use crate::{Errno, Uffd};
 
 /// How often it looks whether the processes whose memory is served are still there. The kernel reports no end.
-pub(super) const LOOK: Duration = Duration::from_millis(500);
+pub(in crate::pager) const LOOK: Duration = Duration::from_millis(500);
 
 /// How soon it looks again for what is expected to happen at any moment; twice as long each time.
 const SOON: Duration = Duration::from_millis(1);
@@ -31,7 +32,7 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
             match shared.next_note() {
                 Ok(Some(Note::Fork(fork))) => {
                     let parent = fork.parent;
-                    if let Err((uffd, error)) = changes::adopt(shared, fork) {
+                    if let Err((uffd, error)) = vma_events::adopt(shared, fork) {
                         // Closing it would show zeros where the child's pages are missing.
                         std::mem::forget(uffd);
                         shared.note(Note::Problem(Problem::Fork { descriptor: DescriptorId(parent), error }));
@@ -88,7 +89,7 @@ fn drop_if_gone(shared: &Shared, descriptor: &Arc<Descriptor>) -> bool {
 }
 
 /// Whether the process of a descriptor has ended, or executed another program.
-pub(super) fn is_gone(descriptor: &Descriptor, shared: &Shared) -> bool {
+pub(in crate::pager) fn is_gone(descriptor: &Descriptor, shared: &Shared) -> bool {
     let address = descriptor.segments(shared.outside_id(), None).first().map(|segment| segment.start);
     let serving = descriptor.enter(shared.outside_id());
     serving.as_ref().is_some_and(|serving| target_is_gone(&serving.uffd, address))

@@ -1,4 +1,4 @@
-//! The thread that runs the program's code: it calls [`on_problem`](super::PagerBuilder::on_problem), and frees sources.
+//! The thread that runs the program's code: it calls [`on_problem`](crate::pager::PagerBuilder::on_problem), and frees sources.
 //!
 //! Both may take their time, take any lock, panic, or end the pager. So no other thread does either, and none waits for
 //! this one but for a moment, before a page is poisoned.
@@ -10,12 +10,12 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::Problem;
-use super::error::PROBLEM_KINDS;
-use super::fill::load::message;
-use super::memory::descriptor::lock;
-use super::memory::region::Served;
-use super::trace::event;
+use crate::pager::Problem;
+use crate::pager::error::PROBLEM_KINDS;
+use crate::pager::fill::load::message;
+use crate::pager::memory::descriptor::lock;
+use crate::pager::memory::region::Served;
+use crate::pager::trace::event;
 
 /// What is called with each problem.
 pub(crate) type OnProblem = Arc<dyn Fn(&Problem) + Send + Sync>;

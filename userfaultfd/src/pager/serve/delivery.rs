@@ -3,8 +3,8 @@
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
-use super::fill::fault::Fault;
 use super::shared::Shared;
+use crate::pager::fill::fault::Fault;
 use crate::sys;
 
 /// How faults reach the threads that answer them: most of what a fault takes.

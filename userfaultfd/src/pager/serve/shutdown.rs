@@ -4,14 +4,14 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::fill::install::{Content, Done, Filler, Wait, Work};
-use super::fill::load::alike;
-use super::memory::address_map::Segment;
-use super::memory::descriptor::{Descriptor, Serving, at, wake};
-use super::memory::page_state::Pages;
-use super::memory::region::Served;
 use super::shared::Shared;
-use super::{Absent, DescriptorId, Detached, Error, Failed, Progress, RegionId, Result};
+use crate::pager::fill::install::{Content, Done, Filler, Wait, Work};
+use crate::pager::fill::load::alike;
+use crate::pager::memory::address_map::Segment;
+use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
+use crate::pager::memory::page_state::Pages;
+use crate::pager::memory::region::Served;
+use crate::pager::{Absent, DescriptorId, Detached, Error, Failed, Progress, RegionId, Result};
 use crate::{Errno, Uffd};
 
 /// So many bytes are read and filled at once, where nobody waits for a particular page.
@@ -23,7 +23,7 @@ const ROUNDS: usize = 8;
 /// How long a call waits for the kernel without any progress: while it lacks memory, or nothing reads its events any
 /// more; and where they are read. A process that is stopped in the middle of a change is a reason to give up.
 const PATIENCE: Duration = Duration::from_secs(3);
-pub(super) const LONG_PATIENCE: Duration = Duration::from_secs(60);
+pub(in crate::pager) const LONG_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long one call waits in all without any progress, whatever number of descriptors and pages it is about.
 #[derive(Clone, Copy, Debug)]

@@ -11,15 +11,15 @@ use std::time::Duration;
 
 use super::control::spawn;
 use super::delivery::Delivery;
-use super::memory::descriptor::lock;
-use super::serve::Worker;
 use super::shared::Shared;
+use super::worker::Worker;
+use crate::pager::memory::descriptor::lock;
 
 /// Workers at most, unless told otherwise.
-pub(super) const MOST: usize = 16;
+pub(in crate::pager) const MOST: usize = 16;
 
 /// How long an added worker waits for something to do before it ends.
-pub(super) const IDLE: Duration = Duration::from_secs(1);
+pub(in crate::pager) const IDLE: Duration = Duration::from_secs(1);
 
 /// How soon it is looked again whether one more is needed; twice as long each time that none is.
 const SOON: Duration = Duration::from_millis(1);

@@ -8,18 +8,18 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::changes::{self, Change};
 use super::delivery::{Delivery, Waiting};
-use super::fill::fault::{Fault, page_of};
-use super::fill::install::{Done, Filler, Wait, Work};
-use super::fill::load::message;
-use super::fill::retry::{self, Deferred, History, Put};
-use super::memory::descriptor::{Descriptor, Serving, wake};
 use super::shared::{Note, Shared, Token};
-use super::trace::event;
-use super::workers::IDLE;
-use super::{DescriptorId, Problem, RegionId, stats};
+use super::vma_events::{self, Change};
+use super::worker_pool::IDLE;
 use crate::error::errno_of;
+use crate::pager::fill::fault::{Fault, page_of};
+use crate::pager::fill::install::{Done, Filler, Wait, Work};
+use crate::pager::fill::load::message;
+use crate::pager::fill::retry::{self, Deferred, History, Put};
+use crate::pager::memory::descriptor::{Descriptor, Serving, wake};
+use crate::pager::trace::event;
+use crate::pager::{DescriptorId, Problem, RegionId, stats};
 use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result, mapped_vec};
 
 /// So many events are read with one system call.
@@ -545,5 +545,5 @@ fn take(
             return shared.note(Note::Problem(Problem::Read { descriptor, error }));
         }
     };
-    changes::apply(shared, counters, descriptor, serving, change);
+    vma_events::apply(shared, counters, descriptor, serving, change);
 }

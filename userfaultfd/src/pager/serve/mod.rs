@@ -1,0 +1,10 @@
+//! Who does it: the threads that read faults and events, what they share, and how serving ends.
+
+pub(crate) mod control;
+pub(crate) mod delivery;
+pub(crate) mod reports;
+pub(crate) mod shared;
+pub(crate) mod shutdown;
+pub(crate) mod vma_events;
+pub(crate) mod worker;
+pub(crate) mod worker_pool;
