@@ -80,15 +80,12 @@
 //! A descriptor may be blocking or not. While it is served it is switched to non-blocking, for all that share its
 //! description, and [`detach`](Pager::detach) switches it back. Nobody else may read it meanwhile.
 
-mod ahead;
-mod background;
 mod error;
 mod fill;
 pub(crate) mod memory;
+pub(crate) mod prefetch;
 #[cfg(test)]
 mod races;
-mod record;
-mod replay;
 pub(crate) mod serve;
 pub(crate) mod stats;
 pub(crate) mod sync_point;
@@ -97,7 +94,6 @@ mod trace;
 
 #[doc = include_str!("tuning.md")]
 pub mod tuning {}
-mod working_set;
 
 use std::fmt;
 use std::ops::Range;
@@ -109,24 +105,25 @@ use std::time::Duration;
 pub use self::memory::fault_around::Around;
 pub(crate) use self::memory::region::ADAPTIVE;
 pub use self::memory::region::Region;
+pub(crate) use self::prefetch::background::Target;
+pub use self::prefetch::background::{Background, Failed, Order, Outcome};
+pub use self::prefetch::record::Recorder;
+pub use self::prefetch::replay::{Coverage, Replay};
+pub use self::prefetch::working_set::WorkingSet;
 pub use self::serve::delivery::Delivery;
 pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};
 pub use crate::source::{
     BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
 };
-pub(crate) use background::Target;
-pub use background::{Background, Failed, Order, Outcome};
 pub use error::{Error, Problem, Refused, Result, Retry};
-pub use record::Recorder;
-pub use replay::{Coverage, Replay};
 pub use stats::{Histogram, Statistics};
-pub use working_set::WorkingSet;
 
 use self::fill::growth;
 use self::fill::retry::Deferred;
 use self::memory::address_map::{Layout, Segment};
 use self::memory::descriptor::{Descriptor, Origin, Serving, at, lock, wake};
 use self::memory::page_state::Pages;
+use self::prefetch::read_ahead;
 use self::serve::control::{spawn, target_is_gone};
 use self::serve::reports::{OnProblem, Reporter};
 use self::serve::shared::{Note, Shared};
@@ -364,7 +361,7 @@ impl PagerBuilder {
         }
         for reader in self.threads..self.threads + self.readers {
             let shared = Arc::clone(&shared);
-            pager.threads.push(spawn("uffd-ahead", move || ahead::read(&shared, reader))?);
+            pager.threads.push(spawn("uffd-ahead", move || read_ahead::read(&shared, reader))?);
         }
         shared.wait_until_started();
         Ok(pager)

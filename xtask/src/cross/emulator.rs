@@ -15,11 +15,11 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// of advice to the kernel, which doesn't get it.
 const TAKES_A_KERNEL: [&str; 7] = [
     "lazy::sigbus::",
-    "pager::ahead::",
+    "pager::memory::page_state::tests::states_take_memory",
+    "pager::prefetch::read_ahead::",
+    "pager::races::",
     "pager::serve::delivery::",
     "pager::target::",
-    "pager::memory::page_state::tests::states_take_memory",
-    "pager::races::",
     "sys::tests::the_name_tells_a_userfaultfd",
 ];
 

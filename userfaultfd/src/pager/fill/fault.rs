@@ -12,10 +12,11 @@ use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
 use crate::pager::memory::page_run::Run;
 use crate::pager::memory::page_state::Claim;
+use crate::pager::prefetch::read_ahead;
 use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::sync_point::{Point, reach};
 use crate::pager::trace::span;
-use crate::pager::{DescriptorId, Problem, RegionId, ahead};
+use crate::pager::{DescriptorId, Problem, RegionId};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
 
 /// A fault that was read.
@@ -110,7 +111,8 @@ impl Filler {
             let within = segment.pages();
             let around = around.start.max(within.start)..around.end.min(within.end);
             let parallel = shared.readers > 0 && self.is_slow() && !removed;
-            let now = if parallel { ahead::first(&segment.region, page, &around) } else { around.clone() };
+            let now =
+                if parallel { read_ahead::first(&segment.region, page, &around) } else { around.clone() };
             while pages.start > now.start && states.claim_quietly(pages.start - 1, removed) {
                 pages.start -= 1;
             }
@@ -119,7 +121,7 @@ impl Filler {
             }
             let whole = pages == now;
             if whole && now != around {
-                ahead::ask(shared, descriptor, segment, &now, &around);
+                read_ahead::ask(shared, descriptor, segment, &now, &around);
             }
             if let Some(window) = window {
                 segment.region.goes_on(window, if whole { &around } else { &pages });

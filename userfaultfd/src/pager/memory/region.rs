@@ -17,7 +17,7 @@ use super::fault_around::{Around, Streams, Window};
 use super::page_state::Pages;
 use crate::holder::Held;
 use crate::pager::fill::load::caught;
-use crate::pager::record::Log;
+use crate::pager::prefetch::record::Log;
 use crate::pager::{Absent, Error, PageSource, Result};
 use crate::watch::Lease;
 use crate::{Errno, FeatureFlags, IoctlFlags, RegisterMode, Support};

@@ -15,12 +15,12 @@ use memmap2::MmapRaw;
 
 use super::reports::Reports;
 use crate::owner::{InheritedFd, Owner, abandon};
-use crate::pager::ahead::Ahead;
 use crate::pager::fill::install::Filler;
 use crate::pager::fill::retry::RetryQueue;
 use crate::pager::memory::address_map::{Layout, ROOM, Segments};
 use crate::pager::memory::descriptor::{Descriptor, Origin, Serving, lock};
 use crate::pager::memory::region::Served;
+use crate::pager::prefetch::read_ahead::Ahead;
 use crate::pager::stats::Counters;
 use crate::pager::{Error, Problem, Result, Retry, Statistics};
 use crate::{Uffd, mapped_vec, sys};

@@ -6,12 +6,12 @@ use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::path::Path;
 
-use super::{Error, Result};
 use crate::PendingFile;
+use crate::pager::{Error, Result};
 
 /// The pages of a region that a program has touched, in the order in which it first did.
 ///
-/// A [`Recorder`](super::Recorder) makes one, and [`Pager::replay`](super::Pager::replay) fills the pages in that order
+/// A [`Recorder`](crate::pager::Recorder) makes one, and [`Pager::replay`](crate::pager::Pager::replay) fills the pages in that order
 /// at the next start. [`from_pages`](Self::from_pages) makes one of what another tool has found; several are put together
 /// by [`union`](Self::union) and [`intersection`](Self::intersection). One of a region of another size, or of other pages,
 /// is adapted by [`with_region_pages`](Self::with_region_pages) and [`with_page_size`](Self::with_page_size).

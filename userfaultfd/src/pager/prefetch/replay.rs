@@ -5,10 +5,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::background::{Background, Outcome, Plan, Target};
-use super::memory::region::Served;
 use super::record::Mode;
 use super::working_set::{Cover, WorkingSet};
-use super::{Error, Pager, RegionId, Result};
+use crate::pager::memory::region::Served;
+use crate::pager::{Error, Pager, RegionId, Result};
 
 /// One page of so many is left out, to see whether it is needed.
 const SAMPLE: usize = 64;

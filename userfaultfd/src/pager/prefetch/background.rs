@@ -11,18 +11,19 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::fill::install::{Done, Filler};
-use super::fill::load::alike;
-use super::memory::address_map::Segment;
-use super::memory::descriptor::{Descriptor, lock};
-use super::memory::fault_around::Around;
-use super::memory::page_run::Run;
-use super::memory::region::Served;
-use super::serve::control::spawn;
-use super::serve::shared::{Lease, Shared};
-use super::{Pager, Progress, RegionId, Result, Retry, ahead};
+use super::read_ahead;
 use crate::lazy::sigbus::{Lazy, Lost};
 use crate::owner::{Owner, abandon};
+use crate::pager::fill::install::{Done, Filler};
+use crate::pager::fill::load::alike;
+use crate::pager::memory::address_map::Segment;
+use crate::pager::memory::descriptor::{Descriptor, lock};
+use crate::pager::memory::fault_around::Around;
+use crate::pager::memory::page_run::Run;
+use crate::pager::memory::region::Served;
+use crate::pager::serve::control::spawn;
+use crate::pager::serve::shared::{Lease, Shared};
+use crate::pager::{Pager, Progress, RegionId, Result, Retry};
 use crate::sys;
 
 /// Bytes that are filled between two looks whether a fault waits, unless they take longer than [`STEP_TIME`]; and of one
@@ -57,9 +58,9 @@ pub enum Order {
 /// Fills the missing pages of a region while no fault waits to be resolved.
 ///
 /// Before each step it looks whether a fault waits or is being resolved, and lets it go first. A step is the region's
-/// [`Block`](super::Around::Block); otherwise 64 KiB, and where reads of the source take longer than some 50 µs, as much as
-/// [`Adaptive`](super::Around::Adaptive) allows. If the pager has [readers](super::PagerBuilder::readers), a step is
-/// 1 MiB at most, as for them. Ranges that the source [knows to be zero](super::PageSource::zeros) are filled without
+/// [`Block`](crate::pager::Around::Block); otherwise 64 KiB, and where reads of the source take longer than some 50 µs, as much as
+/// [`Adaptive`](crate::pager::Around::Adaptive) allows. If the pager has [readers](crate::pager::PagerBuilder::readers), a step is
+/// 1 MiB at most, as for them. Ranges that the source [knows to be zero](crate::pager::PageSource::zeros) are filled without
 /// being read, up to 4 MiB in one step.
 ///
 /// While the source is slow, several steps are read at the same time: four, or as many as the pager has threads, or
@@ -88,7 +89,7 @@ pub struct Background {
     control: Arc<Control>,
 }
 
-/// What a [`Background`] or a [`Replay`](super::Replay) has done.
+/// What a [`Background`] or a [`Replay`](crate::pager::Replay) has done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Outcome {
@@ -613,7 +614,7 @@ impl Target {
         let bytes = match (region.around, self) {
             (Around::Block(block), _) => block,
             (Around::Adaptive { most }, Self::Pager { shared, .. }) if is_slow => {
-                STEP.max(if shared.readers > 0 { most.min(ahead::CHUNK) } else { most })
+                STEP.max(if shared.readers > 0 { most.min(read_ahead::CHUNK) } else { most })
             }
             _ => STEP,
         };
@@ -658,7 +659,7 @@ impl Target {
             let (mut next, mut hands) = (pages.start, self.hands());
             while next < pages.end {
                 let end = pages.end.min(next.saturating_add(self.step(false)));
-                next = self.fill(&mut hands, next..end, &control).ok_or(super::Error::NotServed)?.next;
+                next = self.fill(&mut hands, next..end, &control).ok_or(crate::pager::Error::NotServed)?.next;
             }
             drop(hands);
             let states = &self.region().pages;
@@ -773,8 +774,8 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](super::Error::NotServed): the region isn't served any more.
-    /// - [`System`](super::Error::System): a thread couldn't be had.
+    /// - [`NotServed`](crate::pager::Error::NotServed): the region isn't served any more.
+    /// - [`System`](crate::pager::Error::System): a thread couldn't be had.
     pub fn background(&self, region: RegionId, order: Order) -> Result<Background> {
         Background::start(self.target(region)?, order)
     }
@@ -783,7 +784,7 @@ impl Pager {
     pub(crate) fn target(&self, region: RegionId) -> Result<Target> {
         let descriptor = self.of_region(region)?;
         let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
-        let region = segments.into_iter().next().ok_or(super::Error::NotServed)?.region;
+        let region = segments.into_iter().next().ok_or(crate::pager::Error::NotServed)?.region;
         Ok(Target::Pager { shared: Arc::clone(&self.shared), descriptor, region })
     }
 }

@@ -3,14 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::fill::install::{Done, Filler};
-use super::memory::address_map::Segment;
-use super::memory::descriptor::Descriptor;
-use super::memory::region::Served;
-use super::serve::shared::Shared;
+use crate::pager::fill::install::{Done, Filler};
+use crate::pager::memory::address_map::Segment;
+use crate::pager::memory::descriptor::Descriptor;
+use crate::pager::memory::region::Served;
+use crate::pager::serve::shared::Shared;
 
 /// What one thread reads at a time.
-pub(super) const CHUNK: usize = 1 << 20;
+pub(in crate::pager) const CHUNK: usize = 1 << 20;
 
 /// Something to read ahead.
 #[derive(Debug)]

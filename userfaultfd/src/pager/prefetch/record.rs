@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
-use super::memory::region::Served;
 use super::working_set::WorkingSet;
-use super::{Error, Pager, RegionId, Result};
+use crate::pager::memory::region::Served;
+use crate::pager::{Error, Pager, RegionId, Result};
 
 /// Pages for which faults came, each once, in mappings that exist only where something is noted. Noting is
 /// async-signal-safe.
@@ -121,7 +121,7 @@ impl Log {
 /// Notes in which order the pages of a region are touched for the first time, until it is dropped.
 ///
 /// It sees faults. What is there already makes none, so begin before the memory is used. Each fault fills its page
-/// alone meanwhile, whatever [`Around`](super::Around) says, so that the set has what was touched and nothing else:
+/// alone meanwhile, whatever [`Around`](crate::pager::Around) says, so that the set has what was touched and nothing else:
 /// such a run is slower than others. Noting takes no lock and allocates nothing.
 ///
 /// ```

@@ -1,0 +1,7 @@
+//! Without being asked: reading ahead, filling in the background, and working sets.
+
+pub(crate) mod background;
+pub(crate) mod read_ahead;
+pub(crate) mod record;
+pub(crate) mod replay;
+pub(crate) mod working_set;
