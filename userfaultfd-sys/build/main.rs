@@ -44,11 +44,7 @@ fn run() -> Result<(), String> {
              [target.'cfg(any(target_os = \"linux\", target_os = \"android\"))'.dependencies] only."
         ))
     } else {
-        #[cfg(feature = "bindgen")]
-        let bindings = Some(generated::bindings(target)?);
-        #[cfg(not(feature = "bindgen"))]
-        let bindings = target.map(committed).transpose()?;
-        match bindings {
+        match bindings(target)? {
             Some(bindings) => bindings + &target.map(syscall).unwrap_or_default(),
             None => unsupported(&format!(
                 "userfaultfd-sys has no committed bindings for {arch} with {width}-bit pointers. Enable its feature \
@@ -59,6 +55,21 @@ fn run() -> Result<(), String> {
     };
     let out = Path::new(&var("OUT_DIR")?).join("bindings.rs");
     fs::write(&out, text).map_err(|e| format!("{}: {e}", out.display()))
+}
+
+/// New bindings. docs.rs builds with all features and has headers of some kernel or other, so it gets the committed ones.
+#[cfg(feature = "bindgen")]
+fn bindings(target: Option<&Target>) -> Result<Option<String>, String> {
+    println!("cargo::rerun-if-env-changed=DOCS_RS");
+    match env::var_os("DOCS_RS") {
+        Some(_) => target.map(committed).transpose(),
+        None => generated::bindings(target).map(Some),
+    }
+}
+
+#[cfg(not(feature = "bindgen"))]
+fn bindings(target: Option<&Target>) -> Result<Option<String>, String> {
+    target.map(committed).transpose()
 }
 
 /// The text of the committed bindings.

@@ -6,6 +6,7 @@ mod ci;
 mod command;
 mod cross;
 mod diff;
+mod journal;
 mod kernels;
 mod libclang;
 mod mutants;
@@ -44,13 +45,21 @@ fn main() -> ExitCode {
         "bindings" => bindings::run(&arguments),
         "ci" => ci::run(&arguments),
         "cross" => cross::run(&arguments),
+        "journal" => journal::run(&arguments),
         "kernels" => kernels::run(&arguments),
         "libclang" => libclang::load().map(|path| println!("{}", path.display())),
         "mutants" => mutants::run(&arguments),
         "public-api" => public_api::run(&arguments),
         "sanitize" => sanitize::run(&arguments),
         command if command.is_empty() || is_help(command) => {
-            let others = [cross::USAGE, kernels::USAGE, mutants::USAGE, public_api::USAGE, sanitize::USAGE];
+            let others = [
+                cross::USAGE,
+                journal::USAGE,
+                kernels::USAGE,
+                mutants::USAGE,
+                public_api::USAGE,
+                sanitize::USAGE,
+            ];
             print!("{USAGE}\n{}", others.join("\n"));
             Ok(())
         }
