@@ -1,0 +1,655 @@
+//! The pager itself: what is added to it, what is asked of it, and its ends.
+
+use std::ops::Range;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::fill::growth;
+use super::fill::retry::Deferred;
+use super::memory::address_map::{Layout, Segment};
+use super::memory::descriptor::{Descriptor, Origin, Serving, at, lock, wake};
+use super::memory::page_state::Pages;
+use super::serve::control::{self, target_is_gone};
+use super::serve::shared::{Note, Shared};
+use super::serve::shutdown::{self, Cover, Patience, Unfillable};
+use super::serve::worker_pool;
+use super::{Absent, Detached, Error, PagerBuilder, Problem, Refused, Region, Result, Statistics, target};
+use crate::holder::{Held, Holder};
+use crate::owner::Owner;
+use crate::watch::Lease;
+use crate::{Errno, FeatureFlags, RegisterMode, Uffd, mapped_vec};
+
+/// A descriptor that a pager serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct DescriptorId(pub(super) u64);
+
+/// A region that a pager serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct RegionId(pub(super) u64);
+
+impl RegionId {
+    /// The id with a number, as [`number`](Self::number) gave it in another process.
+    #[must_use]
+    pub const fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// Its number.
+    #[must_use]
+    pub const fn number(self) -> u64 {
+        self.0
+    }
+}
+
+/// What was added to a pager.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Added {
+    /// The descriptor.
+    pub descriptor: DescriptorId,
+    /// Its regions, in the order in which they were given.
+    pub regions: Vec<RegionId>,
+}
+
+/// How far a fill of everything is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes that were absent when it began.
+    pub total: u64,
+}
+
+/// Threads that answer faults: see the [module](super).
+///
+/// Dropping it poisons all missing pages that it serves and closes the descriptors: from then on an access to a page that
+/// was never filled raises SIGBUS. A page that another mapping or write(2) has written to the memory's file isn't missing
+/// (but see [`Region::minor`]). Before Linux 6.6, which can't poison, dropping fills missing pages; in a private mapping
+/// of a memfd the source's content then hides what was written to the file. A descriptor whose pages can't be filled
+/// either stays open for as long as this process lives, so that an access waits.
+/// [`finish`](Self::finish) and [`detach`](Self::detach) are the other ends.
+#[derive(Debug)]
+pub struct Pager {
+    pub(super) shared: Arc<Shared>,
+    /// Held while regions are added, so that two that overlap can't be both.
+    pub(super) adding: Mutex<()>,
+    /// The control thread, the one that reports, then those that serve.
+    pub(super) threads: Vec<JoinHandle<()>>,
+    /// Those that were added.
+    pub(super) added: Arc<worker_pool::Added>,
+    /// How long a call waits for the kernel without any progress.
+    pub(super) patience: Duration,
+}
+
+impl Pager {
+    /// A pager with one thread.
+    ///
+    /// # Errors
+    ///
+    /// [`System`](Error::System): a thread or a descriptor couldn't be had.
+    pub fn new() -> Result<Self> {
+        Self::builder().build()
+    }
+
+    /// How a pager is to be.
+    pub fn builder() -> PagerBuilder {
+        PagerBuilder::default()
+    }
+
+    /// Serves memory of another process.
+    ///
+    /// The descriptor was made there, and came over a Unix socket, by fork(2) or with pidfd_getfd(2). Its handshake is
+    /// done. As long as it is served it is non-blocking; nobody who shares its description is to change that.
+    ///
+    /// The pager registers each region, for missing faults and what else the region asks for, so it need not be
+    /// registered before; if it is, then for the same. Faults that wait already are answered.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`], with the descriptor. Nothing of it is served then, though regions may be registered.
+    ///
+    /// - [`Overlap`](Error::Overlap), [`EmptyRegion`](Error::EmptyRegion), [`Unaligned`](Error::Unaligned),
+    ///   [`PageSize`](Error::PageSize), [`Block`](Error::Block), [`BeyondSource`](Error::BeyondSource): what a region
+    ///   tells can't be.
+    /// - [`Register`](Error::Register), [`MissingIoctls`](Error::MissingIoctls): the kernel won't have it.
+    /// - [`TargetGone`](Error::TargetGone): the process has ended.
+    /// - [`OwnMemory`](Error::OwnMemory): the descriptor is this process's own, so that the memory is, too.
+    /// - [`System`](Error::System): memory for the states of pages couldn't be had.
+    pub fn add(&self, uffd: Uffd, regions: impl IntoIterator<Item = Region>) -> Result<Added, Refused> {
+        self.add_checked(uffd, regions.into_iter().collect(), true)
+    }
+
+    /// Serves memory of this process, or of any.
+    ///
+    /// Who touches the memory for the first time finds what the source has. A thread that waits for a page may hold
+    /// any lock of the program: see [`PageSource`].
+    ///
+    /// The pager's threads map memory at times, as any thread does. So what is to be mapped in the place of a region is
+    /// mapped over it (`MAP_FIXED`): once that is unmapped, something else may lie there.
+    ///
+    /// # Errors
+    ///
+    /// As [`add`](Self::add), but for [`OwnMemory`](Error::OwnMemory).
+    ///
+    /// # Safety
+    ///
+    /// The caller must make sure that
+    ///
+    /// - whoever holds a reference into the regions is to find there, in each page that is missing now, what the
+    ///   source has: it is valid for its type, and no page that was seen as something else is missing.
+    /// - the same of pages that are removed later, as by `MADV_DONTNEED`, which become zero, and of what
+    ///   is mapped in the place of the regions before they are removed from the pager.
+    /// - no reference is used to a page that is poisoned as if it led to memory, or the process may die of SIGBUS.
+    /// - the same of what the pager does later without being asked again: it fills pages around a fault, and all of a
+    ///   region in the background and at its [end](Self::finish); pages that mremap(2) moves take their content along,
+    ///   and leave zeros; a mapping that grows grows with zeros.
+    /// - of a [`minor`](Region::minor) region, the same of every other mapping of its file in this process: pages that
+    ///   count as missing are overwritten in the file.
+    /// - the list of [`absent`](Region::absent) pages is true of this memory, where there is one.
+    ///
+    /// The kernel makes sure that no page is filled that is there, but for those of a file.
+    #[expect(unsafe_code, reason = "the contract is the caller's")]
+    pub unsafe fn add_own(
+        &self,
+        uffd: Uffd,
+        regions: impl IntoIterator<Item = Region>,
+    ) -> Result<Added, Refused> {
+        self.add_checked(uffd, regions.into_iter().collect(), false)
+    }
+
+    fn add_checked(&self, uffd: Uffd, mut regions: Vec<Region>, foreign: bool) -> Result<Added, Refused> {
+        if let Err(error) = self.shared.check_owner() {
+            return Err(Refused { uffd, error });
+        }
+        if let Err(error) = regions.iter_mut().try_for_each(Region::ask_source) {
+            return Err(Refused { uffd, error });
+        }
+        let _adding = lock(&self.adding);
+        let mut layout = Layout::default();
+        let prepared = regions.into_iter().try_for_each(|region| {
+            check_overlap(&layout, &region)?;
+            layout.insert(self.register(&uffd, region)?);
+            Ok(())
+        });
+        let switched = prepared.and_then(|()| {
+            let was_blocking = !uffd.is_nonblocking()?;
+            uffd.set_nonblocking(true)?;
+            Ok(was_blocking)
+        });
+        let was_blocking = match switched {
+            Ok(was_blocking) => was_blocking,
+            Err(error) => return Err(Refused { uffd, error }),
+        };
+        let is_own = target::is_own(&uffd);
+        match (&is_own, layout.segments().first()) {
+            (Ok(true), Some(first)) if foreign => {
+                return Err(Refused { error: Error::OwnMemory { address: first.start }, uffd });
+            }
+            (Err(_), _) if foreign => {
+                let error = if target_is_gone(&uffd, None) {
+                    Error::TargetGone
+                } else {
+                    Error::from(is_own.unwrap_err())
+                };
+                return Err(Refused { uffd, error });
+            }
+            _ => {}
+        }
+        let origin = Origin { is_child: false, is_own: is_own.unwrap_or(false), was_blocking };
+        if origin.is_own {
+            layout.segments().iter().for_each(hold);
+        }
+        layout.reserve();
+        let regions = layout.segments().iter().map(|segment| RegionId(segment.region.id)).collect();
+        let uffd = Arc::new(uffd);
+        let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
+        match self.shared.add(serving, origin) {
+            Ok(descriptor) => {
+                // Faults that somebody else has read and not answered are told again.
+                for segment in descriptor.segments(self.shared.outside_id(), None) {
+                    wake(&uffd, segment.start..segment.end);
+                }
+                let mut regions: Vec<RegionId> = regions;
+                regions.sort_unstable(); // numbered in the order in which they were given
+                Ok(Added { descriptor: DescriptorId(descriptor.id), regions })
+            }
+            // A worker may have it for a moment.
+            Err(error) => Err(Refused { uffd: shutdown::sole(uffd), error }),
+        }
+    }
+
+    /// Serves one more region of a descriptor.
+    ///
+    /// # Errors
+    ///
+    /// As [`add`](Self::add), and [`NotServed`](Error::NotServed) if the descriptor isn't served any more.
+    pub fn add_region(&self, descriptor: DescriptorId, region: Region) -> Result<RegionId> {
+        self.add_region_checked(descriptor, region, true)
+    }
+
+    /// Serves one more region of a descriptor that may be this process's.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_region`](Self::add_region), but for [`OwnMemory`](Error::OwnMemory).
+    ///
+    /// # Safety
+    ///
+    /// As [`add_own`](Self::add_own).
+    #[expect(unsafe_code, reason = "the contract is the caller's")]
+    pub unsafe fn add_own_region(&self, descriptor: DescriptorId, region: Region) -> Result<RegionId> {
+        self.add_region_checked(descriptor, region, false)
+    }
+
+    fn add_region_checked(
+        &self,
+        descriptor: DescriptorId,
+        mut region: Region,
+        foreign: bool,
+    ) -> Result<RegionId> {
+        self.shared.check_owner()?;
+        region.ask_source()?;
+        let _adding = lock(&self.adding);
+        let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
+        let uffd = {
+            let serving = descriptor.enter(self.shared.outside_id());
+            let serving = serving.as_ref().ok_or(Error::NotServed)?;
+            check_overlap(&serving.layout, &region)?;
+            if foreign && descriptor.is_own {
+                return Err(Error::OwnMemory { address: region.range().start });
+            }
+            Arc::clone(&serving.uffd)
+        };
+        let _registering = descriptor.begin_registering(self.shared.outside_id());
+        let segment = self.register(&uffd, region)?;
+        if descriptor.is_own {
+            hold(&segment);
+        }
+        drop(uffd);
+        let (id, range) = (RegionId(segment.region.id), segment.start..segment.end);
+        let mut overlap = Ok(());
+        let served = descriptor.change_layout(|layout| {
+            // A move may have brought something there meanwhile.
+            let other = layout.parts(segment.start..segment.end).next();
+            match other {
+                Some(other) => overlap = Err(Error::Overlap { address: segment.start, other: other.start }),
+                None => layout.insert(segment),
+            }
+        });
+        overlap?;
+        if !served {
+            return Err(Error::NotServed);
+        }
+        if let Some(serving) = &*descriptor.enter(self.shared.outside_id()) {
+            wake(&serving.uffd, range);
+        }
+        Ok(id)
+    }
+
+    /// Checks a region, and registers it.
+    fn register(&self, uffd: &Uffd, region: Region) -> Result<Segment> {
+        region.check()?;
+        let Range { start, end } = region.range();
+        if uffd.features().contains(FeatureFlags::SIGBUS) {
+            return Err(Error::NoMessages);
+        }
+        region.check_kernel()?;
+        let offered = uffd.register_with_mode(at(start), end - start, region.modes());
+        let offered = offered.map_err(|error| match error.errno() {
+            Some(Errno::ENOMEM | Errno::ESRCH) if target_is_gone(uffd, None) => Error::TargetGone,
+            _ => Error::Register { address: start, error },
+        })?;
+        region.check_ioctls(offered)?;
+        let mut region = region.serve(self.shared.new_region_id(), offered)?;
+        let page = region.page_size();
+        // Where the kernel can't tell it may be so.
+        let followed = end.checked_add(page).and_then(|to| growth::is_one_mapping(uffd, end - page..to));
+        region.followed = (followed != Some(false)).then_some(end);
+        Ok(Segment { start, end, region: self.shared.keep(region), first: 0 })
+    }
+
+    /// Fills what is absent of a region, and gives it back to the kernel.
+    ///
+    /// `progress` is called now and then, first with nothing done and last with all done.
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`Poisoned`](Error::Poisoned): its source failed, so that some pages are poisoned. All others are filled, and the
+    ///   region is given back.
+    /// - [`Unfilled`](Error::Unfilled): its source fails, before Linux 6.6. The region is served on.
+    pub fn finish_region(&self, region: RegionId, progress: impl FnMut(Progress)) -> Result<()> {
+        let descriptor = self.of_region(region)?;
+        let (mut poisoned, mut patience) = (Unfillable::default(), Patience::new(self.patience));
+        let region_alone = [(Arc::clone(&descriptor), Some(region.0))];
+        shutdown::fill(&self.shared, &region_alone, &mut patience, progress)?;
+        let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
+        // What is missing where nothing is mapped is no failure.
+        poisoned.add(&segments, Pages::is_poisoned);
+        if segments.iter().any(|segment| segment.region.lease.is_taken()) {
+            // A tracker is at work: the region stays registered, and protection faults are the pager's to resolve.
+            return poisoned.poisoned();
+        }
+        self.drop_region(&descriptor, region)?;
+        poisoned.poisoned()
+    }
+
+    /// Lends a region to a tracker: pages are filled protected from now on, until the lease is given back. The whole region
+    /// is registered for protection, too. Returns the descriptor to protect it with, and its ranges.
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`Uffd`](Error::Uffd): [`AlreadyTracked`](crate::Error::AlreadyTracked).
+    /// - [`Register`](Error::Register): the kernel can't protect such memory.
+    pub(crate) fn lend(&self, region: RegionId) -> Result<(Uffd, Arc<Lease>, Vec<Range<usize>>)> {
+        let descriptor = self.of_region(region)?;
+        let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
+        let uffd = {
+            let serving = descriptor.enter(self.shared.outside_id());
+            Arc::clone(&serving.as_ref().ok_or(Error::NotServed)?.uffd)
+        };
+        let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
+        for Segment { start, end, .. } in &segments {
+            let registered = uffd.register_with_mode(at(*start), end - start, modes);
+            registered.map_err(|error| Error::Register { address: *start, error })?;
+        }
+        let lease =
+            segments.first().map(|segment| Arc::clone(&segment.region.lease)).ok_or(Error::NotServed)?;
+        // While no fill is at work, and once all is registered: one that is protected where that can't be is refused.
+        let mut taken = false;
+        descriptor.exclusively(&mut |_| taken = lease.take());
+        if !taken {
+            let ends = segments.iter().fold((usize::MAX, 0), |(start, end), segment| {
+                (start.min(segment.start), end.max(segment.end))
+            });
+            return Err(crate::Error::AlreadyTracked { start: ends.0, end: ends.1 }.into());
+        }
+        let ranges = segments.iter().map(|segment| segment.start..segment.end).collect();
+        match uffd.try_clone() {
+            Ok(uffd) => Ok((uffd, lease, ranges)),
+            Err(error) => {
+                lease.give_back();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Poisons what is absent of a region, and gives it back to the kernel.
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`Unfilled`](Error::Unfilled): before Linux 6.6, if something is absent. The region is served on.
+    pub fn remove_region(&self, region: RegionId) -> Result<()> {
+        let descriptor = self.of_region(region)?;
+        let mut patience = Patience::new(self.patience);
+        let left = shutdown::cover(
+            &self.shared,
+            &descriptor,
+            Some(region.0),
+            Cover::Poison,
+            &mut patience,
+            &mut |_| {},
+        )?;
+        if left > 0 {
+            let mut failed = Unfillable::default();
+            let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
+            failed.add(&segments, Pages::is_failed);
+            return Err(failed.unfilled(left));
+        }
+        self.drop_region(&descriptor, region)
+    }
+
+    fn of_region(&self, region: RegionId) -> Result<Arc<Descriptor>> {
+        let has = |descriptor: &Arc<Descriptor>| {
+            !descriptor.segments(self.shared.outside_id(), Some(region.0)).is_empty()
+        };
+        self.shared.descriptors().into_iter().find(has).ok_or(Error::NotServed)
+    }
+
+    fn drop_region(&self, descriptor: &Descriptor, region: RegionId) -> Result<()> {
+        // Freed when the shards are free again.
+        let (mut gone, mut served) = (mapped_vec::none(), false);
+        descriptor.exclusively(&mut |serving| {
+            let Some(serving) = serving else { return };
+            let layout = Arc::make_mut(&mut serving.layout);
+            served = layout.take(region.0, &mut gone);
+            let mut replaced = mapped_vec::none();
+            // What stays registered is served on, as the kernel would.
+            shutdown::unregister(&serving.uffd, &gone, |part| layout.insert_hole(part, &mut replaced));
+            gone.extend(replaced);
+        });
+        drop(gone);
+        self.shared.note(Note::Ended);
+        if served { Ok(()) } else { Err(Error::NotServed) }
+    }
+
+    /// Ends serving a descriptor, and hands it over with the list of what is absent. Threads that wait are told to
+    /// fault again, so that the new owner hears of them.
+    ///
+    /// Children of its forks are served on. If they share [`minor`](Region::minor) memory with it, hand them over, too,
+    /// and to the same owner, as [`detach`](Self::detach) does: two pagers don't know of each other what each has
+    /// loaded, and one would load again what was written since.
+    ///
+    /// # Errors
+    ///
+    /// [`NotServed`](Error::NotServed): it isn't served any more.
+    pub fn remove(&self, descriptor: DescriptorId) -> Result<Detached> {
+        self.shared.check_owner()?;
+        // Who adds a region uses the descriptor meanwhile.
+        let _adding = lock(&self.adding);
+        let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
+        let serving = self.shared.remove(&descriptor).ok_or(Error::NotServed)?;
+        Ok(shutdown::detached(&descriptor, serving))
+    }
+
+    /// What is absent of a region, by address.
+    ///
+    /// # Errors
+    ///
+    /// [`NotServed`](Error::NotServed): it isn't served any more.
+    pub fn absent(&self, region: RegionId) -> Result<Vec<Absent>> {
+        let descriptor = self.of_region(region)?;
+        let (thread, region) = (self.shared.outside_id(), Some(region.0));
+        Ok(shutdown::absent(&descriptor.segments(thread, region), &descriptor.holes(thread, region)))
+    }
+
+    /// The descriptors that are served, with those that forks brought.
+    #[must_use]
+    pub fn descriptors(&self) -> Vec<DescriptorId> {
+        self.shared.descriptors().iter().map(|descriptor| DescriptorId(descriptor.id)).collect()
+    }
+
+    /// What was done so far, and how many pages are there.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        self.shared.statistics()
+    }
+
+    /// Has the end of a descriptor's process noticed at once. Without it, it is noticed within a second.
+    ///
+    /// `end` is a pidfd, or a socket or pipe whose other end that process has open and no other one: when it becomes
+    /// readable, or is closed at the other end, the pager looks whether the process is gone. While it isn't, it is
+    /// served on.
+    ///
+    /// ```no_run
+    /// use std::os::fd::OwnedFd;
+    /// use userfaultfd::Uffd;
+    /// use userfaultfd::pager::{FileSource, Pager, Region};
+    ///
+    /// # fn receive() -> (OwnedFd, OwnedFd, usize, usize) { unimplemented!() }
+    /// let (uffd, socket, start, len) = receive();
+    /// let pager = Pager::new()?;
+    /// let region = Region::new(start, len, FileSource::open("snapshot")?);
+    /// let added = pager.add(Uffd::from(uffd), [region])?;
+    /// pager.watch(added.descriptor, socket)?;
+    /// pager.join(); // returns as soon as the process has ended
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// - [`NotServed`](Error::NotServed): the descriptor isn't served any more.
+    /// - [`System`](Error::System): `end` can't be polled.
+    pub fn watch(&self, descriptor: DescriptorId, end: impl Into<OwnedFd>) -> Result<()> {
+        let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
+        self.shared.watch(&descriptor, end.into())
+    }
+
+    /// Waits until nothing is served any more: all processes have gone, or all descriptors were removed, and no fork's
+    /// child is still to be served.
+    ///
+    /// That a process is gone is noticed within a second, or at once: see [`watch`](Self::watch).
+    pub fn join(&self) {
+        self.shared.wait_until_empty();
+    }
+
+    /// Fills everything that is absent, gives all memory back to the kernel and closes the descriptors. The memory is
+    /// complete then, and needs no pager.
+    ///
+    /// It needs as much memory as everything that it fills. `progress` is called now and then, first with nothing
+    /// done and last with all done. Faults are answered meanwhile. A page that its source doesn't deliver is
+    /// poisoned, and the error tells which. One that was removed isn't filled: it is zero, with a pager and without.
+    /// What is added meanwhile is finished, too.
+    ///
+    /// # Errors
+    ///
+    /// - [`Poisoned`](Error::Poisoned): a source failed, so that some pages are poisoned. All others are filled, everything
+    ///   is given back, and the descriptors are closed.
+    /// - [`Unfilled`](Error::Unfilled): a source fails, before Linux 6.6. Everything is served on.
+    /// - [`NotServed`](Error::NotServed): another process made the pager.
+    pub fn finish(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
+        self.shared.check_owner()?;
+        let (mut poisoned, mut patience) = (Unfillable::default(), Patience::new(self.patience));
+        loop {
+            self.shared.wait_for_forks();
+            let descriptors = self.shared.descriptors();
+            if descriptors.is_empty() {
+                return poisoned.poisoned();
+            }
+            let all: Vec<_> = descriptors.iter().map(|descriptor| (Arc::clone(descriptor), None)).collect();
+            let filled = shutdown::fill(&self.shared, &all, &mut patience, &mut progress)?;
+            // What is added meanwhile isn't filled.
+            let _adding = lock(&self.adding);
+            for descriptor in &descriptors {
+                shutdown::give_back(&self.shared, descriptor, &filled, &mut poisoned);
+            }
+            // Forks, and threads that add, have brought others meanwhile.
+        }
+    }
+
+    /// Stops, and hands all descriptors over with the lists of what is absent. Threads that wait are told to fault
+    /// again, so that the new owner hears of them.
+    #[must_use = "closing the descriptors shows zeros where pages are missing"]
+    pub fn detach(mut self) -> Vec<Detached> {
+        if self.shared.owner.is_current() {
+            self.stop_threads();
+        }
+        let descriptors = self.shared.descriptors().into_iter();
+        let detach = |descriptor: Arc<Descriptor>| {
+            self.shared.remove(&descriptor).map(|serving| shutdown::detached(&descriptor, serving))
+        };
+        descriptors.filter_map(detach).collect()
+    }
+
+    /// In a fork's child: closes its copy of a descriptor that is served in the parent.
+    pub(crate) fn abandon(&self, descriptor: DescriptorId) {
+        self.shared.abandon(Some(descriptor.0));
+    }
+
+    /// Stops the threads, those that serve first.
+    fn stop_threads(&mut self) {
+        if self.threads.is_empty() {
+            return;
+        }
+        self.shared.stop();
+        let workers = self.threads.split_off(self.threads.len().min(2));
+        let mut others = self.threads.drain(..);
+        workers.into_iter().for_each(join);
+        self.added.join();
+        // Nobody would come back to what they have put off.
+        while let Some(Deferred { descriptor, work, .. }) = self.shared.retries.take_any() {
+            self.shared.lease().give_up(&descriptor, work);
+        }
+        self.shared.stop_notes();
+        others.next().into_iter().for_each(join);
+        self.shared.reports.stop();
+        others.for_each(join);
+    }
+
+    /// Poisons what is absent of a descriptor, or fills it where the kernel can't do that. Whether nothing is left of
+    /// it, or nobody to see it.
+    fn cover(&self, descriptor: &Arc<Descriptor>, patience: &mut Patience) -> bool {
+        let is_covered = |cover| {
+            matches!(shutdown::cover(&self.shared, descriptor, None, cover, patience, &mut |_| {}), Ok(0))
+        };
+        [Cover::Poison, Cover::ContentAtOnce].into_iter().any(is_covered)
+            || control::is_gone(descriptor, &self.shared)
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        if !self.shared.owner.is_current() {
+            self.threads.drain(..).for_each(std::mem::forget);
+            return self.shared.abandon(None);
+        }
+        if self.threads.is_empty() {
+            return;
+        }
+        // With the threads at work, which read the events that fills wait for.
+        let (mut uncovered, mut patience) = (Vec::new(), Patience::new(self.patience));
+        loop {
+            self.shared.wait_for_forks();
+            let mut descriptors = self.shared.descriptors();
+            descriptors.retain(|descriptor| !uncovered.contains(&descriptor.id));
+            if descriptors.is_empty() {
+                break;
+            }
+            for descriptor in descriptors {
+                if self.cover(&descriptor, &mut patience) {
+                    drop(self.shared.remove(&descriptor));
+                } else {
+                    uncovered.push(descriptor.id);
+                }
+            }
+            // Forks that came meanwhile have brought others.
+        }
+        self.stop_threads();
+        for descriptor in self.shared.descriptors() {
+            if let Some(serving) = self.shared.remove(&descriptor) {
+                // Who waits goes on waiting, instead of reading zeros.
+                let _kept = shutdown::sole(serving.uffd).into_raw_fd();
+            }
+        }
+    }
+}
+
+/// Waits for a thread, unless it is this one: a source, or a callback, may be the last that has the pager. Then it ends
+/// by itself.
+fn join(thread: JoinHandle<()>) {
+    if thread.thread().id() != thread::current().id() {
+        // A panic has been reported.
+        let _panicked = thread.join();
+    }
+}
+
+/// Says that a pager has memory of this process.
+fn hold(segment: &Segment) {
+    let Ok(owner) = Owner::current() else { return };
+    let held = segment.region.held.get_or_init(|| Held::new(owner, Holder::Pager));
+    held.set(std::iter::once(segment.start..segment.end));
+}
+
+/// Whether a region has its addresses for itself.
+fn check_overlap(layout: &Layout, region: &Region) -> Result<()> {
+    match layout.parts(region.range()).next() {
+        Some(other) => Err(Error::Overlap { address: region.range().start, other: other.start }),
+        None => Ok(()),
+    }
+}
