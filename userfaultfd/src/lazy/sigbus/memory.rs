@@ -264,13 +264,7 @@ impl Lazy {
     fn load(&self, page: usize, removed: bool, tally: &mut Tally) -> bool {
         let states = &self.served.pages;
         let (around, window) = self.served.around(page);
-        let mut pages = page..page + 1;
-        while pages.start > around.start && states.claim_quietly(pages.start - 1, removed) {
-            pages.start -= 1;
-        }
-        while pages.end < around.end && states.claim_quietly(pages.end, removed) {
-            pages.end += 1;
-        }
+        let pages = states.claim_around(page, around, removed);
         if let Some(window) = window {
             self.served.goes_on(window, &pages);
         }
@@ -528,8 +522,8 @@ impl Lazy {
                 }
                 continue;
             };
-            let more = page + 1..pages.end.min(page.saturating_add(most));
-            let end = page + 1 + more.take_while(|next| states.claim_quietly(*next, removed)).count();
+            let onward = page..pages.end.min(page.saturating_add(most));
+            let end = states.claim_around(page, onward, removed).end;
             reach(Point::BeforeFill, self.address(page));
             let filled = self.put_all(page..end, removed, None, tally);
             // One by one, so that what can't be filled is one page.

@@ -113,12 +113,7 @@ impl Filler {
             let parallel = shared.readers > 0 && self.is_slow() && !removed;
             let now =
                 if parallel { read_ahead::first(&segment.region, page, &around) } else { around.clone() };
-            while pages.start > now.start && states.claim_quietly(pages.start - 1, removed) {
-                pages.start -= 1;
-            }
-            while pages.end < now.end && states.claim_quietly(pages.end, removed) {
-                pages.end += 1;
-            }
+            pages = states.claim_around(page, now.clone(), removed);
             let whole = pages == now;
             if whole && now != around {
                 read_ahead::ask(shared, descriptor, segment, &now, &around);

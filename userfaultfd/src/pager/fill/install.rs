@@ -174,25 +174,6 @@ impl Filler {
         self.pace > SLOW
     }
 
-    /// Takes pages that nobody has asked for: the first absent ones in a range that follow each other, and at most so
-    /// many. Returns where to go on looking, too.
-    pub(crate) fn claim_ahead(
-        &mut self,
-        segment: &Segment,
-        pages: Range<usize>,
-        most: usize,
-    ) -> (Option<Run>, usize) {
-        let states = &segment.region.pages;
-        for page in pages.clone() {
-            let Some(removed) = states.claim_absent(page) else { continue };
-            let together = segment.region.together(page).end;
-            let more = page + 1..pages.end.min(page.saturating_add(most)).min(together);
-            let end = page + 1 + more.take_while(|next| states.claim_quietly(*next, removed)).count();
-            return (Some(Run::new(segment, page..end, removed)), end);
-        }
-        (None, pages.end)
-    }
-
     /// Poisons in one place what is poisoned in others: of shared memory each mapping has its own poison. How many
     /// pages couldn't be.
     pub(crate) fn poison_here(&self, descriptor: &Descriptor, segment: &Segment) -> usize {

@@ -51,6 +51,20 @@ impl Run {
         }
     }
 
+    /// Takes pages that no fault has asked for: the first absent ones in a range that follow each other and are read
+    /// together, at most `most`. Returns where to go on looking, too.
+    pub(crate) fn claim(segment: &Segment, pages: Range<usize>, most: usize) -> (Option<Self>, usize) {
+        let region = &segment.region;
+        for page in pages.clone() {
+            let Some(removed) = region.pages.claim_absent(page) else { continue };
+            let end = pages.end.min(page.saturating_add(most)).min(region.together(page).end);
+            let claimed = region.pages.claim_around(page, page..end, removed);
+            let next = claimed.end;
+            return (Some(Self::new(segment, claimed, removed)), next);
+        }
+        (None, pages.end)
+    }
+
     /// The same, ahead of need.
     pub(crate) fn early(mut self) -> Self {
         self.is_early = true;

@@ -155,6 +155,19 @@ impl Pages {
         }
     }
 
+    /// Takes the pages around one that was claimed, as far as they are plainly absent, with content of the kind, and
+    /// within a range. Returns all of them.
+    pub(crate) fn claim_around(&self, page: usize, within: Range<usize>, removed: bool) -> Range<usize> {
+        let (mut start, mut end) = (page, page + 1);
+        while start > within.start && self.claim_quietly(start - 1, removed) {
+            start -= 1;
+        }
+        while end < within.end && self.claim_quietly(end, removed) {
+            end += 1;
+        }
+        start..end
+    }
+
     /// Takes a page that nobody asked for, if it is plainly absent, with content of the kind.
     pub(crate) fn claim_quietly(&self, page: usize, removed: bool) -> bool {
         let (absent, cell) = (if removed { REMOVED } else { 0 }, &self.cells()[page]);
@@ -294,6 +307,18 @@ mod tests {
         assert_eq!(pages.claim(2), Claim::Poisoned);
         assert_eq!(pages.present_and_poisoned(), (1, 1));
         assert!(pages.is_absent(0));
+    }
+
+    #[test]
+    fn claim_around_takes_absent_neighbours_of_the_kind_within_the_range() {
+        crate::support::require!();
+        let pages = Pages::new(9).unwrap();
+        pages.remove(7..9, false);
+        assert!(pages.claim_quietly(1, false));
+        let Claim::Mine { removed, .. } = pages.claim(4) else { panic!("it is absent") };
+        assert_eq!(pages.claim_around(4, 0..6, removed), 2..6, "1 is another's, 6 is outside");
+        assert_eq!(pages.claim_around(6, 6..9, removed), 6..7, "the next is removed");
+        assert_eq!(pages.claim_around(8, 0..9, true), 7..9, "the one before isn't");
     }
 
     #[test]

@@ -706,7 +706,7 @@ fn step(
     if within.is_empty() {
         return Some(Step { next: pages.end, filled: 0 });
     }
-    let (run, next) = filler.claim_ahead(&segment, within, usize::MAX);
+    let (run, next) = Run::claim(&segment, within, usize::MAX);
     let Some(run) = run else { return Some(Step { next, filled: 0 }) };
     let (claimed, thread) = (run.pages(), filler.thread);
     let mut load = |run: Run| match filler.load(shared, descriptor, run.early(), 0) {

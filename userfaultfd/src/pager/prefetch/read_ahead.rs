@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::pager::fill::install::{Done, Filler};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::Descriptor;
+use crate::pager::memory::page_run::Run;
 use crate::pager::memory::region::Served;
 use crate::pager::serve::shared::Shared;
 
@@ -76,7 +77,7 @@ pub(crate) fn read(shared: &Shared, thread: usize) {
                     break;
                 }
                 let pages = segment.page_at(at)..segment.page_at(addresses.end.min(segment.end) - 1) + 1;
-                let (run, next) = filler.claim_ahead(segment, pages, usize::MAX);
+                let (run, next) = Run::claim(segment, pages, usize::MAX);
                 at = segment.address_of(next).unwrap_or(segment.end);
                 run
             };

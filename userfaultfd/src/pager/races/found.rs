@@ -13,6 +13,7 @@ use super::harness::{
 };
 use crate::pager::fill::install::Work;
 use crate::pager::memory::descriptor::Descriptor;
+use crate::pager::memory::page_run::Run;
 use crate::pager::sync_point::Point;
 use crate::pager::sync_point::tests::at;
 use crate::pager::{Around, Fill, Pager, Region};
@@ -52,8 +53,8 @@ fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
     let mut filler = pager.shared.lease();
     let segment = &descriptor.segments(pager.shared.outside_id(), None)[0];
     segment.region.pages.remove(0..PAGES, false);
-    let (short, next) = filler.claim_ahead(segment, 0..1, 1);
-    let (long, _) = filler.claim_ahead(segment, next..PAGES, PAGES);
+    let (short, next) = Run::claim(segment, 0..1, 1);
+    let (long, _) = Run::claim(segment, next..PAGES, PAGES);
     let (short, long) = (short.unwrap(), long.unwrap());
     let put_aside = filler.content(&pager.shared, &short).unwrap();
     for work in [Work::Load(long, 0), Work::Install(short, put_aside)] {

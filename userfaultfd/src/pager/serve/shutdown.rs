@@ -9,6 +9,7 @@ use crate::pager::fill::install::{Content, Done, Filler, Wait, Work};
 use crate::pager::fill::load::alike;
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
+use crate::pager::memory::page_run::Run;
 use crate::pager::memory::page_state::Pages;
 use crate::pager::memory::region::Served;
 use crate::pager::{Absent, DescriptorId, Detached, Error, Failed, Progress, RegionId, Result};
@@ -92,7 +93,7 @@ pub(crate) fn cover(
             let mut next = pages.start;
             while next < pages.end {
                 let most = if bulk && !poison { alike(&segment.region, next, most) } else { most };
-                let (run, after) = filler.claim_ahead(segment, next..pages.end, most);
+                let (run, after) = Run::claim(segment, next..pages.end, most);
                 let Some(run) = run else { break };
                 next = after;
                 let run_pages = run.pages();
