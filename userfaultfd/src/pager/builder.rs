@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::prefetch::read_ahead;
-use super::serve::control::spawn;
 use super::serve::delivery::Delivery;
 use super::serve::reports::{OnProblem, Reporter};
 use super::serve::shared::Shared;
+use super::serve::thread::spawn;
 use super::serve::worker::Worker;
 use super::serve::{control, shutdown, worker_pool};
 use super::{Pager, Problem, Result, Retry};

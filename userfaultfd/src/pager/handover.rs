@@ -2,54 +2,9 @@
 
 use std::sync::Arc;
 
-use super::memory::address_map::Layout;
-use super::serve::shutdown;
-use super::{DescriptorId, RegionId};
+use super::memory::address_map::{self, Layout};
+use super::{Absent, DescriptorId};
 use crate::Uffd;
-
-/// Pages that nobody has filled, one after the other.
-///
-/// They can cross to another process, which goes on serving the memory: with the cargo feature `serde` they can be
-/// serialised, and without it be made of their parts.
-///
-/// ```
-/// use userfaultfd::pager::{Absent, RegionId};
-///
-/// fn line(absent: &Absent) -> String {
-///     format!("{} {} {}", absent.address, absent.len, absent.offset.map_or(-1, |offset| offset as i64))
-/// }
-///
-/// fn parse(line: &str) -> Option<Absent> {
-///     let mut fields = line.split(' ').map(|field| field.parse::<i64>().ok());
-///     let (address, len, offset) = (fields.next()??, fields.next()??, fields.next()??);
-///     Some(Absent::new(RegionId::new(0), address as usize, len as usize, u64::try_from(offset).ok()))
-/// }
-///
-/// let absent = Absent::new(RegionId::new(0), 0x7f00_0000_0000, 1 << 20, Some(4096));
-/// assert_eq!(parse(&line(&absent)), Some(absent));
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[non_exhaustive]
-pub struct Absent {
-    /// The region, or what became of it by a move or a fork.
-    pub region: RegionId,
-    /// Where the first is.
-    pub address: usize,
-    /// How many bytes they have.
-    pub len: usize,
-    /// Where their content is in the source, in bytes. `None`: they were removed, and are to be zero.
-    pub offset: Option<u64>,
-}
-
-impl Absent {
-    /// Pages at an address, with their content at an offset of the source; without one they are zero. The address, the
-    /// length and the offset are in bytes. For [`Region::absent`] the region's id doesn't matter.
-    #[must_use]
-    pub const fn new(region: RegionId, address: usize, len: usize, offset: Option<u64>) -> Self {
-        Self { region, address, len, offset }
-    }
-}
 
 /// A descriptor that a pager has handed over.
 #[derive(Debug)]
@@ -66,6 +21,6 @@ impl Detached {
     /// What is absent, by address. Looks at the state of every page.
     #[must_use]
     pub fn absent(&self) -> Vec<Absent> {
-        shutdown::absent(self.layout.segments(), self.layout.holes())
+        address_map::absent(self.layout.segments(), self.layout.holes())
     }
 }

@@ -84,10 +84,12 @@ mod builder;
 mod error;
 mod fill;
 mod handover;
+mod id;
 pub(crate) mod memory;
 #[expect(clippy::module_inception, reason = "the room is named after what lives in it")]
 mod pager;
 pub(crate) mod prefetch;
+mod progress;
 #[cfg(test)]
 mod races;
 pub(crate) mod serve;
@@ -101,16 +103,19 @@ pub mod tuning {}
 
 pub use self::builder::PagerBuilder;
 pub use self::error::{Error, Problem, Refused, Result, Retry};
-pub use self::handover::{Absent, Detached};
+pub use self::handover::Detached;
+pub use self::id::{DescriptorId, RegionId};
 pub use self::memory::fault_around::Around;
+pub use self::memory::missing_range::Absent;
 pub(crate) use self::memory::region::ADAPTIVE;
 pub use self::memory::region::Region;
-pub use self::pager::{Added, DescriptorId, Pager, Progress, RegionId};
+pub use self::pager::{Added, Pager};
 pub(crate) use self::prefetch::background::Target;
-pub use self::prefetch::background::{Background, Failed, Order, Outcome};
+pub use self::prefetch::background::{Background, Order, Outcome};
 pub use self::prefetch::record::Recorder;
 pub use self::prefetch::replay::{Coverage, Replay};
 pub use self::prefetch::working_set::WorkingSet;
+pub use self::progress::{Failed, Progress};
 pub use self::serve::delivery::Delivery;
 pub use self::stats::{Histogram, Statistics};
 pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};

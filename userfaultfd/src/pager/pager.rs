@@ -8,42 +8,22 @@ use std::time::Duration;
 
 use super::fill::growth;
 use super::fill::retry::Deferred;
-use super::memory::address_map::{Layout, Segment};
+use super::memory::address_map::{self, Layout, Segment};
 use super::memory::descriptor::{Descriptor, Origin, Serving, at, lock, wake};
 use super::memory::page_state::Pages;
-use super::serve::control::{self, target_is_gone};
+use super::memory::unfillable::Unfillable;
+use super::serve::control;
 use super::serve::shared::{Note, Shared};
-use super::serve::shutdown::{self, Cover, Patience, Unfillable};
+use super::serve::shutdown::{self, Cover, Patience};
 use super::serve::worker_pool;
-use super::{Absent, Detached, Error, PagerBuilder, Problem, Refused, Region, Result, Statistics, target};
+use super::{
+    Absent, DescriptorId, Detached, Error, PagerBuilder, Progress, Refused, Region, RegionId, Result,
+    Statistics, target,
+};
 use crate::holder::{Held, Holder};
 use crate::owner::Owner;
 use crate::watch::Lease;
 use crate::{Errno, FeatureFlags, RegisterMode, Uffd, mapped_vec};
-
-/// A descriptor that a pager serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub struct DescriptorId(pub(super) u64);
-
-/// A region that a pager serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub struct RegionId(pub(super) u64);
-
-impl RegionId {
-    /// The id with a number, as [`number`](Self::number) gave it in another process.
-    #[must_use]
-    pub const fn new(number: u64) -> Self {
-        Self(number)
-    }
-
-    /// Its number.
-    #[must_use]
-    pub const fn number(self) -> u64 {
-        self.0
-    }
-}
 
 /// What was added to a pager.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,16 +32,6 @@ pub struct Added {
     pub descriptor: DescriptorId,
     /// Its regions, in the order in which they were given.
     pub regions: Vec<RegionId>,
-}
-
-/// How far a fill of everything is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Progress {
-    /// Bytes done.
-    pub done: u64,
-    /// Bytes that were absent when it began.
-    pub total: u64,
 }
 
 /// Threads that answer faults: see the [module](super).
@@ -190,7 +160,7 @@ impl Pager {
                 return Err(Refused { error: Error::OwnMemory { address: first.start }, uffd });
             }
             (Err(_), _) if foreign => {
-                let error = if target_is_gone(&uffd, None) {
+                let error = if target::target_is_gone(&uffd, None) {
                     Error::TargetGone
                 } else {
                     Error::from(is_own.unwrap_err())
@@ -300,7 +270,7 @@ impl Pager {
         region.check_kernel()?;
         let offered = uffd.register_with_mode(at(start), end - start, region.modes());
         let offered = offered.map_err(|error| match error.errno() {
-            Some(Errno::ENOMEM | Errno::ESRCH) if target_is_gone(uffd, None) => Error::TargetGone,
+            Some(Errno::ENOMEM | Errno::ESRCH) if target::target_is_gone(uffd, None) => Error::TargetGone,
             _ => Error::Register { address: start, error },
         })?;
         region.check_ioctls(offered)?;
@@ -405,7 +375,7 @@ impl Pager {
         self.drop_region(&descriptor, region)
     }
 
-    fn of_region(&self, region: RegionId) -> Result<Arc<Descriptor>> {
+    pub(super) fn of_region(&self, region: RegionId) -> Result<Arc<Descriptor>> {
         let has = |descriptor: &Arc<Descriptor>| {
             !descriptor.segments(self.shared.outside_id(), Some(region.0)).is_empty()
         };
@@ -456,7 +426,7 @@ impl Pager {
     pub fn absent(&self, region: RegionId) -> Result<Vec<Absent>> {
         let descriptor = self.of_region(region)?;
         let (thread, region) = (self.shared.outside_id(), Some(region.0));
-        Ok(shutdown::absent(&descriptor.segments(thread, region), &descriptor.holes(thread, region)))
+        Ok(address_map::absent(&descriptor.segments(thread, region), &descriptor.holes(thread, region)))
     }
 
     /// The descriptors that are served, with those that forks brought.

@@ -6,6 +6,7 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+pub(crate) mod call;
 mod concat;
 mod file;
 mod mapped;

@@ -17,7 +17,7 @@ use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::memory::descriptor::at;
 use crate::pager::memory::page_state::{Claim, End};
 use crate::pager::memory::region::Served;
-use crate::pager::serve::shutdown::Unfillable;
+use crate::pager::memory::unfillable::Unfillable;
 use crate::pager::stats::{self, Counters};
 use crate::pager::sync_point::{Point, reach};
 use crate::pager::{Absent, Error, Fill, Progress, Region, RegionId, Result, Statistics};

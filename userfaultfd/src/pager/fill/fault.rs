@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::growth::adopt_growth;
 use super::install::{Done, Filler, Wait, Work, answer};
 use super::load::grown;
 use crate::pager::memory::address_map::Segment;
@@ -130,7 +131,7 @@ impl Filler {
     /// A fault where no region is. Either a region has grown; or its memory has gone since, and the faulting thread must
     /// find that out; or there is no region yet, and the thread that is woken faults again.
     fn stray(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault, tries: u32) -> Done {
-        if descriptor.adopt_growth(fault.address) {
+        if adopt_growth(descriptor, fault.address) {
             return self.fault(shared, descriptor, fault);
         }
         if tries == STRAY {

@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::pager::memory::address_map::{Layout, Segment};
-use crate::pager::memory::descriptor::{Serving, at};
+use crate::pager::memory::descriptor::{Descriptor, Serving, at};
 use crate::{Errno, Uffd, sys};
 
 /// Whether a range lies in one mapping that is registered. `None`: the kernel can't tell at the moment.
@@ -28,9 +28,19 @@ pub(in crate::pager) fn is_one_mapping(uffd: &Uffd, range: Range<usize>) -> Opti
     }
 }
 
+/// Takes an address for a part of a region if that has grown. Returns whether it has.
+pub(in crate::pager) fn adopt_growth(descriptor: &Descriptor, address: usize) -> bool {
+    let mut adopted = false;
+    descriptor.exclusively(&mut |serving| {
+        let Some(serving) = serving else { return };
+        adopted = !descriptor.is_registering() && adopt(serving, address);
+    });
+    adopted
+}
+
 /// Takes an address for a hole if a region's mapping has grown as far as that, with all that it has grown by. Returns
 /// whether it has. While nothing else is changed: what is about to be added must not be taken for grown.
-pub(in crate::pager) fn adopt(serving: &mut Serving, address: usize) -> bool {
+fn adopt(serving: &mut Serving, address: usize) -> bool {
     let Some(before) = serving.layout.before(address).cloned() else { return false };
     let (page, end) = (before.region.page_size(), before.end);
     if before.region.followed == Some(end) {

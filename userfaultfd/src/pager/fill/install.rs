@@ -8,7 +8,6 @@
 
 use std::ffi::c_void;
 use std::io;
-use std::ops::Range;
 use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,9 +22,9 @@ use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
 use crate::pager::memory::page_run::Run;
 use crate::pager::memory::page_state::{End, MAX_TRIES};
 use crate::pager::memory::region::Served;
-use crate::pager::serve::control::target_is_gone;
 use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::sync_point::{Point, reach};
+use crate::pager::target::target_is_gone;
 use crate::pager::trace::event;
 use crate::pager::{Problem, RegionId};
 use crate::{ContinueMode, CopyMode, Errno, ZeropageMode, sys};

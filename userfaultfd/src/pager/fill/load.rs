@@ -1,8 +1,6 @@
 //! Where the content of a run comes from: read from the source, put aside, asked for again.
 
-use std::any::Any;
 use std::io;
-use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -16,6 +14,7 @@ use crate::pager::memory::region::Served;
 use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::trace::span;
 use crate::pager::{Fill, Problem, RegionId};
+use crate::source::call::caught;
 
 /// Bytes of content that this process puts aside at most. What exceeds that is loaded again.
 const ASIDE: usize = 64 << 20;
@@ -259,16 +258,4 @@ pub(in crate::pager) fn grown(buffer: &mut Option<MmapMut>, len: usize) -> io::R
         *buffer = Some(MmapOptions::new().len(len).no_reserve_swap().map_anon()?);
     }
     buffer.as_mut().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
-}
-
-/// Calls a source. Its panic is an error like any other.
-pub(in crate::pager) fn caught<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    panic::catch_unwind(AssertUnwindSafe(call))
-        .unwrap_or_else(|panic| Err(io::Error::other(format!("the source panicked: {}", message(&*panic)))))
-}
-
-/// What a panic said.
-pub(crate) fn message(panic: &(dyn Any + Send)) -> &str {
-    let message = panic.downcast_ref::<&str>().copied();
-    message.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("something")
 }

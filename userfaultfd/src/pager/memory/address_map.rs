@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::region::Served;
 use crate::mapped_vec;
+use crate::pager::{Absent, RegionId};
 
 /// A part of a region, where it is mapped now. mremap(2) and munmap(2) cut regions into several.
 #[derive(Clone, Debug)]
@@ -262,6 +263,31 @@ fn cut(segments: &mut Segments, range: &Range<usize>, gone: &mut Segments) {
     for rest in [above, below].into_iter().flatten() {
         segments.insert(first, rest);
     }
+}
+
+/// The absent pages, in ranges by address. Holes are taken for absent as a whole.
+pub(crate) fn absent(segments: &[Segment], holes: &[Segment]) -> Vec<Absent> {
+    let mut absent: Vec<Absent> = Vec::new();
+    for segment in segments {
+        let (region, shift) = (&segment.region, segment.region.page_shift);
+        let (id, len) = (RegionId(region.id), 1 << shift);
+        for page in segment.pages().filter(|page| region.pages.is_absent(*page)) {
+            let offset = (!region.pages.is_removed(page)).then(|| region.offset_of(page));
+            let address = segment.start + ((page - segment.first) << shift);
+            match absent.last_mut() {
+                Some(last) if last.is_followed_by(id, address, offset) => last.len += len,
+                _ => absent.push(Absent { region: id, address, len, offset }),
+            }
+        }
+    }
+    absent.extend(holes.iter().map(|hole| Absent {
+        region: RegionId(hole.region.id),
+        address: hole.start,
+        len: hole.end - hole.start,
+        offset: None,
+    }));
+    absent.sort_by_key(|part| part.address);
+    absent
 }
 
 #[cfg(test)]

@@ -20,8 +20,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::address_map::{Layout, Segment};
 use crate::owner::{InheritedFd, NotedFd};
-use crate::pager::fill::growth;
-use crate::pager::serve::shared::OUTSIDE;
 use crate::{FeatureFlags, Uffd};
 
 /// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any time.
@@ -40,6 +38,10 @@ pub(crate) struct Serving {
     pub(crate) uffd: Arc<Uffd>,
     pub(crate) layout: Arc<Layout>,
 }
+
+/// Shards of a descriptor that callers and threads in the background share: each has a filler of its own. A shard is locked
+/// while the kernel fills, never while a source is read. Each more makes each change of a layout dearer.
+pub(in crate::pager) const OUTSIDE: usize = 5;
 
 /// `None` once the descriptor isn't served any more.
 #[derive(Debug)]
@@ -230,14 +232,9 @@ impl Descriptor {
         Registering(&self.registering)
     }
 
-    /// Takes an address for a part of a region if that has grown. Returns whether it has.
-    pub(crate) fn adopt_growth(&self, address: usize) -> bool {
-        let mut adopted = false;
-        self.exclusively(&mut |serving| {
-            let Some(serving) = serving else { return };
-            adopted = self.registering.load(Ordering::Relaxed) == 0 && growth::adopt(serving, address);
-        });
-        adopted
+    /// Whether a region is being registered. With all shards locked none begins to be.
+    pub(crate) fn is_registering(&self) -> bool {
+        self.registering.load(Ordering::Relaxed) > 0
     }
 
     /// Replaces the layout by a changed one. Whether there was one still.

@@ -4,6 +4,9 @@
 pub(crate) mod address_map;
 pub(crate) mod descriptor;
 pub(crate) mod fault_around;
+pub(crate) mod fault_log;
+pub(crate) mod missing_range;
 pub(crate) mod page_run;
 pub(crate) mod page_state;
 pub(crate) mod region;
+pub(crate) mod unfillable;

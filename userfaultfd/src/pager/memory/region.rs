@@ -14,11 +14,11 @@ use std::sync::{Arc, OnceLock};
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::fault_around::{Around, Streams, Window};
+use super::fault_log::Log;
 use super::page_state::Pages;
 use crate::holder::Held;
-use crate::pager::fill::load::caught;
-use crate::pager::prefetch::record::Log;
 use crate::pager::{Absent, Error, PageSource, Result};
+use crate::source::call::caught;
 use crate::watch::Lease;
 use crate::{Errno, FeatureFlags, IoctlFlags, RegisterMode, Support};
 

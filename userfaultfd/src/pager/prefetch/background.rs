@@ -21,9 +21,9 @@ use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::pager::memory::fault_around::Around;
 use crate::pager::memory::page_run::Run;
 use crate::pager::memory::region::Served;
-use crate::pager::serve::control::spawn;
 use crate::pager::serve::shared::{Lease, Shared};
-use crate::pager::{Pager, Progress, RegionId, Result, Retry};
+use crate::pager::serve::thread::spawn;
+use crate::pager::{Failed, Pager, Progress, RegionId, Result, Retry};
 use crate::sys;
 
 /// Bytes that are filled between two looks whether a fault waits, unless they take longer than [`STEP_TIME`]; and of one
@@ -100,16 +100,6 @@ pub struct Outcome {
     /// Pages that couldn't be filled, by address: most often because the source failed. They are missing, unless a fault
     /// has filled or poisoned them since.
     pub failed: Vec<Failed>,
-}
-
-/// Pages that couldn't be filled, one after the other.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Failed {
-    /// The region.
-    pub region: RegionId,
-    /// Bytes, counted from the start of the region.
-    pub range: Range<usize>,
 }
 
 struct Control {
@@ -291,25 +281,6 @@ impl fmt::Debug for Background {
             .field("finished", &self.is_finished())
             .field("state", &self.control.state)
             .finish_non_exhaustive()
-    }
-}
-
-impl Failed {
-    /// Runs of pages, by address, in bytes. Those that follow each other are one.
-    pub(crate) fn in_bytes(
-        region: RegionId,
-        page_shift: u32,
-        pages: impl IntoIterator<Item = Range<usize>>,
-    ) -> Vec<Self> {
-        let mut all: Vec<Self> = Vec::new();
-        for pages in pages {
-            let range = pages.start << page_shift..pages.end << page_shift;
-            match all.last_mut().filter(|last| range.start <= last.range.end) {
-                Some(last) => last.range.end = last.range.end.max(range.end),
-                None => all.push(Self { region, range }),
-            }
-        }
-        all
     }
 }
 

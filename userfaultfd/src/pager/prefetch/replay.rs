@@ -5,8 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::background::{Background, Outcome, Plan, Target};
-use super::record::Mode;
 use super::working_set::{Cover, WorkingSet};
+use crate::pager::memory::fault_log::Mode;
 use crate::pager::memory::region::Served;
 use crate::pager::{Error, Pager, RegionId, Result};
 

@@ -1,16 +1,15 @@
 //! The control thread: it serves the children of forks, notices the end of processes, and takes apart what isn't served
 //! any more. It runs none of the program's code: that is the other thread's, see `reports`.
 
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::shared::{Note, Shared, Stopped};
 use super::vma_events;
 use super::worker_pool::Added;
-use crate::pager::memory::descriptor::{Descriptor, at};
+use crate::pager::memory::descriptor::Descriptor;
+use crate::pager::target::target_is_gone;
 use crate::pager::{DescriptorId, Problem};
-use crate::{Errno, Uffd};
 
 /// How often it looks whether the processes whose memory is served are still there. The kernel reports no end.
 pub(in crate::pager) const LOOK: Duration = Duration::from_millis(500);
@@ -93,27 +92,4 @@ pub(in crate::pager) fn is_gone(descriptor: &Descriptor, shared: &Shared) -> boo
     let address = descriptor.segments(shared.outside_id(), None).first().map(|segment| segment.start);
     let serving = descriptor.enter(shared.outside_id());
     serving.as_ref().is_some_and(|serving| target_is_gone(&serving.uffd, address))
-}
-
-/// Asks for something that can't be done in any process, and of which one that has gone says so.
-#[expect(unsafe_code, reason = "an operation that can't succeed")]
-pub(crate) fn target_is_gone(uffd: &Uffd, address: Option<usize>) -> bool {
-    let dst = at(address.unwrap_or(16 << 20));
-    let len = address.map_or(2 << 20, |_| crate::page_size());
-    // An address that no process may use, such as 0, is EINVAL on some kernels, whoever is asked.
-    let Ok(unreadable) = crate::sys::unreadable() else { return false };
-    // SAFETY: nothing can be read there, so that nothing is copied.
-    let answer = unsafe { uffd.copy(unreadable, dst, len, false) };
-    answer.is_err_and(|error| error.errno() == Some(Errno::ESRCH))
-}
-
-/// Starts a thread of the pager's, which takes no signal of the program's.
-pub(crate) fn spawn(
-    name: &str,
-    run: impl FnOnce() + Send + 'static,
-) -> io::Result<std::thread::JoinHandle<()>> {
-    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-        crate::sys::block_signals();
-        run();
-    })
 }

@@ -5,6 +5,7 @@ pub(crate) mod delivery;
 pub(crate) mod reports;
 pub(crate) mod shared;
 pub(crate) mod shutdown;
+pub(crate) mod thread;
 pub(crate) mod vma_events;
 pub(crate) mod worker;
 pub(crate) mod worker_pool;

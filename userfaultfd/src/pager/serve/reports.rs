@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use crate::pager::Problem;
 use crate::pager::error::PROBLEM_KINDS;
-use crate::pager::fill::load::message;
 use crate::pager::memory::descriptor::lock;
 use crate::pager::memory::region::Served;
 use crate::pager::trace::event;
+use crate::source::call::message;
 
 /// What is called with each problem.
 pub(crate) type OnProblem = Arc<dyn Fn(&Problem) + Send + Sync>;

@@ -18,7 +18,7 @@ use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::fill::install::Filler;
 use crate::pager::fill::retry::RetryQueue;
 use crate::pager::memory::address_map::{Layout, ROOM, Segments};
-use crate::pager::memory::descriptor::{Descriptor, Origin, Serving, lock};
+use crate::pager::memory::descriptor::{Descriptor, OUTSIDE, Origin, Serving, lock};
 use crate::pager::memory::region::Served;
 use crate::pager::prefetch::read_ahead::Ahead;
 use crate::pager::stats::Counters;
@@ -62,10 +62,6 @@ struct Notes {
 
 const AHEAD: usize = 1024;
 const FORKS: usize = 16;
-
-/// Shards of a descriptor that callers and threads in the background share: see [`Shared::lease`]. A shard is locked
-/// while the kernel fills, never while a source is read. Each more makes each change of a layout dearer.
-pub(in crate::pager) const OUTSIDE: usize = 5;
 
 /// The descriptors that are served, by slot.
 ///

@@ -11,8 +11,8 @@ use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
 use crate::pager::memory::page_run::Run;
 use crate::pager::memory::page_state::Pages;
-use crate::pager::memory::region::Served;
-use crate::pager::{Absent, DescriptorId, Detached, Error, Failed, Progress, RegionId, Result};
+use crate::pager::memory::unfillable::Unfillable;
+use crate::pager::{DescriptorId, Detached, Progress, Result};
 use crate::{Errno, Uffd};
 
 /// So many bytes are read and filled at once, where nobody waits for a particular page.
@@ -210,40 +210,6 @@ pub(crate) fn absent_bytes(segments: &[Segment]) -> u64 {
     segments.iter().map(bytes).sum()
 }
 
-/// Pages that couldn't be filled.
-#[derive(Debug, Default)]
-pub(crate) struct Unfillable {
-    pages: usize,
-    failed: Vec<Failed>,
-}
-
-impl Unfillable {
-    /// Adds the pages of some segments for which something is so.
-    pub(crate) fn add(&mut self, segments: &[Segment], is_so: fn(&Pages, usize) -> bool) {
-        for segment in segments {
-            let region = &segment.region;
-            self.add_pages(region, segment.pages().filter(|page| is_so(&region.pages, *page)));
-        }
-    }
-
-    /// Adds pages of a region.
-    pub(crate) fn add_pages(&mut self, region: &Served, pages: impl Iterator<Item = usize>) {
-        let pages = pages.inspect(|_| self.pages += 1).map(|page| page..page + 1);
-        self.failed.extend(Failed::in_bytes(RegionId(region.id), region.page_shift, pages));
-    }
-
-    /// They stay missing, `pages` with those that aren't known by number.
-    pub(crate) fn unfilled(self, pages: usize) -> Error {
-        Error::Unfilled { pages, failed: self.failed }
-    }
-
-    /// They were poisoned.
-    pub(crate) fn poisoned(self) -> Result<()> {
-        let Self { pages, failed } = self;
-        if pages == 0 { Ok(()) } else { Err(Error::Poisoned { pages, failed }) }
-    }
-}
-
 /// Fills missing pages and reports the progress. Returns the regions that are filled.
 pub(crate) fn fill(
     shared: &Shared,
@@ -351,38 +317,5 @@ pub(crate) fn sole(mut uffd: Arc<Uffd>) -> Uffd {
             Err(shared) => uffd = shared,
         }
         std::thread::yield_now();
-    }
-}
-
-/// The absent pages, in ranges by address. Holes are taken for absent as a whole.
-pub(crate) fn absent(segments: &[Segment], holes: &[Segment]) -> Vec<Absent> {
-    let mut absent: Vec<Absent> = Vec::new();
-    for segment in segments {
-        let (region, shift) = (&segment.region, segment.region.page_shift);
-        let (id, len) = (RegionId(region.id), 1 << shift);
-        for page in segment.pages().filter(|page| region.pages.is_absent(*page)) {
-            let offset = (!region.pages.is_removed(page)).then(|| region.offset_of(page));
-            let address = segment.start + ((page - segment.first) << shift);
-            match absent.last_mut() {
-                Some(last) if last.is_followed_by(id, address, offset) => last.len += len,
-                _ => absent.push(Absent { region: id, address, len, offset }),
-            }
-        }
-    }
-    absent.extend(holes.iter().map(|hole| Absent {
-        region: RegionId(hole.region.id),
-        address: hole.start,
-        len: hole.end - hole.start,
-        offset: None,
-    }));
-    absent.sort_by_key(|part| part.address);
-    absent
-}
-
-impl Absent {
-    fn is_followed_by(&self, region: RegionId, address: usize, offset: Option<u64>) -> bool {
-        self.region == region
-            && self.address + self.len == address
-            && self.offset.map(|at| at + self.len as u64) == offset
     }
 }

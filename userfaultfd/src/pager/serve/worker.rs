@@ -11,15 +11,14 @@ use std::time::{Duration, Instant};
 use super::delivery::{Delivery, Waiting};
 use super::shared::{Note, Shared, Token};
 use super::vma_events::{self, Change};
-use super::worker_pool::IDLE;
 use crate::error::errno_of;
 use crate::pager::fill::fault::{Fault, page_of};
 use crate::pager::fill::install::{Done, Filler, Wait, Work};
-use crate::pager::fill::load::message;
 use crate::pager::fill::retry::{self, Deferred, History, Put};
 use crate::pager::memory::descriptor::{Descriptor, Serving, wake};
 use crate::pager::trace::event;
 use crate::pager::{DescriptorId, Problem, RegionId, stats};
+use crate::source::call::message;
 use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result, mapped_vec};
 
 /// So many events are read with one system call.
@@ -42,6 +41,9 @@ const NO_ROOM: Duration = Duration::from_millis(1);
 
 /// Faults that an added worker answers before it may end.
 const TRIAL: u32 = 8;
+
+/// How long an added worker waits for something to do before it ends.
+const IDLE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(crate) struct Worker {

@@ -9,17 +9,14 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::control::spawn;
 use super::delivery::Delivery;
 use super::shared::Shared;
+use super::thread::spawn;
 use super::worker::Worker;
 use crate::pager::memory::descriptor::lock;
 
 /// Workers at most, unless told otherwise.
 pub(in crate::pager) const MOST: usize = 16;
-
-/// How long an added worker waits for something to do before it ends.
-pub(in crate::pager) const IDLE: Duration = Duration::from_secs(1);
 
 /// How soon it is looked again whether one more is needed; twice as long each time that none is.
 const SOON: Duration = Duration::from_millis(1);
