@@ -2,13 +2,14 @@
 
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
-use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use super::buffers::grown;
+use super::filler::{Filler, Next};
 use super::growth::adopt_growth;
-use super::install::{Done, Filler, Wait, Work, answer};
-use super::load::grown;
+use super::install::answer;
+use super::work::{Done, Fault, Wait, Work, page_of};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
 use crate::pager::memory::page_run::Run;
@@ -16,22 +17,8 @@ use crate::pager::memory::page_state::Claim;
 use crate::pager::prefetch::read_ahead;
 use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::sync_point::{Point, reach};
-use crate::pager::trace::span;
 use crate::pager::{DescriptorId, Problem, RegionId};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
-
-/// A fault that was read.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Fault {
-    pub(crate) address: usize,
-    pub(crate) kind: FaultKind,
-    /// Who faulted, or 0.
-    pub(crate) thread: i32,
-    /// When it was read.
-    pub(crate) since: Instant,
-    /// Whether it was counted as one that joined a load.
-    pub(crate) joined: bool,
-}
 
 /// So many faults in a row on one page that is there are suspicious.
 const SUSPICIOUS: u8 = 16;
@@ -40,31 +27,25 @@ const SUSPICIOUS: u8 = 16;
 const STRAY: u32 = 8;
 
 impl Filler {
-    /// Does what a fault asks for.
-    pub(crate) fn fault(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault) -> Done {
-        span!(
-            "fault",
-            address = fault.address,
-            kind = tracing::field::debug(fault.kind),
-            thread = fault.thread
-        );
+    /// Looks a fault up, and claims its page if that has to be loaded.
+    pub(super) fn look_up(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault) -> Next {
         let run = 'found: {
             let serving = descriptor.enter(self.thread);
             // Given back meanwhile: who did that wakes everybody.
-            let Some(serving) = &*serving else { return Done::Yes };
+            let Some(serving) = &*serving else { return Next::Done(Done::Yes) };
             let protected = matches!(fault.kind, FaultKind::WriteProtected | FaultKind::ReadWriteProtected);
             let segment = match (serving.layout.find(fault.address), serving.layout.find_hole(fault.address))
             {
                 (Some(segment), _) | (None, Some(segment)) if protected => {
-                    return self.unprotect(shared, serving, segment, fault);
+                    return Next::Done(self.unprotect(shared, serving, segment, fault));
                 }
                 (Some(segment), _) => segment,
-                (None, Some(hole)) => return self.present(shared, serving, hole, fault),
+                (None, Some(hole)) => return Next::Done(self.present(shared, serving, hole, fault)),
                 (None, None) => break 'found None,
             };
             match self.claim(shared, descriptor, serving, segment, fault) {
                 Ok(run) => Some(run),
-                Err(done) => return done,
+                Err(done) => return Next::Done(done),
             }
         };
         let Some(run) = run else { return self.stray(shared, descriptor, fault, 0) };
@@ -72,13 +53,13 @@ impl Filler {
         if run.tries > 0 {
             // Something was in the way, and nobody knows what: not at full speed.
             let wait = Wait::For(Duration::from_millis(1 << run.tries.min(6)));
-            return Done::Later(Work::Load(run, 0), wait);
+            return Next::Done(Done::Later(Work::Load(run, 0), wait));
         }
-        self.load(shared, descriptor, run, 0)
+        Next::Load(run, 0)
     }
 
     /// Takes the page of a fault, and what is absent in the block around it.
-    pub(in crate::pager) fn claim(
+    fn claim(
         &mut self,
         shared: &Shared,
         descriptor: &Arc<Descriptor>,
@@ -130,34 +111,34 @@ impl Filler {
 
     /// A fault where no region is. Either a region has grown; or its memory has gone since, and the faulting thread must
     /// find that out; or there is no region yet, and the thread that is woken faults again.
-    fn stray(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault, tries: u32) -> Done {
+    fn stray(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault, tries: u32) -> Next {
         if adopt_growth(descriptor, fault.address) {
-            return self.fault(shared, descriptor, fault);
+            return self.look_up(shared, descriptor, fault);
         }
         if tries == STRAY {
             let descriptor = DescriptorId(descriptor.id);
             shared.note(Note::Problem(Problem::NoRegion { descriptor, address: fault.address }));
         }
         let delay = Duration::from_millis(1 << tries.min(10));
-        Done::Later(Work::Stray { fault, tries, again: tries == 0 }, Wait::For(delay))
+        Next::Done(Done::Later(Work::Stray { fault, tries, again: tries == 0 }, Wait::For(delay)))
     }
 
-    pub(in crate::pager) fn stray_again(
+    pub(super) fn stray_again(
         &mut self,
         shared: &Shared,
         descriptor: &Arc<Descriptor>,
         fault: Fault,
         tries: u32,
         again: bool,
-    ) -> Done {
+    ) -> Next {
         let is_served = {
             let serving = descriptor.enter(self.thread);
-            let Some(serving) = &*serving else { return Done::Yes };
+            let Some(serving) = &*serving else { return Next::Done(Done::Yes) };
             let layout = &serving.layout;
             let is_served = layout.find(fault.address).or_else(|| layout.find_hole(fault.address)).is_some();
             if !is_served && !again {
                 shared.counters(self.thread).dropped.add(1);
-                return Done::Yes;
+                return Next::Done(Done::Yes);
             }
             if !is_served {
                 wake(&serving.uffd, page_of(fault.address));
@@ -167,7 +148,7 @@ impl Filler {
         if !is_served {
             return self.stray(shared, descriptor, fault, tries + 1);
         }
-        self.fault(shared, descriptor, fault)
+        self.look_up(shared, descriptor, fault)
     }
 
     /// A fault on a page that is there, as far as the pager knows, or in a hole.
@@ -176,13 +157,7 @@ impl Filler {
     /// without a word: by madvise(2) where the descriptor doesn't tell of it, by a hole punched into the file. Then
     /// what belongs there is zero, as everywhere after a removal, or what the page cache has. To a tracker that is a
     /// change: the page isn't protected.
-    pub(in crate::pager) fn present(
-        &mut self,
-        shared: &Shared,
-        serving: &Serving,
-        segment: &Segment,
-        fault: Fault,
-    ) -> Done {
+    fn present(&mut self, shared: &Shared, serving: &Serving, segment: &Segment, fault: Fault) -> Done {
         let (counters, region) = (shared.counters(self.thread), &*segment.region);
         let (len, page) = (region.page_size(), segment.page_at(fault.address));
         let address = segment.address_of(page).expect("the address is in the segment");
@@ -245,13 +220,7 @@ impl Filler {
 
     /// A fault on a page that is poisoned, as far as the pager knows: it came before the poison, or somebody took
     /// that away.
-    pub(in crate::pager) fn poisoned(
-        &mut self,
-        shared: &Shared,
-        serving: &Serving,
-        segment: &Segment,
-        fault: Fault,
-    ) -> Done {
+    fn poisoned(&mut self, shared: &Shared, serving: &Serving, segment: &Segment, fault: Fault) -> Done {
         let len = segment.region.page_size();
         let address =
             segment.address_of(segment.page_at(fault.address)).expect("the address is in the segment");
@@ -272,13 +241,7 @@ impl Filler {
     }
 
     /// A fault on a page that is protected: it is let go on.
-    pub(in crate::pager) fn unprotect(
-        &self,
-        shared: &Shared,
-        serving: &Serving,
-        segment: &Segment,
-        fault: Fault,
-    ) -> Done {
+    fn unprotect(&self, shared: &Shared, serving: &Serving, segment: &Segment, fault: Fault) -> Done {
         let counters = shared.counters(self.thread);
         let len = segment.region.page_size();
         let address =
@@ -302,11 +265,4 @@ impl Filler {
         counters.fault_latency.record_since(fault.since);
         Done::Yes
     }
-}
-
-/// The page of the base size at an address.
-pub(in crate::pager) fn page_of(address: usize) -> Range<usize> {
-    let page = crate::page_size();
-    let start = address & !(page - 1);
-    start..start + page
 }

@@ -6,16 +6,13 @@
 
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
-use std::ffi::c_void;
 use std::io;
 use std::slice;
 use std::sync::Arc;
-use std::time::Duration;
 
-use memmap2::MmapMut;
-
-use super::fault::{Fault, page_of};
-use super::load::{Aside, NoContent, SPARE, grown};
+use super::buffers::grown;
+use super::filler::{Filler, Next};
+use super::work::{Content, Done, Wait, Work};
 use crate::error::errno_of;
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
@@ -27,56 +24,7 @@ use crate::pager::sync_point::{Point, reach};
 use crate::pager::target::target_is_gone;
 use crate::pager::trace::event;
 use crate::pager::{Problem, RegionId};
-use crate::{ContinueMode, CopyMode, Errno, ZeropageMode, sys};
-
-/// What belongs into a run.
-#[derive(Debug)]
-pub(crate) enum Content {
-    /// Zero pages.
-    Zero,
-    /// Zeros that are copied, where zero pages can't be had.
-    Zeros,
-    /// What the memory's file holds, and zeros where it holds nothing: the page was removed, and another mapping or
-    /// write(2) may have written the file since.
-    File,
-    /// Poison: what belongs there can't be had.
-    Poison,
-    /// In the filler's buffer.
-    Buffer,
-    /// In a buffer that was put aside.
-    Aside(Aside),
-    /// In the source's own memory, as long as the region lives.
-    Outside(*const c_void),
-}
-
-// SAFETY: the pointer leads to bytes of the source, which is `Sync`; only the kernel follows it.
-unsafe impl Send for Content {}
-
-/// What is left to be done, later.
-#[derive(Debug)]
-pub(crate) enum Work {
-    /// The fault is to be looked up again.
-    Fault(Fault),
-    /// Likewise, and no region was there. Its waiters were woken so many times to find that out; `again`: one of them
-    /// has faulted again since.
-    Stray { fault: Fault, tries: u32, again: bool },
-    /// The descriptor is to be read again.
-    Read,
-    /// The run's content is to be loaded. The source failed so many times.
-    Load(Run, u32),
-    /// The content is there, and is to be put in place.
-    Install(Run, Content),
-}
-
-impl Work {
-    /// Whether it is for a region that is [ending](crate::pager::memory::region::Served::is_ending): it isn't put off any longer then.
-    pub(crate) fn is_ending(&self) -> bool {
-        match self {
-            Self::Load(run, _) | Self::Install(run, _) => run.region.is_ending(),
-            Self::Fault(_) | Self::Stray { .. } | Self::Read => false,
-        }
-    }
-}
+use crate::{ContinueMode, CopyMode, Errno, ZeropageMode};
 
 /// Bytes that are put in place at once where no thread waits for any of them: meanwhile nobody can change the layout, nor
 /// read a descriptor that tells of changes.
@@ -98,81 +46,7 @@ enum Left {
     Gone,
 }
 
-/// How far a piece of work got.
-#[derive(Debug)]
-#[must_use]
-pub(crate) enum Done {
-    /// To its end.
-    Yes,
-    /// The rest is to be done later, not before the time has passed.
-    Later(Work, Wait),
-    /// The process has gone.
-    Gone,
-}
-
-/// What has to happen first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wait {
-    /// The kernel can't do it now. `EAGAIN`: when events were read it is worth trying again. More and more rarely.
-    Kernel(Errno),
-    /// Somebody else has to do something; more and more rarely.
-    Others,
-    /// So much time.
-    For(Duration),
-    /// It was reported, and is tried on rarely.
-    Rarely,
-}
-
-/// A read of a source that takes longer keeps a thread waiting: about as long as a thread of another CPU takes to wake.
-pub(in crate::pager) const SLOW: Duration = Duration::from_micros(50);
-
-/// Fills pages, for one thread.
-#[derive(Debug)]
-pub(crate) struct Filler {
-    /// The number of the thread: its shards, its counters.
-    pub(in crate::pager) thread: usize,
-    pub(in crate::pager) buffer: Option<MmapMut>,
-    /// Buffers whose content was put aside and used since.
-    pub(in crate::pager) spare: Vec<MmapMut>,
-    /// As long as the longest run of zeros. Nothing is ever written, so that it takes no memory.
-    pub(in crate::pager) zeros: Option<MmapMut>,
-    /// Where faults come again and again though something is there.
-    pub(in crate::pager) suspect: (usize, u8),
-    /// Where it is noted what the thread is doing, of a worker.
-    pub(in crate::pager) place: Option<usize>,
-    /// How long a read of a source has taken lately.
-    pub(in crate::pager) pace: Duration,
-    /// How many pages were found where nothing is mapped.
-    pub(in crate::pager) unmapped: usize,
-}
-
 impl Filler {
-    pub(crate) fn new(thread: usize) -> Self {
-        let spare = Vec::with_capacity(SPARE);
-        Self {
-            thread,
-            buffer: None,
-            spare,
-            zeros: None,
-            suspect: (0, 0),
-            place: None,
-            pace: Duration::ZERO,
-            unmapped: 0,
-        }
-    }
-
-    /// Begins to fill for a worker, and to note there when it waits for a source. Sources are taken for slow until one has
-    /// delivered: what is read together with the first fault would wait for it.
-    pub(in crate::pager) fn begin_to_serve(&mut self, place: usize) {
-        self.place = Some(place);
-        self.pace = SLOW + Duration::from_micros(1);
-    }
-
-    /// Whether sources keep this thread waiting, so that faults are better left to the others.
-    pub(crate) fn is_slow(&self) -> bool {
-        self.pace > SLOW
-    }
-
     /// Poisons in one place what is poisoned in others: of shared memory each mapping has its own poison. How many
     /// pages couldn't be.
     pub(crate) fn poison_here(&self, descriptor: &Descriptor, segment: &Segment) -> usize {
@@ -194,96 +68,28 @@ impl Filler {
         segment.pages().filter(|page| region.pages.is_poisoned(*page)).filter(is_left).count()
     }
 
-    /// Goes on with what was put off.
-    pub(crate) fn resume(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, work: Work) -> Done {
-        match work {
-            Work::Fault(fault) => self.fault(shared, descriptor, fault),
-            Work::Stray { fault, tries, again } => self.stray_again(shared, descriptor, fault, tries, again),
-            Work::Read => Done::Yes,
-            Work::Load(run, attempts) => self.load(shared, descriptor, run, attempts),
-            Work::Install(run, content) => self.install(shared, descriptor, run, content),
-        }
-    }
-
-    /// Gives up what was put off. Whoever waits for it comes back.
-    pub(crate) fn give_up(&mut self, descriptor: &Descriptor, work: Work) {
-        let serving = descriptor.enter(self.thread);
-        match work {
-            Work::Read => {}
-            Work::Fault(fault) | Work::Stray { fault, .. } => {
-                if let Some(serving) = &*serving {
-                    wake(&serving.uffd, page_of(fault.address));
-                }
-            }
-            Work::Load(run, _) => run.give_up(serving.as_ref()),
-            Work::Install(run, content) => {
-                run.give_up(serving.as_ref());
-                self.put_back(content);
-            }
-        }
-    }
-
-    /// Gets the content of a run from its source, and puts it in place.
-    pub(crate) fn load(&mut self, shared: &Shared, descriptor: &Descriptor, run: Run, attempts: u32) -> Done {
-        let mut run = run.rest();
-        run.attempts = attempts;
-        if attempts > 0 && !self.is_wanted(descriptor, &run) {
-            return self.drop_run(shared, descriptor, run);
-        }
-        match self.content(shared, &run) {
-            Ok(content) => {
-                if let (Content::Outside(bytes), true) = (&content, descriptor.tells_changes) {
-                    // Here, and not while a change waits for the shard: the source's memory may have to be read first.
-                    sys::populate(*bytes, run.len());
-                }
-                self.install(shared, descriptor, run, content)
-            }
-            Err(NoContent::Source(error)) => self.source_failed(shared, descriptor, run, attempts, error),
-            Err(NoContent::NoMemory) => self.no_memory(shared, descriptor, run, attempts),
-        }
-    }
-
-    /// What to do when there was no memory for a run's content. It is waited for, as where the kernel has none.
-    fn no_memory(&mut self, shared: &Shared, descriptor: &Descriptor, run: Run, attempts: u32) -> Done {
-        let wait = Wait::Kernel(Errno::ENOMEM);
-        if run.is_early {
-            return Done::Later(Work::Load(run, attempts), wait);
-        }
-        if run.pages().len() > 1 {
-            // There may be enough for a page.
-            return match self.alone(descriptor, run) {
-                Some(run) => self.load(shared, descriptor, run, attempts),
-                None => Done::Yes,
-            };
-        }
-        if run.region.is_ending() {
-            return self.install(shared, descriptor, run, Content::Poison);
-        }
-        Done::Later(Work::Load(run, attempts), wait)
-    }
-
     /// Whether a run still belongs where it was claimed.
-    fn is_wanted(&self, descriptor: &Descriptor, run: &Run) -> bool {
+    pub(super) fn is_wanted(&self, descriptor: &Descriptor, run: &Run) -> bool {
         let serving = descriptor.enter(self.thread);
         serving.as_ref().is_some_and(|serving| run.is_there(serving) && !run.is_outdated())
     }
 
     /// Gives a run up that was given back, moved, unmapped or removed since: whoever still waits comes back, and finds
     /// what is so now.
-    fn drop_run(&self, shared: &Shared, descriptor: &Descriptor, run: Run) -> Done {
+    pub(super) fn drop_run(&self, shared: &Shared, descriptor: &Descriptor, run: Run) -> Next {
         shared.counters(self.thread).dropped.add(1);
         run.give_up(descriptor.enter(self.thread).as_ref());
-        Done::Yes
+        Next::Done(Done::Yes)
     }
 
     /// Puts the content of a run in place, if it still belongs there.
-    pub(in crate::pager) fn install(
+    pub(super) fn install(
         &mut self,
         shared: &Shared,
         descriptor: &Descriptor,
         mut run: Run,
         content: Content,
-    ) -> Done {
+    ) -> Next {
         reach(Point::BeforeFill, run.address());
         let left = loop {
             let serving = descriptor.enter(self.thread);
@@ -317,12 +123,12 @@ impl Filler {
                     shared.counters(self.thread).fault_latency.record_since(since);
                 }
                 self.put_back(content);
-                Done::Yes
+                Next::Done(Done::Yes)
             }
             Left::Gone => {
                 run.give_up(None);
                 self.put_back(content);
-                Done::Gone
+                Next::Done(Done::Gone)
             }
             // At the end nobody waits for memory that may never come: since Linux 7.2 that is also the answer where a
             // file has been cut off.
@@ -330,9 +136,9 @@ impl Filler {
                 if run.region.is_ending() && !matches!(content, Content::Poison) =>
             {
                 self.put_back(content);
-                self.install(shared, descriptor, run, Content::Poison)
+                Next::Install(run, Content::Poison)
             }
-            Left::Waiting(errno) => self.put_aside(run, content, Wait::Kernel(errno)),
+            Left::Waiting(errno) => Next::Done(self.put_aside(run, content, Wait::Kernel(errno))),
             Left::Refused(errno) => {
                 let unreadable = errno == Errno::EFAULT && matches!(content, Content::Outside(_));
                 let poison = matches!(content, Content::Poison);
@@ -341,7 +147,7 @@ impl Filler {
                     let attempts = run.attempts;
                     return self.source_failed(shared, descriptor, run, attempts, io::Error::from(errno));
                 }
-                let Some(mut run) = self.alone(descriptor, run) else { return Done::Yes };
+                let Some(mut run) = self.alone(descriptor, run) else { return Next::Done(Done::Yes) };
                 // Of what nobody waits for, who wanted it filled or poisoned is told the number.
                 let reported =
                     std::mem::replace(&mut run.tries, MAX_TRIES) == MAX_TRIES || run.demand.is_none();
@@ -355,12 +161,13 @@ impl Filler {
                     if let Some(serving) = &*descriptor.enter(self.thread) {
                         wake(&serving.uffd, run.addresses());
                     }
-                    return Done::Later(Work::Load(run, shared.retry.attempts), Wait::Rarely);
+                    let work = Work::Load(run, shared.retry.attempts);
+                    return Next::Done(Done::Later(work, Wait::Rarely));
                 }
                 if !reported {
                     shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
                 }
-                self.install(shared, descriptor, run, Content::Poison)
+                Next::Install(run, Content::Poison)
             }
         }
     }

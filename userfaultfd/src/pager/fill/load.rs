@@ -1,12 +1,11 @@
 //! Where the content of a run comes from: read from the source, put aside, asked for again.
 
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use memmap2::{MmapMut, MmapOptions};
-
-use super::install::{Content, Done, Filler, SLOW, Wait, Work};
+use super::buffers::{Aside, SPARE, grown};
+use super::filler::{Filler, Next, SLOW};
+use super::work::{Content, Done, Wait, Work};
 use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::page_run::Run;
 use crate::pager::memory::page_state::MAX_TRIES;
@@ -15,51 +14,7 @@ use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::trace::span;
 use crate::pager::{Fill, Problem, RegionId};
 use crate::source::call::caught;
-
-/// Bytes of content that this process puts aside at most. What exceeds that is loaded again.
-const ASIDE: usize = 64 << 20;
-
-/// Buffers that a thread keeps for content that will be put aside.
-pub(crate) const SPARE: usize = 8;
-
-/// Bytes of content that are put aside now.
-static PUT_ASIDE: AtomicUsize = AtomicUsize::new(0);
-
-/// Content that is put aside. Any thread may go on with it.
-#[derive(Debug)]
-pub(crate) struct Aside(Option<MmapMut>);
-
-impl Aside {
-    /// `None` if too much is put aside. The buffer comes back then.
-    fn new(buffer: MmapMut) -> Result<Self, MmapMut> {
-        let len = buffer.len();
-        let fits = |aside: usize| aside.checked_add(len).filter(|aside| *aside <= ASIDE.max(len));
-        match PUT_ASIDE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
-            Ok(_) => Ok(Self(Some(buffer))),
-            Err(_) => Err(buffer),
-        }
-    }
-
-    pub(in crate::pager) fn bytes(&self) -> &[u8] {
-        self.0.as_deref().unwrap_or_default()
-    }
-
-    fn into_buffer(mut self) -> Option<MmapMut> {
-        self.take()
-    }
-
-    fn take(&mut self) -> Option<MmapMut> {
-        let buffer = self.0.take();
-        PUT_ASIDE.fetch_sub(buffer.as_ref().map_or(0, |buffer| buffer.len()), Ordering::Relaxed);
-        buffer
-    }
-}
-
-impl Drop for Aside {
-    fn drop(&mut self) {
-        self.take();
-    }
-}
+use crate::{Errno, sys};
 
 /// A source that fails isn't left alone longer.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -83,6 +38,45 @@ impl Filler {
     /// Maps the buffer for a page of the base size, so that there is always one.
     pub(in crate::pager) fn prepare(&mut self) -> io::Result<()> {
         grown(&mut self.buffer, crate::page_size()).map(drop)
+    }
+
+    /// Gets the content of a run from its source, and puts it in place.
+    pub(super) fn load(&mut self, shared: &Shared, descriptor: &Descriptor, run: Run, attempts: u32) -> Next {
+        let mut run = run.rest();
+        run.attempts = attempts;
+        if attempts > 0 && !self.is_wanted(descriptor, &run) {
+            return self.drop_run(shared, descriptor, run);
+        }
+        match self.content(shared, &run) {
+            Ok(content) => {
+                if let (Content::Outside(bytes), true) = (&content, descriptor.tells_changes) {
+                    // Here, and not while a change waits for the shard: the source's memory may have to be read first.
+                    sys::populate(*bytes, run.len());
+                }
+                Next::Install(run, content)
+            }
+            Err(NoContent::Source(error)) => self.source_failed(shared, descriptor, run, attempts, error),
+            Err(NoContent::NoMemory) => self.no_memory(descriptor, run, attempts),
+        }
+    }
+
+    /// What to do when there was no memory for a run's content. It is waited for, as where the kernel has none.
+    fn no_memory(&mut self, descriptor: &Descriptor, run: Run, attempts: u32) -> Next {
+        let later = |run| Next::Done(Done::Later(Work::Load(run, attempts), Wait::Kernel(Errno::ENOMEM)));
+        if run.is_early {
+            return later(run);
+        }
+        if run.pages().len() > 1 {
+            // There may be enough for a page.
+            return match self.alone(descriptor, run) {
+                Some(run) => Next::Load(run, attempts),
+                None => Next::Done(Done::Yes),
+            };
+        }
+        if run.region.is_ending() {
+            return Next::Install(run, Content::Poison);
+        }
+        later(run)
     }
 
     /// The content of a run, read from its source if need be.
@@ -138,25 +132,25 @@ impl Filler {
     }
 
     /// What to do when the source didn't deliver.
-    pub(in crate::pager) fn source_failed(
+    pub(super) fn source_failed(
         &mut self,
         shared: &Shared,
         descriptor: &Descriptor,
         run: Run,
         attempts: u32,
         error: io::Error,
-    ) -> Done {
+    ) -> Next {
         shared.counters(self.thread).source_errors.add(1);
         if run.is_early {
-            return Done::Later(Work::Load(run, attempts), Wait::Others);
+            return Next::Done(Done::Later(Work::Load(run, attempts), Wait::Others));
         }
         // The page that is asked for alone: its neighbours may be what can't be had.
-        let Some(run) = self.alone(descriptor, run.rest()) else { return Done::Yes };
+        let Some(run) = self.alone(descriptor, run.rest()) else { return Next::Done(Done::Yes) };
         let (attempts, retry) = (attempts.saturating_add(1), shared.retry);
         if attempts < retry.attempts && !run.region.is_ending() {
             let factor = 1u32.checked_shl(attempts - 1).unwrap_or(u32::MAX);
             let delay = retry.delay.saturating_mul(factor).min(LONGEST);
-            return Done::Later(Work::Load(run, attempts), Wait::For(delay));
+            return Next::Done(Done::Later(Work::Load(run, attempts), Wait::For(delay)));
         }
         if run.tries < MAX_TRIES {
             shared.note(Note::Problem(Problem::Source {
@@ -170,7 +164,7 @@ impl Filler {
                 shared.reports.wait();
             }
         }
-        self.install(shared, descriptor, run, Content::Poison)
+        Next::Install(run, Content::Poison)
     }
 
     /// The page that was asked for, without its neighbours, which are given up. `None` if nobody asked.
@@ -250,12 +244,4 @@ fn known_zeros(region: &Served, offset: u64) -> u64 {
 pub(in crate::pager) fn alike(region: &Served, page: usize, most: usize) -> usize {
     let zeros = known_zeros(region, region.offset_of(page)).min(ZEROS as u64) as usize >> region.page_shift;
     if zeros > 0 { zeros } else { most }
-}
-
-/// A buffer of at least `len` bytes. It is mapped: nothing that a thread which forks has locked is needed.
-pub(in crate::pager) fn grown(buffer: &mut Option<MmapMut>, len: usize) -> io::Result<&mut MmapMut> {
-    if buffer.as_ref().is_none_or(|buffer| buffer.len() < len) {
-        *buffer = Some(MmapOptions::new().len(len).no_reserve_swap().map_anon()?);
-    }
-    buffer.as_mut().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }

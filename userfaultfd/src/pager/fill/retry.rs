@@ -13,8 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::fault::page_of;
-use super::install::{Wait, Work};
+use super::work::{Wait, Work, page_of};
 use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::{Errno, mapped_vec, sys};
 

@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 use super::read_ahead;
 use crate::lazy::sigbus::{Lazy, Lost};
 use crate::owner::{Owner, abandon};
-use crate::pager::fill::install::{Done, Filler};
+use crate::pager::fill::filler::Filler;
 use crate::pager::fill::load::alike;
+use crate::pager::fill::work::{Done, Work};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::pager::memory::fault_around::Around;
@@ -680,7 +681,7 @@ fn step(
     let (run, next) = Run::claim(&segment, within, usize::MAX);
     let Some(run) = run else { return Some(Step { next, filled: 0 }) };
     let (claimed, thread) = (run.pages(), filler.thread);
-    let mut load = |run: Run| match filler.load(shared, descriptor, run.early(), 0) {
+    let mut load = |run: Run| match filler.resume(shared, descriptor, Work::Load(run.early(), 0)) {
         Done::Yes => true,
         // Who needs it asks for it.
         Done::Later(work, _) => {

@@ -3,7 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::pager::fill::install::{Done, Filler};
+use crate::pager::fill::filler::Filler;
+use crate::pager::fill::work::{Done, Work};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::page_run::Run;
@@ -82,7 +83,7 @@ pub(crate) fn read(shared: &Shared, thread: usize) {
                 run
             };
             let Some(run) = run else { continue };
-            match filler.load(shared, &descriptor, run.early(), 0) {
+            match filler.resume(shared, &descriptor, Work::Load(run.early(), 0)) {
                 Done::Yes => {}
                 // Who needs it asks for it.
                 Done::Later(work, _) => filler.give_up(&descriptor, work),

@@ -11,7 +11,7 @@ use super::harness::{
     Flavour, PAGES, Reader, Seen, Source, Stop, clear, content, read, room, start, tell_signals,
     wait_for_progress,
 };
-use crate::pager::fill::install::Work;
+use crate::pager::fill::work::{Done, Work};
 use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::page_run::Run;
 use crate::pager::sync_point::Point;
@@ -59,7 +59,7 @@ fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
     let put_aside = filler.content(&pager.shared, &short).unwrap();
     for work in [Work::Load(long, 0), Work::Install(short, put_aside)] {
         let done = filler.resume(&pager.shared, &descriptor, work);
-        assert!(matches!(done, crate::pager::fill::install::Done::Yes), "{done:?}");
+        assert!(matches!(done, Done::Yes), "{done:?}");
     }
     drop(filler);
     assert_eq!(pager.statistics().zero_fills, PAGES as u64);

@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use super::shared::Shared;
-use crate::pager::fill::fault::Fault;
+use crate::pager::fill::work::Fault;
 use crate::sys;
 
 /// How faults reach the threads that answer them: most of what a fault takes.

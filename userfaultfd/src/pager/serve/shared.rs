@@ -15,7 +15,7 @@ use memmap2::MmapRaw;
 
 use super::reports::Reports;
 use crate::owner::{InheritedFd, Owner, abandon};
-use crate::pager::fill::install::Filler;
+use crate::pager::fill::filler::Filler;
 use crate::pager::fill::retry::RetryQueue;
 use crate::pager::memory::address_map::{Layout, ROOM, Segments};
 use crate::pager::memory::descriptor::{Descriptor, OUTSIDE, Origin, Serving, lock};

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::shared::Shared;
-use crate::pager::fill::install::{Content, Done, Filler, Wait, Work};
+use crate::pager::fill::filler::Filler;
 use crate::pager::fill::load::alike;
+use crate::pager::fill::work::{Content, Done, Wait, Work};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
 use crate::pager::memory::page_run::Run;

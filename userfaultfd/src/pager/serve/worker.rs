@@ -12,9 +12,9 @@ use super::delivery::{Delivery, Waiting};
 use super::shared::{Note, Shared, Token};
 use super::vma_events::{self, Change};
 use crate::error::errno_of;
-use crate::pager::fill::fault::{Fault, page_of};
-use crate::pager::fill::install::{Done, Filler, Wait, Work};
+use crate::pager::fill::filler::Filler;
 use crate::pager::fill::retry::{self, Deferred, History, Put};
+use crate::pager::fill::work::{Done, Fault, Wait, Work, page_of};
 use crate::pager::memory::descriptor::{Descriptor, Serving, wake};
 use crate::pager::trace::event;
 use crate::pager::{DescriptorId, Problem, RegionId, stats};
@@ -305,7 +305,7 @@ impl Worker {
             self.set_at_work(true);
         }
         while let Some(fault) = self.faults.front().copied() {
-            let done = self.filler.fault(&self.shared, descriptor, fault);
+            let done = self.filler.resume(&self.shared, descriptor, Work::Fault(fault));
             if let Some(deferred) = self.settle(descriptor, done, None) {
                 self.keep_or_defer(deferred);
             }

@@ -1,0 +1,147 @@
+//! The state machine that fills pages for one thread: each step says what comes next.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memmap2::MmapMut;
+
+use super::buffers::SPARE;
+use super::work::{Content, Done, Fault, Work, page_of};
+use crate::pager::memory::descriptor::{Descriptor, wake};
+use crate::pager::memory::page_run::Run;
+use crate::pager::serve::shared::Shared;
+use crate::pager::trace::span;
+
+/// What comes next for a piece of work.
+///
+/// ```text
+/// fault ─ claimed ──▶ Load ── content ──▶ Install ── settled ──▶ Done(Yes)
+///    │                 │  ▲                 │   ▲
+///    │                 │  └─ (put off) ◀────┤   └─ (put off, with its content) ◀─ the kernel can't now
+///    │                 └─ the source fails for good: Install(Poison)
+///    └─ nothing to load: Done
+/// ```
+#[derive(Debug)]
+#[must_use]
+pub(super) enum Next {
+    /// The run's content has to be loaded. The source failed so many times.
+    Load(Run, u32),
+    /// The content is there, and has to be put in place.
+    Install(Run, Content),
+    /// Nothing, for now.
+    Done(Done),
+}
+
+/// A read of a source that takes longer keeps a thread waiting: about as long as a thread of another CPU takes to wake.
+pub(in crate::pager) const SLOW: Duration = Duration::from_micros(50);
+
+/// Fills pages, for one thread.
+#[derive(Debug)]
+pub(crate) struct Filler {
+    /// The number of the thread: its shards, its counters.
+    pub(in crate::pager) thread: usize,
+    pub(in crate::pager) buffer: Option<MmapMut>,
+    /// Buffers whose content was put aside and used since.
+    pub(in crate::pager) spare: Vec<MmapMut>,
+    /// As long as the longest run of zeros. Nothing is ever written, so that it takes no memory.
+    pub(in crate::pager) zeros: Option<MmapMut>,
+    /// Where faults come again and again though something is there.
+    pub(in crate::pager) suspect: (usize, u8),
+    /// Where it is noted what the thread is doing, of a worker.
+    pub(in crate::pager) place: Option<usize>,
+    /// How long a read of a source has taken lately.
+    pub(in crate::pager) pace: Duration,
+    /// How many pages were found where nothing is mapped.
+    pub(in crate::pager) unmapped: usize,
+}
+
+impl Filler {
+    pub(crate) fn new(thread: usize) -> Self {
+        let spare = Vec::with_capacity(SPARE);
+        Self {
+            thread,
+            buffer: None,
+            spare,
+            zeros: None,
+            suspect: (0, 0),
+            place: None,
+            pace: Duration::ZERO,
+            unmapped: 0,
+        }
+    }
+
+    /// Begins to fill for a worker, and to note there when it waits for a source. Sources are taken for slow until one has
+    /// delivered: what is read together with the first fault would wait for it.
+    pub(in crate::pager) fn begin_to_serve(&mut self, place: usize) {
+        self.place = Some(place);
+        self.pace = SLOW + Duration::from_micros(1);
+    }
+
+    /// Whether sources keep this thread waiting, so that faults are better left to the others.
+    pub(crate) fn is_slow(&self) -> bool {
+        self.pace > SLOW
+    }
+
+    /// Does a piece of work, as far as it gets.
+    pub(crate) fn resume(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, work: Work) -> Done {
+        match work {
+            Work::Fault(fault) => self.fault(shared, descriptor, fault, None),
+            Work::Stray { fault, tries, again } => {
+                self.fault(shared, descriptor, fault, Some((tries, again)))
+            }
+            Work::Read => Done::Yes,
+            Work::Load(run, attempts) => self.run(shared, descriptor, Next::Load(run, attempts)),
+            Work::Install(run, content) => self.run(shared, descriptor, Next::Install(run, content)),
+        }
+    }
+
+    /// Resolves a fault, as far as that is possible now. `stray`: no region was there before.
+    fn fault(
+        &mut self,
+        shared: &Shared,
+        descriptor: &Arc<Descriptor>,
+        fault: Fault,
+        stray: Option<(u32, bool)>,
+    ) -> Done {
+        span!(
+            "fault",
+            address = fault.address,
+            kind = tracing::field::debug(fault.kind),
+            thread = fault.thread
+        );
+        let next = match stray {
+            None => self.look_up(shared, descriptor, fault),
+            Some((tries, again)) => self.stray_again(shared, descriptor, fault, tries, again),
+        };
+        self.run(shared, descriptor, next)
+    }
+
+    /// Gives up what was put off. Whoever waits for it comes back.
+    pub(crate) fn give_up(&mut self, descriptor: &Descriptor, work: Work) {
+        let serving = descriptor.enter(self.thread);
+        match work {
+            Work::Read => {}
+            Work::Fault(fault) | Work::Stray { fault, .. } => {
+                if let Some(serving) = &*serving {
+                    wake(&serving.uffd, page_of(fault.address));
+                }
+            }
+            Work::Load(run, _) => run.give_up(serving.as_ref()),
+            Work::Install(run, content) => {
+                run.give_up(serving.as_ref());
+                self.put_back(content);
+            }
+        }
+    }
+
+    /// Takes steps until nothing is left to do for now.
+    fn run(&mut self, shared: &Shared, descriptor: &Descriptor, mut next: Next) -> Done {
+        loop {
+            next = match next {
+                Next::Load(run, attempts) => self.load(shared, descriptor, run, attempts),
+                Next::Install(run, content) => self.install(shared, descriptor, run, content),
+                Next::Done(done) => return done,
+            }
+        }
+    }
+}
