@@ -268,6 +268,19 @@ fn refusal(errno: Errno, asked: FeatureFlags, probe: impl Fn() -> Result<Support
     }
 }
 
+impl Support {
+    /// Asks the kernel. Opens a descriptor for faults from user mode, which takes the fewest rights, and
+    /// closes it.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenFailed`](crate::Error::OpenFailed) when no descriptor can be had; its
+    /// [`reason`](crate::OpenFailure::reason) tells "not built in" from "not permitted".
+    pub fn probe() -> Result<Self> {
+        UffdBuilder::new().close_on_exec(true).probe()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;

@@ -2,8 +2,7 @@
 
 use std::fmt;
 
-use crate::builder::UffdBuilder;
-use crate::{Result, sys};
+use crate::sys;
 
 /// A flag that this version of the crate knows by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +69,7 @@ macro_rules! kernel_flags {
 pub(crate) use kernel_flags;
 
 kernel_flags! {
-    /// Features of a userfaultfd: what [`UffdBuilder`] requires or requests, and what a kernel offers.
+    /// Features of a userfaultfd: what [`UffdBuilder`](crate::UffdBuilder) requires or requests, and what a kernel offers.
     ///
     /// Names are the kernel's without `UFFD_FEATURE_`. Some features change behaviour and work only when
     /// asked for; others only tell what the kernel can do, work without being asked for, and are worth
@@ -251,17 +250,6 @@ pub struct Support {
 }
 
 impl Support {
-    /// Asks the kernel. Opens a descriptor for faults from user mode, which takes the fewest rights, and
-    /// closes it.
-    ///
-    /// # Errors
-    ///
-    /// [`OpenFailed`](crate::Error::OpenFailed) when no descriptor can be had; its
-    /// [`reason`](crate::OpenFailure::reason) tells "not built in" from "not permitted".
-    pub fn probe() -> Result<Self> {
-        UffdBuilder::new().close_on_exec(true).probe()
-    }
-
     /// Every feature that the kernel offers. Whether this process may use `EVENT_FORK` is another question.
     #[must_use]
     pub fn features(&self) -> FeatureFlags {

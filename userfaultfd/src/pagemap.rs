@@ -94,6 +94,10 @@ kernel_flags! {
 #[repr(transparent)]
 pub struct Region(sys::page_region);
 
+#[expect(unsafe_code, reason = "the layout is this type's")]
+// SAFETY: it is transparent, and has nothing but numbers, of which any are valid.
+unsafe impl sys::PageRegion for Region {}
+
 impl Region {
     /// The addresses, in bytes.
     #[must_use]

@@ -19,7 +19,6 @@ use std::time::Duration;
 pub(crate) use userfaultfd_sys::*;
 
 use crate::Errno;
-use crate::pagemap::Region;
 
 /// The device that creates descriptors for whom its file permissions admit. Linux 6.1.
 pub(crate) const DEVICE: &CStr = c"/dev/userfaultfd";
@@ -152,11 +151,18 @@ ioctls! {
     unsafe move_pages: UFFDIO_MOVE(uffdio_move);
 }
 
+/// What is a `page_region` to the kernel.
+///
+/// # Safety
+///
+/// It is laid out as one, and any that the kernel writes is valid.
+pub(crate) unsafe trait PageRegion {}
+
 /// PAGEMAP_SCAN on a descriptor of /proc/PID/pagemap. Returns how many regions were filled.
-pub(crate) fn pagemap_scan(
+pub(crate) fn pagemap_scan<R: PageRegion>(
     fd: BorrowedFd<'_>,
     arg: &mut pm_scan_arg,
-    regions: &mut [Region],
+    regions: &mut [R],
 ) -> Result<usize, Errno> {
     arg.vec_len = regions.len() as u64;
     // Without room the kernel wants no address either.

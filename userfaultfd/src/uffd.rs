@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawF
 use crate::error::errno_of;
 use crate::event::{self, Event, EventBuffer, Message};
 use crate::proc_maps::{self, Process};
-use crate::refusal::{self, Refusal, Request};
+use crate::refusal::Refusal;
+use crate::refusal::examine::{self, Request};
 use crate::{Errno, Error, FeatureFlags, IoctlFlags, Pid, RegisterMode, Result, Support, sys};
 
 /// A userfaultfd: a descriptor through which page faults of one address space are delivered and resolved.
@@ -284,7 +285,7 @@ impl Uffd {
     ) -> Result<IoctlFlags> {
         self.register_unexplained(start, len, mode).map_err(|error| {
             let request = Request::new(IoctlFlags::REGISTER, start, len, Some(mode));
-            refusal::explained(self, error, &request, || Some(process))
+            examine::explained(self, error, &request, || Some(process))
         })
     }
 
@@ -315,7 +316,7 @@ impl Uffd {
         len: usize,
         modes: Option<RegisterMode>,
     ) -> Error {
-        refusal::explained(self, error, &Request::new(ioctl, start, len, modes), || self.process())
+        examine::explained(self, error, &Request::new(ioctl, start, len, modes), || self.process())
     }
 
     /// Gives the faults of a range back to the kernel, and wakes whoever waits there.
@@ -436,7 +437,7 @@ impl Uffd {
         start: *mut c_void,
         len: usize,
     ) -> Option<Refusal> {
-        refusal::of(self, error, &Request::new(ioctl, start, len, None), || self.process())
+        examine::of(self, error, &Request::new(ioctl, start, len, None), || self.process())
     }
 
     /// Looks into why an operation failed, like [`explain`](Self::explain), where the memory is that of the process
@@ -452,7 +453,7 @@ impl Uffd {
         len: usize,
     ) -> Option<Refusal> {
         let request = Request::new(ioctl, start, len, None);
-        refusal::of(self, error, &request, || Some(Process::Other(pid)))
+        examine::of(self, error, &request, || Some(Process::Other(pid)))
     }
 
     /// Reads one event.
