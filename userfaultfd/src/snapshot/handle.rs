@@ -10,16 +10,16 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::bits::Bits;
-use super::chain::next_path;
+use super::copy::bits::Bits;
+use super::copy::queue::Queue;
+use super::copy::shared::{Counts, Shared, duration};
 use super::error::{Error, Result};
-use super::format::SnapshotId;
+use super::file::chain::next_path;
+use super::file::format::SnapshotId;
+use super::file::writer::SnapshotWriter;
 use super::maker::Maker;
 use super::options::Options;
-use super::queue::Queue;
-use super::shared::{Counts, Shared, duration};
 use super::sink::Sink;
-use super::writer::SnapshotWriter;
 
 /// Snapshots of the same memory, one after the other: the first holds all of it, each other one what has changed since
 /// the one before began.

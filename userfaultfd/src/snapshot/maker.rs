@@ -5,11 +5,11 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use super::bits::Bits;
+use super::copy::bits::Bits;
+use super::copy::queue::{End, Queue};
+use super::copy::shared::{Begin, Counts, Shared};
 use super::error::{Error, Result};
 use super::handle::Snapshot;
-use super::queue::{End, Queue};
-use super::shared::{Begin, Counts, Shared};
 use super::sink::{Geometry, Region, Sink};
 use crate::{Errno, page_size};
 

@@ -119,33 +119,21 @@
 //!
 //! A file without its footer was never finished, or is cut short; [`FormatError`] says so, and what else can be wrong.
 
-mod begin;
-mod bits;
-mod chain;
-mod copier;
+mod copy;
 mod error;
-mod events;
-mod format;
+mod file;
 mod handle;
-mod layer;
-mod layout;
-mod look;
 mod maker;
 mod options;
-mod queue;
 #[cfg(test)]
 mod races;
-mod reader;
-mod shared;
 mod sink;
-mod slices;
-mod writer;
 
-pub use self::chain::Chain;
 pub use self::error::{Error, Result};
-pub use self::format::{FormatError, SnapshotId};
+pub use self::file::chain::Chain;
+pub use self::file::format::{FormatError, SnapshotId};
+pub use self::file::reader::SnapshotReader;
+pub use self::file::writer::SnapshotWriter;
 pub use self::handle::{Progress, Series, Snapshot};
 pub use self::options::{Options, Removal};
-pub use self::reader::SnapshotReader;
 pub use self::sink::{Content, Geometry, Region, Sink};
-pub use self::writer::SnapshotWriter;

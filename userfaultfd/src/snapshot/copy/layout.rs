@@ -4,13 +4,13 @@ use std::ops::Range;
 
 /// A part of the memory whose pages lie side by side in it and in the snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Part {
-    pub(super) address: usize,
+pub(crate) struct Part {
+    pub(crate) address: usize,
     /// Where it lies in the snapshot, in bytes.
-    pub(super) offset: usize,
-    pub(super) len: usize,
+    pub(crate) offset: usize,
+    pub(crate) len: usize,
     /// Bytes of a page.
-    pub(super) page: usize,
+    pub(crate) page: usize,
 }
 
 impl Part {
@@ -32,31 +32,31 @@ impl Part {
 }
 
 #[derive(Clone, Debug, Default)]
-pub(super) struct Layout(Vec<Part>);
+pub(crate) struct Layout(Vec<Part>);
 
 impl Layout {
-    pub(super) fn new(parts: Vec<Part>) -> Self {
+    pub(crate) fn new(parts: Vec<Part>) -> Self {
         Self(parts)
     }
 
-    pub(super) fn parts(&self) -> &[Part] {
+    pub(crate) fn parts(&self) -> &[Part] {
         &self.0
     }
 
     /// What lies at these addresses.
-    pub(super) fn at(&self, range: &Range<usize>) -> Vec<Part> {
+    pub(crate) fn at(&self, range: &Range<usize>) -> Vec<Part> {
         self.0.iter().filter_map(|part| part.cut(range)).collect()
     }
 
     /// The page at an address.
-    pub(super) fn page_at(&self, address: usize) -> Option<Part> {
+    pub(crate) fn page_at(&self, address: usize) -> Option<Part> {
         let part = self.0.iter().find(|part| part.addresses().contains(&address))?;
         let start = address / part.page * part.page;
         part.cut(&(start..start + part.page))
     }
 
     /// Where the first bytes of a range of the snapshot lie, as many as lie side by side.
-    pub(super) fn locate(&self, range: &Range<usize>) -> Option<Part> {
+    pub(crate) fn locate(&self, range: &Range<usize>) -> Option<Part> {
         let part = self.0.iter().find(|part| (part.offset..part.offset + part.len).contains(&range.start))?;
         let into = range.start - part.offset;
         let len = range.len().min(part.len - into);
@@ -64,14 +64,14 @@ impl Layout {
     }
 
     /// How many bytes of a range of the snapshot, from its beginning on, lie nowhere.
-    pub(super) fn lost(&self, range: &Range<usize>) -> usize {
+    pub(crate) fn lost(&self, range: &Range<usize>) -> usize {
         let lies = |part: &Part| part.offset < range.end && part.offset + part.len > range.start;
         let next = self.0.iter().filter(|part| lies(part)).map(|part| part.offset).min();
         next.map_or(range.len(), |next| next.saturating_sub(range.start))
     }
 
     /// These addresses are gone. Returns what they were.
-    pub(super) fn remove(&mut self, range: &Range<usize>) -> Vec<Part> {
+    pub(crate) fn remove(&mut self, range: &Range<usize>) -> Vec<Part> {
         let removed = self.at(range);
         let rests = [0..range.start, range.end..usize::MAX];
         self.0 = self.0.iter().flat_map(|part| rests.iter().filter_map(|rest| part.cut(rest))).collect();
@@ -79,7 +79,7 @@ impl Layout {
     }
 
     /// What lay at `from` lies at `to` now, where something else may have lain. Returns what that was.
-    pub(super) fn shift(&mut self, from: &Range<usize>, to: usize) -> Vec<Part> {
+    pub(crate) fn shift(&mut self, from: &Range<usize>, to: usize) -> Vec<Part> {
         let moved = self.remove(from);
         let overwritten = self.remove(&(to..to + from.len()));
         self.0.extend(moved.into_iter().map(|part| Part { address: part.address - from.start + to, ..part }));

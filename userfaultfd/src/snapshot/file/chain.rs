@@ -123,7 +123,7 @@ fn check(path: &Path) -> Result<(SnapshotId, Option<SnapshotId>), FormatError> {
 }
 
 /// The path of the next file of a series in a directory.
-pub(super) fn next_path(directory: &Path) -> io::Result<PathBuf> {
+pub(crate) fn next_path(directory: &Path) -> io::Result<PathBuf> {
     let mut last = 0;
     for entry in fs::read_dir(directory)? {
         last = last.max(number_of(&entry?.file_name()).unwrap_or(0));

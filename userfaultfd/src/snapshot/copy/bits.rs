@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 #[derive(Clone, Debug, Default)]
-pub(super) struct Bits {
+pub(crate) struct Bits {
     words: Vec<u64>,
     len: usize,
 }
 
 impl Bits {
-    pub(super) fn new(len: usize, value: bool) -> Self {
+    pub(crate) fn new(len: usize, value: bool) -> Self {
         let mut bits = Self { words: vec![0; len.div_ceil(64)], len };
         if value {
             bits.set(0..len, true);
@@ -17,15 +17,15 @@ impl Bits {
         bits
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    pub(super) fn get(&self, at: usize) -> bool {
+    pub(crate) fn get(&self, at: usize) -> bool {
         self.words[at / 64] >> (at % 64) & 1 == 1
     }
 
-    pub(super) fn set(&mut self, range: Range<usize>, value: bool) {
+    pub(crate) fn set(&mut self, range: Range<usize>, value: bool) {
         let mut at = range.start;
         while at < range.end {
             let (word, bit) = (at / 64, at % 64);
@@ -40,12 +40,12 @@ impl Bits {
         }
     }
 
-    pub(super) fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.words.iter().map(|word| word.count_ones() as usize).sum()
     }
 
     /// The first that is set, from `from` on.
-    pub(super) fn next(&self, from: usize) -> Option<usize> {
+    pub(crate) fn next(&self, from: usize) -> Option<usize> {
         self.find(from..self.len, |word| word)
     }
 
@@ -61,25 +61,25 @@ impl Bits {
     }
 
     /// The next run of set bits from `from` on, of at most `limit`.
-    pub(super) fn next_run(&self, from: usize, limit: usize) -> Option<Range<usize>> {
+    pub(crate) fn next_run(&self, from: usize, limit: usize) -> Option<Range<usize>> {
         let start = self.next(from)?;
         let last = self.len.min(start.saturating_add(limit));
         Some(start..self.find(start..last, |word| !word).unwrap_or(last))
     }
 
     /// Whether all in a range are set.
-    pub(super) fn all(&self, range: Range<usize>) -> bool {
+    pub(crate) fn all(&self, range: Range<usize>) -> bool {
         self.find(range, |word| !word).is_none()
     }
 
     /// Sets what is set in all of the others.
-    pub(super) fn join_common(&mut self, one: &Bits, other: &Bits) {
+    pub(crate) fn join_common(&mut self, one: &Bits, other: &Bits) {
         let common = one.words.iter().zip(&other.words).map(|(one, other)| one & other);
         self.words.iter_mut().zip(common).for_each(|(word, common)| *word |= common);
     }
 
     /// Sets what is set in the other.
-    pub(super) fn join(&mut self, other: &Bits) {
+    pub(crate) fn join(&mut self, other: &Bits) {
         self.words.iter_mut().zip(&other.words).for_each(|(word, other)| *word |= other);
     }
 }

@@ -13,7 +13,7 @@ const RANGES: usize = 256;
 
 /// How the kernel reports what is protected.
 #[derive(Debug)]
-pub(super) enum Look {
+pub(crate) enum Look {
     /// By a scan (Linux 6.7), which takes some nanoseconds a page.
     Scan(Box<[Region]>),
     /// By the words of the page map (Linux 5.13): some hundred nanoseconds a page.
@@ -23,7 +23,7 @@ pub(super) enum Look {
 }
 
 impl Look {
-    pub(super) fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         Ok(match tells_protection()? {
             false => Look::Never,
             true if can_scan()? => Look::Scan(vec![Region::default(); RANGES].into()),
@@ -31,12 +31,12 @@ impl Look {
         })
     }
 
-    pub(super) fn can_tell(&self) -> bool {
+    pub(crate) fn can_tell(&self) -> bool {
         !matches!(self, Look::Never)
     }
 
     /// Finds the runs of pages in a part that aren't protected, as addresses.
-    pub(super) fn unprotected(
+    pub(crate) fn unprotected(
         &mut self,
         pagemap: &Pagemap,
         part: &Part,

@@ -5,19 +5,19 @@ use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::sink::Content;
 use crate::Errno;
+use crate::snapshot::sink::Content;
 
 /// What is delivered: where, and what.
 #[derive(Debug)]
-pub(super) struct Item {
-    pub(super) offset: u64,
-    pub(super) len: usize,
-    pub(super) payload: Payload,
+pub(crate) struct Item {
+    pub(crate) offset: u64,
+    pub(crate) len: usize,
+    pub(crate) payload: Payload,
 }
 
 #[derive(Debug)]
-pub(super) enum Payload {
+pub(crate) enum Payload {
     Data(Buffer),
     Zero,
     Gone,
@@ -25,20 +25,20 @@ pub(super) enum Payload {
 
 /// A buffer, which goes back where it came from.
 #[derive(Debug)]
-pub(super) struct Buffer {
-    pub(super) bytes: Vec<u8>,
+pub(crate) struct Buffer {
+    pub(crate) bytes: Vec<u8>,
     size: Size,
 }
 
 /// Buffers for the walk, and small ones for a page that is about to be written, which don't wait for the walk's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Size {
+pub(crate) enum Size {
     Chunk,
     Page,
 }
 
 impl Item {
-    pub(super) fn content(&self) -> Content<'_> {
+    pub(crate) fn content(&self) -> Content<'_> {
         match &self.payload {
             Payload::Data(buffer) => Content::Data(&buffer.bytes),
             Payload::Zero => Content::Zero(self.len as u64),
@@ -60,13 +60,13 @@ struct State {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
+pub(crate) enum End {
     Complete,
     Aborted,
 }
 
 #[derive(Debug)]
-pub(super) struct Queue {
+pub(crate) struct Queue {
     state: Mutex<State>,
     changed: Condvar,
     /// Wakes the thread that copies.
@@ -75,7 +75,7 @@ pub(super) struct Queue {
 
 impl Queue {
     /// With so many buffers of so many bytes: of chunks, of pages.
-    pub(super) fn new(chunks: (usize, usize), pages: (usize, usize), wake: Arc<UnixStream>) -> Self {
+    pub(crate) fn new(chunks: (usize, usize), pages: (usize, usize), wake: Arc<UnixStream>) -> Self {
         let buffers = |size, (count, len): (usize, usize)| {
             (0..count).map(|_| Buffer { bytes: Vec::with_capacity(len), size }).collect()
         };
@@ -89,25 +89,25 @@ impl Queue {
     }
 
     /// A free buffer, if there is one.
-    pub(super) fn buffer(&self, size: Size) -> Option<Buffer> {
+    pub(crate) fn buffer(&self, size: Size) -> Option<Buffer> {
         self.lock().free[size as usize].pop()
     }
 
-    pub(super) fn has_buffer(&self, size: Size) -> bool {
+    pub(crate) fn has_buffer(&self, size: Size) -> bool {
         !self.lock().free[size as usize].is_empty()
     }
 
-    pub(super) fn give_back(&self, buffer: Buffer) {
+    pub(crate) fn give_back(&self, buffer: Buffer) {
         self.lock().free[buffer.size as usize].push(buffer);
     }
 
-    pub(super) fn push(&self, item: Item) {
+    pub(crate) fn push(&self, item: Item) {
         self.lock().items.push_back(item);
         self.changed.notify_all();
     }
 
     /// Nothing more comes. What is complete can still be given up.
-    pub(super) fn end(&self, end: End) {
+    pub(crate) fn end(&self, end: End) {
         let mut state = self.lock();
         if state.end != Some(End::Aborted) {
             state.end = Some(end);
@@ -118,19 +118,19 @@ impl Queue {
     }
 
     /// It is given up, for this error if there is one.
-    pub(super) fn fail(&self, errno: Option<Errno>) {
+    pub(crate) fn fail(&self, errno: Option<Errno>) {
         if errno.is_some() {
             self.lock().failure = errno;
         }
         self.end(End::Aborted);
     }
 
-    pub(super) fn failure(&self) -> Option<Errno> {
+    pub(crate) fn failure(&self) -> Option<Errno> {
         self.lock().failure
     }
 
     /// The next item, or how it ended. Waits.
-    pub(super) fn pop(&self) -> Result<Item, End> {
+    pub(crate) fn pop(&self) -> Result<Item, End> {
         let mut state = self.lock();
         loop {
             if state.end == Some(End::Aborted) {
@@ -147,7 +147,7 @@ impl Queue {
     }
 
     /// The sink is done with an item.
-    pub(super) fn done(&self, item: Item) {
+    pub(crate) fn done(&self, item: Item) {
         if let Payload::Data(buffer) = item.payload {
             self.give_back(buffer);
             self.wake();
@@ -155,20 +155,20 @@ impl Queue {
     }
 
     /// The sink has ended.
-    pub(super) fn sink_ended(&self, well: bool) {
+    pub(crate) fn sink_ended(&self, well: bool) {
         self.lock().sink = Some(well);
         self.wake();
     }
 
-    pub(super) fn sink(&self) -> Option<bool> {
+    pub(crate) fn sink(&self) -> Option<bool> {
         self.lock().sink
     }
 
-    pub(super) fn ended(&self) -> Option<End> {
+    pub(crate) fn ended(&self) -> Option<End> {
         self.lock().end
     }
 
-    pub(super) fn wake(&self) {
+    pub(crate) fn wake(&self) {
         match (&*self.wake).write_all(&[0]) {
             Ok(()) => {}
             // Woken already; or there is nobody any more.

@@ -8,30 +8,30 @@ use std::path::{Path, PathBuf};
 use super::format::{
     CHECKSUM, EXTENT, Footer, FormatError, HEADER, Header, MAGIC, Place, REGION, decode_extent, decode_region,
 };
-use super::sink::Region;
+use crate::snapshot::sink::Region;
 
 /// Bytes of the index that are read at a time: whole regions, extents, checksums.
 const PIECE: usize = 24 << 10;
 
 /// Blocks side by side with the same kind of content, and where their checksums are.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Stretch {
-    pub(super) first: u64,
-    pub(super) blocks: u64,
-    pub(super) place: Place,
+pub(crate) struct Stretch {
+    pub(crate) first: u64,
+    pub(crate) blocks: u64,
+    pub(crate) place: Place,
     /// Of data: the first of the checksums of its file.
-    pub(super) checksum: u64,
+    pub(crate) checksum: u64,
     /// The file that it is in.
-    pub(super) layer: u32,
+    pub(crate) layer: u32,
 }
 
 impl Stretch {
-    pub(super) fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> u64 {
         self.first + self.blocks
     }
 
     /// The same without what lies outside of some blocks.
-    pub(super) fn cut(&self, first: u64, end: u64, block: u64) -> Option<Stretch> {
+    pub(crate) fn cut(&self, first: u64, end: u64, block: u64) -> Option<Stretch> {
         let (start, end) = (self.first.max(first), self.end().min(end));
         (start < end).then(|| {
             let into = start - self.first;
@@ -47,21 +47,21 @@ impl Stretch {
 
 /// A snapshot file.
 #[derive(Debug)]
-pub(super) struct Layer {
+pub(crate) struct Layer {
     /// Where it can be opened again.
-    pub(super) path: Option<PathBuf>,
+    pub(crate) path: Option<PathBuf>,
     /// `None` where many files would be open otherwise.
-    pub(super) file: Option<File>,
-    pub(super) header: Header,
-    pub(super) regions: Vec<Region>,
+    pub(crate) file: Option<File>,
+    pub(crate) header: Header,
+    pub(crate) regions: Vec<Region>,
     /// Of all blocks of data, in order.
-    pub(super) checksums: Vec<u32>,
-    pub(super) gone: u64,
+    pub(crate) checksums: Vec<u32>,
+    pub(crate) gone: u64,
 }
 
 impl Layer {
     /// Opens and checks a file. Returns what lies in it, too, as of layer 0, and how many bytes the snapshot has.
-    pub(super) fn open(file: File, path: Option<PathBuf>) -> Result<(Self, Vec<Stretch>, u64), FormatError> {
+    pub(crate) fn open(file: File, path: Option<PathBuf>) -> Result<(Self, Vec<Stretch>, u64), FormatError> {
         let size = file.metadata()?.len();
         let header = read_header(&file, size)?;
         if size < header.block + HEADER as u64 {
@@ -129,7 +129,7 @@ impl Layer {
     }
 
     /// Opens the file once more.
-    pub(super) fn open_again(&self) -> io::Result<File> {
+    pub(crate) fn open_again(&self) -> io::Result<File> {
         let path = self.path.as_deref().unwrap_or(Path::new(""));
         let file = File::open(path)?;
         let header = read_header(&file, file.metadata()?.len());
@@ -143,7 +143,7 @@ impl Layer {
 
 /// The header of a file of so many bytes. One that was begun and not finished is cut short, also one in which nothing
 /// has been written yet, or whose beginning didn't come to the disk.
-pub(super) fn read_header(file: &File, size: u64) -> Result<Header, FormatError> {
+pub(crate) fn read_header(file: &File, size: u64) -> Result<Header, FormatError> {
     let mut bytes = [0; HEADER];
     let len = HEADER.min(usize::try_from(size).unwrap_or(HEADER));
     file.read_exact_at(&mut bytes[..len], 0)?;

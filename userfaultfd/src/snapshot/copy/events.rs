@@ -5,14 +5,14 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use super::copier::{Copier, TRIES, bits_of};
-use super::options::Removal;
 use super::queue::Payload;
 use crate::error::errno_of;
+use crate::snapshot::options::Removal;
 use crate::{Errno, Error, Event, Result, sys};
 
 impl Copier {
     /// Reads all that there is. Follows changes, and holds faults back.
-    pub(super) fn hold_faults(&mut self) -> Result<()> {
+    pub(crate) fn hold_faults(&mut self) -> Result<()> {
         while let Some(event) = self.watch.uffd.read_event()? {
             match event {
                 Event::Pagefault { .. } => self.held.push_back(event),
@@ -42,7 +42,7 @@ impl Copier {
     /// The kernel delivers faults before changes, and drops what a change drops when that was read. So with no fault
     /// unread, something to read is a change. And while the layout changes, nothing is read: the only fault may vanish
     /// before it is, and what is read instead is the change.
-    pub(super) fn read_events(&mut self) -> Result<()> {
+    pub(crate) fn read_events(&mut self) -> Result<()> {
         while self.held.is_empty() && !self.active.as_ref().is_some_and(|active| active.change_waits) {
             let [readable] = sys::wait_readable([self.watch.uffd.as_fd()], 0)?;
             if !readable {
@@ -58,12 +58,12 @@ impl Copier {
     }
 
     /// Whether what is to be read may be a removal before which something is to be saved.
-    pub(super) fn may_hide_removal(&self) -> bool {
+    pub(crate) fn may_hide_removal(&self) -> bool {
         self.saves_first() && self.is_changing()
     }
 
     /// Where faults can't be resolved since the layout changes, its change is to be read.
-    pub(super) fn find_change(&mut self) -> Result<()> {
+    pub(crate) fn find_change(&mut self) -> Result<()> {
         if self.changing == 0 || self.active.as_ref().is_some_and(|active| active.change_waits) {
             return Ok(());
         }
@@ -94,7 +94,7 @@ impl Copier {
     }
 
     /// Reads all that there is, so that nothing is left unread that was made before; faults are held back.
-    pub(super) fn read_changes(&mut self) -> Result<()> {
+    pub(crate) fn read_changes(&mut self) -> Result<()> {
         if let Some(active) = &mut self.active {
             active.change_waits = false;
         }
@@ -102,7 +102,7 @@ impl Copier {
     }
 
     /// Reads the change that waits; the faults before it are held back.
-    pub(super) fn read_change(&mut self) -> Result<()> {
+    pub(crate) fn read_change(&mut self) -> Result<()> {
         while let Some(event) = self.watch.uffd.read_event()? {
             if matches!(event, Event::Pagefault { .. }) {
                 self.held.push_back(event);

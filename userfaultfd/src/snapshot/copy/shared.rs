@@ -15,53 +15,53 @@ use crate::{Errno, Error, Result};
 
 /// What a snapshot has done so far, in bytes.
 #[derive(Debug, Default)]
-pub(super) struct Counts {
-    pub(super) total: AtomicU64,
-    pub(super) saved: AtomicU64,
-    pub(super) on_write: AtomicU64,
-    pub(super) gone: AtomicU64,
-    pub(super) pause_ns: AtomicU64,
+pub(crate) struct Counts {
+    pub(crate) total: AtomicU64,
+    pub(crate) saved: AtomicU64,
+    pub(crate) on_write: AtomicU64,
+    pub(crate) gone: AtomicU64,
+    pub(crate) pause_ns: AtomicU64,
 }
 
 /// What the thread and those who ask something of it share.
 #[derive(Debug)]
-pub(super) struct Shared {
-    pub(super) owner: Owner,
+pub(crate) struct Shared {
+    pub(crate) owner: Owner,
     /// What the thread owns, as long as it does.
-    pub(super) inherited: OnceLock<Vec<InheritedFd>>,
+    pub(crate) inherited: OnceLock<Vec<InheritedFd>>,
     /// Something to read there means that something changed.
-    pub(super) woken: UnixStream,
+    pub(crate) woken: UnixStream,
     /// Its other end, which the queue of each snapshot has, too.
     wake: Arc<UnixStream>,
     state: Mutex<State>,
-    pub(super) answered: Condvar,
+    pub(crate) answered: Condvar,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) begin: Option<Begin>,
-    pub(super) answer: Option<Result<()>>,
+pub(crate) struct State {
+    pub(crate) begin: Option<Begin>,
+    pub(crate) answer: Option<Result<()>>,
     /// A snapshot is at work.
-    pub(super) busy: bool,
+    pub(crate) busy: bool,
     /// How many have been completed, on the last of which the next one may stand.
-    pub(super) completed: u64,
+    pub(crate) completed: u64,
     /// The thread is to end.
-    pub(super) end: bool,
+    pub(crate) end: bool,
     /// The thread has ended, perhaps by an error.
-    pub(super) ended: Option<Option<Errno>>,
+    pub(crate) ended: Option<Option<Errno>>,
 }
 
 /// A snapshot to begin.
 #[derive(Debug)]
-pub(super) struct Begin {
-    pub(super) queue: Arc<Queue>,
-    pub(super) counts: Arc<Counts>,
+pub(crate) struct Begin {
+    pub(crate) queue: Arc<Queue>,
+    pub(crate) counts: Arc<Counts>,
     /// What counts as changed since the snapshot before, whatever the kernel reports.
-    pub(super) changed: Bits,
+    pub(crate) changed: Bits,
 }
 
 impl Shared {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let (woken, wake) = UnixStream::pair()?;
         woken.set_nonblocking(true)?;
         wake.set_nonblocking(true)?;
@@ -72,7 +72,7 @@ impl Shared {
 
     /// In a fork's child, which hasn't got the thread: closes what that has a share of.
     #[expect(unsafe_code, reason = "closes what the thread has a share of")]
-    pub(super) fn abandon(self: &Arc<Self>) {
+    pub(crate) fn abandon(self: &Arc<Self>) {
         abandon(self);
         let of_both = [&self.woken, &*self.wake].map(|end| InheritedFd::new(end.as_fd()));
         for fd in self.inherited.get().into_iter().flatten().chain(&of_both) {
@@ -82,11 +82,11 @@ impl Shared {
         }
     }
 
-    pub(super) fn waker(&self) -> Arc<UnixStream> {
+    pub(crate) fn waker(&self) -> Arc<UnixStream> {
         Arc::clone(&self.wake)
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -97,14 +97,14 @@ impl Shared {
     }
 
     /// Begins to work at a snapshot, unless one is at work. Returns how many have been completed.
-    pub(super) fn claim(&self) -> Option<u64> {
+    pub(crate) fn claim(&self) -> Option<u64> {
         let mut state = self.lock();
         let busy = std::mem::replace(&mut state.busy, true);
         (!busy).then_some(state.completed)
     }
 
     /// The snapshot isn't at work any more. It may have been completed.
-    pub(super) fn release(&self, well: bool) {
+    pub(crate) fn release(&self, well: bool) {
         let mut state = self.lock();
         state.busy = false;
         state.completed += u64::from(well);
@@ -113,13 +113,13 @@ impl Shared {
     }
 
     /// Waits until no snapshot is at work.
-    pub(super) fn wait_until_idle(&self) {
+    pub(crate) fn wait_until_idle(&self) {
         let busy = |state: &mut State| state.busy && state.ended.is_none();
         drop(self.answered.wait_while(self.lock(), busy).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Has a snapshot begun, and waits until memory is protected.
-    pub(super) fn begin(&self, begin: Begin) -> Result<()> {
+    pub(crate) fn begin(&self, begin: Begin) -> Result<()> {
         self.lock().begin = Some(begin);
         self.wake();
         let mut state = self.lock();
@@ -135,13 +135,13 @@ impl Shared {
     }
 
     /// Has the thread end.
-    pub(super) fn end(&self) {
+    pub(crate) fn end(&self) {
         self.lock().end = true;
         self.wake();
     }
 }
 
 /// How long, from a counter of nanoseconds.
-pub(super) fn duration(counter: &AtomicU64) -> Duration {
+pub(crate) fn duration(counter: &AtomicU64) -> Duration {
     Duration::from_nanos(counter.load(Ordering::Relaxed))
 }

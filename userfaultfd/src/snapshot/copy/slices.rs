@@ -15,24 +15,24 @@ const TIME: Duration = Duration::from_micros(150);
 
 /// Slices, as large as takes the time that they are to take.
 #[derive(Debug)]
-pub(super) struct Slices {
+pub(crate) struct Slices {
     bytes: usize,
 }
 
 impl Slices {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { bytes: LEAST }
     }
 
     /// The first slice of a part. Ends where an address is a multiple of the size of slices, and so no huge page is cut.
-    pub(super) fn cut(&self, part: Part) -> Part {
+    pub(crate) fn cut(&self, part: Part) -> Part {
         let slice = self.bytes.max(part.page);
         let len = part.len.min(slice - part.address % slice);
         Part { len, ..part }
     }
 
     /// Does something with a slice, and learns how large slices may be.
-    pub(super) fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
+    pub(crate) fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
         let started = Instant::now();
         let result = work();
         self.learn(started.elapsed());

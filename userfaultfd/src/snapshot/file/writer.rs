@@ -6,11 +6,11 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use super::format::{Extent, Footer, HEADER, Header, Place, SnapshotId, encode_index};
-use super::sink::{Content, Geometry, Sink};
 use crate::pending_file::FinalName;
+use crate::snapshot::sink::{Content, Geometry, Sink};
 use crate::{PendingFile, page_size, sys};
 
-/// Writes a snapshot as a file that [`SnapshotReader`](super::SnapshotReader) reads: a [`Sink`].
+/// Writes a snapshot as a file that [`SnapshotReader`](crate::snapshot::SnapshotReader) reads: a [`Sink`].
 ///
 /// It writes from the beginning to the end without going back, so a pipe or a socket will do. Pages of zeros take no
 /// room. The [module](super) describes the format.
@@ -75,7 +75,7 @@ impl<W: Write> SnapshotWriter<W> {
         })
     }
 
-    /// Says which snapshot an incremental one follows: the one before of the same [`Series`](super::Series).
+    /// Says which snapshot an incremental one follows: the one before of the same [`Series`](crate::snapshot::Series).
     #[must_use]
     pub fn follows(mut self, parent: SnapshotId) -> Self {
         self.parent = Some(parent);
@@ -83,7 +83,7 @@ impl<W: Write> SnapshotWriter<W> {
     }
 
     /// Has another name than a new one, follows another snapshot, and blocks of another size.
-    pub(super) fn named(self, id: SnapshotId, parent: Option<SnapshotId>, block: usize) -> Self {
+    pub(crate) fn named(self, id: SnapshotId, parent: Option<SnapshotId>, block: usize) -> Self {
         Self { id, parent, block, zeros: vec![0; block].into(), ..self }
     }
 

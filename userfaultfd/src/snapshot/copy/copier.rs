@@ -20,13 +20,13 @@ use std::time::{Duration, Instant};
 use super::bits::Bits;
 use super::layout::{Layout, Part};
 use super::look::Look;
-use super::options::Removal;
 use super::queue::{Buffer, End, Item, Payload, Queue, Size};
 use super::shared::{Counts, Shared};
 use super::slices::Slices;
 use crate::error::errno_of;
 use crate::owner::InheritedFd;
 use crate::proc_maps::Process;
+use crate::snapshot::options::Removal;
 use crate::sync::AtomicU64;
 use crate::watch::{Watch, Words, pointer};
 use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, Uffd, page_size, sys};
@@ -39,15 +39,15 @@ const DOUBT: Duration = Duration::from_millis(200);
 const DOUBT_MS: i32 = 10;
 
 /// How often an operation is tried while the memory layout changes, before something else is done about it.
-pub(super) const TRIES: u32 = 50;
+pub(crate) const TRIES: u32 = 50;
 
 /// The snapshot that is at work.
 #[derive(Debug)]
-pub(super) struct Active {
+pub(crate) struct Active {
     queue: Arc<Queue>,
     counts: Arc<Counts>,
     /// What is still to be read.
-    pub(super) pending: Bits,
+    pub(crate) pending: Bits,
     /// What was read, and isn't delivered yet.
     kept: Vec<Kept>,
     /// All that the snapshot is to hold.
@@ -56,15 +56,15 @@ pub(super) struct Active {
     removed: Bits,
     /// Those of them that are still to be saved, and were seen mapped and not protected: dropped, unless an event that
     /// isn't read yet tells that something else lies there.
-    pub(super) dropped: Bits,
+    pub(crate) dropped: Bits,
     /// Where the walk is.
-    pub(super) cursor: usize,
+    pub(crate) cursor: usize,
     /// A change of the layout waits to be read, and with it the thread that makes it.
-    pub(super) change_waits: bool,
+    pub(crate) change_waits: bool,
     /// Until when pages in doubt are looked at again.
     doubt_until: Option<Instant>,
     /// All has been saved; the sink is still at it.
-    pub(super) draining: bool,
+    pub(crate) draining: bool,
 }
 
 /// What was read of some pages that were protected.
@@ -77,7 +77,7 @@ struct Kept {
 }
 
 impl Active {
-    pub(super) fn new(queue: Arc<Queue>, counts: Arc<Counts>, wanted: Bits, removed: Bits) -> Self {
+    pub(crate) fn new(queue: Arc<Queue>, counts: Arc<Counts>, wanted: Bits, removed: Bits) -> Self {
         Self {
             queue,
             counts,
@@ -94,7 +94,7 @@ impl Active {
     }
 
     /// Whether something is still to be saved.
-    pub(super) fn is_pending(&self) -> bool {
+    pub(crate) fn is_pending(&self) -> bool {
         !self.kept.is_empty() || self.pending.next(self.cursor).or_else(|| self.pending.next(0)).is_some()
     }
 
@@ -106,7 +106,7 @@ impl Active {
     }
 
     /// Forgets what was read from some addresses.
-    pub(super) fn discard(&mut self, range: &Range<usize>) {
+    pub(crate) fn discard(&mut self, range: &Range<usize>) {
         for index in (0..self.kept.len()).rev() {
             let part = &self.kept[index].part;
             if part.address < range.end && part.address + part.len > range.start {
@@ -131,11 +131,11 @@ enum Writable {
 
 /// What a look has found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Lost {
+pub(crate) struct Lost {
     /// Pages that aren't protected, though they should be.
-    pub(super) pages: usize,
+    pub(crate) pages: usize,
     /// Those of them that can't be protected: guard pages, poisoned pages.
-    pub(super) markers: usize,
+    pub(crate) markers: usize,
 }
 
 /// Whether pages were read.
@@ -149,40 +149,40 @@ enum Saved {
     Doubt,
 }
 
-pub(super) struct Copier {
-    pub(super) watch: Arc<Watch>,
+pub(crate) struct Copier {
+    pub(crate) watch: Arc<Watch>,
     /// A descriptor of the same process with which nothing is registered, so that no change of the layout is its: the
     /// kernel doesn't refuse what is protected through it. `None` for memory of another process.
-    pub(super) beside: Option<Uffd>,
+    pub(crate) beside: Option<Uffd>,
     /// The snapshot that begins has used it.
-    pub(super) protected_beside: bool,
+    pub(crate) protected_beside: bool,
     shared: Arc<Shared>,
-    pub(super) layout: Layout,
-    pub(super) removal: Removal,
+    pub(crate) layout: Layout,
+    pub(crate) removal: Removal,
     /// Pages stay protected after they are saved: what changes is for the next snapshot.
     series: bool,
-    pub(super) look: Look,
+    pub(crate) look: Look,
     chunk: usize,
     /// What has changed since the last snapshot began; at first everything.
-    pub(super) dirty: Bits,
+    pub(crate) dirty: Bits,
     /// What isn't protected, as far as is known.
-    pub(super) unprotected: Bits,
+    pub(crate) unprotected: Bits,
     /// Pages whose removal was read since the last snapshot began. They may go at any time.
-    pub(super) removed: Bits,
+    pub(crate) removed: Bits,
     /// The mappings in which all lay when a snapshot began, or when the layout was last looked at.
-    pub(super) mapped: Vec<Range<usize>>,
+    pub(crate) mapped: Vec<Range<usize>>,
     /// Pages that may go and seem protected all the same.
-    pub(super) silent: Bits,
-    pub(super) active: Option<Active>,
+    pub(crate) silent: Bits,
+    pub(crate) active: Option<Active>,
     /// Faults that can't be resolved yet.
-    pub(super) held: VecDeque<Event>,
+    pub(crate) held: VecDeque<Event>,
     /// How often the first of them was refused, since the layout changes. Zero: it waits for a buffer.
-    pub(super) changing: u32,
+    pub(crate) changing: u32,
     /// How often a page that is about to be written was in doubt.
-    pub(super) doubted: u32,
+    pub(crate) doubted: u32,
     /// How often what was read couldn't be delivered, since the layout changes.
     stalled: u32,
-    pub(super) fdinfo: File,
+    pub(crate) fdinfo: File,
     words: Words,
     done: bool,
 }
@@ -195,7 +195,7 @@ impl Drop for Copier {
 }
 
 impl Copier {
-    pub(super) fn new(
+    pub(crate) fn new(
         watch: Arc<Watch>,
         beside: Option<Uffd>,
         shared: Arc<Shared>,
@@ -236,7 +236,7 @@ impl Copier {
     }
 
     /// Works until it is told to end, or, if it isn't for a series, a snapshot has been taken.
-    pub(super) fn run(mut self) {
+    pub(crate) fn run(mut self) {
         let result = self.work();
         if let Some(active) = self.active.take() {
             active.queue.fail(result.as_ref().err().and_then(Error::errno));
@@ -274,7 +274,7 @@ impl Copier {
     }
 
     /// Lifts all protection at once.
-    pub(super) fn free(&self) -> Result<()> {
+    pub(crate) fn free(&self) -> Result<()> {
         let mut result = Ok(());
         for part in self.layout.parts() {
             match self.watch.uffd.unregister_unexplained(pointer(part.address), part.len) {
@@ -367,7 +367,7 @@ impl Copier {
         self.shared.release(well);
     }
 
-    pub(super) fn retry_held(&mut self) -> Result<()> {
+    pub(crate) fn retry_held(&mut self) -> Result<()> {
         for _ in 0..self.held.len() {
             let Some(event) = self.held.pop_front() else { break };
             let held = self.held.len();
@@ -381,7 +381,7 @@ impl Copier {
     }
 
     /// Saves the page that is about to be written, and lets the write go on; or holds the fault back.
-    pub(super) fn fault(&mut self, event: Event) -> Result<()> {
+    pub(crate) fn fault(&mut self, event: Event) -> Result<()> {
         let Event::Pagefault { kind: FaultKind::WriteProtected, addr, .. } = event else { return Ok(()) };
         let page = self.layout.page_at(addr.addr());
         if let Some(page) = &page {
@@ -486,13 +486,13 @@ impl Copier {
     }
 
     /// These pages may be written from now on.
-    pub(super) fn changed(&mut self, bits: Range<usize>) {
+    pub(crate) fn changed(&mut self, bits: Range<usize>) {
         self.dirty.set(bits.clone(), true);
         self.unprotected.set(bits, true);
     }
 
     /// Pages that are gone: what they held can't be told any more, if it wasn't saved.
-    pub(super) fn gone(&mut self, parts: &[Part]) {
+    pub(crate) fn gone(&mut self, parts: &[Part]) {
         for part in parts {
             // For the next snapshot, unless this one says so.
             self.dirty.set(bits_of(part), true);
@@ -505,7 +505,7 @@ impl Copier {
     }
 
     /// Delivers what of a part is still to be read, without reading it. Returns what that is.
-    pub(super) fn settle(&mut self, part: &Part, payload: impl Fn() -> Payload) -> Vec<Range<usize>> {
+    pub(crate) fn settle(&mut self, part: &Part, payload: impl Fn() -> Payload) -> Vec<Range<usize>> {
         let bits = bits_of(part);
         let Some(active) = &mut self.active else { return Vec::new() };
         let mut settled = Vec::new();
@@ -590,7 +590,7 @@ impl Copier {
     }
 
     /// Whether the kernel knows of a change of the layout that isn't read yet, or whose thread hasn't run since.
-    pub(super) fn is_changing(&self) -> bool {
+    pub(crate) fn is_changing(&self) -> bool {
         // It says so before it says that an empty range is none.
         self.watch.uffd.write_protect_unexplained(pointer(0), 0).is_err_and(|error| error.is_retryable())
     }
@@ -637,7 +637,7 @@ impl Copier {
     /// Whether no change has been made that isn't read. One that moves pages leaves a hole, or with `MREMAP_DONTUNMAP`
     /// unprotected pages, and other mappings than before. One that unmaps pages leaves a hole, or memory that isn't
     /// registered with this descriptor.
-    pub(super) fn is_still_ours(&mut self) -> Result<bool> {
+    pub(crate) fn is_still_ours(&mut self) -> Result<bool> {
         if !self.look.can_tell() {
             return Ok(true);
         }
@@ -659,7 +659,7 @@ impl Copier {
     }
 
     /// The mappings in which all lies.
-    pub(super) fn mappings(&self) -> Result<Vec<Range<usize>>> {
+    pub(crate) fn mappings(&self) -> Result<Vec<Range<usize>>> {
         let mut mapped = Vec::new();
         for part in self.layout.parts() {
             let mappings = self.watch.process.mappings(&(part.address..part.address + part.len))?;
@@ -669,7 +669,7 @@ impl Copier {
     }
 
     /// Looks at all pages. Those that aren't protected, though they should be, have changed.
-    pub(super) fn look_at_all(&mut self) -> Result<Lost> {
+    pub(crate) fn look_at_all(&mut self) -> Result<Lost> {
         let mut lost = Lost::default();
         for part in self.layout.parts().to_vec() {
             let Lost { pages, markers } = self.look_at(&part)?;
@@ -680,7 +680,7 @@ impl Copier {
     }
 
     /// The same with a part.
-    pub(super) fn look_at(&mut self, part: &Part) -> Result<Lost> {
+    pub(crate) fn look_at(&mut self, part: &Part) -> Result<Lost> {
         let mut found = Vec::new();
         let bit_of = |address: usize| (part.offset + (address - part.address)) / page_size();
         self.look.unprotected(&self.watch.pagemap, part, |range| {
@@ -765,7 +765,7 @@ impl Copier {
 
     /// Reads pages whose removal was read before they were saved, since faults hid it. Whoever removes them has to run
     /// first.
-    pub(super) fn read_removed(&mut self, part: &Part) -> Result<()> {
+    pub(crate) fn read_removed(&mut self, part: &Part) -> Result<()> {
         let bits = bits_of(part);
         let mut from = bits.start;
         while from < bits.end {
@@ -867,6 +867,6 @@ impl Copier {
 }
 
 /// The bits of a part: one for each page of the base size.
-pub(super) fn bits_of(part: &Part) -> Range<usize> {
+pub(crate) fn bits_of(part: &Part) -> Range<usize> {
     part.offset / page_size()..(part.offset + part.len) / page_size()
 }

@@ -34,7 +34,7 @@ const GIVE_UP: Duration = Duration::from_secs(20);
 impl Copier {
     /// Begins a snapshot. At its moment no fault is resolved before all of it is protected: what was written after
     /// another write isn't in the snapshot if that one isn't.
-    pub(super) fn begin(&mut self, Begin { queue, counts, changed }: Begin) -> Result<()> {
+    pub(crate) fn begin(&mut self, Begin { queue, counts, changed }: Begin) -> Result<()> {
         self.dirty.join(&changed);
         self.doubted = 0;
         if !self.look.can_tell() {
@@ -122,7 +122,7 @@ impl Copier {
     }
 
     /// Lets everybody go on who waits, while no snapshot is at work.
-    pub(super) fn let_go_on(&mut self) -> Result<()> {
+    pub(crate) fn let_go_on(&mut self) -> Result<()> {
         self.hold_faults()?;
         self.retry_held()
     }

@@ -2,17 +2,17 @@
 
 use std::io;
 
-use super::sink::{Geometry, Region};
+use crate::snapshot::sink::{Geometry, Region};
 
-pub(super) const MAGIC: [u8; 8] = *b"UFFDSNAP";
-pub(super) const END_MAGIC: [u8; 8] = *b"UFFDSEND";
-pub(super) const VERSION: u32 = 1;
+pub(crate) const MAGIC: [u8; 8] = *b"UFFDSNAP";
+pub(crate) const END_MAGIC: [u8; 8] = *b"UFFDSEND";
+pub(crate) const VERSION: u32 = 1;
 
 /// Bytes of the header, and of the footer.
-pub(super) const HEADER: usize = 64;
-pub(super) const REGION: usize = 24;
-pub(super) const EXTENT: usize = 24;
-pub(super) const CHECKSUM: usize = 4;
+pub(crate) const HEADER: usize = 64;
+pub(crate) const REGION: usize = 24;
+pub(crate) const EXTENT: usize = 24;
+pub(crate) const CHECKSUM: usize = 4;
 
 /// The logarithm of the largest block to base 2: the page size of no machine is larger.
 const LARGEST_BLOCK: u32 = 20;
@@ -23,7 +23,7 @@ const GONE: u64 = 1;
 
 /// Names a snapshot.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct SnapshotId(pub(super) [u8; 16]);
+pub struct SnapshotId(pub(crate) [u8; 16]);
 
 impl std::fmt::Display for SnapshotId {
     /// In hexadecimal.
@@ -113,7 +113,7 @@ impl FormatError {
 
 /// What lies in some blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(crate) enum Place {
     /// Bytes, from this offset of the file on.
     Data(u64),
     Zero,
@@ -122,34 +122,34 @@ pub(super) enum Place {
 
 /// Blocks side by side with the same kind of content; of data also side by side in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Extent {
-    pub(super) first: u64,
-    pub(super) blocks: u64,
-    pub(super) place: Place,
+pub(crate) struct Extent {
+    pub(crate) first: u64,
+    pub(crate) blocks: u64,
+    pub(crate) place: Place,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
+pub(crate) struct Header {
     /// Bytes of a block: a power of two.
-    pub(super) block: u64,
-    pub(super) id: SnapshotId,
-    pub(super) parent: Option<SnapshotId>,
+    pub(crate) block: u64,
+    pub(crate) id: SnapshotId,
+    pub(crate) parent: Option<SnapshotId>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Footer {
-    pub(super) id: SnapshotId,
+pub(crate) struct Footer {
+    pub(crate) id: SnapshotId,
     /// Where the index begins: regions, extents, checksums.
-    pub(super) index: u64,
-    pub(super) regions: u64,
-    pub(super) extents: u64,
-    pub(super) checksums: u64,
-    pub(super) index_crc: u32,
+    pub(crate) index: u64,
+    pub(crate) regions: u64,
+    pub(crate) extents: u64,
+    pub(crate) checksums: u64,
+    pub(crate) index_crc: u32,
 }
 
 impl Footer {
     /// Bytes of the index, if that is a number.
-    pub(super) fn index_len(&self) -> Option<u64> {
+    pub(crate) fn index_len(&self) -> Option<u64> {
         let of = |count: u64, size: usize| count.checked_mul(size as u64);
         of(self.regions, REGION)?
             .checked_add(of(self.extents, EXTENT)?)?
@@ -194,14 +194,14 @@ fn id_at(bytes: &[u8], at: usize) -> SnapshotId {
 }
 
 impl Header {
-    pub(super) fn encode(&self) -> [u8; HEADER] {
+    pub(crate) fn encode(&self) -> [u8; HEADER] {
         let mut writer = Writer([0; HEADER], 0);
         writer.put(&MAGIC).put(&VERSION.to_le_bytes()).put(&self.block.trailing_zeros().to_le_bytes());
         writer.put(&self.id.0).put(&self.parent.map_or([0; 16], |parent| parent.0));
         writer.seal()
     }
 
-    pub(super) fn decode(bytes: &[u8; HEADER]) -> Result<Self, FormatError> {
+    pub(crate) fn decode(bytes: &[u8; HEADER]) -> Result<Self, FormatError> {
         if bytes[..8] != MAGIC {
             return Err(FormatError::NotASnapshot);
         }
@@ -222,7 +222,7 @@ impl Header {
 }
 
 impl Footer {
-    pub(super) fn encode(&self) -> [u8; HEADER] {
+    pub(crate) fn encode(&self) -> [u8; HEADER] {
         let mut writer = Writer([0; HEADER], 0);
         writer.put(&END_MAGIC).put(&self.id.0[..8]);
         for number in [self.index, self.regions, self.extents, self.checksums] {
@@ -232,7 +232,7 @@ impl Footer {
         writer.seal()
     }
 
-    pub(super) fn decode(bytes: &[u8; HEADER]) -> Result<Self, FormatError> {
+    pub(crate) fn decode(bytes: &[u8; HEADER]) -> Result<Self, FormatError> {
         if bytes[..8] != END_MAGIC {
             return Err(FormatError::CutShort);
         }
@@ -254,7 +254,7 @@ impl Footer {
 }
 
 /// Regions, extents and checksums, as they lie in the index.
-pub(super) fn encode_index(geometry: &Geometry, extents: &[Extent], checksums: &[u32]) -> Vec<u8> {
+pub(crate) fn encode_index(geometry: &Geometry, extents: &[Extent], checksums: &[u32]) -> Vec<u8> {
     let mut index = Vec::new();
     for region in &geometry.regions {
         for number in [region.addresses.start, region.addresses.end, region.page] {
@@ -276,12 +276,12 @@ pub(super) fn encode_index(geometry: &Geometry, extents: &[Extent], checksums: &
 }
 
 /// A region as it lies in the index.
-pub(super) fn decode_region(bytes: &[u8]) -> Region {
+pub(crate) fn decode_region(bytes: &[u8]) -> Region {
     Region { addresses: u64_at(bytes, 0)..u64_at(bytes, 8), page: u64_at(bytes, 16) }
 }
 
 /// An extent, likewise.
-pub(super) fn decode_extent(bytes: &[u8]) -> Extent {
+pub(crate) fn decode_extent(bytes: &[u8]) -> Extent {
     let place = match u64_at(bytes, 16) {
         ZERO => Place::Zero,
         GONE => Place::Gone,

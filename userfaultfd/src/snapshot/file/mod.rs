@@ -1,0 +1,7 @@
+//! What is saved: the format of a file, its writer, and its readers.
+
+pub(crate) mod chain;
+pub(crate) mod format;
+pub(crate) mod layer;
+pub(crate) mod reader;
+pub(crate) mod writer;
