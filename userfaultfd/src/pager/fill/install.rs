@@ -204,14 +204,19 @@ impl Filler {
                 // After a part the kernel hides why it stopped; the call for the rest tells.
                 continue;
             };
+            // What the kernel says of the first page that isn't filled. The same on all releases where none is named.
             match errno {
+                // The range leaves its mapping, and nothing of it was filled: a call stays inside one.
                 Errno::ENOENT if pages > 1 => most = 1,
+                // Nothing is mapped at the page, or nothing that is registered: unmapped, without the pager being told.
                 Errno::ENOENT => {
-                    // Unmapped, without the pager being told.
                     shared.counters(self.thread).dropped.add(1);
                     self.unmapped += 1;
                     skip(serving, run, End::Released);
                 }
+                // A page is there, or a marker: of poison, or of write protection in the way of ZEROPAGE; a guard page
+                // since Linux 7.2, which was overwritten before. On hugetlb memory the pool may be empty, too: ENOMEM up
+                // to 6.12, EEXIST in 6.18.
                 Errno::EEXIST => {
                     shared.counters(self.thread).woken.add(1);
                     if run.demand.is_none() {
@@ -228,12 +233,18 @@ impl Filler {
                     }
                     skip(serving, run, End::Contested);
                 }
+                // The process has ended, or executed another program.
                 Errno::ESRCH => break Left::Gone,
+                // EAGAIN: the layout is changing; it ends once the event was read and the thread that makes the change
+                // has run on. ENOMEM: no memory for the page or its table, also of a cgroup, or a tmpfs is full; since
+                // Linux 7.2 the page may lie beyond the end of its file, too. ENOSPC: the file of a minor region.
                 Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC => break Left::Waiting(errno),
-                // A hole was punched between the write and the call.
+                // CONTINUE finds no page in the cache: a hole was punched between the write and the call.
                 Errno::EFAULT if run.region.cache.is_some() && !matches!(content, Content::Poison) => {
                     break Left::Waiting(errno);
                 }
+                // EFAULT: the source's own memory can't be read, or, before Linux 7.2, the page lies beyond the end of its
+                // file. EINVAL: the memory isn't what the region says. EIO and others: the file of a minor region.
                 _ => break Left::Refused(errno),
             }
         };
