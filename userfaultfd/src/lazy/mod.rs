@@ -729,7 +729,7 @@ impl LazyBuilder {
         #[expect(unsafe_code, reason = "the memory is this function's")]
         // SAFETY: nobody has seen the memory yet, and bytes are good whatever they are. It is unmapped only after the
         // pager has let go of it, and poison is what the documentation says.
-        let added = unsafe { pager.add_own(uffd, [region]) }.map_err(|refused| refused.error)?;
+        let added = unsafe { pager.add_lazy(uffd, region) }.map_err(|refused| refused.error)?;
         let (descriptor, id) = (added.descriptor, added.regions[0]);
         let region = Arc::clone(pager.target(id)?.region());
         let served = Served::Pager(pager, descriptor, id, Arc::clone(&region.lease));
@@ -781,7 +781,7 @@ impl Drop for LazyMemory {
         if let Served::Pager(pager, descriptor, _, lease) = &self.served {
             if self.memory.is_here() {
                 lease.end();
-                drop(pager.remove(*descriptor));
+                drop(pager.remove_lazy(*descriptor));
             } else {
                 pager.abandon(*descriptor);
             }

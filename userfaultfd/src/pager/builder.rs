@@ -39,22 +39,25 @@ pub struct PagerBuilder {
     patience: Duration,
 }
 
+/// The most threads of a kind. Each has counters and a place in every descriptor's table.
+const MAX_THREADS: usize = 1024;
+
 impl PagerBuilder {
-    /// Sets the number of threads that resolve faults from the start. The default is 1. While the source keeps all of
-    /// them waiting, [more are added](Self::max_threads).
+    /// Sets the number of threads that resolve faults from the start, 1024 at most. The default is 1. While the source
+    /// keeps all of them waiting, [more are added](Self::max_threads).
     pub fn threads(mut self, threads: usize) -> Self {
-        self.threads = threads.max(1);
+        self.threads = threads.clamp(1, MAX_THREADS);
         self
     }
 
-    /// Sets the most threads that resolve faults, and so the most reads of sources that go on at the same time. The
-    /// default is 16, or [`threads`](Self::threads) if that is more.
+    /// Sets the most threads that resolve faults, and so the most reads of sources that go on at the same time:
+    /// 1024 at most. The default is 16, or [`threads`](Self::threads) if that is more.
     ///
     /// A thread is added while all others wait for reads that take longer than some 50 µs and another fault is there.
     /// It ends when reads are fast again, or after a second without a fault. `max_threads(1)` never reads a source from
     /// two threads at the same time, unless something fills in the background or reads ahead.
     pub fn max_threads(mut self, threads: usize) -> Self {
-        self.max_threads = Some(threads.max(1));
+        self.max_threads = Some(threads.clamp(1, MAX_THREADS));
         self
     }
 
@@ -64,13 +67,13 @@ impl PagerBuilder {
         self
     }
 
-    /// How many threads read ahead. The default is 0.
+    /// Sets the number of threads that read ahead, 1024 at most. The default is 0.
     ///
     /// Where access is sequential and the source slow (a network), what is filled for one fault beyond 1 MiB is read by
     /// these, a MiB each at the same time. Give the region a large [`Around::Adaptive`], such as 16 MiB for 16 threads:
     /// a source that takes 6 ms for a read then delivers GB/s instead of MB/s.
     pub fn readers(mut self, readers: usize) -> Self {
-        self.readers = readers;
+        self.readers = readers.min(MAX_THREADS);
         self
     }
 

@@ -16,6 +16,7 @@ use super::serve::control;
 use super::serve::shared::{Note, Shared};
 use super::serve::shutdown::{self, Cover, Patience};
 use super::serve::worker_pool;
+use super::sync_point::{Point, reach};
 use super::{
     Absent, DescriptorId, Detached, Error, PagerBuilder, Progress, Refused, Region, RegionId, Result,
     Statistics, target,
@@ -24,6 +25,17 @@ use crate::holder::{Held, Holder};
 use crate::owner::Owner;
 use crate::watch::Lease;
 use crate::{Errno, FeatureFlags, RegisterMode, Uffd, mapped_vec};
+
+/// What adds a descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Adder {
+    /// A program, for memory of another process.
+    Foreign,
+    /// A program, for memory of this process.
+    Own,
+    /// A [`LazyMemory`](crate::LazyMemory).
+    Lazy,
+}
 
 /// What was added to a pager.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,7 +102,7 @@ impl Pager {
     /// - [`OwnMemory`](Error::OwnMemory): the descriptor is this process's own, so that the memory is, too.
     /// - [`System`](Error::System): memory for the states of pages couldn't be had.
     pub fn add(&self, uffd: Uffd, regions: impl IntoIterator<Item = Region>) -> Result<Added, Refused> {
-        self.add_checked(uffd, regions.into_iter().collect(), true)
+        self.add_checked(uffd, regions.into_iter().collect(), Adder::Foreign)
     }
 
     /// Serves memory of this process, or of any.
@@ -128,38 +140,65 @@ impl Pager {
         uffd: Uffd,
         regions: impl IntoIterator<Item = Region>,
     ) -> Result<Added, Refused> {
-        self.add_checked(uffd, regions.into_iter().collect(), false)
+        self.add_checked(uffd, regions.into_iter().collect(), Adder::Own)
     }
 
-    fn add_checked(&self, uffd: Uffd, mut regions: Vec<Region>, foreign: bool) -> Result<Added, Refused> {
+    /// [`add_own`](Self::add_own) for a [`LazyMemory`](crate::LazyMemory), which alone may end its serving.
+    ///
+    /// # Safety
+    ///
+    /// As `add_own`.
+    #[expect(unsafe_code, reason = "the contract is the caller's")]
+    pub(crate) unsafe fn add_lazy(&self, uffd: Uffd, region: Region) -> Result<Added, Refused> {
+        self.add_checked(uffd, vec![region], Adder::Lazy)
+    }
+
+    fn add_checked(&self, uffd: Uffd, mut regions: Vec<Region>, adder: Adder) -> Result<Added, Refused> {
         if let Err(error) = self.shared.check_owner() {
             return Err(Refused { uffd, error });
         }
         if let Err(error) = regions.iter_mut().try_for_each(Region::ask_source) {
             return Err(Refused { uffd, error });
         }
+        // Those that are refused aren't dropped while this is locked: a source may have memory of this pager.
+        let _sources: Vec<_> = regions.iter().map(Region::source).collect();
         let _adding = lock(&self.adding);
-        let mut layout = Layout::default();
-        let prepared = regions.into_iter().try_for_each(|region| {
-            check_overlap(&layout, &region)?;
-            layout.insert(self.register(&uffd, region)?);
-            Ok(())
-        });
-        let switched = prepared.and_then(|()| {
-            let was_blocking = !uffd.is_nonblocking()?;
+        let was_blocking = match uffd.is_nonblocking() {
+            Ok(is_nonblocking) => !is_nonblocking,
+            Err(error) => return Err(Refused { uffd, error: error.into() }),
+        };
+        self.add_all(uffd, regions, was_blocking, adder).map_err(|Refused { uffd, error }| {
+            let switched = if was_blocking { uffd.set_nonblocking(false) } else { Ok(()) };
+            Refused { error: switched.err().map_or(error, Error::from), uffd }
+        })
+    }
+
+    fn add_all(
+        &self,
+        uffd: Uffd,
+        regions: Vec<Region>,
+        was_blocking: bool,
+        adder: Adder,
+    ) -> Result<Added, Refused> {
+        let prepared = Layout::try_with_room(regions.len()).ok_or_else(|| Errno::ENOMEM.into());
+        let prepared = prepared.and_then(|mut layout| {
+            for region in regions {
+                check_overlap(&layout, &region)?;
+                layout.insert(self.register(&uffd, region)?);
+            }
             uffd.set_nonblocking(true)?;
-            Ok(was_blocking)
+            Ok(layout)
         });
-        let was_blocking = match switched {
-            Ok(was_blocking) => was_blocking,
+        let layout = match prepared {
+            Ok(layout) => layout,
             Err(error) => return Err(Refused { uffd, error }),
         };
         let is_own = target::is_own(&uffd);
         match (&is_own, layout.segments().first()) {
-            (Ok(true), Some(first)) if foreign => {
+            (Ok(true), Some(first)) if adder == Adder::Foreign => {
                 return Err(Refused { error: Error::OwnMemory { address: first.start }, uffd });
             }
-            (Err(_), _) if foreign => {
+            (Err(_), _) if adder == Adder::Foreign => {
                 let error = if target::target_is_gone(&uffd, None) {
                     Error::TargetGone
                 } else {
@@ -169,12 +208,13 @@ impl Pager {
             }
             _ => {}
         }
-        let origin = Origin { is_child: false, is_own: is_own.unwrap_or(false), was_blocking };
+        let is_lazy = adder == Adder::Lazy;
+        let origin = Origin { is_child: false, is_own: is_own.unwrap_or(false), is_lazy, was_blocking };
         if origin.is_own {
             layout.segments().iter().for_each(hold);
         }
-        layout.reserve();
-        let regions = layout.segments().iter().map(|segment| RegionId(segment.region.id)).collect();
+        let regions: Vec<_> = layout.segments().iter().map(|segment| Arc::clone(&segment.region)).collect();
+        regions.iter().for_each(|region| self.shared.keep(region));
         let uffd = Arc::new(uffd);
         let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
         match self.shared.add(serving, origin) {
@@ -183,12 +223,15 @@ impl Pager {
                 for segment in descriptor.segments(self.shared.outside_id(), None) {
                     wake(&uffd, segment.start..segment.end);
                 }
-                let mut regions: Vec<RegionId> = regions;
+                let mut regions: Vec<_> = regions.iter().map(|region| RegionId(region.id)).collect();
                 regions.sort_unstable(); // numbered in the order in which they were given
                 Ok(Added { descriptor: DescriptorId(descriptor.id), regions })
             }
-            // A worker may have it for a moment.
-            Err(error) => Err(Refused { uffd: shutdown::sole(uffd), error }),
+            Err(error) => {
+                regions.iter().for_each(|region| self.shared.keep_not(region));
+                // A worker may have it for a moment.
+                Err(Refused { uffd: shutdown::sole(uffd), error })
+            }
         }
     }
 
@@ -223,7 +266,13 @@ impl Pager {
     ) -> Result<RegionId> {
         self.shared.check_owner()?;
         region.ask_source()?;
+        // Dropped when nothing is locked, as in `add`.
+        let _source = region.source();
         let _adding = lock(&self.adding);
+        self.add_one(descriptor, region, foreign)
+    }
+
+    fn add_one(&self, descriptor: DescriptorId, region: Region, foreign: bool) -> Result<RegionId> {
         let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
         let uffd = {
             let serving = descriptor.enter(self.shared.outside_id());
@@ -240,7 +289,8 @@ impl Pager {
             hold(&segment);
         }
         drop(uffd);
-        let (id, range) = (RegionId(segment.region.id), segment.start..segment.end);
+        let (region, range) = (Arc::clone(&segment.region), segment.start..segment.end);
+        self.shared.keep(&region);
         let mut overlap = Ok(());
         let served = descriptor.change_layout(|layout| {
             // A move may have brought something there meanwhile.
@@ -250,14 +300,12 @@ impl Pager {
                 None => layout.insert(segment),
             }
         });
-        overlap?;
-        if !served {
-            return Err(Error::NotServed);
-        }
+        let added = overlap.and(if served { Ok(()) } else { Err(Error::NotServed) });
+        added.inspect_err(|_| self.shared.keep_not(&region))?;
         if let Some(serving) = &*descriptor.enter(self.shared.outside_id()) {
             wake(&serving.uffd, range);
         }
-        Ok(id)
+        Ok(RegionId(region.id))
     }
 
     /// Checks a region, and registers it.
@@ -279,7 +327,7 @@ impl Pager {
         // Where the kernel can't tell it may be so.
         let followed = end.checked_add(page).and_then(|to| growth::is_one_mapping(uffd, end - page..to));
         region.followed = (followed != Some(false)).then_some(end);
-        Ok(Segment { start, end, region: self.shared.keep(region), first: 0 })
+        Ok(Segment { start, end, region: Arc::new(region), first: 0 })
     }
 
     /// Fills what is absent of a region, and gives it back to the kernel.
@@ -300,11 +348,8 @@ impl Pager {
         let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
         // What is missing where nothing is mapped is no failure.
         poisoned.add(&segments, Pages::is_poisoned);
-        if segments.iter().any(|segment| segment.region.lease.is_taken()) {
-            // A tracker is at work: the region stays registered, and protection faults are the pager's to resolve.
-            return poisoned.poisoned();
-        }
-        self.drop_region(&descriptor, region)?;
+        // While a tracker is at work the region stays registered, and protection faults are the pager's to resolve.
+        self.drop_region(&descriptor, region, |region| !region.lease.is_taken())?;
         poisoned.poisoned()
     }
 
@@ -331,13 +376,25 @@ impl Pager {
         let lease =
             segments.first().map(|segment| Arc::clone(&segment.region.lease)).ok_or(Error::NotServed)?;
         // While no fill is at work, and once all is registered: one that is protected where that can't be is refused.
+        let ends = segments
+            .iter()
+            .fold((usize::MAX, 0), |(start, end), segment| (start.min(segment.start), end.max(segment.end)));
+        let mut refused = crate::Error::AlreadyTracked { start: ends.0, end: ends.1 }.into();
         let mut taken = false;
-        descriptor.exclusively(&mut |_| taken = lease.take());
-        if !taken {
-            let ends = segments.iter().fold((usize::MAX, 0), |(start, end), segment| {
-                (start.min(segment.start), end.max(segment.end))
+        reach(Point::BeforeLend, ends.0);
+        // Not of a region that was given back meanwhile: `drop_region` looks at the lease.
+        descriptor.exclusively(&mut |serving| {
+            let is_served = serving.as_ref().is_some_and(|serving| {
+                serving.layout.segments().iter().any(|segment| segment.region.id == region.0)
             });
-            return Err(crate::Error::AlreadyTracked { start: ends.0, end: ends.1 }.into());
+            if !is_served {
+                refused = Error::NotServed;
+            } else if lease.take() {
+                taken = true;
+            }
+        });
+        if !taken {
+            return Err(refused);
         }
         let ranges = segments.iter().map(|segment| segment.start..segment.end).collect();
         match uffd.try_clone() {
@@ -353,10 +410,14 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`NotServed`](Error::NotServed): the region isn't served any more, or is that of a
+    ///   [`LazyMemory`](crate::LazyMemory).
     /// - [`Unfilled`](Error::Unfilled): before Linux 6.6, if something is absent. The region is served on.
     pub fn remove_region(&self, region: RegionId) -> Result<()> {
         let descriptor = self.of_region(region)?;
+        if descriptor.is_lazy {
+            return Err(Error::NotServed);
+        }
         let mut patience = Patience::new(self.patience);
         let left = shutdown::cover(
             &self.shared,
@@ -372,7 +433,7 @@ impl Pager {
             failed.add(&segments, Pages::is_failed);
             return Err(failed.unfilled(left));
         }
-        self.drop_region(&descriptor, region)
+        self.drop_region(&descriptor, region, |_| true)
     }
 
     pub(super) fn of_region(&self, region: RegionId) -> Result<Arc<Descriptor>> {
@@ -382,16 +443,29 @@ impl Pager {
         self.shared.descriptors().into_iter().find(has).ok_or(Error::NotServed)
     }
 
-    fn drop_region(&self, descriptor: &Descriptor, region: RegionId) -> Result<()> {
+    /// Gives a region back to the kernel, if it may go when no fill is at work.
+    fn drop_region(
+        &self,
+        descriptor: &Descriptor,
+        region: RegionId,
+        may_go: impl Fn(&super::memory::region::Served) -> bool,
+    ) -> Result<()> {
         // Freed when the shards are free again.
         let (mut gone, mut served) = (mapped_vec::none(), false);
         descriptor.exclusively(&mut |serving| {
             let Some(serving) = serving else { return };
-            let layout = Arc::make_mut(&mut serving.layout);
+            let mut of_it = serving.layout.segments().iter().filter(|segment| segment.region.id == region.0);
+            if of_it.any(|segment| !may_go(&segment.region)) {
+                served = true;
+                return;
+            }
+            let uffd = Arc::clone(&serving.uffd);
+            let layout = serving.layout_mut();
             served = layout.take(region.0, &mut gone);
             let mut replaced = mapped_vec::none();
             // What stays registered is served on, as the kernel would.
-            shutdown::unregister(&serving.uffd, &gone, |part| layout.insert_hole(part, &mut replaced));
+            shutdown::unregister(&uffd, &gone, |part| layout.insert_hole(part, &mut replaced));
+            mapped_vec::reserve(&mut gone, replaced.len());
             gone.extend(replaced);
         });
         drop(gone);
@@ -408,12 +482,22 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// [`NotServed`](Error::NotServed): it isn't served any more.
+    /// [`NotServed`](Error::NotServed): it isn't served any more, or is that of a [`LazyMemory`](crate::LazyMemory).
     pub fn remove(&self, descriptor: DescriptorId) -> Result<Detached> {
+        self.remove_of(descriptor, false)
+    }
+
+    /// [`remove`](Self::remove) of a [`LazyMemory`](crate::LazyMemory)'s, by itself.
+    pub(crate) fn remove_lazy(&self, descriptor: DescriptorId) -> Result<Detached> {
+        self.remove_of(descriptor, true)
+    }
+
+    fn remove_of(&self, descriptor: DescriptorId, is_lazy: bool) -> Result<Detached> {
         self.shared.check_owner()?;
         // Who adds a region uses the descriptor meanwhile.
         let _adding = lock(&self.adding);
-        let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
+        let descriptor = self.shared.descriptor(descriptor.0).filter(|found| found.is_lazy == is_lazy);
+        let descriptor = descriptor.ok_or(Error::NotServed)?;
         let serving = self.shared.remove(&descriptor).ok_or(Error::NotServed)?;
         Ok(shutdown::detached(&descriptor, serving))
     }
@@ -429,10 +513,12 @@ impl Pager {
         Ok(address_map::absent(&descriptor.segments(thread, region), &descriptor.holes(thread, region)))
     }
 
-    /// The descriptors that are served, with those that forks brought.
+    /// The descriptors that are served, with those that forks brought; without those of
+    /// [`LazyMemory`](crate::LazyMemory), whose serving ends with the memory.
     #[must_use]
     pub fn descriptors(&self) -> Vec<DescriptorId> {
-        self.shared.descriptors().iter().map(|descriptor| DescriptorId(descriptor.id)).collect()
+        let all = self.shared.descriptors();
+        all.iter().filter(|one| !one.is_lazy).map(|one| DescriptorId(one.id)).collect()
     }
 
     /// What was done so far, and how many pages are there.

@@ -1,13 +1,19 @@
 //! What a pager refuses: at once, by name, with the descriptor, and it goes on serving others.
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use userfaultfd::pager::{Around, BytesSource, Error, FileSource, Pager, Refused, Region, ZeroSource};
-use userfaultfd::{FeatureFlags, Uffd};
+use userfaultfd::pager::{
+    Around, BytesSource, Error, FileSource, Fill, PageSource, Pager, Refused, Region, ZeroSource,
+};
+use userfaultfd::{FeatureFlags, LazyMemory, Uffd, UffdBuilder};
 
 use crate::scene::{Pages, check, serve};
 use crate::support::mapping::{self, Mapping};
 use crate::support::memory::{Kind, Memory};
+use crate::support::proc::wait_until;
 use crate::support::raw::{pipe, unshaken};
 use crate::support::{child, dead, features, page, require, test_name, uffd};
 
@@ -284,4 +290,68 @@ fn the_sources_that_are_refused_are_so_when_they_are_made() {
     require!();
     let (reader, _writer) = pipe();
     assert!(FileSource::new(reader).is_err());
+}
+
+fn is_nonblocking(uffd: &Uffd) -> bool {
+    // SAFETY: asks for the flags of an open descriptor.
+    unsafe { libc::fcntl(uffd.as_raw_fd(), libc::F_GETFL) & libc::O_NONBLOCK != 0 }
+}
+
+/// Has memory of the pager that it is a source of, and tells when it is dropped.
+struct Overlay {
+    base: LazyMemory,
+    dropped: Arc<AtomicBool>,
+}
+
+impl PageSource for Overlay {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+        page.copy_from_slice(&self.base[offset as usize..][..page.len()]);
+        Ok(Fill::Data)
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        self.dropped.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn refused_regions_are_freed_and_the_descriptor_is_as_it_was() {
+    require!();
+    let pager = Arc::new(Pager::new().unwrap());
+    let overlay = |dropped: &Arc<AtomicBool>| {
+        let base = LazyMemory::builder(Pages::new(page())).len(4 * page()).pager(&pager).build().unwrap();
+        Overlay { base, dropped: Arc::clone(dropped) }
+    };
+    let memory = Memory::anonymous(4);
+    let start = memory.start().expose_provenance();
+    for one_is_good in [false, true] {
+        let dropped = [false, false].map(|_| Arc::new(AtomicBool::new(false)));
+        let blocking = UffdBuilder::new().close_on_exec(true).create().unwrap();
+        let first = if one_is_good { start } else { 12345 };
+        let regions = [
+            Region::new(first, 2 * page(), overlay(&dropped[0])),
+            Region::new(start, page(), overlay(&dropped[1])),
+        ];
+        // SAFETY: bytes are good whatever they are, and only raw pointers lead to the memory of tests.
+        let Refused { uffd, error } = unsafe { pager.add_own(blocking, regions) }.unwrap_err();
+        assert_eq!(matches!(error, Error::Overlap { .. }), one_is_good, "{error}");
+        wait_until(|| dropped.iter().all(|dropped| dropped.load(Ordering::SeqCst)));
+        assert!(!is_nonblocking(&uffd));
+    }
+    wait_until(|| pager.statistics().absent_pages == 16);
+    let dropped = Arc::new(AtomicBool::new(false));
+    let refused = pager.add(uffd(FeatureFlags::empty()), [Region::new(start, page(), overlay(&dropped))]);
+    assert!(matches!(refused.unwrap_err().error, Error::OwnMemory { .. }));
+    wait_until(|| dropped.load(Ordering::SeqCst));
+}
+
+#[test]
+fn no_limit_of_threads_is_a_limit() {
+    require!();
+    let memory = Memory::anonymous(2);
+    let pager = Pager::builder().max_threads(usize::MAX).build().unwrap();
+    serve(&pager, uffd(FeatureFlags::empty()), crate::scene::region(&memory, Pages::new(page())));
+    check(&memory, 1, 1);
 }

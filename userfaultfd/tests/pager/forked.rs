@@ -1,8 +1,7 @@
 //! What a fork's child inherits is the parent's: it can neither use it nor harm it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Barrier};
 use std::thread;
@@ -116,28 +115,6 @@ fn what_a_child_drops_closes_its_own_numbers() {
         assert_eq!(pager.statistics().poisoned, 0);
         drop(things);
         assert_eq!(open(), 0);
-    });
-}
-
-/// Each number is closed once, so that one that the child has opened since stays open.
-#[test]
-fn dropping_in_a_child_closes_each_number_once() {
-    require!();
-    child::run_well(test_name!(), || {
-        let pager = Arc::new(Pager::new().unwrap());
-        let memory = lazy(Some(&pager));
-        let (end, _other) = UnixStream::pair().unwrap();
-        pager.watch(pager.descriptors()[0], end).unwrap();
-        let mut things = Some((pager, memory));
-        child::fork(|| {
-            let (pager, memory) = things.take().unwrap();
-            drop(memory);
-            let files: Vec<File> = (0..16).map(|_| File::open("/proc/self/exe").unwrap()).collect();
-            drop(pager);
-            files.iter().for_each(|file| drop(file.metadata().unwrap()));
-        })
-        .succeed();
-        assert_eq!(things.unwrap().1[0], byte(0));
     });
 }
 

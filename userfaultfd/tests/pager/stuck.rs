@@ -370,3 +370,33 @@ fn a_change_is_read_while_the_memory_of_a_source_is_waited_for() {
         assert_eq!(reader.wait(), Seen::Byte(9));
     });
 }
+
+#[test]
+fn forks_child_is_served_though_its_event_came_while_nothing_could_be_mapped() {
+    require!(FeatureFlags::EVENT_FORK);
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(8);
+        let pager = Pager::new().unwrap();
+        serve(&pager, uffd(FeatureFlags::EVENT_FORK), region(&memory, Pages::new(page())));
+        std::thread::scope(|scope| {
+            let (go, may_go) = std::sync::mpsc::channel::<()>();
+            let (started, has_started) = std::sync::mpsc::channel::<()>();
+            let forks = scope.spawn({
+                let memory = &memory;
+                move || {
+                    started.send(()).unwrap();
+                    may_go.recv().unwrap();
+                    child::fork(|| assert_eq!(memory.read(3), byte(3)))
+                }
+            });
+            has_started.recv().unwrap();
+            without_address_space(|give_back| {
+                go.send(()).unwrap();
+                wait_until(|| pager.statistics().forks == 1);
+                give_back();
+            });
+            forks.join().unwrap().succeed();
+        });
+        check(&memory, 3, 3);
+    });
+}

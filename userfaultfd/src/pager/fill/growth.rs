@@ -9,9 +9,8 @@
 #![expect(unsafe_code, reason = "an operation that can't succeed")]
 
 use std::ops::Range;
-use std::sync::Arc;
 
-use crate::pager::memory::address_map::{Layout, Segment};
+use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at};
 use crate::{Errno, Uffd, sys};
 
@@ -69,7 +68,5 @@ fn adopt(serving: &mut Serving, address: usize) -> bool {
     }
     let grown =
         Segment { start: end, end: end + pages * page, first: before.pages().end, region: before.region };
-    // It is nobody else's while all shards are locked.
-    debug_assert_eq!(Arc::strong_count(&serving.layout), 1);
-    Layout::grow(Arc::make_mut(&mut serving.layout), grown)
+    serving.layout_mut().grow(grown)
 }

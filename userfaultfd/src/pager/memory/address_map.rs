@@ -79,7 +79,7 @@ pub(crate) type Segments = mapped_vec::Vec<Segment>;
 pub(crate) const ROOM: usize = 128;
 
 /// The segments of an address space, by address.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Layout {
     segments: Segments,
     /// What private segments were moved away from by mremap(2). All that is known of such a place is that zeros belong
@@ -96,11 +96,22 @@ impl Default for Layout {
 }
 
 impl Layout {
-    /// Makes room for changes.
-    pub(crate) fn reserve(&mut self) {
-        for all in [&mut self.segments, &mut self.holes, &mut self.moving] {
-            all.reserve(ROOM);
-        }
+    /// An empty one with room for so many segments, and for changes. `None` where there is no memory.
+    pub(crate) fn try_with_room(segments: usize) -> Option<Self> {
+        Some(Self {
+            segments: mapped_vec::try_with_room(segments + ROOM)?,
+            holes: mapped_vec::try_with_room(ROOM)?,
+            moving: mapped_vec::try_with_room(ROOM)?,
+        })
+    }
+
+    /// A copy, with room for changes. `None` where there is no memory.
+    pub(crate) fn try_clone(&self) -> Option<Self> {
+        Some(Self {
+            segments: mapped_vec::try_copy(&self.segments, ROOM)?,
+            holes: mapped_vec::try_copy(&self.holes, ROOM)?,
+            moving: mapped_vec::try_copy(&self.moving, ROOM)?,
+        })
     }
 
     pub(crate) fn segments(&self) -> &[Segment] {
@@ -179,6 +190,7 @@ impl Layout {
     pub(crate) fn take(&mut self, region: u64, gone: &mut Segments) -> bool {
         let is_there = self.segments.iter().any(|segment| segment.region.id == region);
         for all in [&mut self.segments, &mut self.holes] {
+            mapped_vec::reserve(gone, all.len());
             gone.extend(all.iter().filter(|part| part.region.id == region).cloned());
             all.retain(|part| part.region.id != region);
         }

@@ -48,11 +48,19 @@ pub(in crate::pager) const OUTSIDE: usize = 5;
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
 struct Shard(Mutex<Option<Serving>>);
 
+impl Serving {
+    /// The layout, to be changed: with all shards locked it has no other owner, so that nothing is allocated.
+    pub(crate) fn layout_mut(&mut self) -> &mut Layout {
+        Arc::get_mut(&mut self.layout).expect("what has all shards is the one owner of the layout")
+    }
+}
+
 /// Where a descriptor comes from.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Origin {
     pub(crate) is_child: bool,
     pub(crate) is_own: bool,
+    pub(crate) is_lazy: bool,
     pub(crate) was_blocking: bool,
 }
 
@@ -67,6 +75,8 @@ pub(crate) struct Descriptor {
     pub(crate) is_child: bool,
     /// Whether it is this process's own. Any other process may end.
     pub(crate) is_own: bool,
+    /// Whether it is that of a [`LazyMemory`](crate::LazyMemory), which alone may end its serving.
+    pub(crate) is_lazy: bool,
     /// Whether it was blocking when it was handed in, and is to be so again when it is given back.
     pub(crate) was_blocking: bool,
     shards: Box<[Shard]>,
@@ -89,7 +99,7 @@ impl Descriptor {
         (id, slot): (u64, u32),
         serving: Serving,
         shards: usize,
-        Origin { is_child, is_own, was_blocking }: Origin,
+        Origin { is_child, is_own, is_lazy, was_blocking }: Origin,
     ) -> Self {
         const CHANGES: FeatureFlags = FeatureFlags::EVENT_FORK
             .union(FeatureFlags::EVENT_REMAP)
@@ -107,6 +117,7 @@ impl Descriptor {
             tells_changes,
             is_child,
             is_own,
+            is_lazy,
             was_blocking,
             shards,
             inherited,
@@ -245,7 +256,7 @@ impl Descriptor {
             let Some(serving) = serving else { return };
             served = true;
             if let Some(change) = change.take() {
-                change(Arc::make_mut(&mut serving.layout));
+                change(serving.layout_mut());
             }
         });
         served

@@ -56,6 +56,11 @@ pub struct Region {
 }
 
 impl Region {
+    /// What it is read from.
+    pub(crate) fn source(&self) -> Arc<dyn PageSource> {
+        Arc::clone(&self.source)
+    }
+
     /// `len` bytes of memory from address `start` on, in the address space of the descriptor that the region is
     /// added with. Both are multiples of the page size.
     ///

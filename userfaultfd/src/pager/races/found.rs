@@ -333,3 +333,23 @@ fn what_is_lost_is_poisoned_wherever_it_is_mapped() {
         clear(to.addr(), memory.len());
     });
 }
+
+#[test]
+fn region_that_is_given_back_while_it_is_lent_is_not_lent() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let memory = Memory::anonymous(PAGES);
+    let pager = Arc::new(Pager::new().unwrap());
+    let region = Flavour::Anonymous.region(&memory, Source::of(&memory));
+    // SAFETY: bytes are good whatever they are, and only raw pointers and atomics lead to them.
+    let added = unsafe { pager.add_own(uffd(FeatureFlags::PAGEFAULT_FLAG_WP), [region]) }.unwrap().regions[0];
+    let start = memory.start().addr();
+    let finishing = Arc::clone(&pager);
+    let armed =
+        at(Point::BeforeLend, start..start + 1, move |_| finishing.finish_region(added, |_| {}).unwrap());
+    let lent = pager.lend(added);
+    assert!(matches!(lent, Err(crate::pager::Error::NotServed)), "{lent:?}");
+    drop(armed);
+    let other = uffd(FeatureFlags::PAGEFAULT_FLAG_WP);
+    // Nothing has the memory.
+    other.register(memory.start(), memory.len()).unwrap();
+}

@@ -23,7 +23,7 @@ use crate::pager::memory::region::Served;
 use crate::pager::prefetch::read_ahead::Ahead;
 use crate::pager::stats::Counters;
 use crate::pager::{Error, Problem, Result, Retry, Statistics};
-use crate::{Uffd, mapped_vec, sys};
+use crate::{Errno, Uffd, mapped_vec, sys};
 
 /// What the threads that serve faults have others do. They don't do it themselves: it takes locks that who waits for a
 /// page may hold, the allocator's or those of the program's callback.
@@ -42,10 +42,16 @@ pub(crate) enum Note {
 pub(crate) struct Fork {
     pub(crate) parent: u64,
     pub(crate) uffd: Uffd,
+    pub(crate) copy: std::io::Result<Inherited>,
+}
+
+/// What a fork's child has of its parent.
+#[derive(Debug)]
+pub(crate) struct Inherited {
     /// As it was when the process forked, which is the child's.
     pub(crate) layout: Layout,
     /// The states of its segments' pages then, one after the other; nothing of those that are shared.
-    pub(crate) states: std::io::Result<MmapRaw>,
+    pub(crate) states: MmapRaw,
 }
 
 /// Notes for the control thread that it hasn't taken yet. Adding one takes nothing of the allocator's: see `mapped_vec`.
@@ -202,8 +208,8 @@ impl Shared {
         let (control, token) = (control_bell.as_fd(), Token::STOP.0);
         sys::epoll_control(control_epoll.as_fd(), libc::EPOLL_CTL_ADD, control, libc::EPOLLIN, token)?;
         let notes = Notes {
-            forks: mapped_vec::with_room(FORKS),
-            gone: mapped_vec::with_room(ROOM),
+            forks: mapped_vec::try_with_room(FORKS).ok_or(Errno::ENOMEM)?,
+            gone: mapped_vec::try_with_room(ROOM).ok_or(Errno::ENOMEM)?,
             ended: false,
             adopting: false,
             stopped: false,
@@ -317,10 +323,13 @@ impl Shared {
     }
 
     /// Keeps a region until nothing else refers to it.
-    pub(crate) fn keep(&self, region: Served) -> Arc<Served> {
-        let region = Arc::new(region);
-        lock(&self.regions).all.push(Arc::clone(&region));
-        region
+    pub(crate) fn keep(&self, region: &Arc<Served>) {
+        lock(&self.regions).all.push(Arc::clone(region));
+    }
+
+    /// Keeps a region no longer, which was never served.
+    pub(crate) fn keep_not(&self, region: &Arc<Served>) {
+        lock(&self.regions).all.retain(|kept| !Arc::ptr_eq(kept, region));
     }
 
     /// Has the regions freed that nothing refers to any more. Returns whether there are others that aren't served.

@@ -5,8 +5,10 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use super::shared::{Fork, Note, Shared};
+use super::shared::{Fork, Inherited, Note, Shared};
 use super::shutdown::sole;
 use crate::pager::memory::address_map::{Layout, Segment};
 use crate::pager::memory::descriptor::{Descriptor, Origin, Serving, wake};
@@ -40,13 +42,12 @@ pub(crate) fn apply(
             // As its parent's was made, it may be inherited by programs that this process executes.
             let set = sys::close_on_exec(uffd.as_fd());
             debug_assert!(set.is_ok(), "{set:?}");
-            let layout = Layout::clone(&serving.layout);
-            let states = copy_states(&layout);
-            shared.note(Note::Fork(Fork { parent: descriptor.id, uffd, layout, states }));
+            let copy = copy_patiently(&serving.layout);
+            shared.note(Note::Fork(Fork { parent: descriptor.id, uffd, copy }));
         }
         Change::Remap { from, to } => {
             counters.remaps.add(1);
-            shared.free(|gone| own(serving).shift(from.clone(), to, gone));
+            shared.free(|gone| serving.layout_mut().shift(from.clone(), to, gone));
             wake(&serving.uffd, from);
         }
         Change::Remove(range) => {
@@ -60,16 +61,27 @@ pub(crate) fn apply(
         }
         Change::Unmap(range) => {
             counters.unmaps.add(1);
-            shared.free(|gone| own(serving).cut(range.clone(), gone));
+            shared.free(|gone| serving.layout_mut().cut(range.clone(), gone));
             wake(&serving.uffd, range);
         }
     }
 }
 
-/// The layout, to be changed. It is nobody else's while all shards are locked, so that nothing is allocated.
-fn own(serving: &mut Serving) -> &mut Layout {
-    debug_assert_eq!(Arc::strong_count(&serving.layout), 1);
-    Arc::make_mut(&mut serving.layout)
+/// How long a fork's event waits for memory. Without it the child isn't served, which is reported: the process itself
+/// must be served on.
+const FORK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a fork's child has of its parent.
+fn copy_patiently(layout: &Layout) -> io::Result<Inherited> {
+    let start = Instant::now();
+    loop {
+        let copy = layout.try_clone().ok_or_else(|| io::ErrorKind::OutOfMemory.into());
+        let copy = copy.and_then(|layout| Ok(Inherited { states: copy_states(&layout)?, layout }));
+        if copy.is_ok() || start.elapsed() >= FORK_PATIENCE {
+            return copy;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// The states of what a fork's child doesn't share with its parent. Allocates nothing but one mapping: the forking
@@ -87,35 +99,38 @@ fn copy_states(layout: &Layout) -> io::Result<memmap2::MmapRaw> {
 
 /// Begins to serve a fork's child.
 pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)> {
-    let Fork { uffd, layout, states, .. } = fork;
-    reach(Point::BeforeAdopt, layout.segments().first().map_or(0, |segment| segment.start));
-    let states = match states {
-        Ok(states) => Arc::new(states),
+    let Fork { uffd, copy, .. } = fork;
+    let Inherited { layout, states } = match copy {
+        Ok(copy) => copy,
         Err(error) => return Err((uffd, error)),
     };
-    let mut first = 0;
+    reach(Point::BeforeAdopt, layout.segments().first().map_or(0, |segment| segment.start));
+    let (states, mut first) = (Arc::new(states), 0);
+    let Some(mut child) = Layout::try_with_room(layout.segments().len()) else {
+        return Err((uffd, io::ErrorKind::OutOfMemory.into()));
+    };
     let (segments, holes) = layout.into_parts();
-    let mut child = Layout::default();
     for mut segment in segments {
         if !segment.region.shared {
             let count = segment.pages().len();
             let pages = Pages::of_copy(Arc::clone(&states), first, count);
             first += count;
             let region = segment.region.part(shared.new_region_id(), segment.first, pages);
-            segment = Segment { region: shared.keep(region), first: 0, ..segment };
+            let region = Arc::new(region);
+            shared.keep(&region);
+            segment = Segment { region, first: 0, ..segment };
         }
         child.insert(segment);
     }
     let mut none = mapped_vec::none();
     holes.into_iter().for_each(|hole| child.insert_hole(hole, &mut none));
-    child.reserve();
     // A child's is as its parent's was made, whatever that was switched to since.
     if let Err(error) = uffd.set_nonblocking(true) {
         return Err((uffd, error.into()));
     }
     let uffd = Arc::new(uffd);
     let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(child) };
-    match shared.add(serving, Origin { is_child: true, is_own: false, was_blocking: false }) {
+    match shared.add(serving, Origin { is_child: true, is_own: false, is_lazy: false, was_blocking: false }) {
         Ok(_) => Ok(()),
         // A worker may have it for a moment.
         Err(error) => Err((sole(uffd), io::Error::other(error))),
