@@ -252,6 +252,36 @@ fn a_source_that_hangs_keeps_no_other_region_waiting() {
 }
 
 #[test]
+fn a_background_goes_on_while_a_fault_waits_for_another_source() {
+    require!();
+    let (hanging, source) = (Watched::new(), Watched::new());
+    // The first reads count as slow, until one has shown otherwise: both kinds hang.
+    for warm in [0, 100] {
+        let pager = Arc::new(Pager::builder().threads(4).build().unwrap());
+        let memory = |source: &Watched| {
+            let memory = LazyMemory::builder(source.clone()).len(120 * step() * page());
+            memory.around(Around::Page).pager(&pager).build().unwrap()
+        };
+        let [hangs, other] = [memory(&hanging), memory(&source)];
+        assert!((0..warm).all(|number| hangs[number * page()] == byte(number)));
+        hanging.set(|state| state.tickets = Some(0));
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| hangs[110 * page()]);
+            hanging.wait_until(|state| state.waiting == 1);
+            let background = other.background(Order::Ascending).unwrap();
+            let (start, total) = (Instant::now(), background.progress().total);
+            while !background.is_finished() && start.elapsed() < Duration::from_secs(20) {
+                thread::yield_now();
+            }
+            let progress = background.progress();
+            hanging.set(|state| state.tickets = None);
+            assert_eq!(reader.join().unwrap(), byte(110));
+            assert_eq!(progress.done, total, "after {warm} reads");
+        });
+    }
+}
+
+#[test]
 fn zeros_are_filled_without_being_read_in_few_calls() {
     require!();
     let (source, pages) = (Watched::new(), 100 * step());

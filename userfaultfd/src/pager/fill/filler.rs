@@ -33,7 +33,7 @@ pub(super) enum Next {
 }
 
 /// A read of a source that takes longer keeps a thread waiting: about as long as a thread of another CPU takes to wake.
-pub(in crate::pager) const SLOW: Duration = Duration::from_micros(50);
+const SLOW: Duration = Duration::from_micros(50);
 
 /// Fills pages, for one thread.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ pub(crate) struct Filler {
     pub(in crate::pager) zeros: Option<MmapMut>,
     /// Where faults come again and again though something is there.
     pub(in crate::pager) suspect: (usize, u8),
-    /// Where it is noted what the thread is doing, of a worker.
+    /// Where it is noted what the thread is doing, of a worker and of a thread that reads ahead.
     pub(in crate::pager) place: Option<usize>,
     /// How long a read of a source has taken lately.
     pub(in crate::pager) pace: Duration,

@@ -4,7 +4,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::buffers::{Aside, SPARE, grown};
-use super::filler::{Filler, Next, SLOW};
+use super::filler::{Filler, Next};
 use super::work::{Content, Done, Wait, Work};
 use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::page_run::Run;
@@ -98,16 +98,16 @@ impl Filler {
             }
         }
         span!("load", offset = offset, len = len);
+        let (place, is_slow) = (self.place, self.is_slow());
         let buffer = grown(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
         let counters = shared.counters(self.thread);
-        let waits = self.place.filter(|_| self.pace > SLOW);
-        if let Some(place) = waits {
-            shared.set_reading(place);
+        if let Some(place) = place {
+            shared.set_reading(place, region.id, is_slow);
         }
         let start = Instant::now();
         let fill = caught(|| region.source.read(offset, &mut buffer[..len]));
         let took = start.elapsed();
-        if let Some(place) = waits {
+        if let Some(place) = place {
             shared.set_at_work(place, true);
         }
         self.pace = (self.pace * 7 + took) / 8;

@@ -22,7 +22,8 @@ use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::pager::memory::fault_around::Around;
 use crate::pager::memory::page_run::Run;
 use crate::pager::memory::region::Served;
-use crate::pager::serve::shared::{Lease, Shared};
+use crate::pager::serve::activity::Reads;
+use crate::pager::serve::shared::{Busy, Lease, Shared};
 use crate::pager::serve::thread::spawn;
 use crate::pager::{Failed, Pager, Progress, RegionId, Result, Retry};
 use crate::sys;
@@ -34,6 +35,9 @@ const STEP_TIME: Duration = Duration::from_micros(50);
 
 /// The delay until it is looked again whether a fault waits.
 const PAUSE: Duration = Duration::from_micros(50);
+
+/// A read of another region's source that takes longer is given way to no more: it takes no CPU.
+const HANGS: Duration = Duration::from_millis(1);
 
 /// The delay until a thread that is paused, or has reached the limit, looks whether the region is still served.
 const LOOK: Duration = Duration::from_millis(500);
@@ -58,7 +62,8 @@ pub enum Order {
 
 /// Fills the missing pages of a region while no fault waits to be resolved.
 ///
-/// Before each step it looks whether a fault waits or is being resolved, and lets it go first. A step is the region's
+/// Before each step it looks whether a fault waits or is being resolved, and lets it go first; but not one that waits for
+/// a slow source of another region. A step is the region's
 /// [`Block`](crate::pager::Around::Block); otherwise 64 KiB, and where reads of the source take longer than some 50 µs, as much as
 /// [`Adaptive`](crate::pager::Around::Adaptive) allows. If the pager has [readers](crate::pager::PagerBuilder::readers), a step is
 /// 1 MiB at most, as for them. Ranges that the source [knows to be zero](crate::pager::PageSource::zeros) are filled without
@@ -141,6 +146,8 @@ struct Turn {
     /// Bytes until it is looked again whether a fault waits, and when it was looked last.
     left: usize,
     since: Instant,
+    /// The reads of other regions' sources that it last gave way to, and since when.
+    reads: Option<(Reads, Instant)>,
 }
 
 /// A page of a range.
@@ -315,6 +322,19 @@ fn nanos(nanos: u128) -> Duration {
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
+impl Turn {
+    /// Returns whether to take a step, or to give way to faults.
+    fn goes_on(&mut self, busy: Busy, now: Instant) -> bool {
+        let Busy::Elsewhere(reads) = busy else {
+            self.reads = None;
+            return busy == Busy::No;
+        };
+        let since = self.reads.filter(|(before, _)| *before == reads).map_or(now, |(_, since)| since);
+        self.reads = Some((reads, since));
+        now.saturating_duration_since(since) >= HANGS
+    }
+}
+
 impl Control {
     fn change(&self, change: impl FnOnce(&mut State)) {
         if !self.owner.is_current() {
@@ -365,7 +385,7 @@ impl Control {
             if turn.left > 0 && !limited && now.saturating_duration_since(turn.since) <= STEP_TIME {
                 break limited;
             }
-            if !target.is_busy() {
+            if turn.goes_on(target.busy(), now) {
                 (turn.left, turn.since) = (STEP, now);
                 break limited;
             }
@@ -396,7 +416,7 @@ impl Control {
             owner: Owner::current()?,
             state: Mutex::new(State { paused: false, stopped: false, limit: None, owed: 0, since: now }),
             changed: Condvar::new(),
-            turn: Mutex::new(Turn { place: Place::default(), left: 0, since: now }),
+            turn: Mutex::new(Turn { place: Place::default(), left: 0, since: now, reads: None }),
             done: AtomicUsize::new(0),
             total: plan.pages(),
             plan,
@@ -572,11 +592,12 @@ impl Target {
         }
     }
 
-    /// Whether a fault waits or is being answered.
-    fn is_busy(&self) -> bool {
+    /// Returns whether a fault waits or is being answered.
+    fn busy(&self) -> Busy {
         match self {
-            Self::Pager { shared, .. } => shared.is_busy(),
-            Self::Sigbus(_) => Lazy::is_busy(),
+            Self::Pager { shared, region, .. } => shared.busy(region.id),
+            Self::Sigbus(_) if Lazy::is_busy() => Busy::Yes,
+            Self::Sigbus(_) => Busy::No,
         }
     }
 

@@ -66,6 +66,7 @@ pub(crate) fn ask(
 /// Reads ahead until the pager stops.
 pub(crate) fn read(shared: &Shared, thread: usize) {
     let mut filler = Filler::new(thread);
+    filler.place = Some(thread);
     while let Some(Ahead { descriptor, region, addresses }) = shared.next_ahead() {
         shared.set_at_work(thread, true);
         let mut at = addresses.start;

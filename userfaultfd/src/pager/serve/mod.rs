@@ -1,5 +1,6 @@
 //! Who does it: the threads that read faults and events, what they share, and how serving ends.
 
+pub(crate) mod activity;
 pub(crate) mod control;
 pub(crate) mod delivery;
 pub(crate) mod reports;

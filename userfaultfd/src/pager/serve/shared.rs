@@ -7,12 +7,13 @@ use std::iter;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, TryLockError};
 use std::time::Duration;
 
 use memmap2::MmapRaw;
 
+use super::activity::{Activity, Doing, Reads};
 use super::reports::Reports;
 use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::fill::filler::Filler;
@@ -129,16 +130,14 @@ impl Notes {
     }
 }
 
-/// What a thread that serves faults, or reads ahead for them, is doing.
-#[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
-struct AtWork(AtomicU8);
-
-/// A place for a worker that may be added.
-const ABSENT: u8 = 0;
-const IDLE: u8 = 1;
-const AT_WORK: u8 = 2;
-/// At work, and waiting for a source.
-const READING: u8 = 3;
+/// Whether a background gives way to faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Busy {
+    No,
+    /// All that goes on for faults are reads of the sources of other regions. They take CPU, unless they hang.
+    Elsewhere(Reads),
+    Yes,
+}
 
 pub(crate) struct Shared {
     pub(crate) owner: Owner,
@@ -155,7 +154,7 @@ pub(crate) struct Shared {
     /// What the threads that serve faults have put off.
     pub(crate) retries: RetryQueue,
     /// What the threads that serve faults are doing, then those that read ahead, then workers that were added.
-    at_work: Box<[AtWork]>,
+    activities: Box<[Activity]>,
     /// Whether the control thread looks whether a worker has to be added.
     watched: AtomicBool,
     /// For what isn't done by the threads of the pager.
@@ -224,9 +223,9 @@ impl Shared {
             spinning: AtomicBool::new(false),
             counters: (0..threads + readers).map(|_| Counters::new()).collect(),
             retries,
-            at_work: iter::repeat_n(IDLE, threads + readers)
-                .chain(iter::repeat_n(ABSENT, added))
-                .map(|state| AtWork(AtomicU8::new(state)))
+            activities: iter::repeat_with(Activity::idle)
+                .take(threads + readers)
+                .chain(iter::repeat_with(Activity::absent).take(added))
                 .collect(),
             watched: AtomicBool::new(false),
             leases: Leases::new(),
@@ -628,33 +627,35 @@ impl Shared {
 
     /// A thread begins to answer faults, or to read ahead for them; or it has ended.
     pub(crate) fn set_at_work(&self, place: usize, at_work: bool) {
-        self.at_work[place].0.store(if at_work { AT_WORK } else { IDLE }, Ordering::Relaxed);
+        self.activities[place].set_at_work(at_work);
     }
 
-    /// A worker begins to wait for a source.
-    pub(crate) fn set_reading(&self, place: usize) {
-        self.at_work[place].0.store(READING, Ordering::Relaxed);
+    /// A thread begins to read the source of a region.
+    pub(crate) fn set_reading(&self, place: usize, region: u64, is_slow: bool) {
+        self.activities[place].set_reading(region, is_slow);
         // Release: whoever takes the mark back sees that this one is reading.
-        if self.can_add_workers() && !self.watched.swap(true, Ordering::AcqRel) {
+        if is_slow && self.can_add_workers() && !self.watched.swap(true, Ordering::AcqRel) {
             sys::ring(self.control_bell.as_fd());
         }
     }
 
     /// Whether there is room for more workers than there are from the start.
     pub(crate) fn can_add_workers(&self) -> bool {
-        self.at_work.len() > self.threads + self.readers
+        self.activities.len() > self.threads + self.readers
     }
 
-    fn places(&self) -> &[AtWork] {
-        &self.at_work[self.threads + self.readers..]
+    fn places(&self) -> &[Activity] {
+        &self.activities[self.threads + self.readers..]
+    }
+
+    /// What the workers are doing, and the places for more.
+    fn workers(&self) -> impl Iterator<Item = Doing> {
+        self.activities[..self.threads].iter().chain(self.places()).map(Activity::look)
     }
 
     /// Whether any worker waits for a source. If not, the next one that does rings.
     pub(crate) fn is_watched(&self) -> bool {
-        let any = || {
-            let workers = self.at_work[..self.threads].iter().chain(self.places());
-            workers.into_iter().any(|state| state.0.load(Ordering::Relaxed) == READING)
-        };
+        let any = || self.workers().any(Doing::is_reading_slowly);
         if any() {
             return true;
         }
@@ -669,10 +670,7 @@ impl Shared {
 
     /// Whether all workers wait for a source.
     pub(crate) fn all_are_reading(&self) -> bool {
-        let states = |of: &[AtWork], state| {
-            of.iter().all(|one| [READING, state].contains(&one.0.load(Ordering::Relaxed)))
-        };
-        states(&self.at_work[..self.threads], READING) && states(self.places(), ABSENT)
+        self.workers().all(|doing| doing.is_absent() || doing.is_reading_slowly())
     }
 
     /// Whether there is something to read, on any descriptor.
@@ -682,7 +680,7 @@ impl Shared {
 
     /// Takes a place for a worker to be added, if there is one.
     pub(crate) fn take_place(&self) -> Option<usize> {
-        let place = self.places().iter().position(|place| place.0.load(Ordering::Relaxed) == ABSENT)?;
+        let place = self.places().iter().position(|place| place.look().is_absent())?;
         let place = self.threads + self.readers + place;
         self.set_at_work(place, false);
         Some(place)
@@ -691,13 +689,30 @@ impl Shared {
     /// Ends a worker that was added, with its place and the number of its filler.
     pub(crate) fn end_worker(&self, place: usize, number: usize) {
         lock(&self.leases.idle).push(Filler::new(number));
-        self.at_work[place].0.store(ABSENT, Ordering::Relaxed);
+        self.activities[place].set_absent();
     }
 
-    /// Whether a fault waits or is being answered.
-    pub(crate) fn is_busy(&self) -> bool {
-        self.at_work.iter().any(|thread| thread.0.load(Ordering::Relaxed) >= AT_WORK)
-            || sys::is_readable(self.epoll.as_fd())
+    /// Returns what faults keep the threads busy with, for a background of a region.
+    pub(crate) fn busy(&self, region: u64) -> Busy {
+        let mut reads = None;
+        for doing in self.activities.iter().map(Activity::look) {
+            if doing.is_at_work() || doing.is_reading_of(region) {
+                return Busy::Yes;
+            }
+            // What is known to be slow takes no CPU.
+            if doing.is_reading() && !doing.is_reading_slowly() {
+                reads.get_or_insert_with(Reads::default).add(doing);
+            }
+        }
+        if self.has_events() {
+            let all_are_reading = self.workers().all(|doing| doing.is_absent() || doing.is_reading());
+            if !all_are_reading {
+                return Busy::Yes;
+            }
+            // No thread is free for these faults, which wait for the reads.
+            reads.get_or_insert_default();
+        }
+        reads.map_or(Busy::No, Busy::Elsewhere)
     }
 
     /// Begins to spin, if no other thread does.
