@@ -171,6 +171,40 @@ fn a_full_file_system_is_told_and_waited_for() {
 }
 
 #[test]
+fn finishing_gives_up_what_waits_for_room_and_leaves_the_source_alone() {
+    require!(root);
+    const PAGES: usize = 8;
+    child::run_well(test_name!(), || {
+        let Some(file) = mapping::file_with_room_for(test_name!(), 1) else { return };
+        file.set_len((PAGES * page()) as u64).unwrap();
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let memory = Mapping::new(PAGES, protection, libc::MAP_SHARED, Some(file.as_fd())).unwrap();
+        let (problems, source) = (Problems::default(), Pages::new(page()));
+        let pager = Pager::builder().on_problem(problems.callback()).build().unwrap();
+        let region = Region::new(memory.start.expose_provenance(), memory.len, source.clone()).shared();
+        serve(&pager, uffd(FeatureFlags::empty()), region.around(Around::Page));
+        let at = |page: usize| memory.start.addr() + page * crate::support::page();
+        assert_eq!(read(at(0)), content(0));
+        // A worker waits for room for this one.
+        let reader = Reader::of(at(1));
+        wait_until(|| problems.count("Stuck") == 1);
+        let before = source.reads().values().sum::<usize>();
+        let refused = pager.finish(|_| {}).unwrap_err();
+        let left = PAGES - 1;
+        assert!(matches!(refused, userfaultfd::pager::Error::Unfilled { pages, .. } if pages == left));
+        // With others, and by itself.
+        let reads = source.reads().values().sum::<usize>() - before;
+        assert!(reads <= 3 * PAGES, "{reads} reads");
+        // It is served on, and finished once there is room.
+        assert!(!reader.has_seen());
+        mapping::make_room_for(PAGES);
+        assert_eq!(reader.wait(), content(1));
+        pager.finish(|_| {}).unwrap();
+        assert!((0..PAGES).all(|page| read(at(page)) == content(page)));
+    });
+}
+
+#[test]
 fn fills_that_must_wait_for_a_change_are_put_off_with_their_content() {
     require!(FeatureFlags::EVENT_REMOVE);
     child::run_well(test_name!(), || {

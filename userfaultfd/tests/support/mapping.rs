@@ -90,14 +90,22 @@ pub(crate) fn file_with_room_for(test: &str, pages: usize) -> Option<File> {
     if !has(test, "mounts of its own", own) {
         return None;
     }
-    let directory = std::env::temp_dir();
-    let target = CString::new(directory.as_os_str().as_bytes()).unwrap();
+    mount_room_for(pages, 0);
+    let path = std::env::temp_dir().join("crowded");
+    Some(File::options().create_new(true).read(true).write(true).open(path).unwrap())
+}
+
+/// Makes room for so many pages in the file system of [`file_with_room_for`].
+pub(crate) fn make_room_for(pages: usize) {
+    mount_room_for(pages, libc::MS_REMOUNT);
+}
+
+fn mount_room_for(pages: usize, flags: libc::c_ulong) {
+    let target = CString::new(std::env::temp_dir().as_os_str().as_bytes()).unwrap();
     let options = CString::new(format!("size={}", pages * page())).unwrap();
     let (source, options) = (c"tmpfs".as_ptr(), options.as_ptr().cast());
     // SAFETY: the strings are NUL-terminated and live until the call returns.
-    check(unsafe { libc::mount(source, target.as_ptr(), source, 0, options) }).unwrap();
-    let path = directory.join("crowded");
-    Some(File::options().create_new(true).read(true).write(true).open(path).unwrap())
+    check(unsafe { libc::mount(source, target.as_ptr(), source, flags, options) }).unwrap();
 }
 
 /// A segment of System V shared memory, where there is such a thing.

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::work::{Wait, Work, page_of};
+use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::{Errno, mapped_vec, sys};
 
@@ -210,6 +211,25 @@ impl RetryQueue {
             }
         }
         self.count.store(entries.all.len(), Ordering::Relaxed);
+    }
+
+    /// How many pages of some segments wait for the kernel for so long that no end is in sight, and whether it lets them
+    /// wait for changes alone, which are read.
+    pub(crate) fn stuck_pages(&self, segments: &[Segment]) -> (usize, bool) {
+        let entries = lock(&self.entries);
+        let (mut pages, mut for_changes) = (0, true);
+        for entry in entries.all.iter().filter(|entry| entry.is_stuck()) {
+            let (Work::Load(run, _) | Work::Install(run, _)) = &entry.work else { continue };
+            let of_run = |segment: &&Segment| Arc::ptr_eq(&segment.region, &run.region);
+            let inside = |segment: &Segment| {
+                let (run, all) = (run.pages(), segment.pages());
+                run.end.min(all.end).saturating_sub(run.start.max(all.start))
+            };
+            let inside: usize = segments.iter().filter(of_run).map(inside).sum();
+            pages += inside;
+            for_changes &= inside == 0 || entry.wait == Wait::Kernel(Errno::EAGAIN);
+        }
+        (pages, for_changes)
     }
 
     /// Takes any entry. For when nobody tries them any more.

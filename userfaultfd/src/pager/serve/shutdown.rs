@@ -81,17 +81,21 @@ pub(crate) fn cover(
     // Where a run of many pages fails, the next round goes page by page.
     let mut bulk = true;
     let mut rounds = 0;
+    // What the kernel doesn't take isn't read from the source again, unless something else gets on.
+    let (mut tries_on, mut left_before) = (true, None);
     loop {
         let segments = descriptor.segments(shared.outside_id(), region);
         let (mut left, mut in_work, mut unable) = (0_usize, 0, 0);
-        filler.unmapped = 0;
+        if tries_on {
+            filler.unmapped = 0;
+        }
         // Changes may have moved what was looked at, so that it is looked at again until nothing is absent.
         for segment in &segments {
             let pages = segment.pages();
             // The pager's threads put nothing off any longer, which might be for hours.
             segment.region.set_ending(cover != Cover::Content);
             let most = if bulk { (BULK >> segment.region.page_shift).max(1) } else { 1 };
-            let mut next = pages.start;
+            let mut next = if tries_on { pages.start } else { pages.end };
             while next < pages.end {
                 let most = if bulk && !poison { alike(&segment.region, next, most) } else { most };
                 let (run, after) = Run::claim(segment, next..pages.end, most);
@@ -108,8 +112,10 @@ pub(crate) fn cover(
                 };
                 match complete(shared, &mut filler, descriptor, work, cover, patience) {
                     Completed::Yes => {
-                        patience.renew();
                         let done = run_pages.filter(|page| !is_left(segment, page)).count();
+                        if done > 0 {
+                            patience.renew();
+                        }
                         progress((done as u64) << segment.region.page_shift);
                     }
                     // What is lacking for one is lacking for the next, which is tried once.
@@ -132,8 +138,21 @@ pub(crate) fn cover(
         }
         // Where nothing is mapped any more there is nothing to cover.
         left = left.saturating_sub(filler.unmapped);
+        if !tries_on {
+            unable = left.saturating_sub(in_work);
+        }
         rounds = if in_work > 0 { 0 } else { rounds + 1 };
-        if left == 0 || left == unable || poison && unable > 0 || rounds == ROUNDS {
+        let gets_on = left_before.replace(left).is_some_and(|before| left < before);
+        if gets_on {
+            patience.renew();
+        }
+        tries_on = unable == 0 || bulk || gets_on;
+        // What the pager's threads load is waited for, but not what they can't put in place either.
+        let is_hopeless = in_work > 0 && {
+            let (stuck, for_changes) = shared.retries.stuck_pages(&segments);
+            in_work <= stuck && patience.is_over(for_changes && !shared.is_stopping())
+        };
+        if left == 0 || left == unable || poison && unable > 0 || rounds == ROUNDS || is_hopeless {
             segments.iter().filter(|_| left > 0).for_each(|segment| segment.region.set_ending(false));
             return Ok(left);
         }
