@@ -15,6 +15,8 @@ pub(crate) enum Point {
     BeforeWake,
     /// The child of a fork is about to be served. Not in the life of a fault.
     BeforeAdopt,
+    /// A SIGBUS that isn't about a missing page is about to be passed on. Likewise.
+    BeforeForeign,
     /// A region is registered for protection, and about to be lent to a tracker. Likewise.
     BeforeLend,
     /// Not in the life of a fault either.

@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use super::table::{self, with_memory_at};
 use crate::pager::Result;
+use crate::pager::sync_point::{Point, reach};
 use crate::sys;
 
 /// What is done with a SIGBUS that isn't ours: what was done before. Null: nothing was installed yet.
 static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 
-/// The actions that [`BEFORE`] leads to. They stay: a handler can't know whether another one still reads the last one.
+/// The actions that [`BEFORE`] and [`ABOVE`] lead to. They stay: a handler can't know whether another one still reads the last one.
 static KNOWN: [OnceLock<libc::sigaction>; 64] = [const { OnceLock::new() }; 64];
 
 /// How many of them have been given out.
@@ -23,17 +24,25 @@ static GIVEN_OUT: AtomicUsize = AtomicUsize::new(0);
 // SAFETY: all zeros is the default action, without flags and with nothing blocked.
 static DEFAULT: libc::sigaction = unsafe { mem::zeroed() };
 
-/// Has [`foreign`] do this from now on, unless there were too many different actions. Async-signal-safe.
-fn remember(action: &libc::sigaction) {
+/// The action of another handler that was seen installed last, and leads to ours. Null: ours is installed.
+static ABOVE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
+
+/// Keeps an action, unless there were too many different ones. Async-signal-safe.
+fn keep(action: &libc::sigaction) -> Option<*mut libc::sigaction> {
     let known = KNOWN.iter().find_map(|known| known.get().filter(|known| is_same(known, action)));
     let known = known.or_else(|| {
         // Nobody else sets this one, so that nobody waits.
         let place = KNOWN.get(GIVEN_OUT.fetch_add(1, Ordering::Relaxed))?;
         Some(place.get_or_init(|| *action))
     });
-    if let Some(known) = known {
+    known.map(|known| ptr::from_ref(known).cast_mut())
+}
+
+/// Has [`foreign`] do this from now on, unless there were too many different actions. Async-signal-safe.
+fn remember(action: &libc::sigaction) {
+    if let Some(known) = keep(action) {
         // Release: pairs with the acquire of those who call it.
-        BEFORE.store(ptr::from_ref(known).cast_mut(), Ordering::Release);
+        BEFORE.store(known, Ordering::Release);
     }
 }
 
@@ -101,24 +110,56 @@ unsafe fn foreign(info: *mut libc::siginfo_t, context: *mut libc::c_void) {
             _ => return unsafe { sys::die_of_bus(info) },
         }
     };
-    let installed = sys::bus_action();
+    reach(Point::BeforeForeign, 0);
+    if let Ok(installed) = sys::bus_action() {
+        note_above(action, &installed);
+    }
     // SAFETY: the action was installed for SIGBUS; the rest is what the handler was given.
     unsafe { sys::call_handler(action, info, context) };
-    if let (Ok(installed), Ok(now)) = (installed, sys::bus_action()) {
-        put_back(action, &installed, &now);
+    if let Ok(now) = sys::bus_action() {
+        put_back(action, &now);
+    }
+}
+
+/// Notes what is installed before a handler is called. What that may install itself tells nothing: then another thread
+/// has called it, and hasn't put back yet what was there.
+fn note_above(called: &libc::sigaction, installed: &libc::sigaction) {
+    if is_ours(installed) {
+        ABOVE.store(ptr::null_mut(), Ordering::Release);
+    } else if !is_of_called(called, installed) {
+        if let Some(known) = keep(installed) {
+            ABOVE.store(known, Ordering::Release);
+        }
     }
 }
 
 /// A handler was called, and may have installed the default action, as that of Rust's runtime does, or itself once more,
 /// as those of old do. Then that is what was done before, from now on, and what was installed is again.
-fn put_back(called: &libc::sigaction, installed: &libc::sigaction, now: &libc::sigaction) {
+///
+/// Threads that call it at the same time all put back the same, so that it is there once the last has done so.
+fn put_back(called: &libc::sigaction, now: &libc::sigaction) {
     // Another handler is that of another thread, or of the program itself, and calls what was there.
-    let replaced = !is_handler(now) || now.sa_sigaction == called.sa_sigaction;
-    if replaced && !is_same(now, installed) {
-        remember(now);
-        // SAFETY: it was installed when this thread looked.
-        let _replaced = unsafe { sys::set_bus_action(installed) };
+    if !is_of_called(called, now) {
+        return;
     }
+    remember(now);
+    let above = ABOVE.load(Ordering::Acquire);
+    // SAFETY: an action that was kept stays, and isn't written any more.
+    let _replaced = match unsafe { above.as_ref() } {
+        // SAFETY: it was installed when a thread looked.
+        Some(above) => unsafe { sys::set_bus_action(above) },
+        // SAFETY: as in `install_with`.
+        None => unsafe { sys::handle_bus(handle) },
+    };
+}
+
+/// Whether a handler may have installed an action when it was called.
+fn is_of_called(called: &libc::sigaction, action: &libc::sigaction) -> bool {
+    !is_handler(action) || action.sa_sigaction == called.sa_sigaction
+}
+
+fn is_ours(action: &libc::sigaction) -> bool {
+    action.sa_sigaction == handle as *const () as libc::sighandler_t
 }
 
 fn is_handler(action: &libc::sigaction) -> bool {
@@ -151,6 +192,54 @@ mod tests {
             install_with(|| signal::handle(libc::SIGBUS, count)).unwrap();
             signal::send(proc::thread_id(), libc::SIGBUS);
             assert_eq!(CALLS.load(Ordering::SeqCst), 1);
+        });
+    }
+
+    static STAGE: AtomicU32 = AtomicU32::new(0);
+
+    fn stage_is(stage: u32) {
+        while STAGE.load(Ordering::SeqCst) < stage {
+            std::thread::yield_now();
+        }
+    }
+
+    /// As handlers of old: it installs itself again.
+    extern "C" fn again(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        if CALLS.fetch_add(1, Ordering::SeqCst) == 0 {
+            signal::handle(signal, again);
+            STAGE.store(1, Ordering::SeqCst);
+            stage_is(2);
+        } else {
+            STAGE.store(2, Ordering::SeqCst);
+            stage_is(3);
+            signal::handle(signal, again);
+        }
+    }
+
+    #[test]
+    fn what_one_call_of_a_handler_installs_is_not_put_back_by_another() {
+        require!();
+        child::run_well(test_name!(), || {
+            signal::handle(libc::SIGBUS, again);
+            install().unwrap();
+            let ours = || is_ours(&sys::bus_action().unwrap());
+            assert!(ours());
+            static STOPPED: AtomicU32 = AtomicU32::new(0);
+            let _armed = crate::pager::sync_point::tests::at(Point::BeforeForeign, 0..1, |_| {
+                if STOPPED.fetch_add(1, Ordering::SeqCst) == 0 {
+                    stage_is(1);
+                }
+            });
+            std::thread::scope(|scope| {
+                // Looks what is installed while the handler that the other has called is.
+                scope.spawn(|| signal::send(proc::thread_id(), libc::SIGBUS));
+                proc::wait_until(|| STOPPED.load(Ordering::SeqCst) == 1);
+                signal::send(proc::thread_id(), libc::SIGBUS);
+                assert!(ours());
+                STAGE.store(3, Ordering::SeqCst);
+            });
+            assert_eq!(CALLS.load(Ordering::SeqCst), 2);
+            assert!(ours());
         });
     }
 

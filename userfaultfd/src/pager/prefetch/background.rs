@@ -23,6 +23,7 @@ use crate::pager::memory::fault_around::Around;
 use crate::pager::memory::page_run::Run;
 use crate::pager::memory::region::Served;
 use crate::pager::serve::activity::Reads;
+use crate::pager::serve::control::spawn;
 use crate::pager::serve::shared::{Busy, Lease, Shared};
 use crate::pager::serve::thread::spawn;
 use crate::pager::{Failed, Pager, Progress, RegionId, Result, Retry};
