@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::fill::growth;
@@ -15,6 +15,7 @@ use super::memory::unfillable::Unfillable;
 use super::serve::control;
 use super::serve::shared::{Note, Shared};
 use super::serve::shutdown::{self, Cover, Patience};
+use super::serve::thread::join;
 use super::serve::worker_pool;
 use super::sync_point::{Point, reach};
 use super::{
@@ -683,15 +684,6 @@ impl Drop for Pager {
                 let _kept = shutdown::sole(serving.uffd).into_raw_fd();
             }
         }
-    }
-}
-
-/// Waits for a thread, unless it is this one: a source, or a callback, may be the last that has the pager. Then it ends
-/// by itself.
-fn join(thread: JoinHandle<()>) {
-    if thread.thread().id() != thread::current().id() {
-        // A panic has been reported.
-        let _panicked = thread.join();
     }
 }
 

@@ -272,6 +272,10 @@ impl<S> Snapshot<S> {
             return Err(Error::Kernel(crate::Error::OtherProcess));
         }
         let thread = self.sink.take().ok_or(Error::Aborted)?;
+        if thread.thread().id() == std::thread::current().id() {
+            // The sink itself calls this, and would wait for itself. It ends once it returns.
+            return Err(Error::Aborted);
+        }
         let (sink, mut result) = thread.join().map_err(|_| Error::SinkPanicked)?;
         if let (Err(Error::Aborted), Some(errno)) = (&result, self.queue.failure()) {
             result = Err(Error::Kernel(crate::Error::SystemError(errno)));

@@ -1,11 +1,11 @@
 //! Filling in the background.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{Around, BytesSource, Error, Order, Pager, Retry};
+use userfaultfd::pager::{Around, Background, BytesSource, Error, Fill, Order, Pager, Retry, Statistics};
 
 use crate::support::proc::wait_until;
 use crate::support::{page, require};
@@ -279,6 +279,35 @@ fn a_background_goes_on_while_a_fault_waits_for_another_source() {
             assert_eq!(progress.done, total, "after {warm} reads");
         });
     }
+}
+
+#[test]
+fn a_source_may_drop_the_background_that_reads_it() {
+    require!();
+    let slot: Arc<Mutex<Option<Background>>> = Arc::default();
+    let dropping = Arc::clone(&slot);
+    let source = move |offset: u64, bytes: &mut [u8]| {
+        if offset > 0 {
+            drop(dropping.lock().unwrap().take());
+        }
+        bytes.fill(7);
+        Ok(Fill::Data)
+    };
+    let len = 100 * step() * page();
+    let memory = LazyMemory::builder(source).len(len).around(Around::Page).build().unwrap();
+    {
+        let mut slot = slot.lock().unwrap();
+        *slot = Some(memory.background(Order::Ascending).unwrap());
+    }
+    // The step that drops it is done to its end.
+    let has_gone_on = |statistics: Statistics| {
+        statistics.present_pages >= 2 * step() as u64 || statistics.source_errors > 0
+    };
+    wait_until(|| has_gone_on(memory.statistics()));
+    assert!(slot.lock().unwrap().is_none());
+    assert_eq!(memory.statistics().source_errors, 0);
+    assert_eq!(memory[len - 1], 7);
+    assert!(memory.statistics().absent_pages > 0, "it has ended");
 }
 
 #[test]

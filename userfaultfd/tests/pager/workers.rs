@@ -6,19 +6,26 @@ use std::sync::{Condvar, Mutex};
 use userfaultfd::pager::{Around, Fill, Pager, Region};
 use userfaultfd::{FeatureFlags, LazyMemory};
 
-use crate::reader::{Reader, Seen};
+use crate::reader::{Reader, Seen, read, tell_signals};
 use crate::scene::serve;
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;
 use crate::support::{child, has_features, page, require, test_name, uffd};
 
+/// The names of this process's threads.
+fn names() -> impl Iterator<Item = String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
+}
+
 /// Threads of this process that resolve faults.
 fn workers() -> usize {
-    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-    let name = |task: std::io::Result<std::fs::DirEntry>| {
-        std::fs::read_to_string(task.ok()?.path().join("comm")).ok()
-    };
-    tasks.filter_map(name).filter(|name| name.trim() == "uffd-pager").count()
+    names().filter(|name| name.trim() == "uffd-pager").count()
+}
+
+/// Threads of this process that are any pager's.
+fn threads() -> usize {
+    names().filter(|name| name.starts_with("uffd-")).count()
 }
 
 /// A source each of whose reads waits until so many go on at the same time, once.
@@ -128,4 +135,55 @@ fn threads_come_and_go_while_the_process_forks() {
             assert!(readers.iter().all(|reader| reader.wait() == Seen::Byte(7)));
         }
     });
+}
+
+/// How many reads have begun, and the pager that the last of them drops.
+static READS: AtomicUsize = AtomicUsize::new(0);
+static DROPPED: Mutex<Option<Pager>> = Mutex::new(None);
+
+/// A pager's source drops it in one of so many reads at the same time: on the worker that there is, or on one that was
+/// added.
+fn drop_in_read(reads: usize) {
+    tell_signals();
+    let memory = Memory::anonymous(4);
+    let source = move |_: u64, bytes: &mut [u8]| {
+        if READS.fetch_add(1, Ordering::SeqCst) + 1 < reads {
+            wait_until(|| READS.load(Ordering::SeqCst) == reads);
+        } else {
+            let pager = DROPPED.lock().unwrap().take();
+            assert!(pager.is_some());
+            drop(pager);
+        }
+        bytes.fill(7);
+        Ok(Fill::Data)
+    };
+    let pager = Pager::new().unwrap();
+    let region = Region::new(memory.start().expose_provenance(), memory.len(), source).around(Around::Page);
+    serve(&pager, uffd(FeatureFlags::empty()), region);
+    *DROPPED.lock().unwrap() = Some(pager);
+    let readers: Vec<_> = (0..reads)
+        .map(|number| {
+            let reader = Reader::of(memory.at(number).addr());
+            wait_until(|| READS.load(Ordering::SeqCst) > number);
+            reader
+        })
+        .collect();
+    // What another thread reads is filled; what waits for the drop itself can't be.
+    let (last, others) = readers.split_last().unwrap();
+    assert!(others.iter().all(|reader| reader.wait() == Seen::Byte(7)));
+    assert_eq!(last.wait(), Seen::POISON);
+    assert_eq!(read(memory.at(3).addr()), Seen::POISON);
+    wait_until(|| threads() == 0);
+}
+
+#[test]
+fn a_source_may_drop_its_pager() {
+    require!(FeatureFlags::POISON);
+    child::run_well(test_name!(), || drop_in_read(1));
+}
+
+#[test]
+fn a_source_may_drop_its_pager_on_a_worker_that_was_added() {
+    require!(FeatureFlags::POISON);
+    child::run_well(test_name!(), || drop_in_read(2));
 }

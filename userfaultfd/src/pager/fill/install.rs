@@ -16,7 +16,7 @@ use super::work::{Content, Done, Wait, Work};
 use crate::error::errno_of;
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
-use crate::pager::memory::page_run::Run;
+use crate::pager::memory::page_run::{Run, is_in_source};
 use crate::pager::memory::page_state::{End, MAX_TRIES};
 use crate::pager::memory::region::Served;
 use crate::pager::serve::shared::{Note, Shared};
@@ -66,6 +66,27 @@ impl Filler {
             matches!(errno, Some(Errno::EAGAIN | Errno::ENOMEM))
         };
         segment.pages().filter(|page| region.pages.is_poisoned(*page)).filter(is_left).count()
+    }
+
+    /// Poisons pages that this thread has claimed, and whose source calls this: it would wait for itself.
+    pub(crate) fn poison_own(&self, shared: &Shared, descriptor: &Descriptor, segment: &Segment) {
+        let region = &segment.region;
+        for page in segment.pages().filter(|page| is_in_source(region, *page)) {
+            let serving = descriptor.enter(self.thread);
+            let Some(serving) = &*serving else { return };
+            let Some(address) = segment.address_of(page).filter(|_| region.pages.is_loading(page)) else {
+                continue;
+            };
+            let now = serving.layout.find(address);
+            if now.is_some_and(|now| Arc::ptr_eq(&now.region, region) && now.page_at(address) == page) {
+                let (done, _, end) = poison(serving, region, address, region.page_size());
+                if done > 0 {
+                    shared.counters(self.thread).poisoned.add(1);
+                    let _joined = region.pages.end(page, end);
+                    wake(&serving.uffd, address..address + done);
+                }
+            }
+        }
     }
 
     /// Whether a run still belongs where it was claimed.

@@ -86,6 +86,7 @@ impl Filler {
         if run.removed && region.cache.is_some() {
             return Ok(Content::File);
         }
+        let _in_source = run.enter_source();
         // Who waits for a page would wait for this question, too.
         if run.removed || run.demand.is_none() && known_zeros(region, offset) >= len as u64 {
             return Ok(Self::zeros(run));

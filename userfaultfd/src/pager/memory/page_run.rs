@@ -1,5 +1,6 @@
 //! Pages that are claimed together, from the claim until each is settled.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -31,7 +32,45 @@ pub(crate) struct Run {
     pub(crate) is_early: bool,
 }
 
+/// The runs of a thread whose sources it is in that are known: a source may fill other memory in turn.
+const DEPTH: usize = 4;
+
+thread_local! {
+    /// The runs whose sources this thread is in: the address of the region, and the pages. There is none at 0.
+    static IN_SOURCE: [Cell<(usize, usize, usize)>; DEPTH] =
+        const { [const { Cell::new((0, 0, 0)) }; DEPTH] };
+}
+
+/// A run whose source this thread is in, until this is dropped.
+pub(crate) struct InSource(Option<usize>);
+
+impl Drop for InSource {
+    fn drop(&mut self) {
+        if let Some(at) = self.0 {
+            IN_SOURCE.with(|runs| runs[at].set((0, 0, 0)));
+        }
+    }
+}
+
+/// Returns whether this thread has claimed a page, and is in its source: nobody can wait here for its content.
+pub(crate) fn is_in_source(region: &Arc<Served>, page: usize) -> bool {
+    let address = Arc::as_ptr(region).addr();
+    let is_it = |(region, first, end)| region == address && (first..end).contains(&page);
+    IN_SOURCE.with(|runs| runs.iter().any(|run| is_it(run.get())))
+}
+
 impl Run {
+    /// Notes that this thread is in the source of the run.
+    pub(crate) fn enter_source(&self) -> InSource {
+        let pages = self.pages();
+        let run = (Arc::as_ptr(&self.region).addr(), pages.start, pages.end);
+        InSource(IN_SOURCE.with(|runs| {
+            let free = runs.iter().position(|run| run.get().0 == 0)?;
+            runs[free].set(run);
+            Some(free)
+        }))
+    }
+
     /// Pages of a segment that were claimed.
     pub(crate) fn new(segment: &Segment, pages: Range<usize>, removed: bool) -> Self {
         let address = segment.address_of(pages.start).expect("the pages are in the segment");

@@ -23,9 +23,8 @@ use crate::pager::memory::fault_around::Around;
 use crate::pager::memory::page_run::Run;
 use crate::pager::memory::region::Served;
 use crate::pager::serve::activity::Reads;
-use crate::pager::serve::control::spawn;
 use crate::pager::serve::shared::{Busy, Lease, Shared};
-use crate::pager::serve::thread::spawn;
+use crate::pager::serve::thread::{join, spawn};
 use crate::pager::{Failed, Pager, Progress, RegionId, Result, Retry};
 use crate::sys;
 
@@ -76,7 +75,7 @@ pub enum Order {
 ///
 /// Pages that the source doesn't deliver stay missing until they are touched; [`wait`](Self::wait) returns which.
 ///
-/// Dropping it ends it, after the steps that have begun.
+/// Dropping it ends it, after the steps that have begun, but for one whose source drops it.
 ///
 /// ```
 /// use userfaultfd::LazyMemory;
@@ -270,8 +269,7 @@ impl Background {
         }
         // One may start another one until it ends.
         while let Some(thread) = { lock(&self.control.threads).pop() } {
-            // A source that panics is an error like others; nothing else does.
-            let _panicked = thread.join();
+            join(thread);
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::pager::fill::load::alike;
 use crate::pager::fill::work::{Content, Done, Wait, Work};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
-use crate::pager::memory::page_run::Run;
+use crate::pager::memory::page_run::{Run, is_in_source};
 use crate::pager::memory::page_state::Pages;
 use crate::pager::memory::unfillable::Unfillable;
 use crate::pager::{DescriptorId, Detached, Progress, Result};
@@ -85,7 +85,7 @@ pub(crate) fn cover(
     let (mut tries_on, mut left_before) = (true, None);
     loop {
         let segments = descriptor.segments(shared.outside_id(), region);
-        let (mut left, mut in_work, mut unable) = (0_usize, 0, 0);
+        let (mut left, mut in_work, mut unable, mut own) = (0_usize, 0, 0, 0);
         if tries_on {
             filler.unmapped = 0;
         }
@@ -128,10 +128,19 @@ pub(crate) fn cover(
                 }
             }
             left += filler.poison_here(descriptor, segment);
-            let pages = pages.filter(|page| is_left(segment, page));
-            let counts = pages.map(|page| (1, usize::from(segment.region.pages.is_in_work(page))));
-            let (absent, loading) = counts.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-            (left, in_work) = (left + absent, in_work + loading);
+            if poison {
+                filler.poison_own(shared, descriptor, segment);
+            }
+            for page in pages.filter(|page| is_left(segment, page)) {
+                left += 1;
+                let region = &segment.region;
+                if is_in_source(region, page) {
+                    // It is this call that its source waits for.
+                    own += 1;
+                } else if region.pages.is_in_work(page) {
+                    in_work += 1;
+                }
+            }
         }
         if descriptor.enter(shared.outside_id()).is_none() {
             return Ok(0);
@@ -139,7 +148,7 @@ pub(crate) fn cover(
         // Where nothing is mapped any more there is nothing to cover.
         left = left.saturating_sub(filler.unmapped);
         if !tries_on {
-            unable = left.saturating_sub(in_work);
+            unable = left.saturating_sub(in_work + own);
         }
         rounds = if in_work > 0 { 0 } else { rounds + 1 };
         let gets_on = left_before.replace(left).is_some_and(|before| left < before);
@@ -152,7 +161,7 @@ pub(crate) fn cover(
             let (stuck, for_changes) = shared.retries.stuck_pages(&segments);
             in_work <= stuck && patience.is_over(for_changes && !shared.is_stopping())
         };
-        if left == 0 || left == unable || poison && unable > 0 || rounds == ROUNDS || is_hopeless {
+        if left == 0 || left == unable + own || poison && unable > 0 || rounds == ROUNDS || is_hopeless {
             segments.iter().filter(|_| left > 0).for_each(|segment| segment.region.set_ending(false));
             return Ok(left);
         }

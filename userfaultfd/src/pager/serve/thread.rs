@@ -1,4 +1,4 @@
-//! Starting a thread of the pager's.
+//! Starting a thread of the pager's, and waiting for its end.
 
 use std::io;
 use std::thread::{self, JoinHandle};
@@ -11,4 +11,13 @@ pub(crate) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Resu
         sys::block_signals();
         run();
     })
+}
+
+/// Waits for a thread of the pager's, unless it is this one: a source, or a callback, may end what the thread belongs to.
+/// Then it ends by itself.
+pub(crate) fn join(thread: JoinHandle<()>) {
+    if thread.thread().id() != thread::current().id() {
+        // A panic has been reported.
+        let _panicked = thread.join();
+    }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::delivery::Delivery;
 use super::shared::Shared;
-use super::thread::spawn;
+use super::thread::{join, spawn};
 use super::worker::Worker;
 use crate::pager::memory::descriptor::lock;
 
@@ -74,9 +74,4 @@ impl Added {
         let threads = std::mem::take(&mut *lock(&self.threads));
         threads.into_iter().for_each(join);
     }
-}
-
-fn join(thread: JoinHandle<()>) {
-    // A panic has been reported.
-    let _panicked = thread.join();
 }
