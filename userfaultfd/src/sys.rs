@@ -642,6 +642,14 @@ pub(crate) fn no_huge_pages(map: &memmap2::MmapRaw) -> Result<(), Errno> {
     check(unsafe { libc::madvise(map.as_mut_ptr().cast(), map.len(), libc::MADV_NOHUGEPAGE) }).map(drop)
 }
 
+/// Whether a page is mapped, or at least there to be. Where the kernel won't tell it is taken to be. Async-signal-safe.
+pub(crate) fn is_resident(page: *mut std::ffi::c_void) -> bool {
+    let mut resident = 1_u8;
+    // SAFETY: the kernel writes a byte for the page, which is borrowed for the call.
+    let _refused = check(unsafe { libc::mincore(page, 1, (&raw mut resident).cast()) });
+    resident & 1 != 0
+}
+
 /// A handler of a signal, as SA_SIGINFO calls it.
 pub(crate) type Handler = unsafe extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 

@@ -21,7 +21,7 @@ use crate::pager::memory::unfillable::Unfillable;
 use crate::pager::stats::{self, Counters};
 use crate::pager::sync_point::{Point, reach};
 use crate::pager::{Absent, Error, Fill, Progress, Region, RegionId, Result, Statistics};
-use crate::sys::Pause;
+use crate::sys::{self, Pause};
 use crate::{CopyMode, Errno, Uffd, ZeropageMode};
 
 /// So many bytes are filled at once, where nobody waits for a particular page.
@@ -300,6 +300,10 @@ impl Lazy {
     fn again(&self, page: usize, tally: &mut Tally) -> bool {
         match self.put(page..page + 1, true, Some(page), tally) {
             Ok(_) => true,
+            Err(Errno::EEXIST) if !self.is_there(page) => {
+                Pause::long();
+                self.try_again()
+            }
             Err(Errno::EEXIST | Errno::EAGAIN | Errno::ENOMEM) => self.try_again(),
             Err(_) => self.is_closed(),
         }
@@ -318,12 +322,12 @@ impl Lazy {
         for _ in 0..TRIES {
             match self.put(page..page + 1, removed, asked, tally) {
                 Ok(_) => return settle(End::Present, true),
-                Err(Errno::EEXIST) => return settle(End::Present, self.try_again()),
+                Err(Errno::EEXIST) if self.is_there(page) => return settle(End::Present, self.try_again()),
                 Err(Errno::EAGAIN) => {
                     tally.retries += 1;
                     std::hint::spin_loop();
                 }
-                Err(Errno::ENOMEM) => break,
+                Err(Errno::EEXIST | Errno::ENOMEM) => break,
                 Err(Errno::EFAULT | Errno::ENODATA) if !claimed => break,
                 Err(Errno::EFAULT | Errno::ENODATA) => {
                     tally.source_errors += 1;
@@ -366,7 +370,7 @@ impl Lazy {
             let filled = match self.put(next..pages.end, removed, asked, tally) {
                 Ok(filled) => filled,
                 // Another thread has filled it that couldn't wait.
-                Err(Errno::EEXIST) => 1,
+                Err(Errno::EEXIST) if self.is_there(next) => 1,
                 Err(_) => break,
             };
             reach(Point::AfterFill, self.address(next));
@@ -376,6 +380,12 @@ impl Lazy {
             next += filled;
         }
         next
+    }
+
+    /// Returns whether something is in a page of which the kernel says so. Of huge pages that is its answer, too, where
+    /// none can be had: the pool is empty, or the limit of a control group is met.
+    fn is_there(&self, page: usize) -> bool {
+        self.zeros.is_none() || sys::is_resident(at(self.address(page)))
     }
 
     /// One call of the kernel, which fills one page or more, from the first on. How many.
@@ -611,6 +621,7 @@ mod tests {
     use super::*;
     use crate::pager::BytesSource;
     use crate::pager::sync_point::tests::{Armed, at as armed_at};
+    use crate::support::memory::Memory;
     use crate::support::proc::wait_until;
     use crate::support::{child, raw, require, test_name};
     use crate::{FeatureFlags, UffdBuilder, page_size};
@@ -796,6 +807,42 @@ mod tests {
             raw::check(unsafe { libc::setrlimit(libc::RLIMIT_AS, &before) }).unwrap();
             assert_eq!(is_found, [false, true]);
             assert_eq!(other.1[0], 7);
+        });
+    }
+
+    #[test]
+    fn huge_pages_that_cannot_be_had_are_filled_once_they_can() {
+        require!(FeatureFlags::MISSING_HUGETLBFS, root);
+        child::run_well(test_name!(), || {
+            let Some(memory) = Memory::unpromised_hugetlb(test_name!(), 3) else { return };
+            let mut builder = UffdBuilder::new();
+            let features = FeatureFlags::SIGBUS | FeatureFlags::MISSING_HUGETLBFS;
+            let uffd = builder.close_on_exec(true).require_features(features).create().unwrap();
+            let source = BytesSource::new(vec![7; memory.len()]);
+            let region = Region::new(memory.start().expose_provenance(), memory.len(), source);
+            // SAFETY: bytes are good whatever they are, and the mapping stays longer than its owner.
+            let owned = unsafe { Owned::new(uffd, region.page_size(memory.page()), &[]) }.unwrap();
+            assert_eq!(memory.read(0), 7);
+            let pool = std::fs::read_to_string("/proc/sys/vm/nr_hugepages").unwrap();
+            let is_empty = memory.huge_pages().exhaust();
+            if !crate::support::has(test_name!(), "a pool of huge pages that can be emptied", is_empty) {
+                return;
+            }
+            let refused = owned.lazy().fill(|_| {}).unwrap_err();
+            assert!(matches!(refused, Error::Unfilled { pages: 2, .. }), "{refused:?}");
+            let step = owned.lazy().fill_some(0..3, usize::MAX, Lost::Poisoned).unwrap();
+            assert_eq!(step.filled, 0);
+            assert_eq!(owned.lazy().statistics().present_pages, 1);
+            std::thread::scope(|scope| {
+                let reader = scope.spawn(|| memory.read(1));
+                // The fault is tried again and again.
+                let faults = owned.lazy().statistics().missing_faults;
+                wait_until(|| owned.lazy().statistics().missing_faults > faults + 1);
+                std::fs::write("/proc/sys/vm/nr_hugepages", pool.trim()).unwrap();
+                assert_eq!(reader.join().unwrap(), 7);
+            });
+            owned.lazy().fill(|_| {}).unwrap();
+            assert_eq!(memory.read(2), 7);
         });
     }
 
