@@ -4,7 +4,6 @@
 //! cause. So `source()` leads nowhere, and printing an error with its chain of causes says nothing twice. What a program
 //! asks is [`errno`](Error::errno), or the variant's fields.
 
-use std::fmt;
 use std::io;
 
 use crate::open::OpenFailure;
@@ -292,11 +291,13 @@ impl From<Error> for io::Error {
 
 /// An error that comes from outside, such as a source's or a sink's, with its causes behind it: their texts may leave
 /// them out. Each is said once.
+#[cfg(any(feature = "pager", feature = "snapshot"))]
 #[derive(Debug)]
 pub(crate) struct Whole<'a>(pub(crate) &'a (dyn std::error::Error + 'static));
 
-impl fmt::Display for Whole<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+#[cfg(any(feature = "pager", feature = "snapshot"))]
+impl std::fmt::Display for Whole<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut said = self.0.to_string();
         for cause in std::iter::successors(self.0.source(), |error| error.source()) {
             let cause = cause.to_string();
@@ -315,7 +316,7 @@ pub(crate) fn errno_of(error: &io::Error) -> Errno {
     Errno::from_i32(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "pager", feature = "snapshot"))]
 mod tests {
     use super::*;
     use crate::{pager, snapshot};

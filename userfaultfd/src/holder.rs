@@ -4,6 +4,11 @@
 //! says so here. This is for texts of errors alone, and costs nothing where there is none: an entry that can't be made, or
 //! read at once, is left out.
 
+#![cfg_attr(
+    not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
+    allow(dead_code, reason = "each feature uses a part")
+)]
+
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::Ordering;

@@ -39,6 +39,7 @@
 //! - [Which tool for which job](#which-tool-for-which-job)
 //! - [Which mode for what](#which-mode-for-what)
 //! - [Kernels and features](#kernels-and-features)
+//! - [Cargo features](#cargo-features)
 //! - [Rights](#rights)
 //! - [A fault handler that is right](#a-fault-handler-that-is-right)
 //! - [Events](#events)
@@ -123,6 +124,21 @@
 //! "Not built in", "not permitted" ([`OpenFailure::reason`]) and "not in this kernel"
 //! ([`Error::UnsupportedFeatures`]) are three different answers. Flags, events and faults of newer kernels
 //! come through as they are: [`FaultKind::Unknown`], [`Error::UnrecognizedEvent`], unknown bits.
+//!
+//! # Cargo features
+//!
+//! | feature | default | brings | crates |
+//! | --- | --- | --- | --- |
+//! | `pager` | yes | [`LazyMemory`], [`pager`], [`source`] | allocator-api2, crc32fast, memmap2 |
+//! | `tracking` | yes | [`DirtyTracker`], [`AccessTracker`], [`dirty`] | memmap2 |
+//! | `snapshot` | yes | [`Snapshot`], [`snapshot`], [`source`] | crc32fast, memmap2 |
+//! | `tracing` | no | spans and events of the pager; enables `pager` | tracing |
+//! | `serde` | no | missing ranges can be serialised; enables `pager` | serde |
+//! | `bindgen` | no | raw bindings generated at build time, see `userfaultfd-sys` | bindgen |
+//!
+//! Without features the crate is the kernel's interface, and depends on `bitflags`, `libc`, `nix`, `thiserror` and
+//! `userfaultfd-sys` only. Methods that join two parts need both: [`LazyMemory::tracker`] and [`LazyMemory::snapshot`].
+//! `linux4_14`, `linux5_7` and `linux5_13`, from userfaultfd 0.9, do nothing.
 //!
 //! # Rights
 //!
@@ -258,56 +274,75 @@
 //! [`EVENT_REMOVE`]: FeatureFlags::EVENT_REMOVE
 //! [`EVENT_UNMAP`]: FeatureFlags::EVENT_UNMAP
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(unsafe_code)]
 
 // Tests of the inside share what the others have, which names the crate from outside.
 #[cfg(test)]
 extern crate self as userfaultfd;
-mod mapped_vec;
-mod proc_maps;
-pub mod source;
-#[cfg(test)]
-#[path = "../tests/support/mod.rs"]
-#[expect(dead_code, unsafe_code, reason = "it has what the tests of the kernel need")]
-mod support;
 
 mod builder;
+#[cfg(feature = "tracking")]
 pub mod dirty;
 mod error;
 mod event;
 mod features;
 mod fill;
+#[cfg(all(feature = "pager", feature = "tracking", feature = "snapshot"))]
 pub mod guide;
 mod holder;
+#[cfg(feature = "pager")]
 mod lazy;
+#[cfg(any(feature = "pager", feature = "tracking", feature = "snapshot"))]
+mod lease;
+#[cfg(feature = "pager")]
+mod mapped_vec;
 mod open;
+#[cfg(feature = "pager")]
 mod own_mapping;
 mod owner;
 pub mod pagemap;
+#[cfg(feature = "pager")]
 pub mod pager;
+#[cfg(any(feature = "pager", feature = "snapshot"))]
 mod pending_file;
+mod proc_maps;
 mod protect;
 mod refusal;
+#[cfg(feature = "snapshot")]
 pub mod snapshot;
+#[cfg(any(feature = "pager", feature = "snapshot"))]
+pub mod source;
+#[cfg(test)]
+#[path = "../tests/support/mod.rs"]
+#[expect(dead_code, unsafe_code, reason = "it has what the tests of the kernel need")]
+mod support;
 mod sync;
+#[cfg(any(feature = "pager", feature = "snapshot"))]
+mod sync_point;
 mod sys;
 mod uffd;
+#[cfg(any(feature = "tracking", feature = "snapshot"))]
 mod watch;
 
 pub use nix::errno::Errno;
 pub use nix::unistd::Pid;
 
 pub use crate::builder::UffdBuilder;
+#[cfg(feature = "tracking")]
 pub use crate::dirty::{AccessTracker, DirtyTracker};
 pub use crate::error::{Error, Result};
 pub use crate::event::{Drain, Event, EventBuffer, FaultKind, ReadWrite};
 pub use crate::features::{FeatureFlags, IoctlFlags, Known, RegisterMode, Support};
 pub use crate::fill::{ContinueMode, CopyMode, MoveMode, ZeropageMode};
 pub use crate::holder::Holder;
+#[cfg(feature = "pager")]
 pub use crate::lazy::{LazyBuilder, LazyMemory};
 pub use crate::open::{OpenFailure, OpenRefusal, OpenWith};
+#[cfg(any(feature = "pager", feature = "snapshot"))]
 pub use crate::pending_file::PendingFile;
 pub use crate::refusal::{MemoryKind, Reason, Refusal};
+#[cfg(feature = "snapshot")]
 pub use crate::snapshot::Snapshot;
 pub use crate::uffd::Uffd;
 

@@ -58,6 +58,7 @@ impl OwnMapping {
         self.start.as_ptr()
     }
 
+    #[cfg(any(feature = "tracking", feature = "snapshot"))]
     pub(crate) fn len(&self) -> usize {
         self.len
     }

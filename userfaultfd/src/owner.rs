@@ -11,6 +11,10 @@
 //! - answers every method that would do more with an error;
 //! - panics instead of dereferencing memory that the child hasn't got.
 
+#![cfg_attr(
+    not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
+    allow(dead_code, reason = "each feature uses a part")
+)]
 #![expect(unsafe_code, reason = "closes numbers whose owner is out of reach")]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

@@ -43,6 +43,7 @@ use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+#[cfg(any(feature = "tracking", feature = "snapshot"))]
 use std::os::unix::fs::FileExt;
 
 use crate::error::errno_of;
@@ -158,6 +159,7 @@ impl Pagemap {
     }
 
     /// Reads the words of some pages, beginning with the one at `start`, eight bytes each.
+    #[cfg(any(feature = "tracking", feature = "snapshot"))]
     pub(crate) fn read_words(&self, start: usize, words: &mut [u8]) -> Result<()> {
         let at = start as u64 / sys::page_size() as u64 * 8;
         self.0.read_exact_at(words, at).map_err(|error| Error::SystemError(errno_of(&error)))

@@ -3,6 +3,11 @@
 //! Reading allocates nothing unless it collects: who asks why an operation was refused may handle the events of a fork,
 //! and the forking thread holds the allocator's locks until its event is read.
 
+#![cfg_attr(
+    not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
+    allow(dead_code, reason = "each feature uses a part")
+)]
+
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;

@@ -1,5 +1,10 @@
 //! `AtomicU64` on every target. Some 32-bit ones (mips, powerpc, old arm) have none: there it is a lock.
 
+#![cfg_attr(
+    not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
+    allow(dead_code, reason = "each feature uses a part")
+)]
+
 #[cfg(target_has_atomic = "64")]
 pub(crate) use std::sync::atomic::AtomicU64;
 

@@ -4,6 +4,10 @@
 //! decided by the callers. The `unsafe` ones change what memory holds without the compiler knowing; the
 //! others only change how faults on it are handled.
 
+#![cfg_attr(
+    not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
+    allow(dead_code, reason = "each feature uses a part")
+)]
 #![expect(unsafe_code, reason = "system calls")]
 
 use std::ffi::{CStr, CString};
@@ -637,6 +641,7 @@ pub(crate) fn lock_on_fault(start: std::ptr::NonNull<u8>, len: usize) -> Result<
 }
 
 /// Has a mapping take memory in pages of the base size. `EINVAL`: the kernel has no others.
+#[cfg(feature = "pager")]
 pub(crate) fn no_huge_pages(map: &memmap2::MmapRaw) -> Result<(), Errno> {
     // SAFETY: the range is that of the mapping, in which nothing changes.
     check(unsafe { libc::madvise(map.as_mut_ptr().cast(), map.len(), libc::MADV_NOHUGEPAGE) }).map(drop)

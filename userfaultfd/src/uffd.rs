@@ -276,6 +276,7 @@ impl Uffd {
     }
 
     /// The same, where whose memory it is is known.
+    #[cfg(any(feature = "tracking", feature = "snapshot"))]
     pub(crate) fn register_in(
         &self,
         process: Process,

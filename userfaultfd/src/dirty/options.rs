@@ -1,15 +1,14 @@
 //! How a tracker is made: which mode, which descriptor, whose memory.
 
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::serve::Server;
-use crate::error::errno_of;
 use crate::holder::Holder;
-use crate::pagemap::{Pagemap, Region, Scan};
+use crate::lease::Lease;
 use crate::proc_maps::Process;
-use crate::watch::{Lease, Protection, Watch, Words, pointer};
-use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder, page_size};
+use crate::watch::{Protection, Watch, can_scan, tells_protection};
+use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder};
 
 /// How a tracker learns of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -134,6 +133,7 @@ impl Options {
     }
 
     /// Tracks memory that a pager of this process fills through the descriptor.
+    #[cfg(feature = "pager")]
     pub(crate) fn lease(self, uffd: Uffd, lease: Arc<Lease>, ranges: Vec<Range<usize>>) -> Self {
         Self { lease: Some((lease, ranges)), ..self.descriptor(uffd).read_elsewhere(RegisterMode::MISSING) }
     }
@@ -198,35 +198,4 @@ impl Options {
         let server = if serves { Some(Server::start(&watch)?) } else { None };
         Ok((watch, mode, server))
     }
-}
-
-/// Whether the kernel has `PAGEMAP_SCAN`.
-pub(crate) fn can_scan() -> Result<bool> {
-    match Scan::new(0..0).next_regions(&Pagemap::of_self()?, &mut [Region::default()]) {
-        Ok(_) => Ok(true),
-        Err(Error::SystemError(Errno::ENOTTY)) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Whether the kernel tells of protection in `/proc/PID/pagemap`, which it does since 5.13. Asks it once, with a page
-/// that is mapped for that: any other may be registered already.
-pub(crate) fn tells_protection() -> Result<bool> {
-    static ANSWER: OnceLock<bool> = OnceLock::new();
-    if let Some(answer) = ANSWER.get() {
-        return Ok(*answer);
-    }
-    let map = || -> std::io::Result<_> {
-        let mut page = memmap2::MmapMut::map_anon(page_size())?;
-        page[0] = 1; // it is there
-        Ok(page)
-    };
-    let page = map().map_err(|error| Error::SystemError(errno_of(&error)))?;
-    let start = page.as_ptr().addr();
-    let uffd = UffdBuilder::new().close_on_exec(true).create()?;
-    uffd.register_with_mode(pointer(start), page_size(), RegisterMode::WRITE_PROTECT)?;
-    uffd.write_protect(pointer(start), page_size())?;
-    let mut words = Words::default();
-    words.read(&Pagemap::of_self()?, &(start..start + page_size()))?;
-    Ok(*ANSWER.get_or_init(|| words.get(0).is_protected()))
 }

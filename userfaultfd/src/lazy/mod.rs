@@ -7,7 +7,9 @@ use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
+#[cfg(feature = "tracking")]
 use crate::dirty::{self, DirtyTracker};
+use crate::lease::Lease;
 use crate::own_mapping::OwnMapping;
 use crate::pager::memory::region;
 use crate::pager::{
@@ -15,8 +17,8 @@ use crate::pager::{
     PagerBuilder, Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics,
     Target, WorkingSet,
 };
+#[cfg(feature = "snapshot")]
 use crate::snapshot::{self, Series, Sink, Snapshot};
-use crate::watch::Lease;
 use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 
 /// Memory of this process that is read from a source as it is touched.
@@ -435,6 +437,7 @@ impl LazyMemory {
     ///   [`DirtyTracker::with`] and [`DirtyTracker::track`], `EOPNOTSUPP` from Linux 5.7 to 5.12.
     /// - [`Register`](pager::Error::Register): the kernel can't protect such memory: before Linux 5.7, hugetlb memory
     ///   before 5.19.
+    #[cfg(feature = "tracking")]
     pub fn tracker(&self) -> pager::Result<DirtyTracker> {
         self.check_owner()?;
         let (options, ranges) = match &self.served {
@@ -455,6 +458,7 @@ impl LazyMemory {
         Ok(tracker)
     }
 
+    #[cfg(feature = "tracking")]
     fn own_tracker(&self) -> (dirty::Options, Vec<Range<usize>>) {
         (dirty::Options::new().user_mode_only(!self.serves_kernel), vec![self.range()])
     }
@@ -493,6 +497,7 @@ impl LazyMemory {
     ///
     /// As [`Snapshot::begin`], and [`Fill`](snapshot::Error::Fill). [`Kernel`](snapshot::Error::Kernel) with
     /// [`AlreadyTracked`](crate::Error::AlreadyTracked): a [tracker](Self::tracker) is at work.
+    #[cfg(feature = "snapshot")]
     pub fn snapshot<S: Sink + 'static>(&self, sink: S) -> snapshot::Result<Snapshot<S>> {
         self.filled()?.begin(sink)
     }
@@ -503,11 +508,13 @@ impl LazyMemory {
     /// # Errors
     ///
     /// As [`snapshot`](Self::snapshot), but for those of the sink.
+    #[cfg(feature = "snapshot")]
     pub fn series(&self) -> snapshot::Result<Series> {
         self.filled()?.series()
     }
 
     /// Fills what is missing. Options to save it all.
+    #[cfg(feature = "snapshot")]
     fn filled(&self) -> snapshot::Result<snapshot::Options> {
         self.check_owner().map_err(snapshot::Error::Fill)?;
         let range = self.range();
@@ -522,6 +529,7 @@ impl LazyMemory {
     }
 
     /// The addresses, whole pages.
+    #[cfg(any(feature = "tracking", feature = "snapshot"))]
     fn range(&self) -> Range<usize> {
         let start = self.memory.as_ptr().addr();
         start..start + self.memory.len()
@@ -815,7 +823,7 @@ impl fmt::Debug for LazyBuilder {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "tracking"))]
 mod tests {
     use super::*;
     use crate::dirty::Mode;

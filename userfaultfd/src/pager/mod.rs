@@ -94,7 +94,6 @@ mod progress;
 mod races;
 pub(crate) mod serve;
 pub(crate) mod stats;
-pub(crate) mod sync_point;
 mod target;
 mod trace;
 

@@ -17,15 +17,19 @@ use super::serve::shared::{Note, Shared};
 use super::serve::shutdown::{self, Cover, Patience};
 use super::serve::thread::join;
 use super::serve::worker_pool;
-use super::sync_point::{Point, reach};
 use super::{
     Absent, DescriptorId, Detached, Error, PagerBuilder, Progress, Refused, Region, RegionId, Result,
     Statistics, target,
 };
+#[cfg(feature = "tracking")]
+use crate::RegisterMode;
 use crate::holder::{Held, Holder};
+#[cfg(feature = "tracking")]
+use crate::lease::Lease;
 use crate::owner::Owner;
-use crate::watch::Lease;
-use crate::{Errno, FeatureFlags, RegisterMode, Uffd, mapped_vec};
+#[cfg(feature = "tracking")]
+use crate::sync_point::{Point, reach};
+use crate::{Errno, FeatureFlags, Uffd, mapped_vec};
 
 /// What adds a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -362,6 +366,7 @@ impl Pager {
     /// - [`NotServed`](Error::NotServed): the region isn't served any more.
     /// - [`Uffd`](Error::Uffd): [`AlreadyTracked`](crate::Error::AlreadyTracked).
     /// - [`Register`](Error::Register): the kernel can't protect such memory.
+    #[cfg(feature = "tracking")]
     pub(crate) fn lend(&self, region: RegionId) -> Result<(Uffd, Arc<Lease>, Vec<Range<usize>>)> {
         let descriptor = self.of_region(region)?;
         let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));

@@ -29,6 +29,7 @@ pub enum Error {
     Running,
 
     /// What is missing of a [`LazyMemory`](crate::LazyMemory) can't be filled.
+    #[cfg(feature = "pager")]
     #[error("missing pages can't be filled before the snapshot: {0}")]
     Fill(crate::pager::Error),
 

@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use super::{Content, Options};
-use crate::pager::sync_point::tests::at;
-use crate::pager::sync_point::{Moment, Point};
 use crate::support::memory::{self, Kind, Memory};
 use crate::support::proc::{thread_id, wait_until_in};
 use crate::support::{child, require, test_name};
+use crate::sync_point::tests::at;
+use crate::sync_point::{Moment, Point};
 use crate::{DirtyTracker, FeatureFlags, RegisterMode};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;

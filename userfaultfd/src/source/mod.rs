@@ -6,6 +6,7 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+#[cfg(feature = "pager")]
 pub(crate) mod call;
 mod concat;
 mod file;

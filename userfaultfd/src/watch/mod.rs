@@ -16,22 +16,30 @@
 //! A snapshot needs each write to wait until the page is saved, so it has a descriptor of its own, and the pager fills
 //! everything before.
 
+#![cfg_attr(
+    not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
+    allow(dead_code, reason = "each feature uses a part")
+)]
+
 pub(crate) mod ranges;
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use self::ranges::{Notes, Tracked};
+use crate::error::errno_of;
 use crate::holder::{Held, Holder};
+use crate::lease::Lease;
 use crate::owner::Owner;
 use crate::pagemap::{Categories, Pagemap, Region, Scan};
 use crate::proc_maps::{Mapping, Process};
 use crate::sync::AtomicU64;
 use crate::{
-    Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, ZeropageMode, page_size,
+    Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, UffdBuilder, ZeropageMode,
+    page_size,
 };
 
 /// How often an operation is tried again while the memory layout changes. It is over when the changing thread has
@@ -107,37 +115,6 @@ fn retry<T>(tries: usize, mut operation: impl FnMut() -> Result<T>) -> Result<T>
         }
     }
     operation()
-}
-
-/// The use of memory that a pager fills, by one tracker at a time. The pager fills pages protected while it is taken.
-#[derive(Debug, Default)]
-pub(crate) struct Lease {
-    taken: AtomicBool,
-    ended: AtomicBool,
-}
-
-impl Lease {
-    /// Whether it was free.
-    pub(crate) fn take(&self) -> bool {
-        !self.taken.swap(true, Ordering::SeqCst)
-    }
-
-    pub(crate) fn is_taken(&self) -> bool {
-        self.taken.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn give_back(&self) {
-        self.taken.store(false, Ordering::SeqCst);
-    }
-
-    /// The memory is about to be unmapped: what is mapped there later isn't the tracker's.
-    pub(crate) fn end(&self) {
-        self.ended.store(true, Ordering::SeqCst);
-    }
-
-    fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::SeqCst)
-    }
 }
 
 /// The ranges, and what protects them.
@@ -714,4 +691,35 @@ pub(crate) fn runs(range: &Range<usize>, page: usize, pick: impl Fn(usize) -> bo
         }
     }
     runs
+}
+
+/// Whether the kernel has `PAGEMAP_SCAN`.
+pub(crate) fn can_scan() -> Result<bool> {
+    match Scan::new(0..0).next_regions(&Pagemap::of_self()?, &mut [Region::default()]) {
+        Ok(_) => Ok(true),
+        Err(Error::SystemError(Errno::ENOTTY)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the kernel tells of protection in `/proc/PID/pagemap`, which it does since 5.13. Asks it once, with a page
+/// that is mapped for that: any other may be registered already.
+pub(crate) fn tells_protection() -> Result<bool> {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    if let Some(answer) = ANSWER.get() {
+        return Ok(*answer);
+    }
+    let map = || -> std::io::Result<_> {
+        let mut page = memmap2::MmapMut::map_anon(page_size())?;
+        page[0] = 1; // it is there
+        Ok(page)
+    };
+    let page = map().map_err(|error| Error::SystemError(errno_of(&error)))?;
+    let start = page.as_ptr().addr();
+    let uffd = UffdBuilder::new().close_on_exec(true).create()?;
+    uffd.register_with_mode(pointer(start), page_size(), RegisterMode::WRITE_PROTECT)?;
+    uffd.write_protect(pointer(start), page_size())?;
+    let mut words = Words::default();
+    words.read(&Pagemap::of_self()?, &(start..start + page_size()))?;
+    Ok(*ANSWER.get_or_init(|| words.get(0).is_protected()))
 }

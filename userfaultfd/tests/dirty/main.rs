@@ -11,6 +11,7 @@ mod changes;
 mod concurrent;
 mod elsewhere;
 mod forked;
+#[cfg(all(feature = "pager", feature = "snapshot"))]
 mod held;
 mod pinned;
 mod process;

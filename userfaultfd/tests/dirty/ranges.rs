@@ -212,6 +212,7 @@ fn use_up_mappings(limit: usize) -> Mapping {
 }
 
 /// What a tracker needs for itself lies elsewhere.
+#[cfg(feature = "snapshot")]
 #[test]
 fn another_tracker_is_made_while_the_heap_is_tracked() {
     require!(FeatureFlags::WP_ASYNC);

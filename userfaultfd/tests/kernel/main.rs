@@ -24,6 +24,7 @@ mod register;
 mod rights;
 mod set_mode;
 mod signals;
+#[cfg(feature = "pager")]
 mod sources;
 mod support_probe;
 mod swap;

@@ -17,6 +17,7 @@ mod reports;
 mod scene;
 mod sources;
 mod stuck;
+#[cfg(all(feature = "tracking", feature = "snapshot"))]
 mod tracked;
 mod vast;
 mod workers;

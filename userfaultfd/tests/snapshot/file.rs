@@ -6,10 +6,10 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use userfaultfd::pager::{Fill, PageSource};
 use userfaultfd::snapshot::{
     Chain, Content, FormatError, Geometry, Options, Series, Sink, Snapshot, SnapshotReader, SnapshotWriter,
 };
+use userfaultfd::source::{Fill, PageSource};
 use userfaultfd::{FeatureFlags, RegisterMode};
 
 use crate::image::{addresses, number};

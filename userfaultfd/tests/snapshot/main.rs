@@ -12,6 +12,7 @@ mod image;
 mod live;
 mod model;
 mod moments;
+#[cfg(feature = "pager")]
 mod restore;
 #[path = "../dirty/ring.rs"]
 mod ring;

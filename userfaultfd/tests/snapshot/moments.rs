@@ -5,10 +5,12 @@ use std::io;
 use std::sync::mpsc;
 use std::thread;
 
+#[cfg(feature = "tracking")]
+use userfaultfd::DirtyTracker;
 use userfaultfd::snapshot::{
     Content, Geometry, Options, Removal, Series, Sink, Snapshot, SnapshotReader, SnapshotWriter,
 };
-use userfaultfd::{DirtyTracker, FeatureFlags, MoveMode, RegisterMode};
+use userfaultfd::{FeatureFlags, MoveMode, RegisterMode};
 
 use crate::changes::during;
 use crate::file::file;
@@ -179,6 +181,7 @@ fn a_page_that_was_moved_over_another_is_not_taken_for_it() {
 }
 
 /// What was mapped in the place of a page, and is protected by another descriptor, isn't taken for it.
+#[cfg(feature = "tracking")]
 #[test]
 fn what_another_tracker_protects_is_not_taken_for_it() {
     require!(WRITE_PROTECT);

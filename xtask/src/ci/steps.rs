@@ -28,7 +28,7 @@ pub(super) const STEPS: &[Step] = &[
     step("fmt", "formatting", fmt),
     step("clippy", "lints, warnings denied", clippy),
     step("require", "every test begins with `require!`, which limits its time", require::run),
-    step("features", "the library with its optional parts", features),
+    step("features", "the library without its parts, with each alone, and with the optional ones", features),
     step("doc", "documentation, warnings denied", doc),
     step("docs-rs", "documentation as docs.rs builds it", docs_rs),
     step("api", "the public interface is that of userfaultfd/public-api.txt", public_api),
@@ -56,11 +56,31 @@ fn clippy() -> Result<Outcome, String> {
     passed(execute(&mut cargo(&["clippy", "--workspace", "--all-targets", "--", "--deny=warnings"])))
 }
 
+/// What the library depends on without any of its features.
+const CORE: [&str; 5] = ["bitflags", "libc", "nix", "thiserror", "userfaultfd-sys"];
+
+/// Every part of the library alone, none at all, and the optional ones.
 fn features() -> Result<Outcome, String> {
-    let features = ["--package=userfaultfd", "--features=tracing,serde"];
-    let run = |command: &[&str], rest: &[&str]| execute(&mut cargo(&[command, &features, rest].concat()));
-    run(&["clippy", "--all-targets"], &["--", "--deny=warnings"])?;
-    passed(run(&["test", "--lib"], &["--", "pager::"]))
+    let run = |command: &[&str], features: &str, rest: &[&str]| {
+        let features = ["--package=userfaultfd", "--no-default-features", features];
+        execute(&mut cargo(&[command, &features, rest].concat()))
+    };
+    let tree = ["tree", "--no-default-features", "--edges=normal", "--depth=1", "--prefix=none"];
+    let tree = output(&mut cargo(&[&tree[..], &["--package=userfaultfd", "--format={lib}"]].concat()))?;
+    let mut core: Vec<String> = tree.lines().skip(1).map(|name| name.trim().replace('_', "-")).collect();
+    core.sort();
+    if core != CORE {
+        return Err(format!("without features the library depends on {}", core.join(", ")));
+    }
+    for features in ["", "pager", "tracking", "snapshot"] {
+        let features = format!("--features={features}");
+        run(&["clippy", "--lib", "--tests"], &features, &["--", "--deny=warnings"])?;
+    }
+    run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
+    run(&["test", "--lib"], "--features=snapshot", &["--", "snapshot::"])?;
+    let optional = "--features=pager,tracking,snapshot,tracing,serde";
+    run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
+    passed(run(&["test", "--lib"], optional, &["--", "pager::"]))
 }
 
 fn doc() -> Result<Outcome, String> {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use super::table::{self, with_memory_at};
 use crate::pager::Result;
-use crate::pager::sync_point::{Point, reach};
+use crate::sync_point::{Point, reach};
 use crate::sys;
 
 /// What is done with a SIGBUS that isn't ours: what was done before. Null: nothing was installed yet.
@@ -225,7 +225,7 @@ mod tests {
             let ours = || is_ours(&sys::bus_action().unwrap());
             assert!(ours());
             static STOPPED: AtomicU32 = AtomicU32::new(0);
-            let _armed = crate::pager::sync_point::tests::at(Point::BeforeForeign, 0..1, |_| {
+            let _armed = crate::sync_point::tests::at(Point::BeforeForeign, 0..1, |_| {
                 if STOPPED.fetch_add(1, Ordering::SeqCst) == 0 {
                     stage_is(1);
                 }

@@ -19,8 +19,8 @@ use crate::pager::memory::page_state::{Claim, End};
 use crate::pager::memory::region::Served;
 use crate::pager::memory::unfillable::Unfillable;
 use crate::pager::stats::{self, Counters};
-use crate::pager::sync_point::{Point, reach};
 use crate::pager::{Absent, Error, Fill, Progress, Region, RegionId, Result, Statistics};
+use crate::sync_point::{Point, reach};
 use crate::sys::{self, Pause};
 use crate::{CopyMode, Errno, Uffd, ZeropageMode};
 
@@ -620,10 +620,10 @@ mod tests {
 
     use super::*;
     use crate::pager::BytesSource;
-    use crate::pager::sync_point::tests::{Armed, at as armed_at};
     use crate::support::memory::Memory;
     use crate::support::proc::wait_until;
     use crate::support::{child, raw, require, test_name};
+    use crate::sync_point::tests::{Armed, at as armed_at};
     use crate::{FeatureFlags, UffdBuilder, page_size};
 
     const PAGES: usize = 4;

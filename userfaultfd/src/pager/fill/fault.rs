@@ -16,8 +16,8 @@ use crate::pager::memory::page_run::Run;
 use crate::pager::memory::page_state::Claim;
 use crate::pager::prefetch::read_ahead;
 use crate::pager::serve::shared::{Note, Shared};
-use crate::pager::sync_point::{Point, reach};
 use crate::pager::{DescriptorId, Problem, RegionId};
+use crate::sync_point::{Point, reach};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
 
 /// So many faults in a row on one page that is there are suspicious.

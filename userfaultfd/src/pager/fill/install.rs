@@ -20,10 +20,10 @@ use crate::pager::memory::page_run::{Run, is_in_source};
 use crate::pager::memory::page_state::{End, MAX_TRIES};
 use crate::pager::memory::region::Served;
 use crate::pager::serve::shared::{Note, Shared};
-use crate::pager::sync_point::{Point, reach};
 use crate::pager::target::target_is_gone;
 use crate::pager::trace::event;
 use crate::pager::{Problem, RegionId};
+use crate::sync_point::{Point, reach};
 use crate::{ContinueMode, CopyMode, Errno, ZeropageMode};
 
 /// Bytes that are put in place at once where no thread waits for any of them: meanwhile nobody can change the layout, nor

@@ -17,9 +17,9 @@ use super::fault_around::{Around, Streams, Window};
 use super::fault_log::Log;
 use super::page_state::Pages;
 use crate::holder::Held;
+use crate::lease::Lease;
 use crate::pager::{Absent, Error, PageSource, Result};
 use crate::source::call::caught;
-use crate::watch::Lease;
 use crate::{Errno, FeatureFlags, IoctlFlags, RegisterMode, Support};
 
 /// The most that is filled for one fault, unless told otherwise.

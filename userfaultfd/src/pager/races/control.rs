@@ -11,12 +11,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::harness::{Reader, Seen, Stop, start, wait_for_progress};
-use crate::pager::sync_point::Point;
 use crate::pager::{Around, Fill, PageSource, Pager, Problem, Region};
 use crate::support::child::{self, Forked};
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;
 use crate::support::{require, test_name, uffd};
+use crate::sync_point::Point;
 use crate::{FeatureFlags, Uffd};
 
 /// As good as never.

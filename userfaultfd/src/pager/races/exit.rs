@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use super::harness::{Flavour, PAGE, PAGES, Source, Stop, races};
-use crate::pager::sync_point::Point;
 use crate::pager::{Pager, Problem};
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;
 use crate::support::{child, uffd};
+use crate::sync_point::Point;
 use crate::{FeatureFlags, Uffd};
 
 static EXIT: Exit = Exit;

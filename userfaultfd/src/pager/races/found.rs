@@ -14,12 +14,12 @@ use super::harness::{
 use crate::pager::fill::work::{Done, Work};
 use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::page_run::Run;
-use crate::pager::sync_point::Point;
-use crate::pager::sync_point::tests::at;
 use crate::pager::{Around, Fill, Pager, Region};
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;
 use crate::support::{child, has, has_features, require, test_name, uffd};
+use crate::sync_point::Point;
+use crate::sync_point::tests::at;
 use crate::{FeatureFlags, Uffd};
 
 fn add(pager: &Pager, uffd: Uffd, region: Region) -> Arc<Descriptor> {

@@ -11,13 +11,13 @@ use std::thread::{self, JoinHandle};
 use std::{iter, mem, ptr};
 
 use crate::pager::serve::shared::Shared;
-use crate::pager::sync_point::Point;
-use crate::pager::sync_point::tests::{Armed, at};
 use crate::pager::{Added, Around, Fill, PageSource, Pager, Region, Statistics};
 use crate::support::mapping::Mapping;
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::{self, thread_id, wait_until};
 use crate::support::{child, has_features, page};
+use crate::sync_point::Point;
+use crate::sync_point::tests::{Armed, at};
 use crate::{FeatureFlags, RegisterMode};
 
 #[path = "../../../tests/pager/reader.rs"]
@@ -392,7 +392,7 @@ macro_rules! races {
         $(#[test]
         fn $name() {
             $crate::support::require!();
-            use crate::pager::sync_point::Point;
+            use crate::sync_point::Point;
             use crate::pager::races::harness::Flavour;
             super::super::$act.race($crate::support::test_name!(), Flavour::$flavour, Point::$point);
         })*
@@ -402,7 +402,7 @@ macro_rules! races {
             // No points of every fault: see `found` and `control`.
             Point::BeforeAdopt | Point::BeforeForeign | Point::BeforeLend | Point::BeforeMap | Point::Snapshot(_) => {}
         };
-        use crate::pager::sync_point::Point;
+        use crate::sync_point::Point;
     };
 }
 pub(super) use races;

@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 
 use super::harness::{Flavour, PAGE, PAGES, Source, Stop, content, races, read};
 use crate::FeatureFlags;
-use crate::pager::sync_point::Point;
-use crate::pager::sync_point::tests::at;
 use crate::pager::{Pager, Problem};
 use crate::support::proc::wait_until;
 use crate::support::{child, uffd};
+use crate::sync_point::Point;
+use crate::sync_point::tests::at;
 
 static PANIC: Panic = Panic;
 

@@ -6,9 +6,9 @@ use super::harness::{
     Act, NOTHING_MAPPED, Outcome, PAGE, PAGES, Reader, Scene, Seen, clear, content, races, read, room,
 };
 use crate::FeatureFlags;
-use crate::pager::sync_point::Point;
 use crate::support::has;
 use crate::support::proc::wait_until;
+use crate::sync_point::Point;
 
 static MOVED: Act<bool> = Act {
     features: FeatureFlags::EVENT_REMAP.union(FeatureFlags::EVENT_UNMAP),

@@ -2,9 +2,9 @@
 
 use super::harness::{Act, Outcome, PAGE, Reader, Scene, Seen, content, nobody, races, read};
 use crate::FeatureFlags;
-use crate::pager::sync_point::Point;
 use crate::support::has;
 use crate::support::proc::wait_until;
+use crate::sync_point::Point;
 
 static TOLD: Act<bool> = Act {
     features: FeatureFlags::EVENT_REMOVE,

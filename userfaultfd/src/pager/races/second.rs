@@ -2,8 +2,8 @@
 
 use super::harness::{Act, PAGE, Reader, Scene, Seen, content, races};
 use crate::FeatureFlags;
-use crate::pager::sync_point::Point;
 use crate::support::proc::wait_until;
+use crate::sync_point::Point;
 
 static SECOND: Act<()> = Act {
     features: FeatureFlags::empty(),

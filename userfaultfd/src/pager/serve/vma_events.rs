@@ -14,8 +14,8 @@ use crate::pager::memory::address_map::{Layout, Segment};
 use crate::pager::memory::descriptor::{Descriptor, Origin, Serving, wake};
 use crate::pager::memory::page_state::Pages;
 use crate::pager::stats::Counters;
-use crate::pager::sync_point::{Point, reach};
 use crate::pager::trace::event;
+use crate::sync_point::{Point, reach};
 use crate::{Uffd, mapped_vec, sys};
 
 /// A change that was read.

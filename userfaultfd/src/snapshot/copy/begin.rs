@@ -14,7 +14,7 @@ use super::copier::{Active, Copier, bits_of};
 use super::layout::Part;
 use super::shared::Begin;
 use super::slices::Slices;
-use crate::pager::sync_point::{Moment, Point, reach};
+use crate::sync_point::{Moment, Point, reach};
 use crate::watch::pointer;
 use crate::{Errno, Error, RegisterMode, Result, page_size};
 

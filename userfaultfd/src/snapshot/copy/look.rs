@@ -3,9 +3,8 @@
 use std::ops::Range;
 
 use super::layout::Part;
-use crate::dirty::options::{can_scan, tells_protection};
 use crate::pagemap::{Categories, Pagemap, Region, Scan};
-use crate::watch::{CHUNK, Words, runs};
+use crate::watch::{CHUNK, Words, can_scan, runs, tells_protection};
 use crate::{Result, page_size};
 
 /// Ranges that a scan reports at a time.

@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::format::{FormatError, Place, SnapshotId};
 use super::layer::{Layer, Stretch};
 use super::writer::SnapshotWriter;
-use crate::pager::{Fill, PageSource};
 use crate::snapshot::sink::{Content, Geometry, Region, Sink};
+use crate::source::{Fill, PageSource};
 
 /// The number of files of a chain that are kept open. Others are opened when they are read, as many again at a time.
 const OPEN: usize = 64;

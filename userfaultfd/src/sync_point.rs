@@ -1,5 +1,10 @@
 //! Named points in the life of a fault, at which a test can stop the pager and let the other side act.
 
+#![cfg_attr(
+    not(all(feature = "pager", feature = "snapshot")),
+    allow(dead_code, reason = "each feature has points of its own")
+)]
+
 /// Where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Point {
