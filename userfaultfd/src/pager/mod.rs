@@ -80,6 +80,11 @@
 //! A descriptor may be blocking or not. While it is served it is switched to non-blocking, for all that share its
 //! description, and [`detach`](Pager::detach) switches it back. Nobody else may read it meanwhile.
 
+/// Threads, locks and their order, and what each atomic pairs with.
+#[cfg(doc)]
+#[doc = include_str!("CONCURRENCY.md")]
+mod concurrency {}
+
 mod builder;
 mod error;
 mod fill;
