@@ -82,7 +82,7 @@ impl UffdBuilder {
         self
     }
 
-    /// Features without which there is to be no [`Uffd`]. Adds to those required before.
+    /// Features without which no [`Uffd`] is made. Adds to those required before.
     ///
     /// A kernel that lacks one makes [`create`](Self::create) fail with
     /// [`UnsupportedFeatures`](Error::UnsupportedFeatures), which names it.
@@ -100,7 +100,7 @@ impl UffdBuilder {
         self
     }
 
-    /// Operations without which there is to be no [`Uffd`], or no registration. Adds to those required
+    /// Operations without which no [`Uffd`] is made, or nothing registered. Adds to those required
     /// before.
     ///
     /// Operations of the descriptor are looked for by [`create`](Self::create), those of a range by

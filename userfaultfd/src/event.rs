@@ -229,7 +229,7 @@ fn pointer(address: u64) -> *mut c_void {
 
 /// A buffer that events are read into, many with one system call, and taken out of in one of two orders.
 ///
-/// It is allocated once, with room for so many events, and used again and again. A descriptor that comes with
+/// It is allocated once, with room for `size` events, and used again and again. A descriptor that comes with
 /// a fork event is owned by the buffer until the event is taken out, and closed if that never happens.
 ///
 /// The kernel delivers faults before other events, whatever happened first. So a fault may be for an address

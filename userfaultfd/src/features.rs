@@ -206,7 +206,7 @@ impl IoctlFlags {
 }
 
 kernel_flags! {
-    /// Which faults of a range are to be delivered, for
+    /// Which faults of a range are delivered, for
     /// [`Uffd::register_with_mode`](crate::Uffd::register_with_mode).
     ///
     /// Source: `UFFDIO_REGISTER(2const)`.

@@ -142,10 +142,10 @@ impl Uffd {
     ///
     /// The caller must make sure that
     ///
-    /// - `src` is valid for reads of `len` bytes during the call, if they are to be what the page holds. (The
+    /// - `src` is valid for reads of `len` bytes during the call, if the page shall hold them. (The
     ///   kernel answers `EFAULT` where nothing is mapped.)
-    /// - whoever holds a reference into the missing pages, in whatever process, is to find there what is
-    ///   copied: the content is valid for its type, and no page that was seen as something else is replaced.
+    /// - every holder of a reference into the missing pages, in whatever process, expects what is copied
+    ///   there: the content is valid for its type, and no page that was seen as something else is replaced.
     ///
     /// # Examples
     ///
@@ -239,8 +239,8 @@ impl Uffd {
     ///
     /// # Safety
     ///
-    /// The caller must make sure that whoever holds a reference into the missing pages, in whatever process,
-    /// is to find zeros there: they are valid for its type, and no page that was seen as something else is
+    /// The caller must make sure that every holder of a reference into the missing pages, in whatever process,
+    /// expects zeros there: they are valid for its type, and no page that was seen as something else is
     /// replaced.
     ///
     /// # Examples
@@ -469,7 +469,7 @@ impl Uffd {
     /// The caller must make sure that
     ///
     /// - no reference into the source is alive: its content is gone afterwards.
-    /// - whoever holds a reference into the missing pages is to find there what is moved: the content is
+    /// - every holder of a reference into the missing pages expects there what is moved: the content is
     ///   valid for its type.
     ///
     /// # Examples

@@ -248,7 +248,7 @@
 //! [`wake`](Uffd::wake) and the protections decide when a thread waits, not what it reads. A thread that
 //! waits for ever is a hang, which isn't unsound. After an `unregister` missing pages are what they would
 //! have been without this crate: zeros. [`continue`](Uffd::continue) maps what the page cache of the shared
-//! file holds, which its other mappings may write at any time: whoever maps a file shared has answered for
+//! file holds, which its other mappings may write at any time: mapping a file shared accepts
 //! that. Reading events owns the descriptors that they carry, after making sure that they are the kernel's.
 //!
 //! # What it doesn't do

@@ -1,8 +1,8 @@
 //! Memory apart from the allocator's.
 //!
-//! A thread that forks holds the allocator's locks until its event is read. So whoever keeps others from reading it,
-//! by having a shard locked (see `descriptor`), neither allocates nor frees: what grows there lies in mappings of its
-//! own, and what ends there is left to others to free.
+//! A thread that forks holds the allocator's locks until its event is read. So a thread that keeps a worker from
+//! reading it, by having a shard locked (see `descriptor`), neither allocates nor frees: what grows there lies in mappings
+//! of its own, and what ends there is left to the control thread to free.
 
 #![expect(unsafe_code, reason = "an allocator")]
 
@@ -36,7 +36,7 @@ pub(crate) fn try_reserve<T>(vector: &mut Vec<T>) -> bool {
     vector.try_reserve(1).is_ok()
 }
 
-/// Makes room for so many more items. Waits where there is no memory: what an event tells can't be left out.
+/// Makes room for `items` more items. Waits where there is no memory: what an event tells can't be left out.
 pub(crate) fn reserve<T>(vector: &mut Vec<T>, items: usize) {
     while vector.try_reserve(items).is_err() {
         std::thread::sleep(std::time::Duration::from_millis(1));

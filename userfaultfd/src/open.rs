@@ -9,7 +9,7 @@ use crate::{Errno, Error, Result, sys};
 ///
 /// All ways end in the same kind of descriptor; they differ in who may use them. The device's file
 /// permissions admit to everything. The system call admits everybody to faults from user mode
-/// ([`user_mode_only`](crate::UffdBuilder::user_mode_only)), and to faults from kernel mode whoever has
+/// ([`user_mode_only`](crate::UffdBuilder::user_mode_only)), and to faults from kernel mode processes with
 /// `CAP_SYS_PTRACE`, or everybody when the sysctl `vm.unprivileged_userfaultfd` is 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]

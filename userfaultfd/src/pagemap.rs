@@ -236,7 +236,7 @@ impl Scan {
         self
     }
 
-    /// Stops a call after so many pages picked; the next one goes on behind them. 0, the default, is no
+    /// Stops a call after `pages` pages were picked; the next one goes on behind them. 0, the default, is no
     /// limit.
     pub fn max_pages(&mut self, pages: usize) -> &mut Self {
         self.max_pages = pages as u64;

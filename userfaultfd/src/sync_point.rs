@@ -16,7 +16,7 @@ pub(crate) enum Point {
     BeforeMap,
     /// The kernel has filled what it would, which isn't noted yet; the threads that it knew to wait are awake.
     AfterFill,
-    /// Others are about to be waked, whose fault another fill has answered.
+    /// Other threads are about to be woken, whose fault another fill has answered.
     BeforeWake,
     /// The child of a fork is about to be served. Not in the life of a fault.
     BeforeAdopt,

@@ -67,7 +67,7 @@ pub(crate) fn open_device() -> Result<OwnedFd, Errno> {
 /// USERFAULTFD_IOC_NEW on an open [`DEVICE`]: what [`userfaultfd`] does, admitted by the file's permissions. `ENOTTY`: it
 /// is something else.
 ///
-/// A file of FUSE answers an ioctl with any number, which may be a descriptor of somebody else's.
+/// A file of FUSE answers an ioctl with any number, which may be a descriptor that belongs to other code.
 pub(crate) fn new_from_device(device: BorrowedFd<'_>, flags: libc::c_int) -> Result<OwnedFd, Errno> {
     if !is_misc_device(device)? {
         return Err(Errno::ENOTTY);
@@ -271,7 +271,7 @@ pub(crate) fn allocate(file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<
     }
 }
 
-/// Waits until one of the descriptors can be read, through signals, or for so many milliseconds; -1 is without end.
+/// Waits until one of the descriptors can be read, through signals, or until `timeout` milliseconds are over; -1 is without end.
 /// Tells which can be.
 pub(crate) fn wait_readable<const N: usize>(
     fds: [BorrowedFd<'_>; N],
@@ -549,7 +549,7 @@ pub(crate) fn futex_wake(number: &AtomicU32) {
 pub(crate) struct Pause(u32);
 
 impl Pause {
-    /// So often it is looked at once.
+    /// Number of looks before the first rest.
     const SPINS: u32 = 100;
     /// Then it sleeps for 20 µs, twice as long each time, up to 1.28 ms.
     const SHORTEST: libc::c_long = 20_000;
@@ -574,7 +574,7 @@ impl Pause {
     }
 }
 
-/// Sleeps for so many nanoseconds, less than a second, or until a signal comes. Not by the C library's function, where
+/// Sleeps for `nanos` nanoseconds, less than a second, or until a signal comes. Not by the C library's function, where
 /// a thread may be cancelled.
 fn sleep(nanos: libc::c_long) {
     // What this system call takes, whatever the C library's structure is.
@@ -810,7 +810,7 @@ pub(crate) unsafe fn call_handler(
     }
 }
 
-/// So many signals have a bit in the kernel's sets.
+/// Number of signals that have a bit in the kernel's sets.
 const SIGNALS: libc::c_int = 64;
 
 /// The signals that were blocked when a handler was called, where the layout of its context is known.
@@ -870,7 +870,7 @@ pub(crate) fn epoll_control(
     check(unsafe { libc::epoll_ctl(epoll.as_raw_fd(), operation, fd.as_raw_fd(), &mut event) }).map(drop)
 }
 
-/// epoll_wait(2), for so many milliseconds at most, or for ever with -1. Returns how many events there are; none if a
+/// epoll_wait(2), for `timeout` milliseconds at most, or for ever with -1. Returns how many events there are; none if a
 /// signal came.
 pub(crate) fn epoll_wait(
     epoll: BorrowedFd<'_>,

@@ -320,7 +320,7 @@ impl Uffd {
         examine::explained(self, error, &Request::new(ioctl, start, len, modes), || self.process())
     }
 
-    /// Gives the faults of a range back to the kernel, and wakes whoever waits there.
+    /// Gives the faults of a range back to the kernel, and wakes every thread that waits there.
     ///
     /// The kernel itself wakes only waiters of missing faults here; this method wakes all of them, whether it
     /// succeeds or not. Missing pages read as zeros from now on. Protection is lifted; poison stays. Parts
@@ -623,7 +623,7 @@ impl Uffd {
         Ok(read / size_of::<Message>())
     }
 
-    /// Makes sure that so many bytes of messages may be from a userfaultfd.
+    /// Makes sure that messages of this length may be from a userfaultfd.
     #[inline(never)]
     fn verify(&self, read: usize, messages: &[Message]) -> Result<()> {
         let expected = size_of::<Message>();

@@ -8,6 +8,7 @@ mod step;
 mod steps;
 mod targets;
 mod test;
+mod words;
 
 use std::time::{Duration, Instant};
 

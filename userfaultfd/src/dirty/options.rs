@@ -55,7 +55,7 @@ pub struct Options {
     user_mode_only: bool,
     descriptor: Option<Uffd>,
     process: Process,
-    /// What ranges are registered for beside, where somebody else reads the descriptor.
+    /// What ranges are registered for beside, where other code reads the descriptor.
     elsewhere: Option<RegisterMode>,
     /// Of memory that a pager fills, and where it lies.
     lease: Option<(Arc<Lease>, Vec<Range<usize>>)>,

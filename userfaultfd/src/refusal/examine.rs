@@ -174,7 +174,7 @@ fn of_kernel(ioctl: IoctlFlags, kernel: FeatureFlags) -> Option<Reason> {
     (!kernel.intersects(feature)).then_some(Reason::KernelLacksIoctl(ioctl))
 }
 
-/// Whether a process has so many mappings that none can be split.
+/// Whether a process has no room for more mappings, so that none can be split.
 fn too_many_mappings(process: Process) -> Option<Reason> {
     let mut count = 0;
     let counted = process.each_mapping(Source::Maps, &(0..usize::MAX), |_| {

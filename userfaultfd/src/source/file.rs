@@ -103,7 +103,7 @@ impl Holes {
         Some(Self { _own: own, stamp, holes })
     }
 
-    /// The holes of a range of a file of so many bytes, and how many bytes are data.
+    /// The holes of a range of a file, whose length is given, and how many bytes are data.
     fn scan(own: &File, range: Range<u64>, len: u64) -> Option<(Vec<Range<u64>>, u64)> {
         let (mut holes, mut at, mut data_len, end) = (Vec::new(), range.start, 0, range.end.min(len));
         while at < end && holes.len() < Self::MOST {

@@ -64,7 +64,7 @@ pub trait PageSource: Send + Sync {
     ///
     /// # Errors
     ///
-    /// Any error means that nothing of `page` is to be used. The pager tries again as it is configured to, a page at
+    /// Any error means that nothing of `page` is used. The pager tries again as it is configured to, a page at
     /// a time, and in the end makes the page one that can't be read; it never shows zeros instead. A panic counts as
     /// an error.
     fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill>;
@@ -159,7 +159,7 @@ impl<S: PageSource + ?Sized> PageSource for Arc<S> {
     }
 }
 
-/// An error about what a source is to be made of.
+/// An error about what a source should be made of.
 fn invalid(text: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }

@@ -106,7 +106,7 @@ pub(crate) fn pointer(address: usize) -> *mut c_void {
     std::ptr::without_provenance_mut(address)
 }
 
-/// Tries so often while the layout changes.
+/// Tries up to `tries` times while the layout changes.
 fn retry<T>(tries: usize, mut operation: impl FnMut() -> Result<T>) -> Result<T> {
     for _ in 1..tries {
         match operation() {

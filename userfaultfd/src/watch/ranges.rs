@@ -36,7 +36,7 @@ impl Notes {
         Self { lock: Mutex::new(()), start: range.start, page, words }
     }
 
-    /// Whoever changes a note and the protection of its page does both under this lock: noting a page that is reset
+    /// A thread that changes a note and the protection of its page does both under this lock: noting a page that is reset
     /// before its protection is lifted would lose the write.
     pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner)

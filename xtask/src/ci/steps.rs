@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use super::step::{Outcome, Step};
-use super::{bare, deny, require, targets, test};
+use super::{bare, deny, require, targets, test, words};
 use crate::command::{cargo, execute, output};
 use crate::public_api::{self, Checked};
 use crate::{bindings, libclang, tree};
@@ -28,6 +28,7 @@ pub(super) const STEPS: &[Step] = &[
     step("fmt", "formatting", fmt),
     step("clippy", "lints, warnings denied", clippy),
     step("require", "every test begins with `require!`, which limits its time", require::run),
+    step("words", "docs have no word that the glossary retires", words::run),
     step("features", "the library without its parts, with each alone, and with the optional ones", features),
     step("doc", "documentation, warnings denied", doc),
     step("docs-rs", "documentation as docs.rs builds it", docs_rs),
