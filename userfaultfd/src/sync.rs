@@ -1,9 +1,33 @@
-//! `AtomicU64` on every target. Some 32-bit ones (mips, powerpc, old arm) have none: there it is a lock.
+//! What threads share: atomics that models can take the place of, and `AtomicU64` on every target.
+//!
+//! Some 32-bit targets (mips, powerpc, old arm) have no 64-bit atomics: there `AtomicU64` is a lock.
+//!
+//! Lock-free pieces that a model explores (the states of pages, who uses the memory of the SIGBUS table, counters in
+//! halves) take their atomics from [`atomic`]. `cargo xtask ci --step loom` compiles their tests with
+//! `--cfg userfaultfd_loom`, where they are loom's, and runs every interleaving that their orderings allow.
 
 #![cfg_attr(
     not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
     allow(dead_code, reason = "each feature uses a part")
 )]
+
+/// The standard library's, or loom's.
+#[cfg(feature = "pager")]
+pub(crate) mod atomic {
+    #[cfg(all(test, userfaultfd_loom))]
+    pub(crate) use loom::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize};
+    #[cfg(not(all(test, userfaultfd_loom)))]
+    pub(crate) use std::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize};
+
+    /// Lets another thread go on, of which this one waits for something.
+    #[cfg(any(test, not(target_has_atomic = "64")))]
+    pub(crate) fn spin_loop() {
+        #[cfg(all(test, userfaultfd_loom))]
+        loom::thread::yield_now();
+        #[cfg(not(all(test, userfaultfd_loom)))]
+        std::hint::spin_loop();
+    }
+}
 
 #[cfg(target_has_atomic = "64")]
 pub(crate) use std::sync::atomic::AtomicU64;

@@ -641,7 +641,7 @@ pub(crate) fn lock_on_fault(start: std::ptr::NonNull<u8>, len: usize) -> Result<
 }
 
 /// Has a mapping take memory in pages of the base size. `EINVAL`: the kernel has no others.
-#[cfg(feature = "pager")]
+#[cfg(all(feature = "pager", not(all(test, userfaultfd_loom))))]
 pub(crate) fn no_huge_pages(map: &memmap2::MmapRaw) -> Result<(), Errno> {
     // SAFETY: the range is that of the mapping, in which nothing changes.
     check(unsafe { libc::madvise(map.as_mut_ptr().cast(), map.len(), libc::MADV_NOHUGEPAGE) }).map(drop)

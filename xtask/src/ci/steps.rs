@@ -41,6 +41,7 @@ pub(super) const STEPS: &[Step] = &[
     step("bare", "a build without libclang, C compiler and kernel headers", bare::run),
     step("nix", "the library, and programs written for 0.9, with the oldest nix that it accepts", oldest_nix),
     step("benches", "every benchmark, once and unmeasured", benches),
+    step("loom", "every interleaving of page states, the SIGBUS table and counters", loom),
     step("kernels", "the tests on other kernels, in virtual machines", kernels),
     step("test", "the README's test command, skips only for what this machine lacks", test::run),
 ];
@@ -177,6 +178,16 @@ fn oldest_nix() -> Result<Outcome, String> {
 /// Without `--bench` each benchmark does everything once, with little memory, and measures nothing.
 fn benches() -> Result<Outcome, String> {
     passed(execute(&mut cargo(&["test", "--package=userfaultfd", "--benches"])))
+}
+
+/// Threads that take turns more often than this find nothing that fewer turns don't, and take minutes.
+const PREEMPTIONS: &str = "3";
+
+fn loom() -> Result<Outcome, String> {
+    let mut command = cargo(&["test", "--package=userfaultfd", "--lib"]);
+    command.arg("--target-dir").arg(tree::scratch().join("loom")).args(["--", "loom_models::"]);
+    command.env("RUSTFLAGS", "--cfg=userfaultfd_loom").env("LOOM_MAX_PREEMPTIONS", PREEMPTIONS);
+    passed(execute(&mut command))
 }
 
 /// The tests that run on each kernel, until those of the pager, the trackers and snapshots that are new pass there, too.

@@ -12,6 +12,7 @@ use std::time::Instant;
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
 
 use super::table::{self, SHARDS};
+use super::visitors::Visitors;
 use super::{handler, table::shard_number};
 use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::memory::descriptor::at;
@@ -67,7 +68,7 @@ pub(crate) struct Lazy {
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another place's
 struct Place {
     /// Threads that use the memory.
-    users: AtomicU32,
+    users: Visitors,
     /// Faults so far, for choosing those that are timed.
     faults: AtomicU32,
 }
@@ -88,8 +89,7 @@ impl Deref for User<'_> {
 
 impl Drop for User<'_> {
     fn drop(&mut self) {
-        // Release: pairs with `wait_for_users`. The memory may be gone right after.
-        self.lazy.places[self.place].users.fetch_sub(1, Ordering::Release);
+        self.lazy.places[self.place].users.leave();
     }
 }
 
@@ -215,8 +215,7 @@ impl Lazy {
     /// Notes that a thread uses the memory, which is about to find it in the table. It has a shard.
     pub(super) fn entered(&self, shard: usize) -> User<'_> {
         let place = shard % PLACES;
-        // SeqCst: this is seen by who waits for users, or `gone` by who enters.
-        self.places[place].users.fetch_add(1, Ordering::SeqCst);
+        self.places[place].users.enter();
         User { lazy: self, place }
     }
 
@@ -230,7 +229,7 @@ impl Lazy {
     fn wait_for_users(&self) {
         for place in &self.places {
             let mut pause = Pause::new();
-            while place.users.load(Ordering::SeqCst) > 0 {
+            while place.users.are_inside() {
                 pause.rest();
             }
         }

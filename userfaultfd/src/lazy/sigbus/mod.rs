@@ -5,6 +5,7 @@ mod concat;
 mod handler;
 mod memory;
 mod table;
+mod visitors;
 
 pub use concat::SignalSafeConcat;
 pub(crate) use memory::{Lazy, Lost, Owned};

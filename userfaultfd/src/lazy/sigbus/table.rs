@@ -17,6 +17,7 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use super::memory::{Lazy, User};
+use super::visitors::Visitors;
 use crate::Errno;
 use crate::pager::Result;
 use crate::sys::{self, Pause};
@@ -39,7 +40,7 @@ struct Shard {
     /// Faults that are being answered.
     running: AtomicU32,
     /// Those of them that look in the table.
-    searching: AtomicU32,
+    searching: Visitors,
 }
 
 /// The length of the mapping, how many entries there are, and then those, by address.
@@ -117,9 +118,8 @@ pub(super) fn is_any_running() -> bool {
 impl Shared {
     /// Enters the memory at an address.
     fn enter(&self, shard: &Shard, address: usize, number: usize) -> Option<User<'_>> {
-        // SeqCst: who takes an entry away, or replaces the table, looks at `searching` after that. Either this is seen
-        // there, and waited for, or the change is seen here.
-        shard.searching.fetch_add(1, Ordering::SeqCst);
+        // Before the table is looked at: see `Visitors`.
+        shard.searching.enter();
         let entries = entries(self.table.load(Ordering::SeqCst));
         let entry = entries.get(entries.partition_point(|entry| entry.end <= address));
         let lazy =
@@ -128,7 +128,7 @@ impl Shared {
         // until those who have entered it left it.
         let lazy = lazy.and_then(|lazy| unsafe { lazy.as_ref() });
         let user = lazy.map(|lazy| lazy.entered(number));
-        shard.searching.fetch_sub(1, Ordering::SeqCst);
+        shard.searching.leave();
         user
     }
 
@@ -136,7 +136,7 @@ impl Shared {
     fn wait_for_searches(&self) {
         for shard in &self.shards {
             let mut pause = Pause::new();
-            while shard.searching.load(Ordering::SeqCst) > 0 {
+            while shard.searching.are_inside() {
                 pause.rest();
             }
         }

@@ -4,13 +4,12 @@
 
 use std::io;
 use std::ops::Range;
-use std::slice;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
-use memmap2::{MmapOptions, MmapRaw};
-
-use crate::sys;
+use self::room::cells;
+pub(crate) use self::room::{Room, map};
+use crate::sync::atomic::{AtomicU8, AtomicUsize};
 
 /// The content is in place.
 const PRESENT: u8 = 1 << 0;
@@ -58,7 +57,7 @@ pub(crate) enum End {
 #[derive(Debug)]
 pub(crate) struct Pages {
     /// The regions of a fork's child share one mapping.
-    states: Arc<MmapRaw>,
+    states: Arc<Room>,
     first: usize,
     count: usize,
     present: AtomicUsize,
@@ -68,7 +67,7 @@ pub(crate) struct Pages {
 impl Pages {
     /// All absent. Memory is taken for the parts that are touched.
     pub(crate) fn new(count: usize) -> io::Result<Self> {
-        let states = Arc::new(Self::map(count)?);
+        let states = Arc::new(map(count)?);
         Ok(Self { states, first: 0, count, present: AtomicUsize::new(0), poisoned: AtomicUsize::new(0) })
     }
 
@@ -86,16 +85,8 @@ impl Pages {
         }
     }
 
-    /// Room for so many states, all absent. The allocator isn't used.
-    pub(crate) fn map(count: usize) -> io::Result<MmapRaw> {
-        let states: MmapRaw = MmapOptions::new().len(count).no_reserve_swap().map_anon()?.into();
-        // Room is taken for what is touched, not for 2 MiB around it. A kernel without huge pages doesn't know it.
-        let _refused = sys::no_huge_pages(&states);
-        Ok(states)
-    }
-
     /// The states that [`copy_to`](Self::copy_to) wrote to a mapping from `first` on.
-    pub(crate) fn of_copy(states: Arc<MmapRaw>, first: usize, count: usize) -> Self {
+    pub(crate) fn of_copy(states: Arc<Room>, first: usize, count: usize) -> Self {
         let (present, poisoned) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let pages = Self { states, first, count, present, poisoned };
         for cell in pages.cells() {
@@ -106,7 +97,7 @@ impl Pages {
     }
 
     /// Copies the states of a range of pages to a mapping from `first` on. What is being loaded is absent in the copy.
-    pub(crate) fn copy_to(&self, range: Range<usize>, copy: &MmapRaw, first: usize) {
+    pub(crate) fn copy_to(&self, range: Range<usize>, copy: &Room, first: usize) {
         let to = cells(copy, first, range.len());
         for (to, from) in to.iter().zip(&self.cells()[range]) {
             let state = from.load(Ordering::Acquire) & (PRESENT | POISONED | REMOVED);
@@ -278,17 +269,143 @@ impl Pages {
     }
 }
 
-/// Some of the states in a mapping.
-fn cells(states: &MmapRaw, first: usize, count: usize) -> &[AtomicU8] {
-    assert!(first.checked_add(count).is_some_and(|end| end <= states.len()), "states that are mapped");
-    // SAFETY: `first` is within the mapping, as has been asserted.
-    let start = unsafe { states.as_ptr().add(first) };
-    // SAFETY: so many bytes from there on are mapped, readable and writable as long as `states` is borrowed. Nothing
-    // but these atomics leads to them, and any byte is good for an atomic one.
-    unsafe { slice::from_raw_parts(start.cast::<AtomicU8>(), count) }
+/// Where the states lie: in a mapping.
+#[cfg(not(all(test, userfaultfd_loom)))]
+mod room {
+    use std::sync::atomic::AtomicU8;
+    use std::{io, slice};
+
+    use memmap2::{MmapOptions, MmapRaw};
+
+    use crate::sys;
+
+    pub(crate) type Room = MmapRaw;
+
+    /// Room for the states of `count` pages, all missing. The allocator isn't used.
+    pub(crate) fn map(count: usize) -> io::Result<Room> {
+        let states: MmapRaw = MmapOptions::new().len(count).no_reserve_swap().map_anon()?.into();
+        // Room is taken for what is touched, not for 2 MiB around it. A kernel without huge pages doesn't know it.
+        let _refused = sys::no_huge_pages(&states);
+        Ok(states)
+    }
+
+    /// Some of the states in a mapping.
+    pub(super) fn cells(states: &Room, first: usize, count: usize) -> &[AtomicU8] {
+        assert!(first.checked_add(count).is_some_and(|end| end <= states.len()), "states that are mapped");
+        // SAFETY: `first` is within the mapping, as has been asserted.
+        let start = unsafe { states.as_ptr().add(first) };
+        // SAFETY: `count` bytes from there on are mapped, readable and writable as long as `states` is borrowed. Nothing
+        // but these atomics leads to them, and any byte is good for an atomic one.
+        unsafe { slice::from_raw_parts(start.cast::<AtomicU8>(), count) }
+    }
 }
 
-#[cfg(test)]
+/// Where the states lie in a model: its atomics are no bytes.
+#[cfg(all(test, userfaultfd_loom))]
+mod room {
+    use std::io;
+
+    use crate::sync::atomic::AtomicU8;
+
+    pub(crate) type Room = Vec<AtomicU8>;
+
+    pub(crate) fn map(count: usize) -> io::Result<Room> {
+        Ok((0..count).map(|_| AtomicU8::new(0)).collect())
+    }
+
+    pub(super) fn cells(states: &Room, first: usize, count: usize) -> &[AtomicU8] {
+        &states[first..first + count]
+    }
+}
+
+/// Every interleaving of two or three threads.
+#[cfg(all(test, userfaultfd_loom))]
+mod loom_models {
+    use loom::cell::UnsafeCell;
+    use loom::thread;
+
+    use super::*;
+
+    fn explore(threads: impl Fn(&Arc<Pages>) + Send + Sync + 'static) {
+        loom::model(move || threads(&Arc::new(Pages::new(1).unwrap())));
+    }
+
+    /// Content that the claimant alone writes, and that every thread may read that finds the page present.
+    #[test]
+    fn page_is_loaded_by_one_and_seen_whole_by_others() {
+        loom::model(|| {
+            let pages = Arc::new((Pages::new(1).unwrap(), UnsafeCell::new(0)));
+            let fault = |pages: &(Pages, UnsafeCell<u32>)| match pages.0.claim(0) {
+                Claim::Mine { .. } => {
+                    // SAFETY: loom reports another access at the same time.
+                    pages.1.with_mut(|content| unsafe { *content = 7 });
+                    Some(pages.0.end(0, End::Present))
+                }
+                Claim::Present => {
+                    // SAFETY: as above.
+                    assert_eq!(pages.1.with(|content| unsafe { *content }), 7);
+                    None
+                }
+                Claim::Joined => None,
+                Claim::Poisoned => unreachable!("nothing poisons it"),
+            };
+            let other = Arc::clone(&pages);
+            let other = thread::spawn(move || fault(&other));
+            let (here, there) = (fault(&pages), other.join().unwrap());
+            assert!(here.is_some() != there.is_some(), "one load: {here:?}, {there:?}");
+            assert_eq!(pages.0.present_and_poisoned(), (1, 0));
+        });
+    }
+
+    /// A fault that joined is woken, whenever it came.
+    #[test]
+    fn fault_that_joined_is_woken_by_the_load() {
+        explore(|pages| {
+            assert!(matches!(pages.claim(0), Claim::Mine { .. }));
+            let other = Arc::clone(pages);
+            let other = thread::spawn(move || other.claim(0));
+            let wakes = pages.end(0, End::Present);
+            let claim = other.join().unwrap();
+            assert_eq!(wakes, claim == Claim::Joined, "{claim:?}");
+            assert!(matches!(claim, Claim::Joined | Claim::Present));
+        });
+    }
+
+    /// A removal while a page is loaded isn't lost: either the load ends first, and the page goes, or it is known.
+    #[test]
+    fn removal_during_a_load_is_not_lost() {
+        explore(|pages| {
+            assert!(pages.claim_quietly(0, false));
+            let other = Arc::clone(pages);
+            let other = thread::spawn(move || other.remove(0..1, false));
+            let _joined = pages.end(0, End::Released);
+            other.join().unwrap();
+            assert_eq!(pages.claim(0), Claim::Mine { removed: true, tries: 0 });
+            assert_eq!(pages.present_and_poisoned(), (0, 0));
+        });
+    }
+
+    /// Whoever sees a page present finds it counted, and what is removed is counted no more.
+    #[test]
+    fn counts_follow_the_states() {
+        explore(|pages| {
+            assert!(pages.claim_quietly(0, false));
+            let other = Arc::clone(pages);
+            let other = thread::spawn(move || {
+                if other.claim(0) == Claim::Present {
+                    assert_eq!(other.present_and_poisoned(), (1, 0));
+                    other.remove(0..1, false);
+                }
+            });
+            let _joined = pages.end(0, End::Present);
+            other.join().unwrap();
+            let present = usize::from(!pages.is_absent(0));
+            assert_eq!(pages.present_and_poisoned(), (present, 0));
+        });
+    }
+}
+
+#[cfg(all(test, not(userfaultfd_loom)))]
 mod tests {
     use super::*;
 
@@ -423,7 +540,7 @@ mod tests {
         }
         pages.remove(2..3, false);
         pages.claim(3);
-        let copy = Pages::map(6).unwrap();
+        let copy = map(6).unwrap();
         pages.copy_to(0..4, &copy, 2);
         let copy = Pages::of_copy(Arc::new(copy), 2, 4);
         assert_eq!(copy.present_and_poisoned(), (1, 1));

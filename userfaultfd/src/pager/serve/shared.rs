@@ -11,8 +11,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, TryLockError};
 use std::time::Duration;
 
-use memmap2::MmapRaw;
-
 use super::activity::{Activity, Doing, Reads};
 use super::reports::Reports;
 use crate::owner::{InheritedFd, Owner, abandon};
@@ -20,6 +18,7 @@ use crate::pager::fill::filler::Filler;
 use crate::pager::fill::retry::RetryQueue;
 use crate::pager::memory::address_map::{Layout, ROOM, Segments};
 use crate::pager::memory::descriptor::{Descriptor, OUTSIDE, Origin, Serving, lock};
+use crate::pager::memory::page_state::Room;
 use crate::pager::memory::region::Served;
 use crate::pager::prefetch::read_ahead::Ahead;
 use crate::pager::stats::Counters;
@@ -52,7 +51,7 @@ pub(crate) struct Inherited {
     /// As it was when the process forked, which is the child's.
     pub(crate) layout: Layout,
     /// The states of its segments' pages then, one after the other; nothing of those that are shared.
-    pub(crate) states: MmapRaw,
+    pub(crate) states: Room,
 }
 
 /// Notes for the control thread that it hasn't taken yet. Adding one takes nothing of the allocator's: see `mapped_vec`.

@@ -12,7 +12,7 @@ use super::shared::{Fork, Inherited, Note, Shared};
 use super::shutdown::sole;
 use crate::pager::memory::address_map::{Layout, Segment};
 use crate::pager::memory::descriptor::{Descriptor, Origin, Serving, wake};
-use crate::pager::memory::page_state::Pages;
+use crate::pager::memory::page_state::{self, Pages, Room};
 use crate::pager::stats::Counters;
 use crate::pager::trace::event;
 use crate::sync_point::{Point, reach};
@@ -86,9 +86,9 @@ fn copy_patiently(layout: &Layout) -> io::Result<Inherited> {
 
 /// The states of what a fork's child doesn't share with its parent. Allocates nothing but one mapping: the forking
 /// thread holds the allocator's locks.
-fn copy_states(layout: &Layout) -> io::Result<memmap2::MmapRaw> {
+fn copy_states(layout: &Layout) -> io::Result<Room> {
     let segments = || layout.segments().iter().filter(|segment| !segment.region.shared);
-    let states = Pages::map(segments().map(|segment| segment.pages().len()).sum::<usize>().max(1))?;
+    let states = page_state::map(segments().map(|segment| segment.pages().len()).sum::<usize>().max(1))?;
     let mut first = 0;
     for segment in segments() {
         segment.region.pages.copy_to(segment.pages(), &states, first);

@@ -38,8 +38,9 @@ mod whole {
 /// Where they aren't: 32-bit mips, powerpc, riscv, old arm and others. Tested everywhere.
 #[cfg(any(test, not(target_has_atomic = "64")))]
 mod halves {
-    use std::hint;
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::Ordering;
+
+    use crate::sync::atomic::{AtomicU32, spin_loop};
 
     /// The upper half is there twice, written before and after the lower one, and read the other way round. A reader
     /// that finds both the same has the lower half that belongs to them.
@@ -51,6 +52,7 @@ mod halves {
     }
 
     impl Count {
+        #[cfg(not(all(test, userfaultfd_loom)))]
         pub(crate) const fn new() -> Self {
             Self { before: AtomicU32::new(0), lower: AtomicU32::new(0), after: AtomicU32::new(0) }
         }
@@ -64,7 +66,7 @@ mod halves {
                 if self.before.load(Ordering::Acquire) == upper {
                     return u64::from(upper) << 32 | u64::from(lower);
                 }
-                hint::spin_loop();
+                spin_loop();
             }
         }
 
@@ -87,7 +89,33 @@ impl Count {
     }
 }
 
-#[cfg(test)]
+/// Every interleaving of a writer and a reader, for counters in halves.
+#[cfg(all(test, userfaultfd_loom))]
+mod loom_models {
+    use std::sync::Arc;
+
+    use loom::thread;
+
+    use super::halves::Count;
+
+    #[test]
+    fn reader_of_halves_sees_whole_values_in_order() {
+        const VALUES: [u64; 3] = [0, u32::MAX as u64, 1 << 32];
+        loom::model(|| {
+            let count = Arc::new(Count::default());
+            let writer = Arc::clone(&count);
+            let writer = thread::spawn(move || VALUES[1..].iter().for_each(|value| writer.set(*value)));
+            let place =
+                |value| VALUES.iter().position(|known| *known == value).expect("a value that was stored");
+            let first = place(count.get());
+            assert!(first <= place(count.get()));
+            writer.join().unwrap();
+            assert_eq!(count.get(), VALUES[2]);
+        });
+    }
+}
+
+#[cfg(all(test, not(userfaultfd_loom)))]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
