@@ -56,7 +56,12 @@ pub(crate) struct FinalName {
     target: Option<PathBuf>,
     /// The name until then, if it has one.
     beside: Option<PathBuf>,
+    /// Replaces no file: where there is one by now, returns another name in the directory.
+    other: Option<OtherName>,
 }
+
+/// Returns a name in a directory that no file has at the moment.
+pub(crate) type OtherName = fn(&Path) -> io::Result<PathBuf>;
 
 impl PendingFile {
     /// Creates the new file, beside the one at `path` if there is one.
@@ -68,13 +73,20 @@ impl PendingFile {
         Self::create_at(path.as_ref(), true)
     }
 
+    /// Creates a file that replaces none: see [`OtherName`].
+    pub(crate) fn create_new(directory: &Path, name: OtherName) -> io::Result<Self> {
+        let mut file = Self::create_at(&name(directory)?, true)?;
+        file.name.other = Some(name);
+        Ok(file)
+    }
+
     /// Without `unnamed` it has a name while it is written, as on filesystems that know no other files.
     fn create_at(path: &Path, unnamed: bool) -> io::Result<Self> {
         // Whoever may not write to the old file doesn't replace it, either.
         let old = match OpenOptions::new().write(true).open(path) {
             Ok(file) => match file.metadata()? {
                 metadata if metadata.is_file() => Some(metadata),
-                _ => return Ok(Self { file, name: FinalName { target: None, beside: None } }),
+                _ => return Ok(Self { file, name: FinalName { target: None, beside: None, other: None } }),
             },
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => return Err(error),
@@ -90,11 +102,11 @@ impl PendingFile {
             Ok::<_, io::Error>(file)
         });
         let (file, name) = match nameless {
-            Some(Ok(file)) => (file, FinalName { target: Some(target), beside: None }),
+            Some(Ok(file)) => (file, FinalName { target: Some(target), beside: None, other: None }),
             _ => {
                 let beside = name_beside(&target)?;
                 let file = options.create_new(true).open(&beside)?;
-                (file, FinalName { target: Some(target), beside: Some(beside) })
+                (file, FinalName { target: Some(target), beside: Some(beside), other: None })
             }
         };
         if let Some(old) = &old {
@@ -144,8 +156,22 @@ impl Write for PendingFile {
 impl FinalName {
     /// See [`PendingFile::commit`].
     pub(crate) fn put(mut self, file: &File) -> io::Result<()> {
-        let Some(target) = &self.target else { return sync(file) };
+        let Some(target) = &mut self.target else { return sync(file) };
         file.sync_all()?;
+        if let Some(other) = self.other {
+            let put = |target: &Path| match &self.beside {
+                Some(beside) => sys::rename_new(beside, target),
+                None => sys::link(file.as_fd(), target),
+            };
+            while let Err(errno) = put(target) {
+                if errno != Errno::EEXIST {
+                    return Err(errno.into());
+                }
+                *target = other(directory(target)?)?;
+            }
+            self.beside = None;
+            return sync(&File::open(directory(target)?)?);
+        }
         if self.beside.is_none() {
             match sys::link(file.as_fd(), target) {
                 // Only a file with a name can replace another.
@@ -158,7 +184,7 @@ impl FinalName {
             }
         }
         if let Some(beside) = &self.beside {
-            fs::rename(beside, target)?;
+            fs::rename(beside, &*target)?;
             self.beside = None;
         }
         sync(&File::open(directory(target)?)?)

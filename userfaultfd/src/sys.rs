@@ -309,6 +309,18 @@ pub(crate) fn read_memory(
     Ok(read)
 }
 
+/// Gives a file another name, unless one has that: renameat2(2), Linux 3.15.
+pub(crate) fn rename_new(from: &Path, to: &Path) -> Result<(), Errno> {
+    let [from, to] = [from, to].map(|path| CString::new(path.as_os_str().as_bytes()));
+    let (from, to) = (from.map_err(|_| Errno::EINVAL)?, to.map_err(|_| Errno::EINVAL)?);
+    let at = libc::AT_FDCWD;
+    // SAFETY: both paths are NUL-terminated and borrowed for the call.
+    let renamed = unsafe {
+        libc::syscall(libc::SYS_renameat2, at, from.as_ptr(), at, to.as_ptr(), libc::RENAME_NOREPLACE)
+    };
+    check(renamed as libc::c_int).map(drop)
+}
+
 /// Gives an open file a name, also one that has none: linkat(2).
 pub(crate) fn link(file: BorrowedFd<'_>, path: &Path) -> Result<(), Errno> {
     // AT_EMPTY_PATH takes rights before Linux 6.10.

@@ -14,7 +14,6 @@ use super::copy::bits::Bits;
 use super::copy::queue::Queue;
 use super::copy::shared::{Counts, Shared, duration};
 use super::error::{Error, Result};
-use super::file::chain::next_path;
 use super::file::format::SnapshotId;
 use super::file::writer::SnapshotWriter;
 use super::maker::Maker;
@@ -74,7 +73,8 @@ impl Series {
     /// was completed since. Otherwise, and after `increments` files that follow a base, it is a base itself, which holds
     /// everything.
     ///
-    /// [`Chain::open`](super::Chain::open) finds the files.
+    /// [`Chain::open`](super::Chain::open) finds the files: of one series, so that each wants a directory of its own. The file
+    /// gets its name when it is complete, and replaces none.
     ///
     /// # Errors
     ///
@@ -96,8 +96,7 @@ impl Series {
             if follows.is_none() {
                 changed.set(0..changed.len(), true);
             }
-            let path = next_path(&folder).map_err(Error::Sink)?;
-            let mut writer = SnapshotWriter::create(path).map_err(Error::Sink)?;
+            let mut writer = SnapshotWriter::create_next(&folder).map_err(Error::Sink)?;
             if let Some(last) = follows {
                 writer = writer.follows(last.id);
             }

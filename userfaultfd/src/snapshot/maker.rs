@@ -43,7 +43,8 @@ impl Maker {
             return Err(Error::Kernel(crate::Error::OtherProcess));
         }
         let completed = self.shared.claim().ok_or(Error::Running)?;
-        let (mut sink, incremental, changed) = with(completed).inspect_err(|_| self.shared.release(false))?;
+        let with = caught(|| with(completed)).and_then(|with| with);
+        let (mut sink, incremental, changed) = with.inspect_err(|_| self.shared.release(false))?;
         let begin = || self.begin_claimed(&mut sink, incremental, changed);
         let begun = caught(begin).and_then(|begun| begun);
         let (queue, counts) = begun.inspect_err(|_| self.shared.release(false))?;

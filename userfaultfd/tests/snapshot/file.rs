@@ -7,7 +7,8 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use userfaultfd::snapshot::{
-    Chain, Content, FormatError, Geometry, Options, Series, Sink, Snapshot, SnapshotReader, SnapshotWriter,
+    Chain, Content, Error, FormatError, Geometry, Options, Series, Sink, Snapshot, SnapshotReader,
+    SnapshotWriter,
 };
 use userfaultfd::source::{Fill, PageSource};
 use userfaultfd::{FeatureFlags, RegisterMode};
@@ -774,4 +775,31 @@ fn a_series_of_files_in_a_folder_is_a_chain() {
     fs::remove_file(&last).unwrap();
     let error = Chain::open(&folder.0).unwrap_err();
     assert!(matches!(error, FormatError::NeedsParent { .. }), "{error:?}");
+}
+
+/// Each names its files when they are complete.
+#[test]
+fn series_that_save_to_one_directory_replace_no_file() {
+    require!(WRITE_PROTECT);
+    let (folder, memories) = (Folder::new(test_name!()), [1, 2].map(|_| Memory::anonymous(3)));
+    let mut series = memories.each_ref().map(|memory| {
+        number(memory, 1);
+        Options::new().range(addresses(memory)).series().unwrap()
+    });
+    for files in [2, 4] {
+        let [one, other] = series.each_mut().map(|series| series.begin_in(&folder.0, 9).unwrap());
+        one.wait().unwrap();
+        other.wait().unwrap();
+        assert_eq!(folder.names().len(), files);
+    }
+    for name in folder.names() {
+        SnapshotReader::open(folder.path(&name)).unwrap();
+    }
+    // No number is left: an error, after which the series goes on.
+    let last = folder.path(&format!("{}.snapshot", u64::MAX));
+    fs::write(&last, b"").unwrap();
+    assert!(matches!(series[0].begin_in(&folder.0, 9), Err(Error::Sink(_))));
+    fs::remove_file(last).unwrap();
+    series[0].begin_in(&folder.0, 9).unwrap().wait().unwrap();
+    assert_eq!(folder.names().len(), 5);
 }

@@ -5,7 +5,7 @@
 use std::mem;
 use std::ptr;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use super::table::{self, with_memory_at};
 use crate::pager::Result;
@@ -14,6 +14,9 @@ use crate::sys;
 
 /// What is done with a SIGBUS that isn't ours: what was done before. Null: nothing was installed yet.
 static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
+
+/// Whether the handler is installed, or has been: another one that calls it may stand before it now.
+static INSTALLED: AtomicBool = AtomicBool::new(false);
 
 /// The actions that [`BEFORE`] and [`ABOVE`] lead to. They stay: a handler can't know whether another one still reads the last one.
 static KNOWN: [OnceLock<libc::sigaction>; 64] = [const { OnceLock::new() }; 64];
@@ -54,18 +57,26 @@ pub(super) fn install() -> Result<()> {
 /// As [`install`], and does something between looking what is installed and replacing it.
 fn install_with(between: impl FnOnce()) -> Result<()> {
     table::locked(|| {
-        if !BEFORE.load(Ordering::Acquire).is_null() {
+        if INSTALLED.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let seen = sys::bus_action()?;
+        if is_ours(&seen) {
+            // The parent had installed it, and hadn't noted that when this process was forked.
+            INSTALLED.store(true, Ordering::Release);
             return Ok(());
         }
         // Known before it is replaced, so that a signal that comes at once finds it.
-        let seen = sys::bus_action()?;
         remember(&seen);
         between();
         // SAFETY: the handler and all that it calls allocate nothing, take no lock, and keep errno.
         let replaced = unsafe { sys::handle_bus(handle) };
         match replaced {
             // Another thread may have installed one meanwhile.
-            Ok(replaced) => remember(&replaced),
+            Ok(replaced) => {
+                remember(&replaced);
+                INSTALLED.store(true, Ordering::Release);
+            }
             Err(_) => BEFORE.store(ptr::null_mut(), Ordering::Release),
         }
         replaced.map(drop)
@@ -240,6 +251,24 @@ mod tests {
             });
             assert_eq!(CALLS.load(Ordering::SeqCst), 2);
             assert!(ours());
+        });
+    }
+
+    #[test]
+    fn child_of_a_fork_during_the_installation_installs_the_handler() {
+        require!();
+        child::run_well(test_name!(), || {
+            let installs = || {
+                install().unwrap();
+                assert!(is_ours(&sys::bus_action().unwrap()));
+                // SAFETY: what was remembered stays.
+                let before = unsafe { &*BEFORE.load(Ordering::SeqCst) };
+                assert!(!is_ours(before), "it would call itself");
+            };
+            // In the middle, and when it is installed and that isn't noted.
+            install_with(|| child::fork(installs).succeed()).unwrap();
+            INSTALLED.store(false, Ordering::SeqCst);
+            child::fork(installs).succeed();
         });
     }
 

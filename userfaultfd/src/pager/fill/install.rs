@@ -298,6 +298,10 @@ impl Filler {
                     // Such kernels say ENOMEM of an empty pool.
                     return End::Present;
                 }
+                if run.is_early {
+                    // Poison would stay when the pool has pages again. A fault, or the end, finds out what is there.
+                    return End::Released;
+                }
                 Content::Poison
             }
             _ => return End::Present,

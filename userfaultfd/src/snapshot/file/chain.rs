@@ -128,7 +128,13 @@ pub(crate) fn next_path(directory: &Path) -> io::Result<PathBuf> {
     for entry in fs::read_dir(directory)? {
         last = last.max(number_of(&entry?.file_name()).unwrap_or(0));
     }
-    Ok(directory.join(format!("{:010}{}", last + 1, String::from_utf8_lossy(SUFFIX))))
+    let next = last.checked_add(1).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a file of the directory has the greatest number that there is",
+        )
+    })?;
+    Ok(directory.join(format!("{next:010}{}", String::from_utf8_lossy(SUFFIX))))
 }
 
 fn number_of(name: &OsStr) -> Option<u64> {

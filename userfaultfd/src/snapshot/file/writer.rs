@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
+use super::chain::next_path;
 use super::format::{Extent, Footer, HEADER, Header, Place, SnapshotId, encode_index};
 use crate::pending_file::FinalName;
 use crate::snapshot::sink::{Content, Geometry, Sink};
@@ -45,7 +46,15 @@ impl SnapshotWriter<BufWriter<File>> {
     ///
     /// Those of [`PendingFile::create`].
     pub fn create(path: impl AsRef<Path>) -> io::Result<Self> {
-        let PendingFile { file, name } = PendingFile::create(path)?;
+        Self::of_file(PendingFile::create(path)?)
+    }
+
+    /// Writes the next file of a series in a directory, which replaces none.
+    pub(crate) fn create_next(directory: &Path) -> io::Result<Self> {
+        Self::of_file(PendingFile::create_new(directory, next_path)?)
+    }
+
+    fn of_file(PendingFile { file, name }: PendingFile) -> io::Result<Self> {
         let mut writer = Self::new(BufWriter::with_capacity(1 << 20, file))?;
         writer.pending = Some(Pending { file: BufWriter::get_ref, name });
         Ok(writer)
