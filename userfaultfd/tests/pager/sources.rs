@@ -249,7 +249,7 @@ fn a_file_that_has_become_shorter_is_poison_and_not_zeros() {
         other.set_len(page() as u64).unwrap();
         assert_eq!(see(&memory, 2), Seen::POISON);
         wait_until(|| problems.count("Source") == 1);
-        assert!(problems.all()[0].contains("end of file"), "{:?}", problems.all());
+        assert!(problems.all()[0].contains("UnexpectedEof"), "{:?}", problems.all());
     }
 }
 

@@ -3,17 +3,18 @@
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use userfaultfd::pager::{Around, Pager, Region};
-use userfaultfd::{FeatureFlags, RegisterMode, Uffd, UffdBuilder};
+use userfaultfd::pager::{Around, BytesSource, Order, Pager, Region};
+use userfaultfd::{FeatureFlags, LazyMemory, RegisterMode, Uffd, UffdBuilder};
 
 use crate::reader::{Reader, Seen, read, tell_signals};
 use crate::scene::{Pages, Problems, byte, check, content, memory, region, see, serve};
 use crate::support::handler::fill;
 use crate::support::mapping::{self, Mapping};
 use crate::support::memory::{self as kinds, Kind, Memory};
-use crate::support::proc::wait_until;
+use crate::support::proc::{wait_for_pending, wait_until};
 use crate::support::{child, has, page, require, test_name, uffd};
 
 #[test]
@@ -432,5 +433,39 @@ fn forks_child_is_served_though_its_event_came_while_nothing_could_be_mapped() {
             forks.join().unwrap().succeed();
         });
         check(&memory, 3, 3);
+    });
+}
+
+#[test]
+fn page_in_of_a_source_keeps_no_other_memory_waiting() {
+    require!(FeatureFlags::MISSING_SHMEM);
+    child::run_well(test_name!(), || {
+        // The source's memory is missing itself, as a page of a file is that a network has to bring.
+        let content = Memory::anonymous(8);
+        let slow = UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(false).create();
+        if !has(test_name!(), "a userfaultfd for faults of the kernel", slow.is_ok()) {
+            return;
+        }
+        let slow = slow.unwrap();
+        slow.register(content.start(), content.len()).unwrap();
+        let start: *const u8 = content.start().cast();
+        // SAFETY: it is mapped until the process ends, and only the kernel reads it.
+        let bytes = unsafe { std::slice::from_raw_parts(start, content.len()) };
+        std::mem::forget(content);
+        let pager = Arc::new(Pager::builder().threads(2).build().unwrap());
+        let memory = LazyMemory::builder(BytesSource::new(bytes)).pager(&pager).build().unwrap();
+        let other = LazyMemory::builder(Pages::new(page())).len(8 * page()).pager(&pager).build().unwrap();
+        let background = memory.background(Order::Ascending).unwrap();
+        wait_for_pending(&slow, 1);
+        // Each of them looks for its region among all.
+        let mut bytes = [0; 2];
+        assert_eq!(other.read_at(3 * page(), &mut bytes).unwrap(), 2);
+        assert_eq!((bytes[0], other[5 * page()]), (byte(3), byte(5)));
+        assert!(other.absent().unwrap().iter().map(|absent| absent.len).sum::<usize>() > 0);
+        other.fill(|_| {}).unwrap();
+        drop(other);
+        // What is missing of the content is zero from now on.
+        drop(slow);
+        assert_eq!(background.wait().done, memory.len() as u64);
     });
 }

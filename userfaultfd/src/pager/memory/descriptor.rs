@@ -9,7 +9,7 @@
 //! meet at a common lock. A change locks all shards. Where the descriptor tells of no changes, reading it is no
 //! change either, and locks the thread's own shard alone.
 //!
-//! Callers, and threads that fill in the background, share the last [`OUTSIDE`] shards. They may come and go in any
+//! Callers, and threads that fill in the background, share [`OUTSIDE`] shards. They may come and go in any
 //! number, so their numbers exceed that of the shards.
 
 use std::ffi::c_void;
@@ -42,6 +42,10 @@ pub(crate) struct Serving {
 /// Shards of a descriptor that callers and threads in the background share: each has a filler of its own. A shard is locked
 /// while the kernel fills, never while a source is read. Each more makes each change of a layout dearer.
 pub(in crate::pager) const OUTSIDE: usize = 5;
+
+/// The number by which threads that have no filler look at layouts. Its shard is the last one: no fill ever holds it, so
+/// that a look doesn't wait for the kernel, which may read a source's own memory for as long as a disk takes.
+pub(in crate::pager) const LOOK: usize = usize::MAX;
 
 /// `None` once the descriptor isn't served any more.
 #[derive(Debug)]
@@ -94,7 +98,7 @@ pub(crate) struct Descriptor {
 }
 
 impl Descriptor {
-    /// With a shard for each of the pager's threads, and [`OUTSIDE`] more.
+    /// With a shard for each of the pager's threads, [`OUTSIDE`] more for fills, and one for looks.
     pub(crate) fn new(
         (id, slot): (u64, u32),
         serving: Serving,
@@ -131,10 +135,15 @@ impl Descriptor {
 
     /// The layout, which doesn't change as long as the guard lives. For short: no source is read meanwhile.
     pub(crate) fn enter(&self, thread: usize) -> MutexGuard<'_, Option<Serving>> {
-        let shard = self.shards.get(thread).unwrap_or_else(|| {
-            let last = self.shards.len() - 1;
-            &self.shards[last - (thread - last) % OUTSIDE]
-        });
+        let (looks, fills) = self.shards.split_last().expect("there is a shard for looks");
+        let shard = if thread == LOOK {
+            looks
+        } else {
+            fills.get(thread).unwrap_or_else(|| {
+                let last = fills.len() - 1;
+                &fills[last - (thread - last) % OUTSIDE]
+            })
+        };
         lock(&shard.0)
     }
 

@@ -17,7 +17,7 @@ use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::fill::filler::Filler;
 use crate::pager::fill::retry::RetryQueue;
 use crate::pager::memory::address_map::{Layout, ROOM, Segments};
-use crate::pager::memory::descriptor::{Descriptor, OUTSIDE, Origin, Serving, lock};
+use crate::pager::memory::descriptor::{Descriptor, LOOK, OUTSIDE, Origin, Serving, lock};
 use crate::pager::memory::page_state::Room;
 use crate::pager::memory::region::Served;
 use crate::pager::prefetch::read_ahead::Ahead;
@@ -301,7 +301,7 @@ impl Shared {
 
     /// The number by which threads that aren't the pager's look at layouts. They count nothing.
     pub(crate) fn outside_id(&self) -> usize {
-        self.threads + self.readers
+        LOOK
     }
 
     /// A filler for a caller, or for a thread in the background, which has it alone: neither waits for the source or the
@@ -365,7 +365,7 @@ impl Shared {
             let len = table.slots.len();
             (table.count, table.slots.iter().position(Option::is_none).unwrap_or(len), len)
         };
-        let shards = self.counters.len() + OUTSIDE;
+        let shards = self.counters.len() + OUTSIDE + 1;
         let descriptor = Descriptor::new((id, slot as u32), serving, shards, origin);
         let descriptor = Arc::new(descriptor);
         let more = if slot == len { Vec::with_capacity(2 * len + 8) } else { Vec::new() };
