@@ -451,16 +451,49 @@ pub(crate) fn own_cpu() -> Option<usize> {
     usize::try_from(unsafe { libc::sched_getcpu() }).ok()
 }
 
-/// Has the calling thread run on one CPU alone.
-pub(crate) fn run_on(cpu: usize) -> Result<(), Errno> {
+/// A set of CPUs, as many as the kernel can have.
+type CpuSet = [libc::c_ulong; CPU_WORDS];
+const CPU_WORDS: usize = 8192 / libc::c_ulong::BITS as usize;
+
+/// The word of a set that has a CPU, and its bit there.
+fn cpu_in(set: &mut CpuSet, cpu: usize) -> Option<(&mut libc::c_ulong, libc::c_ulong)> {
     const BITS: usize = libc::c_ulong::BITS as usize;
-    let mut set: [libc::c_ulong; 8192 / BITS] = [0; 8192 / BITS];
-    let Some(word) = set.get_mut(cpu / BITS) else { return Err(Errno::EINVAL) };
-    *word |= 1 << (cpu % BITS);
+    Some((set.get_mut(cpu / BITS)?, 1 << (cpu % BITS)))
+}
+
+/// Has the calling thread run on these CPUs alone.
+fn set_affinity(set: &CpuSet) -> Result<(), Errno> {
     // SAFETY: the kernel reads the set, which is as long as is told.
     let returned =
-        unsafe { libc::sched_setaffinity(0, size_of_val(&set), set.as_ptr().cast::<libc::cpu_set_t>()) };
+        unsafe { libc::sched_setaffinity(0, size_of_val(set), set.as_ptr().cast::<libc::cpu_set_t>()) };
     check(returned).map(drop)
+}
+
+/// Has the calling thread run on one CPU alone.
+pub(crate) fn run_on(cpu: usize) -> Result<(), Errno> {
+    let mut set = [0; CPU_WORDS];
+    let (word, bit) = cpu_in(&mut set, cpu).ok_or(Errno::EINVAL)?;
+    *word = bit;
+    set_affinity(&set)
+}
+
+/// Moves the calling thread to another CPU, of those that it may run on. Returns whether there is one. Afterwards it may
+/// run where it might before.
+pub(crate) fn leave_cpu() -> bool {
+    let mut all = [0; CPU_WORDS];
+    // SAFETY: the kernel writes at most as many bytes as is told, which the set has.
+    let got =
+        unsafe { libc::sched_getaffinity(0, size_of_val(&all), all.as_mut_ptr().cast::<libc::cpu_set_t>()) };
+    let mut others = all;
+    let Some((word, bit)) = own_cpu().and_then(|cpu| cpu_in(&mut others, cpu)) else { return false };
+    *word &= !bit;
+    if check(got).is_err() || others == [0; CPU_WORDS] || set_affinity(&others).is_err() {
+        return false;
+    }
+    // It stays where it is now. What it was just allowed isn't refused.
+    let restored = set_affinity(&all);
+    debug_assert!(restored.is_ok(), "{restored:?}");
+    true
 }
 
 /// A page that nobody can read, as long as the process lives.
@@ -1036,6 +1069,29 @@ mod tests {
         run_on(cpu).unwrap();
         assert_eq!(last_cpu(here), Some(cpu));
         assert_eq!(run_on(1 << 20), Err(Errno::EINVAL));
+        assert!(!leave_cpu(), "there is no other that it may run on");
+    }
+
+    #[test]
+    fn a_thread_moves_to_another_cpu() {
+        crate::support::require!();
+        let allowed = || {
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            status.lines().find(|line| line.starts_with("Cpus_allowed:")).unwrap().to_owned()
+        };
+        let several = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
+        if !crate::support::has(crate::support::test_name!(), "several CPUs", several) {
+            return;
+        }
+        let before = allowed();
+        // Afterwards it may go back, if another thread wants the CPU.
+        let moves = (0..100).filter(|_| {
+            let here = own_cpu();
+            assert!(leave_cpu());
+            own_cpu() != here
+        });
+        assert!(moves.count() > 50);
+        assert_eq!(allowed(), before);
     }
 
     /// Mappings side by side are one to the kernel, which can't be split where the process has as many as it may.

@@ -42,6 +42,8 @@ pub(super) const STEPS: &[Step] = &[
     step("nix", "the library, and programs written for 0.9, with the oldest nix that it accepts", oldest_nix),
     step("benches", "every benchmark, once and unmeasured", benches),
     step("loom", "every interleaving of page states, the SIGBUS table and counters", loom),
+    step("soak", "everything at once, for a minute, with every page checked", soak),
+    step("model", "snapshots of random programs against a model, for a minute", model),
     step("kernels", "the tests on other kernels, in virtual machines", kernels),
     step("test", "the README's test command, skips only for what this machine lacks", test::run),
 ];
@@ -83,6 +85,11 @@ fn features() -> Result<Outcome, String> {
     let optional = "--features=pager,tracking,snapshot,tracing,serde";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
     passed(run(&["test", "--lib"], optional, &["--", "pager::"]))
+}
+
+fn model() -> Result<Outcome, String> {
+    let mut command = cargo(&["test", "--package=userfaultfd", "--test=snapshot", "--", "model::"]);
+    passed(execute(command.env("USERFAULTFD_MODEL_SECONDS", "60").env("USERFAULTFD_TEST_SECONDS", "300")))
 }
 
 fn doc() -> Result<Outcome, String> {
@@ -188,6 +195,12 @@ fn loom() -> Result<Outcome, String> {
     command.arg("--target-dir").arg(tree::scratch().join("loom")).args(["--", "loom_models::"]);
     command.env("RUSTFLAGS", "--cfg=userfaultfd_loom").env("LOOM_MAX_PREEMPTIONS", PREEMPTIONS);
     passed(execute(&mut command))
+}
+
+/// Another seed each time: it says which, and `--seed` does the same again.
+fn soak() -> Result<Outcome, String> {
+    let run = ["run", "--quiet", "--package=userfaultfd-examples", "--example=soak", "--", "--seconds", "60"];
+    passed(execute(cargo(&run).args(["--limit", "60"])))
 }
 
 /// The tests that run on each kernel, until those of the pager, the trackers and snapshots that are new pass there, too.
