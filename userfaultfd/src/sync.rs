@@ -29,11 +29,6 @@ pub(crate) mod atomic {
     }
 }
 
-#![cfg_attr(
-    not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
-    allow(dead_code, reason = "each feature uses a part")
-)]
-
 #[cfg(target_has_atomic = "64")]
 pub(crate) use std::sync::atomic::AtomicU64;
 
