@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::dirty::{self, DirtyTracker};
 use crate::lease::Lease;
 use crate::own_mapping::OwnMapping;
-use crate::pager::memory::region;
+use crate::pager::memory::served;
 use crate::pager::{
     self, ADAPTIVE, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager,
     PagerBuilder, Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics,
@@ -74,7 +74,7 @@ pub struct LazyMemory {
     served: Served,
     memory: OwnMapping,
     /// The states of its pages.
-    region: Arc<region::Served>,
+    region: Arc<served::Served>,
     len: usize,
     serves_kernel: bool,
 }

@@ -454,7 +454,7 @@ impl Pager {
         &self,
         descriptor: &Descriptor,
         region: RegionId,
-        may_go: impl Fn(&super::memory::region::Served) -> bool,
+        may_go: impl Fn(&super::memory::served::Served) -> bool,
     ) -> Result<()> {
         // Freed when the shards are free again.
         let (mut gone, mut served) = (mapped_vec::none(), false);

@@ -17,7 +17,7 @@ use super::{handler, table::shard_number};
 use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::memory::descriptor::at;
 use crate::pager::memory::page_state::{Claim, End};
-use crate::pager::memory::region::Served;
+use crate::pager::memory::served::Served;
 use crate::pager::memory::unfillable::Unfillable;
 use crate::pager::stats::{self, Counters};
 use crate::pager::{Absent, Error, Fill, Progress, Region, RegionId, Result, Statistics};

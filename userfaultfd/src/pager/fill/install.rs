@@ -18,7 +18,7 @@ use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
 use crate::pager::memory::page_run::{Run, is_in_source};
 use crate::pager::memory::page_state::{End, MAX_TRIES};
-use crate::pager::memory::region::Served;
+use crate::pager::memory::served::Served;
 use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::target::target_is_gone;
 use crate::pager::trace::event;

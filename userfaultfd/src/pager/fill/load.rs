@@ -9,7 +9,7 @@ use super::work::{Content, Done, Wait, Work};
 use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::page_run::Run;
 use crate::pager::memory::page_state::MAX_TRIES;
-use crate::pager::memory::region::Served;
+use crate::pager::memory::served::Served;
 use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::trace::span;
 use crate::pager::{Fill, Problem, RegionId};

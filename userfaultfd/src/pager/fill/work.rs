@@ -63,7 +63,7 @@ pub(crate) enum Work {
 }
 
 impl Work {
-    /// Whether it is for a region that is [ending](crate::pager::memory::region::Served::is_ending): it isn't put off any longer then.
+    /// Whether it is for a region that is [ending](crate::pager::memory::served::Served::is_ending): it isn't put off any longer then.
     pub(crate) fn is_ending(&self) -> bool {
         match self {
             Self::Load(run, _) | Self::Install(run, _) => run.region.is_ending(),

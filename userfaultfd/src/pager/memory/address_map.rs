@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::region::Served;
+use super::served::Served;
 use crate::mapped_vec;
 use crate::pager::{Absent, RegionId};
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::address_map::Segment;
 use super::descriptor::{Serving, wake};
 use super::page_state::End;
-use super::region::Served;
+use super::served::Served;
 
 /// Pages of a region, one after the other, that one thread has claimed. The first `done` of them are settled; dropping
 /// it gives the others up.

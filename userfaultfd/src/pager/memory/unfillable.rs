@@ -2,7 +2,7 @@
 
 use super::address_map::Segment;
 use super::page_state::Pages;
-use super::region::Served;
+use super::served::Served;
 use crate::pager::{Error, Failed, RegionId, Result};
 
 /// Pages that couldn't be filled.

@@ -21,7 +21,7 @@ use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::pager::memory::fault_around::Around;
 use crate::pager::memory::page_run::Run;
-use crate::pager::memory::region::Served;
+use crate::pager::memory::served::Served;
 use crate::pager::serve::activity::Reads;
 use crate::pager::serve::shared::{Busy, Lease, Shared};
 use crate::pager::serve::thread::{join, spawn};

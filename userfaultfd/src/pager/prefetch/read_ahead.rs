@@ -8,7 +8,7 @@ use crate::pager::fill::work::{Done, Work};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::page_run::Run;
-use crate::pager::memory::region::Served;
+use crate::pager::memory::served::Served;
 use crate::pager::serve::shared::Shared;
 
 /// What one thread reads at a time.

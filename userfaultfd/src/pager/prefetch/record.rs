@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::working_set::WorkingSet;
 use crate::pager::memory::fault_log::Mode;
-use crate::pager::memory::region::Served;
+use crate::pager::memory::served::Served;
 use crate::pager::{Error, Pager, RegionId, Result};
 
 /// Notes in which order the pages of a region are touched for the first time, until it is dropped.

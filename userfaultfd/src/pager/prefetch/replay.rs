@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::background::{Background, Outcome, Plan, Target};
 use super::working_set::{Cover, WorkingSet};
 use crate::pager::memory::fault_log::Mode;
-use crate::pager::memory::region::Served;
+use crate::pager::memory::served::Served;
 use crate::pager::{Error, Pager, RegionId, Result};
 
 /// One page of so many is left out, to see whether it is needed.

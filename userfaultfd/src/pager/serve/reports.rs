@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::pager::Problem;
 use crate::pager::error::PROBLEM_KINDS;
 use crate::pager::memory::descriptor::lock;
-use crate::pager::memory::region::Served;
+use crate::pager::memory::served::Served;
 use crate::pager::trace::event;
 use crate::source::call::message;
 

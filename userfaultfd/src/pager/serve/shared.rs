@@ -20,6 +20,7 @@ use crate::pager::memory::address_map::{Layout, ROOM, Segments};
 use crate::pager::memory::descriptor::{Descriptor, LOOK, OUTSIDE, Origin, Serving, lock};
 use crate::pager::memory::page_state::Room;
 use crate::pager::memory::region::Served;
+use crate::pager::memory::served::Served;
 use crate::pager::prefetch::read_ahead::Ahead;
 use crate::pager::stats::Counters;
 use crate::pager::{Error, Problem, Result, Retry, Statistics};

@@ -1,0 +1,208 @@
+//! A region while it is served: what doesn't change, and the states of its pages.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use super::fault_around::{Around, Streams, Window};
+use super::fault_log::Log;
+use super::page_cache::Cache;
+use super::page_state::Pages;
+use crate::holder::Held;
+use crate::pager::PageSource;
+use crate::watch::Lease;
+
+/// Pages that lay elsewhere when they were first served, so that their content isn't where their place says.
+#[derive(Clone, Debug)]
+pub(crate) struct Moved {
+    pub(super) pages: Range<usize>,
+    /// Where the content of the first one is in the source, in bytes.
+    pub(super) offset: u64,
+}
+
+/// A region that is served: what doesn't change, and the states of its pages.
+pub(crate) struct Served {
+    pub(crate) id: u64,
+    pub(crate) source: Arc<dyn PageSource>,
+    pub(super) source_len: Option<u64>,
+    pub(crate) offset: u64,
+    /// In order. Mostly there are none.
+    pub(super) moved: Box<[Moved]>,
+    pub(crate) page_shift: u32,
+    pub(in crate::pager) around: Around,
+    pub(super) streams: Streams,
+    pub(crate) write_protected: bool,
+    /// Taken while a tracker is at work.
+    pub(crate) lease: Arc<Lease>,
+    /// Of memory of this process: for errors that others get.
+    pub(crate) held: OnceLock<Held>,
+    pub(crate) cache: Option<Cache>,
+    pub(crate) shared: bool,
+    /// Whether zero pages can be mapped.
+    pub(crate) zeropage: bool,
+    /// Whether pages can be poisoned: since Linux 6.6.
+    pub(crate) poison: bool,
+    pub(crate) pages: Pages,
+    /// Its end, if memory of the same mapping that was registered before follows: what is there is no growth.
+    pub(crate) followed: Option<usize>,
+    /// Whether a fork brought it.
+    pub(crate) is_childs: bool,
+    /// Its absent pages are to be poisoned, or filled at once.
+    pub(super) ending: AtomicBool,
+    /// Where it is noted which pages faults came for, once somebody has wanted to know.
+    pub(super) log: OnceLock<Log>,
+}
+
+impl Served {
+    /// Whether pages are filled protected, so that a fill isn't taken for a write. Missing pages may have a marker of
+    /// protection then, which is in the way of zero pages and poison.
+    pub(crate) fn fills_protected(&self) -> bool {
+        self.write_protected || self.lease.is_taken()
+    }
+
+    /// Whether absent pages are being poisoned, or filled at once: nobody waits for a source any more.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_ending(&self, ending: bool) {
+        self.ending.store(ending, Ordering::Relaxed);
+    }
+
+    /// Whether the kernel can map zero pages: everywhere but in hugetlb memory.
+    pub(crate) fn zeropage_possible(&self) -> bool {
+        self.page_size() == crate::page_size()
+    }
+
+    pub(crate) fn page_size(&self) -> usize {
+        1 << self.page_shift
+    }
+
+    /// Where the content of a page is in the source.
+    pub(crate) fn offset_of(&self, page: usize) -> u64 {
+        let at = self.moved.partition_point(|part| part.pages.end <= page);
+        match self.moved.get(at).filter(|part| part.pages.start <= page) {
+            Some(part) => part.offset + (((page - part.pages.start) as u64) << self.page_shift),
+            None => self.offset + ((page as u64) << self.page_shift),
+        }
+    }
+
+    /// The pages around one whose content lies as they do in the source: those that can be read together.
+    pub(crate) fn together(&self, page: usize) -> Range<usize> {
+        let at = self.moved.partition_point(|part| part.pages.end <= page);
+        match self.moved.get(at) {
+            Some(part) if part.pages.start <= page => part.pages.clone(),
+            next => {
+                let start = at.checked_sub(1).map_or(0, |before| self.moved[before].pages.end);
+                start..next.map_or(self.pages.count(), |next| next.pages.start)
+            }
+        }
+    }
+
+    /// How many of `len` bytes at `offset` the source has.
+    pub(crate) fn within_source(&self, offset: u64, len: usize) -> usize {
+        let rest = self.source_len.map_or(u64::MAX, |end| end.saturating_sub(offset));
+        usize::try_from(rest).unwrap_or(usize::MAX).min(len)
+    }
+
+    /// Notes that a fault came for a page that it doesn't fill itself, if that is wanted.
+    pub(crate) fn note(&self, page: usize) {
+        if let Some(log) = self.log.get() {
+            let _exact = log.note(page);
+        }
+    }
+
+    /// The pages to fill for a fault on one, as far as the region has them; and the sequence that it goes on with.
+    pub(crate) fn around(&self, page: usize) -> (Range<usize>, Option<Window>) {
+        if self.log.get().is_some_and(|log| log.note(page)) {
+            return (page..page + 1, None);
+        }
+        let (pages, window) = match self.around {
+            Around::Page => (page..page + 1, None),
+            Around::Block(block) => {
+                let block = block >> self.page_shift;
+                let first = page - page % block;
+                (first..first + block, None)
+            }
+            Around::Adaptive { most } => {
+                let window = self.streams.window(page, most >> self.page_shift);
+                (window.pages(page), Some(window))
+            }
+        };
+        let together = self.together(page);
+        (pages.start.max(together.start)..pages.end.min(together.end), window)
+    }
+
+    /// Where it is noted which pages faults came for.
+    pub(crate) fn log(&self) -> io::Result<&Log> {
+        if self.log.get().is_none() {
+            // Somebody else may be faster; then theirs is the one.
+            let _first = self.log.set(Log::new(self.pages.count())?);
+        }
+        self.log.get().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+    }
+
+    /// The pages that were noted.
+    pub(crate) fn noted(&self) -> Vec<usize> {
+        self.log.get().map_or_else(Vec::new, Log::pages)
+    }
+
+    pub(crate) fn stop_noting(&self) {
+        if let Some(log) = self.log.get() {
+            log.stop();
+        }
+    }
+
+    /// What was claimed of a sequence.
+    pub(crate) fn goes_on(&self, window: Window, pages: &Range<usize>) {
+        self.streams.filled(window, pages);
+    }
+
+    /// The moved pages among some, for a region that begins with the first of them.
+    fn moved_from(&self, first: usize, count: usize) -> Box<[Moved]> {
+        let parts = self.moved.iter().filter_map(|part| {
+            let (start, end) = (part.pages.start.max(first), part.pages.end.min(first + count));
+            let pages = start.checked_sub(first)?..end.checked_sub(first)?;
+            (start < end).then(|| Moved { pages, offset: self.offset_of(start) })
+        });
+        parts.collect()
+    }
+
+    /// A part of it, from a page on, with states of its own: for a fork's child.
+    pub(crate) fn part(&self, id: u64, first: usize, pages: Pages) -> Self {
+        Self {
+            id,
+            source: Arc::clone(&self.source),
+            source_len: self.source_len,
+            offset: self.offset + ((first as u64) << self.page_shift),
+            moved: self.moved_from(first, pages.count()),
+            page_shift: self.page_shift,
+            around: self.around,
+            streams: Streams::new(),
+            write_protected: self.write_protected,
+            lease: Arc::default(),
+            held: OnceLock::new(),
+            cache: None,
+            shared: self.shared,
+            zeropage: self.zeropage,
+            poison: self.poison,
+            pages,
+            followed: self.followed,
+            is_childs: true,
+            ending: AtomicBool::new(false),
+            log: OnceLock::new(),
+        }
+    }
+}
+
+impl fmt::Debug for Served {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Served")
+            .field("id", &self.id)
+            .field("page_size", &self.page_size())
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
+    }
+}
