@@ -12,7 +12,7 @@ use super::page_cache::Cache;
 use super::page_state::Pages;
 use crate::holder::Held;
 use crate::pager::PageSource;
-use crate::watch::Lease;
+use crate::lease::Lease;
 
 /// Pages that lay elsewhere when they were first served, so that their content isn't where their place says.
 #[derive(Clone, Debug)]
