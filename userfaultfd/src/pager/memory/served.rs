@@ -13,6 +13,7 @@ use super::page_state::Pages;
 use crate::holder::Held;
 use crate::pager::PageSource;
 use crate::lease::Lease;
+use crate::watch::Lease;
 
 /// Pages that lay elsewhere when they were first served, so that their content isn't where their place says.
 #[derive(Clone, Debug)]
