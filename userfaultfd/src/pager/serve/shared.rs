@@ -19,7 +19,6 @@ use crate::pager::fill::retry::RetryQueue;
 use crate::pager::memory::address_map::{Layout, ROOM, Segments};
 use crate::pager::memory::descriptor::{Descriptor, LOOK, OUTSIDE, Origin, Serving, lock};
 use crate::pager::memory::page_state::Room;
-use crate::pager::memory::region::Served;
 use crate::pager::memory::served::Served;
 use crate::pager::prefetch::read_ahead::Ahead;
 use crate::pager::stats::Counters;
