@@ -53,8 +53,9 @@ impl PagerBuilder {
     /// Sets the most threads that resolve faults, and so the most reads of sources that go on at the same time:
     /// 1024 at most. The default is 16, or [`threads`](Self::threads) if that is more.
     ///
-    /// A thread is added while all others wait for reads that take longer than some 50 µs and another fault is there.
-    /// It ends when reads are fast again, or after a second without a fault. `max_threads(1)` never reads a source from
+    /// A thread is added while another fault is there and all others wait for a source: for one whose reads have taken
+    /// longer than some 50 µs lately, or for one that was fast and hangs, which is noticed within some 30 ms. It ends
+    /// when reads are fast again, or after a second without a fault. `max_threads(1)` never reads a source from
     /// two threads at the same time, unless something fills in the background or reads ahead.
     pub fn max_threads(mut self, threads: usize) -> Self {
         self.max_threads = Some(threads.clamp(1, MAX_THREADS));

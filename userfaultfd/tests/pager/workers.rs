@@ -1,7 +1,8 @@
 //! Workers that are added while the source keeps the others waiting.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 
 use userfaultfd::pager::{Around, Fill, Pager, Region};
 use userfaultfd::{FeatureFlags, LazyMemory};
@@ -78,6 +79,49 @@ fn a_source_that_waits_is_read_by_as_many_threads_as_there_are_faults() {
 }
 
 #[test]
+fn a_source_that_was_fast_and_hangs_keeps_no_other_memory_waiting() {
+    require!();
+    const PAGES: usize = 400;
+    let (hangs, reads) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let state = Arc::new((hangs, reads));
+    let seen = Arc::clone(&state);
+    let hanging = move |_: u64, bytes: &mut [u8]| {
+        let (hangs, reads) = &*seen;
+        reads.fetch_add(1, Ordering::SeqCst);
+        wait_until(|| !hangs.load(Ordering::SeqCst));
+        bytes.fill(1);
+        Ok(Fill::Data)
+    };
+    let fast = |_: u64, bytes: &mut [u8]| {
+        bytes.fill(2);
+        Ok(Fill::Data)
+    };
+    let pager = Arc::new(Pager::new().unwrap());
+    let one = LazyMemory::builder(hanging).len(PAGES * page()).around(Around::Page);
+    let one = one.pager(&pager).build().unwrap();
+    let other = LazyMemory::builder(fast).len(PAGES * page()).around(Around::Page);
+    let other = other.pager(&pager).build().unwrap();
+    let (hangs, reads) = &*state;
+    assert!((0..100).all(|number| (one[number * page()], other[number * page()]) == (1, 2)));
+    hangs.store(true, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let before = reads.load(Ordering::SeqCst);
+        let reader = scope.spawn(|| one[200 * page()]);
+        wait_until(|| reads.load(Ordering::SeqCst) > before);
+        let others = scope.spawn(|| (100..PAGES).all(|number| other[number * page()] == 2));
+        let start = Instant::now();
+        while !others.is_finished() && start.elapsed() < Duration::from_secs(20) {
+            std::thread::yield_now();
+        }
+        let are_there = others.is_finished();
+        hangs.store(false, Ordering::SeqCst);
+        assert!(others.join().unwrap());
+        assert_eq!(reader.join().unwrap(), 1);
+        assert!(are_there, "they waited for the other source");
+    });
+}
+
+#[test]
 fn no_more_threads_are_added_than_are_allowed() {
     require!();
     child::run_well(test_name!(), || {
@@ -86,8 +130,8 @@ fn no_more_threads_are_added_than_are_allowed() {
         let source = |_: u64, bytes: &mut [u8]| {
             // Slow after that, too.
             SOURCE.read(bytes)?;
-            let start = std::time::Instant::now();
-            while start.elapsed() < std::time::Duration::from_micros(200) {
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_micros(200) {
                 std::thread::yield_now();
             }
             Ok(Fill::Data)
@@ -120,7 +164,7 @@ fn threads_come_and_go_while_the_process_forks() {
         let memory = Memory::anonymous(ROUNDS * 4);
         // The forking thread holds the allocator's locks until a worker reads its event.
         let source = |_: u64, bytes: &mut [u8]| {
-            std::thread::park_timeout(std::time::Duration::from_millis(1));
+            std::thread::park_timeout(Duration::from_millis(1));
             bytes.fill(7);
             Ok(Fill::Data)
         };

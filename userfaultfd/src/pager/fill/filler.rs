@@ -9,6 +9,7 @@ use super::buffers::SPARE;
 use super::work::{Content, Done, Fault, Work, page_of};
 use crate::pager::memory::descriptor::{Descriptor, wake};
 use crate::pager::memory::page_run::Run;
+use crate::pager::memory::region::Served;
 use crate::pager::serve::shared::Shared;
 use crate::pager::trace::span;
 
@@ -82,6 +83,13 @@ impl Filler {
         self.pace > SLOW
     }
 
+    /// Notes that this thread begins to read a region's source.
+    pub(super) fn set_reading(&self, shared: &Shared, region: &Served) {
+        if let Some(place) = self.place {
+            shared.set_reading(place, region.id, self.is_slow());
+        }
+    }
+
     /// Does a piece of work, as far as it gets.
     pub(crate) fn resume(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, work: Work) -> Done {
         match work {
@@ -139,7 +147,18 @@ impl Filler {
         loop {
             next = match next {
                 Next::Load(run, attempts) => self.load(shared, descriptor, run, attempts),
-                Next::Install(run, content) => self.install(shared, descriptor, run, content),
+                Next::Install(run, content) => {
+                    let is_outside = matches!(content, Content::Outside(_));
+                    if is_outside {
+                        // It may have to be read, as from a disk.
+                        self.set_reading(shared, &run.region);
+                    }
+                    let next = self.install(shared, descriptor, run, content);
+                    if let Some(place) = self.place.filter(|_| is_outside) {
+                        shared.set_at_work(place, true);
+                    }
+                    next
+                }
                 Next::Done(done) => return done,
             }
         }

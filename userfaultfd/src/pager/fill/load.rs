@@ -51,6 +51,7 @@ impl Filler {
             Ok(content) => {
                 if let (Content::Outside(bytes), true) = (&content, descriptor.tells_changes) {
                     // Here, and not while a change waits for the shard: the source's memory may have to be read first.
+                    self.set_reading(shared, &run.region);
                     sys::populate(*bytes, run.len());
                 }
                 Next::Install(run, content)

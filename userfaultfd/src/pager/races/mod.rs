@@ -10,6 +10,7 @@ mod exit;
 mod finish;
 mod fork;
 mod found;
+mod hanging;
 mod harness;
 mod panic;
 mod poison;

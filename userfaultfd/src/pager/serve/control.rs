@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::shared::{Note, Shared, Stopped};
 use super::vma_events;
-use super::worker_pool::Added;
+use super::worker_pool::{Added, Watch};
 use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::target::target_is_gone;
 use crate::pager::{DescriptorId, Problem};
@@ -25,7 +25,7 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
     // Descriptors of processes that are said to end.
     let mut ending: Vec<u64> = Vec::new();
     let (mut soon, mut look_at) = (SOON, Instant::now() + look);
-    let mut more_workers = None;
+    let mut watch = Watch::default();
     loop {
         loop {
             match shared.next_note() {
@@ -63,8 +63,7 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
             (false, false) => Some(look_at - now),
             (true, _) => Some(soon.min(LOOK)),
         };
-        more_workers = added.look(shared, more_workers);
-        let timeout = timeout.into_iter().chain(more_workers).min();
+        let timeout = timeout.into_iter().chain(added.look(shared, &mut watch)).min();
         // Nothing is kept that others wait for.
         drop(watched);
         let ready = shared.wait_for_notes(&mut events, timeout);

@@ -1,6 +1,7 @@
 //! Who does it: the threads that read faults and events, what they share, and how serving ends.
 
 pub(crate) mod activity;
+pub(crate) mod backlog;
 pub(crate) mod control;
 pub(crate) mod delivery;
 pub(crate) mod reports;

@@ -7,15 +7,17 @@ use std::iter;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, TryLockError};
 use std::time::Duration;
 
 use super::activity::{Activity, Doing, Reads};
+use super::backlog::{Backlog, Item};
 use super::reports::Reports;
 use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::fill::filler::Filler;
-use crate::pager::fill::retry::RetryQueue;
+use crate::pager::fill::retry::{Deferred, Put, RetryQueue};
+use crate::pager::fill::work::{Wait, Work};
 use crate::pager::memory::address_map::{Layout, ROOM, Segments};
 use crate::pager::memory::descriptor::{Descriptor, LOOK, OUTSIDE, Origin, Serving, lock};
 use crate::pager::memory::page_state::Room;
@@ -154,7 +156,9 @@ pub(crate) struct Shared {
     pub(crate) retries: RetryQueue,
     /// What the threads that serve faults are doing, then those that read ahead, then workers that were added.
     activities: Box<[Activity]>,
-    /// Whether the control thread looks whether a worker has to be added.
+    /// What the workers have taken on and not begun, by their places.
+    backlogs: Box<[Mutex<Backlog>]>,
+    /// Whether the control thread looks after the workers: whether sources keep them waiting.
     watched: AtomicBool,
     /// For what isn't done by the threads of the pager.
     leases: Leases,
@@ -225,6 +229,9 @@ impl Shared {
             activities: iter::repeat_with(Activity::idle)
                 .take(threads + readers)
                 .chain(iter::repeat_with(Activity::absent).take(added))
+                .collect(),
+            backlogs: iter::repeat_with(|| Mutex::new(Backlog::new()))
+                .take(threads + readers + added)
                 .collect(),
             watched: AtomicBool::new(false),
             leases: Leases::new(),
@@ -632,9 +639,14 @@ impl Shared {
     /// A thread begins to read the source of a region.
     pub(crate) fn set_reading(&self, place: usize, region: u64, is_slow: bool) {
         self.activities[place].set_reading(region, is_slow);
-        // Release: whoever takes the mark back sees that this one is reading.
-        if is_slow && self.can_add_workers() && !self.watched.swap(true, Ordering::AcqRel) {
-            sys::ring(self.control_bell.as_fd());
+        let is_worker = !(self.threads..self.threads + self.readers).contains(&place);
+        if is_worker && (self.threads > 1 || self.can_add_workers()) {
+            // Pairs with the fence of `end_watching`: either it is seen here that nothing is watched, or there that
+            // this thread reads.
+            fence(Ordering::SeqCst);
+            if !self.watched.load(Ordering::Relaxed) && !self.watched.swap(true, Ordering::Relaxed) {
+                sys::ring(self.control_bell.as_fd());
+            }
         }
     }
 
@@ -647,29 +659,75 @@ impl Shared {
         &self.activities[self.threads + self.readers..]
     }
 
-    /// What the workers are doing, and the places for more.
-    fn workers(&self) -> impl Iterator<Item = Doing> {
-        self.activities[..self.threads].iter().chain(self.places()).map(Activity::look)
+    /// What the workers are doing, each with its place, and the places for more.
+    pub(crate) fn workers(&self) -> impl Iterator<Item = (usize, Doing)> {
+        let places = (0..self.threads).chain(self.threads + self.readers..self.activities.len());
+        places.map(|place| (place, self.activities[place].look()))
     }
 
-    /// Whether any worker waits for a source. If not, the next one that does rings.
+    /// Whether the control thread looks after the workers.
     pub(crate) fn is_watched(&self) -> bool {
-        let any = || self.workers().any(Doing::is_reading_slowly);
-        if any() {
-            return true;
-        }
-        // Acquire: of one that came meanwhile, and hasn't rung, it is seen here that it is reading.
-        self.watched.swap(false, Ordering::AcqRel);
-        let any = any();
-        if any {
-            self.watched.store(true, Ordering::Relaxed);
+        self.watched.load(Ordering::Relaxed)
+    }
+
+    /// The control thread looks after the workers no more, unless one reads a source: the next one that does rings.
+    /// Returns whether it is so.
+    pub(crate) fn end_watching(&self) -> bool {
+        self.watched.store(false, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let none = !self.workers().any(|(_, doing)| doing.is_reading());
+        self.watched.fetch_or(!none, Ordering::Relaxed);
+        none
+    }
+
+    /// Whether all workers but one are in a source.
+    pub(crate) fn all_others_are_reading(&self, place: usize) -> bool {
+        self.workers().all(|(other, doing)| other == place || doing.is_absent() || doing.is_reading())
+    }
+
+    /// What the worker at a place has taken on and not begun.
+    pub(crate) fn backlog(&self, place: usize) -> &Mutex<Backlog> {
+        &self.backlogs[place]
+    }
+
+    /// Has others do what the worker at a place has taken on and not begun. Returns whether there was something.
+    pub(crate) fn empty_backlog(&self, place: usize) -> bool {
+        let mut any = false;
+        while let Some(item) = { lock(&self.backlogs[place]).take_any() } {
+            any = true;
+            let find = |token: Token| self.in_slot(token.slot()).filter(|descriptor| token.means(descriptor));
+            match item {
+                Item::Event(Token::RETRY) => self.retries.look(),
+                Item::Event(token) => {
+                    let Some(descriptor) = find(token) else { continue };
+                    if let Some(serving) = &*descriptor.enter(self.outside_id()) {
+                        self.hand_on(&descriptor, serving.uffd.as_fd());
+                    }
+                }
+                Item::Fault(token, fault) => {
+                    // Who waits for one that is closed has been woken.
+                    let Some(descriptor) = find(token) else { continue };
+                    self.put_off(Deferred::new(
+                        &descriptor,
+                        Work::Fault(fault),
+                        Wait::For(Duration::ZERO),
+                        None,
+                    ));
+                }
+                Item::Deferred(deferred) => self.put_off(deferred),
+            }
         }
         any
     }
 
-    /// Whether all workers wait for a source.
-    pub(crate) fn all_are_reading(&self) -> bool {
-        self.workers().all(|doing| doing.is_absent() || doing.is_reading_slowly())
+    /// Puts work off that isn't the calling thread's. Where there is no room it is given up, so that it comes back.
+    fn put_off(&self, deferred: Deferred) {
+        let joined = matches!(&deferred.work, Work::Fault(fault) if !fault.joined);
+        match self.retries.put(deferred) {
+            Put::Entered => {}
+            Put::Merged => self.counters(self.lease().thread).duplicates.add(joined.into()),
+            Put::NoRoom(Deferred { descriptor, work, .. }) => self.lease().give_up(&descriptor, work),
+        }
     }
 
     /// Whether there is something to read, on any descriptor.
@@ -704,8 +762,7 @@ impl Shared {
             }
         }
         if self.has_events() {
-            let all_are_reading = self.workers().all(|doing| doing.is_absent() || doing.is_reading());
-            if !all_are_reading {
+            if !self.all_others_are_reading(usize::MAX) {
                 return Busy::Yes;
             }
             // No thread is free for these faults, which wait for the reads.

@@ -3,11 +3,12 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::backlog::{Backlog, EVENTS};
 use super::delivery::{Delivery, Waiting};
 use super::shared::{Note, Shared, Token};
 use super::vma_events::{self, Change};
@@ -15,11 +16,11 @@ use crate::error::errno_of;
 use crate::pager::fill::filler::Filler;
 use crate::pager::fill::retry::{self, Deferred, History, Put};
 use crate::pager::fill::work::{Done, Fault, Wait, Work, page_of};
-use crate::pager::memory::descriptor::{Descriptor, Serving, wake};
+use crate::pager::memory::descriptor::{Descriptor, Serving, lock, wake};
 use crate::pager::trace::event;
 use crate::pager::{DescriptorId, Problem, RegionId, stats};
 use crate::source::call::message;
-use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result, mapped_vec};
+use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};
 
 /// So many events are read with one system call.
 const BATCH: usize = 64;
@@ -56,10 +57,10 @@ pub(crate) struct Worker {
     filler: Filler,
     many: EventBuffer,
     one: EventBuffer,
-    /// Read, and not answered yet.
+    /// Read, and not answered yet. But for the first they are in the backlog.
     faults: VecDeque<Fault>,
-    /// What waits for a change of the layout, as long as this thread tries it again and again.
-    changing: mapped_vec::Vec<Deferred>,
+    /// Whether the backlog may have something that waits for a change of the layout.
+    has_changing: bool,
     /// Descriptors that this thread has met, by slot: the table that all share is locked to find one. As many as there
     /// is room for from the start.
     known: Box<[Option<Arc<Descriptor>>; KNOWN]>,
@@ -96,12 +97,15 @@ impl Worker {
         filler.begin_to_serve(place);
         filler.prepare().map_err(|error| errno_of(&error))?;
         let thread = filler.thread;
+        if !lock(shared.backlog(place)).prepare(batch, retry::ROOM) {
+            return Err(Errno::ENOMEM.into());
+        }
         Ok(Self {
             filler,
             many: EventBuffer::new(batch),
             one: EventBuffer::new(1),
             faults: VecDeque::with_capacity(2 * batch),
-            changing: mapped_vec::try_with_room(retry::ROOM).ok_or(Errno::ENOMEM)?,
+            has_changing: false,
             known: Box::new([const { None }; KNOWN]),
             version: 0,
             current: None,
@@ -132,10 +136,15 @@ impl Worker {
         self.shared.set_at_work(self.place, at_work);
     }
 
+    fn backlog(&self) -> MutexGuard<'_, Backlog> {
+        lock(self.shared.backlog(self.place))
+    }
+
     /// After a panic: what was claimed is free again, and who waits for it comes back. Who is waked for nothing does
     /// so, too.
     fn start_anew(&mut self) {
         self.set_at_work(false);
+        self.take_back();
         if let Some(descriptor) = self.current.take().and_then(|token| self.find(token)) {
             let serving = descriptor.enter(self.thread);
             for serving in serving.iter() {
@@ -145,6 +154,7 @@ impl Worker {
             }
         }
         self.faults.clear();
+        self.has_changing = true;
         self.defer_changing();
         // It may have been told of what is due.
         self.shared.retries.look();
@@ -156,8 +166,16 @@ impl Worker {
         }
     }
 
+    /// Takes back the faults of the backlog; its events are forgotten.
+    fn take_back(&mut self) {
+        while let Some(fault) = { self.backlog().next_fault() } {
+            self.faults.push_back(fault);
+        }
+        while self.backlog().next_event().is_some() {}
+    }
+
     fn serve(&mut self) {
-        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 16];
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
         // Whose faults were answered last: the next may be near.
         let mut last = None;
         let mut waits = 0;
@@ -166,24 +184,31 @@ impl Worker {
             let room = if self.filler.is_slow() { 1 } else { events.len() };
             let ready = self.wait(&mut events[..room], last.take());
             waits += 1;
-            if self.is_added && (ready == 0 || waits > TRIAL && !self.filler.is_slow()) {
+            let is_needed = || self.filler.is_slow() || self.shared.all_others_are_reading(self.place);
+            if self.is_added && (ready == 0 || waits > TRIAL && !is_needed()) {
                 // It was woken for what is there still.
                 return self.pass_on(&events[..ready]);
             }
             self.set_at_work(true);
             self.shared.counters(self.thread).wakeups.add(1);
-            for event in &events[..ready] {
-                let Some(token) = Shared::token(event) else { continue };
+            let mut taken = events[..ready].iter().filter_map(|event| {
+                let blocking = event.events & libc::EPOLLERR as u32 != 0;
+                Shared::token(event).map(|token| (token, blocking))
+            });
+            let mut next = taken.next();
+            if ready > 1 {
+                self.backlog().put_events(taken);
+            }
+            while let Some((token, blocking)) = next {
                 if token == Token::RETRY {
                     self.resume();
-                    continue;
+                } else if let Some(descriptor) = self.find(token) {
+                    self.current = Some(token);
+                    self.answer(&descriptor, blocking);
+                    self.current = None;
+                    last = Some(token);
                 }
-                let Some(descriptor) = self.find(token) else { continue };
-                let blocking = event.events & libc::EPOLLERR as u32 != 0;
-                self.current = Some(token);
-                self.answer(&descriptor, blocking);
-                self.current = None;
-                last = Some(token);
+                next = if ready > 1 { self.backlog().next_event() } else { None };
             }
             self.set_at_work(false);
         }
@@ -279,9 +304,13 @@ impl Worker {
             }
             self.answer_all(descriptor);
             if matches!(read, Ok(Read::Changes)) {
-                self.shared.retries.take_changing(descriptor, &mut self.changing);
+                let mut backlog = self.backlog();
+                self.shared.retries.take_changing(descriptor, &mut backlog.changing);
+                let has_changing = !backlog.changing.is_empty();
+                drop(backlog);
+                self.has_changing |= has_changing;
             }
-            if !self.changing.is_empty() && !matches!(read, Ok(Read::Faults)) {
+            if self.has_changing && !matches!(read, Ok(Read::Faults)) {
                 self.try_changing(descriptor);
             }
             match read {
@@ -304,6 +333,12 @@ impl Worker {
         if !self.faults.is_empty() {
             self.set_at_work(true);
         }
+        let several = self.faults.len() > 1;
+        if several {
+            // Not `self.backlog()`, which would borrow all of this.
+            let mut backlog = lock(self.shared.backlog(self.place));
+            backlog.put_faults(Token::of(descriptor), self.faults.drain(1..));
+        }
         while let Some(fault) = self.faults.front().copied() {
             let done = self.filler.resume(&self.shared, descriptor, Work::Fault(fault));
             if let Some(deferred) = self.settle(descriptor, done, None) {
@@ -311,6 +346,10 @@ impl Worker {
             }
             self.faults.pop_front();
             self.waiting.answered(&fault);
+            if several {
+                let next = self.backlog().next_fault();
+                self.faults.extend(next);
+            }
         }
     }
 
@@ -318,8 +357,7 @@ impl Worker {
     fn try_changing(&mut self, descriptor: &Arc<Descriptor>) {
         self.set_at_work(true);
         let start = Instant::now();
-        while !self.changing.is_empty() {
-            let Deferred { work, history, .. } = self.changing.remove(0);
+        while let Some(Deferred { work, history, .. }) = self.next_changing() {
             self.shared.counters(self.thread).retries.add(1);
             let done = self.filler.resume(&self.shared, descriptor, work);
             if let Some(deferred) = self.settle(descriptor, done, Some(history)) {
@@ -334,16 +372,29 @@ impl Worker {
 
     /// Keeps what waits for a change of the layout, until the descriptor's events are read.
     fn keep_or_defer(&mut self, deferred: Deferred) {
-        if deferred.waits_for_change() && self.changing.len() < self.changing.capacity() {
-            self.changing.push(deferred);
-        } else {
-            self.defer(deferred);
+        if deferred.waits_for_change() {
+            let mut backlog = self.backlog();
+            if backlog.changing.len() < backlog.changing.capacity() {
+                backlog.changing.push(deferred);
+                drop(backlog);
+                self.has_changing = true;
+                return;
+            }
         }
+        self.defer(deferred);
+    }
+
+    fn next_changing(&mut self) -> Option<Deferred> {
+        if !self.has_changing {
+            return None;
+        }
+        let next = self.backlog().next_changing();
+        self.has_changing = next.is_some();
+        next
     }
 
     fn defer_changing(&mut self) {
-        while !self.changing.is_empty() {
-            let deferred = self.changing.remove(0);
+        while let Some(deferred) = self.next_changing() {
             self.defer(deferred);
         }
     }

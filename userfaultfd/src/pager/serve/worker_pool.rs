@@ -1,4 +1,9 @@
-//! Workers that are added while the source keeps all others waiting, and that end when it doesn't any more.
+//! Workers that are added while sources keep all others waiting, and that end when they don't any more.
+//!
+//! A source is slow, which its worker says when it begins to read; or it was fast, and hangs. So each worker says that it
+//! reads, and the control thread looks now and then whether one is still in the same read: from the first read on until
+//! no worker has been seen in a source for a second, so that fast sources cost one ring in a second. What such a worker
+//! has taken on and not begun is handed to the others.
 //!
 //! The control thread starts them. A worker must not: a thread that starts takes locks of the allocator's, which a thread
 //! that forks holds until a worker has read its event. The control thread may wait for those locks, since it holds nothing
@@ -7,8 +12,9 @@
 
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::activity::Doing;
 use super::delivery::Delivery;
 use super::shared::Shared;
 use super::thread::{join, spawn};
@@ -18,9 +24,24 @@ use crate::pager::memory::descriptor::lock;
 /// Workers at most, unless told otherwise.
 pub(in crate::pager) const MOST: usize = 16;
 
-/// How soon it is looked again whether one more is needed; twice as long each time that none is.
+/// How soon the workers are looked at again; twice as long each time that nothing was to be done.
 const SOON: Duration = Duration::from_millis(1);
 const LATE: Duration = Duration::from_millis(16);
+
+/// How long they are looked at after one was seen in a source.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// What the control thread has seen of the workers.
+#[derive(Debug, Default)]
+pub(crate) struct Watch {
+    /// What each did, by its place.
+    seen: Vec<Option<Doing>>,
+    /// When one was in a source last.
+    reading: Option<Instant>,
+    /// When to look again, and the time until then from the last look on.
+    next: Option<Instant>,
+    delay: Duration,
+}
 
 /// The workers that were added, as the pager and its control thread have them.
 #[derive(Debug)]
@@ -34,16 +55,42 @@ impl Added {
         Self { delivery, threads: Mutex::default() }
     }
 
-    /// Adds a worker if all others wait for the source, and there is something to read. Returns when to look again, if
-    /// any waits. For the control thread.
-    pub(crate) fn look(&self, shared: &Arc<Shared>, last: Option<Duration>) -> Option<Duration> {
+    /// Hands on what workers have taken on whose source keeps them waiting, and adds one if it keeps all of them and there
+    /// is something to read. Returns when to look again, if at all. For the control thread.
+    pub(crate) fn look(&self, shared: &Arc<Shared>, watch: &mut Watch) -> Option<Duration> {
         if !shared.is_watched() {
+            *watch = Watch::default();
             return None;
         }
-        if shared.all_are_reading() && shared.has_events() && self.add(shared) {
-            return Some(SOON);
+        let now = Instant::now();
+        // Two looks are that far apart, so that what is still in the same read is slow.
+        if let Some(left) = watch.next.map(|next| next.saturating_duration_since(now)) {
+            if !left.is_zero() {
+                return Some(left);
+            }
         }
-        Some(last.map_or(SOON, |last| (2 * last).min(LATE)))
+        let (mut any_reads, mut all_wait, mut handed_on) = (false, true, false);
+        for (place, doing) in shared.workers() {
+            if watch.seen.len() <= place {
+                watch.seen.resize(place + 1, None);
+            }
+            let before = watch.seen[place].replace(doing);
+            any_reads |= doing.is_reading();
+            let waits = doing.is_reading_slowly() || doing.is_reading() && before == Some(doing);
+            all_wait &= waits || doing.is_absent();
+            handed_on |= waits && shared.empty_backlog(place);
+        }
+        if any_reads || watch.reading.is_none() {
+            watch.reading = Some(now);
+        }
+        if watch.reading.is_none_or(|reading| now - reading >= LINGER) && shared.end_watching() {
+            *watch = Watch::default();
+            return None;
+        }
+        let added = all_wait && shared.has_events() && self.add(shared);
+        watch.delay = if added || handed_on { SOON } else { (2 * watch.delay).clamp(SOON, LATE) };
+        watch.next = Some(now + watch.delay);
+        Some(watch.delay)
     }
 
     fn add(&self, shared: &Arc<Shared>) -> bool {
