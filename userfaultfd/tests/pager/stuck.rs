@@ -198,7 +198,7 @@ fn finishing_gives_up_what_waits_for_room_and_leaves_the_source_alone() {
         assert!(reads <= 3 * PAGES, "{reads} reads");
         // It is served on, and finished once there is room.
         assert!(!reader.has_seen());
-        mapping::make_room_for(PAGES);
+        mapping::mount_room_for(PAGES, libc::MS_REMOUNT);
         assert_eq!(reader.wait(), content(1));
         pager.finish(|_| {}).unwrap();
         assert!((0..PAGES).all(|page| read(at(page)) == content(page)));

@@ -1,6 +1,8 @@
 //! How a snapshot ends: complete, aborted, by an error of its sink.
 
 use std::io;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use userfaultfd::FeatureFlags;
@@ -105,6 +107,38 @@ fn a_sink_that_panics_is_an_error() {
     let sink = |_: u64, _: Content<'_>| -> io::Result<()> { panic!("as it is told to") };
     let error = Snapshot::begin(addresses(&memory), sink).unwrap().wait().map(drop).unwrap_err();
     assert!(matches!(error, Error::SinkPanicked), "{error:?}");
+    assert_free(&memory);
+}
+
+/// A sink that drops its snapshot, and tells whether that panicked.
+struct Dropping {
+    snapshot: Arc<Mutex<Option<Snapshot<Dropping>>>>,
+    panicked: mpsc::Sender<bool>,
+}
+
+impl Sink for Dropping {
+    fn write(&mut self, _: u64, _: Content<'_>) -> io::Result<()> {
+        let own = &self.snapshot;
+        proc::wait_until(|| own.lock().unwrap().is_some());
+        let snapshot = own.lock().unwrap().take();
+        let dropped = panic::catch_unwind(AssertUnwindSafe(|| drop(snapshot)));
+        self.panicked.send(dropped.is_err()).unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_sink_may_drop_its_snapshot() {
+    require!(WRITE_PROTECT);
+    let memory = large();
+    let (tell, panicked) = mpsc::channel();
+    let slot = Arc::new(Mutex::new(None));
+    let sink = Dropping { snapshot: Arc::clone(&slot), panicked: tell };
+    let snapshot = Snapshot::begin(addresses(&memory), sink).unwrap();
+    *slot.lock().unwrap() = Some(snapshot);
+    assert!(!panicked.recv().unwrap());
+    // It ends once the sink has returned.
+    assert!(panicked.recv().is_err());
     assert_free(&memory);
 }
 

@@ -95,12 +95,8 @@ pub(crate) fn file_with_room_for(test: &str, pages: usize) -> Option<File> {
     Some(File::options().create_new(true).read(true).write(true).open(path).unwrap())
 }
 
-/// Makes room for so many pages in the file system of [`file_with_room_for`].
-pub(crate) fn make_room_for(pages: usize) {
-    mount_room_for(pages, libc::MS_REMOUNT);
-}
-
-fn mount_room_for(pages: usize, flags: libc::c_ulong) {
+/// Mounts the file system of [`file_with_room_for`], or mounts it again with other room, as the flags tell.
+pub(crate) fn mount_room_for(pages: usize, flags: libc::c_ulong) {
     let target = CString::new(std::env::temp_dir().as_os_str().as_bytes()).unwrap();
     let options = CString::new(format!("size={}", pages * page())).unwrap();
     let (source, options) = (c"tmpfs".as_ptr(), options.as_ptr().cast());
