@@ -17,8 +17,9 @@
 )]
 #![expect(unsafe_code, reason = "closes numbers whose owner is out of reach")]
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::{Errno, sys};
 
@@ -91,29 +92,107 @@ impl InheritedFd {
     }
 }
 
-/// A descriptor with its number, for a fork's child to close.
-#[derive(Debug)]
-pub(crate) struct NotedFd {
-    fd: OwnedFd,
-    pub(crate) number: InheritedFd,
+/// Entries of the first block of [`InheritedFds`]; each block has twice as many as the one before it.
+const FIRST_BLOCK_ENTRIES: usize = 8;
+
+/// Blocks of [`InheritedFds`]: more entries than a process can have descriptors.
+const BLOCKS: usize = 28;
+
+/// Numbers of descriptors that come and go, for a fork's child to close. Found without a lock: another thread may have
+/// held it when the process forked.
+#[derive(Debug, Default)]
+pub(crate) struct InheritedFds {
+    blocks: [OnceLock<Box<[InheritedEntry]>>; BLOCKS],
 }
 
-impl From<OwnedFd> for NotedFd {
-    fn from(fd: OwnedFd) -> Self {
-        let number = InheritedFd::new(fd.as_fd());
-        Self { fd, number }
+#[derive(Debug)]
+struct InheritedEntry {
+    fd: InheritedFd,
+    /// What the descriptor is of.
+    of: AtomicUsize,
+}
+
+impl InheritedEntry {
+    /// Between free and in use. A child that finds it so hasn't got the owner, which was still to be.
+    const TAKEN: RawFd = -2;
+
+    fn free() -> Self {
+        Self { fd: InheritedFd(AtomicI32::new(CLOSED)), of: AtomicUsize::new(0) }
+    }
+
+    fn take(&self) -> bool {
+        self.fd.0.compare_exchange(CLOSED, Self::TAKEN, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 }
 
-impl AsFd for NotedFd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+impl InheritedFds {
+    /// Notes a number until the guard is dropped, which must come before the descriptor is closed. Allocates.
+    pub(crate) fn note(self: &Arc<Self>, fd: BorrowedFd<'_>, of: u64) -> NotedFd {
+        let (block, index) = (0..BLOCKS)
+            .find_map(|block| {
+                let entries = FIRST_BLOCK_ENTRIES << block;
+                let made = || std::iter::repeat_with(InheritedEntry::free).take(entries).collect();
+                let index = self.blocks[block].get_or_init(made).iter().position(InheritedEntry::take)?;
+                Some((block, index))
+            })
+            .expect("there are more entries than numbers");
+        let noted = NotedFd { all: Arc::clone(self), block, index, is_noted: AtomicBool::new(true) };
+        let entry = noted.entry();
+        entry.of.store(of as usize, Ordering::Relaxed);
+        // Release: a child that sees the number sees what it is of. The fork copies memory after that.
+        entry.fd.0.store(fd.as_raw_fd(), Ordering::Release);
+        noted
+    }
+
+    /// Closes the numbers in the child, of one thing or of all.
+    ///
+    /// # Safety
+    ///
+    /// As of [`InheritedFd::close`], for each number.
+    pub(crate) unsafe fn close(&self, of: Option<u64>) {
+        for entry in self.blocks.iter().filter_map(OnceLock::get).flatten() {
+            let number = entry.fd.0.load(Ordering::Acquire);
+            let is_meant = of.is_none_or(|of| entry.of.load(Ordering::Relaxed) == of as usize);
+            if number >= 0 && is_meant {
+                // SAFETY: as the caller has made sure.
+                unsafe { entry.fd.close() };
+            }
+        }
+    }
+}
+
+/// A number that is noted.
+#[derive(Debug)]
+pub(crate) struct NotedFd {
+    all: Arc<InheritedFds>,
+    block: usize,
+    index: usize,
+    is_noted: AtomicBool,
+}
+
+impl NotedFd {
+    fn entry(&self) -> &InheritedEntry {
+        let block = self.all.blocks[self.block].get();
+        &block.expect("it was made before the number was noted")[self.index]
+    }
+
+    /// Forgets the number: its owner is about to close it.
+    pub(crate) fn forget(&self) {
+        if self.is_noted.swap(false, Ordering::Relaxed) {
+            self.entry().fd.forget();
+        }
+    }
+}
+
+impl Drop for NotedFd {
+    fn drop(&mut self) {
+        self.forget();
     }
 }
 
 /// Keeps a value from being dropped in a fork's child, with all that it leads to.
-pub(crate) fn abandon<T>(shared: &std::sync::Arc<T>) {
-    std::mem::forget(std::sync::Arc::clone(shared));
+pub(crate) fn abandon<T>(shared: &Arc<T>) {
+    std::mem::forget(Arc::clone(shared));
 }
 
 #[cfg(test)]
@@ -146,6 +225,40 @@ mod tests {
             .succeed();
             assert!(parent.is_current());
             assert_eq!(Owner::current().unwrap().generation, parent.generation);
+        });
+    }
+
+    #[test]
+    fn a_child_closes_the_numbers_that_are_noted() {
+        require!();
+        child::run_well(test_name!(), || {
+            let files: Vec<_> = (0..40).map(|_| File::open("/proc/self/exe").unwrap()).collect();
+            let fds = Arc::new(InheritedFds::default());
+            let mut noted: Vec<_> =
+                files.iter().enumerate().map(|(at, file)| fds.note(file.as_fd(), at as u64 % 2)).collect();
+            // Its place is another one's, so that forgetting it twice would forget that.
+            let first = noted.remove(0);
+            first.forget();
+            noted.push(fds.note(files[0].as_fd(), 2));
+            drop(first);
+            noted[11].forget();
+            let closed = || -> Vec<bool> {
+                // SAFETY: touches no memory.
+                files
+                    .iter()
+                    .map(|file| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFD) } == -1)
+                    .collect()
+            };
+            child::fork(|| {
+                // SAFETY: this is a child, which ends without dropping the files.
+                unsafe { fds.close(Some(1)) };
+                assert!(closed().iter().enumerate().all(|(at, closed)| *closed == (at % 2 == 1)));
+                // SAFETY: as above.
+                unsafe { fds.close(None) };
+                assert!(closed().iter().enumerate().all(|(at, closed)| *closed == (at != 12)));
+            })
+            .succeed();
+            assert!(closed().iter().all(|closed| !closed));
         });
     }
 

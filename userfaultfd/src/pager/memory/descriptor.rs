@@ -14,12 +14,12 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::address_map::{Layout, Segment};
-use crate::owner::{InheritedFd, NotedFd};
+use crate::owner::NotedFd;
 use crate::{FeatureFlags, Uffd};
 
 /// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any time.
@@ -85,11 +85,11 @@ pub(crate) struct Descriptor {
     pub(crate) was_blocking: bool,
     shards: Box<[Shard]>,
     /// For a fork's child, which may find the shards locked.
-    pub(crate) inherited: InheritedFd,
+    inherited: NotedFd,
     /// Whether the last read failed, which was reported.
     pub(crate) read_failed: AtomicBool,
-    /// What tells of the process's end.
-    pub(crate) ends: Mutex<Vec<NotedFd>>,
+    /// What tells of the process's end. A number is forgotten before it is closed.
+    pub(crate) ends: Mutex<Vec<(NotedFd, OwnedFd)>>,
     closed: AtomicBool,
     /// How many regions are being registered, and aren't in the layout yet.
     registering: AtomicUsize,
@@ -98,11 +98,12 @@ pub(crate) struct Descriptor {
 }
 
 impl Descriptor {
-    /// With a shard for each of the pager's threads, [`OUTSIDE`] more for fills, and one for looks.
+    /// With a shard for each of the pager's threads, [`OUTSIDE`] more for fills, and one for looks; its number is noted for
+    /// a fork's child.
     pub(crate) fn new(
         (id, slot): (u64, u32),
         serving: Serving,
-        shards: usize,
+        (shards, inherited): (usize, NotedFd),
         Origin { is_child, is_own, is_lazy, was_blocking }: Origin,
     ) -> Self {
         const CHANGES: FeatureFlags = FeatureFlags::EVENT_FORK
@@ -113,7 +114,6 @@ impl Descriptor {
         let features = serving.uffd.features();
         let tells_changes = features.intersects(CHANGES) || serving.uffd.ioctls().is_empty();
         let shards = (0..shards).map(|_| Shard(Mutex::new(Some(serving.clone())))).collect();
-        let inherited = InheritedFd::new(serving.uffd.as_fd());
         let (ends, closed, left) = (Mutex::default(), AtomicBool::new(false), Mutex::default());
         Self {
             id,

@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "the memory is the test's, and a process forks")]
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
@@ -55,6 +55,36 @@ fn pidfd(process: &Forked) -> OwnedFd {
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
     // SAFETY: it was just opened, and nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(fd as i32) }
+}
+
+/// Another thread may be looking at what is served just when the process forks.
+#[test]
+fn a_child_closes_its_copies_whatever_was_locked() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(4);
+        let (process, _socket, descriptor) = target(&memory, FeatureFlags::empty(), |_| {});
+        let end = pidfd(&process);
+        let numbers = [descriptor.as_raw_fd(), end.as_raw_fd()];
+        // SAFETY: touches no memory.
+        let is_open = |number: &i32| unsafe { libc::fcntl(*number, libc::F_GETFD) } != -1;
+        let mut pager = Some(Pager::new().unwrap());
+        let shared = Arc::clone(&pager.as_ref().unwrap().shared);
+        let added = pager.as_ref().unwrap().add(descriptor, [region(&memory, sevens)]).unwrap();
+        pager.as_ref().unwrap().watch(added.descriptor, end).unwrap();
+        let served = shared.descriptor(added.descriptor.0).unwrap();
+        let ends = served.ends.lock().unwrap();
+        let child = shared.with_table_locked(|| {
+            child::fork(|| {
+                assert!(numbers.iter().all(is_open));
+                drop(pager.take());
+                assert!(!numbers.iter().any(is_open));
+            })
+        });
+        drop(ends);
+        child.succeed();
+        assert!(numbers.iter().all(is_open));
+    });
 }
 
 #[test]

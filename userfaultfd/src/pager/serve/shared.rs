@@ -14,7 +14,7 @@ use std::time::Duration;
 use super::activity::{Activity, Doing, Reads};
 use super::backlog::{Backlog, Item};
 use super::reports::Reports;
-use crate::owner::{InheritedFd, Owner, abandon};
+use crate::owner::{InheritedFd, InheritedFds, Owner, abandon};
 use crate::pager::fill::filler::Filler;
 use crate::pager::fill::retry::{Deferred, Put, RetryQueue};
 use crate::pager::fill::work::{Wait, Work};
@@ -142,6 +142,8 @@ pub(crate) enum Busy {
 
 pub(crate) struct Shared {
     pub(crate) owner: Owner,
+    /// The numbers of what is served, for a fork's child.
+    inherited: Arc<InheritedFds>,
     pub(crate) retry: Retry,
     /// How many threads serve faults.
     pub(crate) threads: usize,
@@ -218,6 +220,7 @@ impl Shared {
         };
         Ok(Self {
             owner: Owner::current()?,
+            inherited: Arc::default(),
             retry,
             threads,
             readers,
@@ -261,28 +264,21 @@ impl Shared {
     }
 
     /// In a fork's child, which hasn't got the threads: closes the number of a descriptor that was served, or of all
-    /// and of the pager's own. What a thread was about to change when the process forked isn't found.
+    /// and of the pager's own. It takes no lock, since another thread may have held that when the process forked.
     #[expect(unsafe_code, reason = "closes what the threads have a share of")]
     pub(crate) fn abandon(self: &Arc<Self>, descriptor: Option<u64>) {
         abandon(self);
-        let table = match self.table.try_lock() {
-            Ok(table) => Some(table),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        };
-        let slots = table.iter().flat_map(|table| table.slots.iter().flatten());
-        let of_descriptors = slots.filter(|served| descriptor.is_none_or(|id| id == served.id));
-        let ends: Vec<_> = of_descriptors.clone().filter_map(|served| served.ends.try_lock().ok()).collect();
+        // SAFETY: this is a child, without the threads, and every method of the pager is an error in it. The pager owned
+        // the descriptors when the process forked, or else their numbers were forgotten; nothing that owns them is
+        // dropped any more.
+        unsafe { self.inherited.close(descriptor) };
+        if descriptor.is_some() {
+            return;
+        }
         let own = [&self.epoll, &self.bell, &self.control_epoll, &self.control_bell];
-        let own = own.map(|fd| InheritedFd::new(fd.as_fd()));
-        let timer = InheritedFd::new(self.retries.timer());
-        let own = own.iter().chain([&timer]).filter(|_| descriptor.is_none());
-        let ends = ends.iter().flat_map(|ends| ends.iter().map(|end| &end.number));
-        for fd in of_descriptors.map(|served| &served.inherited).chain(own).chain(ends) {
-            // SAFETY: this is a child, without the threads, and every method of the pager is an error in it. The table
-            // owned the descriptor when the process forked, or else its number was forgotten; nothing of the table, nor
-            // of this, is dropped any more. The pager's own are asked for once, when it is dropped.
-            unsafe { fd.close() };
+        for fd in own.map(AsFd::as_fd).into_iter().chain([self.retries.timer()]) {
+            // SAFETY: as above; they are asked for once, when the pager is dropped.
+            unsafe { InheritedFd::new(fd).close() };
         }
     }
 
@@ -325,6 +321,13 @@ impl Shared {
 
     pub(crate) fn new_region_id(&self) -> u64 {
         self.region_count.fetch_add(1, Ordering::Relaxed) as u64
+    }
+
+    /// Runs something while no other thread can look at the table.
+    #[cfg(test)]
+    pub(crate) fn with_table_locked<T>(&self, run: impl FnOnce() -> T) -> T {
+        let _table = lock(&self.table);
+        run()
     }
 
     /// Keeps a region until nothing else refers to it.
@@ -373,7 +376,8 @@ impl Shared {
             (table.count, table.slots.iter().position(Option::is_none).unwrap_or(len), len)
         };
         let shards = self.counters.len() + OUTSIDE + 1;
-        let descriptor = Descriptor::new((id, slot as u32), serving, shards, origin);
+        let inherited = self.inherited.note(uffd.as_fd(), id);
+        let descriptor = Descriptor::new((id, slot as u32), serving, (shards, inherited), origin);
         let descriptor = Arc::new(descriptor);
         let more = if slot == len { Vec::with_capacity(2 * len + 8) } else { Vec::new() };
         let before = {
@@ -612,7 +616,8 @@ impl Shared {
         };
         let (epoll, token) = (self.control_epoll.as_fd(), Token::of(descriptor).0);
         sys::epoll_control(epoll, libc::EPOLL_CTL_ADD, end.as_fd(), events | libc::EPOLLONESHOT, token)?;
-        lock(&descriptor.ends).push(OwnedFd::from(end).into());
+        let noted = self.inherited.note(end.as_fd(), descriptor.id);
+        lock(&descriptor.ends).push((noted, end.into()));
         Ok(())
     }
 
