@@ -2,7 +2,7 @@
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::{panic, thread};
 
 use userfaultfd::{FaultKind, FeatureFlags, ReadWrite, RegisterMode, Uffd};
@@ -29,8 +29,9 @@ pub(crate) struct Faults<'a> {
     uffd: &'a Uffd,
     /// Has reached its end when the threads are done.
     done: UnixStream,
-    /// The ids of the threads that have begun.
-    threads: &'a Mutex<Vec<libc::pid_t>>,
+    /// The ids of the threads, 0 before one has begun. Not under a lock: the wake of a thread that waited for one may
+    /// come so late that it ends the thread's sleep in its fault.
+    threads: &'a [AtomicI32],
 }
 
 impl Faults<'_> {
@@ -44,9 +45,26 @@ impl Faults<'_> {
     /// Waits until so many of the threads sleep in a fault. A fault is told a moment before its thread sleeps, and
     /// one that is resolved in that moment takes no wake.
     pub(crate) fn wait_for_sleepers(&self, count: usize) {
-        let asleep =
-            |threads: &[libc::pid_t]| threads.iter().filter(|thread| proc::sleeps_in_fault(**thread)).count();
-        proc::wait_until(|| asleep(&self.threads.lock().unwrap()) == count);
+        proc::wait_until(|| self.sleepers() == count);
+    }
+
+    fn ids(&self) -> impl Iterator<Item = libc::pid_t> {
+        self.threads.iter().map(|id| id.load(Ordering::Relaxed)).filter(|id| *id != 0)
+    }
+
+    fn sleepers(&self) -> usize {
+        self.ids().filter(|thread| proc::sleeps_in_fault(*thread)).count()
+    }
+
+    /// Runs something while all threads sleep in a fault. Returns whether none of them has run meanwhile.
+    ///
+    /// The kernel may wake a thread that sleeps in a fault though nobody resolved that: the wakes of its locks and of
+    /// futexes come a moment after they have let the thread go on. It withdraws its fault then, and faults again.
+    pub(crate) fn undisturbed(&self, run: impl FnOnce()) -> bool {
+        self.wait_for_sleepers(self.threads.len());
+        let before: Vec<_> = self.ids().map(proc::switches).collect();
+        run();
+        self.sleepers() == self.threads.len() && self.ids().map(proc::switches).eq(before)
     }
 
     /// Waits until there is an event. Tells whether there is one, or the threads are through.
@@ -101,15 +119,17 @@ pub(crate) fn during_all<T: Send, A: FnOnce() -> T + Send>(
     answer: impl FnOnce(&Faults<'_>),
 ) -> Vec<T> {
     let (done, end) = UnixStream::pair().unwrap();
-    let begun = Mutex::new(Vec::new());
+    let accesses: Vec<_> = accesses.into_iter().collect();
+    let begun: Vec<_> = accesses.iter().map(|_| AtomicI32::new(0)).collect();
     thread::scope(|scope| {
         let threads: Vec<_> = accesses
             .into_iter()
-            .map(|access| {
-                let (end, begun) = (end.try_clone().unwrap(), &begun);
+            .zip(&begun)
+            .map(|(access, id)| {
+                let end = end.try_clone().unwrap();
                 scope.spawn(move || {
                     let _end = end;
-                    begun.lock().unwrap().push(proc::thread_id());
+                    id.store(proc::thread_id(), Ordering::Relaxed);
                     access()
                 })
             })

@@ -87,6 +87,13 @@ pub(crate) fn sleeps_in_fault(thread: libc::pid_t) -> bool {
         .is_some_and(|text| text.starts_with("-1 "))
 }
 
+/// How often a thread of this process has stopped running.
+pub(crate) fn switches(thread: libc::pid_t) -> u64 {
+    let status = fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap();
+    let counts = status.lines().filter_map(|line| line.split_once("ctxt_switches:"));
+    counts.map(|(_, count)| count.trim().parse::<u64>().unwrap()).sum()
+}
+
 /// How many descriptors this process has open. For processes with one test only.
 pub(crate) fn open_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
