@@ -303,6 +303,74 @@ fn faults_are_resolved_while_memory_is_given_back_without_a_pause() {
     });
 }
 
+/// The CPUs that a thread of this process may run on.
+fn affinity(thread: libc::pid_t) -> libc::cpu_set_t {
+    // SAFETY: no CPU is an empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is borrowed for the call, and its size is right.
+    assert_eq!(unsafe { libc::sched_getaffinity(thread, size_of_val(&set), &mut set) }, 0);
+    set
+}
+
+fn set_affinity(thread: libc::pid_t, set: &libc::cpu_set_t) {
+    // SAFETY: the set is borrowed for the call, and its size is right.
+    assert_eq!(unsafe { libc::sched_setaffinity(thread, size_of_val(set), set) }, 0);
+}
+
+/// A thread that shares its CPU with the one that makes the changes never runs while that goes on.
+#[test]
+fn a_worker_leaves_the_cpu_of_the_thread_that_gives_memory_back() {
+    require!(FeatureFlags::EVENT_REMOVE);
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    if !has(test_name!(), "two CPUs", cpus > 1) {
+        return;
+    }
+    child::run_well(test_name!(), || {
+        const PAGES: usize = 512;
+        // Where each sleeps and wakes on a CPU of its own it is 1 to 4, and on the same some 130 and more.
+        const CHANGES_PER_FAULT: usize = 64;
+        let memory = Memory::anonymous(2 * PAGES);
+        let pager = Pager::builder().max_threads(1).build().unwrap();
+        serve(&pager, uffd(FeatureFlags::EVENT_REMOVE), region(&memory, Pages::new(page())));
+        let all = affinity(0);
+        let mut one: libc::cpu_set_t = all;
+        // SAFETY: touches no memory but the set, which has each number.
+        (0..libc::CPU_SETSIZE as usize)
+            .filter(|cpu| unsafe { libc::CPU_ISSET(*cpu, &all) })
+            .skip(1)
+            .for_each(
+                // SAFETY: as above.
+                |cpu| unsafe { libc::CPU_CLR(cpu, &mut one) },
+            );
+        for task in std::fs::read_dir("/proc/self/task").unwrap() {
+            let task = task.unwrap();
+            if std::fs::read_to_string(task.path().join("comm")).unwrap() == "uffd-pager\n" {
+                let id = task.file_name().into_string().unwrap().parse().unwrap();
+                // There it stays, unless something else moves it.
+                set_affinity(id, &one);
+                set_affinity(id, &all);
+            }
+        }
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let balloon = scope.spawn(|| {
+                set_affinity(0, &one);
+                for number in (0..PAGES).cycle().take_while(|_| !stop.load(Ordering::SeqCst)) {
+                    memory.advise(PAGES + number, 1, libc::MADV_DONTNEED).unwrap();
+                }
+            });
+            wait_until(|| pager.statistics().removes > 0);
+            for page in 0..PAGES {
+                assert_eq!(memory.read(page), byte(page));
+            }
+            stop.store(true, Ordering::SeqCst);
+            balloon.join().unwrap();
+        });
+        let changes = pager.statistics().removes;
+        assert!(changes < (CHANGES_PER_FAULT * PAGES) as _, "{changes} changes beside {PAGES} faults");
+    });
+}
+
 /// Limits this process to the address space that it has, and one MiB for the allocator, for as long as the work takes.
 fn without_address_space<T>(work: impl FnOnce(&dyn Fn()) -> T) -> T {
     let set = |most: libc::rlim_t| {

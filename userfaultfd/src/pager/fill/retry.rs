@@ -24,6 +24,11 @@ pub(in crate::pager) const ROOM: usize = 256;
 /// How long work is tried again after a change was read. Longer keeps the next change from being read.
 pub(in crate::pager) const AFTER_CHANGE: Duration = Duration::from_micros(20);
 
+/// Changes in a row after each of which nothing got through, before the thread that reads them moves to another CPU. The
+/// thread that makes them shares its CPU then, it seems, and so never runs while this one tries. On two CPUs nearly each
+/// change lets a fill through.
+pub(in crate::pager) const MISSES_BEFORE_MOVE: u32 = 8;
+
 /// How long the kernel may refuse a fill before that is reported.
 const STUCK_AFTER: Duration = Duration::from_secs(1);
 

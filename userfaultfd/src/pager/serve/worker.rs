@@ -20,7 +20,7 @@ use crate::pager::memory::descriptor::{Descriptor, Serving, lock, wake};
 use crate::pager::trace::event;
 use crate::pager::{DescriptorId, Problem, RegionId, stats};
 use crate::source::call::message;
-use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result};
+use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result, mapped_vec, sys};
 
 /// So many events are read with one system call.
 const BATCH: usize = 64;
@@ -61,6 +61,8 @@ pub(crate) struct Worker {
     faults: VecDeque<Fault>,
     /// Whether the backlog may have something that waits for a change of the layout.
     has_changing: bool,
+    /// Changes that were read since any of that got through.
+    misses: u32,
     /// Descriptors that this thread has met, by slot: the table that all share is locked to find one. As many as there
     /// is room for from the start.
     known: Box<[Option<Arc<Descriptor>>; KNOWN]>,
@@ -106,6 +108,7 @@ impl Worker {
             one: EventBuffer::new(1),
             faults: VecDeque::with_capacity(2 * batch),
             has_changing: false,
+            misses: 0,
             known: Box::new([const { None }; KNOWN]),
             version: 0,
             current: None,
@@ -311,7 +314,7 @@ impl Worker {
                 self.has_changing |= has_changing;
             }
             if self.has_changing && !matches!(read, Ok(Read::Faults)) {
-                self.try_changing(descriptor);
+                self.try_changing(descriptor, matches!(read, Ok(Read::Changes)));
             }
             match read {
                 Ok(Read::Nothing) => return round > 0,
@@ -354,19 +357,29 @@ impl Worker {
     }
 
     /// Tries what waits for a change of the layout, again and again for [`AFTER_CHANGE`](retry::AFTER_CHANGE).
-    fn try_changing(&mut self, descriptor: &Arc<Descriptor>) {
+    fn try_changing(&mut self, descriptor: &Arc<Descriptor>, is_after_change: bool) {
         self.set_at_work(true);
-        let start = Instant::now();
+        let (start, mut is_through) = (Instant::now(), false);
         while let Some(Deferred { work, history, .. }) = self.next_changing() {
             self.shared.counters(self.thread).retries.add(1);
             let done = self.filler.resume(&self.shared, descriptor, work);
-            if let Some(deferred) = self.settle(descriptor, done, Some(history)) {
-                self.keep_or_defer(deferred);
+            match self.settle(descriptor, done, Some(history)) {
+                Some(deferred) => self.keep_or_defer(deferred),
+                None => is_through = true,
             }
             if start.elapsed() >= retry::AFTER_CHANGE {
                 break;
             }
             std::hint::spin_loop();
+        }
+        if is_through {
+            self.misses = 0;
+        } else if is_after_change {
+            self.misses += 1;
+        }
+        if self.misses >= retry::MISSES_BEFORE_MOVE {
+            self.misses = 0;
+            sys::leave_cpu();
         }
     }
 
