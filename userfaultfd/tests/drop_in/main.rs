@@ -9,6 +9,7 @@
 mod support;
 
 mod balloon;
+mod cache;
 mod descriptors;
 mod errors;
 mod forks;
