@@ -227,7 +227,7 @@ fn a_fault_that_is_resolved_before_it_is_read_is_gone() {
 #[test]
 fn poll_tells_of_faults_that_are_not_read_yet() {
     require!();
-    assert_eq!(poll(&silent()), 0);
+    assert_eq!(poll(silent()), 0);
     with_pending_faults(silent, 1, |uffd, memory| {
         assert_eq!(poll(uffd), libc::POLLIN);
         assert_eq!(Fault::next(uffd).addr, memory.start().addr());
@@ -240,7 +240,7 @@ fn poll_tells_of_faults_that_are_not_read_yet() {
 #[test]
 fn poll_on_a_blocking_descriptor_is_an_error() {
     require!();
-    assert_eq!(poll(&blocking()), libc::POLLERR);
+    assert_eq!(poll(blocking()), libc::POLLERR);
     with_pending_faults(blocking, 1, |uffd, _| assert_eq!(poll(uffd), libc::POLLERR));
 }
 
