@@ -644,6 +644,54 @@ fn what_takes_too_much_room_is_refused() {
     assert!(matches!(error, FormatError::Damaged(text) if text.contains("makes no sense")), "{error:?}");
 }
 
+/// A file of a few KiB, of which most is holes, with all its checksums right. It takes no memory for what it claims.
+#[test]
+fn a_file_of_holes_takes_no_memory_for_its_checksums() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        /// Blocks of data, each with a checksum: 32 MiB of them.
+        const BLOCKS: u64 = 8 << 20;
+        let memory = Memory::anonymous(2);
+        number(&memory, 1);
+        let good = bytes_of(&memory);
+        let page = page() as u64;
+        let index = (1 + BLOCKS) * page;
+        let claims: Vec<u8> = [1 << 40, (1 << 40) + BLOCKS * page, page, 0, BLOCKS, page]
+            .into_iter()
+            .flat_map(|number: u64| number.to_le_bytes())
+            .collect();
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(&claims);
+        (0..4 * BLOCKS >> 20).for_each(|_| hasher.update(&[0; 1 << 20]));
+        let mut footer = [0; 64];
+        footer[..8].copy_from_slice(b"UFFDSEND");
+        footer[8..16].copy_from_slice(&good[16..24]);
+        footer[48..56].copy_from_slice(&good[24..32]);
+        for (at, number) in [(16, index), (24, 1), (32, 1), (40, BLOCKS)] {
+            footer[at..at + 8].copy_from_slice(&number.to_le_bytes());
+        }
+        footer[56..60].copy_from_slice(&hasher.finalize().to_le_bytes());
+        let checksum = crc(&footer[..60]);
+        footer[60..].copy_from_slice(&checksum.to_le_bytes());
+        let len = index + claims.len() as u64 + 4 * BLOCKS + 64;
+        let sparse = file(&good[..page as usize]);
+        sparse.set_len(len).unwrap();
+        sparse.write_all_at(&claims, index).unwrap();
+        sparse.write_all_at(&footer, len - 64).unwrap();
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
+        let limit = (pages * page + (8 << 20)) as libc::rlim_t;
+        let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
+        // SAFETY: the structure is borrowed for the call.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
+        let reader = SnapshotReader::new(sparse).unwrap();
+        assert_eq!(reader.data_len(), BLOCKS * page);
+        // A block of zeros has another checksum.
+        let error = reader.read((BLOCKS - 1) * page, &mut vec![1; page as usize]).unwrap_err();
+        assert!(error.to_string().contains("checksum"), "{error}");
+    });
+}
+
 /// A chain that is longer than a process may have open files, and than its stack is deep.
 #[test]
 fn a_long_chain_is_read_flat_and_merged() {

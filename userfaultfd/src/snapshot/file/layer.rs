@@ -54,8 +54,10 @@ pub(crate) struct Layer {
     pub(crate) file: Option<File>,
     pub(crate) header: Header,
     pub(crate) regions: Vec<Region>,
-    /// Of all blocks of data, in order.
-    pub(crate) checksums: Vec<u32>,
+    /// Where the checksums of all blocks of data are, in order, and how many. They are read as they are needed: a small
+    /// file with holes may claim any number.
+    checksums_at: u64,
+    pub(crate) checksums: u64,
     pub(crate) gone: u64,
 }
 
@@ -121,11 +123,24 @@ impl Layer {
         if !whole || checksums != footer.checksums {
             return Err(damaged());
         }
-        let checksums = read_all(&file, &mut at, footer.checksums, CHECKSUM, |bytes| {
-            bytes.first_chunk().map(|bytes| u32::from_le_bytes(*bytes))
-        })?;
-        let gone = gone * block;
-        Ok((Self { path, file: Some(file), header, regions, checksums, gone }, stretches, len))
+        let (file, gone, checksums_at) = (Some(file), gone * block, at);
+        Ok((Self { path, file, header, regions, checksums_at, checksums, gone }, stretches, len))
+    }
+
+    /// Whether blocks of data of the file have their checksums, of which this is the first.
+    pub(super) fn are_whole(&self, file: &File, first: u64, bytes: &[u8]) -> io::Result<bool> {
+        let (block, mut at) = (self.header.block as usize, self.checksums_at + first * CHECKSUM as u64);
+        let mut checksums = [0; CHECKSUM << 8];
+        for bytes in bytes.chunks(block << 8) {
+            let checksums = &mut checksums[..bytes.len() / block * CHECKSUM];
+            file.read_exact_at(checksums, at)?;
+            at += checksums.len() as u64;
+            let mut blocks = bytes.chunks_exact(block).zip(checksums.chunks_exact(CHECKSUM));
+            if !blocks.all(|(bytes, checksum)| crc32fast::hash(bytes).to_le_bytes() == *checksum) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Opens the file once more.

@@ -75,7 +75,7 @@ impl SnapshotReader {
         let above = self.layers.len() as u32;
         let below =
             parent.index.into_iter().map(|stretch| Stretch { layer: stretch.layer + above, ..stretch });
-        self.index = overlay(self.index, below, block);
+        self.index = overlay(self.index, below, block)?;
         self.layers.extend(parent.layers);
         for layer in self.layers.iter_mut().skip(OPEN) {
             layer.file.take_if(|_| layer.path.is_some());
@@ -116,7 +116,7 @@ impl SnapshotReader {
     /// Bytes of data in this file: without zeros, and what is in the snapshot that it follows.
     #[must_use]
     pub fn data_len(&self) -> u64 {
-        self.top().checksums.len() as u64 * self.block()
+        self.top().checksums * self.block()
     }
 
     /// Bytes of pages in this file that could not be told; reading them is an error.
@@ -185,15 +185,20 @@ impl SnapshotReader {
     ) -> Result<(), FormatError> {
         let layer = &self.layers[stretch.layer as usize];
         let at = offset + block * self.block();
-        match &layer.file {
-            Some(file) => file.read_exact_at(bytes, at)?,
-            None => self.open_again(stretch.layer)?.read_exact_at(bytes, at)?,
+        let opened;
+        let file = match &layer.file {
+            Some(file) => file,
+            None => {
+                opened = self.open_again(stretch.layer)?;
+                &*opened
+            }
+        };
+        file.read_exact_at(bytes, at)?;
+        if layer.are_whole(file, stretch.checksum + block, bytes)? {
+            Ok(())
+        } else {
+            Err(FormatError::Damaged("a page doesn't have its checksum"))
         }
-        let blocks = bytes.chunks_exact(self.block() as usize);
-        let same = blocks
-            .zip(&layer.checksums[(stretch.checksum + block) as usize..])
-            .all(|(bytes, sum)| crc32fast::hash(bytes) == *sum);
-        if same { Ok(()) } else { Err(FormatError::Damaged("a page doesn't have its checksum")) }
     }
 
     fn open_again(&self, layer: u32) -> io::Result<Arc<File>> {
@@ -256,12 +261,19 @@ impl SnapshotReader {
 }
 
 /// What lies in the one above, and where nothing does, in the one below.
-fn overlay(above: Vec<Stretch>, below: impl Iterator<Item = Stretch>, block: u64) -> Vec<Stretch> {
-    let mut all: Vec<Stretch> = Vec::with_capacity(above.len());
+fn overlay(
+    above: Vec<Stretch>,
+    below: impl Iterator<Item = Stretch>,
+    block: u64,
+) -> io::Result<Vec<Stretch>> {
+    let mut all: Vec<Stretch> = Vec::new();
     let mut above = above.into_iter().peekable();
     for stretch in below {
+        // For what is left of it before the next one and behind all, and for that one.
+        try_reserve(&mut all, 2)?;
         let mut from = stretch.first.max(all.last().map_or(0, Stretch::end));
         while let Some(next) = above.next_if(|next| next.first < stretch.end()) {
+            try_reserve(&mut all, 3)?;
             all.extend(stretch.cut(from, next.first, block));
             from = from.max(next.end());
             let covers = next.end() >= stretch.end();
@@ -272,8 +284,13 @@ fn overlay(above: Vec<Stretch>, below: impl Iterator<Item = Stretch>, block: u64
         }
         all.extend(stretch.cut(from, stretch.end(), block));
     }
+    try_reserve(&mut all, above.len())?;
     all.extend(above);
-    all
+    Ok(all)
+}
+
+fn try_reserve(stretches: &mut Vec<Stretch>, more: usize) -> io::Result<()> {
+    stretches.try_reserve(more).map_err(|_| io::ErrorKind::OutOfMemory.into())
 }
 
 fn into_io(error: FormatError) -> io::Error {
