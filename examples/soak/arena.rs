@@ -89,7 +89,7 @@ pub(crate) struct Arena {
 }
 
 /// Maps memory, at an address if that isn't 0.
-fn map(
+pub(crate) fn map(
     address: usize,
     len: usize,
     protection: i32,
@@ -105,19 +105,19 @@ fn map(
 }
 
 // What libc hasn't for Android: numbers of uapi/linux/mman.h, which are the same everywhere but on Alpha.
-const FIXED_NOREPLACE: i32 = 0x10_0000;
-const MAYMOVE: i32 = 1;
-const FIXED: i32 = 2;
-const DONTUNMAP: i32 = 4;
+pub(crate) const FIXED_NOREPLACE: i32 = 0x10_0000;
+pub(crate) const MAYMOVE: i32 = 1;
+pub(crate) const FIXED: i32 = 2;
+pub(crate) const DONTUNMAP: i32 = 4;
 
-const RESERVED: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+pub(crate) const RESERVED: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 impl Arena {
     pub(crate) fn new(index: usize, spec: Spec, features: FeatureFlags) -> io::Result<Self> {
         let len = spec.pages * spec.page_size;
         let file = match spec.memory {
             Memory::Anonymous => None,
-            Memory::Huge | Memory::HugeMinor => Some(huge_file(len)?),
+            Memory::Huge | Memory::HugeMinor | Memory::HugePrivate => Some(huge_file(len)?),
             _ => Some(userfaultfd_examples::memfd(len)?),
         };
         let states = match spec.memory.is_shared() {
@@ -126,7 +126,8 @@ impl Arena {
         };
         // One window is enough for what isn't moved.
         let windows = if spec.memory.is_huge() {
-            let start = map(0, len, libc::PROT_NONE, libc::MAP_SHARED, file.as_ref().map(|file| (file, 0)))?;
+            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+            let start = map(0, len, libc::PROT_NONE, flags, file.as_ref().map(|file| (file, 0)))?;
             [start, start]
         } else {
             let start = map(0, 2 * len, libc::PROT_NONE, RESERVED, None)?;
@@ -374,30 +375,50 @@ impl Arena {
     /// Writes a page. Whether it could be locked.
     pub(crate) fn write(&self, slot: &Slot, random: &mut Random, page: usize) -> Result<bool, String> {
         let Some(state) = self.lock(page) else { return Ok(false) };
+        let looks = if random.one_in(2) { 4 } else { 0 };
+        self.write_locked(slot, random, (page, state), looks, 0..0)?;
+        Ok(true)
+    }
+
+    /// Looks at some words of a page that is locked, and writes it. The words of a range may be zero before.
+    fn write_locked(
+        &self,
+        slot: &Slot,
+        random: &mut Random,
+        (page, state): (usize, u32),
+        looks: usize,
+        cut: Range<usize>,
+    ) -> Result<(), String> {
         let address = self.address(page, state);
         slot.touches(address, state);
         let access = self.access(page, state, true);
         let words = self.words(address);
-        if random.one_in(2) {
-            let mut check = Check::new(self, page, state, address);
-            for _ in 0..4 {
-                let word = random.below(words.len());
-                check.word(word, access.during(|| words[word].load(Ordering::Relaxed)));
+        let mut check = Check::new(self, page, state, address);
+        for _ in 0..looks {
+            let word = random.below(words.len());
+            let value = access.during(|| words[word].load(Ordering::Relaxed));
+            if value != 0 || !cut.contains(&word) {
+                check.word(word, value);
             }
-            check.end(state, access.hits.get() > 0)?;
         }
+        check.end(state, access.hits.get() > 0)?;
         let written = next(state, WRITTEN).wrapping_add(1 << GENERATION);
         for (word, cell) in words.iter().enumerate() {
             let value = self.content.written(page, word, written >> GENERATION);
             access.during(|| cell.store(value, Ordering::Relaxed));
         }
         self.states()[page].store(written, Ordering::SeqCst);
-        self.count_hits(slot, &access)?;
-        Ok(true)
+        self.count_hits(slot, &access)
     }
 
-    /// Removes pages. Whether the kernel does that.
-    pub(crate) fn remove(&self, slot: &Slot, pages: Range<usize>, hole: bool) -> Result<bool, String> {
+    /// Removes pages, and perhaps parts of huge ones beside them. Returns whether the kernel does that.
+    pub(crate) fn remove(
+        &self,
+        slot: &Slot,
+        random: &mut Random,
+        pages: Range<usize>,
+        hole: bool,
+    ) -> Result<bool, String> {
         let pages = self.lock_range(pages);
         if pages.is_empty() {
             return Ok(false);
@@ -407,15 +428,31 @@ impl Arena {
         let start = self.address(pages.start, self.states()[pages.start].load(Ordering::SeqCst));
         slot.touches(start, self.states()[pages.start].load(Ordering::Relaxed));
         let advice = if hole { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
-        let (at, len) = (ptr::with_exposed_provenance_mut(start), pages.len() * self.spec.page_size);
+        let bytes = self.removed(random, pages.len() * self.spec.page_size, hole);
+        let at = ptr::with_exposed_provenance_mut(start + bytes.start);
         // SAFETY: pages of this arena, to which only atomics refer.
-        if unsafe { libc::madvise(at, len, advice) } == -1 {
+        if unsafe { libc::madvise(at, bytes.len(), advice) } == -1 {
             let error = io::Error::last_os_error();
             self.unlock(pages, |state| state);
             // Hugetlb memory before Linux 5.18.
             return if self.spec.memory.is_huge() { Ok(false) } else { Err(format!("madvise: {error}")) };
         }
-        self.unlock(pages, |state| {
+        let mut whole = pages.clone();
+        if self.spec.memory.is_huge() {
+            // The kernel removes those that are in the range as a whole. A hole in a file is zeros in others.
+            let (size, first) = (self.spec.page_size, pages.start);
+            whole = first + bytes.start.div_ceil(size)..first + bytes.end / size;
+            whole.end = whole.end.max(whole.start);
+            for page in (first..whole.start).chain(whole.end..pages.end) {
+                let here = (page - first) * size..(page - first + 1) * size;
+                let cut = bytes.start.max(here.start)..bytes.end.min(here.end);
+                let cut = if hole { cut.start - here.start..cut.end - here.start } else { 0..0 };
+                let state = self.states()[page].load(Ordering::SeqCst) & !LOCKED;
+                let cut = cut.start / WORD..cut.end / WORD;
+                self.write_locked(slot, random, (page, state), 16, cut)?;
+            }
+        }
+        self.unlock(whole, |state| {
             let kind = match (state & KIND, shared && !hole) {
                 (SOURCE, false) if told => ZERO,
                 (EITHER, false) if told => ZERO,
@@ -429,6 +466,22 @@ impl Arena {
             next(state, kind)
         });
         Ok(true)
+    }
+
+    /// The bytes to remove of some pages. Of huge ones the kernel takes ranges that begin or end inside a page; of
+    /// others it rounds the end.
+    fn removed(&self, random: &mut Random, len: usize, hole: bool) -> Range<usize> {
+        let base = userfaultfd::page_size();
+        if random.one_in(2) {
+            return 0..len;
+        }
+        if !self.spec.memory.is_huge() {
+            return 0..len - random.below(base);
+        }
+        let pages = self.spec.page_size / base;
+        let start = if hole { random.below(pages) } else { 0 };
+        let end = len / base - random.below(pages);
+        start * base..end.max(start + 1) * base
     }
 
     /// Moves pages to the other window. Whether the kernel did.

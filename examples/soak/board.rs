@@ -44,6 +44,8 @@ acts! {
     Refused: "requests that this kernel refuses",
     Lazy: "LazyMemory",
     Crowd: "crowds that waited for a source",
+    Outage: "sources that were down for seconds",
+    Remaps: "mappings that grew, shrank and moved",
     Signals: "faults under a hail of signals",
     ChildDrops: "children that dropped or left memory",
     Many: "hundreds of memories",

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use userfaultfd::pager::{BytesSource, FileSource, Fill, MappedFileSource, PageSource};
 use userfaultfd_examples::memfd;
@@ -69,7 +69,7 @@ impl Content {
     /// A source of one of several kinds, with `pages` pages.
     pub(crate) fn source(&self, kind: usize, pages: usize) -> io::Result<Arc<dyn PageSource>> {
         if kind == 0 {
-            return Ok(Arc::new(Flaky { content: *self, calls: AtomicU64::new(0) }));
+            return Ok(Arc::new(Flaky { content: *self, calls: AtomicU64::new(0), since: Instant::now() }));
         }
         let mut bytes = vec![0; pages * self.page * WORD];
         self.fill(0, &mut bytes);
@@ -95,6 +95,18 @@ impl Content {
 struct Flaky {
     content: Content,
     calls: AtomicU64,
+    since: Instant,
+}
+
+impl Flaky {
+    /// One source of eight answers nothing for seconds, soon after it was made.
+    fn wait_until_up(&self) {
+        let luck = mix(self.content.key ^ 0x5eed);
+        let down = Duration::from_millis(luck >> 8 & 1023)..Duration::from_millis(2000 + (luck >> 20 & 2047));
+        if luck % 8 == 0 && down.contains(&self.since.elapsed()) {
+            thread::sleep(down.end.saturating_sub(self.since.elapsed()));
+        }
+    }
 }
 
 /// The panic of a source, which nobody needs to hear of.
@@ -108,6 +120,7 @@ impl PageSource for Flaky {
         if pages.clone().any(|page| self.content.is_bad(page)) {
             return Err(io::Error::other("a page that can't be had"));
         }
+        self.wait_until_up();
         let luck = mix(self.content.key ^ mix(offset) ^ self.calls.fetch_add(1, Ordering::Relaxed));
         match luck % 4096 {
             0..4 => thread::sleep(Duration::from_millis(luck >> 12 & 127)),

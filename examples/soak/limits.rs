@@ -1,12 +1,14 @@
-//! A process that has reached its limit of descriptors: what it asks for then is refused, and what it has goes on.
+//! A process that has reached a limit, of descriptors or of mappings: what it asks for then is refused, and what it has
+//! goes on.
 //!
-//! Not that of mappings: where none can be had, the allocator fails, and Rust ends the process.
+//! Mappings with glibc alone, whose allocator goes on without them. Where an allocator fails, Rust ends the process.
 
 use std::process::Command;
-use std::sync::Arc;
-use std::{env, io, thread};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use std::{env, fs, io, ptr, thread};
 
-use userfaultfd::pager::{self, BytesSource, Pager};
+use userfaultfd::pager::{self, BytesSource, Fill, Pager};
 use userfaultfd::{LazyMemory, page_size};
 use userfaultfd_examples::Result;
 
@@ -25,8 +27,17 @@ pub(crate) fn run(seed: u64) -> std::result::Result<(), String> {
     if ended.status.success() { Ok(()) } else { Err(format!("ended with {}: {said}", ended.status)) }
 }
 
-/// What the process does: the seed says how many descriptors are left.
+/// What the process does.
 pub(crate) fn reach(seed: u64) -> Result<()> {
+    if seed % 2 == 0 || !cfg!(target_env = "gnu") {
+        few_descriptors(seed / 2)
+    } else {
+        few_mappings(seed / 2)
+    }
+}
+
+/// The seed says how many descriptors are left.
+fn few_descriptors(seed: u64) -> Result<()> {
     let pager = Arc::new(Pager::builder().build()?);
     // What is there before must stay right.
     let early = [lazy(&pager)?, sigbus()?];
@@ -55,8 +66,123 @@ pub(crate) fn reach(seed: u64) -> Result<()> {
     Ok(())
 }
 
-fn bytes() -> Vec<u8> {
-    (0..PAGES * page_size()).map(|at| (at / page_size()) as u8 + 1).collect()
+/// Readers of slow memory, so that the pager would add workers.
+const READERS: usize = 4;
+
+/// The seed says how many mappings are left: none, or so few that something is refused half-way.
+fn few_mappings(seed: u64) -> Result<()> {
+    let pager = Arc::new(Pager::builder().build()?);
+    let slow = |offset: u64, page: &mut [u8]| {
+        thread::sleep(Duration::from_millis(2));
+        page.fill((offset / page_size() as u64) as u8 + 1);
+        Ok(Fill::Data)
+    };
+    let slow = LazyMemory::builder(slow).len(PAGES * READERS * page_size()).block(page_size()).pager(&pager);
+    let (slow, early) = (slow.build()?, [lazy(&pager)?, sigbus()?]);
+    let go = std::sync::Barrier::new(READERS + 1);
+    let _pin = room_to_allocate();
+    let read = |reader: usize| {
+        let pages = reader * PAGES..(reader + 1) * PAGES;
+        let wrong = |page: &usize| slow[page * page_size()] != *page as u8 + 1;
+        go.wait();
+        pages.into_iter().find(wrong).map_or(Ok(()), |page| Err(format!("page {page} is wrong")))
+    };
+    let read = &read;
+    thread::scope(|scope| -> Result<()> {
+        let readers: Vec<_> = (0..READERS).map(|reader| scope.spawn(move || read(reader))).collect();
+        let mut more = Vec::with_capacity(1 << 12);
+        let reached = mappings(seed as usize % 24);
+        go.wait();
+        let refused = reached.is_ok().then(|| {
+            loop {
+                match lazy(&pager) {
+                    Ok(_) if more.len() == more.capacity() => break "no limit is reached".into(),
+                    Ok(memory) => more.push(memory),
+                    Err(error) => break error.to_string(),
+                }
+            }
+        });
+        let read = readers
+            .into_iter()
+            .try_for_each(|reader| reader.join().unwrap_or_else(|_| Err("a reader panicked".to_owned())));
+        let checked = early.iter().chain(&more).try_for_each(check);
+        drop(more);
+        drop(reached?);
+        read.and(checked)?;
+        match refused {
+            Some(text) if !["os error 12", "ENOMEM"].iter().any(|errno| text.contains(errno)) => {
+                Err(format!("refused, and not for the limit: {text}").into())
+            }
+            _ => Ok(()),
+        }
+    })?;
+    early.iter().try_for_each(check)?;
+    check(&lazy(&pager)?)?;
+    Ok(())
+}
+
+/// Has the allocator have room for this thread: at the limit the heap can't grow either. What is returned keeps it from
+/// giving the room back.
+fn room_to_allocate() -> Box<u8> {
+    let room: Vec<_> = (0..512).map(|_| vec![1_u8; 4096]).collect();
+    let pin = Box::new(std::hint::black_box(&room).len() as u8);
+    drop(room);
+    pin
+}
+
+/// The mappings that reach the limit, until this is dropped.
+struct Mapped {
+    start: usize,
+    pages: usize,
+}
+
+/// Has as many mappings as the process may, but for so many pairs, and perhaps one.
+fn mappings(left: usize) -> io::Result<Mapped> {
+    let most = fs::read_to_string("/proc/sys/vm/max_map_count")?;
+    let most: usize = most.trim().parse().map_err(io::Error::other)?;
+    if most > 1 << 20 {
+        return Err(io::Error::other("a limit of mappings that is never reached"));
+    }
+    let len = 2 * most * page_size();
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: the kernel chooses an address where nothing is.
+    let start = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let mapped = Mapped { start: start.expose_provenance(), pages: 2 * most };
+    // Every second page is another mapping, and so is what is between two of them.
+    let second = (1..2 * most).step_by(2);
+    let split = second.clone().take_while(|page| protect(mapped.start, *page, libc::PROT_READ)).count();
+    if split == second.len() {
+        return Err(io::Error::other("no limit is reached"));
+    }
+    // Each that is joined again is two.
+    for page in second.take(split).skip(split.saturating_sub(left)) {
+        protect(mapped.start, page, libc::PROT_NONE);
+    }
+    Ok(mapped)
+}
+
+fn protect(start: usize, page: usize, protection: libc::c_int) -> bool {
+    let at = ptr::with_exposed_provenance_mut(start + page * page_size());
+    // SAFETY: a page that nothing refers to.
+    unsafe { libc::mprotect(at, page_size(), protection) == 0 }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        let at = ptr::with_exposed_provenance_mut(self.start);
+        // SAFETY: pages that nothing refers to.
+        let unmapped = unsafe { libc::munmap(at, self.pages * page_size()) };
+        debug_assert_eq!(unmapped, 0);
+    }
+}
+
+/// What all sources have. Made once: it is asked for at the limit.
+fn bytes() -> &'static [u8] {
+    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
+    BYTES.get_or_init(|| (0..PAGES * page_size()).map(|at| (at / page_size()) as u8 + 1).collect())
 }
 
 fn lazy(pager: &Arc<Pager>) -> pager::Result<LazyMemory> {

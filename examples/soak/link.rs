@@ -23,18 +23,27 @@ pub(crate) enum Memory {
     Huge,
     /// The same, filled by mapping what is in the file.
     HugeMinor,
+    /// Private, of huge pages.
+    HugePrivate,
 }
 
 impl Memory {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Anonymous, Self::PrivateFile, Self::Shared, Self::Minor, Self::Huge, Self::HugeMinor];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Anonymous,
+        Self::PrivateFile,
+        Self::Shared,
+        Self::Minor,
+        Self::Huge,
+        Self::HugeMinor,
+        Self::HugePrivate,
+    ];
 
     pub(crate) fn is_shared(self) -> bool {
-        !matches!(self, Self::Anonymous | Self::PrivateFile)
+        !matches!(self, Self::Anonymous | Self::PrivateFile | Self::HugePrivate)
     }
 
     pub(crate) fn is_huge(self) -> bool {
-        matches!(self, Self::Huge | Self::HugeMinor)
+        matches!(self, Self::Huge | Self::HugeMinor | Self::HugePrivate)
     }
 
     pub(crate) fn is_minor(self) -> bool {

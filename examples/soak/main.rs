@@ -1,7 +1,7 @@
 //! Everything at once, for a while: processes whose threads fault, write, remove, move and fork; sources that stall,
 //! fail and panic; pagers that are handed over, finished and dropped; crowds that wait for a source that is down, signals,
-//! children that drop what they inherit, memories by the hundred, limits that are reached. Every page that is read is
-//! checked.
+//! mappings that grow, shrink and move, children that drop what they inherit, memories by the hundred, limits that are
+//! reached. Every page that is read is checked.
 //!
 //! ```sh
 //! cargo run --release --example soak -- --seconds 60
@@ -20,6 +20,7 @@ mod link;
 mod options;
 mod own;
 mod random;
+mod remaps;
 mod storms;
 mod target;
 
@@ -47,9 +48,6 @@ use crate::target::Orders;
 
 /// So many threads a process has at most, with those of its forks' children.
 const SLOTS: usize = 64;
-
-/// An act that takes longer hangs.
-const LIMIT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     let mut arguments = env::args().skip(1);
@@ -192,7 +190,8 @@ impl Soak {
                     let slot = &self.board.slots()[self.options.processes * SLOTS + thread];
                     let mut random = Random::new(&[self.options.seed, u64::MAX, thread as u64]);
                     let goes_on = || Instant::now() < end && !self.stop.load(Ordering::Relaxed);
-                    if let Err(problem) = own::work(slot, &self.common, &mut random, &goes_on) {
+                    let kernel = self.orders.kernel;
+                    if let Err(problem) = own::work(slot, &self.common, &mut random, kernel, &goes_on) {
                         self.common.findings.add(problem);
                     }
                     drop(done);
@@ -287,7 +286,7 @@ impl Soak {
                 let is_same = doing.is_some() && doing.map(|d| d.sequence) == before.map(|d| d.sequence);
                 if !is_same {
                     (*before, *since) = (doing, now);
-                } else if let Some(doing) = doing.filter(|_| now - *since > LIMIT) {
+                } else if let Some(doing) = doing.filter(|_| now - *since > self.options.limit) {
                     self.hangs(index, doing);
                 }
             }

@@ -5,8 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crate::SLOTS;
 use crate::target::Orders;
 
-pub(crate) const USAGE: &str =
-    "usage: cargo run --release --example soak -- [--seconds N] [--seed N] [--processes N] [--threads N]";
+pub(crate) const USAGE: &str = "usage: cargo run --release --example soak -- [--seconds N] [--seed N] [--processes N] [--threads N] [--limit N]";
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Options {
@@ -15,19 +14,27 @@ pub(crate) struct Options {
     pub(crate) processes: usize,
     /// Of each process.
     pub(crate) threads: usize,
+    /// An act that takes longer hangs.
+    pub(crate) limit: Duration,
 }
 
 impl Options {
     pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self, String> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
-        let mut options =
-            Self { time: Duration::from_secs(60), seed: now % 1_000_000, processes: 3, threads: 4 };
+        let mut options = Self {
+            time: Duration::from_secs(60),
+            seed: now % 1_000_000,
+            processes: 3,
+            threads: 4,
+            limit: Duration::from_secs(30),
+        };
         while let Some(argument) = arguments.next() {
             let value = arguments.next().ok_or_else(|| format!("{argument} needs a number"))?;
             let number: u64 = value.parse().map_err(|error| format!("{argument} {value}: {error}"))?;
             match argument.as_str() {
                 "--seconds" => options.time = Duration::from_secs(number),
                 "--seed" => options.seed = number,
+                "--limit" => options.limit = Duration::from_secs(number),
                 "--processes" if (1..=64).contains(&number) => options.processes = number as usize,
                 "--threads" if (1..=SLOTS as u64 / 2).contains(&number) => options.threads = number as usize,
                 _ => return Err(format!("{argument} {value} is none of the options")),

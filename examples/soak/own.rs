@@ -1,10 +1,11 @@
 //! Memory of this very process, which fills itself.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 
 use userfaultfd::pager::{Pager, Problem, Retry};
-use userfaultfd::{LazyMemory, page_size};
+use userfaultfd::{Errno, LazyMemory, page_size};
 
 use crate::board::{Act, Slot};
 use crate::content::{Content, WORD};
@@ -17,16 +18,22 @@ pub(crate) fn work(
     slot: &Slot,
     common: &Arc<Common>,
     random: &mut Random,
+    kernel: bool,
     goes_on: &dyn Fn() -> bool,
 ) -> Result<(), String> {
     let noted = Arc::clone(common);
-    let note = move |problem: &Problem| noted.findings.add(format!("LazyMemory: a pager says: {problem:?}"));
+    let note = move |problem: &Problem| match problem {
+        Problem::Stuck { errno: Errno::EAGAIN, .. } => {
+            noted.expected.put_off.fetch_add(1, Ordering::Relaxed);
+        }
+        other => noted.findings.add(format!("LazyMemory: a pager says: {other:?}")),
+    };
     let retry = Retry { attempts: 8, delay: std::time::Duration::from_micros(200) };
     let shared = Pager::builder().threads(1 + random.below(4)).retry(retry).on_problem(note.clone()).build();
     let shared = Arc::new(shared.map_err(|error| format!("a pager: {error}"))?);
     while goes_on() {
         if random.one_in(16) {
-            storms::strike(slot, &shared, random)?;
+            storms::strike(slot, &shared, random, kernel)?;
             continue;
         }
         slot.begin(Act::Lazy, 0);

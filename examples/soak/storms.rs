@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use userfaultfd::pager::{BytesSource, Fill, PageSource, Pager, Retry};
+use userfaultfd::pager::{BytesSource, Fill, Order, PageSource, Pager, Retry};
 use userfaultfd::{LazyMemory, page_size};
 
 use crate::board::{Act, Slot};
 use crate::content::{Content, WORD};
-use crate::limits;
 use crate::random::Random;
+use crate::{limits, remaps};
 
 /// More threads than anything of a pager has fixed room for.
 const CROWD: usize = 300;
@@ -26,11 +26,28 @@ const MEMORIES: usize = 150;
 const PATIENT: Retry = Retry { attempts: 200, delay: Duration::from_millis(1) };
 
 /// One storm. Whether it is over, and all that was read was right.
-pub(crate) fn strike(slot: &Slot, pager: &Arc<Pager>, random: &mut Random) -> Result<(), String> {
-    let act = [Act::Crowd, Act::Signals, Act::ChildDrops, Act::Many, Act::Limits][random.below(5)];
+pub(crate) fn strike(
+    slot: &Slot,
+    pager: &Arc<Pager>,
+    random: &mut Random,
+    kernel: bool,
+) -> Result<(), String> {
+    const ALL: [Act; 8] = [
+        Act::Crowd,
+        Act::Outage,
+        Act::Remaps,
+        Act::Remaps,
+        Act::Signals,
+        Act::ChildDrops,
+        Act::Many,
+        Act::Limits,
+    ];
+    let act = ALL[random.below(ALL.len())];
     slot.begin(act, 0);
     let struck = match act {
         Act::Crowd => crowd(random),
+        Act::Outage => outage(random),
+        Act::Remaps => remaps::storm(pager, random, kernel),
         Act::Signals => signals(pager, random),
         Act::ChildDrops => child_drops(pager, random),
         Act::Limits => limits::run(random.next()),
@@ -89,6 +106,42 @@ fn crowd(random: &mut Random) -> Result<(), String> {
         look(&memory, &content, index, &mut random)?;
         look(&memory, &content, index / 3, &mut random)
     })
+}
+
+/// A source is down for seconds, while threads wait for it, pages are filled in the background, and another source of the
+/// same pager delivers.
+fn outage(random: &mut Random) -> Result<(), String> {
+    const READERS: usize = 40;
+    /// Long enough for one page of the other memory, however slow the machine is.
+    const LONG: Duration = Duration::from_secs(4);
+    let (content, other) = (content(READERS, random), content(64, random));
+    let (since, until) = (Instant::now(), Duration::from_millis(2000 + random.below(4000) as u64));
+    let pager = Pager::builder().threads(1 + random.below(4)).retry(PATIENT).on_problem(|_| {}).build();
+    let pager = Arc::new(pager.map_err(|error| format!("a pager: {error}"))?);
+    let build = |source: Arc<dyn PageSource>, content: &Content| {
+        let builder = LazyMemory::builder(source).len(content.words * WORD).block(page_size());
+        builder.pager(&pager).build().map_err(|error| format!("LazyMemory: {error}"))
+    };
+    let memory = build(Arc::new(Down { content, since, until }), &content)?;
+    let up = build(other.source(1, 64).map_err(|error| error.to_string())?, &other)?;
+    let background = memory.background(Order::Ascending).map_err(|error| format!("background: {error}"))?;
+    let seed = random.next();
+    all(READERS + 2, |index| {
+        let mut random = Random::new(&[seed, index as u64]);
+        match index {
+            READERS => {
+                look(&up, &other, 0, &mut random)?;
+                if until > LONG && since.elapsed() > until {
+                    return Err("a page waited for a source that isn't its own".to_owned());
+                }
+                (1..64).try_for_each(|page| look(&up, &other, page, &mut random))
+            }
+            0..READERS => look(&memory, &content, index, &mut random),
+            _ => memory.try_populate(0..memory.len()).map_err(|error| format!("filling: {error}")),
+        }
+    })?;
+    drop(background);
+    (0..READERS).try_for_each(|page| look(&memory, &content, page, random))
 }
 
 /// Each of so many threads does something.

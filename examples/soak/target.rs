@@ -119,7 +119,7 @@ fn choose(orders: &Orders, support: FeatureFlags, random: &mut Random) -> (Spec,
         let has = match memory {
             Memory::Minor => supports(FeatureFlags::MINOR_SHMEM),
             Memory::HugeMinor => supports(FeatureFlags::MINOR_HUGETLBFS) && huge_size.is_some(),
-            Memory::Huge => huge_size.is_some(),
+            Memory::Huge | Memory::HugePrivate => huge_size.is_some(),
             _ => true,
         };
         if has {
@@ -142,7 +142,7 @@ fn choose(orders: &Orders, support: FeatureFlags, random: &mut Random) -> (Spec,
     let protectable = if memory.is_minor() {
         // The release in which such a page can be mapped protected.
         FeatureFlags::WP_UNPOPULATED
-    } else if memory.is_shared() || memory == Memory::PrivateFile {
+    } else if memory.is_shared() || matches!(memory, Memory::PrivateFile | Memory::HugePrivate) {
         FeatureFlags::WP_HUGETLBFS_SHMEM
     } else {
         FeatureFlags::PAGEFAULT_FLAG_WP
@@ -222,7 +222,7 @@ impl Target {
             600..900 if !arena.spec.is_still => {
                 let _quiet = self.changes.read().unwrap_or_else(PoisonError::into_inner);
                 slot.begin(Act::Remove, arena.index);
-                let removed = arena.remove(slot, pages, dice % 2 == 0)?;
+                let removed = arena.remove(slot, random, pages, dice % 2 == 0)?;
                 slot.end(if removed { Act::Remove } else { Act::Refused });
             }
             900..1000 if self.orders.kernel && !arena.spec.memory.is_huge() => {
@@ -403,7 +403,7 @@ impl Target {
                 }
                 3 if arena.features.contains(FeatureFlags::EVENT_REMOVE) => {
                     slot.begin(Act::Remove, arena.index);
-                    arena.remove(slot, page..(page + 3).min(arena.spec.pages), false)
+                    arena.remove(slot, random, page..(page + 3).min(arena.spec.pages), false)
                 }
                 _ => {
                     slot.begin(Act::Read, arena.index);

@@ -345,7 +345,7 @@ fn soak_tells_its_usage() {
         let output = run(command("soak").args(arguments));
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
         assert!(
-            output.err.ends_with("[--seconds N] [--seed N] [--processes N] [--threads N]\n"),
+            output.err.ends_with("[--seconds N] [--seed N] [--processes N] [--threads N] [--limit N]\n"),
             "{output:?}"
         );
     }

@@ -29,7 +29,7 @@ use crate::tree;
 
 pub(crate) const USAGE: &str = "\
   kernels [NAME]... [--all] [--short] [--list] [--kernel PATH [--arch ARCH] [--features MASK] [--lacks NEED]...]
-          [--shell NAME] [--qemu PATH] [--limit SECONDS] [--binary NAME]... [-- ARGUMENT...]
+          [--shell NAME] [--qemu PATH] [--limit SECONDS] [--binary NAME]... [--soak SECONDS] [-- ARGUMENT...]
       Run the workspace's tests on the kernels of xtask/kernels.toml, or the named ones of them, in virtual machines:
       as root and as a user without rights. QEMU and the kernels are Debian packages, fetched into the target folder.
       --all       kernels of other architectures, too
@@ -41,6 +41,7 @@ pub(crate) const USAGE: &str = "\
       --qemu      the emulator to use; else one in PATH, else a fetched one
       --limit     how long a guest may run, instead of what the table says
       --binary    only this test binary, such as `userfaultfd-kernel`; once for each
+      --soak      no tests but the example `soak` for so long, as root; ARGUMENT is for it then
       ARGUMENT    for every test binary: part of the names of the tests to run
 ";
 
@@ -49,6 +50,10 @@ const AT_A_TIME: usize = 2;
 
 /// Seconds that a test may take in a guest, which shares this machine with another one.
 const TEST_LIMIT: u64 = 400;
+
+/// Seconds that an act of the soak may take in a guest, and that it may run longer than it is told.
+const SOAK_ACT: u64 = 150;
+const SOAK_REST: u64 = 900;
 
 /// Bytes that a guest can swap to.
 const SWAP: u64 = 256 << 20;
@@ -107,8 +112,10 @@ fn prepare(
         let target = &subject.arch.target;
         if !built.contains_key(target) {
             eprintln!("building the tests for {target}");
-            let mut binaries = binaries::build(&subject.arch, &folder.join("build"))?;
-            binaries.check(&table.short)?;
+            let mut binaries = binaries::build(&subject.arch, &folder.join("build"), options.soak.is_none())?;
+            if options.soak.is_none() {
+                binaries.check(&table.short)?;
+            }
             binaries.keep(&options.binaries)?;
             built.insert(target.clone(), Arc::new(binaries));
         }
@@ -160,7 +167,8 @@ fn run_all(folder: &Path, guests: &[Guest], options: &Options) -> Result<(), Str
 impl Guest {
     /// Seconds that it may run.
     fn limit(&self, options: &Options) -> u64 {
-        options.limit.unwrap_or(self.subject.arch.limit)
+        let of_soak = options.soak.map(|seconds| seconds + SOAK_REST);
+        options.limit.or(of_soak).unwrap_or(self.subject.arch.limit)
     }
 
     /// The machine, with its first file system made, and what it is to do.
@@ -179,18 +187,32 @@ impl Guest {
             built.tests.iter().filter(runs).map(|test| in_guest(image::TESTS, &test.name)).collect()
         };
         let modules = kernel.modules.iter().map(|path| in_guest(image::MODULES, &image::file_name(path)));
-        // What a test that passes says is shown, too: that is where it says what it was skipped for.
-        let arguments = ["--show-output".to_owned()].into_iter().chain(options.arguments.iter().cloned());
+        let own = match options.soak {
+            // What a test that passes says is shown, too: that is where it says what it was skipped for.
+            None => vec!["--show-output".to_owned()],
+            Some(seconds) => ["--seconds", &seconds.to_string(), "--limit", &SOAK_ACT.to_string()]
+                .map(str::to_owned)
+                .to_vec(),
+        };
+        let arguments = own.into_iter().chain(options.arguments.iter().cloned());
+        let mut passes = [User::Root, User::Nobody]
+            .map(|user| Pass { user, binaries: binaries(user), environment: environment(user) })
+            .to_vec();
+        if options.soak.is_some() {
+            passes.truncate(1);
+            passes[0].binaries = vec![in_guest(image::EXAMPLES, "soak")];
+        }
         let plan = Plan {
             console: subject.arch.console.clone(),
             modules: modules.collect(),
             huge_pages: subject.arch.huge_pages,
             swap: SWAP,
             // One that hangs leaves the others time.
-            limit: self.limit(options) / 3,
-            passes: [User::Root, User::Nobody]
-                .map(|user| Pass { user, binaries: binaries(user), environment: environment(user) })
-                .to_vec(),
+            limit: match options.soak {
+                None => self.limit(options) / 3,
+                Some(_) => self.limit(options),
+            },
+            passes,
             arguments: arguments.collect(),
             shell: self.busybox.is_some(),
         };

@@ -54,7 +54,9 @@ const NOT_TESTED: [&str; 2] = ["xtask", "guest-init"];
 
 /// Builds the tests of the workspace, its examples, and process 1. For this machine's own architecture that is done by
 /// its own compiler in `folder`, for others where the tool chain has what it needs.
-pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
+///
+/// Without `tests` there are none, and examples alone.
+pub(super) fn build(arch: &Arch, folder: &Path, tests: bool) -> Result<Built, String> {
     let host = host()?;
     let own = arch.target.split('-').next() == host.split('-').next();
     let toolchain = if own { None } else { Some(crate::cross::toolchain(&arch.target)?) };
@@ -63,16 +65,20 @@ pub(super) fn build(arch: &Arch, folder: &Path) -> Result<Built, String> {
         None => run(&mut own_cargo(&host, folder, subcommand, arguments)),
     };
     let rest = ["--workspace", "--exclude", NOT_TESTED[0], "--exclude", NOT_TESTED[1]];
-    let mut tests = build("test", &[&["--no-run", "--tests"], &rest[..]].concat())?;
+    let with_tests = tests;
+    let mut tests = match with_tests {
+        true => build("test", &[&["--no-run", "--tests"], &rest[..]].concat())?,
+        false => Vec::new(),
+    };
     // A program that the tests of its package run is built, too.
     tests.retain(|binary| binary.is_test);
     let examples = build("build", &[&["--examples"], &rest[..]].concat())?;
     let init = build("build", &["--bin", NOT_TESTED[1], "--package", NOT_TESTED[1]])?;
     let init = init.into_iter().next().ok_or("cargo built no process 1")?;
-    if tests.is_empty() {
+    if with_tests && tests.is_empty() {
         return Err("cargo built no test".to_owned());
     }
-    Ok(Built { init, tests, examples, is_whole: true })
+    Ok(Built { init, tests, examples, is_whole: with_tests })
 }
 
 /// The target that this machine's compiler is itself built for.

@@ -45,6 +45,7 @@ pub(super) struct Options {
     pub(super) qemu: Option<PathBuf>,
     pub(super) limit: Option<u64>,
     pub(super) binaries: Vec<String>,
+    pub(super) soak: Option<u64>,
     pub(super) arguments: Vec<String>,
 }
 
@@ -70,6 +71,10 @@ impl Options {
                     options.limit = Some(limit.get());
                 }
                 "--binary" => options.binaries.push(value()?),
+                "--soak" => {
+                    let value = value()?;
+                    options.soak = Some(value.parse().map_err(|e| format!("--soak {value}: {e}"))?);
+                }
                 "--" => options.arguments.extend(arguments.by_ref().cloned()),
                 name if !name.starts_with('-') => options.names.push(name.to_owned()),
                 _ => return Err(format!("kernels: unexpected argument `{argument}`")),
@@ -162,6 +167,7 @@ mod tests {
             &["--fast"],
             &["--limit", "soon"],
             &["--limit", "0"],
+            &["--soak", "long"],
         ] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
         }
