@@ -55,9 +55,8 @@ pub struct Added {
 ///
 /// Dropping it poisons all missing pages that it serves and closes the descriptors: from then on an access to a page that
 /// was never filled raises SIGBUS. A page that another mapping or write(2) has written to the memory's file isn't missing
-/// (but see [`Region::minor`]). Before Linux 6.6, which can't poison, dropping fills missing pages; in a private mapping
-/// of a memfd the source's content then hides what was written to the file. A descriptor whose pages can't be filled
-/// either stays open for as long as this process lives, so that an access waits.
+/// (but see [`Region::minor`]). Before Linux 6.6, which can't poison, dropping fills missing pages. A descriptor whose
+/// pages can't be filled either stays open for as long as this process lives, so that an access waits.
 /// [`finish`](Self::finish) and [`detach`](Self::detach) are the other ends.
 #[derive(Debug)]
 pub struct Pager {

@@ -234,10 +234,6 @@ fn what_is_there_though_nobody_faulted_is_not_poisoned() {
     require!(FeatureFlags::MISSING_SHMEM);
     tell_signals();
     for kind in [Kind::SharedAnonymous, Kind::Memfd, Kind::PrivateMemfd, Kind::Hugetlb] {
-        // Where missing pages are filled instead, a copy into a private mapping hides what its file has.
-        if kind == Kind::PrivateMemfd && !can_poison() {
-            continue;
-        }
         let Some(memory) = memory(test_name!(), kind, 6) else { continue };
         let alias = memory.alias();
         let (pager, source) = (Pager::new().unwrap(), Pages::new(memory.page()));

@@ -6,7 +6,9 @@
 
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::slice;
 use std::sync::Arc;
 
@@ -84,6 +86,42 @@ impl Filler {
                     shared.counters(self.thread).poisoned.add(1);
                     let _joined = region.pages.end(page, end);
                     wake(&serving.uffd, address..address + done);
+                }
+            }
+        }
+    }
+
+    /// Maps missing pages that are in the file of a private mapping, as an access would. Where nothing can be poisoned,
+    /// missing pages are copied at the end; into a private mapping the kernel copies without a look at the file, and
+    /// that copy would hide what the file has. Into a shared one it doesn't.
+    ///
+    /// `memory` is `/proc/self/mem`, if the memory is this process's.
+    pub(crate) fn map_from_file(
+        &self,
+        shared: &Shared,
+        descriptor: &Descriptor,
+        segment: &Segment,
+        memory: Option<&File>,
+    ) {
+        let region = &segment.region;
+        if region.shared || region.poison {
+            return;
+        }
+        let missing = |page: &usize| region.pages.is_absent(*page) && !region.pages.is_removed(*page);
+        for page in segment.pages().filter(missing) {
+            let serving = descriptor.enter(self.thread);
+            let (Some(serving), Some(address)) = (&*serving, segment.address_of(page)) else { return };
+            if !is_mapped_from_file(serving, region, address, memory) {
+                continue;
+            }
+            // No longer missing, unless another thread is about to find that out, or it was moved or removed since.
+            if region.pages.claim_quietly(page, false) {
+                let mut run = Run::new(segment, page..page + 1, false);
+                if run.is_there(serving) {
+                    self.count(shared, &run, &Content::Poison, 1, End::Present);
+                    skip(serving, &mut run, End::Present);
+                } else {
+                    run.give_up(Some(serving));
                 }
             }
         }
@@ -463,6 +501,20 @@ pub(in crate::pager) fn poison(
         poisoned => poisoned,
     };
     (poisoned, errno, End::Poisoned)
+}
+
+/// Maps a missing page if the memory's file has it. Returns whether it is mapped.
+fn is_mapped_from_file(serving: &Serving, region: &Served, address: usize, memory: Option<&File>) -> bool {
+    let mut mode = ContinueMode::empty();
+    mode.set(ContinueMode::WRITE_PROTECT, region.fills_protected());
+    match serving.uffd.continue_with(at(address), region.page_size(), mode).map_err(|error| error.errno()) {
+        Ok(_) | Err(Some(Errno::EEXIST)) => true,
+        // The file doesn't have it.
+        Err(Some(Errno::EFAULT)) => false,
+        // A kernel without CONTINUE. This read doesn't wait for a userfaultfd: it maps the page like any other access, or
+        // fails because the page is missing.
+        Err(_) => memory.is_some_and(|memory| memory.read_at(&mut [0], address as u64).is_ok()),
+    }
 }
 
 /// How many bytes an operation did, and why it stopped if it did.

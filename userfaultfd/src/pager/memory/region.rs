@@ -65,6 +65,11 @@ impl Region {
     /// The memory must be mapped: private anonymous memory, memfd, tmpfs, shared anonymous, or hugetlb memory. The
     /// pager registers it for missing faults, whether it is registered already or not.
     ///
+    /// In a private mapping of a memfd a thread sees what the file has, and faults where the file has nothing. What the
+    /// pager fills before a fault ([`around`](Self::around) one, in the background, by [`finish`](super::Pager::finish))
+    /// is the source's content, and hides what the file has. Before Linux 5.14 that is also so when a pager of another
+    /// process's memory is dropped.
+    ///
     /// Nothing of it must be there that is to come from the source. **Locked memory counts as present**: mlock(2)
     /// fills a range with zeros, and mlockall(2) with `MCL_FUTURE` each new mapping, as does `MAP_POPULATE`. Map it with
     /// `PROT_NONE`, unlock it, and make it accessible then; `mlock2` with `MLOCK_ONFAULT` locks it once it is registered.

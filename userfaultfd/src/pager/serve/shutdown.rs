@@ -1,6 +1,7 @@
 //! How serving ends: everything filled, everything absent poisoned, or handed over.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -77,6 +78,9 @@ pub(crate) fn cover(
 ) -> Result<usize> {
     let mut filler = shared.lease();
     let poison = cover == Cover::Poison;
+    // Without it, private mappings of files are filled as any other memory.
+    let reads_itself = cover == Cover::ContentAtOnce && descriptor.is_own;
+    let memory = reads_itself.then(|| File::open("/proc/self/mem").ok()).flatten();
     let is_left = |segment: &Segment, page: &usize| is_wanted(segment, *page);
     // Where a run of many pages fails, the next round goes page by page.
     let mut bulk = true;
@@ -94,6 +98,9 @@ pub(crate) fn cover(
             let pages = segment.pages();
             // The pager's threads put nothing off any longer, which might be for hours.
             segment.region.set_ending(cover != Cover::Content);
+            if cover == Cover::ContentAtOnce {
+                filler.map_from_file(shared, descriptor, segment, memory.as_ref());
+            }
             let most = if bulk { (BULK >> segment.region.page_shift).max(1) } else { 1 };
             let mut next = if tries_on { pages.start } else { pages.end };
             while next < pages.end {
