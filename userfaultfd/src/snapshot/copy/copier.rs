@@ -638,16 +638,15 @@ impl Copier {
     /// unprotected pages, and other mappings than before. One that unmaps pages leaves a hole, or memory that isn't
     /// registered with this descriptor.
     pub(crate) fn is_still_ours(&mut self) -> Result<bool> {
-        if !self.look.can_tell() {
-            return Ok(true);
-        }
         let mapped = self.mappings()?;
         let len = |ranges: &[Range<usize>]| ranges.iter().map(Range::len).sum::<usize>();
         if len(&mapped) != self.layout.parts().iter().map(|part| part.len).sum::<usize>() {
             return Ok(false);
         }
-        // What has lost its protection where nothing was mapped anew was moved away without an event.
-        if self.look_at_all()?.pages > 0 && mapped != self.mapped {
+        // What has lost its protection where nothing was mapped anew was moved away without an event. Where the page table
+        // doesn't tell what is protected, it may have.
+        let may_have_lost = !self.look.can_tell() || self.look_at_all()?.pages > 0;
+        if may_have_lost && mapped != self.mapped {
             return Ok(false);
         }
         self.mapped = mapped;

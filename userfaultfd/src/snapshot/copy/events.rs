@@ -131,6 +131,15 @@ impl Copier {
         }
     }
 
+    /// Where the page table doesn't tell what is protected, other mappings than these are all that tells of a change that
+    /// isn't read.
+    fn follow_mappings(&mut self) -> Result<()> {
+        if !self.look.can_tell() {
+            self.mapped = self.mappings()?;
+        }
+        Ok(())
+    }
+
     /// Follows a change of the layout.
     fn change(&mut self, event: Event) -> Result<()> {
         match event {
@@ -153,6 +162,7 @@ impl Copier {
                 self.discard(&range);
                 let parts = self.layout.remove(&range);
                 self.gone(&parts);
+                self.follow_mappings()?;
             }
             Event::Remap { from, to, len } => {
                 let (from, to) = (from.addr(), to.addr());
@@ -165,6 +175,7 @@ impl Copier {
                 self.discard(&(to..to + len));
                 let parts = self.layout.shift(&(from..from + len), to);
                 self.gone(&parts);
+                self.follow_mappings()?;
             }
             // A child isn't this process; its descriptor is closed here.
             Event::Fork { .. } | Event::Pagefault { .. } => {}
