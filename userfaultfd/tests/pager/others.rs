@@ -297,10 +297,11 @@ fn the_descriptor_of_a_process_that_has_ended_is_closed_though_nothing_could_be_
         let fails = |_: u64, _: &mut [u8]| Err(std::io::ErrorKind::NotFound.into());
         let pager = Pager::new().unwrap();
         pager.add(descriptor, [region(&memory, fails)]).unwrap();
-        target.process.kill();
-        assert_ne!(target.process.wait(), 0);
         let open = || (0..1024).filter(|fd| crate::support::proc::is_userfaultfd(*fd)).count();
         assert_eq!(open(), 1);
+        target.process.kill();
+        assert_ne!(target.process.wait(), 0);
+        // By the pager itself, if it has noticed the end by now.
         drop(pager);
         assert_eq!(open(), 0);
     });
