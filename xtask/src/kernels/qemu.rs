@@ -93,9 +93,9 @@ impl Machine {
         command.args(["-accel", "tcg,thread=multi", "-smp", "2", "-m", &self.arch.memory.to_string()]);
         command.args(["-no-user-config", "-no-reboot", "-nic", "none", "-display", "none"]);
         command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initramfs);
-        let console = &self.arch.console;
+        let (console, arguments) = (&self.arch.console, self.arch.kernel_arguments.join(" "));
         // A kernel from before 6.5 has memfd_secret(2) only if asked.
-        let line = format!("console={console} quiet panic=-1 secretmem.enable=1 -- {ARGUMENT}");
+        let line = format!("console={console} quiet panic=-1 secretmem.enable=1 {arguments} -- {ARGUMENT}");
         command.args(["-append", &line]);
         command
     }

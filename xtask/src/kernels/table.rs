@@ -42,6 +42,9 @@ pub(super) struct Arch {
     pub(super) qemu_arguments: Vec<String>,
     /// The terminal that is the machine's first serial port.
     pub(super) console: String,
+    /// What its kernels are told beside that.
+    #[serde(default)]
+    pub(super) kernel_arguments: Vec<String>,
     /// MiB that a guest has.
     pub(super) memory: usize,
     /// Seconds that a guest may run.
