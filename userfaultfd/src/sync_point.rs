@@ -33,8 +33,6 @@ pub(crate) enum Point {
 pub(crate) enum Moment {
     /// Memory is about to be protected.
     BeforeProtect,
-    /// Memory is about to be protected through the second descriptor, since its layout changes all the time.
-    BeforeBeside,
 }
 
 /// The pager is at a point, with the page at an address. Nothing outside of tests.

@@ -45,8 +45,7 @@ impl Maker {
         let completed = self.shared.claim().ok_or(Error::Running)?;
         let with = caught(|| with(completed)).and_then(|with| with);
         let (mut sink, incremental, changed) = with.inspect_err(|_| self.shared.release(false))?;
-        let begin = || self.begin_claimed(&mut sink, incremental, changed);
-        let begun = caught(begin).and_then(|begun| begun);
+        let begun = self.begin_claimed(&mut sink, incremental, changed);
         let (queue, counts) = begun.inspect_err(|_| self.shared.release(false))?;
         let of_sink = Arc::clone(&queue);
         let spawned =
@@ -100,7 +99,10 @@ impl Maker {
         changed: Bits,
     ) -> Result<(Arc<Queue>, Arc<Counts>)> {
         let geometry = Geometry { regions: self.regions.clone(), incremental };
-        sink.begin(&geometry).map_err(Error::Sink)?;
+        self.shared.sink_begins(true);
+        let begun = caught(|| sink.begin(&geometry));
+        self.shared.sink_begins(false);
+        begun?.map_err(Error::Sink)?;
         let queue = Arc::new(Queue::new(self.buffers.chunks, self.buffers.pages, self.shared.waker()));
         let counts = Arc::new(Counts::default());
         self.shared.begin(Begin { queue: Arc::clone(&queue), counts: Arc::clone(&counts), changed })?;

@@ -61,7 +61,7 @@
 //!
 //! | | |
 //! | --- | --- |
-//! | it drops pages: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | saved before that, or zeros: [`Removal`]. What is dropped at the very moment at which other memory is unmapped or moved may be gone; so may, in a snapshot that begins then, what is dropped by a call that has waited for the snapshot before |
+//! | it drops pages: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | saved before that, or zeros: [`Removal`]. What is dropped at the very moment at which other memory is unmapped or moved may be gone; so may what is dropped by a call that is under way while the snapshot begins |
 //! | munmap(2), another mapping in its place | what isn't saved yet is gone: the kernel tells too late. What was unmapped before a snapshot of a [`Series`] begins is gone, too, until the end of the series |
 //! | mremap(2) | followed to its new place. It returns when all of the snapshot has been read, unless [`Removal::Zero`]. |
 //! | mprotect(2) to `PROT_NONE` | what isn't saved yet can't be read, and is gone if that lasts |

@@ -232,11 +232,13 @@ fn a_forked_child_writes_freely_and_is_not_in_it() {
             let before = number(&memory, 1);
             let image = Image::closed();
             let snapshot = Snapshot::begin(addresses(&memory), image.clone()).unwrap();
-            child::fork(|| (0..4).for_each(|page| memory.write(page, 77))).succeed();
+            let status = child::fork(|| (0..4).for_each(|page| memory.write(page, 77))).wait();
             thread::scope(|scope| {
                 scope.spawn(|| memory.write(3, 99));
                 image.open();
             });
+            // Not before: what fails while the sink waits would hang in the drop of the snapshot.
+            assert_eq!(status, 0, "{memory:?}: wait status of the child");
             snapshot.wait().unwrap();
             assert_eq!(image.content(&memory), before);
         }

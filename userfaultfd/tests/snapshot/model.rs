@@ -2,25 +2,26 @@
 //! what memory held when each began.
 //!
 //! A page belongs to one thread, whose operations on it follow each other. Each notes when it began and ended, and what
-//! the page holds afterwards. A snapshot holds what the page held after the last operation that had ended when it began,
-//! or after one that was going on then.
+//! the page holds afterwards. A snapshot is right if there is one moment while it began at which every page held what the
+//! snapshot has of it. What may be missing of it, or be zero instead, is what the docs of the module say, and no more.
 //!
-//! `USERFAULTFD_MODEL_SECONDS` says how long it takes (and `USERFAULTFD_TEST_SECONDS` more than that), and
+//! `USERFAULTFD_MODEL_SECONDS` says how long it takes (and `USERFAULTFD_TEST_SECONDS` must be more than that), and
 //! `USERFAULTFD_MODEL_SEED` where the random numbers begin.
 
 use std::collections::BTreeMap;
+use std::ffi::c_void;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use userfaultfd::snapshot::{Content, Geometry, Options, Removal, Sink};
+use userfaultfd::snapshot::{Content, Error, Geometry, Options, Progress, Removal, Sink, Snapshot};
 use userfaultfd::{FeatureFlags, MoveMode, RegisterMode};
 
-use crate::image::{Stop, addresses};
 use crate::support::memory::{Kind, Memory};
-use crate::support::{child, features, page, require, show, test_name, uffd};
+use crate::support::{child, features, page, proc, require, show, test_name, uffd};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
@@ -28,6 +29,9 @@ const THREADS: usize = 3;
 const MADV_COLLAPSE: libc::c_int = 25;
 const MADV_GUARD_INSTALL: libc::c_int = 102;
 const MADV_GUARD_REMOVE: libc::c_int = 103;
+
+/// Bytes of a transparent huge page.
+const HUGE: usize = 2 << 20;
 
 struct Random(u64);
 
@@ -40,42 +44,66 @@ impl Random {
     fn one_in(&mut self, limit: usize) -> bool {
         self.below(limit) == 0
     }
+
+    /// Lets a little time pass; now and then others run.
+    fn dawdle(&mut self, limit: usize) {
+        (0..self.below(limit * 200)).for_each(|_| std::hint::spin_loop());
+        if self.one_in(12) {
+            thread::yield_now();
+        }
+    }
 }
 
-/// What an operation does to what snapshots hold of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Effect {
-    /// It holds this afterwards.
-    Holds(u64),
-    /// The same, and no event tells of it: what isn't saved yet is gone.
-    Silent(u64),
-    /// It isn't there any more.
-    Gone,
+enum Act {
+    Write,
+    Drop,
+    /// No event tells of it.
+    Silent,
+    Unmap,
 }
 
+/// What was done to a page.
 #[derive(Clone, Copy, Debug)]
 struct Operation {
     began: u64,
     ended: u64,
-    effect: Effect,
-    name: &'static str,
+    act: Act,
+    /// What the page holds afterwards. `None`: it isn't there any more.
+    holds: Option<u64>,
 }
 
-type Log = BTreeMap<usize, Vec<Operation>>;
+/// Pages were moved, or weren't there any more.
+#[derive(Clone, Debug)]
+struct Change {
+    began: u64,
+    ended: u64,
+    pages: Range<usize>,
+}
 
-/// Where a log has the moves of pages. Memory may have to be unregistered while a snapshot begins, if it can't be
-/// protected since the layout changes all the time; what moves then is gone.
-const MOVES: usize = 1 << 30;
+/// Whether something happened while something else did.
+fn overlap(one: (u64, u64), other: (u64, u64)) -> bool {
+    one.0 < other.1 && one.1 > other.0
+}
 
-/// After such a pause memory may have been unregistered while it began: nothing told of changes in that moment.
-const UNFOLLOWED: Duration = Duration::from_millis(150);
+impl Operation {
+    fn overlaps(&self, time: (u64, u64)) -> bool {
+        overlap((self.began, self.ended), time)
+    }
+}
 
 /// What a snapshot holds: the first word of each page, `None` where it is gone.
 type Held = BTreeMap<usize, Option<u64>>;
 
+#[derive(Debug)]
 struct Taken {
+    /// Before and after it began.
     began: (u64, u64),
     ended: u64,
+    /// When the one before had ended, well or not.
+    previous: u64,
+    /// It is of a series, which follows pages that have moved before it began.
+    follows: bool,
     held: Held,
 }
 
@@ -84,18 +112,18 @@ struct Collect {
     held: Arc<Mutex<Held>>,
     page: usize,
     random: Random,
+    slow: usize,
     fails: bool,
 }
 
 impl Sink for Collect {
     fn begin(&mut self, _: &Geometry) -> io::Result<()> {
+        self.random.dawdle(3);
         Ok(())
     }
 
     fn write(&mut self, offset: u64, content: Content<'_>) -> io::Result<()> {
-        for _ in 0..self.random.below(20) {
-            thread::yield_now();
-        }
+        self.random.dawdle(self.slow);
         if self.fails && self.random.one_in(3) {
             return Err(io::Error::other("as it is told to"));
         }
@@ -122,280 +150,462 @@ impl Sink for Collect {
 struct World {
     memory: Memory,
     away: Memory,
-    /// Pages may move and go: not where each snapshot registers all anew.
-    series: bool,
+    /// The first page of the memory that is used, and how many.
+    first: usize,
+    pages: usize,
+    /// In transparent huge pages.
+    transparent: bool,
+    /// Pages may move and go: not where another snapshot registers all anew.
+    moves: bool,
     clock: AtomicU64,
+    collapsed: AtomicUsize,
 }
 
 impl World {
+    fn new(test: &'static str, kind: Kind, transparent: bool, pages: usize, moves: bool) -> Option<Self> {
+        let spare = if transparent { HUGE / page() } else { 0 };
+        let memory = Memory::try_new(test, kind, pages + spare)?;
+        let first = if transparent { memory.start().align_offset(HUGE) / page() } else { 0 };
+        let away = Memory::anonymous(if kind.is_hugetlb() { 1 } else { pages });
+        let (clock, collapsed) = (AtomicU64::new(1), AtomicUsize::new(0));
+        let world = Self { memory, away, first, pages, transparent, moves, clock, collapsed };
+        if transparent {
+            world.memory.advise(first, pages, libc::MADV_HUGEPAGE).ok()?;
+        }
+        Some(world)
+    }
+
     fn now(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::SeqCst)
     }
 
-    /// Does random things to the pages of a thread until it is told to stop.
-    fn work(&self, pages: std::ops::Range<usize>, mut random: Random, stop: &AtomicBool, log: &mut Log) {
-        let small = !self.memory.kind().is_hugetlb();
-        let mut moved = vec![false; pages.end];
-        let mut gone = vec![false; pages.end];
-        while !stop.load(Ordering::SeqCst) {
-            let first = pages.start + random.below(pages.len());
-            if gone[first] {
-                continue;
+    fn at(&self, page: usize) -> *mut c_void {
+        self.memory.at(self.first + page)
+    }
+
+    fn addresses(&self) -> Range<usize> {
+        self.memory.range(self.first, self.pages)
+    }
+
+    fn is_small(&self) -> bool {
+        !self.memory.kind().is_hugetlb()
+    }
+}
+
+/// The pages of a thread, and what it has done to them.
+struct Worker<'a> {
+    world: &'a World,
+    pages: Range<usize>,
+    random: Random,
+    /// Where its pages are, unless they are gone.
+    places: Vec<Option<usize>>,
+    log: BTreeMap<usize, Vec<Operation>>,
+    /// When the layout changed: moves, and what was unmapped or mapped anew.
+    changes: Vec<Change>,
+}
+
+impl<'a> Worker<'a> {
+    /// Begins with content everywhere.
+    fn new(world: &'a World, pages: Range<usize>, random: Random) -> Self {
+        let places = (0..pages.end).map(|page| Some(world.at(page).expose_provenance())).collect();
+        let mut worker = Self { world, pages, random, places, log: BTreeMap::new(), changes: Vec::new() };
+        worker.pages.clone().for_each(|page| worker.write(page));
+        worker
+    }
+
+    fn note(&mut self, pages: Range<usize>, began: u64, act: Act, holds: Option<u64>) {
+        let ended = self.world.now();
+        for page in pages {
+            self.log.entry(page).or_default().push(Operation { began, ended, act, holds });
+        }
+    }
+
+    fn at(&self, page: usize) -> *mut c_void {
+        std::ptr::with_exposed_provenance_mut(self.places[page].expect("it isn't gone"))
+    }
+
+    fn has_moved(&self, page: usize) -> bool {
+        self.places[page] != Some(self.world.at(page).addr())
+    }
+
+    /// Moves pages to another place. Returns whether that can be done: not if they are of more than one mapping.
+    fn move_to(&mut self, pages: Range<usize>, to: *mut c_void) -> bool {
+        let Self { world: World { memory, first, .. }, .. } = *self;
+        let moved = memory.try_move(first + pages.start, pages.len(), to, 0).is_ok();
+        if moved {
+            for (index, page) in pages.enumerate() {
+                self.places[page] = Some(to.expose_provenance() + index * memory.page());
             }
-            let at = if moved[first] { self.away.at(first) } else { self.memory.at(first) };
-            let many = (first..pages.end.min(first + 1 + random.below(9)))
-                .take_while(|page| !gone[*page] && moved[*page] == moved[first])
-                .count();
-            let began = self.now();
-            let (touched, effect, name) = match random.below(100) {
-                0..70 => {
-                    let word = self.now();
-                    // SAFETY: aligned, inside the mapping, which this thread alone accesses.
-                    unsafe { at.cast::<u64>().write_volatile(word) };
-                    (1, Effect::Holds(word), "write")
+        }
+        moved
+    }
+
+    fn write(&mut self, page: usize) {
+        let (began, word) = (self.world.now(), self.world.now());
+        // SAFETY: aligned, inside the mapping, which this thread alone accesses.
+        unsafe { self.at(page).cast::<u64>().write_volatile(word) };
+        self.note(page..page + 1, began, Act::Write, Some(word));
+    }
+
+    /// Does some random things in each round.
+    fn work(mut self, round: &Barrier, stop: &AtomicBool) -> Self {
+        loop {
+            round.wait();
+            if stop.load(Ordering::SeqCst) {
+                return self;
+            }
+            self.round();
+            round.wait();
+        }
+    }
+
+    fn round(&mut self) {
+        for _ in 0..self.random.below(60) {
+            self.operate();
+            self.random.dawdle(3);
+        }
+    }
+
+    fn operate(&mut self) {
+        let (world, random) = (self.world, &mut self.random);
+        // Some pages more often than others.
+        let among = if random.one_in(2) { self.pages.len().min(4) } else { self.pages.len() };
+        let first = self.pages.start + random.below(among);
+        let Some(place) = self.places[first] else { return };
+        let (small, kind) = (world.is_small(), world.memory.kind());
+        let most = if random.one_in(16) { self.pages.len() } else { 9 };
+        let many = first + 1 + random.below(most);
+        let many = (first..self.pages.end.min(many))
+            .take_while(|page| self.places[*page] == Some(place + (page - first) * world.memory.page()))
+            .count();
+        let what = random.below(1000);
+        let (at, all, began) = (self.at(first), first..first + many, world.now());
+        let bytes = many * world.memory.page();
+        match what {
+            0..630 => self.write(first),
+            630..730 => {
+                // What is dropped of shared memory is there again.
+                let advice = if kind.is_shared() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+                // SAFETY: the pages are this thread's, and nobody borrows them.
+                // Hugetlb memory can't be dropped before Linux 5.18.
+                if unsafe { libc::madvise(at, bytes, advice) } == 0 {
+                    self.note(all, began, Act::Drop, Some(0));
                 }
-                70..80 => {
-                    // What is dropped of shared memory is there again.
-                    let shared = self.memory.kind().is_shared();
-                    let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
-                    // SAFETY: the pages are this thread's, and nobody borrows them.
-                    match unsafe { libc::madvise(at, many * self.memory.page(), advice) } {
-                        0 => (many, Effect::Holds(0), "drop"),
-                        _ => continue, // hugetlb memory before Linux 5.18
-                    }
-                }
-                80..82 if small && self.memory.kind() == Kind::Anonymous => {
+            }
+            730..750 if kind == Kind::Anonymous => {
+                // SAFETY: as above.
+                if unsafe { libc::madvise(at, bytes, MADV_GUARD_INSTALL) } == 0 {
+                    self.random.dawdle(200);
                     // SAFETY: as above.
-                    match unsafe { libc::madvise(at, many * page(), MADV_GUARD_INSTALL) } {
-                        0 => {}
-                        _ => continue,
-                    }
-                    // SAFETY: as above.
-                    assert_eq!(unsafe { libc::madvise(at, many * page(), MADV_GUARD_REMOVE) }, 0);
-                    (many, Effect::Silent(0), "guard")
+                    assert_eq!(unsafe { libc::madvise(at, bytes, MADV_GUARD_REMOVE) }, 0);
+                    self.note(all, began, Act::Silent, Some(0));
                 }
-                82..84
-                    if self.memory.kind() == Kind::Anonymous && features().contains(FeatureFlags::MOVE) =>
+            }
+            750..780 if kind == Kind::Anonymous && features().contains(FeatureFlags::MOVE) => {
+                let (target, uffd) = (Memory::anonymous(1), uffd(FeatureFlags::MOVE));
+                uffd.register(target.start(), page()).unwrap();
+                // SAFETY: nobody borrows the page. It fails where a fork shares it, or it isn't there.
+                if unsafe { uffd.move_pages(at, target.start(), page(), MoveMode::empty()) }.is_ok() {
+                    self.note(first..first + 1, began, Act::Silent, Some(0));
+                }
+            }
+            780..790 if world.moves && small && !self.has_moved(first) => {
+                // They hold what they held.
+                if self.move_to(all.clone(), world.away.at(first)) {
+                    self.changes.push(Change { began, ended: world.now(), pages: all });
+                }
+            }
+            // Over another page, which is gone then.
+            790..820 if world.moves && small && !self.has_moved(first) => {
+                let other = self.pages.start + self.random.below(self.pages.len());
+                if other != first
+                    && self.places[other].is_some()
+                    && self.move_to(first..first + 1, self.at(other))
                 {
-                    let (target, uffd) = (Memory::anonymous(1), uffd(FeatureFlags::MOVE));
-                    uffd.register(target.start(), page()).unwrap();
-                    // SAFETY: nobody borrows the page.
-                    match unsafe { uffd.move_pages(at, target.start(), page(), MoveMode::empty()) } {
-                        Ok(_) => (1, Effect::Silent(0), "take"),
-                        Err(_) => continue, // a fork shares it, or it isn't there
+                    self.places[other] = None;
+                    self.note(other..other + 1, began, Act::Unmap, None);
+                    for page in [first, other] {
+                        self.changes.push(Change { began, ended: world.now(), pages: page..page + 1 });
                     }
                 }
-                84..86 if self.series && small && !moved[first] => {
-                    if self.memory.try_move(first, many, self.away.at(first), 0).is_err() {
-                        continue; // more than one mapping
-                    }
-                    moved[first..first + many].fill(true);
-                    // They hold what they held.
-                    let moves = Operation { began, ended: self.now(), effect: Effect::Gone, name: "move" };
-                    (first..first + many).for_each(|page| log.entry(page + MOVES).or_default().push(moves));
-                    continue;
+            }
+            820..825 if world.moves && small && !self.has_moved(first) => {
+                self.places[all.clone()].fill(None);
+                if self.random.one_in(2) {
+                    world.memory.unmap(world.first + first, many);
+                } else {
+                    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+                    let protection = libc::PROT_READ | libc::PROT_WRITE;
+                    // SAFETY: the pages are this thread's, and nobody borrows them.
+                    unsafe { libc::mmap(at, bytes, protection, flags, -1, 0) };
+                    // SAFETY: it was just mapped.
+                    unsafe { at.cast::<u64>().write_volatile(u64::MAX) };
                 }
-                86 if self.series && small && random.one_in(4) && !moved[first] => {
-                    gone[first..first + many].fill(true);
-                    if random.one_in(2) {
-                        self.memory.unmap(first, many);
-                    } else {
-                        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-                        let protection = libc::PROT_READ | libc::PROT_WRITE;
-                        // SAFETY: the pages are this thread's, and nobody borrows them.
-                        unsafe { libc::mmap(at, many * page(), protection, flags, -1, 0) };
-                        // SAFETY: it was just mapped.
-                        unsafe { at.cast::<u64>().write_volatile(u64::MAX) };
-                    }
-                    (many, Effect::Gone, "unmap")
-                }
-                87..90 => {
-                    // SAFETY: the child writes to its copy of the page, and exits.
-                    match unsafe { libc::fork() } {
-                        0 => {
-                            if !self.memory.kind().is_shared() && small {
-                                // SAFETY: as above.
-                                unsafe { at.cast::<u64>().write_volatile(u64::MAX - 1) };
-                            }
-                            // SAFETY: ends the child.
-                            unsafe { libc::_exit(0) };
+                self.note(all.clone(), began, Act::Unmap, None);
+                self.changes.push(Change { began, ended: world.now(), pages: all });
+            }
+            825..830 => {
+                // SAFETY: the child writes to its copy of the page, and exits.
+                match unsafe { libc::fork() } {
+                    0 => {
+                        if !kind.is_shared() && small {
+                            // SAFETY: as above.
+                            unsafe { at.cast::<u64>().write_volatile(u64::MAX - 1) };
                         }
-                        child => {
-                            // SAFETY: the status isn't asked for.
-                            unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
-                        }
+                        // SAFETY: ends the child.
+                        unsafe { libc::_exit(0) };
                     }
-                    continue;
+                    child => {
+                        // SAFETY: the status isn't asked for.
+                        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+                    }
                 }
-                90..94 if small => {
-                    // SAFETY: content stays as it is.
-                    unsafe { libc::madvise(self.memory.start(), self.memory.len(), MADV_COLLAPSE) };
-                    continue;
+            }
+            830..850 if world.transparent => {
+                let huge = first * page() / HUGE * HUGE / page();
+                // SAFETY: content stays as it is.
+                let collapsed = unsafe { libc::madvise(world.at(huge), HUGE, MADV_COLLAPSE) };
+                world.collapsed.fetch_add(usize::from(collapsed == 0), Ordering::Relaxed);
+            }
+            // SAFETY: as above.
+            _ => drop(unsafe { at.cast::<u64>().read_volatile() }),
+        }
+    }
+}
+
+/// What all workers have done.
+#[derive(Default)]
+struct Log {
+    pages: BTreeMap<usize, Vec<Operation>>,
+    changes: Vec<Change>,
+}
+
+impl Log {
+    /// When a page held what a snapshot has of it: between two times, as far as that can be told.
+    fn when(&self, taken: &Taken, removal: Removal, page: usize) -> Result<Option<(u64, u64)>, String> {
+        let operations = &self.pages[&page][..];
+        let Taken { began: (before, after), ended, ref held, .. } = *taken;
+        let during: Vec<_> =
+            operations.iter().filter(|operation| operation.overlaps((before, ended))).collect();
+        // A snapshot that isn't of a series is of addresses, whatever lies there when it begins.
+        let other = |change: &Change| !taken.follows && change.began < after && change.pages.contains(&page);
+        if self.changes.iter().any(other) {
+            return Ok(None);
+        }
+        let Some(word) = held[&page] else {
+            let fine = during.iter().any(|operation| match operation.act {
+                Act::Write => false,
+                Act::Silent | Act::Unmap => true,
+                // By a call that was under way while it began, or while the layout changed.
+                Act::Drop => {
+                    operation.overlaps((before, after))
+                        || self.changes.iter().any(|change| operation.overlaps((change.began, change.ended)))
                 }
-                _ => {
-                    // SAFETY: as above.
-                    unsafe { at.cast::<u64>().read_volatile() };
-                    continue;
-                }
-            };
-            let ended = self.now();
-            for page in first..first + touched {
-                log.entry(page).or_default().push(Operation { began, ended, effect, name });
+            });
+            let unmapped = |operation: &Operation| operation.act == Act::Unmap && operation.began < ended;
+            let fine = fine || operations.iter().any(unmapped);
+            return if fine { Ok(None) } else { Err(self.tell(taken, page)) };
+        };
+        if word == 0 && removal == Removal::Zero && during.iter().any(|operation| operation.act == Act::Drop)
+        {
+            return Ok(None);
+        }
+        let spans = operations.iter().enumerate().filter(|(_, operation)| operation.holds == Some(word));
+        let spans = spans.map(|(index, operation)| {
+            (operation.began, operations.get(index + 1).map_or(u64::MAX, |next| next.ended))
+        });
+        let spans: Vec<_> = spans.filter(|(start, end)| *start < after && *end > before).collect();
+        let start = spans.iter().map(|(start, _)| *start).min();
+        let end = spans.iter().map(|(_, end)| *end).max();
+        start.zip(end).map(Some).ok_or_else(|| self.tell(taken, page))
+    }
+
+    fn tell(&self, taken: &Taken, page: usize) -> String {
+        let Taken { began: (before, after), ended, previous, held, .. } = taken;
+        let near = |operation: &&Operation| operation.ended + 400 > *before && operation.began < ended + 100;
+        let near: Vec<_> = self.pages[&page].iter().filter(near).collect();
+        let changes = |change: &&Change| change.ended + 400 > *before && change.began < *ended;
+        let changes: Vec<_> = self.changes.iter().filter(changes).collect();
+        let held = held[&page];
+        format!(
+            "page {page} has {held:?} in the snapshot of {before}..{after}, at work until {ended}, after one until \
+             {previous}: {near:?}, the layout changed {changes:?}"
+        )
+    }
+
+    /// Whether there is a moment at which all was as a snapshot has it.
+    fn check(&self, taken: &Taken, removal: Removal) -> Result<(), String> {
+        let (mut latest, mut earliest) = ((taken.began.0, None), (taken.began.1, None));
+        for page in taken.held.keys() {
+            let Some((start, end)) = self.when(taken, removal, *page)? else { continue };
+            if start > latest.0 {
+                latest = (start, Some(page));
+            }
+            if end < earliest.0 {
+                earliest = (end, Some(page));
             }
         }
-    }
-}
-
-/// Compares a snapshot with what may be in it.
-fn check(log: &Log, taken: &Taken, page: usize, held: Option<u64>) -> Result<(), String> {
-    let operations = log.get(&page).map_or(&[][..], Vec::as_slice);
-    let Taken { began: (before, after), ended, .. } = *taken;
-    let done = operations.iter().rposition(|operation| operation.ended < before);
-    let last = done.map_or(Effect::Holds(0), |done| operations[done].effect);
-    let going_on = operations
-        .iter()
-        .skip(done.map_or(0, |done| done + 1))
-        .take_while(|operation| operation.began < after);
-    // What was mapped anew while memory was unregistered is registered with the rest.
-    if held == Some(u64::MAX) && operations.iter().any(|op| op.effect == Effect::Gone && op.began < after) {
-        return Ok(());
-    }
-    let mut may = [last].into_iter().chain(going_on.map(|operation| operation.effect));
-    let fine = match held {
-        Some(word) => may.any(|effect| effect == Effect::Holds(word) || effect == Effect::Silent(word)),
-        None => {
-            let moving = log.keys().any(|page| *page >= MOVES)
-                || log.values().flatten().any(|op| op.effect == Effect::Gone);
-            let moves = log.get(&(page + MOVES)).map_or(&[][..], Vec::as_slice);
-            may.any(|effect| effect == Effect::Gone)
-                || operations.iter().chain(moves).any(|operation| {
-                    operation.began < ended
-                        && match operation.effect {
-                            // A removal may be read before a page is saved, since a move hides it. One that began before may
-                            // have been read by the snapshot before.
-                            Effect::Holds(_) => {
-                                operation.name == "drop"
-                                    && operation.ended > before
-                                    && (moving || operation.began < after)
-                            }
-                            Effect::Silent(_) => operation.ended > before,
-                            Effect::Gone => true,
-                        }
-                })
+        if latest.0 < earliest.0 {
+            return Ok(());
         }
-    };
-    if fine {
-        return Ok(());
+        let tell = |page: Option<&usize>| page.map(|page| self.tell(taken, *page));
+        Err(format!("no moment: {latest:?} {:?}; {earliest:?} {:?}", tell(latest.1), tell(earliest.1)))
     }
-    let near: Vec<_> =
-        operations.iter().filter(|operation| operation.ended + 400 > before).take(12).collect();
-    Err(format!(
-        "page {page} has {held:?} in the snapshot of {before}..{after}, at work until {ended}: {near:?}"
-    ))
 }
 
-/// One memory with some snapshots of it. Returns how many.
-fn life(test: &'static str, mut random: Random) -> Result<usize, String> {
-    let kind = match random.below(12) {
-        0..5 => Kind::Anonymous,
-        5..7 => Kind::Memfd,
-        7..9 => Kind::PrivateMemfd,
-        9..11 => Kind::SharedAnonymous,
-        _ if random.one_in(2) => Kind::Hugetlb,
-        _ => Kind::PrivateHugetlb,
+/// Snapshots one after the other.
+struct Takes {
+    random: Random,
+    removal: Removal,
+    series: Option<userfaultfd::snapshot::Series>,
+    chain: Held,
+    previous: u64,
+    taken: Vec<Taken>,
+}
+
+impl Takes {
+    fn options(world: &World, removal: Removal, buffer: usize) -> Options {
+        Options::new().range(world.addresses()).buffer(buffer).removal(removal)
+    }
+
+    /// Takes one, unless it fails as it must.
+    fn take(&mut self, world: &World, buffer: usize) -> Result<(), String> {
+        let random = &mut self.random;
+        let held = Arc::new(Mutex::new(Held::new()));
+        let sink = Collect {
+            held: Arc::clone(&held),
+            page: world.memory.page(),
+            random: Random(random.below(1 << 30) as u64),
+            slow: [1, 10, 400][random.below(3)],
+            fails: random.one_in(10),
+        };
+        let (fails, aborts) = (sink.fails, random.one_in(20));
+        random.dawdle(20);
+        let before = world.now();
+        let begun = match &mut self.series {
+            Some(series) => series.begin(sink),
+            None => Self::options(world, self.removal, buffer).begin(sink),
+        };
+        let begun: Snapshot<_> = begun.map_err(|error| format!("begin: {error:?}"))?;
+        let after = world.now();
+        if aborts {
+            begun.abort();
+        }
+        let result = begun.wait();
+        let ended = world.now();
+        let previous = std::mem::replace(&mut self.previous, ended);
+        let Progress { total, saved, gone, .. } = match result {
+            Ok((_, progress)) => progress,
+            Err(Error::Sink(_)) if fails => return Ok(()),
+            Err(Error::Aborted) if aborts => return Ok(()),
+            Err(error) => return Err(format!("wait: {error:?}")),
+        };
+        let mut held = std::mem::take(&mut *held.lock().unwrap());
+        let bytes = |pages: usize| (pages * world.memory.page()) as u64;
+        let told = (bytes(held.len()), bytes(held.values().filter(|word| word.is_none()).count()));
+        if (total, gone) != told || saved != total {
+            return Err(format!("{saved} of {total}, of them {gone} gone, but delivered were {told:?}"));
+        }
+        if self.series.is_some() {
+            self.chain.extend(held);
+            held = self.chain.clone();
+        }
+        if held.len() != world.pages {
+            return Err(format!("it holds {} pages of {}", held.len(), world.pages));
+        }
+        let follows = self.series.is_some();
+        self.taken.push(Taken { began: (before, after), ended, previous, follows, held });
+        Ok(())
+    }
+}
+
+/// What all lives have been.
+#[derive(Debug, Default)]
+struct Totals {
+    lives: u64,
+    snapshots: usize,
+    /// Lives in transparent huge pages, such pages that were seen, and collapses.
+    transparent: usize,
+    huge: usize,
+    collapsed: usize,
+}
+
+/// One memory with some snapshots of it.
+fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(), String> {
+    totals.lives += 1;
+    let (kind, transparent) = match random.below(48) {
+        0..20 => (Kind::Anonymous, false),
+        20..24 => (Kind::Anonymous, true),
+        24..32 => (Kind::Memfd, false),
+        32..40 => (Kind::PrivateMemfd, false),
+        40..47 => (Kind::SharedAnonymous, false),
+        _ => ([Kind::SharedAnonymous, Kind::Hugetlb, Kind::PrivateHugetlb][random.below(3)], false),
     };
     if kind.needs(RegisterMode::WRITE_PROTECT).is_none_or(|needs| !features().contains(needs)) {
-        return Ok(0);
+        return Ok(());
     }
-    // A huge page of a child that was forked isn't in the pool for this.
-    let pages = if kind.is_hugetlb() { 6 } else { [30, 300, 1000][random.below(3)] };
-    let Some(memory) = Memory::try_new(test, kind, pages) else { return Ok(0) };
-    let away = Memory::anonymous(if kind.is_hugetlb() { 1 } else { pages });
-    let world = World { memory, away, series: random.one_in(2), clock: AtomicU64::new(1) };
-    let removal = if random.one_in(3) { Removal::Zero } else { Removal::Save };
-    let options = || {
-        Options::new()
-            .range(addresses(&world.memory))
-            .buffer([0, 1 << 20, 16 << 20][pages % 3])
-            .removal(removal)
+    let pages = match () {
+        // A huge page of a child that was forked isn't in the pool for this.
+        () if kind.is_hugetlb() => 6,
+        () if transparent => 2 * HUGE / page(),
+        () => [6, 30, 100, 500][random.below(4)],
     };
-    let what = format!("{kind:?} of {pages} pages, {removal:?}, a series: {}", world.series);
-    let mut series = world.series.then(|| options().series().unwrap());
-    let stop = AtomicBool::new(false);
-    let (mut log, mut taken, mut chain) = (Log::new(), Vec::new(), Held::new());
-    thread::scope(|scope| {
-        let ends = Stop(&stop);
-        let workers: Vec<_> = (0..THREADS)
-            .map(|thread| {
-                let pages = pages * thread / THREADS..pages * (thread + 1) / THREADS;
-                let (world, stop, random) = (&world, &stop, Random(random.below(1 << 30) as u64));
-                scope.spawn(move || {
-                    let mut log = Log::new();
-                    world.work(pages, random, stop, &mut log);
-                    log
-                })
-            })
-            .collect();
-        for _ in 0..8 {
-            let held = Arc::new(Mutex::new(Held::new()));
-            let sink = Collect {
-                held: Arc::clone(&held),
-                page: world.memory.page(),
-                random: Random(random.below(1 << 30) as u64),
-                fails: random.one_in(6),
-            };
-            let fails = sink.fails;
-            for _ in 0..random.below(200) {
-                thread::yield_now();
-            }
-            let before = world.now();
-            let snapshot = match &mut series {
-                Some(series) => series.begin(sink),
-                None => options().begin(sink),
-            };
-            let snapshot = snapshot.map_err(|error| format!("{what}: {error}"))?;
-            let after = world.now();
-            if snapshot.progress().pause > UNFOLLOWED {
-                break;
-            }
-            let result = snapshot.wait();
-            let ended = world.now();
-            match result {
-                Ok(_) => {}
-                Err(_) if fails => continue,
-                Err(error) => return Err(format!("{what}: {error}")),
-            }
-            let held = std::mem::take(&mut *held.lock().unwrap());
-            let held = if world.series {
-                chain.extend(held);
-                chain.clone()
-            } else {
-                held
-            };
-            taken.push(Taken { began: (before, after), ended, held });
-        }
-        drop(ends);
-        workers.into_iter().for_each(|worker| log.extend(worker.join().unwrap()));
-        Ok(())
-    })?;
-    // For zeros of the balloon's kind a drop that goes on while the snapshot is at work may be in it.
-    for (number, taken) in taken.iter().enumerate() {
-        if taken.held.len() != pages {
-            return Err(format!("{what}: snapshot {number} holds {} pages", taken.held.len()));
-        }
-        for (page, held) in &taken.held {
-            let mut result = check(&log, taken, *page, *held);
-            if removal == Removal::Zero && *held == Some(0) {
-                let dropped =
-                    |operation: &Operation| operation.name == "drop" && operation.began < taken.ended;
-                if log.get(page).is_some_and(|log| log.iter().any(dropped)) {
-                    result = Ok(());
+    // Those of a series, several of one each, or a single one.
+    let (series, members) =
+        [(true, 24), (true, 24), (true, 24), (false, 12), (false, 12), (false, 1)][random.below(6)];
+    let moves = series || members == 1;
+    let Some(world) = World::new(test, kind, transparent, pages, moves) else { return Ok(()) };
+    let world = &world;
+    let removal = if random.one_in(3) { Removal::Zero } else { Removal::Save };
+    let buffer = [0, 1 << 20, 16 << 20][random.below(3)];
+    let what = format!(
+        "{kind:?} of {pages} pages, huge pages: {transparent}, {removal:?}, a series: {series}, buffers: {buffer:#x}"
+    );
+    let of_thread = |thread: usize| pages * thread / THREADS..pages * (thread + 1) / THREADS;
+    let workers: Vec<_> = (0..THREADS)
+        .map(|thread| Worker::new(world, of_thread(thread), Random(random.below(1 << 30) as u64)))
+        .collect();
+    let huge = if transparent { proc::smaps(world.addresses(), "AnonHugePages:") / HUGE } else { 0 };
+    let series = series.then(|| Takes::options(world, removal, buffer).series().unwrap());
+    let mut takes = Takes { random, removal, series, chain: Held::new(), previous: 0, taken: Vec::new() };
+    let (stop, round) = (AtomicBool::new(false), Barrier::new(THREADS + 1));
+    let mut result = Ok(());
+    let log = thread::scope(|scope| {
+        let (stop, round) = (&stop, &round);
+        let workers: Vec<_> =
+            workers.into_iter().map(|worker| scope.spawn(move || worker.work(round, stop))).collect();
+        for _ in 0..members {
+            round.wait();
+            // Now and then nothing happens but what they do, and now and then one follows the other at once.
+            for _ in 0..if members == 1 { 1 } else { [0, 1, 1, 1, 3][takes.random.below(5)] } {
+                if result.is_ok() {
+                    result = takes.take(world, buffer);
                 }
             }
-            result.map_err(|error| format!("{what}: snapshot {number}: {error}"))?;
+            round.wait();
+            if result.is_err() {
+                break;
+            }
         }
-    }
-    Ok(taken.len())
+        stop.store(true, Ordering::SeqCst);
+        round.wait();
+        let mut log = Log::default();
+        for worker in workers {
+            let Worker { log: pages, changes, .. } = worker.join().unwrap();
+            log.pages.extend(pages);
+            log.changes.extend(changes);
+        }
+        log
+    });
+    totals.snapshots += takes.taken.len();
+    totals.transparent += usize::from(transparent);
+    totals.huge += huge;
+    totals.collapsed += world.collapsed.load(Ordering::Relaxed);
+    let all = takes.taken.iter().enumerate();
+    let checked = all.map(|(number, taken)| {
+        log.check(taken, removal).map_err(|error| format!("snapshot {number}: {error}"))
+    });
+    result.and_then(|()| checked.collect()).map_err(|error| format!("{what}: {error}"))
 }
 
 fn number_from(variable: &str, or: u64) -> u64 {
@@ -408,16 +618,18 @@ fn snapshots_are_what_the_model_says() {
     let limit = Duration::from_secs(number_from("USERFAULTFD_MODEL_SECONDS", 4));
     let seed = number_from("USERFAULTFD_MODEL_SEED", 1);
     let output = child::run(test_name!(), || {
-        let (start, mut lives, mut members) = (Instant::now(), 0, 0);
+        let (start, mut totals) = (Instant::now(), Totals::default());
         while start.elapsed() < limit {
-            let seed = seed.wrapping_add(lives).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            match life(test_name!(), Random(seed)) {
-                Ok(more) => members += more,
-                Err(error) => panic!("life {lives}: {error}"),
+            let seed = seed.wrapping_add(totals.lives).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            if let Err(error) = life(test_name!(), Random(seed), &mut totals) {
+                panic!("life {}: {error}", totals.lives);
             }
-            lives += 1;
         }
-        println!("{members} snapshots of {lives} memories are as they were");
+        println!("as they were: {totals:?}");
+        // Asked for by MADV_HUGEPAGE, which "never" forbids.
+        let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+        let may_be_huge = enabled.is_ok_and(|text| !text.contains("[never]"));
+        assert!(totals.huge > 0 || totals.transparent == 0 || !may_be_huge, "no huge pages: {totals:?}");
     });
     if let Some(output) = output {
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

@@ -113,13 +113,18 @@ pub(crate) fn has_swap() -> bool {
 
 /// How many bytes of the mappings that begin in a range of addresses are swapped out.
 pub(crate) fn swapped(range: Range<usize>) -> usize {
+    smaps(range, "Swap:")
+}
+
+/// The sum of a field of smaps, in bytes, over the mappings that begin in a range of addresses.
+pub(crate) fn smaps(range: Range<usize>, field: &str) -> usize {
     let text = fs::read_to_string("/proc/self/smaps").unwrap();
     let (mut inside, mut bytes) = (false, 0);
     for line in text.lines() {
         let word = line.split_whitespace().next().unwrap_or_default();
         if let Some((start, _)) = word.split_once('-') {
             inside = usize::from_str_radix(start, 16).is_ok_and(|start| range.contains(&start));
-        } else if let (true, "Swap:") = (inside, word) {
+        } else if inside && word == field {
             let size = line.split_whitespace().nth(1).unwrap();
             bytes += 1024 * size.parse::<usize>().unwrap();
         }

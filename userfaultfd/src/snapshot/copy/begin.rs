@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::bits::Bits;
 use super::copier::{Active, Copier, bits_of};
-use super::layout::Part;
+use super::layout::{Mapped, Part};
 use super::shared::Begin;
 use super::slices::Slices;
 use crate::sync_point::{Moment, Point, reach};
@@ -23,10 +23,6 @@ const FEW: usize = 256;
 
 /// How often what was written is protected again ahead, if that is less and less.
 const ROUNDS: usize = 5;
-
-/// Time without success, while the layout changes and writers wait, after which memory is protected through the
-/// [second descriptor](Copier::beside).
-const REFUSED: Duration = Duration::from_millis(20);
 
 /// Time after which a snapshot that can't begin fails.
 const GIVE_UP: Duration = Duration::from_secs(20);
@@ -43,7 +39,6 @@ impl Copier {
         self.look_ahead()?;
         self.protect_ahead()?;
         let (moment, mut all_markers) = (Instant::now(), false);
-        self.protected_beside = false;
         loop {
             self.protect_rest(moment)?;
             let mapped = self.mappings()?;
@@ -52,12 +47,9 @@ impl Copier {
             // content would be of a later moment.
             let lost = self.look_at_all()?;
             let markers = lost.pages == lost.markers;
-            if lost.pages == 0 || markers && all_markers {
-                if !self.protected_beside || self.is_where_it_was(&mapped)? {
-                    self.mapped = mapped;
-                    break;
-                }
-                self.hold_faults()?;
+            if (lost.pages == 0 || markers && all_markers) && self.is_where_it_was(&mapped)? {
+                self.mapped = mapped;
+                break;
             }
             // What looks like one may be a page that was swapped out. That is protected now.
             all_markers = markers;
@@ -121,9 +113,13 @@ impl Copier {
         Ok(())
     }
 
-    /// Lets everybody go on who waits, while no snapshot is at work.
+    /// Lets the threads go on that wait for a fault, while no snapshot is at work.
     pub(crate) fn let_go_on(&mut self) -> Result<()> {
-        self.hold_faults()?;
+        if self.beside.is_some() {
+            self.hold_unread_faults()?;
+        } else {
+            self.hold_faults()?;
+        }
         self.retry_held()
     }
 
@@ -149,10 +145,6 @@ impl Copier {
                 // The thread that changes the layout waits until its event is read.
                 Err(error) if error.is_retryable() => {
                     check_time(moment)?;
-                    if moment.elapsed() > REFUSED && self.protect_beside(&part)? {
-                        from = bits_of(&part).end;
-                        continue;
-                    }
                     self.hold_faults()?;
                     thread::yield_now();
                 }
@@ -162,57 +154,72 @@ impl Copier {
         Ok(())
     }
 
-    /// Protects a part through the second descriptor, which the kernel doesn't refuse while the layout changes. Returns
-    /// whether that could be done.
+    /// Whether all is mapped where the layout says, by this descriptor's mappings. If not, what isn't read yet is read.
+    /// For memory that was all seen protected after it was `mapped` so.
     ///
-    /// No event is read for it, so the threads that drop pages stop at their next drop. A part that was moved or unmapped
-    /// by a change that isn't read yet counts as protected, too: [`is_where_it_was`](Self::is_where_it_was) finds that.
-    fn protect_beside(&mut self, part: &Part) -> Result<bool> {
-        let Some(beside) = &self.beside else { return Ok(false) };
-        let range = part.address..part.address + part.len;
-        reach(Point::Snapshot(Moment::BeforeBeside), part.address);
-        // What another tracker has there by now isn't touched.
-        if self.watch.is_held_by_another(&range) {
-            return Ok(false);
+    /// The second descriptor protects whatever lies at an address. A page that was moved away by a change that isn't read
+    /// leaves a hole, or memory that isn't protected, or memory that is registered with another descriptor.
+    fn is_where_it_was(&mut self, mapped: &Mapped) -> Result<bool> {
+        if self.beside.is_none() {
+            return Ok(true);
         }
-        self.protected_beside = true;
-        match self.watch.arm_through(beside, &range) {
-            Ok(()) => {
-                self.unprotected.set(bits_of(part), false);
-                Ok(true)
+        let strays = self.strays(mapped)?;
+        if strays.is_empty() {
+            return Ok(true);
+        }
+        if self.is_changing() {
+            self.hold_faults()?;
+        } else {
+            // No event tells: before Linux 6.18 any userfaultfd of the process can end a registration.
+            for range in strays {
+                let gone = self.layout.remove(&range);
+                self.gone(&gone);
             }
-            Err(Error::NotTracked { .. }) => Ok(false),
-            Err(error) if error.is_retryable() => Ok(false),
-            Err(error) => Err(error),
         }
+        Ok(false)
     }
 
-    /// Whether all is mapped, and by this descriptor's mappings: no page has moved or been unmapped by a change that isn't
-    /// read. For memory that was all seen protected after it was `mapped` so.
-    ///
-    /// A moved page leaves a hole, or memory that isn't protected, or memory that another descriptor protects.
-    fn is_where_it_was(&self, mapped: &[Range<usize>]) -> Result<bool> {
-        let mapped: usize = mapped.iter().map(Range::len).sum();
-        let parts = self.layout.parts();
-        if mapped != parts.iter().map(|part| part.len).sum::<usize>() {
-            return Ok(false);
+    /// What of the layout isn't mapped, or isn't registered with this descriptor.
+    fn strays(&self, mapped: &Mapped) -> Result<Vec<Range<usize>>> {
+        let mut strays = Vec::new();
+        if mapped.bytes() != self.layout.parts().iter().map(|part| part.len).sum::<usize>() {
+            let mut holes = self.layout.clone();
+            mapped.ranges().iter().for_each(|range| drop(holes.remove(range)));
+            strays.extend(holes.parts().iter().map(Part::addresses));
         }
-        for part in parts {
+        for Range { start, end } in mapped.ranges().iter().cloned() {
             match self.watch.uffd.register_unexplained(
-                pointer(part.address),
-                part.len,
+                pointer(start),
+                end - start,
                 RegisterMode::WRITE_PROTECT,
             ) {
-                Err(Error::SystemError(Errno::EBUSY | Errno::EINVAL)) => return Ok(false),
+                Err(Error::SystemError(Errno::EBUSY | Errno::EINVAL)) => strays.push(start..end),
                 result => drop(result?),
             }
         }
-        Ok(true)
+        Ok(strays)
+    }
+
+    /// Whether a part of a range is registered with another descriptor. What isn't registered is, with this one: another
+    /// holder may say that it has it still, as a `LazyMemory` does that was filled, which no safe code unmaps.
+    fn is_of_another(&self, range: &Range<usize>) -> bool {
+        let mode = RegisterMode::WRITE_PROTECT;
+        let registered = self.watch.uffd.register_unexplained(pointer(range.start), range.len(), mode);
+        matches!(registered, Err(Error::SystemError(Errno::EBUSY)))
     }
 
     fn protect(&mut self, part: &Part) -> Result<()> {
+        let range = part.address..part.address + part.len;
         reach(Point::Snapshot(Moment::BeforeProtect), part.address);
-        match self.watch.arm(&(part.address..part.address + part.len)) {
+        let armed = match &self.beside {
+            // What another tracker has registered there by now isn't touched.
+            Some(_) if self.watch.is_held_by_another(&range) && self.is_of_another(&range) => {
+                Err(Error::NotTracked { start: range.start, end: range.end })
+            }
+            Some(beside) => self.watch.arm_through(beside, &range),
+            None => self.watch.arm(&range),
+        };
+        match armed {
             Ok(()) => {
                 self.unprotected.set(bits_of(part), false);
                 Ok(())

@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::bits::Bits;
-use super::layout::{Layout, Part};
+use super::layout::{Layout, Mapped, Part};
 use super::look::Look;
 use super::queue::{Buffer, End, Item, Payload, Queue, Size};
 use super::shared::{Counts, Shared};
@@ -52,7 +52,7 @@ pub(crate) struct Active {
     kept: Vec<Kept>,
     /// All that the snapshot is to hold.
     wanted: Bits,
-    /// Pages whose removal was read before the snapshot's moment. They may go at any time, and hold zeros then.
+    /// Pages whose removal was read before the snapshot's moment. They may have been dropped since, or may be at any time.
     removed: Bits,
     /// Those of them that are still to be saved, and were seen mapped and not protected: dropped, unless an event that
     /// isn't read yet tells that something else lies there.
@@ -151,11 +151,10 @@ enum Saved {
 
 pub(crate) struct Copier {
     pub(crate) watch: Arc<Watch>,
-    /// A descriptor of the same process with which nothing is registered, so that no change of the layout is its: the
-    /// kernel doesn't refuse what is protected through it. `None` for memory of another process.
+    /// A second descriptor of the same process. Nothing is registered with it, so no change of the layout is its, and the
+    /// kernel refuses nothing: it doesn't ask with which descriptor the memory is registered that is protected. `None` for
+    /// memory of another process, and where the kernel doesn't tell what is protected.
     pub(crate) beside: Option<Uffd>,
-    /// The snapshot that begins has used it.
-    pub(crate) protected_beside: bool,
     shared: Arc<Shared>,
     pub(crate) layout: Layout,
     pub(crate) removal: Removal,
@@ -170,7 +169,7 @@ pub(crate) struct Copier {
     /// Pages whose removal was read since the last snapshot began. They may go at any time.
     pub(crate) removed: Bits,
     /// The mappings in which all lay when a snapshot began, or when the layout was last looked at.
-    pub(crate) mapped: Vec<Range<usize>>,
+    pub(crate) mapped: Mapped,
     /// Pages that may go and seem protected all the same.
     pub(crate) silent: Bits,
     pub(crate) active: Option<Active>,
@@ -213,7 +212,6 @@ impl Copier {
             fdinfo,
             watch,
             beside,
-            protected_beside: false,
             shared,
             layout,
             removal,
@@ -223,7 +221,7 @@ impl Copier {
             dirty: Bits::new(pages, true),
             unprotected: Bits::new(pages, true),
             removed: Bits::new(pages, false),
-            mapped: Vec::new(),
+            mapped: Mapped::default(),
             silent,
             active: None,
             held: VecDeque::with_capacity(64),
@@ -300,6 +298,14 @@ impl Copier {
                 self.shared.answered.notify_all();
                 if failed && !self.series {
                     return Ok(());
+                }
+            }
+            if self.active.is_none() && !self.series {
+                // No removal is read before the only snapshot begins, see there; unless its sink takes a while to begin, and
+                // may be what waits.
+                let timeout = if self.shared.lock().sink_begins { DOUBT_MS } else { -1 };
+                if sys::wait_readable([self.shared.woken.as_fd()], timeout)? == [true] {
+                    continue;
                 }
             }
             self.look_at_queue();
@@ -400,7 +406,9 @@ impl Copier {
         match self.watch.uffd.remove_write_protection(pointer(start), len, true) {
             // The layout changes: what lies here may be another page than it seems. Or it changes all the time.
             Err(error) if error.is_retryable() => {
-                if !(known && self.changing >= TRIES && self.lift_beside(start, len)?) {
+                // Without a snapshot at work another page may be lifted: the next one finds it unprotected.
+                let may_lift = known && (self.active.is_none() || self.changing >= TRIES);
+                if !(may_lift && self.lift_beside(start, len)?) {
                     self.changing += 1;
                     self.held.push_back(event);
                     return Ok(());
@@ -461,7 +469,7 @@ impl Copier {
         if self.words.get(0).is_protected() {
             // A page that isn't saved may have moved here by a change that isn't read yet. Then mappings differ from what
             // they were.
-            if self.mappings()? != self.mapped && !self.is_still_ours()? {
+            if self.active.is_some() && self.mappings()? != self.mapped && !self.is_still_ours()? {
                 return Ok(false);
             }
             match self
@@ -497,11 +505,17 @@ impl Copier {
             // For the next snapshot, unless this one says so.
             self.dirty.set(bits_of(part), true);
             self.unprotected.set(bits_of(part), false);
-            for run in self.settle(part, || Payload::Gone) {
-                self.count(|counts| &counts.gone, run.len() * page_size());
+            for run in self.lose(part) {
                 self.dirty.set(run, false);
             }
         }
+    }
+
+    /// Delivers what of a part is still to be read as gone. Returns what that is.
+    fn lose(&mut self, part: &Part) -> Vec<Range<usize>> {
+        let lost = self.settle(part, || Payload::Gone);
+        self.count(|counts| &counts.gone, lost.iter().map(Range::len).sum::<usize>() * page_size());
+        lost
     }
 
     /// Delivers what of a part is still to be read, without reading it. Returns what that is.
@@ -576,8 +590,9 @@ impl Copier {
         Ok(Saved::Doubt)
     }
 
-    /// Delivers pages that were dropped about when the snapshot began: zeros are what they held then, as good as what
-    /// was there before.
+    /// Delivers pages whose removal was read before the snapshot began, and which were dropped since: by that removal,
+    /// or after they had been written again by something that no event tells of. Before such things were in kernels, it
+    /// was by the removal, and zeros are what they held then, as good as what was there before.
     fn settle_dropped(&mut self) {
         let Some(active) = &mut self.active else { return };
         let dropped = std::mem::replace(&mut active.dropped, Bits::new(active.wanted.len(), false));
@@ -585,7 +600,12 @@ impl Copier {
         while let Some(run) = dropped.next_run(from, usize::MAX) {
             from = run.end;
             let (offset, len) = (run.start * page_size(), run.len() * page_size());
-            self.settle(&Part { address: 0, offset, len, page: page_size() }, || Payload::Zero);
+            let part = Part { address: 0, offset, len, page: page_size() };
+            if self.look.can_tell() {
+                self.lose(&part);
+            } else {
+                self.settle(&part, || Payload::Zero);
+            }
         }
     }
 
@@ -639,8 +659,7 @@ impl Copier {
     /// registered with this descriptor.
     pub(crate) fn is_still_ours(&mut self) -> Result<bool> {
         let mapped = self.mappings()?;
-        let len = |ranges: &[Range<usize>]| ranges.iter().map(Range::len).sum::<usize>();
-        if len(&mapped) != self.layout.parts().iter().map(|part| part.len).sum::<usize>() {
+        if mapped.bytes() != self.layout.parts().iter().map(|part| part.len).sum::<usize>() {
             return Ok(false);
         }
         // What has lost its protection where nothing was mapped anew was moved away without an event. Where the page table
@@ -657,14 +676,13 @@ impl Copier {
         }))
     }
 
-    /// The mappings in which all lies.
-    pub(crate) fn mappings(&self) -> Result<Vec<Range<usize>>> {
-        let mut mapped = Vec::new();
-        for part in self.layout.parts() {
-            let mappings = self.watch.process.mappings(&(part.address..part.address + part.len))?;
-            mapped.extend(mappings.into_iter().map(|mapping| mapping.range));
-        }
-        Ok(mapped)
+    /// The mappings in which all lies. Looked up once for all parts, which may be many.
+    pub(crate) fn mappings(&self) -> Result<Mapped> {
+        let mut parts: Vec<_> = self.layout.parts().iter().map(Part::addresses).collect();
+        parts.sort_unstable_by_key(|part| part.start);
+        let Some((first, last)) = parts.first().zip(parts.last()) else { return Ok(Mapped::default()) };
+        let mappings = self.watch.process.mappings(&(first.start..last.end))?;
+        Ok(Mapped::of(&parts, mappings.into_iter().map(|mapping| mapping.range)))
     }
 
     /// Looks at all pages. Those that aren't protected, though they should be, have changed.
@@ -845,9 +863,7 @@ impl Copier {
             return Ok(true);
         }
         let all = Part { address: 0, offset: 0, len: self.dirty.len() * page_size(), page: page_size() };
-        for run in self.settle(&all, || Payload::Gone) {
-            self.count(|counts| &counts.gone, run.len() * page_size());
-        }
+        self.lose(&all);
         Ok(true)
     }
 

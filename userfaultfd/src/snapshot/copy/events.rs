@@ -22,6 +22,19 @@ impl Copier {
         Ok(())
     }
 
+    /// Reads the faults that there are, and no change behind them.
+    pub(super) fn hold_unread_faults(&mut self) -> Result<()> {
+        for _ in 0..self.unread_faults()? {
+            match self.watch.uffd.read_event()? {
+                Some(event @ Event::Pagefault { .. }) => self.held.push_back(event),
+                // The fault had vanished.
+                Some(change) => return self.change(change),
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
     /// Whether something is to be saved before a change of the layout is read, and so made.
     fn saves_first(&self) -> bool {
         let Some(active) = &self.active else { return false };
@@ -144,6 +157,10 @@ impl Copier {
     fn change(&mut self, event: Event) -> Result<()> {
         match event {
             Event::Remove { start, end } => {
+                if self.removal == Removal::Zero {
+                    // What was read is zeros, too: it can't be read again if it must be.
+                    self.discard(&(start.addr()..end.addr()));
+                }
                 for part in self.layout.at(&(start.addr()..end.addr())) {
                     match self.removal {
                         Removal::Zero => drop(self.settle(&part, || Payload::Zero)),
@@ -161,6 +178,7 @@ impl Copier {
                 let range = start.addr()..end.addr();
                 self.discard(&range);
                 let parts = self.layout.remove(&range);
+                self.mapped.remove(&range);
                 self.gone(&parts);
                 self.follow_mappings()?;
             }
@@ -174,6 +192,7 @@ impl Copier {
                 self.discard(&(from..from + len));
                 self.discard(&(to..to + len));
                 let parts = self.layout.shift(&(from..from + len), to);
+                self.mapped.shift(&(from..from + len), to);
                 self.gone(&parts);
                 self.follow_mappings()?;
             }

@@ -14,7 +14,7 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    fn addresses(&self) -> Range<usize> {
+    pub(super) fn addresses(&self) -> Range<usize> {
         self.address..self.address + self.len
     }
 
@@ -28,6 +28,58 @@ impl Part {
             len: end - start,
             page: self.page,
         })
+    }
+}
+
+/// The mappings in which the parts of a layout lie, cut where those end, in the order of their addresses.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Mapped(Vec<Range<usize>>);
+
+impl Mapped {
+    /// What of some parts lies in mappings. Both are in order.
+    pub(super) fn of(parts: &[Range<usize>], mappings: impl IntoIterator<Item = Range<usize>>) -> Self {
+        let (mut mapped, mut rest) = (Vec::new(), parts);
+        for mapping in mappings {
+            while let Some((part, behind)) = rest.split_first() {
+                let common = part.start.max(mapping.start)..part.end.min(mapping.end);
+                if !common.is_empty() {
+                    mapped.push(common);
+                }
+                if part.end > mapping.end {
+                    break;
+                }
+                rest = behind;
+            }
+        }
+        Self(mapped)
+    }
+
+    pub(super) fn ranges(&self) -> &[Range<usize>] {
+        &self.0
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.0.iter().map(Range::len).sum()
+    }
+
+    /// As [`Layout::remove`].
+    pub(super) fn remove(&mut self, range: &Range<usize>) {
+        let rests = [0..range.start, range.end..usize::MAX];
+        let cut = |one: &Range<usize>| {
+            let rests = rests.clone().map(|rest| one.start.max(rest.start)..one.end.min(rest.end));
+            rests.into_iter().filter(|rest| !rest.is_empty())
+        };
+        self.0 = self.0.iter().flat_map(cut).collect();
+    }
+
+    /// As [`Layout::shift`].
+    pub(super) fn shift(&mut self, from: &Range<usize>, to: usize) {
+        let within = |one: &Range<usize>| one.start.max(from.start)..one.end.min(from.end);
+        let moved: Vec<_> = self.0.iter().map(within).filter(|one| !one.is_empty()).collect();
+        self.remove(from);
+        self.remove(&(to..to + from.len()));
+        self.0.extend(moved.into_iter().map(|one| one.start - from.start + to..one.end - from.start + to));
+        self.0.sort_unstable_by_key(|one| one.start);
     }
 }
 
@@ -118,5 +170,29 @@ mod tests {
         assert_eq!(layout.at(&(204..218)), [part(204, 44, 4), part(216, 56, 2), part(208, 20, 8)]);
         // Nothing of it.
         assert_eq!(layout.shift(&(300..400), 500), []);
+    }
+
+    #[test]
+    fn mappings_follow_the_layout() {
+        crate::support::require!();
+        let mut layout = Layout::new(vec![part(100, 0, 40), part(200, 40, 20)]);
+        let of = |layout: &Layout| {
+            let mut parts: Vec<_> = layout.parts().iter().map(Part::addresses).collect();
+            parts.sort_unstable_by_key(|part| part.start);
+            Mapped::of(&parts, [0..150, 190..210, 210..300])
+        };
+        let mut mapped = of(&layout);
+        assert_eq!((mapped.ranges(), mapped.bytes()), (&[100..140, 200..210, 210..220][..], 60));
+        layout.remove(&(108..112));
+        mapped.remove(&(108..112));
+        assert_eq!(mapped, of(&layout));
+        layout.shift(&(120..128), 205);
+        mapped.shift(&(120..128), 205);
+        assert_eq!(mapped.ranges(), [100..108, 112..120, 128..140, 200..205, 205..213, 213..220]);
+        assert_eq!(mapped.bytes(), of(&layout).bytes());
+        assert_eq!(
+            Mapped::of(&[4..8, 8..12, 20..24], [0..5, 6..9, 10..30]).ranges(),
+            [4..5, 6..8, 8..9, 10..12, 20..24]
+        );
     }
 }

@@ -40,6 +40,8 @@ pub(crate) struct Shared {
 #[derive(Debug, Default)]
 pub(crate) struct State {
     pub(crate) begin: Option<Begin>,
+    /// The sink of the next snapshot is called to begin.
+    pub(crate) sink_begins: bool,
     pub(crate) answer: Option<Result<()>>,
     /// A snapshot is at work.
     pub(crate) busy: bool,
@@ -116,6 +118,12 @@ impl Shared {
     pub(crate) fn wait_until_idle(&self) {
         let busy = |state: &mut State| state.busy && state.ended.is_none();
         drop(self.answered.wait_while(self.lock(), busy).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Says that the sink of a snapshot is called to begin, or has been.
+    pub(crate) fn sink_begins(&self, begins: bool) {
+        self.lock().sink_begins = begins;
+        self.wake();
     }
 
     /// Has a snapshot begun, and waits until memory is protected.
