@@ -18,7 +18,7 @@ use std::{env, fs, process, thread};
 
 use memmap2::{MmapMut, MmapRaw};
 use userfaultfd::pager::PageSource;
-use userfaultfd::snapshot::{SnapshotReader, SnapshotWriter};
+use userfaultfd::snapshot::{Finished, SnapshotReader, SnapshotWriter};
 use userfaultfd::{LazyMemory, Snapshot, page_size};
 use userfaultfd_examples::{Result, progress_bar};
 
@@ -125,7 +125,7 @@ fn save_while_serving(store: &Store, range: std::ops::Range<usize>, path: &Path)
         thread::sleep(Duration::from_millis(10));
     }
     bar.finish_and_clear();
-    let (writer, progress) = snapshot.wait()?;
+    let Finished { sink: writer, progress, .. } = snapshot.wait()?;
     let puts = store.word(0).load(Ordering::SeqCst) - before;
     println!("saved {} MiB as {} bytes while {puts} puts were served", bytes >> 20, writer.written());
     println!("writers stood still for {:.1?}", progress.pause);

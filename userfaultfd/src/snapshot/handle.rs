@@ -158,6 +158,17 @@ pub struct Progress {
     pub pause: Duration,
 }
 
+/// A snapshot that is complete.
+// A tuple of a closure and something else would be warned of where it isn't used.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Finished<S> {
+    /// The sink, which has taken all.
+    pub sink: S,
+    /// How it went.
+    pub progress: Progress,
+}
+
 /// A snapshot that is being taken.
 ///
 /// Dropping it aborts it.
@@ -216,7 +227,7 @@ impl<S: Sink + 'static> Snapshot<S> {
     ///     Err(error) => return Err(error.into()),
     /// };
     /// memory.fill(b'b'); // goes on at once
-    /// let (_sink, progress) = snapshot.wait()?;
+    /// let progress = snapshot.wait()?.progress;
     /// assert_eq!(progress.saved, memory.len() as u64);
     /// assert!(copy.lock().unwrap().iter().all(|byte| *byte == b'a'));
     /// assert!(memory.iter().all(|byte| *byte == b'b'));
@@ -257,13 +268,33 @@ impl<S> Snapshot<S> {
 
     /// Waits until all is delivered, and gives the sink back.
     ///
+    /// What it returns can be ignored, also where the sink is a closure:
+    ///
+    /// ```
+    /// #![deny(unused_must_use)]
+    /// use userfaultfd::Snapshot;
+    /// use userfaultfd::snapshot::{Content, Error};
+    ///
+    /// fn save(range: std::ops::Range<usize>) -> Result<(), Error> {
+    ///     Snapshot::begin(range, |_offset: u64, _content: Content<'_>| Ok(()))?.wait()?;
+    ///     Ok(())
+    /// }
+    /// # let memory = memmap2::MmapMut::map_anon(userfaultfd::page_size())?;
+    /// # let start = memory.as_ptr().addr();
+    /// # match save(start..start + memory.len()) {
+    /// #     Ok(()) | Err(Error::Kernel(_)) => {} // no write protection here
+    /// #     Err(error) => return Err(error.into()),
+    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// [`Error::Sink`], [`Error::SinkPanicked`], [`Error::Aborted`], [`Error::Kernel`]: the snapshot isn't complete.
-    pub fn wait(mut self) -> Result<(S, Progress)> {
+    pub fn wait(mut self) -> Result<Finished<S>> {
         let (sink, result) = self.join()?;
         result?;
-        Ok((sink, self.progress()))
+        Ok(Finished { sink, progress: self.progress() })
     }
 
     fn join(&mut self) -> Result<(S, Result<()>)> {

@@ -134,6 +134,6 @@ pub use self::file::chain::Chain;
 pub use self::file::format::{FormatError, SnapshotId};
 pub use self::file::reader::SnapshotReader;
 pub use self::file::writer::SnapshotWriter;
-pub use self::handle::{Progress, Series, Snapshot};
+pub use self::handle::{Finished, Progress, Series, Snapshot};
 pub use self::options::{Options, Removal};
 pub use self::sink::{Content, Geometry, Region, Sink};

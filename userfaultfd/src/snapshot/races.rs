@@ -74,7 +74,7 @@ fn taken_while(
         then(&of_action);
     });
     let options = Options::new().range(addresses(memory));
-    let (_sink, _) = options.begin(sink(&held, memory.page())).unwrap().wait().unwrap();
+    options.begin(sink(&held, memory.page())).unwrap().wait().unwrap();
     drop(armed);
     actor.lock().unwrap().take().expect("memory was protected").join().unwrap();
     std::mem::take(&mut held.lock().unwrap())

@@ -221,7 +221,7 @@ fn memory_is_tracked_by_one_tracker_and_no_snapshot_beside() {
     assert_eq!(memory.absent().unwrap().len(), 1, "nothing was filled for that");
     drop(tracker);
     memory.tracker().unwrap();
-    let (_sink, progress) = memory.snapshot(|_, _: Content<'_>| Ok(())).unwrap().wait().unwrap();
+    let progress = memory.snapshot(|_, _: Content<'_>| Ok(())).unwrap().wait().unwrap().progress;
     assert_eq!(progress.saved, 4 * page() as u64);
 }
 

@@ -238,7 +238,7 @@ fn a_program_that_drops_all_the_time_gets_on() {
         for _ in 0..20 {
             let image = Image::new();
             let options = Options::new().range(addresses(&memory));
-            let (_, progress) = options.begin(image.clone()).unwrap().wait().unwrap();
+            let progress = options.begin(image.clone()).unwrap().wait().unwrap().progress;
             assert_eq!(progress.gone, 0);
             let content = image.content(&memory);
             // What was there: a number of the beginning, what is written, or the zeros of a drop.

@@ -154,7 +154,7 @@ fn once_all_is_saved_nobody_waits_for_the_sink() {
     }
     memory.write(0, 99);
     image.open();
-    let (_, progress) = snapshot.wait().unwrap();
+    let progress = snapshot.wait().unwrap().progress;
     assert_eq!(progress.saved, memory.len() as u64);
     assert_eq!(image.content(&memory), before);
 }

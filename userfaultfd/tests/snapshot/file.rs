@@ -78,7 +78,7 @@ pub(crate) fn file(bytes: &[u8]) -> File {
 /// A snapshot of memory, as the bytes of a file.
 fn bytes_of(memory: &Memory) -> Vec<u8> {
     let writer = SnapshotWriter::new(Vec::new()).unwrap();
-    let (writer, _) = Snapshot::begin(addresses(memory), writer).unwrap().wait().unwrap();
+    let writer = Snapshot::begin(addresses(memory), writer).unwrap().wait().unwrap().sink;
     writer.into_inner()
 }
 
@@ -103,7 +103,7 @@ fn what_was_written_is_read() {
         let scratch = Scratch::new(test_name!());
         let writer = SnapshotWriter::create(&scratch.0).unwrap();
         let id = writer.id();
-        let (writer, _) = Snapshot::begin(addresses(&memory), writer).unwrap().wait().unwrap();
+        let writer = Snapshot::begin(addresses(&memory), writer).unwrap().wait().unwrap().sink;
         assert_eq!(writer.written(), fs::metadata(&scratch.0).unwrap().len());
         let reader = SnapshotReader::open(&scratch.0).unwrap();
         reader.verify().unwrap();
@@ -261,7 +261,7 @@ fn the_format_is_as_documented() {
 }
 
 fn take(series: &mut Series, writer: SnapshotWriter<Vec<u8>>) -> SnapshotReader {
-    let (writer, _) = series.begin(writer).unwrap().wait().unwrap();
+    let writer = series.begin(writer).unwrap().wait().unwrap().sink;
     SnapshotReader::new(file(&writer.into_inner())).unwrap()
 }
 
@@ -327,10 +327,10 @@ fn writers_are_used_once_and_as_they_are_meant() {
     let writer = || SnapshotWriter::new(Vec::new()).unwrap();
     let id = writer().id();
     assert!(series.begin(writer().follows(id)).is_err(), "a whole one follows none");
-    let (used, _) = series.begin(writer()).unwrap().wait().unwrap();
+    let used = series.begin(writer()).unwrap().wait().unwrap().sink;
     assert!(series.begin(writer()).is_err(), "an incremental one follows one");
     assert!(series.begin(used.follows(id)).is_err(), "it is written already");
-    let (_, progress) = series.begin(writer().follows(id)).unwrap().wait().unwrap();
+    let progress = series.begin(writer().follows(id)).unwrap().wait().unwrap().progress;
     assert_eq!(progress.total, 0);
 }
 
@@ -405,7 +405,7 @@ fn one_of_memory_of_another_size_is_refused_below() {
     let mut series = Options::new().range(addresses(&memory)).series().unwrap();
     let first = take(&mut series, SnapshotWriter::new(Vec::new()).unwrap());
     let writer = SnapshotWriter::new(Vec::new()).unwrap().follows(first.id());
-    let second = series.begin(writer).unwrap().wait().unwrap().0.into_inner();
+    let second = series.begin(writer).unwrap().wait().unwrap().sink.into_inner();
     let other = bytes_of(&larger);
     // It says that it follows the other one.
     let id = [16, 24].map(|at| u64::from_le_bytes(*other[at..].first_chunk().unwrap()));
@@ -444,7 +444,7 @@ fn pages_come_in_any_order() {
     let memory = Memory::anonymous(6);
     number(&memory, 0); // the first page is zero
     let sink = Backwards(SnapshotWriter::new(Vec::new()).unwrap(), BTreeMap::new());
-    let (sink, _) = Snapshot::begin(addresses(&memory), sink).unwrap().wait().unwrap();
+    let sink = Snapshot::begin(addresses(&memory), sink).unwrap().wait().unwrap().sink;
     let reader = SnapshotReader::new(file(&sink.0.into_inner())).unwrap();
     reader.verify().unwrap();
     let all: Vec<u8> = (0..6).flat_map(|page| memory.content(page)).collect();
@@ -730,7 +730,7 @@ fn a_long_chain_is_read_flat_and_merged() {
                 None => writer,
             };
             parent = Some(writer.id());
-            writer = series.begin(writer).unwrap().wait().unwrap().0;
+            writer = series.begin(writer).unwrap().wait().unwrap().sink;
             let path = folder.path(&format!("{number:04}"));
             fs::write(&path, writer.into_inner()).unwrap();
             let one = SnapshotReader::open(&path).unwrap();
@@ -748,7 +748,7 @@ fn a_long_chain_is_read_flat_and_merged() {
         reader.merge(&merged).unwrap();
         memory.write(0, 77);
         let writer = SnapshotWriter::new(Vec::new()).unwrap().follows(reader.id());
-        let next = series.begin(writer).unwrap().wait().unwrap().0.into_inner();
+        let next = series.begin(writer).unwrap().wait().unwrap().sink.into_inner();
         drop(reader);
         let merged = SnapshotReader::open(&merged).unwrap();
         merged.verify().unwrap();

@@ -33,7 +33,7 @@ fn it_holds_what_memory_held_when_it_began() {
             }
             image.open();
         });
-        let (_, progress) = snapshot.wait().unwrap();
+        let progress = snapshot.wait().unwrap().progress;
         assert_eq!(image.content(&memory), before);
         assert_eq!(content(&memory), [99; 9]);
         assert_eq!((progress.total, progress.saved), (memory.len() as u64, memory.len() as u64));
@@ -81,7 +81,7 @@ fn pages_about_to_be_written_come_first() {
     assert_eq!(snapshot.progress().on_write, 2 * page() as u64);
     assert!(!snapshot.is_finished());
     image.open();
-    let (_, progress) = snapshot.wait().unwrap();
+    let progress = snapshot.wait().unwrap().progress;
     assert_eq!(image.content(&memory), before);
     assert_eq!(progress.on_write, 2 * page() as u64);
     let order = image.with(|delivered| delivered.order.clone());
@@ -116,7 +116,7 @@ fn writers_wait_for_a_sink_that_is_behind() {
         image.open();
         writer.join().unwrap();
     });
-    let (_, progress) = snapshot.wait().unwrap();
+    let progress = snapshot.wait().unwrap().progress;
     assert_eq!(image.content(&memory), before);
     assert!(progress.on_write <= 5 * page() as u64);
 }
@@ -202,7 +202,7 @@ fn several_ranges_lie_one_behind_the_other() {
         options = options.range(memory.range(1, 2));
     }
     let image = Image::new();
-    let (_, progress) = options.begin(image.clone()).unwrap().wait().unwrap();
+    let progress = options.begin(image.clone()).unwrap().wait().unwrap().progress;
     let mut at = 0;
     image.with(|delivered| {
         for (page, byte) in before {
@@ -259,6 +259,6 @@ fn what_cannot_be_protected_is_refused() {
     let twice = Options::new().range(all.clone()).range(all.clone()).begin(Image::new()).map(drop);
     assert!(twice.is_err());
     // Nothing is left of what failed.
-    let (_, progress) = Snapshot::begin(all, Image::new()).unwrap().wait().unwrap();
+    let progress = Snapshot::begin(all, Image::new()).unwrap().wait().unwrap().progress;
     assert_eq!(progress.total, memory.len() as u64);
 }

@@ -495,7 +495,7 @@ impl Takes {
         let ended = world.now();
         let previous = std::mem::replace(&mut self.previous, ended);
         let Progress { total, saved, gone, .. } = match result {
-            Ok((_, progress)) => progress,
+            Ok(finished) => finished.progress,
             Err(Error::Sink(_)) if fails => return Ok(()),
             Err(Error::Aborted) if aborts => return Ok(()),
             Err(error) => return Err(format!("wait: {error:?}")),

@@ -8,7 +8,7 @@ use std::thread;
 #[cfg(feature = "tracking")]
 use userfaultfd::DirtyTracker;
 use userfaultfd::snapshot::{
-    Content, Geometry, Options, Removal, Series, Sink, Snapshot, SnapshotReader, SnapshotWriter,
+    Content, Finished, Geometry, Options, Removal, Series, Sink, Snapshot, SnapshotReader, SnapshotWriter,
 };
 use userfaultfd::{FeatureFlags, MoveMode, RegisterMode};
 
@@ -90,7 +90,8 @@ fn memory_that_is_unmapped_while_it_begins_is_gone() {
             let memory: &Memory = Box::leak(Box::new(memory));
             number(memory, 1);
             let sink = Unmapping(SnapshotWriter::new(Vec::new()).unwrap(), memory);
-            let (sink, progress) = Snapshot::begin(addresses(memory), sink).unwrap().wait().unwrap();
+            let Finished { sink, progress, .. } =
+                Snapshot::begin(addresses(memory), sink).unwrap().wait().unwrap();
             assert_eq!(progress.gone, 2 * page() as u64);
             let reader = SnapshotReader::new(file(&sink.0.into_inner())).unwrap();
             reader.verify().unwrap();
