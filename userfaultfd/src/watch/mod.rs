@@ -41,10 +41,7 @@ use crate::owner::Owner;
 use crate::pagemap::{Pagemap, Region, Scan};
 use crate::proc_maps::{Mapping, Process};
 use crate::sync::AtomicU64;
-use crate::{
-    Errno, Error, FaultKind, IoctlFlags, ReadWrite, RegisterMode, Result, Uffd, UffdBuilder, ZeropageMode,
-    page_size,
-};
+use crate::{Errno, Error, IoctlFlags, RegisterMode, Result, Uffd, UffdBuilder, page_size};
 
 /// How often an operation is tried again while the memory layout changes. It is over when the changing thread has
 /// run; some kernels have a bug that says so for ever.

@@ -6,7 +6,6 @@ use std::sync::atomic::Ordering;
 use std::thread;
 
 use super::ranges;
-use super::ranges::Tracked;
 use super::words::{CHUNK, Words, is_content, runs};
 use super::{Protection, Watch, pointer, retry};
 use crate::pagemap::{Categories, Region, Scan};

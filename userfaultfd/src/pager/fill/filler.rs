@@ -9,7 +9,7 @@ use super::buffers::SPARE;
 use super::work::{Content, Done, Fault, Work, page_of};
 use crate::pager::memory::descriptor::{Descriptor, wake};
 use crate::pager::memory::page_run::Run;
-use crate::pager::memory::region::Served;
+use crate::pager::memory::served::Served;
 use crate::pager::serve::shared::Shared;
 use crate::pager::trace::span;
 

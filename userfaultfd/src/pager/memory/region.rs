@@ -14,11 +14,9 @@ use super::fault_around::{Around, Streams};
 use super::page_cache::Cache;
 use super::page_state::Pages;
 use super::served::{Moved, Served};
-use crate::holder::Held;
-use crate::lease::Lease;
 use crate::pager::{Absent, Error, PageSource, Result};
 use crate::source::call::caught;
-use crate::{Errno, FeatureFlags, IoctlFlags, RegisterMode, Support};
+use crate::{FeatureFlags, IoctlFlags, RegisterMode, Support};
 
 /// The most that is filled for one fault, unless told otherwise.
 pub(crate) const ADAPTIVE: usize = 2 << 20;

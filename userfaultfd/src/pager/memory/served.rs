@@ -11,9 +11,8 @@ use super::fault_log::Log;
 use super::page_cache::Cache;
 use super::page_state::Pages;
 use crate::holder::Held;
-use crate::pager::PageSource;
 use crate::lease::Lease;
-use crate::watch::Lease;
+use crate::pager::PageSource;
 
 /// Pages that lay elsewhere when they were first served, so that their content isn't where their place says.
 #[derive(Clone, Debug)]

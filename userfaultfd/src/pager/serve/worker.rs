@@ -20,7 +20,7 @@ use crate::pager::memory::descriptor::{Descriptor, Serving, lock, wake};
 use crate::pager::trace::event;
 use crate::pager::{DescriptorId, Problem, RegionId, stats};
 use crate::source::call::message;
-use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result, mapped_vec, sys};
+use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result, sys};
 
 /// So many events are read with one system call.
 const BATCH: usize = 64;
