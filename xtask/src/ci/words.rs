@@ -97,8 +97,16 @@ fn retired(text: &str, is_rust: bool) -> Vec<(usize, &'static str, &'static str)
         if prose.trim_start().starts_with("```") {
             is_code = !is_code;
         } else if !is_code && !is_entry(prose) {
-            // Between backquotes stand names.
-            let prose: String = prose.split('`').step_by(2).collect::<Vec<_>>().join("`").to_lowercase();
+            // Between backquotes, and where links lead to, stand names.
+            let prose = prose.split('`').step_by(2).collect::<Vec<_>>().join("`").to_lowercase();
+            let prose: String = prose
+                .split("](")
+                .enumerate()
+                .map(|(at, part)| match part.split_once(')') {
+                    Some((_, rest)) if at > 0 => rest,
+                    _ => part,
+                })
+                .collect();
             let has = |(word, _): &&(&str, &str)| contains(&prose, word);
             found.extend(RETIRED.iter().filter(has).map(|(word, instead)| (number + 1, *word, *instead)));
         }
@@ -129,6 +137,9 @@ mod tests {
         let rust = "/// Whoever is waked\n/// ```\n/// somebody\n/// ```\nfn somebody() {} // absent\n//! So many, `absent`.\n";
         let lines: Vec<_> = retired(rust, true).iter().map(|(line, word, _)| (*line, *word)).collect();
         assert_eq!(lines, [(1, "waked"), (1, "whoever"), (6, "so many")]);
-        assert_eq!(retired("an absent page\n    | missing | absent |\nabsently\n", false).len(), 1);
+        assert_eq!(
+            retired("an absent [page](Region::absent)\n    | missing | absent |\nabsently\n", false).len(),
+            1
+        );
     }
 }
