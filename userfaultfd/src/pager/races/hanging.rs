@@ -5,11 +5,11 @@
 use std::sync::{Arc, Condvar, Mutex};
 
 use super::harness::{Reader, Seen, Stop};
-use crate::pager::sync_point::Point;
 use crate::pager::{Around, Delivery, Fill, PageSource, Pager, Region, SourceBytes};
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::{wait_for_pending, wait_until};
 use crate::support::{child, page, require, test_name, uffd};
+use crate::sync_point::Point;
 use crate::{FeatureFlags, Uffd};
 
 /// The page whose source hangs. The content of all others is in memory, so that no worker counts as slow.
