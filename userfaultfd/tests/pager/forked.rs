@@ -137,7 +137,9 @@ fn a_child_that_drops_a_finished_background_leaves_its_own_threads_alone() {
             let gate = Arc::new(Barrier::new(9));
             let wait = |gate: &Arc<Barrier>| {
                 let gate = Arc::clone(gate);
-                move || drop(gate.wait())
+                move || {
+                    gate.wait();
+                }
             };
             let threads: Vec<_> = (0..8).map(|_| thread::spawn(wait(&gate))).collect();
             drop(background.take());
