@@ -270,8 +270,19 @@ impl EventBuffer {
     /// With room for none, reading fails with [`EmptyBuffer`](Error::EmptyBuffer).
     #[must_use]
     pub fn new(size: usize) -> Self {
-        let messages = vec![EMPTY; size].into_boxed_slice();
-        Self { messages, next: 0, end: 0, terms: Terms::default() }
+        Self::of(vec![EMPTY; size])
+    }
+
+    /// The same. `None` if there is no memory.
+    pub(crate) fn try_new(size: usize) -> Option<Self> {
+        let mut messages = Vec::new();
+        messages.try_reserve_exact(size).ok()?;
+        messages.resize(size, EMPTY);
+        Some(Self::of(messages))
+    }
+
+    fn of(messages: Vec<Message>) -> Self {
+        Self { messages: messages.into_boxed_slice(), next: 0, end: 0, terms: Terms::default() }
     }
 
     /// How many events there is room for.

@@ -24,6 +24,8 @@ pub(crate) enum Point {
     BeforeForeign,
     /// A region is registered for protection, and about to be lent to a tracker. Likewise.
     BeforeLend,
+    /// A worker was added, or couldn't be: the address is 1 or 0. Not in the life of a fault.
+    AfterAdd,
     /// Not in the life of a fault either.
     Snapshot(Moment),
 }

@@ -412,6 +412,75 @@ fn status_flags(fd: BorrowedFd<'_>) -> Result<libc::c_int, Errno> {
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })
 }
 
+/// A thread that was started by [`start_thread`], and neither joined nor detached.
+#[derive(Debug)]
+pub(crate) struct ThreadId(libc::pthread_t);
+
+// SAFETY: it is a name for a thread, by which any thread may ask for it.
+unsafe impl Send for ThreadId {}
+
+// SAFETY: as above.
+unsafe impl Sync for ThreadId {}
+
+impl ThreadId {
+    /// Whether it is the one that asks.
+    pub(crate) fn is_current(&self) -> bool {
+        // SAFETY: touches no memory.
+        let own = unsafe { libc::pthread_self() };
+        // SAFETY: both name threads that are there, or that nobody has joined.
+        unsafe { libc::pthread_equal(self.0, own) != 0 }
+    }
+
+    /// Waits for its end.
+    pub(crate) fn join(self) {
+        // SAFETY: nobody has joined or detached it, and what it returns isn't wanted.
+        let joined = unsafe { libc::pthread_join(self.0, std::ptr::null_mut()) };
+        debug_assert_eq!(joined, 0);
+    }
+
+    /// Has it free what it has once it ends.
+    pub(crate) fn detach(self) {
+        // SAFETY: nobody has joined or detached it.
+        let detached = unsafe { libc::pthread_detach(self.0) };
+        debug_assert_eq!(detached, 0);
+    }
+}
+
+/// Starts a thread with a stack of so many bytes, or as many as the C library has by itself where it refuses that.
+///
+/// # Safety
+///
+/// The caller must make sure that the function may be called with the argument, on any thread, once.
+pub(crate) unsafe fn start_thread(
+    enter: extern "C" fn(*mut libc::c_void) -> *mut libc::c_void,
+    argument: *mut libc::c_void,
+    stack: usize,
+) -> std::io::Result<ThreadId> {
+    let result = |errno: libc::c_int| match errno {
+        0 => Ok(()),
+        errno => Err(std::io::Error::from_raw_os_error(errno)),
+    };
+    let mut attributes = std::mem::MaybeUninit::<libc::pthread_attr_t>::uninit();
+    // SAFETY: the structure is written by the call.
+    result(unsafe { libc::pthread_attr_init(attributes.as_mut_ptr()) })?;
+    // SAFETY: it was initialised above.
+    let _refused = unsafe { libc::pthread_attr_setstacksize(attributes.as_mut_ptr(), stack) };
+    let mut thread = std::mem::MaybeUninit::<libc::pthread_t>::uninit();
+    // SAFETY: both structures are borrowed for the call; the caller vouches for the function.
+    let started = unsafe { libc::pthread_create(thread.as_mut_ptr(), attributes.as_ptr(), enter, argument) };
+    // SAFETY: it was initialised above, and isn't used any more.
+    unsafe { libc::pthread_attr_destroy(attributes.as_mut_ptr()) };
+    result(started)?;
+    // SAFETY: the call, which has succeeded, has written it.
+    Ok(ThreadId(unsafe { thread.assume_init() }))
+}
+
+/// Gives the calling thread a name, of 15 bytes at most.
+pub(crate) fn name_thread(name: &CStr) {
+    // SAFETY: the name is NUL-terminated.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
 /// Keeps the program's signals away from the calling thread, but for those that its own faults raise.
 pub(crate) fn block_signals() {
     let mut signals = no_signals();
@@ -451,49 +520,63 @@ pub(crate) fn own_cpu() -> Option<usize> {
     usize::try_from(unsafe { libc::sched_getcpu() }).ok()
 }
 
-/// A set of CPUs, as many as the kernel can have.
-type CpuSet = [libc::c_ulong; CPU_WORDS];
-const CPU_WORDS: usize = 8192 / libc::c_ulong::BITS as usize;
+/// The bits of a word of a [`CpuSet`].
+const WORD_BITS: usize = libc::c_ulong::BITS as usize;
+
+/// A bit for each CPU that there can be.
+pub(crate) type CpuSet = [libc::c_ulong; 8192 / WORD_BITS];
 
 /// The word of a set that has a CPU, and its bit there.
 fn cpu_in(set: &mut CpuSet, cpu: usize) -> Option<(&mut libc::c_ulong, libc::c_ulong)> {
-    const BITS: usize = libc::c_ulong::BITS as usize;
-    Some((set.get_mut(cpu / BITS)?, 1 << (cpu % BITS)))
-}
-
-/// Has the calling thread run on these CPUs alone.
-fn set_affinity(set: &CpuSet) -> Result<(), Errno> {
-    // SAFETY: the kernel reads the set, which is as long as is told.
-    let returned =
-        unsafe { libc::sched_setaffinity(0, size_of_val(set), set.as_ptr().cast::<libc::cpu_set_t>()) };
-    check(returned).map(drop)
+    Some((set.get_mut(cpu / WORD_BITS)?, 1 << (cpu % WORD_BITS)))
 }
 
 /// Has the calling thread run on one CPU alone.
 pub(crate) fn run_on(cpu: usize) -> Result<(), Errno> {
-    let mut set = [0; CPU_WORDS];
+    let mut set: CpuSet = [0; 8192 / WORD_BITS];
     let (word, bit) = cpu_in(&mut set, cpu).ok_or(Errno::EINVAL)?;
     *word = bit;
-    set_affinity(&set)
+    set_affinity(0, &set)
 }
 
 /// Moves the calling thread to another CPU, of those that it may run on. Returns whether there is one. Afterwards it may
 /// run where it might before.
 pub(crate) fn leave_cpu() -> bool {
-    let mut all = [0; CPU_WORDS];
-    // SAFETY: the kernel writes at most as many bytes as is told, which the set has.
-    let got =
-        unsafe { libc::sched_getaffinity(0, size_of_val(&all), all.as_mut_ptr().cast::<libc::cpu_set_t>()) };
+    let Ok(all) = affinity() else { return false };
     let mut others = all;
     let Some((word, bit)) = own_cpu().and_then(|cpu| cpu_in(&mut others, cpu)) else { return false };
     *word &= !bit;
-    if check(got).is_err() || others == [0; CPU_WORDS] || set_affinity(&others).is_err() {
+    if others.iter().all(|word| *word == 0) || set_affinity(0, &others).is_err() {
         return false;
     }
     // It stays where it is now. What it was just allowed isn't refused.
-    let restored = set_affinity(&all);
+    let restored = set_affinity(0, &all);
     debug_assert!(restored.is_ok(), "{restored:?}");
     true
+}
+
+/// Has a thread, or the calling one if that is 0, run on these CPUs alone.
+pub(crate) fn set_affinity(thread: i32, set: &CpuSet) -> Result<(), Errno> {
+    // SAFETY: the kernel reads the set, which is as long as is told.
+    let returned =
+        unsafe { libc::sched_setaffinity(thread, size_of_val(set), set.as_ptr().cast::<libc::cpu_set_t>()) };
+    check(returned).map(drop)
+}
+
+/// The CPUs that the calling thread may run on.
+pub(crate) fn affinity() -> Result<CpuSet, Errno> {
+    let mut set: CpuSet = [0; 8192 / WORD_BITS];
+    // SAFETY: the kernel writes at most as many bytes as are told to the set, borrowed for the call.
+    let returned =
+        unsafe { libc::sched_getaffinity(0, size_of_val(&set), set.as_mut_ptr().cast::<libc::cpu_set_t>()) };
+    check(returned).map(|_| set)
+}
+
+/// The number of the calling thread.
+pub(crate) fn own_thread() -> i32 {
+    // SAFETY: touches no memory.
+    let thread = unsafe { libc::syscall(libc::SYS_gettid) };
+    thread as i32
 }
 
 /// A page that nobody can read, as long as the process lives.

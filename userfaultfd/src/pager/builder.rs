@@ -8,7 +8,7 @@ use super::prefetch::read_ahead;
 use super::serve::delivery::Delivery;
 use super::serve::reports::{OnProblem, Reporter};
 use super::serve::shared::Shared;
-use super::serve::thread::spawn;
+use super::serve::thread::Thread;
 use super::serve::worker::Worker;
 use super::serve::{control, shutdown, worker_pool};
 use super::{Pager, Problem, Result, Retry};
@@ -128,16 +128,16 @@ impl PagerBuilder {
         };
         let of_control = Arc::clone(&shared);
         let look = self.look;
-        pager.threads.push(spawn("uffd-control", move || control::run(&of_control, &added, look))?);
+        pager.threads.push(Thread::spawn(c"uffd-control", move || control::run(&of_control, &added, look))?);
         let (of_reports, reporter) = (Arc::clone(&shared), Reporter::new(self.on_problem));
-        pager.threads.push(spawn("uffd-reports", move || of_reports.reports.run(reporter))?);
+        pager.threads.push(Thread::spawn(c"uffd-reports", move || of_reports.reports.run(reporter))?);
         for thread in 0..self.threads {
             let worker = Worker::new(Arc::clone(&shared), thread, self.delivery)?;
-            pager.threads.push(spawn("uffd-pager", move || worker.run())?);
+            pager.threads.push(Thread::spawn(c"uffd-pager", move || worker.run())?);
         }
         for reader in self.threads..self.threads + self.readers {
             let shared = Arc::clone(&shared);
-            pager.threads.push(spawn("uffd-ahead", move || read_ahead::read(&shared, reader))?);
+            pager.threads.push(Thread::spawn(c"uffd-ahead", move || read_ahead::read(&shared, reader))?);
         }
         shared.wait_until_started();
         Ok(pager)

@@ -99,7 +99,7 @@ mod pager;
 pub(crate) mod prefetch;
 mod progress;
 #[cfg(test)]
-mod races;
+pub(crate) mod races;
 pub(crate) mod serve;
 pub(crate) mod stats;
 mod target;

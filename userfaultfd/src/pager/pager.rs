@@ -3,7 +3,6 @@
 use std::ops::Range;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::fill::growth;
@@ -15,7 +14,7 @@ use super::memory::unfillable::Unfillable;
 use super::serve::control;
 use super::serve::shared::{Note, Shared};
 use super::serve::shutdown::{self, Cover, Patience};
-use super::serve::thread::join;
+use super::serve::thread::Thread;
 use super::serve::worker_pool;
 use super::{
     Absent, DescriptorId, Detached, Error, PagerBuilder, Progress, Refused, Region, RegionId, Result,
@@ -64,7 +63,7 @@ pub struct Pager {
     /// Held while regions are added, so that two that overlap can't be both.
     pub(super) adding: Mutex<()>,
     /// The control thread, the one that reports, then those that serve.
-    pub(super) threads: Vec<JoinHandle<()>>,
+    pub(super) threads: Vec<Thread>,
     /// Those that were added.
     pub(super) added: Arc<worker_pool::Added>,
     /// How long a call waits for the kernel without any progress.
@@ -92,7 +91,8 @@ impl Pager {
     /// done. As long as it is served it is non-blocking; nobody who shares its description is to change that.
     ///
     /// The pager registers each region, for missing faults and what else the region asks for, so it need not be
-    /// registered before; if it is, then for the same. Faults that wait already are answered.
+    /// registered before; if it is, then for the same. Faults that wait already are answered. Don't register memory with
+    /// a descriptor that is served, but by [`add_region`](Self::add_region): see [`Region::new`].
     ///
     /// # Errors
     ///
@@ -295,16 +295,17 @@ impl Pager {
         drop(uffd);
         let (region, range) = (Arc::clone(&segment.region), segment.start..segment.end);
         self.shared.keep(&region);
-        let mut overlap = Ok(());
+        let mut refused = Ok(());
         let served = descriptor.change_layout(|layout| {
             // A move may have brought something there meanwhile.
             let other = layout.parts(segment.start..segment.end).next();
             match other {
-                Some(other) => overlap = Err(Error::Overlap { address: segment.start, other: other.start }),
+                Some(other) => refused = Err(Error::Overlap { address: segment.start, other: other.start }),
+                None if !layout.try_reserve(1) => refused = Err(Errno::ENOMEM.into()),
                 None => layout.insert(segment),
             }
         });
-        let added = overlap.and(if served { Ok(()) } else { Err(Error::NotServed) });
+        let added = refused.and(if served { Ok(()) } else { Err(Error::NotServed) });
         added.inspect_err(|_| self.shared.keep_not(&region))?;
         if let Some(serving) = &*descriptor.enter(self.shared.outside_id()) {
             wake(&serving.uffd, range);
@@ -631,16 +632,16 @@ impl Pager {
         self.shared.stop();
         let workers = self.threads.split_off(self.threads.len().min(2));
         let mut others = self.threads.drain(..);
-        workers.into_iter().for_each(join);
+        workers.into_iter().for_each(Thread::join);
         self.added.join();
         // Nobody would come back to what they have put off.
         while let Some(Deferred { descriptor, work, .. }) = self.shared.retries.take_any() {
             self.shared.lease().give_up(&descriptor, work);
         }
         self.shared.stop_notes();
-        others.next().into_iter().for_each(join);
+        others.next().into_iter().for_each(Thread::join);
         self.shared.reports.stop();
-        others.for_each(join);
+        others.for_each(Thread::join);
     }
 
     /// Poisons what is absent of a descriptor, or fills it where the kernel can't do that. Whether nothing is left of

@@ -32,9 +32,8 @@ fn is_held(range: std::ops::Range<usize>, holder: Option<Holder>, text: &str) {
 #[track_caller]
 fn is_free(range: std::ops::Range<usize>) {
     DirtyTracker::new().unwrap().track(range.clone()).unwrap();
-    let (_sink, progress) =
-        Snapshot::begin(range.clone(), |_, _: Content<'_>| Ok(())).unwrap().wait().unwrap();
-    assert_eq!(progress.saved, range.len() as u64);
+    let finished = Snapshot::begin(range.clone(), |_, _: Content<'_>| Ok(())).unwrap().wait().unwrap();
+    assert_eq!(finished.progress.saved, range.len() as u64);
 }
 
 #[test]

@@ -333,23 +333,10 @@ fn a_range_without_a_required_operation_is_not_registered() {
 #[test]
 fn mappings_at_their_limit_cannot_be_split() {
     require!();
-    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
-    let limit: usize = limit.trim().parse().unwrap();
-    if !has(test_name!(), "a limit of mappings that is soon reached", limit < 100_000) {
-        return;
-    }
     child::run_well(test_name!(), || {
         let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(5));
         uffd.register(memory.at(2), 3 * page()).unwrap();
-        let many = Mapping::new(limit, libc::PROT_NONE, libc::MAP_PRIVATE, None).unwrap();
-        // Each other page with another protection is a mapping of its own.
-        for odd in (1..limit).step_by(2) {
-            let page = many.start.wrapping_byte_add(odd * page());
-            // SAFETY: nobody refers to the page.
-            if unsafe { libc::mprotect(page, self::page(), libc::PROT_READ) } != 0 {
-                break;
-            }
-        }
+        let Some(many) = Mapping::use_up(test_name!(), 0) else { return };
         let registered = uffd.register(memory.at(0), page());
         let unregistered = uffd.unregister(memory.at(3), page());
         drop(many);

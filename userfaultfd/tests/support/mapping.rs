@@ -33,6 +33,29 @@ impl Mapping {
         if start == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(Self { start, len }) }
     }
 
+    /// Has this process have as many mappings as it may, but for so many pairs, and one if that is what is left. Nothing
+    /// accesses the memory. `None` where the limit is out of reach.
+    pub(crate) fn use_up(test: &str, pairs: usize) -> Option<Self> {
+        let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+        let limit: usize = limit.trim().parse().unwrap();
+        if !has(test, "a limit of mappings that is soon reached", limit <= 1 << 17) {
+            return None;
+        }
+        let all = Self::new(limit, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_NORESERVE, None).unwrap();
+        let set = |index: usize, rights| {
+            let at = all.start.wrapping_byte_add(index * page());
+            // SAFETY: the page lies in the mapping, which nothing accesses.
+            unsafe { libc::mprotect(at, page(), rights) == 0 }
+        };
+        // Each other page with another protection makes two more.
+        let odd = || (1..limit).step_by(2);
+        let split = odd().take_while(|index| set(*index, libc::PROT_READ)).count();
+        assert!(split < odd().count(), "the limit isn't reached");
+        let joined = odd().take(split).skip(split - pairs).all(|index| set(index, libc::PROT_NONE));
+        assert!(joined);
+        Some(all)
+    }
+
     /// A shared mapping for reading and writing.
     pub(crate) fn shared(pages: usize, file: BorrowedFd<'_>) -> Result<Self, Errno> {
         Self::new(pages, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, Some(file))

@@ -619,9 +619,11 @@ mod tests {
 
     use super::*;
     use crate::pager::BytesSource;
+    use crate::pager::races::real_time;
     use crate::support::memory::Memory;
     use crate::support::proc::wait_until;
     use crate::support::{child, raw, require, test_name};
+    use crate::sync_point::tests::{Armed, at as armed_at};
     use crate::sync_point::tests::{Armed, at as armed_at};
     use crate::{FeatureFlags, UffdBuilder, page_size};
 
@@ -716,6 +718,35 @@ mod tests {
             assert!([0, 7].contains(&reader.join().unwrap()));
         });
         assert_eq!(lazy.strong_count(), 0);
+    }
+
+    /// The thread that uses the memory still has that CPU alone.
+    #[test]
+    fn a_thread_under_fifo_that_drops_memory_does_not_spin() {
+        require!(root);
+        let Some([cpu, _]) = real_time::cpus(test_name!()) else { return };
+        let (owned, memory) = owned();
+        let stop = Stop::at(Point::AfterRead, &memory);
+        thread::scope(|scope| {
+            let memory = &memory;
+            let reader = scope.spawn(move || {
+                crate::sys::run_on(cpu).unwrap();
+                memory[0]
+            });
+            stop.reached_by(1);
+            let owner = scope.spawn(move || {
+                crate::sys::run_on(cpu).unwrap();
+                assert!(real_time::enter());
+                let before = real_time::cpu_time();
+                drop(owned);
+                real_time::cpu_time() - before
+            });
+            wait_until(|| !is_found(memory));
+            drop(stop);
+            let spent = owner.join().unwrap();
+            assert!(spent < std::time::Duration::from_millis(200), "{spent:?}");
+            assert!([0, 7].contains(&reader.join().unwrap()));
+        });
     }
 
     #[test]

@@ -3,12 +3,12 @@
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::buffers::grown;
 use super::filler::{Filler, Next};
 use super::growth::adopt_growth;
 use super::install::answer;
+use super::retry;
 use super::work::{Done, Fault, Wait, Work, page_of};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
@@ -52,7 +52,7 @@ impl Filler {
         reach(Point::AfterRead, fault.address);
         if run.tries > 0 {
             // Something was in the way, and nobody knows what: not at full speed.
-            let wait = Wait::For(Duration::from_millis(1 << run.tries.min(6)));
+            let wait = retry::contested(run.tries);
             return Next::Done(Done::Later(Work::Load(run, 0), wait));
         }
         Next::Load(run, 0)
@@ -119,8 +119,7 @@ impl Filler {
             let descriptor = DescriptorId(descriptor.id);
             shared.note(Note::Problem(Problem::NoRegion { descriptor, address: fault.address }));
         }
-        let delay = Duration::from_millis(1 << tries.min(10));
-        Next::Done(Done::Later(Work::Stray { fault, tries, again: tries == 0 }, Wait::For(delay)))
+        Next::Done(Done::Later(Work::Stray { fault, tries, again: tries == 0 }, retry::stray(tries)))
     }
 
     pub(super) fn stray_again(

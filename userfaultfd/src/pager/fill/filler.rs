@@ -43,7 +43,7 @@ pub(crate) struct Filler {
     pub(in crate::pager) thread: usize,
     pub(in crate::pager) buffer: Option<MmapMut>,
     /// Buffers whose content was put aside and used since.
-    pub(in crate::pager) spare: Vec<MmapMut>,
+    pub(in crate::pager) spare: [Option<MmapMut>; SPARE],
     /// As long as the longest run of zeros. Nothing is ever written, so that it takes no memory.
     pub(in crate::pager) zeros: Option<MmapMut>,
     /// Where faults come again and again though something is there.
@@ -58,11 +58,10 @@ pub(crate) struct Filler {
 
 impl Filler {
     pub(crate) fn new(thread: usize) -> Self {
-        let spare = Vec::with_capacity(SPARE);
         Self {
             thread,
             buffer: None,
-            spare,
+            spare: [const { None }; SPARE],
             zeros: None,
             suspect: (0, 0),
             place: None,

@@ -1,9 +1,11 @@
 //! Where the content of a run comes from: read from the source, put aside, asked for again.
 
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::buffers::{Aside, SPARE, grown};
+use memmap2::MmapMut;
+
+use super::buffers::{Aside, grown};
 use super::filler::{Filler, Next};
 use super::work::{Content, Done, Wait, Work};
 use crate::pager::memory::descriptor::Descriptor;
@@ -15,9 +17,6 @@ use crate::pager::trace::span;
 use crate::pager::{Fill, Problem, RegionId};
 use crate::source::call::caught;
 use crate::{Errno, sys};
-
-/// A source that fails isn't left alone longer.
-const LONGEST: Duration = Duration::from_secs(60);
 
 /// Why the content of a run can't be had.
 #[derive(Debug)]
@@ -148,10 +147,8 @@ impl Filler {
         }
         // The page that is asked for alone: its neighbours may be what can't be had.
         let Some(run) = self.alone(descriptor, run.rest()) else { return Next::Done(Done::Yes) };
-        let (attempts, retry) = (attempts.saturating_add(1), shared.retry);
-        if attempts < retry.attempts && !run.region.is_ending() {
-            let factor = 1u32.checked_shl(attempts - 1).unwrap_or(u32::MAX);
-            let delay = retry.delay.saturating_mul(factor).min(LONGEST);
+        let attempts = attempts.saturating_add(1);
+        if let Some(delay) = shared.retry.delay_after(attempts).filter(|_| !run.region.is_ending()) {
             return Next::Done(Done::Later(Work::Load(run, attempts), Wait::For(delay)));
         }
         if run.tries < MAX_TRIES {
@@ -201,8 +198,10 @@ impl Filler {
         let (done, len) = (run.done(), run.len());
         let Some(buffer) = self.buffer.take() else { return (run, None) };
         if 2 * len <= buffer.len() {
-            let spare = self.spare.iter().position(|spare| (len..=2 * len).contains(&spare.len()));
-            let mut short = spare.map(|at| self.spare.swap_remove(at));
+            let fits = |spare: &&mut Option<MmapMut>| {
+                spare.as_ref().is_some_and(|spare| (len..=2 * len).contains(&spare.len()))
+            };
+            let mut short = self.spare.iter_mut().find(fits).and_then(Option::take);
             if let Ok(copy) = grown(&mut short, len) {
                 copy[..len].copy_from_slice(&buffer[done..done + len]);
                 self.buffer = Some(buffer);
@@ -211,7 +210,7 @@ impl Filler {
         }
         match Aside::new(buffer) {
             Ok(aside) => {
-                self.buffer = self.spare.pop();
+                self.buffer = self.spare.iter_mut().find_map(Option::take);
                 (run, Some(aside))
             }
             Err(buffer) => {
@@ -225,10 +224,9 @@ impl Filler {
     pub(in crate::pager) fn put_back(&mut self, content: Content) {
         let Content::Aside(aside) = content else { return };
         let Some(buffer) = aside.into_buffer() else { return };
-        if self.buffer.is_none() {
-            self.buffer = Some(buffer);
-        } else if self.spare.len() < SPARE {
-            self.spare.push(buffer);
+        let free = std::iter::once(&mut self.buffer).chain(&mut self.spare).find(|place| place.is_none());
+        if let Some(place) = free {
+            *place = Some(buffer);
         }
     }
 }

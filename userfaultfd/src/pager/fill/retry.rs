@@ -1,4 +1,5 @@
-//! Work that is put off, and when it is tried again: the one policy for everything that has to wait.
+//! Work that is put off, and when it is tried again: the one policy for everything that has to wait, in a worker's queue
+//! or in a caller's thread.
 //!
 //! The threads that serve faults share a queue. A thread that reads a source for long keeps nobody's work: a timer among
 //! the descriptors that all of them poll wakes any thread that is free.
@@ -14,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::work::{Wait, Work, page_of};
+use crate::pager::Retry;
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::{Errno, mapped_vec, sys};
@@ -37,6 +39,44 @@ const CHANGE_DELAY: Duration = Duration::from_millis(1);
 
 /// The longest delay of work that waits for memory, or for another thread.
 const DELAY: Duration = Duration::from_secs(1);
+
+/// The shortest delay of what is tried on with a delay that doubles.
+const FIRST_DELAY: Duration = Duration::from_millis(1);
+
+/// The longest delay of work that finds something in its way, again and again, and of a fault that finds no region.
+const CONTESTED_DELAY: Duration = Duration::from_millis(64);
+const STRAY_DELAY: Duration = Duration::from_secs(1);
+
+/// The longest delay of a source that fails.
+const SOURCE_DELAY: Duration = Duration::from_secs(60);
+
+/// The delay where there is no memory to put work off.
+pub(in crate::pager) const NO_MEMORY: Duration = Duration::from_millis(1);
+
+/// The delay until it is looked again whether what other threads are busy with is settled.
+pub(in crate::pager) const BUSY: Duration = Duration::from_millis(1);
+
+/// How long to wait before work is tried the next time that has found something in its way so many times.
+pub(in crate::pager) fn contested(times: u8) -> Wait {
+    Wait::For(doubled(FIRST_DELAY, times.into(), CONTESTED_DELAY))
+}
+
+/// Likewise, of a fault that has found no region so many times.
+pub(in crate::pager) fn stray(times: u32) -> Wait {
+    Wait::For(doubled(FIRST_DELAY, times, STRAY_DELAY))
+}
+
+fn doubled(first: Duration, times: u32, longest: Duration) -> Duration {
+    first.saturating_mul(1_u32.checked_shl(times).unwrap_or(u32::MAX)).min(longest)
+}
+
+impl Retry {
+    /// How long to wait before a source is asked again that has failed so many times. `None`: it isn't.
+    pub(in crate::pager) fn delay_after(self, attempts: u32) -> Option<Duration> {
+        let again = attempts < self.attempts.max(1);
+        again.then(|| doubled(self.delay, attempts.saturating_sub(1), SOURCE_DELAY))
+    }
+}
 
 /// The longest time until the queue is searched for work of regions that end, and of descriptors that are closed.
 const LOOK: Duration = Duration::from_millis(100);
@@ -62,6 +102,24 @@ pub(crate) struct History {
     reported: bool,
 }
 
+impl History {
+    /// Of what has to wait for the first time.
+    pub(crate) fn new() -> Self {
+        Self { since: Instant::now(), reported: false }
+    }
+
+    /// How long to wait at a moment before the next try.
+    pub(crate) fn delay(&self, wait: Wait, at: Instant) -> Duration {
+        let waited = at.saturating_duration_since(self.since);
+        match wait {
+            Wait::For(delay) => delay,
+            Wait::Rarely => DELAY,
+            Wait::Kernel(Errno::EAGAIN) => (waited / 8).clamp(CHANGE_DELAY / 16, CHANGE_DELAY),
+            Wait::Kernel(_) | Wait::Others => (waited / 8).clamp(FIRST_DELAY, DELAY),
+        }
+    }
+}
+
 impl Deferred {
     /// Work that is put off, once more if it has a history.
     pub(crate) fn new(
@@ -72,25 +130,19 @@ impl Deferred {
     ) -> Self {
         let (descriptor, at) = (Arc::clone(descriptor), Instant::now());
         let history = history.filter(|_| !matches!(wait, Wait::For(_)));
-        let history = history.unwrap_or(History { since: at, reported: false });
+        let history = history.unwrap_or_else(History::new);
         let mut new = Self { descriptor, work, history, wait, at, due: at };
         new.due += new.delay();
         new
     }
 
     pub(crate) fn delay(&self) -> Duration {
-        let waited = self.at - self.history.since;
-        match self.wait {
-            Wait::For(delay) => delay,
-            Wait::Rarely => DELAY,
-            Wait::Kernel(Errno::EAGAIN) => (waited / 8).clamp(CHANGE_DELAY / 16, CHANGE_DELAY),
-            Wait::Kernel(_) | Wait::Others => (waited / 8).clamp(Duration::from_millis(1), DELAY),
-        }
+        self.history.delay(self.wait, self.at)
     }
 
     /// Whether it has waited for so long that nobody who ends its region waits for it.
     pub(crate) fn is_stuck(&self) -> bool {
-        let waited = self.at - self.history.since;
+        let waited = self.at.saturating_duration_since(self.history.since);
         matches!(self.wait, Wait::Kernel(_) | Wait::Others) && waited >= STUCK_AFTER
     }
 
@@ -263,5 +315,39 @@ impl RetryQueue {
             entries.armed = due;
             sys::set_timer(self.timer.as_fd(), due.map(|due| due.saturating_duration_since(now)));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_is_asked_ever_more_rarely_and_as_often_as_told() {
+        crate::support::require!();
+        let retry = Retry { attempts: 40, delay: Duration::from_millis(10) };
+        let delays: Vec<_> = (1..).map_while(|attempts| retry.delay_after(attempts)).collect();
+        assert_eq!(delays.len(), 39);
+        assert_eq!(delays[..3], [10, 20, 40].map(Duration::from_millis));
+        assert!(delays.is_sorted() && delays[38] == SOURCE_DELAY, "{delays:?}");
+        assert_eq!(Retry { attempts: 0, ..retry }.delay_after(1), None);
+        let long = Retry { attempts: u32::MAX, delay: Duration::MAX };
+        assert_eq!(long.delay_after(u32::MAX - 1), Some(SOURCE_DELAY));
+    }
+
+    #[test]
+    fn work_waits_as_long_as_suits_what_it_waits_for() {
+        crate::support::require!();
+        let history = History::new();
+        let after = |millis, wait| history.delay(wait, history.since + Duration::from_millis(millis));
+        let (changes, memory) = (Wait::Kernel(Errno::EAGAIN), Wait::Kernel(Errno::ENOMEM));
+        assert_eq!([0, 4, 60_000].map(|at| after(at, changes).as_micros()), [62, 500, 1000]);
+        assert_eq!([0, 80, 60_000].map(|at| after(at, memory).as_millis()), [1, 10, 1000]);
+        assert_eq!(after(60_000, Wait::For(Duration::from_secs(7))), Duration::from_secs(7));
+        assert_eq!(
+            [0, 3, 200].map(contested),
+            [1, 8, 64].map(|delay| Wait::For(Duration::from_millis(delay)))
+        );
+        assert_eq!([0, 3, 200].map(stray), [1, 8, 1000].map(|delay| Wait::For(Duration::from_millis(delay))));
     }
 }

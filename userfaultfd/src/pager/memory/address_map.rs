@@ -105,6 +105,11 @@ impl Layout {
         })
     }
 
+    /// Makes room for so many more segments. Returns whether there is memory for that.
+    pub(crate) fn try_reserve(&mut self, segments: usize) -> bool {
+        self.segments.try_reserve(segments).is_ok()
+    }
+
     /// A copy, with room for changes. `None` where there is no memory.
     pub(crate) fn try_clone(&self) -> Option<Self> {
         Some(Self {

@@ -72,6 +72,12 @@ impl Region {
     /// fills a range with zeros, and mlockall(2) with `MCL_FUTURE` each new mapping, as does `MAP_POPULATE`. Map it with
     /// `PROT_NONE`, unlock it, and make it accessible then; `mlock2` with `MLOCK_ONFAULT` locks it once it is registered.
     /// [`LazyMemory`](crate::LazyMemory) does all that.
+    ///
+    /// What mremap(2) makes the mapping longer by is zeros, as it would be without a pager. No event tells of it; the pager
+    /// finds that the mapping goes on behind the region. So does one into which the kernel has merged memory that the
+    /// program registered itself, with the same descriptor, behind a region that was served by then: until that memory is
+    /// added its faults are resolved with zeros, too. Leave registering to [`Pager::add_region`](super::Pager::add_region),
+    /// or register it before the region in front of it is added: then its faults wait until it is added.
     pub fn new(start: usize, len: usize, source: impl PageSource + 'static) -> Self {
         Self {
             start,

@@ -8,7 +8,6 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::read_ahead;
@@ -24,7 +23,7 @@ use crate::pager::memory::page_run::Run;
 use crate::pager::memory::served::Served;
 use crate::pager::serve::activity::Reads;
 use crate::pager::serve::shared::{Busy, Lease, Shared};
-use crate::pager::serve::thread::{join, spawn};
+use crate::pager::serve::thread::Thread;
 use crate::pager::{Failed, Pager, Progress, RegionId, Result, Retry};
 use crate::sys;
 
@@ -122,7 +121,7 @@ struct Control {
     failed: Mutex<Vec<Range<usize>>>,
     region: RegionId,
     page_shift: u32,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Mutex<Vec<Thread>>,
     /// Threads at work, and how many there may be.
     running: AtomicUsize,
     most_threads: usize,
@@ -178,6 +177,7 @@ pub(crate) enum Target {
 }
 
 /// What a thread fills with.
+#[expect(clippy::large_enum_variant, reason = "there is one for each thread, on its stack")]
 enum Hands<'a> {
     Pager(Lease<'a>),
     Sigbus,
@@ -269,7 +269,7 @@ impl Background {
         }
         // One may start another one until it ends.
         while let Some(thread) = { lock(&self.control.threads).pop() } {
-            join(thread);
+            thread.join();
         }
     }
 }
@@ -505,7 +505,7 @@ fn start_thread(target: &Arc<Target>, control: &Arc<Control>) -> std::io::Result
         return Ok(());
     }
     let (target, here) = (Arc::clone(target), Arc::clone(control));
-    let started = spawn("uffd-background", move || {
+    let started = Thread::spawn(c"uffd-background", move || {
         fill(&target, &here);
         // The source is let go of before it counts as ended.
         drop(target);
@@ -646,8 +646,7 @@ impl Target {
             // The source is in memory: it has the page or not.
             Self::Sigbus(_) => Retry { attempts: 1, delay: Duration::ZERO },
         };
-        let mut delay = retry.delay;
-        for attempt in 1..=retry.attempts.max(1) {
+        for attempt in 1.. {
             let (mut next, mut hands) = (pages.start, self.hands());
             while next < pages.end {
                 let end = pages.end.min(next.saturating_add(self.step(false)));
@@ -662,11 +661,9 @@ impl Target {
                 }
             }
             let missing = |page| states.is_absent(page);
-            if attempt == retry.attempts || self.is_over() || !pages.clone().any(missing) {
-                break;
-            }
+            let again = !self.is_over() && pages.clone().any(missing);
+            let Some(delay) = retry.delay_after(attempt).filter(|_| again) else { break };
             std::thread::sleep(delay);
-            delay = delay.saturating_mul(2);
         }
         Ok(())
     }

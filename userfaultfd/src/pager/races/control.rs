@@ -7,7 +7,6 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, mpsc};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::harness::{Reader, Seen, Stop, start, wait_for_progress};
@@ -230,7 +229,7 @@ fn the_end_of_a_process_is_noticed_at_once_where_something_tells_of_it() {
 }
 
 /// A source that tells on which thread it ends.
-struct Source(mpsc::Sender<Option<String>>, #[expect(dead_code, reason = "it is held")] Option<Arc<Pager>>);
+struct Source(mpsc::Sender<String>, #[expect(dead_code, reason = "it is held")] Option<Arc<Pager>>);
 
 impl PageSource for Source {
     fn read(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<Fill> {
@@ -240,7 +239,7 @@ impl PageSource for Source {
 
 impl Drop for Source {
     fn drop(&mut self) {
-        self.0.send(thread::current().name().map(str::to_owned)).unwrap();
+        self.0.send(std::fs::read_to_string("/proc/thread-self/comm").unwrap()).unwrap();
     }
 }
 
@@ -265,7 +264,7 @@ fn a_source_ends_on_the_thread_for_that_though_a_worker_has_it_last() {
             let pager = (!holds_pager).then_some(pager);
             assert!(ends.try_recv().is_err(), "the worker has it");
             stop.go();
-            assert_eq!(ends.recv().unwrap().as_deref(), Some("uffd-reports"));
+            assert_eq!(ends.recv().unwrap(), "uffd-reports\n");
             // Where it was the last that had the pager, all threads end.
             let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
             if holds_pager {

@@ -3,6 +3,7 @@
 //! Each act has a file, and is tried at each point on memory of each kind, in a process of its own: there who reads what
 //! is gone can tell of the signal, and nothing is left behind.
 
+mod added;
 mod control;
 mod deferred;
 mod detach;
@@ -14,6 +15,7 @@ mod hanging;
 mod harness;
 mod panic;
 mod poison;
+pub(crate) mod real_time;
 mod remap;
 mod remove;
 mod second;

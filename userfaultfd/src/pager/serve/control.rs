@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::beside;
 use super::shared::{Note, Shared, Stopped};
 use super::vma_events;
 use super::worker_pool::{Added, Watch};
@@ -25,7 +26,7 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
     // Descriptors of processes that are said to end.
     let mut ending: Vec<u64> = Vec::new();
     let (mut soon, mut look_at) = (SOON, Instant::now() + look);
-    let mut watch = Watch::default();
+    let (mut watch, mut bound) = (Watch::default(), beside::Watch::new(shared.place_count()));
     loop {
         loop {
             match shared.next_note() {
@@ -63,7 +64,8 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
             (false, false) => Some(look_at - now),
             (true, _) => Some(soon.min(LOOK)),
         };
-        let timeout = timeout.into_iter().chain(added.look(shared, &mut watch)).min();
+        let more_workers = added.look(shared, &mut watch);
+        let timeout = timeout.into_iter().chain(more_workers).chain(bound.look(shared)).min();
         // Nothing is kept that others wait for.
         drop(watched);
         let ready = shared.wait_for_notes(&mut events, timeout);

@@ -32,6 +32,9 @@ pub enum Delivery {
     /// thread that may run elsewhere the kernel moves to an idle CPU when its page is there, as its own is busy with
     /// this one, and then it is as `Threads`.
     ///
+    /// Where another thread keeps the CPU for itself, as one under `SCHED_FIFO` may, the thread runs elsewhere after some
+    /// ten milliseconds, until it has answered 128 more faults.
+    ///
     /// Takes a descriptor with the feature [`THREAD_ID`](crate::FeatureFlags::THREAD_ID), of a process that `/proc`
     /// shows; otherwise it is as `Threads`.
     Beside,
@@ -125,20 +128,21 @@ impl Waiting {
     }
 
     /// A fault was answered. Goes to where the faulting thread runs, if it is to.
-    pub(crate) fn answered(&mut self, fault: &Fault) {
+    pub(crate) fn answered(&mut self, fault: &Fault, shared: &Shared, place: usize) {
         (self.thread, self.since) = (fault.thread, Some(fault.since));
         if self.delivery != Delivery::Beside || fault.thread == 0 {
             return;
         }
+        shared.bound(place).take_turn();
         let (thread, faults) = self.beside;
-        if thread == fault.thread && faults < LOOK {
+        if thread == fault.thread && faults < LOOK && !shared.bound(place).is_free() {
             self.beside.1 += 1;
             return;
         }
         self.beside = (fault.thread, 0);
-        if let Some(cpu) = sys::last_cpu(fault.thread) {
-            // Without the permission it stays where it is.
-            let _moved = sys::run_on(cpu);
+        match sys::last_cpu(fault.thread) {
+            Some(cpu) => shared.bind(place, cpu),
+            None => shared.bound(place).give_up(),
         }
     }
 }
@@ -461,7 +465,7 @@ mod tests {
     #[test]
     fn a_fault_that_may_have_waited_for_the_cpu_is_costly() {
         crate::support::require!();
-        let since = Instant::now();
+        let (since, shared) = (Instant::now(), shared());
         let fault = |thread, micros| Fault {
             address: 0,
             kind: FaultKind::Missing,
@@ -474,13 +478,13 @@ mod tests {
         {
             let mut waiting = waiting(Delivery::Threads);
             assert!(!waiting.gives_way(), "there was no fault");
-            waiting.answered(&fault(7, 0));
+            waiting.answered(&fault(7, 0), &shared, 0);
             assert!(waiting.gives_way());
             waiting.gave_way(Some(&fault(thread, micros)));
             assert_eq!(waiting.gives_way(), !costly, "{thread} {micros}");
         }
         let mut spinning = waiting(Delivery::Spin(LONGEST));
-        spinning.answered(&fault(7, 0));
+        spinning.answered(&fault(7, 0), &shared, 0);
         assert!(!spinning.gives_way());
     }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod activity;
 pub(crate) mod backlog;
+pub(crate) mod beside;
 pub(crate) mod control;
 pub(crate) mod delivery;
 pub(crate) mod reports;

@@ -9,14 +9,16 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use super::activity::{Activity, Doing, Reads};
 use super::backlog::{Backlog, Item};
+use super::beside::{Anywhere, Bound};
 use super::reports::Reports;
 use crate::owner::{InheritedFd, InheritedFds, Owner, abandon};
 use crate::pager::fill::filler::Filler;
-use crate::pager::fill::retry::{Deferred, Put, RetryQueue};
+use crate::pager::fill::retry::{self, Deferred, Put, RetryQueue};
 use crate::pager::fill::work::{Wait, Work};
 use crate::pager::memory::address_map::{Layout, ROOM, Segments};
 use crate::pager::memory::descriptor::{Descriptor, LOOK, OUTSIDE, Origin, Serving, lock};
@@ -162,6 +164,10 @@ pub(crate) struct Shared {
     backlogs: Box<[Mutex<Backlog>]>,
     /// Whether the control thread looks after the workers: whether sources keep them waiting.
     watched: AtomicBool,
+    /// Where workers run that aren't bound to a CPU.
+    pub(super) anywhere: Anywhere,
+    /// Whether they are, by place.
+    bound: Box<[Bound]>,
     /// For what isn't done by the threads of the pager.
     leases: Leases,
     table: Mutex<Table>,
@@ -237,6 +243,8 @@ impl Shared {
                 .take(threads + readers + added)
                 .collect(),
             watched: AtomicBool::new(false),
+            anywhere: Anywhere::default(),
+            bound: iter::repeat_with(Bound::new).take(threads + readers + added).collect(),
             leases: Leases::new(),
             table: Mutex::default(),
             adding: Mutex::default(),
@@ -310,13 +318,20 @@ impl Shared {
     /// A filler for a caller, or for a thread in the background, which has it alone: neither waits for the source or the
     /// callback of another.
     pub(crate) fn lease(&self) -> Lease<'_> {
+        let filler = loop {
+            if let Some(filler) = self.take_filler() {
+                break filler;
+            }
+            // There is no memory for its counters. Callers wait for that, as faults do.
+            thread::sleep(retry::NO_MEMORY);
+        };
+        Lease { leases: &self.leases, filler }
+    }
+
+    /// The same, for a worker. `None`: there is no memory for one more.
+    pub(crate) fn take_filler(&self) -> Option<Filler> {
         let idle = lock(&self.leases.idle).pop();
-        let filler = idle.unwrap_or_else(|| {
-            let number = self.leases.made.fetch_add(1, Ordering::Relaxed);
-            self.leases.make_counters(number);
-            Filler::new(self.counters.len() + number)
-        });
-        Lease { leases: &self.leases, filler: Some(filler) }
+        idle.or_else(|| self.leases.make().map(|number| Filler::new(self.counters.len() + number)))
     }
 
     pub(crate) fn new_region_id(&self) -> u64 {
@@ -751,7 +766,41 @@ impl Shared {
     /// Ends a worker that was added, with its place and the number of its filler.
     pub(crate) fn end_worker(&self, place: usize, number: usize) {
         lock(&self.leases.idle).push(Filler::new(number));
+        self.bound(place).end();
+        self.free_place(place);
+    }
+
+    /// Gives up a place for a worker to be added.
+    pub(crate) fn free_place(&self, place: usize) {
         self.activities[place].set_absent();
+    }
+
+    /// Whether no worker has a place, or one that is about to end.
+    pub(crate) fn is_free(&self, place: usize) -> bool {
+        self.activities[place].look().is_absent()
+    }
+
+    /// Whether a worker resolves faults.
+    pub(super) fn is_at_work(&self, place: usize) -> bool {
+        let doing = self.activities[place].look();
+        doing.is_at_work() || doing.is_reading()
+    }
+
+    /// Whether a worker is bound to a CPU.
+    pub(super) fn bound(&self, place: usize) -> &Bound {
+        &self.bound[place]
+    }
+
+    /// How many places for workers there are, with those of threads that read ahead.
+    pub(super) fn place_count(&self) -> usize {
+        self.activities.len()
+    }
+
+    /// Binds the calling worker to a CPU.
+    pub(super) fn bind(&self, place: usize, cpu: usize) {
+        if self.anywhere.bind(self.bound(place), cpu) {
+            sys::ring(self.control_bell.as_fd());
+        }
     }
 
     /// Returns what faults keep the threads busy with, for a background of a region.
@@ -835,7 +884,8 @@ impl Shared {
 /// Fillers for threads that aren't the pager's: as many as are in use at the same time. Those that nobody uses keep their
 /// numbers, and their counters.
 struct Leases {
-    idle: Mutex<Vec<Filler>>,
+    /// With room for all that were made: a worker that ends allocates nothing.
+    idle: Mutex<mapped_vec::Vec<Filler>>,
     /// How many there are.
     made: AtomicUsize,
     /// Blocks of counters, each twice as long as the one before. None moves once it is there.
@@ -848,7 +898,7 @@ const FIRST: usize = 4;
 impl Leases {
     fn new() -> Self {
         let counters = [const { OnceLock::new() }; usize::BITS as usize];
-        Self { idle: Mutex::default(), made: AtomicUsize::new(0), counters }
+        Self { idle: Mutex::new(mapped_vec::none()), made: AtomicUsize::new(0), counters }
     }
 
     /// The block of a number, and the place in it.
@@ -857,9 +907,27 @@ impl Leases {
         (block, number - FIRST * ((1 << block) - 1))
     }
 
-    fn make_counters(&self, number: usize) {
-        let (block, _) = Self::place(number);
-        self.counters[block].get_or_init(|| (0..FIRST << block).map(|_| Counters::new()).collect());
+    /// One more number, with its counters and room for its filler. `None`: there is no memory.
+    fn make(&self) -> Option<usize> {
+        loop {
+            let number = self.made.load(Ordering::Relaxed);
+            let (block, _) = Self::place(number);
+            if self.counters[block].get().is_none() {
+                let mut counters = Vec::new();
+                counters.try_reserve_exact(FIRST << block).ok()?;
+                counters.extend((0..FIRST << block).map(|_| Counters::new()));
+                // Another thread may be faster.
+                let _made = self.counters[block].set(counters.into_boxed_slice());
+            }
+            let mut idle = lock(&self.idle);
+            let room = (number + 1).saturating_sub(idle.len());
+            idle.try_reserve(room).ok()?;
+            drop(idle);
+            let next = number + 1;
+            if self.made.compare_exchange(number, next, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+                return Some(number);
+            }
+        }
     }
 
     fn counters(&self, number: usize) -> &Counters {
@@ -875,37 +943,28 @@ impl Leases {
 /// A filler, until it is dropped.
 pub(crate) struct Lease<'a> {
     leases: &'a Leases,
-    filler: Option<Filler>,
-}
-
-impl Lease<'_> {
-    /// Takes the filler, for a worker.
-    pub(crate) fn take(mut self) -> Filler {
-        self.filler.take().expect("it is there until this is dropped")
-    }
+    filler: Filler,
 }
 
 impl Deref for Lease<'_> {
     type Target = Filler;
 
     fn deref(&self) -> &Filler {
-        self.filler.as_ref().expect("it is there until this is dropped")
+        &self.filler
     }
 }
 
 impl DerefMut for Lease<'_> {
     fn deref_mut(&mut self) -> &mut Filler {
-        self.filler.as_mut().expect("it is there until this is dropped")
+        &mut self.filler
     }
 }
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
-        if let Some(filler) = self.filler.take() {
-            // Without its buffers.
-            let filler = Filler::new(filler.thread);
-            lock(&self.leases.idle).push(filler);
-        }
+        // Without its buffers.
+        let filler = Filler::new(self.filler.thread);
+        lock(&self.leases.idle).push(filler);
     }
 }
 
@@ -926,7 +985,7 @@ mod tests {
         crate::support::require!();
         let leases = Leases::new();
         for number in 0..100 {
-            leases.make_counters(number);
+            assert_eq!(leases.make(), Some(number));
             leases.counters(number).fills.add(number as u64 + 1);
         }
         let all: Vec<_> = leases.all_counters().map(|counters| counters.fills.get()).collect();

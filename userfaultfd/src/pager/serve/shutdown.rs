@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::shared::Shared;
 use crate::pager::fill::filler::Filler;
 use crate::pager::fill::load::alike;
+use crate::pager::fill::retry::{self, History};
 use crate::pager::fill::work::{Content, Done, Wait, Work};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
@@ -173,7 +174,7 @@ pub(crate) fn cover(
             return Ok(left);
         }
         // What is left is being loaded by the pager's threads, was removed since, or failed among others.
-        std::thread::sleep(Duration::from_millis(1));
+        std::thread::sleep(retry::BUSY);
         bulk = false;
     }
 }
@@ -195,7 +196,7 @@ fn complete(
     patience: &mut Patience,
 ) -> Completed {
     let mut next = Some(work);
-    let mut tries = 0;
+    let mut history = None;
     while let Some(work) = next.take() {
         match filler.resume(shared, descriptor, work) {
             Done::Yes => return Completed::Yes,
@@ -216,15 +217,9 @@ fn complete(
                     filler.give_up(descriptor, work);
                     return Completed::Unable;
                 }
-                let delay = match wait {
-                    Wait::For(delay) => delay,
-                    // It may be over at any moment, and not for long.
-                    Wait::Kernel(Errno::EAGAIN) => Duration::from_micros(1 << tries.min(10)),
-                    _ => Duration::from_micros(1 << tries.min(16)),
-                };
-                tries += 1;
+                let history = history.get_or_insert_with(History::new);
                 // Not parked: what unparks the caller's thread is the caller's.
-                std::thread::sleep(delay);
+                std::thread::sleep(history.delay(wait, Instant::now()));
                 next = Some(work);
             }
         }

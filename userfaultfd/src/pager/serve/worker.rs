@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::backlog::{Backlog, EVENTS};
 use super::delivery::{Delivery, Waiting};
 use super::shared::{Note, Shared, Token};
+use super::thread::has_heap;
 use super::vma_events::{self, Change};
 use crate::error::errno_of;
 use crate::pager::fill::filler::Filler;
@@ -37,9 +38,6 @@ const KNOWN: usize = 64;
 /// The delay until a descriptor is read again that couldn't be read.
 const READ_AGAIN: Duration = Duration::from_millis(100);
 
-/// The delay before work is given up that there is no memory to put off.
-const NO_ROOM: Duration = Duration::from_millis(1);
-
 /// Faults that an added worker answers before it may end.
 const TRIAL: u32 = 8;
 
@@ -65,7 +63,7 @@ pub(crate) struct Worker {
     misses: u32,
     /// Descriptors that this thread has met, by slot: the table that all share is locked to find one. As many as there
     /// is room for from the start.
-    known: Box<[Option<Arc<Descriptor>>; KNOWN]>,
+    known: Box<[Option<Arc<Descriptor>>]>,
     version: u32,
     /// Whose faults are being answered, for when that panics.
     current: Option<Token>,
@@ -102,14 +100,18 @@ impl Worker {
         if !lock(shared.backlog(place)).prepare(batch, retry::ROOM) {
             return Err(Errno::ENOMEM.into());
         }
+        let (mut faults, mut known) = (VecDeque::new(), Vec::new());
+        faults.try_reserve_exact(2 * batch).map_err(|_| Errno::ENOMEM)?;
+        known.try_reserve_exact(KNOWN).map_err(|_| Errno::ENOMEM)?;
+        known.resize(KNOWN, None);
         Ok(Self {
             filler,
-            many: EventBuffer::new(batch),
-            one: EventBuffer::new(1),
-            faults: VecDeque::with_capacity(2 * batch),
+            many: EventBuffer::try_new(batch).ok_or(Errno::ENOMEM)?,
+            one: EventBuffer::try_new(1).ok_or(Errno::ENOMEM)?,
+            faults,
             has_changing: false,
             misses: 0,
-            known: Box::new([const { None }; KNOWN]),
+            known: known.into_boxed_slice(),
             version: 0,
             current: None,
             waiting: Waiting::new(delivery),
@@ -124,6 +126,9 @@ impl Worker {
     pub(crate) fn run(mut self) {
         if !self.is_added {
             self.shared.thread_started();
+        } else if !has_heap() {
+            // The source may allocate, and has to be read by threads that can.
+            return self.shared.end_worker(self.place, self.thread);
         }
         while let Err(panic) = panic::catch_unwind(AssertUnwindSafe(|| self.serve())) {
             let message = message(&*panic).to_owned();
@@ -348,7 +353,7 @@ impl Worker {
                 self.keep_or_defer(deferred);
             }
             self.faults.pop_front();
-            self.waiting.answered(&fault);
+            self.waiting.answered(&fault, &self.shared, self.place);
             if several {
                 let next = self.backlog().next_fault();
                 self.faults.extend(next);
@@ -552,7 +557,7 @@ impl Worker {
             Put::Merged => self.shared.counters(self.thread).duplicates.add(joined.into()),
             Put::NoRoom(Deferred { descriptor, work, .. }) => {
                 // It comes back at once. Not at full speed.
-                thread::sleep(NO_ROOM);
+                thread::sleep(retry::NO_MEMORY);
                 if let (Work::Read, Some(serving)) = (&work, &*descriptor.enter(self.thread)) {
                     self.shared.hand_on(&descriptor, serving.uffd.as_fd());
                 }

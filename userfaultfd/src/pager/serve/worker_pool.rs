@@ -9,17 +9,19 @@
 //! that forks holds until a worker has read its event. The control thread may wait for those locks, since it holds nothing
 //! that a worker needs. Those that serve from the start never end before the pager does, so that events are read
 //! whatever becomes of the others.
+//!
+//! Where there is no memory for one more, none is added, and it is tried again later: all that adding allocates may fail.
 
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::activity::Doing;
 use super::delivery::Delivery;
 use super::shared::Shared;
-use super::thread::{join, spawn};
+use super::thread::Thread;
 use super::worker::Worker;
 use crate::pager::memory::descriptor::lock;
+use crate::sync_point::{Point, reach};
 
 /// Workers at most, unless told otherwise.
 pub(in crate::pager) const MOST: usize = 16;
@@ -47,7 +49,8 @@ pub(crate) struct Watch {
 #[derive(Debug)]
 pub(crate) struct Added {
     delivery: Delivery,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Each with its place.
+    threads: Mutex<Vec<(usize, Thread)>>,
 }
 
 impl Added {
@@ -95,30 +98,33 @@ impl Added {
 
     fn add(&self, shared: &Arc<Shared>) -> bool {
         let mut threads = lock(&self.threads);
-        let (ended, running) = threads.drain(..).partition(JoinHandle::is_finished);
-        *threads = running;
-        Vec::into_iter(ended).for_each(join);
-        if shared.is_stopping() {
+        while let Some(ended) = threads.iter().position(|(place, _)| shared.is_free(*place)) {
+            threads.swap_remove(ended).1.join();
+        }
+        if shared.is_stopping() || threads.try_reserve(1).is_err() {
             return false;
         }
         let Some(place) = shared.take_place() else { return false };
-        let filler = shared.lease().take();
+        let Some(filler) = shared.take_filler() else {
+            shared.free_place(place);
+            return false;
+        };
         let number = filler.thread;
         let worker = Worker::added(Arc::clone(shared), filler, place, self.delivery);
         // Without memory, or room for a thread, the others go on alone.
-        match worker.ok().and_then(|worker| spawn("uffd-pager", move || worker.run()).ok()) {
-            Some(thread) => threads.push(thread),
-            None => {
-                shared.end_worker(place, number);
-                return false;
-            }
+        let started = worker.ok().and_then(|worker| Thread::spawn(c"uffd-pager", move || worker.run()).ok());
+        let is_added = started.is_some();
+        match started {
+            Some(thread) => threads.push((place, thread)),
+            None => shared.end_worker(place, number),
         }
-        true
+        reach(Point::AfterAdd, is_added.into());
+        is_added
     }
 
     /// Waits until all have ended, which they do once the pager stops.
     pub(crate) fn join(&self) {
         let threads = std::mem::take(&mut *lock(&self.threads));
-        threads.into_iter().for_each(join);
+        threads.into_iter().for_each(|(_, thread)| thread.join());
     }
 }

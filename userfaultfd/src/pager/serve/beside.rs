@@ -1,0 +1,212 @@
+//! Workers that run on the CPU of the thread that faults, and what gets them away from there.
+//!
+//! Such a worker may run on that CPU alone, which a thread under SCHED_FIFO can have for itself: the kernel leaves others
+//! a twentieth of each second. The worker can't notice, since it doesn't run. So the control thread looks, every few
+//! milliseconds as long as any worker is so bound and gets faults, and has it run anywhere again if it doesn't get on.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use super::shared::Shared;
+use crate::sys::{self, CpuSet};
+
+/// How often the control thread looks whether bound workers get on. Two looks tell.
+const LOOK: Duration = Duration::from_millis(4);
+
+/// A worker that gets no fault for so many looks isn't bound any longer, and not looked after.
+const IDLE_LOOKS: u32 = 25;
+
+/// A worker that isn't bound.
+const FREE: i32 = 0;
+
+/// One that was, and didn't get on there.
+const STARVED: i32 = -1;
+
+/// Whether a worker is bound to a CPU.
+#[derive(Debug)]
+#[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
+pub(in crate::pager) struct Bound {
+    /// The thread, or one of the above.
+    thread: AtomicI32,
+    /// How often it has begun to answer faults.
+    turns: AtomicU32,
+}
+
+impl Bound {
+    pub(in crate::pager) const fn new() -> Self {
+        Self { thread: AtomicI32::new(FREE), turns: AtomicU32::new(0) }
+    }
+
+    /// The worker, which alone calls this, gets on.
+    pub(in crate::pager) fn take_turn(&self) {
+        self.turns.store(self.turns.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// Whether the worker was idle, and so may be bound at once by the next fault.
+    pub(in crate::pager) fn is_free(&self) -> bool {
+        self.thread.load(Ordering::Relaxed) == FREE
+    }
+
+    /// The worker can't be bound, until it has answered more faults.
+    pub(in crate::pager) fn give_up(&self) {
+        self.thread.store(STARVED, Ordering::Relaxed);
+    }
+
+    /// The worker ends.
+    pub(in crate::pager) fn end(&self) {
+        self.thread.store(FREE, Ordering::Relaxed);
+    }
+}
+
+/// Where threads may run that aren't bound.
+#[derive(Debug, Default)]
+pub(in crate::pager) struct Anywhere(OnceLock<Option<CpuSet>>);
+
+impl Anywhere {
+    /// Binds the calling worker to a CPU. Returns whether the control thread must begin to look after it.
+    pub(in crate::pager) fn bind(&self, bound: &Bound, cpu: usize) -> bool {
+        // Before the first worker is bound: none of them knows more.
+        if self.0.get_or_init(|| sys::affinity().ok()).is_none() || sys::run_on(cpu).is_err() {
+            // Without the permission it stays where it is.
+            bound.give_up();
+            return false;
+        }
+        bound.thread.swap(sys::own_thread(), Ordering::Relaxed) <= FREE
+    }
+}
+
+/// What the control thread has seen of a worker.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    turns: u32,
+    looks: u32,
+}
+
+/// The control thread's look after bound workers.
+#[derive(Debug)]
+pub(in crate::pager) struct Watch {
+    seen: Box<[Seen]>,
+    next: Instant,
+}
+
+impl Watch {
+    pub(in crate::pager) fn new(workers: usize) -> Self {
+        Self { seen: vec![Seen::default(); workers].into_boxed_slice(), next: Instant::now() }
+    }
+
+    /// Looks whether the bound workers get on, and frees those that don't. Returns when to look again.
+    pub(in crate::pager) fn look(&mut self, shared: &Shared) -> Option<Duration> {
+        let anywhere = (*shared.anywhere.0.get()?)?;
+        let now = Instant::now();
+        if now < self.next {
+            return Some(self.next - now);
+        }
+        let (mut any, mut waiting) = (false, None);
+        for (place, seen) in self.seen.iter_mut().enumerate() {
+            let bound = shared.bound(place);
+            let thread = bound.thread.load(Ordering::Relaxed);
+            if thread <= FREE {
+                *seen = Seen::default();
+                continue;
+            }
+            let turns = bound.turns.load(Ordering::Relaxed);
+            if turns != seen.turns {
+                *seen = Seen { turns, looks: 0 };
+            }
+            seen.looks += 1;
+            let mut waits = || *waiting.get_or_insert_with(|| shared.has_events());
+            let next = match seen.looks {
+                0..=2 => thread,
+                _ if shared.is_at_work(place) || waits() => STARVED,
+                IDLE_LOOKS.. => FREE,
+                _ => thread,
+            };
+            if next == thread {
+                any = true;
+            } else if bound
+                .thread
+                .compare_exchange(thread, next, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+            {
+                // It may have ended.
+                let _moved = sys::set_affinity(thread, &anywhere);
+            }
+        }
+        self.next = if any { now + LOOK } else { now };
+        any.then_some(LOOK)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+    use std::thread;
+
+    use super::*;
+    use crate::pager::races::real_time::{self, cpu_time};
+    use crate::pager::{Around, Delivery, Fill};
+    use crate::support::proc::wait_until;
+    use crate::support::{child, require, test_name};
+    use crate::{FeatureFlags, LazyMemory};
+
+    /// The CPUs that the worker of this process may run on, as /proc lists them.
+    fn cpus_of_worker() -> Option<String> {
+        std::fs::read_dir("/proc/self/task").unwrap().flatten().find_map(|task| {
+            let status = std::fs::read_to_string(task.path().join("status")).ok()?;
+            let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+            (field("Name:")? == "uffd-pager").then(|| field("Cpus_allowed_list:").map(str::to_owned))?
+        })
+    }
+
+    #[test]
+    fn a_worker_gets_away_from_a_cpu_that_another_thread_keeps() {
+        require!(FeatureFlags::THREAD_ID, root);
+        child::run_well(test_name!(), || {
+            let Some([cpu, other]) = real_time::cpus(test_name!()) else { return };
+            let all = cpus_of_worker();
+            assert_eq!(all, None);
+            let page = crate::page_size();
+            let source = |_: u64, _: &mut [u8]| Ok(Fill::Zero);
+            let memory = LazyMemory::builder(source).len(16 * page).around(Around::Page);
+            let memory = memory.delivery(Delivery::Beside).threads(1).max_threads(1).build().unwrap();
+            let anywhere = cpus_of_worker().unwrap();
+            sys::run_on(cpu).unwrap();
+            assert_eq!(memory[0], 0);
+            wait_until(|| cpus_of_worker().unwrap() == cpu.to_string());
+            // Idle, it is bound no longer, and by the next fault it is again.
+            wait_until(|| cpus_of_worker().unwrap() == anywhere);
+            assert_eq!(memory[page], 0);
+            wait_until(|| cpus_of_worker().unwrap() == cpu.to_string());
+            sys::run_on(other).unwrap();
+            let (spent, done) = (AtomicU64::new(0), AtomicBool::new(false));
+            let waited = thread::scope(|scope| {
+                let (spent, done) = (&spent, &done);
+                scope.spawn(move || {
+                    sys::run_on(cpu).unwrap();
+                    assert!(real_time::enter());
+                    while !done.load(Ordering::SeqCst) {
+                        spent.store(cpu_time().as_millis() as u64, Ordering::SeqCst);
+                    }
+                });
+                let waited = (2..8)
+                    .map(|at| {
+                        // Not in the moment that the kernel leaves to other threads.
+                        let from = spent.load(Ordering::SeqCst);
+                        while spent.load(Ordering::SeqCst) < from + 120 {
+                            thread::yield_now();
+                        }
+                        // Bound there, as the first one finds it.
+                        let start = Instant::now();
+                        assert_eq!(memory[at * page], 0);
+                        start.elapsed()
+                    })
+                    .collect::<Vec<_>>();
+                done.store(true, Ordering::SeqCst);
+                waited
+            });
+            let sum: Duration = waited.iter().sum();
+            assert!(sum < Duration::from_millis(1500), "{waited:?}");
+        });
+    }
+}
