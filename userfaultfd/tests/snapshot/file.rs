@@ -677,7 +677,7 @@ fn a_file_of_holes_takes_no_memory_for_its_checksums() {
             .collect();
         let mut hasher = crc32fast::Hasher::new();
         hasher.update(&claims);
-        (0..4 * BLOCKS >> 20).for_each(|_| hasher.update(&[0; 1 << 20]));
+        (0..(4 * BLOCKS) >> 20).for_each(|_| hasher.update(&[0; 1 << 20]));
         let mut footer = [0; 64];
         footer[..8].copy_from_slice(b"UFFDSEND");
         footer[8..16].copy_from_slice(&good[16..24]);

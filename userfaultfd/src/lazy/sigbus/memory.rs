@@ -624,7 +624,6 @@ mod tests {
     use crate::support::proc::wait_until;
     use crate::support::{child, raw, require, test_name};
     use crate::sync_point::tests::{Armed, at as armed_at};
-    use crate::sync_point::tests::{Armed, at as armed_at};
     use crate::{FeatureFlags, UffdBuilder, page_size};
 
     const PAGES: usize = 4;
