@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         sum += u64::from(memory[((random >> 20) % memory.len() as u64) as usize]);
     }
     let statistics = memory.statistics();
-    let (read, not) = (statistics.present_pages, statistics.absent_pages);
+    let (read, not) = (statistics.present_pages, statistics.missing_pages);
     println!("sum {sum}; {read} pages are in memory, {not} aren't");
     Ok(())
 }

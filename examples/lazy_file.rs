@@ -39,7 +39,7 @@ fn compare(path: &Path) -> Result<()> {
     let by_reads = hash_file(File::open(path)?, memory.len())?;
     println!("by read(2):     {by_reads:016x}");
     // Who reads a page may go on before it is counted.
-    while memory.statistics().absent_pages > 0 {
+    while memory.statistics().missing_pages > 0 {
         thread::yield_now();
     }
     println!("{:#}", memory.statistics());

@@ -15,7 +15,7 @@ use std::time::Instant;
 use std::{env, thread};
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{Fill, Order, PageSource};
+use userfaultfd::pager::{FillOrder, PageData, PageSource};
 use userfaultfd_examples::Result;
 
 /// Tells this program, executed once more, to take the program over.
@@ -138,7 +138,7 @@ struct Remote {
 }
 
 impl PageSource for Remote {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let reused = idle().pop();
         let mut stream = match reused {
@@ -153,7 +153,7 @@ impl PageSource for Remote {
         stream.write_all([offset, page.len() as u64].map(u64::to_le_bytes).as_flattened())?;
         stream.read_exact(page)?;
         idle().push(stream);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 }
 
@@ -167,7 +167,7 @@ fn destination(address: SocketAddr) -> Result<()> {
     let start = Instant::now();
     let remote = Remote { address, idle: Mutex::default() };
     let mut memory = LazyMemory::builder(remote).len(u64::from_le_bytes(len).try_into()?).build()?;
-    let background = memory.background(Order::Ascending)?;
+    let background = memory.background(FillOrder::Ascending)?;
     machine.run(&mut memory, Machine::STEPS);
     let ran = start.elapsed();
 

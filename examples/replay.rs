@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 use std::{env, fs, process};
 
-use userfaultfd::pager::{Around, Fill, PageSource, WorkingSet};
+use userfaultfd::pager::{FaultAround, PageData, PageSource, WorkingSet};
 use userfaultfd::{LazyMemory, page_size};
 use userfaultfd_examples::Result;
 
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 
 /// Memory whose pages know their number.
 fn memory() -> Result<LazyMemory> {
-    Ok(LazyMemory::builder(numbers()).len(PAGES * page_size()).around(Around::Page).build()?)
+    Ok(LazyMemory::builder(numbers()).len(PAGES * page_size()).fault_around(FaultAround::Page).build()?)
 }
 
 fn numbers() -> impl PageSource {
@@ -58,7 +58,7 @@ fn numbers() -> impl PageSource {
         for (at, word) in buffer.chunks_exact_mut(8).enumerate() {
             word.copy_from_slice(&(offset + 8 * at as u64).to_ne_bytes());
         }
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 }
 

@@ -61,7 +61,7 @@ fn serve_process(pager: &Pager, source: &Arc<FileSource>, mut stream: UnixStream
     stream.write_all(b"\n")?;
     // The process never sends more. When it ends, its end of the socket is closed.
     stream.read_exact(&mut [0]).unwrap_err();
-    let absent: usize = pager.remove(added.descriptor)?.absent().iter().map(|absent| absent.len).sum();
-    println!("a process has ended, and {absent} bytes of its {len} were never needed");
+    let missing: usize = pager.remove(added.descriptor)?.missing().iter().map(|missing| missing.len).sum();
+    println!("a process has ended, and {missing} bytes of its {len} were never needed");
     Ok(())
 }

@@ -80,7 +80,7 @@ pub(crate) struct Arena {
     /// Whether a move has left something behind in the other window, for each page.
     left: Vec<AtomicBool>,
     file: Option<File>,
-    /// Whether any absent page may be poisoned.
+    /// Whether any missing page may be poisoned.
     pub(crate) may_be_poisoned: AtomicBool,
     /// Whether a pager serves it.
     pub(crate) is_served: AtomicBool,
@@ -306,7 +306,7 @@ impl Arena {
         access.hits.set(access.hits.get() + 1);
         self.forget(start);
         if !access.locked {
-            // Of shared memory only the mapping goes, and what is absent counts as removed.
+            // Of shared memory only the mapping goes, and what is missing counts as removed.
             let kind = match state & KIND {
                 WRITTEN if self.spec.memory.is_shared() => WRITTEN,
                 SOURCE | EITHER if self.spec.memory.is_shared() => EITHER,
@@ -458,7 +458,7 @@ impl Arena {
                 (EITHER, false) if told => ZERO,
                 (SOURCE | EITHER, false) => EITHER,
                 (_, false) => ZERO,
-                // The mapping goes, and the page stays. What is absent counts as removed, if that is told; what was
+                // The mapping goes, and the page stays. What is missing counts as removed, if that is told; what was
                 // poisoned is zero.
                 (SOURCE, true) if told || self.may_be_poisoned.load(Ordering::SeqCst) => EITHER,
                 (kind, true) => kind,

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use userfaultfd::pager::{BytesSource, FileSource, Fill, MappedFileSource, PageSource};
+use userfaultfd::pager::{BytesSource, FileSource, MappedFileSource, PageData, PageSource};
 use userfaultfd_examples::memfd;
 
 use crate::random::mix;
@@ -113,7 +113,7 @@ impl Flaky {
 pub(crate) const PANIC: &str = "a source panics, as it is meant to";
 
 impl PageSource for Flaky {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         let bytes = self.content.page * WORD;
         let first = (offset / bytes as u64) as usize;
         let pages = first..first + page.len() / bytes;
@@ -132,10 +132,10 @@ impl PageSource for Flaky {
             _ => {}
         }
         if pages.clone().all(|page| self.content.is_zero(page)) {
-            return Ok(Fill::Zero);
+            return Ok(PageData::Zero);
         }
         self.content.fill(first, page);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 }
 
@@ -153,7 +153,7 @@ impl<S: PageSource> PageSource for Counted<S> {
         self.source.len()
     }
 
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         let fill = self.source.read(offset, page)?;
         let first = (offset / self.page_size as u64) as usize;
         for page in first..first + page.len() / self.page_size {

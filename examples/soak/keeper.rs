@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use userfaultfd::pager::{
-    Absent, Added, DescriptorId, Detached, Error, PageSource, Pager, Problem, Region, RegionId, Retry,
-    Statistics, ZeroSource,
+    Added, DescriptorId, Detached, Error, MissingRange, PageSource, Pager, Problem, Region, RegionId,
+    RetryPolicy, Statistics, ZeroSource,
 };
 use userfaultfd::{Errno, Uffd};
 
@@ -121,7 +121,7 @@ impl<'a> Keeper<'a> {
         let process = self.process;
         let pager = Pager::builder()
             .threads(1 + self.random.below(8))
-            .retry(Retry { attempts: 8, delay: Duration::from_micros(200) })
+            .retry(RetryPolicy { attempts: 8, delay: Duration::from_micros(200) })
             .on_problem(move |problem| note(&common, process, problem))
             .build();
         let pager = Arc::new(pager.map_err(|error| format!("starting a pager: {error:?}"))?);
@@ -144,7 +144,7 @@ impl<'a> Keeper<'a> {
     fn collect(&self, pager: &Pager) {
         let mut statistics = pager.statistics();
         // Of what ends now there is nothing.
-        (statistics.absent_pages, statistics.present_pages) = (0, 0);
+        (statistics.missing_pages, statistics.present_pages) = (0, 0);
         self.common.statistics.lock().unwrap_or_else(PoisonError::into_inner).merge(&statistics);
     }
 
@@ -283,17 +283,17 @@ impl<'a> Keeper<'a> {
         let Served { spec, file, .. } = served;
         let regions = pieces
             .iter()
-            .map(|piece| region(&spec, piece, Some(&detached.absent()), file.as_ref(), self.source(&spec)?))
+            .map(|piece| region(&spec, piece, Some(&detached.missing()), file.as_ref(), self.source(&spec)?))
             .collect::<Result<Vec<_>, String>>()?;
         self.add(arena, index, spec, file, detached.uffd, regions)
     }
 }
 
-/// The region of a piece of an arena. If it was served before: so much of it was absent.
+/// The region of a piece of an arena. If it was served before: so much of it was missing.
 fn region(
     spec: &Spec,
     piece: &Piece,
-    absent: Option<&[Absent]>,
+    missing: Option<&[MissingRange]>,
     file: Option<&File>,
     source: Arc<dyn PageSource>,
 ) -> Result<Region, String> {
@@ -308,15 +308,15 @@ fn region(
         Region::new(start, len, source)
     };
     let offset = (piece.first * page_size) as u64;
-    if let Some(absent) = absent {
-        for part in absent.iter().filter(|part| (start..start + len).contains(&part.address)) {
+    if let Some(missing) = missing {
+        for part in missing.iter().filter(|part| (start..start + len).contains(&part.address)) {
             // What is removed has no offset, nor has what a move has left behind.
             let right = (part.address - start) as u64 + offset;
             if part.offset.is_some_and(|offset| offset != right) {
-                return Err(format!("the offset of what is absent should be {right:#x}: {part:?}"));
+                return Err(format!("the offset of what is missing should be {right:#x}: {part:?}"));
             }
         }
-        region = region.absent(absent.iter().cloned());
+        region = region.missing(missing.iter().cloned());
     }
     region = region.offset(offset).page_size(page_size).block(spec.block * page_size);
     if spec.write_protected {

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use std::{env, fs, io, ptr, thread};
 
-use userfaultfd::pager::{self, BytesSource, Fill, Pager};
+use userfaultfd::pager::{self, BytesSource, PageData, Pager};
 use userfaultfd::{LazyMemory, page_size};
 use userfaultfd_examples::Result;
 
@@ -75,7 +75,7 @@ fn few_mappings(seed: u64) -> Result<()> {
     let slow = |offset: u64, page: &mut [u8]| {
         thread::sleep(Duration::from_millis(2));
         page.fill((offset / page_size() as u64) as u8 + 1);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     };
     let slow = LazyMemory::builder(slow).len(PAGES * READERS * page_size()).block(page_size()).pager(&pager);
     let (slow, early) = (slow.build()?, [lazy(&pager)?, sigbus()?]);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
 
-use userfaultfd::pager::{Pager, Problem, Retry};
+use userfaultfd::pager::{Pager, Problem, RetryPolicy};
 use userfaultfd::{Errno, LazyMemory, page_size};
 
 use crate::board::{Act, Slot};
@@ -28,7 +28,7 @@ pub(crate) fn work(
         }
         other => noted.findings.add(format!("LazyMemory: a pager says: {other:?}")),
     };
-    let retry = Retry { attempts: 8, delay: std::time::Duration::from_micros(200) };
+    let retry = RetryPolicy { attempts: 8, delay: std::time::Duration::from_micros(200) };
     let shared = Pager::builder().threads(1 + random.below(4)).retry(retry).on_problem(note.clone()).build();
     let shared = Arc::new(shared.map_err(|error| format!("a pager: {error}"))?);
     while goes_on() {
@@ -51,7 +51,7 @@ pub(crate) fn work(
         use_memory(&mut memory, &content, random)?;
         if !is_shared {
             let mut statistics = memory.statistics();
-            (statistics.absent_pages, statistics.present_pages) = (0, 0);
+            (statistics.missing_pages, statistics.present_pages) = (0, 0);
             common.statistics.lock().unwrap_or_else(std::sync::PoisonError::into_inner).merge(&statistics);
         }
         drop(memory);

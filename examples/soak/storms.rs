@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use userfaultfd::pager::{BytesSource, Fill, Order, PageSource, Pager, Retry};
+use userfaultfd::pager::{BytesSource, FillOrder, PageData, PageSource, Pager, RetryPolicy};
 use userfaultfd::{LazyMemory, page_size};
 
 use crate::board::{Act, Slot};
@@ -23,7 +23,7 @@ const CROWD: usize = 300;
 const MEMORIES: usize = 150;
 
 /// Tries for some ten seconds, longer than any source is down.
-const PATIENT: Retry = Retry { attempts: 200, delay: Duration::from_millis(1) };
+const PATIENT: RetryPolicy = RetryPolicy { attempts: 200, delay: Duration::from_millis(1) };
 
 /// One storm. Whether it is over, and all that was read was right.
 pub(crate) fn strike(
@@ -81,14 +81,14 @@ struct Down {
 }
 
 impl PageSource for Down {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         if self.since.elapsed() < self.until {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
         let bytes = self.content.page * WORD;
         let first = (offset / bytes as u64) as usize;
         self.content.fill(first, page);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 }
 
@@ -124,7 +124,8 @@ fn outage(random: &mut Random) -> Result<(), String> {
     };
     let memory = build(Arc::new(Down { content, since, until }), &content)?;
     let up = build(other.source(1, 64).map_err(|error| error.to_string())?, &other)?;
-    let background = memory.background(Order::Ascending).map_err(|error| format!("background: {error}"))?;
+    let background =
+        memory.background(FillOrder::Ascending).map_err(|error| format!("background: {error}"))?;
     let seed = random.next();
     all(READERS + 2, |index| {
         let mut random = Random::new(&[seed, index as u64]);

@@ -118,9 +118,11 @@ fn move_leaves_the_source_empty() {
 }
 
 #[test]
-fn poison_ends_who_touches_it() {
+fn poison_kills_a_process_that_touches_it() {
     let need = Need::Features(FeatureFlags::POISON);
-    let Some(output) = run(&mut command("poison")).unless_unmet("poison_ends_who_touches_it", need) else {
+    let Some(output) =
+        run(&mut command("poison")).unless_unmet("poison_kills_a_process_that_touches_it", need)
+    else {
         return;
     };
     assert_eq!(output.out, "page 0: the child reads A\npage 1: SIGBUS ended the child\n");

@@ -59,7 +59,7 @@ struct Entry {
 static ENTRIES: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
 
 /// How often it is tried to change the entries.
-const TRIES: usize = 10_000;
+const MAX_READ_TRIES: usize = 10_000;
 
 fn entries() -> Option<MutexGuard<'static, Vec<Entry>>> {
     match ENTRIES.try_lock() {
@@ -71,7 +71,7 @@ fn entries() -> Option<MutexGuard<'static, Vec<Entry>>> {
 
 /// Changes the entries, unless they stay locked.
 fn change(mut change: impl FnMut(&mut Vec<Entry>)) {
-    for _ in 0..TRIES {
+    for _ in 0..MAX_READ_TRIES {
         if let Some(mut entries) = entries() {
             return change(&mut entries);
         }

@@ -14,37 +14,37 @@ use allocator_api2::alloc::{AllocError, Allocator};
 use crate::{page_size, sys};
 
 /// A vector with a mapping of its own.
-pub(crate) type Vec<T> = allocator_api2::vec::Vec<T, Mapped>;
+pub(crate) type MappedVec<T> = allocator_api2::vec::Vec<T, Mapped>;
 
 /// Gives out mappings.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mapped;
 
 /// A vector without a mapping.
-pub(crate) const fn none<T>() -> Vec<T> {
-    Vec::new_in(Mapped)
+pub(crate) const fn none<T>() -> MappedVec<T> {
+    MappedVec::new_in(Mapped)
 }
 
 /// Returns an empty vector with a mapping; `None` if it can't be mapped.
-pub(crate) fn try_with_room<T>(items: usize) -> Option<Vec<T>> {
+pub(crate) fn try_with_room<T>(items: usize) -> Option<MappedVec<T>> {
     let mut empty = none();
     empty.try_reserve_exact(items).ok().map(|()| empty)
 }
 
 /// Makes room for one more item. Returns whether there is.
-pub(crate) fn try_reserve<T>(vector: &mut Vec<T>) -> bool {
+pub(crate) fn try_reserve<T>(vector: &mut MappedVec<T>) -> bool {
     vector.try_reserve(1).is_ok()
 }
 
 /// Makes room for `items` more items. Waits where there is no memory: what an event tells can't be left out.
-pub(crate) fn reserve<T>(vector: &mut Vec<T>, items: usize) {
+pub(crate) fn reserve<T>(vector: &mut MappedVec<T>, items: usize) {
     while vector.try_reserve(items).is_err() {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }
 
 /// Returns a copy, with room for more items; `None` where there is no memory.
-pub(crate) fn try_copy<T: Clone>(vector: &Vec<T>, more: usize) -> Option<Vec<T>> {
+pub(crate) fn try_copy<T: Clone>(vector: &MappedVec<T>, more: usize) -> Option<MappedVec<T>> {
     let mut copy = try_with_room(vector.len() + more)?;
     copy.extend(vector.iter().cloned());
     Some(copy)

@@ -12,7 +12,7 @@ use std::hint::black_box;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use userfaultfd::pager::{Around, BytesSource, Fill, PageSource, Pager, Region, ZeroSource};
+use userfaultfd::pager::{BytesSource, FaultAround, PageData, PageSource, Pager, Region, ZeroSource};
 use userfaultfd::{CopyMode, Errno, Error, Event, EventBuffer, FaultKind, FeatureFlags, Uffd, UffdBuilder};
 
 use crate::support::child::{self, Forked};
@@ -396,12 +396,12 @@ fn a_handler_of_every_kind_of_fault_is_quiet() {
 }
 
 /// Has a pager fill memory from a source, some of it before it is watched: buffers are made when they are first needed.
-fn serve_quietly(source: impl PageSource + 'static, around: Around, features: FeatureFlags) {
+fn serve_quietly(source: impl PageSource + 'static, around: FaultAround, features: FeatureFlags) {
     const PAGES: usize = 512;
     let (memory, target) = (Memory::anonymous(PAGES), Memory::anonymous(1));
     // A thread that starts may allocate: others read events meanwhile.
     let pager = Pager::builder().threads(2).max_threads(2).build().unwrap();
-    let region = Region::new(memory.start().expose_provenance(), memory.len(), source).around(around);
+    let region = Region::new(memory.start().expose_provenance(), memory.len(), source).fault_around(around);
     // SAFETY: the memory is accessed only by raw pointers.
     unsafe { pager.add_own(uffd(features), [region]) }.unwrap();
     let touch = |page: usize| assert_eq!(black_box(memory.read(page)), memory.read(page));
@@ -440,9 +440,11 @@ const CHANGES: FeatureFlags =
 fn serve_all_quietly(features: FeatureFlags) {
     let content = |offset: u64, bytes: &mut [u8]| {
         bytes.fill((offset >> 12) as u8);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     };
-    for around in [Around::Page, Around::Block(8 * page()), Around::Adaptive { most: 64 * page() }] {
+    for around in
+        [FaultAround::Page, FaultAround::Block(8 * page()), FaultAround::Adaptive { most: 64 * page() }]
+    {
         serve_quietly(content, around, features);
         serve_quietly(BytesSource::new(vec![1; 512 * page()]), around, features);
         serve_quietly(ZeroSource, around, features);

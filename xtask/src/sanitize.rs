@@ -40,7 +40,7 @@ const SKIPPED: [&str; 5] = [
 const SKIPPED_BY_THREAD: [&str; 5] = [
     "fork",
     "events::every_change_and_fault_at_once",
-    "leaks::nothing_is_left_of_children",
+    "leaks::no_descriptor_is_left_of_children",
     "signals::",
     "locks::a_fault_inside_the_handler_of_another_signal",
 ];

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{Around, BytesSource, Delivery, Pager};
+use userfaultfd::pager::{BytesSource, Delivery, FaultAround, Pager};
 
 use super::cpus::{self, Place};
 use super::{CONTENT, Contender, FAULTS, Walk};
@@ -31,7 +31,7 @@ pub(crate) fn make(place: Place, delivery: Delivery) -> Result<Box<dyn Contender
     };
     let memory = LazyMemory::builder(BytesSource::new(Arc::clone(&CONTENT)))
         .pager(&Arc::new(pager.map_err(|error| error.to_string())?))
-        .around(Around::Page)
+        .fault_around(FaultAround::Page)
         .build()
         .map_err(|error| error.to_string())?;
     Ok(Box::new(Ladder { place, memory, walk: Walk::new() }))
@@ -39,7 +39,8 @@ pub(crate) fn make(place: Place, delivery: Delivery) -> Result<Box<dyn Contender
 
 /// Without a pager's threads.
 pub(crate) fn sigbus() -> Result<Box<dyn Contender>, String> {
-    let memory = LazyMemory::sigbus(BytesSource::new(Arc::clone(&CONTENT))).around(Around::Page).build();
+    let memory =
+        LazyMemory::sigbus(BytesSource::new(Arc::clone(&CONTENT))).fault_around(FaultAround::Page).build();
     let memory = memory.map_err(|error| error.to_string())?;
     Ok(Box::new(Ladder { place: Place::Same, memory, walk: Walk::new() }))
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use super::changes::{Eye, Ranges};
+use super::changes::{Detector, Ranges};
 use super::options::{Mode, Options};
 use super::{Stats, Tracker};
 use crate::pagemap::Categories;
@@ -112,7 +112,7 @@ impl AccessTracker {
 
     /// [`hot`](Self::hot) pages in a range.
     pub fn hot_in(&self, range: Range<usize>) -> Ranges<'_> {
-        self.0.look(&range, Eye::scan(Categories::ACCESSED), false)
+        self.0.look(&range, Detector::scan(Categories::ACCESSED), false)
     }
 
     /// How many bytes are hot, by whole pages.

@@ -8,11 +8,11 @@ use std::ops::Range;
 use crate::pagemap::{Categories, Region, Scan};
 use crate::proc_maps::Mapping;
 use crate::watch::ranges::Tracked;
-use crate::watch::{CHUNK, Watch, Words, runs};
+use crate::watch::{CHUNK_PAGES, Watch, Words, runs};
 use crate::{Errno, Error, Result, page_size};
 
 /// Ranges that a scan reports at a time.
-const ROOM: usize = 512;
+const SCAN_ROOM: usize = 512;
 
 /// The ranges that were written, or accessed: addresses in bytes, in order, whole pages, and never two side by side.
 ///
@@ -22,7 +22,7 @@ const ROOM: usize = 512;
 #[must_use = "iterators are lazy: nothing is looked at or reset before it is asked for"]
 pub struct Ranges<'a> {
     watch: &'a Watch,
-    walk: Walk,
+    walk: RangeWalk,
     found: Vec<Range<usize>>,
     /// How many of `found` have been taken out.
     taken: usize,
@@ -33,8 +33,8 @@ pub struct Ranges<'a> {
 
 impl<'a> Ranges<'a> {
     /// Looks at `parts`, and with `reset` resets what is found.
-    pub(crate) fn new(watch: &'a Watch, parts: Vec<Tracked>, eye: Eye, reset: bool) -> Self {
-        let mut walk = Walk { parts: parts.into(), eye, reset };
+    pub(crate) fn new(watch: &'a Watch, parts: Vec<Tracked>, eye: Detector, reset: bool) -> Self {
+        let mut walk = RangeWalk { parts: parts.into(), eye, reset };
         let error = watch.check().err();
         if error.is_some() {
             walk.parts.clear();
@@ -97,48 +97,48 @@ impl fmt::Debug for Ranges<'_> {
 
 /// How it is told what was accessed.
 #[derive(Debug)]
-pub(crate) enum Eye {
+pub(crate) enum Detector {
     /// By a scan for a category.
     Scan { category: Categories, regions: Box<[Region]>, current: Option<(Scan, Tracked)> },
     /// By the words of the pagemap, and what faults have noted.
     Words { words: Words, mappings: VecDeque<(Mapping, Tracked)> },
 }
 
-impl Eye {
+impl Detector {
     pub(crate) fn scan(category: Categories) -> Self {
-        Eye::Scan { category, regions: vec![Region::default(); ROOM].into(), current: None }
+        Detector::Scan { category, regions: vec![Region::default(); SCAN_ROOM].into(), current: None }
     }
 
     pub(crate) fn words() -> Self {
-        Eye::Words { words: Words::default(), mappings: VecDeque::new() }
+        Detector::Words { words: Words::default(), mappings: VecDeque::new() }
     }
 }
 
 /// What is still to be looked at, and how.
 #[derive(Debug)]
-struct Walk {
+struct RangeWalk {
     parts: VecDeque<Tracked>,
-    eye: Eye,
+    eye: Detector,
     reset: bool,
 }
 
-impl Walk {
+impl RangeWalk {
     fn is_done(&self) -> bool {
         self.parts.is_empty() && self.is_between_parts()
     }
 
     fn is_between_parts(&self) -> bool {
         match &self.eye {
-            Eye::Scan { current, .. } => current.is_none(),
-            Eye::Words { mappings, .. } => mappings.is_empty(),
+            Detector::Scan { current, .. } => current.is_none(),
+            Detector::Words { mappings, .. } => mappings.is_empty(),
         }
     }
 
     fn end(&mut self) {
         self.parts.clear();
         match &mut self.eye {
-            Eye::Scan { current, .. } => *current = None,
-            Eye::Words { mappings, .. } => mappings.clear(),
+            Detector::Scan { current, .. } => *current = None,
+            Detector::Words { mappings, .. } => mappings.clear(),
         }
     }
 
@@ -151,7 +151,7 @@ impl Walk {
             }
         }
         match &mut self.eye {
-            Eye::Scan { category, regions, current } => {
+            Detector::Scan { category, regions, current } => {
                 let (scan, part) = match current {
                     Some(current) => current,
                     None => {
@@ -185,7 +185,7 @@ impl Walk {
                 }
                 Ok(())
             }
-            Eye::Words { words, mappings } => {
+            Detector::Words { words, mappings } => {
                 if mappings.is_empty() {
                     let Some(part) = self.parts.pop_front() else { return Ok(()) };
                     let of_part = watch.process.mappings(&part.range)?;
@@ -193,11 +193,11 @@ impl Walk {
                 }
                 let Some((mapping, tracked)) = mappings.front_mut() else { return Ok(()) };
                 let (start, page) = (mapping.range.start, tracked.page);
-                let pages = (CHUNK * page_size() / page).max(1);
+                let pages = (CHUNK_PAGES * page_size() / page).max(1);
                 let chunk = start..mapping.range.end.min(start.saturating_add(pages * page));
                 words.read(&watch.pagemap, &chunk)?;
                 let words = &*words;
-                let look = Look { watch, mapping, tracked, words };
+                let look = ChunkView { watch, mapping, tracked, words };
                 for run in look.accessed(&chunk) {
                     if self.reset {
                         look.reset(&run, &chunk).inspect_err(|_| watch.give_back(&run))?;
@@ -229,14 +229,14 @@ fn scan_of(category: Categories, part: &Tracked, reset: bool) -> Scan {
 }
 
 /// A look at the words of some pages of a mapping.
-struct Look<'a> {
+struct ChunkView<'a> {
     watch: &'a Watch,
     mapping: &'a Mapping,
     tracked: &'a Tracked,
     words: &'a Words,
 }
 
-impl Look<'_> {
+impl ChunkView<'_> {
     fn accessed(&self, chunk: &Range<usize>) -> Vec<Range<usize>> {
         let page = self.tracked.page;
         runs(chunk, page, |index| {

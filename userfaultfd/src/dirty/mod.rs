@@ -92,10 +92,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 pub use self::access::AccessTracker;
-use self::changes::Eye;
+use self::changes::Detector;
 pub use self::changes::Ranges;
 pub use self::options::{Mode, Options};
-use self::serve::Server;
+use self::serve::FaultThread;
 use crate::pagemap::Categories;
 use crate::watch::{Protection, Watch, ranges};
 use crate::{Event, FaultKind, Result};
@@ -118,7 +118,7 @@ struct Tracker {
     watch: Arc<Watch>,
     mode: Mode,
     /// Ends before the ranges are unregistered: see `drop`.
-    server: Option<Server>,
+    server: Option<FaultThread>,
 }
 
 impl Tracker {
@@ -139,7 +139,7 @@ impl Tracker {
     }
 
     /// Looks at what of `range` is tracked.
-    fn look(&self, range: &Range<usize>, eye: Eye, reset: bool) -> Ranges<'_> {
+    fn look(&self, range: &Range<usize>, eye: Detector, reset: bool) -> Ranges<'_> {
         Ranges::new(&self.watch, ranges::within(&self.watch.ranges(), range), eye, reset)
     }
 
@@ -319,10 +319,10 @@ impl DirtyTracker {
         self.0.look(&range, self.eye(), true)
     }
 
-    fn eye(&self) -> Eye {
+    fn eye(&self) -> Detector {
         match self.0.mode {
-            Mode::Async => Eye::scan(Categories::WRITTEN),
-            Mode::Sync => Eye::words(),
+            Mode::Async => Detector::scan(Categories::WRITTEN),
+            Mode::Sync => Detector::words(),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::serve::Server;
+use super::serve::FaultThread;
 use crate::holder::Holder;
 use crate::lease::Lease;
 use crate::proc_maps::Process;
@@ -139,7 +139,7 @@ impl Options {
     }
 
     /// Makes it.
-    pub(crate) fn open(self, protection: Protection) -> Result<(Arc<Watch>, Mode, Option<Server>)> {
+    pub(crate) fn open(self, protection: Protection) -> Result<(Arc<Watch>, Mode, Option<FaultThread>)> {
         let lease = self.lease.clone();
         self.open_leased(protection).inspect_err(|_| {
             if let Some((lease, _)) = lease {
@@ -148,7 +148,7 @@ impl Options {
         })
     }
 
-    fn open_leased(self, protection: Protection) -> Result<(Arc<Watch>, Mode, Option<Server>)> {
+    fn open_leased(self, protection: Protection) -> Result<(Arc<Watch>, Mode, Option<FaultThread>)> {
         let holder = match protection {
             Protection::Write => Holder::DirtyTracker,
             Protection::ReadWrite => Holder::AccessTracker,
@@ -195,7 +195,7 @@ impl Options {
         }
         let watch = Arc::new(watch);
         let serves = mode == Mode::Sync && self.elsewhere.is_none();
-        let server = if serves { Some(Server::start(&watch)?) } else { None };
+        let server = if serves { Some(FaultThread::start(&watch)?) } else { None };
         Ok((watch, mode, server))
     }
 }

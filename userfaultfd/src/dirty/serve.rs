@@ -12,11 +12,11 @@ use crate::watch::Watch;
 use crate::{Error, Event, EventBuffer, Result, page_size, sys};
 
 /// Messages that are read at a time.
-const BATCH: usize = 64;
+const EVENTS_PER_READ: usize = 64;
 
 /// The thread, which ends when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Server {
+pub(crate) struct FaultThread {
     /// Something to read there tells the thread to stop.
     stop: UnixStream,
     thread: Option<JoinHandle<()>>,
@@ -24,7 +24,7 @@ pub(crate) struct Server {
     stopped: Arc<InheritedFd>,
 }
 
-impl Server {
+impl FaultThread {
     pub(crate) fn start(watch: &Arc<Watch>) -> Result<Self> {
         watch.uffd.set_nonblocking(true)?;
         let (stop, stopped) = UnixStream::pair().map_err(|error| system_error(&error))?;
@@ -62,7 +62,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for FaultThread {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
             // If that can't be written, the other end is closed: the thread has ended.
@@ -79,8 +79,8 @@ fn system_error(error: &io::Error) -> Error {
 }
 
 fn serve(watch: &Watch, stop: &UnixStream) -> Result<()> {
-    let mut buffer = EventBuffer::new(BATCH);
-    let mut resolved = Vec::with_capacity(BATCH);
+    let mut buffer = EventBuffer::new(EVENTS_PER_READ);
+    let mut resolved = Vec::with_capacity(EVENTS_PER_READ);
     loop {
         let [_, stopped] = sys::wait_readable([watch.uffd.as_fd(), stop.as_fd()], -1)?;
         if stopped {

@@ -13,9 +13,9 @@ use crate::lease::Lease;
 use crate::own_mapping::OwnMapping;
 use crate::pager::memory::served;
 use crate::pager::{
-    self, ADAPTIVE, Absent, Around, Background, Delivery, DescriptorId, Error, Order, PageSource, Pager,
-    PagerBuilder, Problem, Progress, Recorder, Region, RegionId, Replay, Retry, SignalSafe, Statistics,
-    Target, WorkingSet,
+    self, ADAPTIVE, BackgroundFill, Delivery, DescriptorId, Error, FaultAround, FillOrder, MissingRange,
+    PageSource, Pager, PagerBuilder, Problem, Progress, Region, RegionId, RetryPolicy, SignalSafe,
+    Statistics, Target, WorkingSet, WorkingSetRecorder, WorkingSetReplay,
 };
 #[cfg(feature = "snapshot")]
 use crate::snapshot::{self, Series, Sink, Snapshot};
@@ -50,11 +50,11 @@ use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 /// Where the process may handle faults from kernel mode (see "Rights" in the [crate docs](crate#rights)), the memory
 /// can be given to system calls like any other. Where it may not, a system call that meets a page that nobody has
 /// touched fails with `EFAULT`: [`populate`](Self::populate) the range before.
-/// [`serves_kernel`](Self::serves_kernel) tells.
+/// [`handles_kernel_faults`](Self::handles_kernel_faults) tells.
 ///
 /// A guest of KVM on such memory touches it by system calls: where they aren't served, `KVM_RUN` fails with `EFAULT`, or
 /// ends with `KVM_EXIT_INTERNAL_ERROR` (an `InternalError` of VM monitors), when the guest meets a missing page. Ask for
-/// [`serve_kernel(true)`](LazyBuilder::serve_kernel), which says what right is missing.
+/// [`handle_kernel_faults(true)`](LazyBuilder::handle_kernel_faults), which says what right is missing.
 ///
 /// # Locked memory
 ///
@@ -71,17 +71,17 @@ use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 ///
 /// A thread that touches the memory may wait for the source, whatever locks it holds: see [`PageSource`].
 pub struct LazyMemory {
-    served: Served,
+    served: ServedBy,
     memory: OwnMapping,
     /// The states of its pages.
-    region: Arc<served::Served>,
+    region: Arc<served::ServedRegion>,
     len: usize,
-    serves_kernel: bool,
+    handles_kernel_faults: bool,
 }
 
 /// Who fills it.
 #[derive(Debug)]
-enum Served {
+enum ServedBy {
     Pager(Arc<Pager>, DescriptorId, RegionId, Arc<Lease>),
     /// The threads that touch it.
     Sigbus(sigbus::Owned),
@@ -91,14 +91,14 @@ enum Served {
 ///
 /// ```
 /// use userfaultfd::LazyMemory;
-/// use userfaultfd::pager::Fill;
+/// use userfaultfd::pager::PageData;
 ///
 /// let squares = |offset: u64, page: &mut [u8]| {
 ///     for (at, word) in page.chunks_exact_mut(8).enumerate() {
 ///         let index = offset / 8 + at as u64;
 ///         word.copy_from_slice(&(index * index).to_ne_bytes());
 ///     }
-///     Ok(Fill::Data)
+///     Ok(PageData::Data)
 /// };
 /// let memory = LazyMemory::builder(squares).len(1 << 30).threads(2).build()?;
 /// let at = 8 * 12345;
@@ -111,7 +111,7 @@ pub struct LazyBuilder {
     offset: u64,
     len: Option<usize>,
     page_size: usize,
-    around: Around,
+    around: FaultAround,
     pager: Option<Arc<Pager>>,
     own: PagerBuilder,
     kernel: Option<bool>,
@@ -141,7 +141,7 @@ impl LazyMemory {
             offset: 0,
             len: None,
             page_size: crate::page_size(),
-            around: Around::Adaptive { most: ADAPTIVE },
+            around: FaultAround::Adaptive { most: ADAPTIVE },
             pager: None,
             own: Pager::builder(),
             kernel: None,
@@ -155,7 +155,7 @@ impl LazyMemory {
     /// fault, which is what takes most of its time otherwise. Nor is a pager needed.
     ///
     /// [`len`](LazyBuilder::len), [`offset`](LazyBuilder::offset), [`huge_pages`](LazyBuilder::huge_pages) and
-    /// [`around`](LazyBuilder::around) say how it is to be; the other methods of the builder are about pagers.
+    /// [`fault_around`](LazyBuilder::fault_around) say how it is to be; the other methods of the builder are about pagers.
     ///
     /// ```
     /// use userfaultfd::LazyMemory;
@@ -170,7 +170,7 @@ impl LazyMemory {
     /// # What is different
     ///
     /// - System calls that meet a page that nobody has touched fail with `EFAULT`, always:
-    ///   [`populate`](Self::populate) the range before. [`serves_kernel`](Self::serves_kernel) is `false`.
+    ///   [`populate`](Self::populate) the range before. [`handles_kernel_faults`](Self::handles_kernel_faults) is `false`.
     /// - A thread that has SIGBUS blocked must not touch a missing page: the kernel ends the process.
     /// - When the source fails (a file that has become shorter), the page is poisoned at once. Before Linux 6.6, which
     ///   can't poison, each access to it raises SIGBUS all the same.
@@ -197,8 +197,8 @@ impl LazyMemory {
 
     /// Whether system calls can be given the memory before it was touched.
     #[must_use]
-    pub fn serves_kernel(&self) -> bool {
-        self.serves_kernel
+    pub fn handles_kernel_faults(&self) -> bool {
+        self.handles_kernel_faults
     }
 
     /// Has a range filled, and returns when it is. The range is in bytes, and cut to the memory.
@@ -206,11 +206,11 @@ impl LazyMemory {
     /// ```
     /// use std::io::Write;
     /// use userfaultfd::LazyMemory;
-    /// use userfaultfd::pager::Fill;
+    /// use userfaultfd::pager::PageData;
     ///
     /// let memory = LazyMemory::new(1 << 20, |_: u64, page: &mut [u8]| {
     ///     page.fill(b'.');
-    ///     Ok(Fill::Data)
+    ///     Ok(PageData::Data)
     /// })?;
     /// memory.populate(0..5000);
     /// std::io::sink().write_all(&memory[..5000])?; // a file would do, too
@@ -244,13 +244,13 @@ impl LazyMemory {
         }
         let pages = start >> shift..((end - 1) >> shift) + 1;
         let states = &self.region.pages;
-        if pages.clone().any(|page| states.is_absent(page)) {
+        if pages.clone().any(|page| states.is_missing(page)) {
             match self.target().and_then(|target| target.fill_now(pages.clone())) {
                 Ok(()) | Err(Error::NotServed) => {}
                 Err(error) => return Err(io::Error::other(error)),
             }
         }
-        match pages.into_iter().find(|page| states.is_absent(*page) || states.is_poisoned(*page)) {
+        match pages.into_iter().find(|page| states.is_missing(*page) || states.is_poisoned(*page)) {
             None => Ok(()),
             Some(page) => {
                 let what =
@@ -268,14 +268,14 @@ impl LazyMemory {
     ///
     /// ```
     /// use userfaultfd::LazyMemory;
-    /// use userfaultfd::pager::Fill;
+    /// use userfaultfd::pager::PageData;
     ///
     /// let mut memory = LazyMemory::new(1 << 20, |offset: u64, page: &mut [u8]| {
     ///     if offset >= 1 << 19 {
     ///         return Err(std::io::Error::other("the server is away"));
     ///     }
     ///     page.fill(7);
-    ///     Ok(Fill::Data)
+    ///     Ok(PageData::Data)
     /// })?;
     /// let mut bytes = [0; 10];
     /// assert_eq!((memory.read_at(5, &mut bytes)?, bytes), (10, [7; 10]));
@@ -338,7 +338,7 @@ impl LazyMemory {
         std::ptr::slice_from_raw_parts_mut(self.memory.as_ptr(), self.len)
     }
 
-    /// Fills everything that is absent. The memory needs no pager from then on.
+    /// Fills everything that is missing. The memory needs no pager from then on.
     ///
     /// It takes as much memory as it is long. `progress` is called now and then, first with nothing done and last
     /// with all done. A page that the source doesn't deliver is poisoned, and the error tells which. While a [tracker](Self::tracker) is at work,
@@ -353,37 +353,37 @@ impl LazyMemory {
     pub fn fill(&self, progress: impl FnMut(Progress)) -> pager::Result<()> {
         self.check_owner()?;
         match &self.served {
-            Served::Pager(pager, _, region, _) => pager.finish_region(*region, progress),
-            Served::Sigbus(owned) => owned.lazy().fill(progress),
+            ServedBy::Pager(pager, _, region, _) => pager.finish_region(*region, progress),
+            ServedBy::Sigbus(owned) => owned.lazy().fill(progress),
         }
     }
 
-    /// Fills what is absent in the background: see [`Background`].
+    /// Fills what is missing in the background: see [`BackgroundFill`].
     ///
     /// # Errors
     ///
     /// - [`NotServed`](pager::Error::NotServed): all was [filled](Self::fill).
     /// - [`System`](pager::Error::System): a thread couldn't be had.
-    pub fn background(&self, order: Order) -> pager::Result<Background> {
-        Background::start(self.target()?, order)
+    pub fn background(&self, order: FillOrder) -> pager::Result<BackgroundFill> {
+        BackgroundFill::start(self.target()?, order)
     }
 
-    /// Records which pages are touched, in order: see [`Recorder`].
+    /// Records which pages are touched, in order: see [`WorkingSetRecorder`].
     ///
     /// # Errors
     ///
     /// As [`Pager::record`].
-    pub fn record(&self) -> pager::Result<Recorder> {
-        Recorder::start(Arc::clone(self.target()?.region()))
+    pub fn record(&self) -> pager::Result<WorkingSetRecorder> {
+        WorkingSetRecorder::start(Arc::clone(self.target()?.region()))
     }
 
-    /// Fills a working set that was recorded before: see [`Replay`].
+    /// Fills a working set that was recorded before: see [`WorkingSetReplay`].
     ///
     /// # Errors
     ///
     /// As [`Pager::replay`].
-    pub fn replay(&self, set: &WorkingSet) -> pager::Result<Replay> {
-        Replay::start(self.target()?, set)
+    pub fn replay(&self, set: &WorkingSet) -> pager::Result<WorkingSetReplay> {
+        WorkingSetReplay::start(self.target()?, set)
     }
 
     fn check_owner(&self) -> pager::Result<()> {
@@ -393,9 +393,9 @@ impl LazyMemory {
     fn target(&self) -> pager::Result<Target> {
         self.check_owner()?;
         match &self.served {
-            Served::Pager(pager, _, region, _) => pager.target(*region),
-            Served::Sigbus(owned) if owned.lazy().is_closed() => Err(Error::NotServed),
-            Served::Sigbus(owned) => Ok(Target::Sigbus(Arc::clone(owned.lazy()))),
+            ServedBy::Pager(pager, _, region, _) => pager.target(*region),
+            ServedBy::Sigbus(owned) if owned.lazy().is_closed() => Err(Error::NotServed),
+            ServedBy::Sigbus(owned) => Ok(Target::Sigbus(Arc::clone(owned.lazy()))),
         }
     }
 
@@ -409,7 +409,7 @@ impl LazyMemory {
     ///
     /// Since Linux 6.7 in [`Mode::Async`](crate::dirty::Mode::Async). From 5.13 on in
     /// [`Mode::Sync`](crate::dirty::Mode::Sync): the pager's threads resolve the first write to each page, and a system
-    /// call that writes to it fails with `EFAULT` unless [`serves_kernel`](Self::serves_kernel).
+    /// call that writes to it fails with `EFAULT` unless [`handles_kernel_faults`](Self::handles_kernel_faults).
     ///
     /// ```
     /// use userfaultfd::{Error, LazyMemory, page_size};
@@ -441,15 +441,15 @@ impl LazyMemory {
     pub fn tracker(&self) -> pager::Result<DirtyTracker> {
         self.check_owner()?;
         let (options, ranges) = match &self.served {
-            Served::Pager(pager, _, region, _) => match pager.lend(*region) {
+            ServedBy::Pager(pager, _, region, _) => match pager.lend(*region) {
                 Ok((uffd, lease, ranges)) => {
                     (dirty::Options::new().lease(uffd, lease, ranges.clone()), ranges)
                 }
                 Err(Error::NotServed) => self.own_tracker(),
                 Err(error) => return Err(error),
             },
-            Served::Sigbus(owned) if owned.lazy().is_closed() => self.own_tracker(),
-            Served::Sigbus(_) => return Err(Error::NotWithSigbus { option: "tracker" }),
+            ServedBy::Sigbus(owned) if owned.lazy().is_closed() => self.own_tracker(),
+            ServedBy::Sigbus(_) => return Err(Error::NotWithSigbus { option: "tracker" }),
         };
         let mut tracker = DirtyTracker::with(options)?;
         for range in ranges {
@@ -460,7 +460,7 @@ impl LazyMemory {
 
     #[cfg(feature = "tracking")]
     fn own_tracker(&self) -> (dirty::Options, Vec<Range<usize>>) {
-        (dirty::Options::new().user_mode_only(!self.serves_kernel), vec![self.range()])
+        (dirty::Options::new().user_mode_only(!self.handles_kernel_faults), vec![self.range()])
     }
 
     /// Fills everything that is missing, and takes a snapshot: see [`Snapshot::begin`]. So memory that was restored from
@@ -495,7 +495,7 @@ impl LazyMemory {
     ///
     /// # Errors
     ///
-    /// As [`Snapshot::begin`], and [`Fill`](snapshot::Error::Fill). [`Kernel`](snapshot::Error::Kernel) with
+    /// As [`Snapshot::begin`], and [`PageData`](snapshot::Error::Fill). [`Kernel`](snapshot::Error::Kernel) with
     /// [`AlreadyTracked`](crate::Error::AlreadyTracked): a [tracker](Self::tracker) is at work.
     #[cfg(feature = "snapshot")]
     pub fn snapshot<S: Sink + 'static>(&self, sink: S) -> snapshot::Result<Snapshot<S>> {
@@ -518,14 +518,14 @@ impl LazyMemory {
     fn filled(&self) -> snapshot::Result<snapshot::Options> {
         self.check_owner().map_err(snapshot::Error::Fill)?;
         let range = self.range();
-        if matches!(&self.served, Served::Pager(.., lease) if lease.is_taken()) {
+        if matches!(&self.served, ServedBy::Pager(.., lease) if lease.is_taken()) {
             return Err(crate::Error::AlreadyTracked { start: range.start, end: range.end }.into());
         }
         match self.fill(|_| {}) {
             Ok(()) | Err(Error::NotServed) => {}
             Err(error) => return Err(snapshot::Error::Fill(error)),
         }
-        Ok(snapshot::Options::new().range(range).user_mode_only(!self.serves_kernel))
+        Ok(snapshot::Options::new().range(range).user_mode_only(!self.handles_kernel_faults))
     }
 
     /// The addresses, whole pages.
@@ -540,11 +540,11 @@ impl LazyMemory {
     /// # Errors
     ///
     /// [`NotServed`](pager::Error::NotServed): nothing is, since all was [filled](Self::fill).
-    pub fn absent(&self) -> pager::Result<Vec<Absent>> {
+    pub fn missing(&self) -> pager::Result<Vec<MissingRange>> {
         self.check_owner()?;
         match &self.served {
-            Served::Pager(pager, _, region, _) => pager.absent(*region),
-            Served::Sigbus(owned) => owned.lazy().absent(),
+            ServedBy::Pager(pager, _, region, _) => pager.missing(*region),
+            ServedBy::Sigbus(owned) => owned.lazy().missing(),
         }
     }
 
@@ -553,8 +553,8 @@ impl LazyMemory {
     #[must_use]
     pub fn statistics(&self) -> Statistics {
         match &self.served {
-            Served::Pager(pager, ..) => pager.statistics(),
-            Served::Sigbus(owned) => owned.lazy().statistics(),
+            ServedBy::Pager(pager, ..) => pager.statistics(),
+            ServedBy::Sigbus(owned) => owned.lazy().statistics(),
         }
     }
 }
@@ -579,24 +579,24 @@ impl LazyBuilder {
         self
     }
 
-    /// How much is read for one fault, around the byte that is touched. The default is [`Around::Adaptive`] up to
+    /// How much is read for one fault, around the byte that is touched. The default is [`FaultAround::Adaptive`] up to
     /// 2 MiB.
-    pub fn around(mut self, around: Around) -> Self {
+    pub fn fault_around(mut self, around: FaultAround) -> Self {
         self.around = around;
         self
     }
 
     /// Reads the block of so many bytes that the byte is in; rounded up to whole pages.
     pub fn block(self, bytes: usize) -> Self {
-        self.around(Around::Block(bytes))
+        self.fault_around(FaultAround::Block(bytes))
     }
 
     /// For a source that is slow, such as a network, and access that is sequential: reads up to `most` bytes for one
-    /// fault, a MiB at a time by so many threads. See [`PagerBuilder::readers`].
-    pub fn read_ahead(mut self, readers: usize, most: usize) -> Self {
-        self.own = self.own.readers(readers);
+    /// fault, a MiB at a time by so many threads. See [`PagerBuilder::read_ahead_threads`].
+    pub fn read_ahead(mut self, threads: usize, most: usize) -> Self {
+        self.own = self.own.read_ahead_threads(threads);
         self.for_pager = Some("read_ahead");
-        self.around(Around::Adaptive { most })
+        self.fault_around(FaultAround::Adaptive { most })
     }
 
     /// How faults reach the thread that answers them. The default is [`Delivery::Adaptive`].
@@ -620,8 +620,8 @@ impl LazyBuilder {
         self
     }
 
-    /// How often the source is asked when it fails. The default is [`Retry::default`].
-    pub fn retry(mut self, retry: Retry) -> Self {
+    /// How often the source is asked when it fails. The default is [`RetryPolicy::default`].
+    pub fn retry(mut self, retry: RetryPolicy) -> Self {
         self.own = self.own.retry(retry);
         self.for_pager = Some("retry");
         self
@@ -644,7 +644,7 @@ impl LazyBuilder {
 
     /// Whether system calls are to be served that meet pages nobody has touched. With `true` the rights for that are
     /// needed, with `false` such a call fails with `EFAULT`. The default is `true` where there are the rights.
-    pub fn serve_kernel(mut self, serve: bool) -> Self {
+    pub fn handle_kernel_faults(mut self, serve: bool) -> Self {
         self.kernel = Some(serve);
         self
     }
@@ -684,7 +684,7 @@ impl LazyBuilder {
         if !page_size.is_power_of_two() || page_size < crate::page_size() {
             return Err(Error::PageSize { address: 0, page_size });
         }
-        let option = for_pager.or((kernel == Some(true)).then_some("serve_kernel"));
+        let option = for_pager.or((kernel == Some(true)).then_some("handle_kernel_faults"));
         if let (Some(option), Some(_)) = (option, &sigbus) {
             return Err(Error::NotWithSigbus { option });
         }
@@ -694,7 +694,9 @@ impl LazyBuilder {
         let whole = whole.ok_or(Errno::ENOMEM)?;
         let around = match around {
             // More than all of the memory is all of it.
-            Around::Block(block) => Around::Block(block.clamp(1, whole).next_multiple_of(page_size)),
+            FaultAround::Block(block) => {
+                FaultAround::Block(block.clamp(1, whole).next_multiple_of(page_size))
+            }
             around => around,
         };
         let memory = OwnMapping::new(whole, huge).map_err(|error| match error.raw_os_error() {
@@ -704,7 +706,7 @@ impl LazyBuilder {
         let region = Region::new(memory.as_ptr().expose_provenance(), whole, source)
             .offset(offset)
             .page_size(page_size)
-            .around(around);
+            .fault_around(around);
         if let Some(borders) = sigbus {
             let uffd = open(false, FeatureFlags::SIGBUS, FeatureFlags::empty())?;
             #[expect(unsafe_code, reason = "the memory is this function's")]
@@ -715,15 +717,15 @@ impl LazyBuilder {
             memory.hold();
             let region = Arc::clone(owned.lazy().region());
             return Ok(LazyMemory {
-                served: Served::Sigbus(owned),
+                served: ServedBy::Sigbus(owned),
                 memory,
                 region,
                 len,
-                serves_kernel: false,
+                handles_kernel_faults: false,
             });
         }
         let requested = FeatureFlags::THREAD_ID | protection;
-        let (uffd, serves_kernel) = match kernel {
+        let (uffd, handles_kernel_faults) = match kernel {
             Some(kernel) => (open(kernel, FeatureFlags::empty(), requested)?, kernel),
             None => match open(true, FeatureFlags::empty(), requested) {
                 Ok(uffd) => (uffd, true),
@@ -740,8 +742,8 @@ impl LazyBuilder {
         let added = unsafe { pager.add_lazy(uffd, region) }.map_err(|refused| refused.error)?;
         let (descriptor, id) = (added.descriptor, added.regions[0]);
         let region = Arc::clone(pager.target(id)?.region());
-        let served = Served::Pager(pager, descriptor, id, Arc::clone(&region.lease));
-        let lazy = LazyMemory { served, memory, region, len, serves_kernel };
+        let served = ServedBy::Pager(pager, descriptor, id, Arc::clone(&region.lease));
+        let lazy = LazyMemory { served, memory, region, len, handles_kernel_faults };
         lazy.memory.lock_on_fault()?;
         lazy.memory.hold();
         Ok(lazy)
@@ -785,8 +787,8 @@ impl AsMut<[u8]> for LazyMemory {
 
 impl Drop for LazyMemory {
     fn drop(&mut self) {
-        // Nobody refers to the memory any more, so that what is absent may stay so. The mapping goes after this.
-        if let Served::Pager(pager, descriptor, _, lease) = &self.served {
+        // Nobody refers to the memory any more, so that what is missing may stay so. The mapping goes after this.
+        if let ServedBy::Pager(pager, descriptor, _, lease) = &self.served {
             if self.memory.is_here() {
                 lease.end();
                 drop(pager.remove_lazy(*descriptor));
@@ -804,7 +806,7 @@ impl fmt::Debug for LazyMemory {
         f.debug_struct("LazyMemory")
             .field("start", &self.memory.as_ptr())
             .field("len", &self.len)
-            .field("serves_kernel", &self.serves_kernel)
+            .field("handles_kernel_faults", &self.handles_kernel_faults)
             .finish_non_exhaustive()
     }
 }
@@ -840,9 +842,10 @@ mod tests {
             }
             let source = |_: u64, bytes: &mut [u8]| {
                 bytes.fill(1);
-                Ok(pager::Fill::Data)
+                Ok(pager::PageData::Data)
             };
-            let builder = LazyMemory::builder(source).len(16 * page).around(Around::Block(2 * page));
+            let builder =
+                LazyMemory::builder(source).len(16 * page).fault_around(FaultAround::Block(2 * page));
             let mut memory = LazyBuilder { protection, ..builder }.build().unwrap();
             let start = memory.as_ptr().addr();
             assert_eq!(memory[0], 1);

@@ -11,17 +11,17 @@ use super::serve::shared::Shared;
 use super::serve::thread::Thread;
 use super::serve::worker::Worker;
 use super::serve::{control, shutdown, worker_pool};
-use super::{Pager, Problem, Result, Retry};
+use super::{Pager, Problem, Result, RetryPolicy};
 
 /// How a [`Pager`] is to be.
 ///
 /// ```
 /// use std::time::Duration;
-/// use userfaultfd::pager::{Pager, Retry};
+/// use userfaultfd::pager::{Pager, RetryPolicy};
 ///
 /// let pager = Pager::builder()
 ///     .threads(4)
-///     .retry(Retry { attempts: 10, delay: Duration::from_millis(1) })
+///     .retry(RetryPolicy { attempts: 10, delay: Duration::from_millis(1) })
 ///     .on_problem(|problem| eprintln!("{problem}"))
 ///     .build()?;
 /// # Ok::<(), userfaultfd::pager::Error>(())
@@ -31,9 +31,9 @@ use super::{Pager, Problem, Result, Retry};
 pub struct PagerBuilder {
     threads: usize,
     max_threads: Option<usize>,
-    readers: usize,
+    read_ahead_threads: usize,
     delivery: Delivery,
-    retry: Retry,
+    retry: RetryPolicy,
     on_problem: Option<OnProblem>,
     look: Duration,
     patience: Duration,
@@ -71,16 +71,16 @@ impl PagerBuilder {
     /// Sets the number of threads that read ahead, 1024 at most. The default is 0.
     ///
     /// Where access is sequential and the source slow (a network), what is filled for one fault beyond 1 MiB is read by
-    /// these, a MiB each at the same time. Give the region a large [`Around::Adaptive`], such as 16 MiB for 16 threads:
+    /// these, a MiB each at the same time. Give the region a large [`FaultAround::Adaptive`](super::FaultAround::Adaptive), such as 16 MiB for 16 threads:
     /// a source that takes 6 ms for a read then delivers GB/s instead of MB/s.
-    pub fn readers(mut self, readers: usize) -> Self {
-        self.readers = readers.min(MAX_THREADS);
+    pub fn read_ahead_threads(mut self, read_ahead_threads: usize) -> Self {
+        self.read_ahead_threads = read_ahead_threads.min(MAX_THREADS);
         self
     }
 
-    /// How often a source is asked that fails. The default is [`Retry::default`].
-    pub fn retry(mut self, retry: Retry) -> Self {
-        self.retry = Retry { attempts: retry.attempts.max(1), ..retry };
+    /// How often a source is asked that fails. The default is [`RetryPolicy::default`].
+    pub fn retry(mut self, retry: RetryPolicy) -> Self {
+        self.retry = RetryPolicy { attempts: retry.attempts.max(1), ..retry };
         self
     }
 
@@ -89,7 +89,7 @@ impl PagerBuilder {
     ///
     /// It is called on a thread of its own, one problem after the other, may take its time and any lock, and may end
     /// or drop the pager. Where problems come faster than it takes them they are counted in
-    /// [`problems_lost`](Statistics::problems_lost). Before a page is poisoned that a thread waits for, the pager
+    /// [`problems_lost`](super::Statistics::problems_lost). Before a page is poisoned that a thread waits for, the pager
     /// waits up to 100 ms for the call that reports why. It must not touch memory that the pager fills.
     pub fn on_problem(mut self, on_problem: impl Fn(&Problem) + Send + Sync + 'static) -> Self {
         self.on_problem = Some(Arc::new(on_problem));
@@ -114,10 +114,11 @@ impl PagerBuilder {
     ///
     /// # Errors
     ///
-    /// [`System`](Error::System): a thread or a descriptor couldn't be had.
+    /// [`System`](super::Error::System): a thread or a descriptor couldn't be had.
     pub fn build(self) -> Result<Pager> {
-        let most = self.max_threads.unwrap_or(worker_pool::MOST).max(self.threads);
-        let shared = Arc::new(Shared::new(self.threads, self.readers, most - self.threads, self.retry)?);
+        let most = self.max_threads.unwrap_or(worker_pool::DEFAULT_MAX_THREADS).max(self.threads);
+        let shared =
+            Arc::new(Shared::new(self.threads, self.read_ahead_threads, most - self.threads, self.retry)?);
         let added = Arc::new(worker_pool::Added::new(self.delivery));
         let mut pager = Pager {
             shared: Arc::clone(&shared),
@@ -135,7 +136,7 @@ impl PagerBuilder {
             let worker = Worker::new(Arc::clone(&shared), thread, self.delivery)?;
             pager.threads.push(Thread::spawn(c"uffd-pager", move || worker.run())?);
         }
-        for reader in self.threads..self.threads + self.readers {
+        for reader in self.threads..self.threads + self.read_ahead_threads {
             let shared = Arc::clone(&shared);
             pager.threads.push(Thread::spawn(c"uffd-ahead", move || read_ahead::read(&shared, reader))?);
         }
@@ -149,11 +150,11 @@ impl Default for PagerBuilder {
         Self {
             threads: 1,
             max_threads: None,
-            readers: 0,
+            read_ahead_threads: 0,
             delivery: Delivery::default(),
-            retry: Retry::default(),
+            retry: RetryPolicy::default(),
             on_problem: None,
-            look: control::LOOK,
+            look: control::POLL_INTERVAL,
             patience: shutdown::LONG_PATIENCE,
         }
     }
@@ -161,11 +162,20 @@ impl Default for PagerBuilder {
 
 impl fmt::Debug for PagerBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { threads, max_threads, readers, delivery, retry, on_problem, look: _, patience: _ } = self;
+        let Self {
+            threads,
+            max_threads,
+            read_ahead_threads,
+            delivery,
+            retry,
+            on_problem,
+            look: _,
+            patience: _,
+        } = self;
         f.debug_struct("PagerBuilder")
             .field("threads", threads)
             .field("max_threads", max_threads)
-            .field("readers", readers)
+            .field("read_ahead_threads", read_ahead_threads)
             .field("delivery", delivery)
             .field("retry", retry)
             .field("on_problem", &on_problem.is_some())

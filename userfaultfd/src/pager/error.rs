@@ -159,7 +159,7 @@ pub enum Error {
         error: io::Error,
     },
 
-    /// Which faults come is noted for one at a time: a [`Recorder`](super::Recorder) or a [`Replay`](super::Replay).
+    /// Which faults come is noted for one at a time: a [`WorkingSetRecorder`](super::WorkingSetRecorder) or a [`WorkingSetReplay`](super::WorkingSetReplay).
     #[error("the faults of the region are recorded already")]
     AlreadyRecorded,
 
@@ -369,7 +369,7 @@ impl fmt::Display for Problem {
 
 /// How often a source is asked for a page that it fails to deliver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Retry {
+pub struct RetryPolicy {
     /// How often it is asked in all, 1 or more.
     pub attempts: u32,
     /// How long to wait before the second time; twice as long before each further one. Other faults are answered
@@ -377,7 +377,7 @@ pub struct Retry {
     pub delay: Duration,
 }
 
-impl Default for Retry {
+impl Default for RetryPolicy {
     /// Four times: at once, and after 10, 20 and 40 ms more.
     fn default() -> Self {
         Self { attempts: 4, delay: Duration::from_millis(10) }

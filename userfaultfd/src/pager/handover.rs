@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::memory::address_map::{self, Layout};
-use super::{Absent, DescriptorId};
+use super::memory::address_map::{self, AddressMap};
+use super::{DescriptorId, MissingRange};
 use crate::Uffd;
 
 /// A descriptor that a pager has handed over.
@@ -14,13 +14,13 @@ pub struct Detached {
     pub descriptor: DescriptorId,
     /// The descriptor. Its ranges are registered still, and threads wait for pages: closing it shows them zeros.
     pub uffd: Uffd,
-    pub(super) layout: Arc<Layout>,
+    pub(super) layout: Arc<AddressMap>,
 }
 
 impl Detached {
-    /// What is absent, by address. Looks at the state of every page.
+    /// What is missing, by address. Looks at the state of every page.
     #[must_use]
-    pub fn absent(&self) -> Vec<Absent> {
-        address_map::absent(self.layout.segments(), self.layout.holes())
+    pub fn missing(&self) -> Vec<MissingRange> {
+        address_map::missing(self.layout.segments(), self.layout.holes())
     }
 }

@@ -35,25 +35,25 @@
 //!    on, and tried again.
 //! 5. **A page that the kernel says is there** although it faults again and again is told with its address, and tried
 //!    ever more rarely.
-//! 6. **A source that fails**, or panics, is asked again as [`Retry`] says. Then the page is poisoned, so that an
+//! 6. **A source that fails**, or panics, is asked again as [`RetryPolicy`] says. Then the page is poisoned, so that an
 //!    access is SIGBUS; before Linux 6.6, which can't poison, whoever accesses it waits until the source delivers.
 //!    Both are told to [`on_problem`](PagerBuilder::on_problem). Never is it zeros.
-//! 7. **The end is a choice**: [`finish`](Pager::finish) fills all that is absent,
-//!    [`detach`](Pager::detach) hands the descriptors and the list of what is absent over, and dropping the pager
-//!    poisons what is absent (before 6.6: fills it). Closing a userfaultfd would show zeros instead.
+//! 7. **The end is a choice**: [`finish`](Pager::finish) fills all that is missing,
+//!    [`detach`](Pager::detach) hands the descriptors and the list of what is missing over, and dropping the pager
+//!    poisons what is missing (before 6.6: fills it). Closing a userfaultfd would show zeros instead.
 //! 8. **Page sizes are each region's**, and so is the block that is filled for a fault.
 //! 9. **[Statistics]** are always counted.
 //!
 //! # What can't be told
 //!
 //! - Without `EVENT_REMOVE`, and where a hole is punched into a file, the kernel tells of no removal. A page that was
-//!   there and faults again is taken for such a one, and zero. One that was absent gets its content.
+//!   there and faults again is taken for such a one, and zero. One that was missing gets its content.
 //! - Of shared memory a removal may be `MADV_DONTNEED`, which takes only the mapping away, or `MADV_REMOVE`, which
 //!   takes the page. Pages that are there stay in the one case, and are zero in the other, as it should be; those that
-//!   are absent are taken for removed. Say [`Region::shared`].
+//!   are missing are taken for removed. Say [`Region::shared`].
 //! - Guard pages (`MADV_GUARD_INSTALL`, Linux 6.13) are told by no event. Before Linux 7.2 a fill overwrites the guards of
 //!   missing pages: what is filled around a fault, in the background, and by [`finish`](Pager::finish). Where that
-//!   matters, use [`Around::Page`] and leave ranges with guards out of a background, or guard by mprotect(2), which
+//!   matters, use [`FaultAround::Page`] and leave ranges with guards out of a background, or guard by mprotect(2), which
 //!   fills don't change. Since Linux 7.2 the kernel keeps guards. The pager doesn't ask the page map for them
 //!   (`PAGE_IS_GUARD`, Linux 6.16): it could do so for memory of its own process only, and a guard that is installed
 //!   between the question and the fill is lost all the same. The question costs half as much as the fill of a page, and a
@@ -109,23 +109,23 @@ mod trace;
 pub mod tuning {}
 
 pub use self::builder::PagerBuilder;
-pub use self::error::{Error, Problem, Refused, Result, Retry};
+pub use self::error::{Error, Problem, Refused, Result, RetryPolicy};
 pub use self::handover::Detached;
 pub use self::id::{DescriptorId, RegionId};
-pub use self::memory::fault_around::Around;
-pub use self::memory::missing_range::Absent;
+pub use self::memory::fault_around::FaultAround;
+pub use self::memory::missing_range::MissingRange;
 pub(crate) use self::memory::region::ADAPTIVE;
 pub use self::memory::region::Region;
 pub use self::pager::{Added, Pager};
 pub(crate) use self::prefetch::background::Target;
-pub use self::prefetch::background::{Background, Order, Outcome};
-pub use self::prefetch::record::Recorder;
-pub use self::prefetch::replay::{Coverage, Replay};
+pub use self::prefetch::background::{BackgroundFill, FillOrder, FillReport};
+pub use self::prefetch::record::WorkingSetRecorder;
+pub use self::prefetch::replay::{ReplayReport, WorkingSetReplay};
 pub use self::prefetch::working_set::WorkingSet;
 pub use self::progress::{Failed, Progress};
 pub use self::serve::delivery::Delivery;
 pub use self::stats::{Histogram, Statistics};
 pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};
 pub use crate::source::{
-    BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, SourceBytes, ZeroSource,
+    BytesSource, ConcatSource, FileSource, MappedFileSource, PageData, PageSource, SourceBytes, ZeroSource,
 };

@@ -7,17 +7,17 @@ use std::time::Duration;
 
 use super::fill::growth;
 use super::fill::retry::Deferred;
-use super::memory::address_map::{self, Layout, Segment};
-use super::memory::descriptor::{Descriptor, Origin, Serving, at, lock, wake};
+use super::memory::address_map::{self, AddressMap, Segment};
+use super::memory::descriptor::{Attachment, Descriptor, Origin, addr_to_ptr, lock, wake};
 use super::memory::page_state::Pages;
 use super::memory::unfillable::Unfillable;
 use super::serve::control;
 use super::serve::shared::{Note, Shared};
-use super::serve::shutdown::{self, Cover, Patience};
+use super::serve::shutdown::{self, Drain, Patience};
 use super::serve::thread::Thread;
 use super::serve::worker_pool;
 use super::{
-    Absent, DescriptorId, Detached, Error, PagerBuilder, Progress, Refused, Region, RegionId, Result,
+    DescriptorId, Detached, Error, MissingRange, PagerBuilder, Progress, Refused, Region, RegionId, Result,
     Statistics, target,
 };
 #[cfg(feature = "tracking")]
@@ -112,7 +112,7 @@ impl Pager {
     /// Serves memory of this process, or of any.
     ///
     /// Who touches the memory for the first time finds what the source has. A thread that waits for a page may hold
-    /// any lock of the program: see [`PageSource`].
+    /// any lock of the program: see [`PageSource`](super::PageSource).
     ///
     /// The pager's threads map memory at times, as any thread does. So what is to be mapped in the place of a region is
     /// mapped over it (`MAP_FIXED`): once that is unmapped, something else may lie there.
@@ -135,7 +135,7 @@ impl Pager {
     ///   and leave zeros; a mapping that grows grows with zeros.
     /// - of a [`minor`](Region::minor) region, the same of every other mapping of its file in this process: pages that
     ///   count as missing are overwritten in the file.
-    /// - the list of [`absent`](Region::absent) pages is true of this memory, where there is one.
+    /// - the list of [`missing`](Region::missing) pages is true of this memory, where there is one.
     ///
     /// The kernel makes sure that no page is filled that is there, but for those of a file.
     #[expect(unsafe_code, reason = "the contract is the caller's")]
@@ -184,7 +184,7 @@ impl Pager {
         was_blocking: bool,
         adder: Adder,
     ) -> Result<Added, Refused> {
-        let prepared = Layout::try_with_room(regions.len()).ok_or_else(|| Errno::ENOMEM.into());
+        let prepared = AddressMap::try_with_room(regions.len()).ok_or_else(|| Errno::ENOMEM.into());
         let prepared = prepared.and_then(|mut layout| {
             for region in regions {
                 check_overlap(&layout, &region)?;
@@ -220,7 +220,7 @@ impl Pager {
         let regions: Vec<_> = layout.segments().iter().map(|segment| Arc::clone(&segment.region)).collect();
         regions.iter().for_each(|region| self.shared.keep(region));
         let uffd = Arc::new(uffd);
-        let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
+        let serving = Attachment { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
         match self.shared.add(serving, origin) {
             Ok(descriptor) => {
                 // Faults that somebody else has read and not answered are told again.
@@ -234,7 +234,7 @@ impl Pager {
             Err(error) => {
                 regions.iter().for_each(|region| self.shared.keep_not(region));
                 // A worker may have it for a moment.
-                Err(Refused { uffd: shutdown::sole(uffd), error })
+                Err(Refused { uffd: shutdown::unwrap_last_arc(uffd), error })
             }
         }
     }
@@ -279,7 +279,7 @@ impl Pager {
     fn add_one(&self, descriptor: DescriptorId, region: Region, foreign: bool) -> Result<RegionId> {
         let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
         let uffd = {
-            let serving = descriptor.enter(self.shared.outside_id());
+            let serving = descriptor.lock_shard(self.shared.outside_id());
             let serving = serving.as_ref().ok_or(Error::NotServed)?;
             check_overlap(&serving.layout, &region)?;
             if foreign && descriptor.is_own {
@@ -307,7 +307,7 @@ impl Pager {
         });
         let added = refused.and(if served { Ok(()) } else { Err(Error::NotServed) });
         added.inspect_err(|_| self.shared.keep_not(&region))?;
-        if let Some(serving) = &*descriptor.enter(self.shared.outside_id()) {
+        if let Some(serving) = &*descriptor.lock_shard(self.shared.outside_id()) {
             wake(&serving.uffd, range);
         }
         Ok(RegionId(region.id))
@@ -321,7 +321,7 @@ impl Pager {
             return Err(Error::NoMessages);
         }
         region.check_kernel()?;
-        let offered = uffd.register_with_mode(at(start), end - start, region.modes());
+        let offered = uffd.register_with_mode(addr_to_ptr(start), end - start, region.modes());
         let offered = offered.map_err(|error| match error.errno() {
             Some(Errno::ENOMEM | Errno::ESRCH) if target::target_is_gone(uffd, None) => Error::TargetGone,
             _ => Error::Register { address: start, error },
@@ -335,7 +335,7 @@ impl Pager {
         Ok(Segment { start, end, region: Arc::new(region), first: 0 })
     }
 
-    /// Fills what is absent of a region, and gives it back to the kernel.
+    /// Fills what is missing of a region, and gives it back to the kernel.
     ///
     /// `progress` is called now and then, first with nothing done and last with all done.
     ///
@@ -371,12 +371,12 @@ impl Pager {
         let descriptor = self.of_region(region)?;
         let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
         let uffd = {
-            let serving = descriptor.enter(self.shared.outside_id());
+            let serving = descriptor.lock_shard(self.shared.outside_id());
             Arc::clone(&serving.as_ref().ok_or(Error::NotServed)?.uffd)
         };
         let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
         for Segment { start, end, .. } in &segments {
-            let registered = uffd.register_with_mode(at(*start), end - start, modes);
+            let registered = uffd.register_with_mode(addr_to_ptr(*start), end - start, modes);
             registered.map_err(|error| Error::Register { address: *start, error })?;
         }
         let lease =
@@ -389,7 +389,7 @@ impl Pager {
         let mut taken = false;
         reach(Point::BeforeLend, ends.0);
         // Not of a region that was given back meanwhile: `drop_region` looks at the lease.
-        descriptor.exclusively(&mut |serving| {
+        descriptor.with_all_shards(&mut |serving| {
             let is_served = serving.as_ref().is_some_and(|serving| {
                 serving.layout.segments().iter().any(|segment| segment.region.id == region.0)
             });
@@ -412,24 +412,24 @@ impl Pager {
         }
     }
 
-    /// Poisons what is absent of a region, and gives it back to the kernel.
+    /// Poisons what is missing of a region, and gives it back to the kernel.
     ///
     /// # Errors
     ///
     /// - [`NotServed`](Error::NotServed): the region isn't served any more, or is that of a
     ///   [`LazyMemory`](crate::LazyMemory).
-    /// - [`Unfilled`](Error::Unfilled): before Linux 6.6, if something is absent. The region is served on.
+    /// - [`Unfilled`](Error::Unfilled): before Linux 6.6, if something is missing. The region is served on.
     pub fn remove_region(&self, region: RegionId) -> Result<()> {
         let descriptor = self.of_region(region)?;
         if descriptor.is_lazy {
             return Err(Error::NotServed);
         }
         let mut patience = Patience::new(self.patience);
-        let left = shutdown::cover(
+        let left = shutdown::drain(
             &self.shared,
             &descriptor,
             Some(region.0),
-            Cover::Poison,
+            Drain::Poison,
             &mut patience,
             &mut |_| {},
         )?;
@@ -454,11 +454,11 @@ impl Pager {
         &self,
         descriptor: &Descriptor,
         region: RegionId,
-        may_go: impl Fn(&super::memory::served::Served) -> bool,
+        may_go: impl Fn(&super::memory::served::ServedRegion) -> bool,
     ) -> Result<()> {
         // Freed when the shards are free again.
         let (mut gone, mut served) = (mapped_vec::none(), false);
-        descriptor.exclusively(&mut |serving| {
+        descriptor.with_all_shards(&mut |serving| {
             let Some(serving) = serving else { return };
             let mut of_it = serving.layout.segments().iter().filter(|segment| segment.region.id == region.0);
             if of_it.any(|segment| !may_go(&segment.region)) {
@@ -475,11 +475,11 @@ impl Pager {
             gone.extend(replaced);
         });
         drop(gone);
-        self.shared.note(Note::Ended);
+        self.shared.post(Note::Ended);
         if served { Ok(()) } else { Err(Error::NotServed) }
     }
 
-    /// Ends serving a descriptor, and hands it over with the list of what is absent. Threads that wait are told to
+    /// Ends serving a descriptor, and hands it over with the list of what is missing. Threads that wait are told to
     /// fault again, so that the new owner hears of them.
     ///
     /// Children of its forks are served on. If they share [`minor`](Region::minor) memory with it, hand them over, too,
@@ -508,15 +508,15 @@ impl Pager {
         Ok(shutdown::detached(&descriptor, serving))
     }
 
-    /// What is absent of a region, by address.
+    /// What is missing of a region, by address.
     ///
     /// # Errors
     ///
     /// [`NotServed`](Error::NotServed): it isn't served any more.
-    pub fn absent(&self, region: RegionId) -> Result<Vec<Absent>> {
+    pub fn missing(&self, region: RegionId) -> Result<Vec<MissingRange>> {
         let descriptor = self.of_region(region)?;
         let (thread, region) = (self.shared.outside_id(), Some(region.0));
-        Ok(address_map::absent(&descriptor.segments(thread, region), &descriptor.holes(thread, region)))
+        Ok(address_map::missing(&descriptor.segments(thread, region), &descriptor.holes(thread, region)))
     }
 
     /// The descriptors that are served, with those that forks brought; without those of
@@ -571,7 +571,7 @@ impl Pager {
         self.shared.wait_until_empty();
     }
 
-    /// Fills everything that is absent, gives all memory back to the kernel and closes the descriptors. The memory is
+    /// Fills everything that is missing, gives all memory back to the kernel and closes the descriptors. The memory is
     /// complete then, and needs no pager.
     ///
     /// It needs as much memory as everything that it fills. `progress` is called now and then, first with nothing
@@ -605,7 +605,7 @@ impl Pager {
         }
     }
 
-    /// Stops, and hands all descriptors over with the lists of what is absent. Threads that wait are told to fault
+    /// Stops, and hands all descriptors over with the lists of what is missing. Threads that wait are told to fault
     /// again, so that the new owner hears of them.
     #[must_use = "closing the descriptors shows zeros where pages are missing"]
     pub fn detach(mut self) -> Vec<Detached> {
@@ -644,13 +644,13 @@ impl Pager {
         others.for_each(Thread::join);
     }
 
-    /// Poisons what is absent of a descriptor, or fills it where the kernel can't do that. Whether nothing is left of
+    /// Poisons what is missing of a descriptor, or fills it where the kernel can't do that. Whether nothing is left of
     /// it, or nobody to see it.
-    fn cover(&self, descriptor: &Arc<Descriptor>, patience: &mut Patience) -> bool {
-        let is_covered = |cover| {
-            matches!(shutdown::cover(&self.shared, descriptor, None, cover, patience, &mut |_| {}), Ok(0))
+    fn drain(&self, descriptor: &Arc<Descriptor>, patience: &mut Patience) -> bool {
+        let is_covered = |drain| {
+            matches!(shutdown::drain(&self.shared, descriptor, None, drain, patience, &mut |_| {}), Ok(0))
         };
-        [Cover::Poison, Cover::ContentAtOnce].into_iter().any(is_covered)
+        [Drain::Poison, Drain::FillOnce].into_iter().any(is_covered)
             || control::is_gone(descriptor, &self.shared)
     }
 }
@@ -674,7 +674,7 @@ impl Drop for Pager {
                 break;
             }
             for descriptor in descriptors {
-                if self.cover(&descriptor, &mut patience) {
+                if self.drain(&descriptor, &mut patience) {
                     drop(self.shared.remove(&descriptor));
                 } else {
                     uncovered.push(descriptor.id);
@@ -686,7 +686,7 @@ impl Drop for Pager {
         for descriptor in self.shared.descriptors() {
             if let Some(serving) = self.shared.remove(&descriptor) {
                 // Who waits goes on waiting, instead of reading zeros.
-                let _kept = shutdown::sole(serving.uffd).into_raw_fd();
+                let _kept = shutdown::unwrap_last_arc(serving.uffd).into_raw_fd();
             }
         }
     }
@@ -700,7 +700,7 @@ fn hold(segment: &Segment) {
 }
 
 /// Whether a region has its addresses for itself.
-fn check_overlap(layout: &Layout, region: &Region) -> Result<()> {
+fn check_overlap(layout: &AddressMap, region: &Region) -> Result<()> {
     match layout.parts(region.range()).next() {
         Some(other) => Err(Error::Overlap { address: region.range().start, other: other.start }),
         None => Ok(()),

@@ -10,7 +10,7 @@ use super::RegionId;
 pub struct Progress {
     /// Bytes done.
     pub done: u64,
-    /// Bytes that were absent when it began.
+    /// Bytes that were missing when it began.
     pub total: u64,
 }
 

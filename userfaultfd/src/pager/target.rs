@@ -1,6 +1,6 @@
 //! The process whose memory it is: this one or another, there or gone.
 
-use super::memory::descriptor::at;
+use super::memory::descriptor::addr_to_ptr;
 use crate::{Errno, RegisterMode, Uffd, sys};
 
 /// How many pages are tried.
@@ -36,7 +36,7 @@ pub(super) fn is_own(uffd: &Uffd) -> crate::Result<bool> {
 /// Asks for something that can't be done in any process, and of which one that has gone says so.
 #[expect(unsafe_code, reason = "an operation that can't succeed")]
 pub(crate) fn target_is_gone(uffd: &Uffd, address: Option<usize>) -> bool {
-    let dst = at(address.unwrap_or(16 << 20));
+    let dst = addr_to_ptr(address.unwrap_or(16 << 20));
     let len = address.map_or(2 << 20, |_| crate::page_size());
     // An address that no process may use, such as 0, is EINVAL on some kernels, whoever is asked.
     let Ok(unreadable) = sys::unreadable() else { return false };

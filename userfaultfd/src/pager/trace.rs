@@ -38,7 +38,7 @@ mod tests {
     use tracing::{Event, Metadata, Subscriber};
 
     use crate::LazyMemory;
-    use crate::pager::{Around, Fill, Retry};
+    use crate::pager::{FaultAround, PageData, RetryPolicy};
 
     /// Writes down what it is told.
     #[derive(Clone, Default)]
@@ -78,17 +78,17 @@ mod tests {
     }
 
     #[test]
-    fn faults_loads_and_problems_are_told() {
+    fn faults_loads_and_problems_are_traced() {
         crate::support::require!();
         let log = Log::default();
         tracing::subscriber::set_global_default(log.clone()).expect("the only test that sets one");
         let page = crate::page_size();
         let source = |_: u64, page: &mut [u8]| {
             page.fill(1);
-            Ok(Fill::Data)
+            Ok(PageData::Data)
         };
-        let memory = LazyMemory::builder(source).len(4 * page).around(Around::Page);
-        let memory = memory.retry(Retry { attempts: 1, ..Retry::default() }).build().unwrap();
+        let memory = LazyMemory::builder(source).len(4 * page).fault_around(FaultAround::Page);
+        let memory = memory.retry(RetryPolicy { attempts: 1, ..RetryPolicy::default() }).build().unwrap();
         assert_eq!(memory[2 * page], 1);
         let start = memory.as_ptr().addr() + 2 * page;
         drop(memory);

@@ -12,7 +12,7 @@ use crate::{FeatureFlags, IoctlFlags, RegisterMode};
 /// Why the kernel refused an operation, and which part of the range the reason is about.
 ///
 /// `Display` tells both, and what would work instead. From [`Error::Refused`](crate::Error::Refused), and from
-/// [`Uffd::explain`] for the errors of operations that handle faults.
+/// [`Uffd::explain`](crate::Uffd::explain) for the errors of operations that handle faults.
 ///
 /// ```
 /// use userfaultfd::{Errno, Error, MemoryKind, Reason, RegisterMode, UffdBuilder};

@@ -7,7 +7,7 @@ use std::thread;
 use super::copy::bits::Bits;
 use super::copy::copier::Copier;
 use super::copy::layout::{Layout, Part};
-use super::copy::look::Look;
+use super::copy::look::ChunkView;
 use super::copy::shared::Shared;
 use super::error::{Error, Result};
 use super::handle::{Series, Snapshot};
@@ -19,7 +19,7 @@ use crate::watch::{Protection, Watch};
 use crate::{FeatureFlags, Pid, Uffd, UffdBuilder, page_size};
 
 /// Bytes that the walk saves at a time, unless a page is larger.
-const CHUNK: usize = 256 << 10;
+const CHUNK_BYTES: usize = 256 << 10;
 
 /// What becomes of pages that the program drops (`MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE`) while they are still to
 /// be saved.
@@ -164,13 +164,13 @@ impl Options {
             }
         }
         let largest = parts.iter().map(|part| part.page).max().unwrap_or(page_size());
-        let chunk = CHUNK.max(largest);
+        let chunk = CHUNK_BYTES.max(largest);
         let buffers = Buffers {
             chunks: ((self.buffer / 4 * 3 / chunk).max(2), chunk),
             pages: ((self.buffer / 4 / largest).max(4), largest),
         };
         let shared = Arc::new(Shared::new().map_err(Error::Thread)?);
-        let look = Look::new()?;
+        let look = ChunkView::new()?;
         // Where the kernel doesn't tell what is protected, nothing shows whether it was this memory.
         let beside = match watch.process {
             Process::Own if look.can_tell() => {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 
-use super::{Fill, PageSource, SourceBytes, invalid};
+use super::{PageData, PageSource, SourceBytes, invalid};
 
 /// Several sources, one behind the other: the files of an image, a header before its content, data with gaps.
 ///
@@ -118,8 +118,8 @@ impl ConcatSource {
 }
 
 impl PageSource for ConcatSource {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
-        let (mut rest, mut fill) = (page, Fill::Zero);
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        let (mut rest, mut fill) = (page, PageData::Zero);
         for (part, from, len) in self.parts_from(offset) {
             if rest.is_empty() {
                 break;
@@ -127,7 +127,7 @@ impl PageSource for ConcatSource {
             let here = usize::try_from(len).map_or(rest.len(), |len| len.min(rest.len()));
             let (content, behind) = rest.split_at_mut(here);
             match &part.source {
-                Some(source) if source.read(from, content)? == Fill::Data => fill = Fill::Data,
+                Some(source) if source.read(from, content)? == PageData::Data => fill = PageData::Data,
                 // Needed only if there is data elsewhere in the page.
                 _ => content.fill(0),
             }
@@ -216,8 +216,8 @@ mod tests {
                 let expected = &padded[offset..offset + len];
                 let mut page = vec![0xee; len];
                 match source.read(offset as u64, &mut page).unwrap() {
-                    Fill::Data => assert_eq!(page, expected, "{len} at {offset}"),
-                    Fill::Zero => assert_eq!(vec![0; len], expected, "{len} at {offset}"),
+                    PageData::Data => assert_eq!(page, expected, "{len} at {offset}"),
+                    PageData::Zero => assert_eq!(vec![0; len], expected, "{len} at {offset}"),
                 }
             }
             let zeros = padded[offset..].iter().take_while(|byte| **byte == 0).count() as u64;
@@ -231,20 +231,20 @@ mod tests {
         crate::support::require!();
         let (source, _) = parts();
         for (offset, len, expected) in [
-            (9, 8, Fill::Data),
-            (10, 7, Fill::Zero),
-            (10, 8, Fill::Data),
-            (19, 2, Fill::Data),
-            (20, 5, Fill::Zero),
-            (20, 6, Fill::Data),
-            (41, 8, Fill::Zero),
-            (u64::MAX, 8, Fill::Zero),
+            (9, 8, PageData::Data),
+            (10, 7, PageData::Zero),
+            (10, 8, PageData::Data),
+            (19, 2, PageData::Data),
+            (20, 5, PageData::Zero),
+            (20, 6, PageData::Data),
+            (41, 8, PageData::Zero),
+            (u64::MAX, 8, PageData::Zero),
         ] {
             assert_eq!(source.read(offset, &mut vec![1; len]).unwrap(), expected, "{offset} {len}");
         }
         let mut source = ConcatSource::new();
         source.push_zeros(5).unwrap().push_part(ZeroSource, 0..5).unwrap();
-        assert_eq!(source.read(0, &mut [1; 20]).unwrap(), Fill::Zero);
+        assert_eq!(source.read(0, &mut [1; 20]).unwrap(), PageData::Zero);
         assert_eq!(source.zeros(3), u64::MAX);
     }
 

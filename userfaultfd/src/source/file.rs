@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use memmap2::MmapOptions;
 
-use super::{Fill, PageSource, invalid};
+use super::{PageData, PageSource, invalid};
 use crate::Errno;
 use crate::sys::{self, FileStamp};
 
@@ -18,11 +18,11 @@ use crate::sys::{self, FileStamp};
 ///
 /// ```
 /// use std::fs::File;
-/// use userfaultfd::pager::{FileSource, Fill, PageSource};
+/// use userfaultfd::pager::{FileSource, PageData, PageSource};
 ///
 /// let program = FileSource::open(std::env::current_exe()?)?;
 /// let mut page = [0xff; 4096];
-/// assert_eq!(program.read(0, &mut page)?, Fill::Data);
+/// assert_eq!(program.read(0, &mut page)?, PageData::Data);
 /// assert_eq!(&page[..4], b"\x7fELF");
 ///
 /// // A window of three bytes. What lies beyond it is zero.
@@ -34,7 +34,7 @@ use crate::sys::{self, FileStamp};
 ///
 /// - **Length**: that at creation. A file that grows is served up to there. Where it has become shorter, a read is
 ///   an error of the kind [`UnexpectedEof`](io::ErrorKind::UnexpectedEof), and never zeros.
-/// - **Holes** are [`Fill::Zero`] and aren't read. They are looked for at creation, up to 65,536 of them, if the file
+/// - **Holes** are [`PageData::Zero`] and aren't read. They are looked for at creation, up to 65,536 of them, if the file
 ///   had fewer blocks than bytes; [`sparse`](Self::sparse) decides otherwise. That takes a description of its own of
 ///   the file, from `/proc/self/fd`; without it there are no holes. Once the file has changed its holes are read, too.
 /// - **Changes** of the content show in pages that are read afterwards.
@@ -275,11 +275,11 @@ impl FileSource {
 }
 
 impl PageSource for FileSource {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         let rest = self.len.saturating_sub(offset);
         let inside = usize::try_from(rest).map_or(page.len(), |rest| rest.min(page.len()));
         if self.zeros(offset) >= inside as u64 {
-            return Ok(Fill::Zero);
+            return Ok(PageData::Zero);
         }
         let from = self.start + offset;
         if self.is_direct {
@@ -288,7 +288,7 @@ impl PageSource for FileSource {
             self.read_up_to(&mut page[..inside], inside, from)?;
         }
         page[inside..].fill(0);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 
     fn len(&self) -> Option<u64> {
@@ -336,14 +336,14 @@ mod tests {
 
     /// Reads and checks: bytes of `content` from `offset` on, then zeros.
     #[track_caller]
-    fn check(source: &FileSource, content: impl Fn(usize) -> u8, offset: usize, len: usize) -> Fill {
+    fn check(source: &FileSource, content: impl Fn(usize) -> u8, offset: usize, len: usize) -> PageData {
         let mut page = vec![0xee; len];
         let fill = source.read(offset as u64, &mut page).unwrap();
         let source_len = source.len().unwrap() as usize;
         let expected = (offset..offset + len).map(|at| if at < source_len { content(at) } else { 0 });
         match fill {
-            Fill::Data => assert!(page.iter().copied().eq(expected), "{len} bytes at {offset}"),
-            Fill::Zero => {
+            PageData::Data => assert!(page.iter().copied().eq(expected), "{len} bytes at {offset}"),
+            PageData::Zero => {
                 assert!(expected.eq(iter::repeat_n(0, len)), "{len} bytes at {offset}");
                 assert!(page.iter().all(|byte| *byte == 0xee), "the buffer of zeros isn't touched");
             }
@@ -359,13 +359,13 @@ mod tests {
             assert_eq!(source.len(), Some(len as u64));
             for offset in [0, 1, 4095, 4096, 4097, len - 1] {
                 for size in [1, 4096, 8192, 16_384] {
-                    let expected = if offset < len { Fill::Data } else { Fill::Zero };
+                    let expected = if offset < len { PageData::Data } else { PageData::Zero };
                     assert_eq!(check(&source, byte, offset, size), expected, "{size} at {offset} of {len}");
                 }
             }
             for offset in [len as u64, len as u64 + 1, i64::MAX as u64, u64::MAX - 4096, u64::MAX] {
                 let mut page = [0xee; 4096];
-                assert_eq!(source.read(offset, &mut page).unwrap(), Fill::Zero, "{offset} of {len}");
+                assert_eq!(source.read(offset, &mut page).unwrap(), PageData::Zero, "{offset} of {len}");
                 assert_eq!((page, source.zeros(offset)), ([0xee; 4096], u64::MAX), "{offset} of {len}");
             }
             assert_eq!(source.zeros(0), 0);
@@ -377,7 +377,7 @@ mod tests {
         crate::support::require!();
         let source = FileSource::new(file(0)).unwrap();
         assert!(source.is_empty());
-        assert_eq!(check(&source, byte, 0, 4096), Fill::Zero);
+        assert_eq!(check(&source, byte, 0, 4096), PageData::Zero);
         assert_eq!(source.zeros(0), u64::MAX);
     }
 
@@ -390,7 +390,7 @@ mod tests {
             assert_eq!(source.len(), Some(len as u64));
             for offset in [0, 1, 4096] {
                 let fill = check(&source, shift(start), offset, 8192);
-                assert_eq!(fill == Fill::Data, offset < len, "{start} {len} {offset}");
+                assert_eq!(fill == PageData::Data, offset < len, "{start} {len} {offset}");
             }
         }
     }
@@ -433,7 +433,7 @@ mod tests {
             let file = file(3 * BLOCK);
             let source = FileSource::new(file.try_clone().unwrap()).unwrap().sparse(sparse);
             file.set_len(BLOCK as u64 + 10).unwrap();
-            assert_eq!(check(&source, byte, 0, BLOCK), Fill::Data);
+            assert_eq!(check(&source, byte, 0, BLOCK), PageData::Data);
             for offset in [BLOCK, BLOCK + 9, BLOCK + 10, 2 * BLOCK, 3 * BLOCK - 1] {
                 let error = source.read(offset as u64, &mut vec![0; BLOCK]).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::UnexpectedEof, "{offset}");
@@ -441,7 +441,7 @@ mod tests {
                 assert_eq!(source.zeros(offset as u64), 0, "{offset}");
             }
             // What is beyond is zero as before.
-            assert_eq!(check(&source, byte, 3 * BLOCK, 4096), Fill::Zero);
+            assert_eq!(check(&source, byte, 3 * BLOCK, 4096), PageData::Zero);
         }
     }
 
@@ -455,7 +455,7 @@ mod tests {
         file.set_len(BLOCK as u64 + 10).unwrap();
         // What has changed is read.
         assert_eq!(source.zeros(10), 0);
-        assert_eq!(check(&source, |_| 0, 0, BLOCK), Fill::Data);
+        assert_eq!(check(&source, |_| 0, 0, BLOCK), PageData::Data);
         let error = source.read(BLOCK as u64, &mut [0; 11]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
     }
@@ -481,19 +481,19 @@ mod tests {
         crate::support::require!();
         let source = FileSource::new(sparse_file()).unwrap();
         for (block, expected) in [
-            (0, Fill::Zero),
-            (1, Fill::Data),
-            (2, Fill::Data),
-            (3, Fill::Zero),
-            (4, Fill::Zero),
-            (5, Fill::Data),
-            (6, Fill::Zero),
+            (0, PageData::Zero),
+            (1, PageData::Data),
+            (2, PageData::Data),
+            (3, PageData::Zero),
+            (4, PageData::Zero),
+            (5, PageData::Data),
+            (6, PageData::Zero),
         ] {
             assert_eq!(check(&source, sparse_byte, block * BLOCK, BLOCK), expected, "{block}");
         }
         // A hole that covers a part of what is read.
         for offset in [BLOCK / 2, 2 * BLOCK + BLOCK / 2, 4 * BLOCK + 1] {
-            assert_eq!(check(&source, sparse_byte, offset, BLOCK), Fill::Data, "{offset}");
+            assert_eq!(check(&source, sparse_byte, offset, BLOCK), PageData::Data, "{offset}");
         }
         assert_eq!(source.zeros(0), BLOCK as u64);
         assert_eq!(source.zeros(7), BLOCK as u64 - 7);
@@ -504,11 +504,11 @@ mod tests {
     }
 
     #[test]
-    fn holes_are_read_where_nobody_looks_for_them() {
+    fn holes_are_read_where_they_are_not_looked_for() {
         crate::support::require!();
         let source = FileSource::new(sparse_file()).unwrap().sparse(false);
         for block in 0..6 {
-            assert_eq!(check(&source, sparse_byte, block * BLOCK, BLOCK), Fill::Data, "{block}");
+            assert_eq!(check(&source, sparse_byte, block * BLOCK, BLOCK), PageData::Data, "{block}");
         }
         assert_eq!(source.zeros(0), 0);
     }
@@ -520,8 +520,8 @@ mod tests {
         let len = 4 * BLOCK - BLOCK / 2;
         let source = FileSource::range(sparse_file(), BLOCK as u64, len as u64).unwrap();
         assert_eq!(source.zeros(2 * BLOCK as u64), u64::MAX);
-        assert_eq!(check(&source, |at| sparse_byte(BLOCK + at), 3 * BLOCK, BLOCK), Fill::Zero);
-        assert_eq!(check(&source, |at| sparse_byte(BLOCK + at), BLOCK, BLOCK), Fill::Data);
+        assert_eq!(check(&source, |at| sparse_byte(BLOCK + at), 3 * BLOCK, BLOCK), PageData::Zero);
+        assert_eq!(check(&source, |at| sparse_byte(BLOCK + at), BLOCK, BLOCK), PageData::Data);
     }
 
     #[test]
@@ -529,10 +529,10 @@ mod tests {
         crate::support::require!();
         let file = sparse_file();
         let source = FileSource::new(file.try_clone().unwrap()).unwrap();
-        assert_eq!(check(&source, sparse_byte, 0, BLOCK), Fill::Zero);
+        assert_eq!(check(&source, sparse_byte, 0, BLOCK), PageData::Zero);
         file.write_all_at(&[byte(10)], 10).unwrap();
         let written = |at| if at == 10 { byte(10) } else { sparse_byte(at) };
-        assert_eq!(check(&source, written, 0, BLOCK), Fill::Data);
+        assert_eq!(check(&source, written, 0, BLOCK), PageData::Data);
     }
 
     #[test]
@@ -544,7 +544,7 @@ mod tests {
             let source = FileSource::open(path).unwrap();
             assert_eq!(source.len(), Some(content.len() as u64), "{path}");
             let mut buffer = vec![0xee; content.len() + 100];
-            assert_eq!(source.read(0, &mut buffer).unwrap(), Fill::Data, "{path}");
+            assert_eq!(source.read(0, &mut buffer).unwrap(), PageData::Data, "{path}");
             assert!(buffer[..content.len()] == content && buffer[content.len()..] == [0; 100], "{path}");
             assert_eq!(source.zeros(0), 0, "{path}");
         }
@@ -561,10 +561,10 @@ mod tests {
         file.write_all_at(b"end", len - 3).unwrap();
         let source = FileSource::new(file).unwrap();
         let mut page = [0xee; 4096];
-        assert_eq!(source.read(len - 10, &mut page).unwrap(), Fill::Data);
+        assert_eq!(source.read(len - 10, &mut page).unwrap(), PageData::Data);
         assert_eq!(page[..12], *b"\0\0\0\0\0\0\0end\0\0");
         assert!(source.zeros(0) > 1 << 42 && source.zeros(0) < len);
-        assert_eq!(source.read(1 << 42, &mut page).unwrap(), Fill::Zero);
+        assert_eq!(source.read(1 << 42, &mut page).unwrap(), PageData::Zero);
     }
 
     #[test]
@@ -614,7 +614,7 @@ mod tests {
         sys::allocate(file.as_fd(), BLOCK as u64, BLOCK).unwrap();
         let source = FileSource::new(file.try_clone().unwrap()).unwrap();
         file.write_all_at(&[7], BLOCK as u64).unwrap();
-        assert_eq!(check(&source, |at| if at == BLOCK { 7 } else { 0 }, BLOCK, BLOCK), Fill::Data);
+        assert_eq!(check(&source, |at| if at == BLOCK { 7 } else { 0 }, BLOCK, BLOCK), PageData::Data);
     }
 
     #[test]
@@ -634,7 +634,7 @@ mod tests {
         let mut pages = MmapOptions::new().len(4 * 4096).map_anon().unwrap();
         for (offset, size) in [(0, 4096), (3 * 4096, 4096), (0, 4 * 4096), (2 * 4096, 2 * 4096)] {
             pages.fill(0xee);
-            assert_eq!(source.read(offset as u64, &mut pages[..size]).unwrap(), Fill::Data);
+            assert_eq!(source.read(offset as u64, &mut pages[..size]).unwrap(), PageData::Data);
             let expected = (offset..offset + size).map(|at| if at < len { byte(at) } else { 0 });
             assert!(pages[..size].iter().copied().eq(expected), "{size} at {offset}");
         }

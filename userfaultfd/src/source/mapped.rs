@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 
 use memmap2::{MmapOptions, MmapRaw};
 
-use super::{FileSource, Fill, PageSource, SourceBytes, invalid};
+use super::{FileSource, PageData, PageSource, SourceBytes, invalid};
 
 /// A file that is mapped into memory, or a part of it: the kernel copies pages from the mapping to where they are
 /// missing, without a buffer in between.
@@ -81,7 +81,7 @@ impl MappedFileSource {
 }
 
 impl PageSource for MappedFileSource {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         self.file.read(offset, page)
     }
 
@@ -148,8 +148,8 @@ mod tests {
                 let mut page = [0xee; 4096];
                 let inside = rest.len().min(page.len());
                 let fill = source.read(offset as u64, &mut page).unwrap();
-                assert_eq!(fill == Fill::Zero, inside == 0);
-                if fill == Fill::Data {
+                assert_eq!(fill == PageData::Zero, inside == 0);
+                if fill == PageData::Data {
                     assert_eq!(page[..inside], rest[..inside]);
                     assert!(page[inside..].iter().all(|byte| *byte == 0));
                 }
@@ -165,7 +165,7 @@ mod tests {
         crate::support::require!();
         let source = MappedFileSource::new(file(0)).unwrap();
         assert!(source.is_empty() && source.bytes(0, 1).is_none());
-        assert_eq!(source.read(0, &mut [1; 4096]).unwrap(), Fill::Zero);
+        assert_eq!(source.read(0, &mut [1; 4096]).unwrap(), PageData::Zero);
     }
 
     #[test]
@@ -177,7 +177,7 @@ mod tests {
         let source = MappedFileSource::new(file).unwrap();
         assert!(source.bytes(BLOCK as u64, BLOCK).is_some());
         assert!(source.bytes(2 * BLOCK as u64, BLOCK).is_none());
-        assert_eq!(source.read(2 * BLOCK as u64, &mut vec![1; BLOCK]).unwrap(), Fill::Zero);
+        assert_eq!(source.read(2 * BLOCK as u64, &mut vec![1; BLOCK]).unwrap(), PageData::Zero);
         assert_eq!(source.zeros(3 * BLOCK as u64), u64::MAX);
         let source = source.sparse(false);
         assert_eq!(copied(source.bytes(2 * BLOCK as u64, BLOCK).unwrap()).unwrap(), [0; BLOCK]);

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use super::{Fill, PageSource, SourceBytes};
+use super::{PageData, PageSource, SourceBytes};
 
 /// Bytes in memory as a source: a `Vec<u8>`, an `Arc<[u8]>`, a `&'static [u8]`, a mapping, anything that is a slice
 /// of bytes. Whole pages are copied straight from there, and faster where they begin as a page does, as in a mapping: a
@@ -43,15 +43,15 @@ impl<B: AsRef<[u8]> + Send + Sync> BytesSource<B> {
 }
 
 impl<B: AsRef<[u8]> + Send + Sync> PageSource for BytesSource<B> {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         let bytes = self.from(offset);
         if bytes.is_empty() {
-            return Ok(Fill::Zero);
+            return Ok(PageData::Zero);
         }
         let (content, beyond) = page.split_at_mut(page.len().min(bytes.len()));
         content.copy_from_slice(&bytes[..content.len()]);
         beyond.fill(0);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 
     fn len(&self) -> Option<u64> {
@@ -72,17 +72,17 @@ impl<B: AsRef<[u8]>> fmt::Debug for BytesSource<B> {
 /// Zeros without end.
 ///
 /// ```
-/// use userfaultfd::pager::{Fill, PageSource, ZeroSource};
+/// use userfaultfd::pager::{PageData, PageSource, ZeroSource};
 ///
-/// assert_eq!(ZeroSource.read(1 << 40, &mut [1; 4096])?, Fill::Zero);
+/// assert_eq!(ZeroSource.read(1 << 40, &mut [1; 4096])?, PageData::Zero);
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ZeroSource;
 
 impl PageSource for ZeroSource {
-    fn read(&self, _: u64, _: &mut [u8]) -> io::Result<Fill> {
-        Ok(Fill::Zero)
+    fn read(&self, _: u64, _: &mut [u8]) -> io::Result<PageData> {
+        Ok(PageData::Zero)
     }
 
     fn zeros(&self, _: u64) -> u64 {
@@ -109,10 +109,10 @@ mod tests {
                 let mut page = vec![0xee; len];
                 let fill = source.read(offset as u64, &mut page).unwrap();
                 if inside == 0 {
-                    assert_eq!((fill, page), (Fill::Zero, vec![0xee; len]), "{offset} {len}");
+                    assert_eq!((fill, page), (PageData::Zero, vec![0xee; len]), "{offset} {len}");
                 } else {
                     let expected = [&rest[..inside], &vec![0; len - inside]].concat();
-                    assert_eq!((fill, page), (Fill::Data, expected), "{offset} {len}");
+                    assert_eq!((fill, page), (PageData::Data, expected), "{offset} {len}");
                 }
 
                 let here = source.bytes(offset as u64, len);
@@ -124,7 +124,7 @@ mod tests {
             assert_eq!(source.zeros(offset as u64), expected, "{offset}");
         }
         for offset in [u64::MAX, u64::MAX - 1, 1 << 32] {
-            assert_eq!(source.read(offset, &mut [1; 8]).unwrap(), Fill::Zero);
+            assert_eq!(source.read(offset, &mut [1; 8]).unwrap(), PageData::Zero);
             assert!(source.bytes(offset, 1).is_none());
         }
         assert_eq!(source.into_inner(), bytes);
@@ -135,7 +135,7 @@ mod tests {
         crate::support::require!();
         fn starts_with_x(source: impl PageSource + fmt::Debug) {
             let mut byte = [0];
-            assert_eq!(source.read(0, &mut byte).unwrap(), Fill::Data);
+            assert_eq!(source.read(0, &mut byte).unwrap(), PageData::Data);
             assert_eq!((byte, source.len()), ([b'x'], Some(3)));
             assert_eq!(format!("{source:?}"), "BytesSource(3 bytes)");
         }
@@ -152,7 +152,7 @@ mod tests {
         crate::support::require!();
         let source = BytesSource::new([]);
         assert!(source.is_empty());
-        assert_eq!(source.read(0, &mut [1; 8]).unwrap(), Fill::Zero);
+        assert_eq!(source.read(0, &mut [1; 8]).unwrap(), PageData::Zero);
         assert_eq!(source.zeros(0), u64::MAX);
     }
 
@@ -161,7 +161,7 @@ mod tests {
         crate::support::require!();
         assert_eq!((ZeroSource.len(), ZeroSource.is_empty()), (None, false));
         for offset in [0, 1, u64::MAX] {
-            assert_eq!(ZeroSource.read(offset, &mut [1; 8]).unwrap(), Fill::Zero);
+            assert_eq!(ZeroSource.read(offset, &mut [1; 8]).unwrap(), PageData::Zero);
             assert_eq!(ZeroSource.zeros(offset), u64::MAX);
             assert!(ZeroSource.bytes(offset, 8).is_none());
         }

@@ -20,7 +20,7 @@ pub use memory::{BytesSource, ZeroSource};
 
 /// How a source answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Fill {
+pub enum PageData {
     /// The bytes are in the buffer, all of them.
     Data,
     /// All of it is zero. The buffer is as it was; nothing of it is looked at.
@@ -36,16 +36,16 @@ pub enum Fill {
 /// Any closure of the shape of [`read`](Self::read) is a source:
 ///
 /// ```
-/// use userfaultfd::pager::{Fill, PageSource};
+/// use userfaultfd::pager::{PageData, PageSource};
 ///
 /// let counting = |offset: u64, page: &mut [u8]| {
 ///     for (at, word) in page.chunks_exact_mut(8).enumerate() {
 ///         word.copy_from_slice(&(offset + 8 * at as u64).to_ne_bytes());
 ///     }
-///     Ok(Fill::Data)
+///     Ok(PageData::Data)
 /// };
 /// let mut page = [0; 16];
-/// assert_eq!(counting.read(4096, &mut page)?, Fill::Data);
+/// assert_eq!(counting.read(4096, &mut page)?, PageData::Data);
 /// assert_eq!(page[8..], 4104u64.to_ne_bytes());
 /// # Ok::<(), std::io::Error>(())
 /// ```
@@ -60,14 +60,14 @@ pub trait PageSource: Send + Sync {
     /// Fills `page`, a whole number of the region's pages, with what belongs at byte `offset` of the source.
     ///
     /// What lies beyond the end of the source is zero. The buffer holds old bytes, so a source that answers
-    /// [`Fill::Data`] writes all of it; what is beyond [`len`](Self::len) is zeroed afterwards in any case.
+    /// [`PageData::Data`] writes all of it; what is beyond [`len`](Self::len) is zeroed afterwards in any case.
     ///
     /// # Errors
     ///
     /// Any error means that nothing of `page` is used. The pager tries again as it is configured to, a page at
     /// a time, and in the end makes the page one that can't be read; it never shows zeros instead. A panic counts as
     /// an error.
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill>;
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData>;
 
     /// The length of the source, in bytes. `None` if it has no end: a closure, zeros.
     ///
@@ -134,15 +134,15 @@ impl<'a> From<&'a [u8]> for SourceBytes<'a> {
 
 impl<F> PageSource for F
 where
-    F: Fn(u64, &mut [u8]) -> io::Result<Fill> + Send + Sync,
+    F: Fn(u64, &mut [u8]) -> io::Result<PageData> + Send + Sync,
 {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         self(offset, page)
     }
 }
 
 impl<S: PageSource + ?Sized> PageSource for Arc<S> {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         (**self).read(offset, page)
     }
 

@@ -25,7 +25,7 @@ mod protect;
 pub(crate) mod ranges;
 mod words;
 
-pub(crate) use self::words::{CHUNK, Words, runs};
+pub(crate) use self::words::{CHUNK_PAGES, Words, runs};
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -33,7 +33,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
-use self::ranges::{Notes, Tracked};
+use self::ranges::{DirtyBits, Tracked};
 use crate::error::errno_of;
 use crate::holder::{Held, Holder};
 use crate::lease::Lease;
@@ -45,7 +45,7 @@ use crate::{Errno, Error, IoctlFlags, RegisterMode, Result, Uffd, UffdBuilder, p
 
 /// How often an operation is tried again while the memory layout changes. It is over when the changing thread has
 /// run; some kernels have a bug that says so for ever.
-const TRIES: usize = 100_000;
+const MAX_LAYOUT_TRIES: usize = 100_000;
 
 /// Against what memory is protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +115,7 @@ impl Watch {
             also: RegisterMode::empty(),
             protects_empty: true,
             notes: false,
-            tries: TRIES,
+            tries: MAX_LAYOUT_TRIES,
             lease: None,
             lent: None,
             leaves_holes: false,
@@ -255,7 +255,7 @@ impl Watch {
     /// The range by the size of its pages.
     fn layout(&self, ioctls: IoctlFlags, range: &Range<usize>) -> Result<Vec<Tracked>> {
         let tracked = |range: Range<usize>, page| {
-            let noted = self.notes.then(|| Arc::new(Notes::new(&range, page)));
+            let noted = self.notes.then(|| Arc::new(DirtyBits::new(&range, page)));
             Tracked { range, page, noted, always: false, armed: true }
         };
         // Hugetlb memory anywhere in the range takes this operation away from the answer.

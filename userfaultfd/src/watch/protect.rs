@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 
 use super::ranges;
-use super::words::{CHUNK, Words, is_content, runs};
+use super::words::{CHUNK_PAGES, Words, is_content, runs};
 use super::{Protection, Watch, pointer, retry};
 use crate::pagemap::{Categories, Region, Scan};
 use crate::{Errno, Error, FaultKind, ReadWrite, RegisterMode, Result, Uffd, ZeropageMode, page_size};
@@ -33,8 +33,8 @@ impl Watch {
         let mut words = Words::default();
         for mapping in self.process.mappings(range)?.iter().filter(|mapping| mapping.anonymous) {
             let Range { start, end } = mapping.range;
-            for start in (start..end).step_by(CHUNK * page_size()) {
-                let chunk = start..end.min(start.saturating_add(CHUNK * page_size()));
+            for start in (start..end).step_by(CHUNK_PAGES * page_size()) {
+                let chunk = start..end.min(start.saturating_add(CHUNK_PAGES * page_size()));
                 words.read(&self.pagemap, &chunk)?;
                 let empty = runs(&chunk, page_size(), |index| words.get(index).is_empty());
                 self.protect_empty_through(uffd, &chunk, &empty)?;

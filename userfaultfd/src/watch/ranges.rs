@@ -13,7 +13,7 @@ pub(crate) struct Tracked {
     /// Bytes of a page: of a huge page on hugetlb memory.
     pub(crate) page: usize,
     /// What faults have told, where the page table doesn't.
-    pub(crate) noted: Option<Arc<Notes>>,
+    pub(crate) noted: Option<Arc<DirtyBits>>,
     /// It counts as written, whatever the kernel says.
     pub(crate) always: bool,
     /// Pages that aren't there are protected, too. Where they aren't, what is there and isn't protected is written.
@@ -22,14 +22,14 @@ pub(crate) struct Tracked {
 
 /// A bit a page: it was written.
 #[derive(Debug)]
-pub(crate) struct Notes {
+pub(crate) struct DirtyBits {
     lock: Mutex<()>,
     start: usize,
     page: usize,
     words: Box<[AtomicU64]>,
 }
 
-impl Notes {
+impl DirtyBits {
     pub(crate) fn new(range: &Range<usize>, page: usize) -> Self {
         let words = (range.len() / page).div_ceil(64);
         let words = (0..words).map(|_| AtomicU64::new(0)).collect();
@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn notes_are_of_a_page() {
         crate::support::require!();
-        let notes = Notes::new(&(4096..4096 + 4 * 130), 4);
+        let notes = DirtyBits::new(&(4096..4096 + 4 * 130), 4);
         for address in [4096, 4096 + 4 * 64, 4096 + 4 * 129] {
             assert!(!notes.get(address));
             notes.set(address);

@@ -6,7 +6,7 @@ use crate::pagemap::{Categories, Pagemap};
 use crate::{Result, page_size};
 
 /// Pages whose words are read at a time, if they are of the base size.
-pub(crate) const CHUNK: usize = 4096;
+pub(crate) const CHUNK_PAGES: usize = 4096;
 
 /// A word of `/proc/PID/pagemap`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

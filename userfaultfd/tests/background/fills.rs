@@ -5,14 +5,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{Around, Background, BytesSource, Error, Fill, Order, Pager, Retry, Statistics};
+use userfaultfd::pager::{
+    BackgroundFill, BytesSource, Error, FaultAround, FillOrder, PageData, Pager, RetryPolicy, Statistics,
+};
 
 use crate::support::proc::wait_until;
 use crate::support::{page, require};
 use crate::{Watched, byte, in_steps, step};
 
 fn lazy(source: &Watched, pages: usize) -> LazyMemory {
-    let memory = LazyMemory::builder(source.clone()).len(pages * page()).around(Around::Page);
+    let memory = LazyMemory::builder(source.clone()).len(pages * page()).fault_around(FaultAround::Page);
     memory.threads(2).build().unwrap()
 }
 
@@ -28,11 +30,11 @@ fn all_is_filled_in_order_and_nothing_twice() {
     let (source, pages) = (Watched::new(), 10 * step() + 3);
     let memory = lazy(&source, pages);
     assert_eq!(memory[5 * page()], byte(5));
-    let background = memory.background(Order::Ascending).unwrap();
+    let background = memory.background(FillOrder::Ascending).unwrap();
     let progress = background.wait();
     assert_eq!((progress.done, progress.total), ((pages * page()) as u64, (pages * page()) as u64));
     let statistics = memory.statistics();
-    assert_eq!((statistics.absent_pages, statistics.faults()), (0, 1));
+    assert_eq!((statistics.missing_pages, statistics.faults()), (0, 1));
     // The page that was there cuts the step that it lies in.
     let steps = in_steps(std::iter::once(0..pages)).into_iter().flat_map(|step| {
         let parts = if step.contains(&5) { [step.start..5, 6..step.end] } else { [step, 0..0] };
@@ -56,7 +58,7 @@ fn ranges_are_filled_in_their_order_and_nothing_else() {
         99 * page + 5..usize::MAX,
         200 * page..300 * page,
     ];
-    let background = memory.background(Order::Ranges(ranges)).unwrap();
+    let background = memory.background(FillOrder::Ranges(ranges)).unwrap();
     assert_eq!(background.wait().done, 6 * page as u64);
     source.assert_reads(&in_steps([90..91, 50..53, 3..4, 99..100]));
     assert_eq!(memory.statistics().present_pages, 6);
@@ -72,7 +74,7 @@ fn nothing_is_begun_while_a_fault_is_being_answered() {
     thread::scope(|scope| {
         let reader = scope.spawn(|| memory[last * page()]);
         source.wait_until(|state| state.waiting == 1);
-        let background = memory.background(Order::Ascending).unwrap();
+        let background = memory.background(FillOrder::Ascending).unwrap();
         // It looks again and again meanwhile.
         thread::park_timeout(Duration::from_millis(20));
         assert_eq!((background.progress().done, source.reads().len()), (0, 1));
@@ -93,7 +95,7 @@ fn a_fault_does_not_wait_for_the_background() {
     let (source, pages) = (Watched::new(), 4 * step());
     let memory = lazy(&source, pages);
     source.set(|state| state.tickets = Some(0));
-    let background = memory.background(Order::Ascending).unwrap();
+    let background = memory.background(FillOrder::Ascending).unwrap();
     source.wait_until(|state| state.waiting == 1);
     let last = pages - 1;
     thread::scope(|scope| {
@@ -113,7 +115,7 @@ fn it_pauses_goes_on_and_ends_when_it_is_told() {
     let (source, pages) = (Watched::new(), 500 * step());
     let memory = lazy(&source, pages);
     source.set(|state| state.tickets = Some(0));
-    let background = memory.background(Order::Ascending).unwrap();
+    let background = memory.background(FillOrder::Ascending).unwrap();
     source.wait_until(|state| state.waiting == 1);
     background.pause();
     source.set(|state| state.tickets = None);
@@ -146,7 +148,7 @@ fn a_limit_holds_and_can_be_lifted() {
     let (source, pages) = (Watched::new(), 64 * step());
     let memory = lazy(&source, pages);
     let background =
-        memory.background(Order::Ranges(std::iter::once(0..8 * step() * page()).collect())).unwrap();
+        memory.background(FillOrder::Ranges(std::iter::once(0..8 * step() * page()).collect())).unwrap();
     background.pause();
     let before = background.progress().done;
     // A step each 10 ms.
@@ -157,7 +159,7 @@ fn a_limit_holds_and_can_be_lifted() {
     // The one that it was at, and the first, may go at once.
     assert!(start.elapsed() >= Duration::from_millis(10) * steps.saturating_sub(2), "{steps} steps");
 
-    let slow = memory.background(Order::Ascending).unwrap();
+    let slow = memory.background(FillOrder::Ascending).unwrap();
     slow.limit(Some(1)); // for years
     wait_until(|| slow.progress().done > 0);
     slow.limit(None);
@@ -171,7 +173,7 @@ fn a_limit_can_be_raised_while_it_waits() {
     for (bytes, raised) in [(4, Some(1 << 40)), (4, None), (1, Some(1 << 40))] {
         let (source, pages) = (Watched::new(), bytes * step());
         let memory = lazy(&source, pages);
-        let background = memory.background(Order::Ascending).unwrap();
+        let background = memory.background(FillOrder::Ascending).unwrap();
         background.limit(Some(1)); // for hours
         wait_until(|| background.progress().done > 0);
         background.limit(Some(2));
@@ -187,7 +189,7 @@ fn a_block_is_a_step() {
     let memory = LazyMemory::builder(source.clone()).len(pages * page()).block(block * page());
     let memory = memory.build().unwrap();
     let ranges = vec![page()..(block + 2) * page(), 4 * block * page()..pages * page()];
-    assert_eq!(memory.background(Order::Ranges(ranges)).unwrap().wait().failed, []);
+    assert_eq!(memory.background(FillOrder::Ranges(ranges)).unwrap().wait().failed, []);
     source.assert_reads(&[1..block, block..block + 2, 4 * block..pages]);
 }
 
@@ -203,7 +205,7 @@ fn a_slow_source_has_several_reads_at_once_and_no_page_twice() {
         source.set(|state| (state.slow, state.tickets) = (true, Some(0)));
         let memory = LazyMemory::builder(source.clone()).len(pages * page());
         let memory = memory.read_ahead(readers, most).threads(threads).build().unwrap();
-        let background = memory.background(Order::Ascending).unwrap();
+        let background = memory.background(FillOrder::Ascending).unwrap();
         // Each that ends brings one more thread.
         for reads in 1..at_once {
             source.wait_until(|state| state.waiting == reads && state.tickets == Some(0));
@@ -227,7 +229,7 @@ fn a_source_that_hangs_keeps_no_other_region_waiting() {
     let pager = Arc::new(Pager::builder().threads(2).build().unwrap());
     let memory = |source: &Watched| {
         let memory = LazyMemory::builder(source.clone()).len(8 * step() * page());
-        memory.around(Around::Page).pager(&pager).build().unwrap()
+        memory.fault_around(FaultAround::Page).pager(&pager).build().unwrap()
     };
     let hanging = Watched::new();
     hanging.set(|state| state.tickets = Some(0));
@@ -235,14 +237,14 @@ fn a_source_that_hangs_keeps_no_other_region_waiting() {
     let (filled, replayed) = hang.split_at(6);
     thread::scope(|scope| {
         let backgrounds: Vec<_> =
-            replayed.iter().map(|memory| memory.background(Order::Ascending).unwrap()).collect();
+            replayed.iter().map(|memory| memory.background(FillOrder::Ascending).unwrap()).collect();
         for memory in filled {
             scope.spawn(|| memory.fill(|_| {}).unwrap());
         }
         hanging.wait_until(|state| state.waiting == hang.len());
         let source = Watched::new();
         let [one, other] = [memory(&source), memory(&source)];
-        let outcome = one.background(Order::Ascending).unwrap().wait();
+        let outcome = one.background(FillOrder::Ascending).unwrap().wait();
         assert_eq!(outcome.done, outcome.total);
         other.fill(|_| {}).unwrap();
         assert_eq!(hanging.reads().len(), hang.len());
@@ -260,7 +262,7 @@ fn a_background_goes_on_while_a_fault_waits_for_another_source() {
         let pager = Arc::new(Pager::builder().threads(4).build().unwrap());
         let memory = |source: &Watched| {
             let memory = LazyMemory::builder(source.clone()).len(120 * step() * page());
-            memory.around(Around::Page).pager(&pager).build().unwrap()
+            memory.fault_around(FaultAround::Page).pager(&pager).build().unwrap()
         };
         let [hangs, other] = [memory(&hanging), memory(&source)];
         assert!((0..warm).all(|number| hangs[number * page()] == byte(number)));
@@ -268,7 +270,7 @@ fn a_background_goes_on_while_a_fault_waits_for_another_source() {
         thread::scope(|scope| {
             let reader = scope.spawn(|| hangs[110 * page()]);
             hanging.wait_until(|state| state.waiting == 1);
-            let background = other.background(Order::Ascending).unwrap();
+            let background = other.background(FillOrder::Ascending).unwrap();
             let (start, total) = (Instant::now(), background.progress().total);
             while !background.is_finished() && start.elapsed() < Duration::from_secs(20) {
                 thread::yield_now();
@@ -284,20 +286,20 @@ fn a_background_goes_on_while_a_fault_waits_for_another_source() {
 #[test]
 fn a_source_may_drop_the_background_that_reads_it() {
     require!();
-    let slot: Arc<Mutex<Option<Background>>> = Arc::default();
+    let slot: Arc<Mutex<Option<BackgroundFill>>> = Arc::default();
     let dropping = Arc::clone(&slot);
     let source = move |offset: u64, bytes: &mut [u8]| {
         if offset > 0 {
             drop(dropping.lock().unwrap().take());
         }
         bytes.fill(7);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     };
     let len = 100 * step() * page();
-    let memory = LazyMemory::builder(source).len(len).around(Around::Page).build().unwrap();
+    let memory = LazyMemory::builder(source).len(len).fault_around(FaultAround::Page).build().unwrap();
     {
         let mut slot = slot.lock().unwrap();
-        *slot = Some(memory.background(Order::Ascending).unwrap());
+        *slot = Some(memory.background(FillOrder::Ascending).unwrap());
     }
     // The step that drops it is done to its end.
     let has_gone_on = |statistics: Statistics| {
@@ -307,7 +309,7 @@ fn a_source_may_drop_the_background_that_reads_it() {
     assert!(slot.lock().unwrap().is_none());
     assert_eq!(memory.statistics().source_errors, 0);
     assert_eq!(memory[len - 1], 7);
-    assert!(memory.statistics().absent_pages > 0, "it has ended");
+    assert!(memory.statistics().missing_pages > 0, "it has ended");
 }
 
 #[test]
@@ -316,7 +318,7 @@ fn zeros_are_filled_without_being_read_in_few_calls() {
     let (source, pages) = (Watched::new(), 100 * step());
     source.set(|state| state.zeros = step()..99 * step());
     let memory = lazy(&source, pages);
-    memory.background(Order::Ascending).unwrap().wait();
+    memory.background(FillOrder::Ascending).unwrap().wait();
     source.assert_reads(&[0..step(), 99 * step()..pages]);
     let statistics = memory.statistics();
     assert_eq!(statistics.zero_fills, 98 * step() as u64);
@@ -346,16 +348,16 @@ fn what_the_source_does_not_deliver_is_left_to_who_needs_it() {
         let (source, pages) = (Watched::new(), 4 * step());
         let bad = step() + step() / 2;
         source.set(|state| state.bad = bad..bad + 1);
-        let retry = Retry { attempts, delay: Duration::ZERO };
-        let memory = LazyMemory::builder(source.clone()).len(pages * page()).around(Around::Page);
+        let retry = RetryPolicy { attempts, delay: Duration::ZERO };
+        let memory = LazyMemory::builder(source.clone()).len(pages * page()).fault_around(FaultAround::Page);
         let memory = memory.retry(retry).build().unwrap();
-        let outcome = memory.background(Order::Ascending).unwrap().wait();
+        let outcome = memory.background(FillOrder::Ascending).unwrap().wait();
         assert_eq!(outcome.done, outcome.total);
         let failed: Vec<_> =
             outcome.failed.iter().map(|failed| (failed.range.start, failed.range.len())).collect();
         assert_eq!(failed, [(bad * page(), page())]);
         let statistics = memory.statistics();
-        assert_eq!((statistics.absent_pages, statistics.poisoned), (1, 0));
+        assert_eq!((statistics.missing_pages, statistics.poisoned), (1, 0));
         source.set(|state| state.bad = 0..0);
         assert_content(&memory);
         assert_eq!(memory.statistics().faults(), 1);
@@ -368,7 +370,7 @@ fn it_ends_with_the_memory() {
     let source = Watched::new();
     let memory = lazy(&source, 100 * step());
     source.set(|state| state.tickets = Some(0));
-    let background = memory.background(Order::Ascending).unwrap();
+    let background = memory.background(FillOrder::Ascending).unwrap();
     source.wait_until(|state| state.waiting == 1);
     drop(memory);
     source.set(|state| state.tickets = None);
@@ -385,14 +387,14 @@ fn sleeps(name: &str) -> bool {
 }
 
 #[test]
-fn whatever_ends_first_waits_for_a_read_of_each_thread_and_no_more() {
+fn ending_waits_for_one_read_of_each_thread() {
     require!();
     for (memory_first, name) in [(false, "ends-background"), (true, "ends-memory")] {
         let source = Watched::new();
         source.set(|state| state.slow = true);
         let pages = 1000 * step();
         let memory = lazy(&source, pages);
-        let background = memory.background(Order::Ranges(vec![0..pages * page() / 2, 0..pages * page()]));
+        let background = memory.background(FillOrder::Ranges(vec![0..pages * page() / 2, 0..pages * page()]));
         let background = background.unwrap();
         source.wait_until(|state| state.at_once > 1);
         source.set(|state| state.tickets = Some(0));
@@ -426,7 +428,7 @@ fn memory_that_is_filled_has_nothing_to_fill() {
         LazyMemory::sigbus(BytesSource::new([1; 100_000])).build().unwrap(),
     ] {
         memory.fill(|_| {}).unwrap();
-        assert!(matches!(memory.background(Order::Ascending), Err(Error::NotServed)));
+        assert!(matches!(memory.background(FillOrder::Ascending), Err(Error::NotServed)));
     }
 }
 
@@ -435,8 +437,9 @@ fn memory_without_a_pager_is_filled_in_the_background_too() {
     require!();
     let len = 100 * step() * page();
     let content: Vec<u8> = (0..len).map(|at| byte(at / page())).collect();
-    let memory = LazyMemory::sigbus(BytesSource::new(content)).around(Around::Page).build().unwrap();
-    let background = memory.background(Order::Ascending).unwrap();
+    let memory =
+        LazyMemory::sigbus(BytesSource::new(content)).fault_around(FaultAround::Page).build().unwrap();
+    let background = memory.background(FillOrder::Ascending).unwrap();
     thread::scope(|scope| {
         for first in 0..3 {
             let memory = &memory;
@@ -449,6 +452,6 @@ fn memory_without_a_pager_is_filled_in_the_background_too() {
     });
     assert_eq!(background.wait().done, len as u64);
     let statistics = memory.statistics();
-    assert_eq!((statistics.absent_pages, statistics.fills), (0, (len / page()) as u64));
+    assert_eq!((statistics.missing_pages, statistics.fills), (0, (len / page()) as u64));
     assert_content(&memory);
 }

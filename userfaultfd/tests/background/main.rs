@@ -14,7 +14,7 @@ use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use support::page;
-use userfaultfd::pager::{Fill, PageSource};
+use userfaultfd::pager::{PageData, PageSource};
 
 /// The first byte of a page. Never zero.
 fn byte(page: usize) -> u8 {
@@ -101,7 +101,7 @@ impl Watched {
 }
 
 impl PageSource for Watched {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<PageData> {
         let first = offset as usize / page();
         let pages = first..first + buffer.len() / page();
         let mut state = self.0.state.lock().unwrap();
@@ -128,7 +128,7 @@ impl PageSource for Watched {
         for (number, page) in pages.zip(buffer.chunks_mut(page())) {
             page.fill(if state.zeros.contains(&number) { 0 } else { byte(number) });
         }
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 
     fn zeros(&self, offset: u64) -> u64 {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::thread;
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{Around, BytesSource, Error, Order, WorkingSet};
+use userfaultfd::pager::{BytesSource, Error, FaultAround, FillOrder, WorkingSet};
 
 use crate::support::proc::wait_until;
 use crate::support::{page, require};
@@ -58,7 +58,7 @@ fn a_record_has_each_page_that_was_touched_once_in_order_and_no_other() {
 }
 
 #[test]
-fn what_many_threads_touch_is_recorded() {
+fn touches_of_many_threads_are_recorded() {
     require!();
     for memory in both(4000) {
         let recorder = memory.record().unwrap();
@@ -77,13 +77,13 @@ fn what_many_threads_touch_is_recorded() {
 }
 
 #[test]
-fn what_is_touched_while_the_background_reads_it_is_recorded() {
+fn pages_touched_during_a_background_read_are_recorded() {
     require!();
     let (source, pages) = (Watched::new(), 4 * step());
     let memory = lazy(&source, pages);
     let recorder = memory.record().unwrap();
     source.set(|state| state.tickets = Some(0));
-    let background = memory.background(Order::Ascending).unwrap();
+    let background = memory.background(FillOrder::Ascending).unwrap();
     source.wait_until(|state| state.waiting == 1);
     thread::scope(|scope| {
         scope.spawn(|| touch(&memory, [3]));
@@ -105,8 +105,8 @@ fn a_set_of_another_region_fits_once_it_is_adapted() {
     let outcome = memory.replay(&set).unwrap().wait();
     assert_eq!((outcome.done, outcome.failed.len()), (outcome.total, 0));
     assert!(set.pages().eq([6, 7, 8, 9, 30, 31]), "{set:?}");
-    let absent = memory.statistics().absent_pages;
-    assert!((794..=796).contains(&absent), "{absent}: one or two may be left out");
+    let missing = memory.statistics().missing_pages;
+    assert!((794..=796).contains(&missing), "{missing}: one or two may be left out");
 }
 
 #[test]
@@ -174,7 +174,8 @@ fn waste_is_estimated_from_what_was_left_out() {
     let all = (0..8000).map(|number| number * 7919 % pages);
     let set = recorded(pages, all.clone());
     let source = Watched::new();
-    let memory = LazyMemory::builder(source).len(pages * page()).around(Around::Page).build().unwrap();
+    let memory =
+        LazyMemory::builder(source).len(pages * page()).fault_around(FaultAround::Page).build().unwrap();
     let mut replay = memory.replay(&set).unwrap();
     replay.wait();
     let report = replay.report();
@@ -193,7 +194,7 @@ fn waste_is_estimated_from_what_was_left_out() {
 }
 
 #[test]
-fn one_at_a_time_and_only_what_fits() {
+fn recording_is_refused_twice_and_for_other_regions() {
     require!();
     let set = recorded(100, [5]);
     for memory in both(100) {

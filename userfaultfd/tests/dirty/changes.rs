@@ -34,7 +34,7 @@ fn pages(told: Vec<Range<usize>>) -> BTreeSet<usize> {
 
 /// None lost and none invented: what is told is what a model says, over many steps of all that can be done.
 #[test]
-fn what_is_told_is_what_was_written() {
+fn ranges_report_the_pages_that_were_written() {
     require!(WRITE_PROTECT);
     const PAGES: usize = 12;
     space::each(test_name!(), PAGES, |tracker, space| {
@@ -90,7 +90,7 @@ impl Extract for BTreeSet<usize> {
 }
 
 #[test]
-fn what_was_not_taken_out_stays_written() {
+fn pages_not_taken_out_stay_written() {
     require!(WRITE_PROTECT);
     space::each(test_name!(), 9, |tracker, space| {
         space.populate();

@@ -18,7 +18,7 @@ fn tracker(features: FeatureFlags) -> (userfaultfd::Uffd, userfaultfd::Result<Di
 }
 
 #[test]
-fn missing_pages_are_filled_by_whoever_reads_and_count_as_written() {
+fn missing_pages_filled_by_a_read_count_as_written() {
     require!(FeatureFlags::WP_ASYNC);
     for memory in memory::each(test_name!(), MISSING | RegisterMode::WRITE_PROTECT, 3) {
         let (uffd, tracker) = tracker(FeatureFlags::WP_ASYNC);

@@ -37,7 +37,7 @@ fn is_free(range: std::ops::Range<usize>) {
 }
 
 #[test]
-fn what_holds_memory_is_named() {
+fn refusal_names_what_holds_the_memory() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         let space = Space::from(Memory::anonymous(4));

@@ -20,7 +20,7 @@ fn file() -> File {
 }
 
 #[test]
-fn what_is_written_to_pinned_memory_is_told_where_it_is_declared() {
+fn writes_to_declared_pinned_memory_are_reported() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         space::each(test_name!(), 6, |tracker: &mut DirtyTracker, space| {
@@ -53,7 +53,7 @@ fn what_is_written_to_pinned_memory_is_told_where_it_is_declared() {
 }
 
 #[test]
-fn what_is_always_written_is_so_until_it_is_revoked() {
+fn always_written_range_stays_so_until_revoked() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         space::each(test_name!(), 6, |tracker, space| {

@@ -113,7 +113,7 @@ fn removing_pages_is_told_before_they_go() {
 }
 
 #[test]
-fn what_others_do_to_the_file_is_not_told() {
+fn changes_of_the_file_by_others_are_no_events() {
     require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::MISSING_SHMEM);
     let ways: [fn(&Memory); 3] = [
         |memory| memory.punch(1, 1),
@@ -133,7 +133,7 @@ fn what_others_do_to_the_file_is_not_told() {
 }
 
 #[test]
-fn what_keeps_the_content_is_not_told() {
+fn advice_that_keeps_content_is_no_event() {
     require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMAP);
     let features = FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMAP;
     let watched = Watched::new(features, Memory::anonymous(2));
@@ -148,7 +148,7 @@ fn what_keeps_the_content_is_not_told() {
 }
 
 #[test]
-fn what_is_not_asked_for_is_not_told() {
+fn no_event_arrives_for_features_not_requested() {
     require!();
     let watched = Watched::new(FeatureFlags::empty(), Memory::anonymous(3));
     watched.memory.advise(0, 1, libc::MADV_DONTNEED).unwrap();

@@ -202,7 +202,7 @@ fn forks_that_are_not_taken_out_are_closed() {
 }
 
 #[test]
-fn forks_that_nobody_asks_for_are_closed_with_the_buffer() {
+fn unread_forks_are_closed_with_the_buffer() {
     require!(FeatureFlags::EVENT_FORK, root);
     child::run_well(test_name!(), || {
         let (uffd, _memory) = watched();

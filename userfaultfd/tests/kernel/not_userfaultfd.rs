@@ -46,7 +46,7 @@ fn a_message_that_is_too_short_is_an_error() {
 }
 
 #[test]
-fn an_event_that_nobody_knows_is_an_error_and_the_next_one_is_good() {
+fn unknown_event_is_an_error_and_the_next_is_read() {
     require!();
     let messages = [message(0x77, 0), message(0x12, 0)].concat();
     let (uffd, _writer) = pipe(&messages);

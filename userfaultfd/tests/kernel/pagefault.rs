@@ -111,7 +111,7 @@ fn every_waiting_thread_has_a_message_of_its_own() {
 }
 
 #[test]
-fn a_fault_that_is_waked_and_not_resolved_comes_again() {
+fn fault_woken_but_not_resolved_comes_again() {
     require!();
     let memory = Memory::anonymous(1);
     let uffd = uffd(FeatureFlags::empty());

@@ -141,7 +141,7 @@ fn a_small_buffer_takes_what_fits_and_then_the_rest() {
 }
 
 #[test]
-fn what_is_not_taken_out_stays_in_the_buffer() {
+fn events_not_taken_out_stay_in_the_buffer() {
     require!();
     with_pending_faults(silent, 5, |uffd, memory| {
         let mut buffer = EventBuffer::new(3);

@@ -204,7 +204,7 @@ fn dropped_pages_lose_it() {
 }
 
 #[test]
-fn all_of_the_range_is_protected_or_nothing() {
+fn protection_covers_the_whole_range_or_nothing() {
     require!(FeatureFlags::RWP);
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 4) {
         // Registered, and another registered mapping, then two that aren't.

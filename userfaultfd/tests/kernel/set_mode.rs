@@ -63,7 +63,7 @@ fn every_waiter_tries_again_when_it_becomes_asynchronous() {
 }
 
 #[test]
-fn nothing_to_switch_is_fine() {
+fn set_mode_accepts_no_change() {
     require!(RWP);
     uffd(RWP).set_async(NONE, NONE).unwrap();
     uffd(NONE).set_async(NONE, NONE).unwrap();

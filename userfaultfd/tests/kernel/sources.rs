@@ -6,7 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use userfaultfd::pager::{
-    BytesSource, ConcatSource, FileSource, Fill, MappedFileSource, PageSource, Problem, Retry, ZeroSource,
+    BytesSource, ConcatSource, FileSource, MappedFileSource, PageData, PageSource, Problem, RetryPolicy,
+    ZeroSource,
 };
 use userfaultfd::{FeatureFlags, LazyMemory, page_size};
 
@@ -62,7 +63,7 @@ fn memory_holds_what_its_source_has_of_every_kind_and_length() {
                 let inside = rest.len().min(page.len());
                 page[..inside].copy_from_slice(&rest[..inside]);
                 page[inside..].fill(0);
-                Ok(Fill::Data)
+                Ok(PageData::Data)
             })
         });
     }
@@ -157,7 +158,7 @@ fn pages_that_a_file_lost_are_poisoned_and_told_and_never_zero() {
         let told = Arc::new(Mutex::new(Vec::new()));
         let memory = LazyMemory::builder(source)
             .block(page)
-            .retry(Retry { attempts: 2, ..Retry::default() })
+            .retry(RetryPolicy { attempts: 2, ..RetryPolicy::default() })
             .on_problem({
                 let told = Arc::clone(&told);
                 move |problem| {

@@ -70,7 +70,7 @@ fn lifting_without_a_wake_leaves_that_to_wake() {
 }
 
 #[test]
-fn protecting_wakes_nobody() {
+fn protecting_wakes_no_thread() {
     require!();
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 1) {
         memory.write(0, 1);

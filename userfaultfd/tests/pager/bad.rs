@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use userfaultfd::pager::{
-    Around, BytesSource, Error, FileSource, Fill, PageSource, Pager, Refused, Region, ZeroSource,
+    BytesSource, Error, FaultAround, FileSource, PageData, PageSource, Pager, Refused, Region, ZeroSource,
 };
 use userfaultfd::{FeatureFlags, LazyMemory, Uffd, UffdBuilder};
 
@@ -28,7 +28,7 @@ impl Busy {
     fn new() -> Self {
         let (pager, memory) = (Pager::new().unwrap(), Memory::anonymous(40));
         let region = Region::new(memory.start().expose_provenance(), memory.len(), Pages::new(page()));
-        serve(&pager, uffd(FeatureFlags::empty()), region.around(Around::Page));
+        serve(&pager, uffd(FeatureFlags::empty()), region.fault_around(FaultAround::Page));
         Self { pager, memory, checked: std::cell::Cell::new(0) }
     }
 
@@ -112,7 +112,7 @@ fn regions_that_cannot_be() {
     // SAFETY: as above.
     let gone = unsafe { busy.pager.add_own_region(added.descriptor, region(4, 1)) };
     assert!(matches!(gone, Err(Error::NotServed)), "{gone:?}");
-    for gone in [busy.pager.absent(added.regions[0]).map(drop), busy.pager.remove_region(added.regions[0])] {
+    for gone in [busy.pager.missing(added.regions[0]).map(drop), busy.pager.remove_region(added.regions[0])] {
         assert!(matches!(gone, Err(Error::NotServed)), "{gone:?}");
     }
 }
@@ -243,8 +243,8 @@ fn missing_parts_that_cannot_be() {
     let start = memory.start().expose_provenance();
     let region = |address, len, offset| {
         let part =
-            userfaultfd::pager::Absent::new(userfaultfd::pager::RegionId::new(7), address, len, offset);
-        Region::new(start, 4 * page, BytesSource::new(vec![1; 4 * page])).absent([part])
+            userfaultfd::pager::MissingRange::new(userfaultfd::pager::RegionId::new(7), address, len, offset);
+        Region::new(start, 4 * page, BytesSource::new(vec![1; 4 * page])).missing([part])
     };
     let uffd = uffd(FeatureFlags::empty());
     let uffd = refused!(busy, uffd, [region(start + 1, page, None)], Error::Unaligned { .. });
@@ -262,8 +262,8 @@ fn a_source_that_panics_when_it_is_asked_for_its_length() {
     require!();
     struct Panics;
     impl userfaultfd::pager::PageSource for Panics {
-        fn read(&self, _: u64, _: &mut [u8]) -> std::io::Result<userfaultfd::pager::Fill> {
-            Ok(userfaultfd::pager::Fill::Zero)
+        fn read(&self, _: u64, _: &mut [u8]) -> std::io::Result<userfaultfd::pager::PageData> {
+            Ok(userfaultfd::pager::PageData::Zero)
         }
         fn len(&self) -> Option<u64> {
             panic!("asked")
@@ -304,9 +304,9 @@ struct Overlay {
 }
 
 impl PageSource for Overlay {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         page.copy_from_slice(&self.base[offset as usize..][..page.len()]);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 }
 
@@ -340,7 +340,7 @@ fn refused_regions_are_freed_and_the_descriptor_is_as_it_was() {
         wait_until(|| dropped.iter().all(|dropped| dropped.load(Ordering::SeqCst)));
         assert!(!is_nonblocking(&uffd));
     }
-    wait_until(|| pager.statistics().absent_pages == 16);
+    wait_until(|| pager.statistics().missing_pages == 16);
     let dropped = Arc::new(AtomicBool::new(false));
     let refused = pager.add(uffd(FeatureFlags::empty()), [Region::new(start, page(), overlay(&dropped))]);
     assert!(matches!(refused.unwrap_err().error, Error::OwnMemory { .. }));

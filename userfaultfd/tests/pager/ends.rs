@@ -3,7 +3,7 @@
 use std::sync::{Mutex, mpsc};
 
 use userfaultfd::FeatureFlags;
-use userfaultfd::pager::{Absent, Around, Error, Fill, Pager, Progress, Region, Statistics};
+use userfaultfd::pager::{Error, FaultAround, MissingRange, PageData, Pager, Progress, Region, Statistics};
 
 use crate::reader::{Reader, Seen, tell_signals};
 use crate::scene::{Pages, can_poison, check, content, eventually, memory, region, see, serve, served};
@@ -12,7 +12,7 @@ use crate::support::proc::wait_until;
 use crate::support::{child, page, require, test_name, uffd};
 
 #[test]
-fn finishing_fills_what_is_absent_and_tells_how_far_it_is() {
+fn finish_fills_missing_pages_and_reports_progress() {
     require!();
     for kind in Kind::ALL {
         let Some(memory) = memory(test_name!(), kind, 5) else { continue };
@@ -40,7 +40,7 @@ fn finishing_goes_on_with_what_the_source_does_not_have() {
     tell_signals();
     let memory = Memory::anonymous(6);
     let pager = Pager::builder();
-    let retry = userfaultfd::pager::Retry { attempts: 1, delay: std::time::Duration::ZERO };
+    let retry = userfaultfd::pager::RetryPolicy { attempts: 1, delay: std::time::Duration::ZERO };
     let pager = pager.retry(retry).build().unwrap();
     let source = |offset: u64, bytes: &mut [u8]| {
         let (first, end) = (offset as usize / page(), (offset as usize + bytes.len()) / page());
@@ -211,7 +211,7 @@ fn finishing_where_memory_was_unmapped_without_a_word() {
 }
 
 #[test]
-fn dropping_poisons_what_is_absent() {
+fn dropping_a_pager_poisons_missing_pages() {
     require!(FeatureFlags::EVENT_REMOVE);
     tell_signals();
     for kind in Kind::ALL {
@@ -221,16 +221,16 @@ fn dropping_poisons_what_is_absent() {
         check(&memory, 1, 1);
         let removed = memory.advise(2, 1, libc::MADV_DONTNEED).is_ok();
         drop(pager);
-        let absent = |page| if can_poison() { Seen::POISON } else { content(page) };
+        let missing = |page| if can_poison() { Seen::POISON } else { content(page) };
         check(&memory, 1, 1);
-        assert_eq!([see(&memory, 0), see(&memory, 3)], [absent(0), absent(3)], "{memory:?}");
+        assert_eq!([see(&memory, 0), see(&memory, 3)], [missing(0), missing(3)], "{memory:?}");
         // What was removed is zero, with a pager and without.
-        assert_eq!(see(&memory, 2), if removed { Seen::ZERO } else { absent(2) }, "{memory:?}");
+        assert_eq!(see(&memory, 2), if removed { Seen::ZERO } else { missing(2) }, "{memory:?}");
     }
 }
 
 #[test]
-fn what_is_there_though_nobody_faulted_is_not_poisoned() {
+fn present_pages_without_a_fault_are_not_poisoned() {
     require!(FeatureFlags::MISSING_SHMEM);
     tell_signals();
     for kind in [Kind::SharedAnonymous, Kind::Memfd, Kind::PrivateMemfd, Kind::Hugetlb] {
@@ -244,9 +244,9 @@ fn what_is_there_though_nobody_faulted_is_not_poisoned() {
         }
         assert_eq!(memory.read(4), 94);
         drop(pager);
-        let absent = |page| if can_poison() { Seen::POISON } else { content(page) };
+        let missing = |page| if can_poison() { Seen::POISON } else { content(page) };
         for page in [0, 3, 5] {
-            assert_eq!(see(&memory, page), absent(page), "{memory:?}");
+            assert_eq!(see(&memory, page), missing(page), "{memory:?}");
         }
         for page in [1, 2, 4] {
             assert_eq!(memory.read(page), 90 + page as u8, "{memory:?}");
@@ -299,10 +299,10 @@ fn another_pager_goes_on_where_the_first_has_stopped() {
             assert_eq!(detached.len(), 1);
             for detached in detached {
                 assert_eq!(detached.descriptor, added.descriptor);
-                let absent: Vec<Absent> = detached.absent();
-                assert!(absent.iter().all(|part| part.region == added.regions[0]));
-                let bytes: usize = absent.iter().map(|part| part.len).sum();
-                assert_eq!(bytes, 5 * memory.page(), "each knows what it has filled: {absent:?}");
+                let missing: Vec<MissingRange> = detached.missing();
+                assert!(missing.iter().all(|part| part.region == added.regions[0]));
+                let bytes: usize = missing.iter().map(|part| part.len).sum();
+                assert_eq!(bytes, 5 * memory.page(), "each knows what it has filled: {missing:?}");
                 uffd = Some(detached.uffd);
             }
         }
@@ -359,7 +359,7 @@ fn a_fault_whose_page_is_being_loaded_is_heard_of_by_the_next_owner() {
     let slow = move |_: u64, _: &mut [u8]| {
         loading.send(()).unwrap();
         let _gone = may_go.lock().unwrap().recv();
-        Ok(Fill::Zero)
+        Ok(PageData::Zero)
     };
     let added = serve(&pager, uffd(FeatureFlags::empty()), region(&memory, slow));
     let reader = Reader::of(memory.at(1).addr());
@@ -392,24 +392,25 @@ fn what_was_moved_away_is_told_with_what_was_left_behind() {
         part(target.at(1), 1, Some(2)),
     ];
     expected.sort();
-    let told = |absent: Vec<Absent>| {
-        assert!(absent.iter().all(|part| part.region == added.regions[0]));
-        absent.iter().map(|part| (part.address, part.len, part.offset)).collect::<Vec<_>>()
+    let told = |missing: Vec<MissingRange>| {
+        assert!(missing.iter().all(|part| part.region == added.regions[0]));
+        missing.iter().map(|part| (part.address, part.len, part.offset)).collect::<Vec<_>>()
     };
-    assert_eq!(told(pager.absent(added.regions[0]).unwrap()), expected);
-    assert_eq!(told(pager.remove(added.descriptor).unwrap().absent()), expected);
+    assert_eq!(told(pager.missing(added.regions[0]).unwrap()), expected);
+    assert_eq!(told(pager.remove(added.descriptor).unwrap().missing()), expected);
 }
 
 /// After moves the offsets don't follow the addresses.
 #[test]
 fn memory_that_was_moved_is_handed_over_with_its_offsets() {
     require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_REMOVE);
-    for around in [Around::Page, Around::Block(8 * page()), Around::Adaptive { most: 1 << 20 }] {
+    for around in [FaultAround::Page, FaultAround::Block(8 * page()), FaultAround::Adaptive { most: 1 << 20 }]
+    {
         let memory = Memory::anonymous(12);
         let (one, source) = (Pager::new().unwrap(), Pages::new(page()));
         let uffd = uffd(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMOVE);
-        let whole = || region(&memory, source.clone()).around(around);
-        serve(&one, uffd, whole().around(Around::Page));
+        let whole = || region(&memory, source.clone()).fault_around(around);
+        serve(&one, uffd, whole().fault_around(FaultAround::Page));
         check(&memory, 8, 8);
         // Pages 6 to 9 come to lie in the place of 1 to 4, and leave a hole.
         memory.try_move(6, 4, memory.at(1), libc::MREMAP_DONTUNMAP).unwrap();
@@ -421,19 +422,19 @@ fn memory_that_was_moved_is_handed_over_with_its_offsets() {
         holds(2);
         let detached = one.detach().pop().unwrap();
         // As it comes to another process.
-        let parts = detached.absent().into_iter().map(|part| {
+        let parts = detached.missing().into_iter().map(|part| {
             let region = userfaultfd::pager::RegionId::new(part.region.number());
-            Absent::new(region, part.address, part.len, part.offset)
+            MissingRange::new(region, part.address, part.len, part.offset)
         });
         let two = Pager::new().unwrap();
-        let added = serve(&two, detached.uffd, whole().absent(parts));
+        let added = serve(&two, detached.uffd, whole().missing(parts));
         [3, 5, 4].into_iter().for_each(holds);
         // And once more.
         let detached = two.remove(added.descriptor).unwrap();
-        let (three, absent) = (Pager::new().unwrap(), detached.absent());
-        let added = serve(&three, detached.uffd, whole().absent(absent));
+        let (three, missing) = (Pager::new().unwrap(), detached.missing());
+        let added = serve(&three, detached.uffd, whole().missing(missing));
         holds(1);
-        three.background(added.regions[0], userfaultfd::pager::Order::Ascending).unwrap().wait();
+        three.background(added.regions[0], userfaultfd::pager::FillOrder::Ascending).unwrap().wait();
         three.finish(|_| {}).unwrap();
         (0..12).for_each(holds);
         source.were_read_once(8);
@@ -442,16 +443,16 @@ fn memory_that_was_moved_is_handed_over_with_its_offsets() {
 
 #[cfg(feature = "serde")]
 #[test]
-fn what_is_missing_can_be_serialised() {
+fn missing_ranges_can_be_serialised() {
     require!();
     let memory = Memory::anonymous(4);
     let (pager, added, _) = served(&memory);
     check(&memory, 1, 1);
     eventually(|| pager.statistics().present_pages, 1);
-    let absent = pager.absent(added.regions[0]).unwrap();
-    assert_eq!(absent.len(), 2);
-    let text = serde_json::to_string(&absent).unwrap();
-    assert_eq!(serde_json::from_str::<Vec<Absent>>(&text).unwrap(), absent);
+    let missing = pager.missing(added.regions[0]).unwrap();
+    assert_eq!(missing.len(), 2);
+    let text = serde_json::to_string(&missing).unwrap();
+    assert_eq!(serde_json::from_str::<Vec<MissingRange>>(&text).unwrap(), missing);
 }
 
 #[test]
@@ -476,7 +477,7 @@ fn statistics_add_up() {
     serve(
         &pager,
         uffd(FeatureFlags::EVENT_REMOVE),
-        region(&memory, source).around(Around::Block(4 * page())),
+        region(&memory, source).fault_around(FaultAround::Block(4 * page())),
     );
     std::thread::scope(|scope| {
         for thread in 0..4 {
@@ -502,7 +503,7 @@ fn statistics_add_up() {
     assert_eq!(statistics.source_reads, 16, "{statistics}");
     assert_eq!(statistics.source_latency.count(), 16, "{statistics}");
     assert_eq!(statistics.bytes, (64 + 4) * page() as u64, "{statistics}");
-    assert_eq!((statistics.present_pages, statistics.absent_pages), (60, 4), "{statistics}");
+    assert_eq!((statistics.present_pages, statistics.missing_pages), (60, 4), "{statistics}");
     assert_eq!(statistics.prefetched, 68 - 17, "{statistics}");
     assert_eq!(statistics.missing_faults, 17 + statistics.duplicates, "{statistics}");
     assert_eq!(statistics.faults(), statistics.missing_faults);

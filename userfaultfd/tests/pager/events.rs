@@ -1,6 +1,6 @@
 //! Changes of the layout that the descriptor tells of, and those that it doesn't.
 
-use userfaultfd::pager::{Around, Order, Pager, Region};
+use userfaultfd::pager::{FaultAround, FillOrder, Pager, Region};
 use userfaultfd::{FeatureFlags, RegisterMode};
 
 use crate::reader::Seen;
@@ -25,10 +25,10 @@ fn a_removed_page_is_zero_whether_it_was_there_or_not() {
             check(&memory, 0, 0);
             memory.advise(0, 2, libc::MADV_DONTNEED).unwrap();
             if told {
-                let absent = pager.absent(added.regions[0]).unwrap();
+                let missing = pager.missing(added.regions[0]).unwrap();
                 let offsets: Vec<_> =
-                    absent.iter().map(|absent| (absent.len / page(), absent.offset)).collect();
-                assert_eq!(offsets, [(2, None), (2, Some(2 * page() as u64))], "{absent:?}");
+                    missing.iter().map(|missing| (missing.len / page(), missing.offset)).collect();
+                assert_eq!(offsets, [(2, None), (2, Some(2 * page() as u64))], "{missing:?}");
             }
             assert_eq!(see(&memory, 0), Seen::ZERO);
             // Without a word nobody can know that it was removed.
@@ -73,7 +73,7 @@ fn what_is_written_to_a_file_after_a_removal_stays() {
             memory.alias().write(1, 99);
             match end {
                 0 => {}
-                1 => drop(pager.background(added.regions[0], Order::Ascending).unwrap().wait()),
+                1 => drop(pager.background(added.regions[0], FillOrder::Ascending).unwrap().wait()),
                 _ => pager.finish(|_| {}).unwrap(),
             }
             assert_eq!((memory.read(1), memory.alias().read(1)), (99, 99), "{memory:?}, {end}");
@@ -111,7 +111,7 @@ fn memory_that_moves_takes_its_content_along_in_pieces() {
         let Some(memory) = memory(test_name!(), kind, 6) else { continue };
         let elsewhere = Memory::new(kind, 2);
         let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
-        let region = region(&memory, source.clone()).around(Around::Block(6 * page()));
+        let region = region(&memory, source.clone()).fault_around(FaultAround::Block(6 * page()));
         serve(&pager, uffd(CHANGES), region);
         // Pages 2 and 3 go over somebody else's; then what is left of a block is two.
         memory.move_over(2, 2, &elsewhere, 0);
@@ -137,7 +137,7 @@ fn memory_that_was_unmapped_and_mapped_anew_is_a_new_region() {
     let region = || {
         let other = |_: u64, bytes: &mut [u8]| {
             bytes.fill(99);
-            Ok(userfaultfd::pager::Fill::Data)
+            Ok(userfaultfd::pager::PageData::Data)
         };
         Region::new(memory.at(1).addr(), page(), other)
     };
@@ -205,7 +205,11 @@ fn every_change_and_fault_at_once() {
         let memory = Memory::anonymous(PAGES);
         let pager = Pager::builder().threads(2).build().unwrap();
         let source = Pages::new(page());
-        serve(&pager, uffd(CHANGES | forks), region(&memory, source).around(Around::Block(8 * page())));
+        serve(
+            &pager,
+            uffd(CHANGES | forks),
+            region(&memory, source).fault_around(FaultAround::Block(8 * page())),
+        );
         // Each thread has a quarter of the memory, so that it knows what is there.
         std::thread::scope(|scope| {
             for part in 0..4 {
@@ -240,7 +244,7 @@ fn every_change_and_fault_at_once() {
 }
 
 #[test]
-fn what_a_mapping_grows_by_is_what_the_kernel_would_show() {
+fn grown_part_of_a_mapping_shows_what_the_kernel_would() {
     require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP);
     for kind in [Kind::Anonymous, Kind::Memfd] {
         for moves in [false, true] {
@@ -250,7 +254,7 @@ fn what_a_mapping_grows_by_is_what_the_kernel_would_show() {
                 let pager = Pager::new().unwrap();
                 let source = Pages::new(page());
                 let start = memory.start().expose_provenance();
-                let region = Region::new(start, 4 * page(), source.clone()).around(Around::Page);
+                let region = Region::new(start, 4 * page(), source.clone()).fault_around(FaultAround::Page);
                 let region = if kind.is_shared() { region.shared() } else { region };
                 serve(&pager, uffd(CHANGES), region);
                 check(&memory, 0, 0);

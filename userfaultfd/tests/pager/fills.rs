@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use userfaultfd::pager::{Around, FileSource, Fill, Pager, Region, ZeroSource};
+use userfaultfd::pager::{FaultAround, FileSource, PageData, Pager, Region, ZeroSource};
 use userfaultfd::{FeatureFlags, RegisterMode, UffdBuilder};
 
 use crate::scene::{self, Pages, check, eventually, memory, region, serve, served};
@@ -22,15 +22,15 @@ fn missing_pages_get_what_the_source_has_and_each_is_read_once() {
         }
         source.were_read_once(4);
         let (address, len) = (memory.at(2).addr(), memory.page());
-        let absent = || {
-            let absent = pager.absent(added.regions[0]).unwrap();
-            absent.iter().map(|part| (part.address, part.len, part.offset)).collect::<Vec<_>>()
+        let missing = || {
+            let missing = pager.missing(added.regions[0]).unwrap();
+            missing.iter().map(|part| (part.address, part.len, part.offset)).collect::<Vec<_>>()
         };
-        eventually(absent, vec![(address, len, Some(2 * len as u64))]);
+        eventually(missing, vec![(address, len, Some(2 * len as u64))]);
         eventually(|| pager.statistics().fault_latency.count(), 4);
         let statistics = pager.statistics();
         assert_eq!((statistics.missing_faults, statistics.fills, statistics.source_reads), (4, 4, 4));
-        assert_eq!((statistics.present_pages, statistics.absent_pages), (4, 1));
+        assert_eq!((statistics.present_pages, statistics.missing_pages), (4, 1));
         assert_eq!(statistics.bytes, 4 * len as u64);
     }
 }
@@ -58,7 +58,7 @@ fn a_source_that_says_zero_fills_with_zeros() {
         serve(
             &pager,
             uffd(FeatureFlags::empty()),
-            region(&memory, ZeroSource).around(Around::Block(3 * memory.page())),
+            region(&memory, ZeroSource).fault_around(FaultAround::Block(3 * memory.page())),
         );
         assert!(memory.content(1).iter().all(|byte| *byte == 0));
         memory.write(2, 7);
@@ -104,7 +104,8 @@ fn a_minor_region_may_begin_inside_of_its_file() {
     let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
     let (start, len) = (memory.at(2).expose_provenance(), 3 * page());
     let file = memory.file().try_clone().unwrap().into();
-    let region = Region::new(start, len, source).around(Around::Page).minor(file, 2 * page() as u64);
+    let region =
+        Region::new(start, len, source).fault_around(FaultAround::Page).minor(file, 2 * page() as u64);
     serve(&pager, uffd(FeatureFlags::empty()), region);
     for number in 0..3 {
         check(&memory, 2 + number, number);
@@ -131,7 +132,7 @@ fn a_file_opened_to_append_is_filled_in_place() {
 }
 
 #[test]
-fn what_is_filled_write_protected_is_so_until_it_is_written() {
+fn protected_fill_stays_protected_until_written() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
     for memory in kinds::each(test_name!(), modes, 4) {
@@ -175,7 +176,7 @@ fn a_block_is_filled_for_a_fault_and_ends_with_its_region() {
         );
         check(&memory, 5, 5);
         source.were_read_once(2);
-        eventually(|| pager.absent(added.regions[0]).unwrap()[0].len, 4 * memory.page());
+        eventually(|| pager.missing(added.regions[0]).unwrap()[0].len, 4 * memory.page());
         check(&memory, 2, 2);
         source.were_read_once(6);
         eventually(|| (pager.statistics().missing_faults, pager.statistics().prefetched), (2, 4));
@@ -196,7 +197,7 @@ fn the_last_page_of_a_file_is_filled_up_with_zeros() {
         let other = kinds::Memory::new(Kind::Anonymous, 2 * memory.page() / page());
         let noise = |_: u64, bytes: &mut [u8]| {
             bytes.fill(0xee);
-            Ok(Fill::Data)
+            Ok(PageData::Data)
         };
         let noise = region(&other, noise).block(other.len());
         serve(&pager, uffd(FeatureFlags::empty()), noise);
@@ -219,7 +220,7 @@ fn a_huge_page_of_a_gibibyte_is_filled() {
         assert_eq!((offset, bytes.len()), (0, GIB));
         bytes[GIB - 1] = 42;
         bytes[0] = 41;
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     };
     let region = Region::new(start.expose_provenance(), GIB, source).page_size(GIB);
     serve(&pager, uffd(FeatureFlags::empty()), region);

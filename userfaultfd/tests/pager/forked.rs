@@ -6,7 +6,7 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
-use userfaultfd::pager::{Around, BytesSource, Error, Order, Pager, Refused, Region};
+use userfaultfd::pager::{BytesSource, Error, FaultAround, FillOrder, Pager, Refused, Region};
 use userfaultfd::{FeatureFlags, LazyMemory};
 
 use crate::scene::{Pages, byte, check, region, serve, served};
@@ -38,7 +38,7 @@ fn map_at(address: *mut u8) -> Mapping {
 }
 
 fn lazy(pager: Option<&Arc<Pager>>) -> LazyMemory {
-    let builder = LazyMemory::builder(Pages::new(page())).len(PAGES * page()).around(Around::Page);
+    let builder = LazyMemory::builder(Pages::new(page())).len(PAGES * page()).fault_around(FaultAround::Page);
     match pager {
         Some(pager) => builder.pager(pager),
         None => builder,
@@ -49,7 +49,7 @@ fn lazy(pager: Option<&Arc<Pager>>) -> LazyMemory {
 
 fn sigbus() -> LazyMemory {
     let bytes: Vec<u8> = (0..PAGES).flat_map(|number| vec![byte(number); page()]).collect();
-    LazyMemory::sigbus(BytesSource::new(bytes)).around(Around::Page).build().unwrap()
+    LazyMemory::sigbus(BytesSource::new(bytes)).fault_around(FaultAround::Page).build().unwrap()
 }
 
 #[test]
@@ -71,8 +71,8 @@ fn lazy_memory_in_a_child_is_refused_and_stays_the_parents() {
                 let inherited = memory.take().unwrap();
                 assert!(panic::catch_unwind(AssertUnwindSafe(|| inherited[5 * page()])).is_err());
                 assert!(matches!(inherited.fill(|_| {}), Err(Error::NotServed)));
-                assert!(matches!(inherited.absent(), Err(Error::NotServed)));
-                assert!(matches!(inherited.background(Order::Ascending), Err(Error::NotServed)));
+                assert!(matches!(inherited.missing(), Err(Error::NotServed)));
+                assert!(matches!(inherited.background(FillOrder::Ascending), Err(Error::NotServed)));
                 assert!(matches!(inherited.record(), Err(Error::NotServed)));
                 // It makes memory of its own, before and after.
                 let new = [lazy(None), sigbus()];
@@ -124,7 +124,7 @@ fn a_child_that_drops_a_finished_background_leaves_its_own_threads_alone() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(None);
-        let background = memory.background(Order::Ascending).unwrap();
+        let background = memory.background(FillOrder::Ascending).unwrap();
         let is_of_background = |task: io::Result<fs::DirEntry>| {
             let name = fs::read_to_string(task.unwrap().path().join("comm"));
             name.is_ok_and(|name| name == "uffd-background\n")
@@ -166,8 +166,8 @@ fn a_pager_in_a_child_is_refused_and_stays_the_parents() {
             not_served(inherited.finish_region(first, |_| {}));
             not_served(inherited.remove_region(first));
             not_served(inherited.remove(descriptor).map(drop));
-            not_served(inherited.absent(first).map(drop));
-            not_served(inherited.background(first, Order::Ascending).map(drop));
+            not_served(inherited.missing(first).map(drop));
+            not_served(inherited.background(first, FillOrder::Ascending).map(drop));
             not_served(inherited.record(first).map(drop));
             let own = Memory::anonymous(2);
             let new = || Region::new(own.start().expose_provenance(), own.len(), Pages::new(page()));
@@ -200,7 +200,7 @@ fn a_child_of_a_busy_pager_ends_without_waiting_for_anything() {
             let pager = Pager::builder().threads(2).build().unwrap();
             let source = Pages::new(page());
             let added = serve(&pager, uffd(FeatureFlags::empty()), region(&memory, source));
-            let background = pager.background(added.regions[0], Order::Ascending).unwrap();
+            let background = pager.background(added.regions[0], FillOrder::Ascending).unwrap();
             let mut things = Some((background, pager));
             std::thread::scope(|scope| {
                 let reader =

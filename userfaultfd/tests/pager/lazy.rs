@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use userfaultfd::pager::{
-    Around, BytesSource, Error, FileSource, Fill, Pager, Progress, RegionId, Retry, Statistics, ZeroSource,
+    BytesSource, Error, FaultAround, FileSource, PageData, Pager, Progress, RegionId, RetryPolicy,
+    Statistics, ZeroSource,
 };
 use userfaultfd::{FeatureFlags, LazyBuilder, LazyMemory};
 
@@ -47,8 +48,10 @@ fn a_source_larger_than_memory_takes_what_is_touched() {
         let places: Vec<_> = (0..200).map(|step| step * (LEN / 200) / 4096 * 4096 + 5).collect();
         places.iter().for_each(|at| file.write_all_at(&[(at % 251) as u8 + 1], *at).unwrap());
         let before = resident();
-        let memory =
-            LazyMemory::builder(FileSource::new(file).unwrap()).around(Around::Page).build().unwrap();
+        let memory = LazyMemory::builder(FileSource::new(file).unwrap())
+            .fault_around(FaultAround::Page)
+            .build()
+            .unwrap();
         assert_eq!(memory.len() as u64, LEN);
         for at in &places {
             assert_eq!(memory[*at as usize], (at % 251) as u8 + 1);
@@ -93,7 +96,7 @@ fn lengths_and_offsets_are_in_bytes() {
 }
 
 #[test]
-fn what_cannot_be_is_refused() {
+fn build_rejects_invalid_lengths() {
     require!();
     let source = || BytesSource::new(vec![1; page()]);
     let error = |builder: LazyBuilder| builder.build().unwrap_err();
@@ -125,8 +128,11 @@ fn block_larger_than_the_memory_is_all_of_it() {
 #[test]
 fn populating_begins_with_the_page_that_a_range_begins_in() {
     require!();
-    let memory =
-        LazyMemory::builder(Pages::new(page())).len(8 * page()).around(Around::Page).build().unwrap();
+    let memory = LazyMemory::builder(Pages::new(page()))
+        .len(8 * page())
+        .fault_around(FaultAround::Page)
+        .build()
+        .unwrap();
     memory.populate(3 * page() - 1..4 * page());
     eventually(|| memory.statistics().present_pages, 2);
     memory.populate(6 * page() - 1..6 * page() + 1);
@@ -145,10 +151,11 @@ fn what_the_source_lacks_is_an_error_of_reads() {
             return Err(ErrorKind::NotFound.into());
         }
         bytes.fill(7);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     };
-    let retry = Retry { attempts: 3, delay: std::time::Duration::from_millis(1) };
-    let builder = LazyMemory::builder(source).len(8 * page() - 3).around(Around::Page).retry(retry);
+    let retry = RetryPolicy { attempts: 3, delay: std::time::Duration::from_millis(1) };
+    let builder =
+        LazyMemory::builder(source).len(8 * page() - 3).fault_around(FaultAround::Page).retry(retry);
     let mut memory = builder.build().unwrap();
     let mut bytes = vec![0; 2 * page()];
     assert_eq!(memory.read_at(page() + 5, &mut bytes).unwrap(), 2 * page());
@@ -171,7 +178,7 @@ fn what_the_source_lacks_is_an_error_of_reads() {
     assert_eq!(memory.read_at(8 * page() - 5, &mut bytes).unwrap(), 2);
     assert_eq!(memory.read_at(9 * page(), &mut bytes).unwrap(), 0);
     memory.try_populate(0..usize::MAX).unwrap();
-    assert_eq!(memory.statistics().absent_pages, 0);
+    assert_eq!(memory.statistics().missing_pages, 0);
     memory.fill(|_| {}).unwrap();
     memory.try_populate(0..usize::MAX).unwrap();
 }
@@ -181,11 +188,15 @@ fn memories_share_a_pager_and_go_one_by_one() {
     require!();
     let pager = Arc::new(Pager::builder().threads(2).build().unwrap());
     let new = || {
-        LazyMemory::builder(Pages::new(page())).len(32 * page()).pager(&pager).around(Around::Page).build()
+        LazyMemory::builder(Pages::new(page()))
+            .len(32 * page())
+            .pager(&pager)
+            .fault_around(FaultAround::Page)
+            .build()
     };
     let (one, other) = (new().unwrap(), new().unwrap());
     assert_eq!((one[page()], other[2 * page()]), (byte(1), byte(2)));
-    assert_eq!((pager.statistics().present_pages, pager.statistics().absent_pages), (2, 62));
+    assert_eq!((pager.statistics().present_pages, pager.statistics().missing_pages), (2, 62));
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for number in 0..32 {
@@ -250,8 +261,8 @@ fn a_child_of_a_fork_has_not_got_it() {
 fn populating_makes_system_calls_work() {
     require!();
     for kernel in [false, true] {
-        let builder = LazyMemory::builder(Pages::new(page())).len(8 * page()).around(Around::Page);
-        let memory = match builder.serve_kernel(kernel).build() {
+        let builder = LazyMemory::builder(Pages::new(page())).len(8 * page()).fault_around(FaultAround::Page);
+        let memory = match builder.handle_kernel_faults(kernel).build() {
             Ok(memory) => memory,
             Err(Error::Uffd(error)) if kernel => {
                 assert!(!crate::support::is_root(), "{error}");
@@ -259,7 +270,7 @@ fn populating_makes_system_calls_work() {
             }
             Err(error) => panic!("{error}"),
         };
-        assert_eq!(memory.serves_kernel(), kernel);
+        assert_eq!(memory.handles_kernel_faults(), kernel);
         let send = |range: std::ops::Range<usize>| {
             let (mut one, mut other) = UnixStream::pair().unwrap();
             std::thread::scope(|scope| {
@@ -281,8 +292,8 @@ fn populating_makes_system_calls_work() {
             Err(error) => assert!(!served && error.raw_os_error() == Some(libc::EFAULT), "{error}"),
         }
         memory.populate(3 * page() + 5..3 * page() + 6);
-        let absent = || memory.absent().unwrap().iter().map(|absent| absent.len / page()).sum::<usize>();
-        eventually(absent, if served { 6 } else { 7 });
+        let missing = || memory.missing().unwrap().iter().map(|missing| missing.len / page()).sum::<usize>();
+        eventually(missing, if served { 6 } else { 7 });
         send(3 * page()..4 * page()).unwrap();
         memory.populate(page()..usize::MAX);
         send(page()..8 * page()).unwrap();
@@ -293,7 +304,7 @@ fn populating_makes_system_calls_work() {
     }
     // Without a word it serves what it may.
     let memory = LazyMemory::new(page(), ZeroSource).unwrap();
-    assert!(memory.serves_kernel() || !crate::support::is_root());
+    assert!(memory.handles_kernel_faults() || !crate::support::is_root());
 }
 
 /// Whether the kernel knows a restriction to faults from user mode: Linux 5.11.
@@ -304,15 +315,18 @@ fn restricts() -> bool {
 #[test]
 fn filling_makes_it_memory_like_any_other() {
     require!();
-    let memory =
-        LazyMemory::builder(Pages::new(page())).len(5 * page()).around(Around::Page).build().unwrap();
+    let memory = LazyMemory::builder(Pages::new(page()))
+        .len(5 * page())
+        .fault_around(FaultAround::Page)
+        .build()
+        .unwrap();
     assert_eq!(memory[2 * page()], byte(2));
     eventually(|| memory.statistics().present_pages, 1);
     let mut told: Vec<Progress> = Vec::new();
     memory.fill(|progress| told.push(progress)).unwrap();
     let last = told[told.len() - 1];
     assert_eq!((told[0].done, last.done, last.total), (0, 4 * page() as u64, 4 * page() as u64));
-    assert!(matches!(memory.absent(), Err(Error::NotServed)));
+    assert!(matches!(memory.missing(), Err(Error::NotServed)));
     assert!(matches!(memory.fill(|_| {}), Err(Error::NotServed)));
     assert!((0..5).all(|number| memory[number * page()] == byte(number)));
     assert_eq!(memory.statistics().missing_faults, 1);
@@ -329,12 +343,12 @@ fn what_the_source_does_not_have_is_a_signal() {
     let source = |offset: u64, bytes: &mut [u8]| match offset {
         0 => {
             bytes.fill(1);
-            Ok(Fill::Data)
+            Ok(PageData::Data)
         }
         _ => Err(ErrorKind::NotFound.into()),
     };
-    let retry = Retry { attempts: 2, delay: std::time::Duration::ZERO };
-    let builder = LazyMemory::builder(source).len(2 * page()).around(Around::Page).retry(retry);
+    let retry = RetryPolicy { attempts: 2, delay: std::time::Duration::ZERO };
+    let builder = LazyMemory::builder(source).len(2 * page()).fault_around(FaultAround::Page).retry(retry);
     let memory = builder.on_problem(problems.callback()).build().unwrap();
     assert_eq!(memory[0], 1);
     assert_eq!(read(memory.as_ptr().expose_provenance() + page()), Seen::POISON);
@@ -348,10 +362,14 @@ fn huge_pages_hold_it() {
     let Some(_pages) = hugetlb::reserve(test_name!(), 5) else { return };
     let source = |offset: u64, bytes: &mut [u8]| {
         bytes.fill((offset / bytes.len() as u64) as u8 + 1);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     };
-    let memory =
-        LazyMemory::builder(source).len(2 * size + 10).huge_pages(size).around(Around::Page).build().unwrap();
+    let memory = LazyMemory::builder(source)
+        .len(2 * size + 10)
+        .huge_pages(size)
+        .fault_around(FaultAround::Page)
+        .build()
+        .unwrap();
     assert_eq!(memory.len(), 2 * size + 10);
     assert_eq!((memory[0], memory[size - 1], memory[2 * size + 9]), (1, 1, 3));
     assert_eq!(memory.statistics().missing_faults, 2);
@@ -383,9 +401,9 @@ fn memory_is_lazy_where_the_process_locks_what_it_maps() {
                 LazyMemory::builder(BytesSource::new(vec![7; pages * page()])),
                 LazyMemory::sigbus(BytesSource::new(vec![7; pages * page()])),
             ] {
-                let memory = builder.around(Around::Page).build().unwrap();
+                let memory = builder.fault_around(FaultAround::Page).build().unwrap();
                 assert!(is_locked(memory.as_ptr().addr()));
-                assert_eq!(memory.absent().unwrap()[0].len, memory.len());
+                assert_eq!(memory.missing().unwrap()[0].len, memory.len());
                 assert!(memory.iter().all(|byte| *byte == 7));
                 eventually(|| memory.statistics().fills, pages as u64);
             }
@@ -393,7 +411,7 @@ fn memory_is_lazy_where_the_process_locks_what_it_maps() {
                 let size = Kind::PrivateHugetlb.page();
                 let builder = LazyMemory::builder(|_: u64, bytes: &mut [u8]| {
                     bytes.fill(7);
-                    Ok(Fill::Data)
+                    Ok(PageData::Data)
                 });
                 let memory = builder.len(size).huge_pages(size).build().unwrap();
                 assert_eq!((memory[0], memory[size - 1]), (7, 7));

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use userfaultfd::pager::{Fill, Pager};
+use userfaultfd::pager::{PageData, Pager};
 use userfaultfd::{FeatureFlags, LazyMemory};
 
 use crate::scene::{Pages, can_poison, check, region, serve};
@@ -37,14 +37,14 @@ impl Holdings {
 }
 
 #[test]
-fn nothing_is_left_after_every_way_to_end() {
+fn no_resource_is_left_after_any_end() {
     require!(FeatureFlags::EVENT_REMAP);
     child::run_well(test_name!(), || {
         let features = FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMOVE;
         let round = |end: usize| {
             let memory = Memory::anonymous(64);
             let elsewhere = Memory::anonymous(2);
-            let pager = Pager::builder().threads(2).readers(1).build().unwrap();
+            let pager = Pager::builder().threads(2).read_ahead_threads(1).build().unwrap();
             let added = serve(&pager, uffd(features), region(&memory, Pages::new(page())));
             check(&memory, 5, 5);
             memory.move_over(6, 2, &elsewhere, 0);
@@ -60,7 +60,7 @@ fn nothing_is_left_after_every_way_to_end() {
             }
             let source = |_: u64, bytes: &mut [u8]| {
                 bytes.fill(1);
-                Ok(Fill::Data)
+                Ok(PageData::Data)
             };
             let lazy = LazyMemory::new(1 << 20, source).unwrap();
             assert_eq!(lazy[12345], 1);
@@ -79,7 +79,7 @@ fn nothing_is_left_after_every_way_to_end() {
 }
 
 #[test]
-fn nothing_is_left_of_children() {
+fn no_descriptor_is_left_of_children() {
     require!(FeatureFlags::EVENT_FORK);
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(8);

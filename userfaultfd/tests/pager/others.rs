@@ -179,7 +179,7 @@ fn descriptors_and_regions_come_and_go_while_others_are_served() {
                         let start = memory.at(first).addr();
                         userfaultfd::pager::Region::new(start, pages * page(), source.clone())
                             .offset((first * page()) as u64)
-                            .around(userfaultfd::pager::Around::Page)
+                            .fault_around(userfaultfd::pager::FaultAround::Page)
                     };
                     let mut descriptor = Some(descriptor);
                     for round in 0..5_u8 {
@@ -191,9 +191,9 @@ fn descriptors_and_regions_come_and_go_while_others_are_served() {
                         let third = pager.add_region(added.descriptor, part(2, 2)).unwrap();
                         let fourth = pager.add_region(added.descriptor, part(6, 2)).unwrap();
                         assert_eq!(target.answer(), byte(if round == 0 { 6 } else { 2 }));
-                        assert!(pager.absent(third).is_ok());
+                        assert!(pager.missing(third).is_ok());
                         pager.finish_region(fourth, |_| {}).unwrap();
-                        assert!(matches!(pager.absent(fourth), Err(Error::NotServed)));
+                        assert!(matches!(pager.missing(fourth), Err(Error::NotServed)));
                         assert_eq!(target.read(7), byte(7));
                         descriptor = Some(pager.remove(added.descriptor).unwrap().uffd);
                     }

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use userfaultfd::pager::{Error, Fill, PageSource, Pager, Retry};
+use userfaultfd::pager::{Error, PageData, PageSource, Pager, RetryPolicy};
 use userfaultfd::{FeatureFlags, LazyMemory};
 
 use crate::scene::{Pages, Problems, check, memory, region, serve, served};
@@ -11,15 +11,15 @@ use crate::support::memory::{Kind, Memory};
 use crate::support::proc::wait_until;
 use crate::support::{child, page, require, test_name, uffd};
 
-const AT_ONCE: Retry = Retry { attempts: 1, delay: std::time::Duration::ZERO };
+const AT_ONCE: RetryPolicy = RetryPolicy { attempts: 1, delay: std::time::Duration::ZERO };
 
 /// A source that panics when it is dropped.
 struct Panics(Arc<Mutex<u32>>);
 
 impl PageSource for Panics {
-    fn read(&self, _: u64, bytes: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, _: u64, bytes: &mut [u8]) -> io::Result<PageData> {
         bytes.fill(7);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 }
 
@@ -118,13 +118,13 @@ fn a_problem_is_printed_before_its_page_is_poisoned() {
 }
 
 #[test]
-fn what_has_ended_counts_with_its_final_figures() {
+fn ended_regions_count_with_their_final_figures() {
     require!();
     for kind in [Kind::Anonymous, Kind::Memfd] {
         let Some(memory) = memory(test_name!(), kind, 5) else { continue };
         let figures = |pager: &Pager| {
             let statistics = pager.statistics();
-            (statistics.present_pages, statistics.absent_pages)
+            (statistics.present_pages, statistics.missing_pages)
         };
         let (pager, added, source) = served(&memory);
         check(&memory, 3, 3);
@@ -132,8 +132,8 @@ fn what_has_ended_counts_with_its_final_figures() {
         // Removed and added again.
         let detached = pager.remove(added.descriptor).unwrap();
         assert_eq!(figures(&pager), (1, 4));
-        let absent = detached.absent();
-        serve(&pager, detached.uffd, region(&memory, source).absent(absent));
+        let missing = detached.missing();
+        serve(&pager, detached.uffd, region(&memory, source).missing(missing));
         assert_eq!(figures(&pager), (2, 8));
         pager.finish(|_| {}).unwrap();
         assert_eq!(figures(&pager), (6, 4));
@@ -141,5 +141,5 @@ fn what_has_ended_counts_with_its_final_figures() {
     let lazy = LazyMemory::new(4 * page(), Pages::new(page())).unwrap();
     lazy.fill(|_| {}).unwrap();
     let statistics = lazy.statistics();
-    assert_eq!((statistics.present_pages, statistics.absent_pages), (4, 0), "{statistics}");
+    assert_eq!((statistics.present_pages, statistics.missing_pages), (4, 0), "{statistics}");
 }

@@ -6,7 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use userfaultfd::pager::{Added, Around, Fill, PageSource, Pager, Problem, Region};
+use userfaultfd::pager::{Added, FaultAround, PageData, PageSource, Pager, Problem, Region};
 use userfaultfd::{FeatureFlags, Uffd};
 
 use crate::reader::{Seen, read};
@@ -59,7 +59,7 @@ impl Pages {
 }
 
 impl PageSource for Pages {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<PageData> {
         assert!(offset % self.size as u64 == 0 && buffer.len() % self.size == 0, "whole pages");
         for (at, bytes) in buffer.chunks_mut(self.size).enumerate() {
             let number = offset as usize / self.size + at;
@@ -68,7 +68,7 @@ impl PageSource for Pages {
             assert!(reads.len() < NOTED, "more reads than a test has");
             reads.push(number);
         }
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 }
 
@@ -96,7 +96,7 @@ impl Problems {
 /// Memory as a region, filled page by page.
 pub(crate) fn region(memory: &Memory, source: impl PageSource + 'static) -> Region {
     let region = Region::new(memory.start().expose_provenance(), memory.len(), source);
-    let region = region.page_size(memory.page()).around(Around::Page);
+    let region = region.page_size(memory.page()).fault_around(FaultAround::Page);
     if memory.kind().is_shared() { region.shared() } else { region }
 }
 

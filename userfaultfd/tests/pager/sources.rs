@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use userfaultfd::pager::{Around, FileSource, Fill, MappedFileSource, PageSource, Pager, Retry, SourceBytes};
+use userfaultfd::pager::{
+    FaultAround, FileSource, MappedFileSource, PageData, PageSource, Pager, RetryPolicy, SourceBytes,
+};
 use userfaultfd::{FeatureFlags, LazyMemory, UffdBuilder};
 
 use crate::reader::{Reader, Seen, tell_signals};
@@ -41,7 +43,7 @@ impl Bad {
 }
 
 impl PageSource for Bad {
-    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<PageData> {
         let first = offset as usize / page();
         if (first..first + bytes.len() / page()).contains(&self.page) {
             let before = self.asked.fetch_add(1, Ordering::SeqCst);
@@ -56,20 +58,20 @@ impl PageSource for Bad {
     }
 }
 
-const SOON: Retry = Retry { attempts: 3, delay: Duration::from_millis(1) };
+const SOON: RetryPolicy = RetryPolicy { attempts: 3, delay: Duration::from_millis(1) };
 
-fn pager(problems: &Problems, retry: Retry) -> Pager {
+fn pager(problems: &Problems, retry: RetryPolicy) -> Pager {
     Pager::builder().retry(retry).on_problem(problems.callback()).build().unwrap()
 }
 
 #[test]
 fn a_source_that_recovers_is_asked_until_it_does() {
     require!();
-    for around in [Around::Page, Around::Block(4 * page())] {
+    for around in [FaultAround::Page, FaultAround::Block(4 * page())] {
         for source in [Bad::new(1, 2), Bad::that_panics(1, 2)] {
             let (memory, problems) = (Memory::anonymous(4), Problems::default());
             let pager = pager(&problems, SOON);
-            let region = region(&memory, Arc::clone(&source)).around(around);
+            let region = region(&memory, Arc::clone(&source)).fault_around(around);
             serve(&pager, uffd(FeatureFlags::empty()), region);
             assert_eq!(see(&memory, 1), content(1));
             assert_eq!((source.asked(), pager.statistics().source_errors), (3, 2));
@@ -85,12 +87,12 @@ fn a_source_that_fails_for_ever_poisons_its_page_alone() {
     require!();
     tell_signals();
     for kind in Kind::SMALL {
-        for around in [Around::Page, Around::Block(4 * page())] {
+        for around in [FaultAround::Page, FaultAround::Block(4 * page())] {
             for source in [Bad::new(1, usize::MAX), Bad::that_panics(1, usize::MAX)] {
                 let Some(memory) = crate::scene::memory(test_name!(), kind, 4) else { continue };
                 let problems = Problems::default();
                 let pager = pager(&problems, SOON);
-                let region = region(&memory, Arc::clone(&source)).around(around);
+                let region = region(&memory, Arc::clone(&source)).fault_around(around);
                 let added = serve(&pager, uffd(FeatureFlags::empty()), region);
                 let reader = Reader::of(memory.at(1).addr());
                 if can_poison() {
@@ -108,8 +110,8 @@ fn a_source_that_fails_for_ever_poisons_its_page_alone() {
                 for page in [0, 2, 3] {
                     assert_eq!(see(&memory, page), content(page));
                 }
-                let absent = || pager.absent(added.regions[0]).unwrap().len();
-                eventually(absent, usize::from(!can_poison()));
+                let missing = || pager.missing(added.regions[0]).unwrap().len();
+                eventually(missing, usize::from(!can_poison()));
                 if !can_poison() {
                     // The reader goes on waiting. It isn't to find other memory there.
                     std::mem::forget(memory);
@@ -120,12 +122,12 @@ fn a_source_that_fails_for_ever_poisons_its_page_alone() {
 }
 
 #[test]
-fn where_nothing_can_be_poisoned_the_source_is_asked_until_it_delivers() {
+fn source_is_retried_forever_where_poison_is_not_possible() {
     require!();
     if can_poison() {
         // Poison is for good, until the page is removed.
         let memory = Memory::anonymous(1);
-        let pager = pager(&Problems::default(), Retry { attempts: 1, ..SOON });
+        let pager = pager(&Problems::default(), RetryPolicy { attempts: 1, ..SOON });
         serve(&pager, uffd(FeatureFlags::EVENT_REMOVE), region(&memory, Bad::new(0, 1)));
         tell_signals();
         assert_eq!(see(&memory, 0), Seen::POISON);
@@ -135,17 +137,17 @@ fn where_nothing_can_be_poisoned_the_source_is_asked_until_it_delivers() {
         return;
     }
     let memory = Memory::anonymous(1);
-    let pager = pager(&Problems::default(), Retry { attempts: 1, ..SOON });
+    let pager = pager(&Problems::default(), RetryPolicy { attempts: 1, ..SOON });
     serve(&pager, uffd(FeatureFlags::empty()), region(&memory, Bad::new(0, 3)));
     assert_eq!(see(&memory, 0), content(0));
 }
 
 #[test]
-fn a_source_that_fails_for_ever_keeps_nobody_from_ending() {
+fn failing_source_does_not_block_the_end() {
     require!();
     child::run_well(test_name!(), || {
         tell_signals();
-        let for_ever = Retry { attempts: u32::MAX, delay: Duration::from_secs(3600) };
+        let for_ever = RetryPolicy { attempts: u32::MAX, delay: Duration::from_secs(3600) };
         for end in 0..3 {
             let memory = Memory::anonymous(4);
             let pager = pager(&Problems::default(), for_ever);
@@ -185,7 +187,7 @@ fn a_source_that_fails_for_ever_keeps_nobody_from_ending() {
 fn a_page_that_waits_for_its_source_is_zero_once_it_is_removed() {
     require!(FeatureFlags::EVENT_REMOVE);
     let memory = Memory::anonymous(2);
-    let retry = Retry { attempts: 1000, delay: Duration::from_millis(2) };
+    let retry = RetryPolicy { attempts: 1000, delay: Duration::from_millis(2) };
     let pager = pager(&Problems::default(), retry);
     serve(&pager, uffd(FeatureFlags::EVENT_REMOVE), region(&memory, Bad::new(1, usize::MAX)));
     let reader = Reader::of(memory.at(1).addr());
@@ -197,7 +199,7 @@ fn a_page_that_waits_for_its_source_is_zero_once_it_is_removed() {
 /// A page that waits for a source that isn't asked again for a minute, with its reader.
 fn waiting_for_long(features: FeatureFlags) -> (Memory, Pager, Reader) {
     let memory = Memory::anonymous(2);
-    let retry = Retry { attempts: 1000, delay: Duration::from_secs(60) };
+    let retry = RetryPolicy { attempts: 1000, delay: Duration::from_secs(60) };
     let pager = pager(&Problems::default(), retry);
     serve(&pager, uffd(features), region(&memory, Bad::new(1, usize::MAX)));
     let reader = Reader::of(memory.at(1).addr());
@@ -259,7 +261,7 @@ fn bytes_that_cannot_be_read_are_asked_for_as_often_as_any() {
     tell_signals();
     struct Broken(Mutex<usize>, memmap2::MmapMut);
     impl PageSource for Broken {
-        fn read(&self, _: u64, _: &mut [u8]) -> io::Result<Fill> {
+        fn read(&self, _: u64, _: &mut [u8]) -> io::Result<PageData> {
             unreachable!("the bytes are there")
         }
 
@@ -286,7 +288,7 @@ fn bytes_that_cannot_be_read_are_asked_for_as_often_as_any() {
 }
 
 #[test]
-fn one_slow_call_delays_only_those_who_wait_for_it() {
+fn slow_report_delays_only_its_waiters() {
     require!();
     let gate = Arc::new((Mutex::new(false), Condvar::new()));
     let busy = Arc::new(AtomicUsize::new(0));
@@ -331,7 +333,7 @@ fn a_callback_that_panics_is_called_again() {
     tell_signals();
     let (memory, problems) = (Memory::anonymous(2), Problems::default());
     let tell = problems.callback();
-    let pager = Pager::builder().retry(Retry { attempts: 1, ..SOON });
+    let pager = Pager::builder().retry(RetryPolicy { attempts: 1, ..SOON });
     let pager = pager.on_problem(move |problem| {
         tell(problem);
         panic!("a callback that panics, as the test wants it");
@@ -347,10 +349,10 @@ fn a_callback_that_panics_is_called_again() {
 struct Short;
 
 impl PageSource for Short {
-    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<PageData> {
         let rest = (page() + 100).saturating_sub(offset as usize).min(bytes.len());
         bytes[..rest].fill(7);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 
     fn len(&self) -> Option<u64> {
@@ -363,7 +365,7 @@ fn behind_the_end_of_a_source_the_last_page_is_zero() {
     require!();
     for around in [1, 2] {
         let (memory, pager) = (Memory::anonymous(2), Pager::new().unwrap());
-        let region = region(&memory, Short).around(Around::Block(around * page()));
+        let region = region(&memory, Short).fault_around(FaultAround::Block(around * page()));
         serve(&pager, uffd(FeatureFlags::empty()), region);
         // The first page leaves its content in the pager's buffer.
         assert!(memory.content(0).iter().all(|byte| *byte == 7));
@@ -402,7 +404,7 @@ fn system_calls_on_the_sources_own_file_end() {
         } else {
             Arc::new(FileSource::new(same).unwrap())
         };
-        let mut memory = LazyMemory::builder(source).around(Around::Page).build().unwrap();
+        let mut memory = LazyMemory::builder(source).fault_around(FaultAround::Page).build().unwrap();
         file.read_exact(&mut memory[..2 * page()]).unwrap();
         file.write_all(&memory[8 * page()..10 * page()]).unwrap();
         file.write_all_at(&memory[16 * page()..18 * page()], 32 * page() as u64).unwrap();

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use userfaultfd::pager::{Around, BytesSource, Order, Pager, Region};
+use userfaultfd::pager::{BytesSource, FaultAround, FillOrder, Pager, Region};
 use userfaultfd::{FeatureFlags, LazyMemory, RegisterMode, Uffd, UffdBuilder};
 
 use crate::reader::{Reader, Seen, read, tell_signals};
@@ -18,7 +18,7 @@ use crate::support::proc::{wait_for_pending, wait_until};
 use crate::support::{child, has, page, require, test_name, uffd};
 
 #[test]
-fn what_somebody_else_has_filled_stays_and_who_waits_goes_on() {
+fn pages_filled_by_others_stay_and_waiters_go_on() {
     require!();
     for kind in Kind::ALL {
         for around in [1, 6] {
@@ -28,7 +28,7 @@ fn what_somebody_else_has_filled_stays_and_who_waits_goes_on() {
             let (pager, source) = (Pager::new().unwrap(), Pages::new(memory.page()));
             let uffd = uffd(FeatureFlags::empty());
             let other = uffd.try_clone().unwrap();
-            let region = region(&memory, source).around(Around::Block(around * memory.page()));
+            let region = region(&memory, source).fault_around(FaultAround::Block(around * memory.page()));
             serve(&pager, uffd, region);
             fill(&other, &memory, 2, 92);
             check(&memory, 3, 3);
@@ -44,7 +44,7 @@ fn what_somebody_else_has_filled_stays_and_who_waits_goes_on() {
 }
 
 #[test]
-fn dropping_leaves_what_somebody_else_has_filled() {
+fn dropping_leaves_pages_filled_by_others() {
     require!();
     for kind in Kind::ALL {
         let Some(memory) = memory(test_name!(), kind, 3) else { continue };
@@ -146,7 +146,7 @@ fn a_full_file_system_is_told_and_waited_for() {
         let problems = Problems::default();
         let pager = Pager::builder().on_problem(problems.callback()).build().unwrap();
         let region = Region::new(memory.start.expose_provenance(), memory.len, Pages::new(page()));
-        let region = region.around(Around::Page).minor(file.try_clone().unwrap(), 0);
+        let region = region.fault_around(FaultAround::Page).minor(file.try_clone().unwrap(), 0);
         serve(&pager, uffd(FeatureFlags::empty()), region);
         let at = |page: usize| memory.start.addr() + page * crate::support::page();
         let empty = |page: usize| {
@@ -183,7 +183,7 @@ fn finishing_gives_up_what_waits_for_room_and_leaves_the_source_alone() {
         let (problems, source) = (Problems::default(), Pages::new(page()));
         let pager = Pager::builder().on_problem(problems.callback()).build().unwrap();
         let region = Region::new(memory.start.expose_provenance(), memory.len, source.clone()).shared();
-        serve(&pager, uffd(FeatureFlags::empty()), region.around(Around::Page));
+        serve(&pager, uffd(FeatureFlags::empty()), region.fault_around(FaultAround::Page));
         let at = |page: usize| memory.start.addr() + page * crate::support::page();
         assert_eq!(read(at(0)), content(0));
         // A worker waits for room for this one.
@@ -394,7 +394,7 @@ fn pages_are_filled_one_by_one_where_there_is_no_memory_for_more() {
         let pages = (4 << 20) / page();
         let (memory, source) = (Memory::anonymous(pages), Pages::new(page()));
         let pager = Pager::new().unwrap();
-        let region = region(&memory, source.clone()).around(Around::Block(pages * page()));
+        let region = region(&memory, source.clone()).fault_around(FaultAround::Block(pages * page()));
         serve(&pager, uffd(FeatureFlags::empty()), region);
         let seen = without_address_space(|_| (memory.read(5), memory.read(6)));
         assert_eq!(seen, (byte(5), byte(6)));
@@ -523,13 +523,13 @@ fn page_in_of_a_source_keeps_no_other_memory_waiting() {
         let pager = Arc::new(Pager::builder().threads(2).build().unwrap());
         let memory = LazyMemory::builder(BytesSource::new(bytes)).pager(&pager).build().unwrap();
         let other = LazyMemory::builder(Pages::new(page())).len(8 * page()).pager(&pager).build().unwrap();
-        let background = memory.background(Order::Ascending).unwrap();
+        let background = memory.background(FillOrder::Ascending).unwrap();
         wait_for_pending(&slow, 1);
         // Each of them looks for its region among all.
         let mut bytes = [0; 2];
         assert_eq!(other.read_at(3 * page(), &mut bytes).unwrap(), 2);
         assert_eq!((bytes[0], other[5 * page()]), (byte(3), byte(5)));
-        assert!(other.absent().unwrap().iter().map(|absent| absent.len).sum::<usize>() > 0);
+        assert!(other.missing().unwrap().iter().map(|missing| missing.len).sum::<usize>() > 0);
         other.fill(|_| {}).unwrap();
         drop(other);
         // What is missing of the content is zero from now on.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use userfaultfd::dirty::Ranges;
-use userfaultfd::pager::{Around, BytesSource, Fill};
+use userfaultfd::pager::{BytesSource, FaultAround, PageData};
 use userfaultfd::snapshot::{self, Content};
 use userfaultfd::{DirtyTracker, Error, FeatureFlags, LazyMemory, pager};
 
@@ -38,16 +38,17 @@ fn tracker(test: &str, memory: &LazyMemory) -> Option<DirtyTracker> {
     Some(memory.tracker().unwrap())
 }
 
-fn memory(pages: usize, around: Around) -> (LazyMemory, Pages) {
+fn memory(pages: usize, around: FaultAround) -> (LazyMemory, Pages) {
     let source = Pages::new(page());
-    let memory = LazyMemory::builder(source.clone()).len(pages * page()).around(around).build().unwrap();
+    let memory =
+        LazyMemory::builder(source.clone()).len(pages * page()).fault_around(around).build().unwrap();
     (memory, source)
 }
 
 #[test]
 fn pages_that_are_filled_are_not_written() {
     require!(WRITE_PROTECT);
-    for around in [Around::Page, Around::Block(4 * page())] {
+    for around in [FaultAround::Page, FaultAround::Block(4 * page())] {
         let (mut memory, source) = memory(32, around);
         // There before it is tracked: one that is read, one that is written.
         assert_eq!(memory[0], byte(0));
@@ -68,7 +69,7 @@ fn pages_that_are_filled_are_not_written() {
 
         // It stays tracked when all is there.
         memory.fill(|_| {}).unwrap();
-        assert_eq!(memory.absent().unwrap_or_default(), []);
+        assert_eq!(memory.missing().unwrap_or_default(), []);
         assert_eq!(told(&memory, tracker.take()), NONE);
         memory[24 * page()] = 94;
         memory[0] = 95;
@@ -83,7 +84,7 @@ fn pages_that_are_filled_are_not_written() {
         assert_eq!(told(&memory, tracker.take()), [2]);
         drop(tracker);
         memory.fill(|_| {}).unwrap();
-        assert!(matches!(memory.absent(), Err(pager::Error::NotServed)));
+        assert!(matches!(memory.missing(), Err(pager::Error::NotServed)));
         let mut tracker = memory.tracker().unwrap();
         memory[3 * page()] = 98;
         assert_eq!(told(&memory, tracker.take()), [3]);
@@ -95,8 +96,9 @@ fn pages_that_are_filled_are_not_written() {
 #[test]
 fn pages_that_the_source_knows_to_be_zero_are_not_written() {
     require!(WRITE_PROTECT);
-    let zeros = |_: u64, _: &mut [u8]| Ok(Fill::Zero);
-    let mut memory = LazyMemory::builder(zeros).len(16 * page()).around(Around::Page).build().unwrap();
+    let zeros = |_: u64, _: &mut [u8]| Ok(PageData::Zero);
+    let mut memory =
+        LazyMemory::builder(zeros).len(16 * page()).fault_around(FaultAround::Page).build().unwrap();
     assert_eq!(memory[page()], 0);
     let Some(mut tracker) = tracker(test_name!(), &memory) else { return };
     assert_eq!((memory[page()], memory[2 * page()]), (0, 0));
@@ -141,11 +143,11 @@ fn a_source_that_fails_poisons_tracked_memory() {
                 return Err(io::Error::other("no"));
             }
             bytes.fill(7);
-            Ok(Fill::Data)
+            Ok(PageData::Data)
         };
         let problems = Problems::default();
-        let memory = LazyMemory::builder(fails).len(8 * page()).around(Around::Page);
-        let memory = memory.retry(pager::Retry { attempts: 1, ..Default::default() });
+        let memory = LazyMemory::builder(fails).len(8 * page()).fault_around(FaultAround::Page);
+        let memory = memory.retry(pager::RetryPolicy { attempts: 1, ..Default::default() });
         let memory = memory.on_problem(problems.callback()).build().unwrap();
         let Some(mut tracker) = tracker(test_name!(), &memory) else { return };
         let at = |number: usize| memory.as_ptr().expose_provenance() + number * page();
@@ -161,7 +163,7 @@ fn a_source_that_fails_poisons_tracked_memory() {
 fn no_write_is_lost_while_pages_are_filled() {
     require!(WRITE_PROTECT);
     const PAGES: usize = 600;
-    let (memory, source) = memory(PAGES, Around::Block(8 * page()));
+    let (memory, source) = memory(PAGES, FaultAround::Block(8 * page()));
     let start = memory.as_ptr().expose_provenance();
     let counter = |number: usize| {
         let at = std::ptr::with_exposed_provenance_mut::<u64>(start + number * page() + 8);
@@ -210,7 +212,7 @@ fn no_write_is_lost_while_pages_are_filled() {
 #[test]
 fn memory_is_tracked_by_one_tracker_and_no_snapshot_beside() {
     require!(WRITE_PROTECT);
-    let (memory, _) = memory(4, Around::Page);
+    let (memory, _) = memory(4, FaultAround::Page);
     let Some(tracker) = tracker(test_name!(), &memory) else { return };
     let all = memory.as_ptr().addr()..memory.as_ptr().addr() + memory.len();
     let is_ours = |error: &userfaultfd::Error| matches!(error, userfaultfd::Error::AlreadyTracked { start, end } if (*start..*end) == all);
@@ -218,7 +220,7 @@ fn memory_is_tracked_by_one_tracker_and_no_snapshot_beside() {
     assert!(matches!(&second, Err(pager::Error::Uffd(error)) if is_ours(error)), "{second:?}");
     let saved = memory.snapshot(|_, _: Content<'_>| Ok(()));
     assert!(matches!(&saved, Err(snapshot::Error::Kernel(error)) if is_ours(error)), "{saved:?}");
-    assert_eq!(memory.absent().unwrap().len(), 1, "nothing was filled for that");
+    assert_eq!(memory.missing().unwrap().len(), 1, "nothing was filled for that");
     drop(tracker);
     memory.tracker().unwrap();
     let progress = memory.snapshot(|_, _: Content<'_>| Ok(())).unwrap().wait().unwrap().progress;
@@ -230,7 +232,7 @@ fn memory_is_tracked_by_one_tracker_and_no_snapshot_beside() {
 fn a_tracker_that_outlives_its_memory_leaves_the_addresses_alone() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
-        let (memory, _) = memory(4, Around::Page);
+        let (memory, _) = memory(4, FaultAround::Page);
         let Some(mut tracker) = tracker(test_name!(), &memory) else { return };
         let start = memory.as_ptr().addr();
         drop(memory);
@@ -326,7 +328,7 @@ fn what_is_missing_is_filled_and_saved() {
 #[test]
 fn tracker_of_lazy_memory_refuses_other_memory() {
     require!(WRITE_PROTECT);
-    let (memory, _) = memory(8, Around::Page);
+    let (memory, _) = memory(8, FaultAround::Page);
     let Some(mut tracker) = tracker(test_name!(), &memory) else { return };
     let other = Memory::anonymous(8);
     let (start, lazy) = (other.start().addr(), memory.as_ptr().addr());

@@ -31,7 +31,11 @@ fn a_region_of_a_tebibyte_takes_memory_only_for_what_is_touched() {
         let pager = Pager::new().unwrap();
         let (before, tables) = resident();
         let region = Region::new(memory.start.expose_provenance(), TIB, Pages::new(page()));
-        serve(&pager, uffd(FeatureFlags::empty()), region.around(userfaultfd::pager::Around::Page));
+        serve(
+            &pager,
+            uffd(FeatureFlags::empty()),
+            region.fault_around(userfaultfd::pager::FaultAround::Page),
+        );
         let touched = 1000;
         for step in 0..touched {
             let number = step * (TIB / page() / touched);
@@ -47,7 +51,7 @@ fn a_region_of_a_tebibyte_takes_memory_only_for_what_is_touched() {
         // Page tables are the kernel's: three levels for each at most, of the memory and of the states.
         assert!(tables_after - tables < touched * 6 * page() + (4 << 20), "{tables} {tables_after}");
         eventually(|| pager.statistics().present_pages, touched as u64);
-        assert_eq!(pager.statistics().absent_pages, (TIB / page() - touched) as u64);
+        assert_eq!(pager.statistics().missing_pages, (TIB / page() - touched) as u64);
         drop(pager.detach());
     });
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use userfaultfd::pager::{Around, Fill, Pager, Region};
+use userfaultfd::pager::{FaultAround, PageData, Pager, Region};
 use userfaultfd::{FeatureFlags, LazyMemory};
 
 use crate::reader::{Reader, Seen, read, tell_signals};
@@ -44,7 +44,7 @@ impl Together {
         Self { wanted, reading, changed: Condvar::new(), most, open }
     }
 
-    fn read(&self, bytes: &mut [u8]) -> std::io::Result<Fill> {
+    fn read(&self, bytes: &mut [u8]) -> std::io::Result<PageData> {
         let mut reading = self.reading.lock().unwrap();
         *reading += 1;
         self.most.fetch_max(*reading, Ordering::SeqCst);
@@ -56,7 +56,7 @@ impl Together {
         let mut reading = self.changed.wait_while(reading, closed).unwrap();
         *reading -= 1;
         bytes.fill(7);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 }
 
@@ -66,7 +66,8 @@ fn a_source_that_waits_is_read_by_as_many_threads_as_there_are_faults() {
     child::run_well(test_name!(), || {
         static SOURCE: Together = Together::new(6);
         let source = |_: u64, bytes: &mut [u8]| SOURCE.read(bytes);
-        let memory = LazyMemory::builder(source).len(8 * page()).around(Around::Page).build().unwrap();
+        let memory =
+            LazyMemory::builder(source).len(8 * page()).fault_around(FaultAround::Page).build().unwrap();
         assert_eq!(workers(), 1);
         let start = memory.as_ptr().addr();
         let readers: Vec<_> = (0..6).map(|number| Reader::of(start + number * page())).collect();
@@ -90,16 +91,16 @@ fn a_source_that_was_fast_and_hangs_keeps_no_other_memory_waiting() {
         reads.fetch_add(1, Ordering::SeqCst);
         wait_until(|| !hangs.load(Ordering::SeqCst));
         bytes.fill(1);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     };
     let fast = |_: u64, bytes: &mut [u8]| {
         bytes.fill(2);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     };
     let pager = Arc::new(Pager::new().unwrap());
-    let one = LazyMemory::builder(hanging).len(PAGES * page()).around(Around::Page);
+    let one = LazyMemory::builder(hanging).len(PAGES * page()).fault_around(FaultAround::Page);
     let one = one.pager(&pager).build().unwrap();
-    let other = LazyMemory::builder(fast).len(PAGES * page()).around(Around::Page);
+    let other = LazyMemory::builder(fast).len(PAGES * page()).fault_around(FaultAround::Page);
     let other = other.pager(&pager).build().unwrap();
     let (hangs, reads) = &*state;
     assert!((0..100).all(|number| (one[number * page()], other[number * page()]) == (1, 2)));
@@ -134,11 +135,11 @@ fn no_more_threads_are_added_than_are_allowed() {
             while start.elapsed() < Duration::from_micros(200) {
                 std::thread::yield_now();
             }
-            Ok(Fill::Data)
+            Ok(PageData::Data)
         };
         let pager = Pager::builder().max_threads(2).build().unwrap();
-        let region =
-            Region::new(memory.start().expose_provenance(), memory.len(), source).around(Around::Page);
+        let region = Region::new(memory.start().expose_provenance(), memory.len(), source)
+            .fault_around(FaultAround::Page);
         serve(&pager, uffd(FeatureFlags::empty()), region);
         std::thread::scope(|scope| {
             for first in 0..4 {
@@ -166,11 +167,11 @@ fn threads_come_and_go_while_the_process_forks() {
         let source = |_: u64, bytes: &mut [u8]| {
             std::thread::park_timeout(Duration::from_millis(1));
             bytes.fill(7);
-            Ok(Fill::Data)
+            Ok(PageData::Data)
         };
         let pager = Pager::new().unwrap();
-        let region =
-            Region::new(memory.start().expose_provenance(), memory.len(), source).around(Around::Page);
+        let region = Region::new(memory.start().expose_provenance(), memory.len(), source)
+            .fault_around(FaultAround::Page);
         serve(&pager, uffd(FeatureFlags::EVENT_FORK), region);
         for round in 0..ROUNDS {
             let readers: Vec<_> =
@@ -199,10 +200,11 @@ fn drop_in_read(reads: usize) {
             drop(pager);
         }
         bytes.fill(7);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     };
     let pager = Pager::new().unwrap();
-    let region = Region::new(memory.start().expose_provenance(), memory.len(), source).around(Around::Page);
+    let region =
+        Region::new(memory.start().expose_provenance(), memory.len(), source).fault_around(FaultAround::Page);
     serve(&pager, uffd(FeatureFlags::empty()), region);
     *DROPPED.lock().unwrap() = Some(pager);
     let readers: Vec<_> = (0..reads)

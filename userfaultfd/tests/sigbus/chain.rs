@@ -8,7 +8,9 @@ use std::process::ExitStatus;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 
-use userfaultfd::pager::{BytesSource, Error, Fill, MappedFileSource, PageSource, SignalSafe, SourceBytes};
+use userfaultfd::pager::{
+    BytesSource, Error, MappedFileSource, PageData, PageSource, SignalSafe, SourceBytes,
+};
 use userfaultfd::{FeatureFlags, LazyMemory};
 
 use super::support::mapping::{self, Mapping};
@@ -231,7 +233,7 @@ fn a_signal_that_is_sent_ends_the_process_as_before() {
 }
 
 #[test]
-fn what_was_ignored_is_ignored_if_it_was_sent() {
+fn sent_sigbus_is_ignored_where_it_was_ignored() {
     require!();
     dies(test_name!(), || {
         handle(libc::SIG_IGN, 0, &[]);
@@ -293,7 +295,7 @@ fn a_source_without_an_answer_is_sigbus() {
     require!();
     struct Half;
     impl PageSource for Half {
-        fn read(&self, _: u64, _: &mut [u8]) -> std::io::Result<Fill> {
+        fn read(&self, _: u64, _: &mut [u8]) -> std::io::Result<PageData> {
             unreachable!("it has no borders")
         }
         fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use userfaultfd::LazyMemory;
 use userfaultfd::pager::{
-    BytesSource, Delivery, Error, Fill, MappedFileSource, Order, PageSource, Pager, Retry, SignalSafe,
-    SignalSafeConcat, ZeroSource,
+    BytesSource, Delivery, Error, FillOrder, MappedFileSource, PageData, PageSource, Pager, RetryPolicy,
+    SignalSafe, SignalSafeConcat, ZeroSource,
 };
 
 use super::support::{hugetlb, mapping, page, require, test_name};
@@ -50,7 +50,7 @@ fn memory_has_what_its_source_has() {
 }
 
 #[test]
-fn what_is_beyond_the_source_in_its_last_page_is_zero() {
+fn last_page_is_zero_beyond_the_source() {
     require!();
     let memory = LazyMemory::sigbus(BytesSource::new([7; 5])).build().unwrap();
     assert_eq!(memory[..], [7; 5]);
@@ -112,7 +112,7 @@ fn a_fault_fills_the_block_around_it_and_nothing_twice() {
     }
     let statistics = memory.statistics();
     assert_eq!((statistics.missing_faults, statistics.prefetched), (3, 17));
-    assert_eq!((statistics.present_pages, statistics.absent_pages), (20, 0));
+    assert_eq!((statistics.present_pages, statistics.missing_pages), (20, 0));
     assert_eq!(statistics.bytes, 20 * page as u64);
     assert_eq!(statistics.duplicates, 0);
     assert!((1..=3).contains(&statistics.fault_latency.count()), "{statistics}");
@@ -133,7 +133,7 @@ fn one_fault_of_eight_is_timed() {
 }
 
 #[test]
-fn what_was_written_stays() {
+fn written_pages_keep_their_content() {
     require!();
     let page = page();
     let mut memory = builder(8).block(4 * page).build().unwrap();
@@ -151,8 +151,8 @@ fn filling_all_leaves_no_fault() {
     let page = page();
     let memory = builder(1000).block(2 * page).build().unwrap();
     assert_eq!(memory[500 * page], byte(500 * page));
-    let absent = memory.absent().unwrap();
-    let lens: Vec<_> = absent.iter().map(|absent| (absent.len / page, absent.offset)).collect();
+    let missing = memory.missing().unwrap();
+    let lens: Vec<_> = missing.iter().map(|missing| (missing.len / page, missing.offset)).collect();
     assert_eq!(lens, [(500, Some(0)), (498, Some(502 * page as u64))]);
     let mut told = Vec::new();
     memory.fill(|progress| told.push(progress)).unwrap();
@@ -162,7 +162,7 @@ fn filling_all_leaves_no_fault() {
     assert!(memory[..] == content(1000 * page)[..]);
     assert_eq!(memory.statistics().missing_faults, 1);
     assert!(matches!(memory.fill(|_| {}), Err(Error::NotServed)));
-    assert!(matches!(memory.absent(), Err(Error::NotServed)));
+    assert!(matches!(memory.missing(), Err(Error::NotServed)));
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn system_calls_are_served_what_was_touched() {
     require!();
     let page = page();
     let memory = builder(4).block(page).build().unwrap();
-    assert!(!memory.serves_kernel());
+    assert!(!memory.handles_kernel_faults());
     let to = File::from(mapping::memfd(0, 0));
     let refused = to.write_at(&memory[page..2 * page], 0).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EFAULT));
@@ -212,17 +212,17 @@ fn errno_is_kept() {
 }
 
 #[test]
-fn what_takes_a_pager_is_refused() {
+fn sigbus_build_rejects_options_of_a_pager() {
     require!();
     let pager = std::sync::Arc::new(Pager::new().unwrap());
     let options = [
         ("threads", builder(1).threads(2)),
-        ("retry", builder(1).retry(Retry::default())),
+        ("retry", builder(1).retry(RetryPolicy::default())),
         ("read_ahead", builder(1).read_ahead(2, 1 << 20)),
         ("delivery", builder(1).delivery(Delivery::default())),
         ("on_problem", builder(1).on_problem(|_| {})),
         ("pager", builder(1).pager(&pager)),
-        ("serve_kernel", builder(1).serve_kernel(true)),
+        ("handle_kernel_faults", builder(1).handle_kernel_faults(true)),
     ];
     for (name, builder) in options {
         match builder.build() {
@@ -230,7 +230,7 @@ fn what_takes_a_pager_is_refused() {
             other => panic!("{name}: {other:?}"),
         }
     }
-    assert_eq!(builder(1).serve_kernel(false).build().unwrap()[0], byte(0));
+    assert_eq!(builder(1).handle_kernel_faults(false).build().unwrap()[0], byte(0));
     assert!(matches!(LazyMemory::sigbus(ZeroSource).build(), Err(Error::EmptyRegion { .. })));
     let beyond = LazyMemory::sigbus(BytesSource::new([1; 10])).len(page() + 1).build();
     assert!(matches!(beyond, Err(Error::BeyondSource { .. })));
@@ -241,7 +241,7 @@ fn a_source_that_fails_at_its_border_is_told_at_once() {
     require!();
     struct Broken;
     impl PageSource for Broken {
-        fn read(&self, _: u64, _: &mut [u8]) -> io::Result<Fill> {
+        fn read(&self, _: u64, _: &mut [u8]) -> io::Result<PageData> {
             Err(io::Error::other("broken"))
         }
         fn len(&self) -> Option<u64> {
@@ -278,17 +278,17 @@ fn huge_pages() {
 }
 
 #[test]
-fn what_the_source_lacks_stays_missing_in_the_background() {
+fn background_leaves_pages_missing_that_the_source_lacks() {
     require!();
     let page = page();
     let source = file(&content(64 * page));
     let memory = LazyMemory::sigbus(MappedFileSource::new(source.try_clone().unwrap()).unwrap());
     let memory = memory.block(4 * page).build().unwrap();
     source.set_len(32 * page as u64).unwrap();
-    let background = memory.background(Order::Ascending).unwrap();
+    let background = memory.background(FillOrder::Ascending).unwrap();
     assert_eq!(background.wait().done, 64 * page as u64, "all of it was gone through");
     let statistics = memory.statistics();
-    assert_eq!((statistics.present_pages, statistics.absent_pages), (32, 32), "{statistics}");
+    assert_eq!((statistics.present_pages, statistics.missing_pages), (32, 32), "{statistics}");
     assert_eq!((statistics.poisoned, statistics.prefetched), (0, 32), "{statistics}");
     // The source recovers.
     source.write_all_at(&content(64 * page), 0).unwrap();
@@ -301,7 +301,7 @@ fn statistics_add_up_beside_a_background() {
     let (page, pages) = (page(), 4096);
     for block in [1, 4] {
         let memory = builder(pages).block(block * page).build().unwrap();
-        let background = memory.background(Order::Ascending).unwrap();
+        let background = memory.background(FillOrder::Ascending).unwrap();
         std::thread::scope(|scope| {
             for thread in 0..4 {
                 let memory = &memory;
@@ -316,7 +316,7 @@ fn statistics_add_up_beside_a_background() {
         });
         background.wait();
         let statistics = memory.statistics();
-        assert_eq!((statistics.present_pages, statistics.absent_pages), (pages as u64, 0), "{statistics}");
+        assert_eq!((statistics.present_pages, statistics.missing_pages), (pages as u64, 0), "{statistics}");
         assert_eq!(statistics.fills, pages as u64, "{statistics}");
         let asked = statistics.fills - statistics.prefetched;
         assert_eq!(statistics.missing_faults, asked + statistics.duplicates, "{statistics}");
@@ -346,5 +346,5 @@ fn what_the_source_lacks_is_an_error_of_reads() {
     assert_eq!(memory.write_at(8 * page - 2, b"xyz").unwrap(), 2);
     assert_eq!(memory[8 * page - 3..], [byte(8 * page - 3), b'x', b'y']);
     memory.try_populate(0..usize::MAX).unwrap();
-    assert_eq!(memory.statistics().absent_pages, 0);
+    assert_eq!(memory.statistics().missing_pages, 0);
 }

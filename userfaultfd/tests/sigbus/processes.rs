@@ -5,7 +5,7 @@ use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{Fill, PageSource, SignalSafe};
+use userfaultfd::pager::{PageData, PageSource, SignalSafe};
 
 use super::support::proc::wait_until;
 use super::support::{child, page, require, test_name};
@@ -77,7 +77,7 @@ static GO_ON: AtomicBool = AtomicBool::new(false);
 struct Slow;
 
 impl PageSource for Slow {
-    fn read(&self, _: u64, _: &mut [u8]) -> std::io::Result<Fill> {
+    fn read(&self, _: u64, _: &mut [u8]) -> std::io::Result<PageData> {
         unreachable!("it has no borders")
     }
 

@@ -123,5 +123,5 @@ fn filling_all_goes_on_beside_faults() {
         memory.fill(|_| {}).unwrap();
     });
     let statistics = memory.statistics();
-    assert_eq!((statistics.fills, statistics.absent_pages), (pages as u64, 0));
+    assert_eq!((statistics.fills, statistics.missing_pages), (pages as u64, 0));
 }

@@ -53,7 +53,7 @@ fn an_aborted_one_frees_its_memory() {
 }
 
 #[test]
-fn one_that_is_dropped_is_aborted() {
+fn dropping_a_snapshot_aborts_it() {
     require!(WRITE_PROTECT);
     let memory = large();
     let image = Image::closed();
@@ -143,7 +143,7 @@ fn a_sink_may_drop_its_snapshot() {
 }
 
 #[test]
-fn once_all_is_saved_nobody_waits_for_the_sink() {
+fn writers_do_not_wait_for_the_sink_once_all_is_saved() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(4);
     let before = number(&memory, 1);

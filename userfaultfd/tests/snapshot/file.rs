@@ -10,7 +10,7 @@ use userfaultfd::snapshot::{
     Chain, Content, Error, FormatError, Geometry, Options, Series, Sink, Snapshot, SnapshotReader,
     SnapshotWriter,
 };
-use userfaultfd::source::{Fill, PageSource};
+use userfaultfd::source::{PageData, PageSource};
 use userfaultfd::{FeatureFlags, RegisterMode};
 
 use crate::image::{addresses, number};
@@ -87,7 +87,7 @@ fn bytes_of(memory: &Memory) -> Vec<u8> {
 fn read_all(reader: &SnapshotReader, at_a_time: usize) -> Vec<u8> {
     let mut all = vec![0xee; reader.len().unwrap() as usize];
     for (at, page) in all.chunks_mut(at_a_time).enumerate() {
-        if reader.read((at * at_a_time) as u64, page).unwrap() == Fill::Zero {
+        if reader.read((at * at_a_time) as u64, page).unwrap() == PageData::Zero {
             page.fill(0);
         }
     }
@@ -95,7 +95,7 @@ fn read_all(reader: &SnapshotReader, at_a_time: usize) -> Vec<u8> {
 }
 
 #[test]
-fn what_was_written_is_read() {
+fn reader_returns_what_the_writer_wrote() {
     require!(WRITE_PROTECT);
     for memory in memory::each(test_name!(), RegisterMode::WRITE_PROTECT, 7) {
         number(&memory, 0); // the first page is zero
@@ -125,9 +125,9 @@ fn beyond_its_end_are_zeros() {
     number(&memory, 1);
     let reader = SnapshotReader::new(file(&bytes_of(&memory))).unwrap();
     let mut bytes = vec![0xee; 2 * page()];
-    assert_eq!(reader.read(page() as u64, &mut bytes).unwrap(), Fill::Data);
+    assert_eq!(reader.read(page() as u64, &mut bytes).unwrap(), PageData::Data);
     assert_eq!((bytes[0], &bytes[page()..]), (2, &vec![0; page()][..]));
-    assert_eq!(reader.read(2 * page() as u64, &mut bytes).unwrap(), Fill::Zero);
+    assert_eq!(reader.read(2 * page() as u64, &mut bytes).unwrap(), PageData::Zero);
     assert_eq!(reader.len(), Some(2 * page() as u64));
 }
 
@@ -161,7 +161,7 @@ fn every_damage_is_found() {
                 let mut bytes = vec![0; page()];
                 let bad = (0..3).filter(|number| match reader.read((number * page()) as u64, &mut bytes) {
                     Ok(fill) => {
-                        assert!(fill == Fill::Zero || bytes == all[number * page()..][..page()], "{at}");
+                        assert!(fill == PageData::Zero || bytes == all[number * page()..][..page()], "{at}");
                         false
                     }
                     Err(error) => {
@@ -622,7 +622,7 @@ fn geometry_of(memory: &Memory) -> Geometry {
 
 /// What a writer that is wrong, or wants harm, has written: it is refused, and no room is made for what isn't there.
 #[test]
-fn what_takes_too_much_room_is_refused() {
+fn reader_rejects_an_index_that_is_too_large() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(2);
     number(&memory, 1);

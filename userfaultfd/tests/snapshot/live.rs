@@ -51,7 +51,7 @@ fn it_holds_what_memory_held_when_it_began() {
 }
 
 #[test]
-fn memory_that_nobody_has_touched_is_zero() {
+fn untouched_memory_is_zero() {
     require!(WRITE_PROTECT);
     for memory in each(test_name!(), 4) {
         memory.write(2, 7);

@@ -128,7 +128,7 @@ fn pages_that_lost_their_protection_without_an_event_have_changed() {
 }
 
 #[test]
-fn guard_pages_are_gone_and_nobody_waits_for_them() {
+fn guard_pages_are_gone_and_no_thread_waits_for_them() {
     require!(WRITE_PROTECT);
     const MADV_GUARD_INSTALL: libc::c_int = 102;
     const MADV_GUARD_REMOVE: libc::c_int = 103;
@@ -204,7 +204,7 @@ fn what_another_tracker_protects_is_not_taken_for_it() {
 
 /// A page was dropped and written before the snapshot began. It isn't zero then, however it ends.
 #[test]
-fn what_was_written_after_a_drop_and_unmapped_is_gone() {
+fn pages_written_after_a_drop_and_unmapped_are_gone() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         for (unmap, memory) in

@@ -1,6 +1,6 @@
 //! Memory restored lazily from a snapshot.
 
-use userfaultfd::pager::Around;
+use userfaultfd::pager::FaultAround;
 use userfaultfd::snapshot::{Options, Snapshot, SnapshotReader, SnapshotWriter};
 use userfaultfd::{FeatureFlags, LazyMemory};
 
@@ -71,7 +71,7 @@ fn what_is_restored_goes_on_from_the_old_file() {
     let before = number(&memory, 1);
     save();
     let builder = LazyMemory::builder(SnapshotReader::open(&scratch.0).unwrap());
-    let restored = builder.around(Around::Page).build().unwrap();
+    let restored = builder.fault_around(FaultAround::Page).build().unwrap();
     assert_eq!(restored[3 * page()], before[3]);
     let now = number(&memory, 100);
     save();

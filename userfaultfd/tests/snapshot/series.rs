@@ -63,7 +63,7 @@ fn the_second_holds_what_has_changed_since_the_first() {
 
 /// What is written while a snapshot is taken isn't in it, and is in the next.
 #[test]
-fn what_is_written_meanwhile_is_for_the_next() {
+fn writes_during_a_snapshot_belong_to_the_next() {
     require!(WRITE_PROTECT);
     for memory in each(test_name!(), 6) {
         let before = number(&memory, 1);
@@ -85,7 +85,7 @@ fn what_is_written_meanwhile_is_for_the_next() {
 }
 
 #[test]
-fn one_that_failed_does_not_count() {
+fn failed_snapshot_is_no_member_of_its_series() {
     require!(WRITE_PROTECT);
     for memory in each(test_name!(), 4) {
         let mut series = Options::new().range(addresses(&memory)).series().unwrap();

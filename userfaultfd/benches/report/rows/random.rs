@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use userfaultfd::pager::{Around, BytesSource};
+use userfaultfd::pager::{BytesSource, FaultAround};
 use userfaultfd::{LazyBuilder, LazyMemory};
 
 use crate::contenders::cpus::{self, ALLOWED, Place};
@@ -37,7 +37,7 @@ pub(crate) fn run(options: &Options, mut section: Section) -> Section {
                 handler.expect(FAULTS);
                 walk.read(handler.start(), FAULTS)
             })),
-            lazy(LazyMemory::builder(bytes()).around(Around::Page)),
+            lazy(LazyMemory::builder(bytes()).fault_around(FaultAround::Page)),
             lazy(LazyMemory::sigbus(bytes())),
             Some(round(&order, move |walk| signal.during(|| walk.read(signal.start(), FAULTS)))),
         ]

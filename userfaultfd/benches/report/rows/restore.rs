@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{BytesSource, Fill, PageSource, WorkingSet};
+use userfaultfd::pager::{BytesSource, PageData, PageSource, WorkingSet};
 
 use crate::contenders::cpus::{self, ALLOWED};
 use crate::contenders::{Walk, content, shuffled, warm};
@@ -24,10 +24,10 @@ struct Disk(Arc<[u8]>);
 const LATENCY: Duration = Duration::from_micros(100);
 
 impl PageSource for Disk {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         thread::sleep(LATENCY);
         page.copy_from_slice(&self.0[offset as usize..][..page.len()]);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 
     fn len(&self) -> Option<u64> {

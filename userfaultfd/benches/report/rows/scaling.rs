@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Instant;
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{Around, BytesSource, Pager};
+use userfaultfd::pager::{BytesSource, FaultAround, Pager};
 
 use crate::contenders::cpus::{self, ALLOWED};
 use crate::contenders::{Walk, content, shuffled};
@@ -31,7 +31,7 @@ fn round((threads, descriptors): (usize, usize), content: &Arc<[u8]>, all: &Walk
         .map(|_| {
             LazyMemory::builder(BytesSource::new(Arc::clone(content)))
                 .pager(&pager)
-                .around(Around::Page)
+                .fault_around(FaultAround::Page)
                 .build()
                 .expect("lazy memory")
         })

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::Fill;
+use userfaultfd::pager::PageData;
 
 use crate::contenders::cpus::{self, ALLOWED, Place};
 use crate::contenders::handler::{Handler, Loop};
@@ -36,12 +36,12 @@ struct Reads {
 
 impl Reads {
     /// Content that takes its time.
-    fn read(&self, page: &mut [u8]) -> std::io::Result<Fill> {
+    fn read(&self, page: &mut [u8]) -> std::io::Result<PageData> {
         self.count.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(page.len(), Ordering::Relaxed);
         thread::sleep(LATENCY);
         page.fill(42);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 
     /// Bytes of a read, on average.

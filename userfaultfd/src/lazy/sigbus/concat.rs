@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use super::SignalSafe;
-use crate::pager::{ConcatSource, Fill, PageSource, SourceBytes};
+use crate::pager::{ConcatSource, PageData, PageSource, SourceBytes};
 
 /// A [`ConcatSource`] of sources that are all [`SignalSafe`].
 ///
@@ -82,7 +82,7 @@ impl SignalSafeConcat {
 }
 
 impl PageSource for SignalSafeConcat {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         self.sources.read(offset, page)
     }
 

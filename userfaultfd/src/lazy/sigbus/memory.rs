@@ -15,38 +15,38 @@ use super::table::{self, SHARDS};
 use super::visitors::Visitors;
 use super::{handler, table::shard_number};
 use crate::owner::{InheritedFd, Owner, abandon};
-use crate::pager::memory::descriptor::at;
-use crate::pager::memory::page_state::{Claim, End};
-use crate::pager::memory::served::Served;
+use crate::pager::memory::descriptor::addr_to_ptr;
+use crate::pager::memory::page_state::{Claim, Settlement};
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::memory::unfillable::Unfillable;
 use crate::pager::stats::{self, Counters};
-use crate::pager::{Absent, Error, Fill, Progress, Region, RegionId, Result, Statistics};
+use crate::pager::{Error, MissingRange, PageData, Progress, Region, RegionId, Result, Statistics};
 use crate::sync_point::{Point, reach};
 use crate::sys::{self, Pause};
 use crate::{CopyMode, Errno, Uffd, ZeropageMode};
 
 /// So many bytes are filled at once, where nobody waits for a particular page.
-const BULK: usize = 1 << 20;
+const BULK_BYTES: usize = 1 << 20;
 
 /// So often in a row a fault may find that nothing was to be done: beyond that it isn't by chance.
-const FUTILE: u32 = 1 << 16;
+const MAX_FUTILE_RETRIES: u32 = 1 << 16;
 
 /// So often a fill is tried that the kernel says to try again.
-const TRIES: u32 = 64;
+const MAX_FILL_TRIES: u32 = 64;
 
 /// Of so many faults that a handler answers one is timed: looking at the clock is a hundredth of what a fault takes.
-const TIMED: u32 = 8;
+const FAULTS_PER_TIMING: u32 = 8;
 
 /// So often it is looked whether another thread has filled the page.
-const LOOKS: u32 = 200;
+const JOIN_POLLS: u32 = 200;
 
 /// Threads that use a memory are counted in so many places, by their shard.
-const PLACES: usize = 8;
+const USER_COUNTERS: usize = 8;
 
 /// What a handler needs.
 pub(crate) struct Lazy {
     uffd: Uffd,
-    served: Arc<Served>,
+    served: Arc<ServedRegion>,
     start: usize,
     end: usize,
     /// For each shard [`Counters`], with which what was done is counted at once. What isn't used takes no memory.
@@ -61,7 +61,7 @@ pub(crate) struct Lazy {
     closed: AtomicBool,
     /// Gone: nobody enters any more.
     gone: AtomicBool,
-    places: [Place; PLACES],
+    places: [Place; USER_COUNTERS],
 }
 
 #[derive(Default)]
@@ -133,7 +133,7 @@ impl Owned {
         region.ask_source()?;
         region.check()?;
         let Range { start, end } = region.range();
-        let offered = uffd.register(at(start), end - start);
+        let offered = uffd.register(addr_to_ptr(start), end - start);
         let offered = offered.map_err(|error| Error::Register { address: start, error })?;
         region.check_ioctls(offered)?;
         let served = Arc::new(region.serve(0, offered)?);
@@ -191,7 +191,7 @@ impl Lazy {
             let inside = border.checked_sub(self.served.offset).filter(|inside| inside % page as u64 != 0);
             let number = inside.and_then(|inside| usize::try_from(inside / page as u64).ok());
             let Some(number) = number.filter(|number| *number < self.served.pages.count()) else { continue };
-            if self.served.pages.claim_absent(number).is_none() {
+            if self.served.pages.claim_missing(number).is_none() {
                 continue; // it has two of them
             }
             let offset = self.served.offset_of(number);
@@ -201,20 +201,20 @@ impl Lazy {
             };
             let read = self.served.source.read(offset, buffer);
             match read.map_err(|error| Error::Source { offset, error })? {
-                Fill::Data => buffer[self.served.within_source(offset, page)..].fill(0),
-                Fill::Zero => buffer.fill(0),
+                PageData::Data => buffer[self.served.within_source(offset, page)..].fill(0),
+                PageData::Zero => buffer.fill(0),
             }
-            let (to, from) = (at(self.address(number)), buffer.as_ptr().cast());
+            let (to, from) = (addr_to_ptr(self.address(number)), buffer.as_ptr().cast());
             // SAFETY: nobody has seen the page, and whoever handed the region over vouches for what it comes to hold.
             unsafe { self.uffd.copy_with(from, to, page, CopyMode::empty()) }?;
-            let _nobody_joined = self.served.pages.end(number, End::Present);
+            let _nobody_joined = self.served.pages.end(number, Settlement::Present);
         }
         Ok(())
     }
 
     /// Notes that a thread uses the memory, which is about to find it in the table. It has a shard.
     pub(super) fn entered(&self, shard: usize) -> User<'_> {
-        let place = shard % PLACES;
+        let place = shard % USER_COUNTERS;
         self.places[place].users.enter();
         User { lazy: self, place }
     }
@@ -238,16 +238,16 @@ impl Lazy {
     /// Answers a fault. Whether the access is to be tried again; if not, it is an access that can't be.
     /// Async-signal-safe.
     pub(super) fn fault(&self, address: usize, shard: usize) -> bool {
-        let faults = self.places[shard % PLACES].faults.fetch_add(1, Ordering::Relaxed);
-        let since = (faults % TIMED == 0).then(stats::now);
+        let faults = self.places[shard % USER_COUNTERS].faults.fetch_add(1, Ordering::Relaxed);
+        let since = (faults % FAULTS_PER_TIMING == 0).then(stats::now);
         let mut tally = Tally { faults: 1, since, ..Tally::default() };
         let page = (address - self.start) >> self.served.page_shift;
         let claim = self.served.pages.claim(page);
-        if !matches!(claim, Claim::Mine { .. }) {
+        if !matches!(claim, Claim::Acquired { .. }) {
             self.served.note(page);
         }
         let answered = match claim {
-            Claim::Mine { removed, .. } => self.load(page, removed, &mut tally),
+            Claim::Acquired { removed, .. } => self.load(page, removed, &mut tally),
             Claim::Joined => self.join(page, Some(page), &mut tally),
             Claim::Present => self.again(page, &mut tally),
             Claim::Poisoned => false,
@@ -259,13 +259,13 @@ impl Lazy {
         answered
     }
 
-    /// Fills a page that was claimed, and what is absent around it.
+    /// Fills a page that was claimed, and what is missing around it.
     fn load(&self, page: usize, removed: bool, tally: &mut Tally) -> bool {
         let states = &self.served.pages;
-        let (around, window) = self.served.around(page);
+        let (around, window) = self.served.fault_around(page);
         let pages = states.claim_around(page, around, removed);
         if let Some(window) = window {
-            self.served.goes_on(window, &pages);
+            self.served.advance_stream(window, &pages);
         }
         reach(Point::AfterRead, self.address(page));
         let filled = self.put_all(pages.clone(), removed, Some(page), tally);
@@ -273,7 +273,7 @@ impl Lazy {
             return true;
         }
         for other in (filled..pages.end).filter(|other| *other != page) {
-            let _joined = states.end(other, End::Released);
+            let _joined = states.end(other, Settlement::Released);
         }
         // What can't be filled may be another page.
         filled > page
@@ -283,7 +283,7 @@ impl Lazy {
     /// A page that another thread fills. That may be off its CPU, or wait for a disk: this one doesn't depend on it.
     fn join(&self, page: usize, asked: Option<usize>, tally: &mut Tally) -> bool {
         let states = &self.served.pages;
-        for look in 0..LOOKS {
+        for look in 0..JOIN_POLLS {
             if !states.is_loading(page) {
                 return true;
             }
@@ -313,15 +313,17 @@ impl Lazy {
         let Work { removed, claimed, lost } = work;
         let settle = |end, answered| {
             // What is there is so for the one who has claimed it, too, whenever that goes on.
-            if claimed || end == End::Present {
+            if claimed || end == Settlement::Present {
                 let _joined = self.served.pages.end(page, end);
             }
             answered
         };
-        for _ in 0..TRIES {
+        for _ in 0..MAX_FILL_TRIES {
             match self.put(page..page + 1, removed, asked, tally) {
-                Ok(_) => return settle(End::Present, true),
-                Err(Errno::EEXIST) if self.is_there(page) => return settle(End::Present, self.try_again()),
+                Ok(_) => return settle(Settlement::Present, true),
+                Err(Errno::EEXIST) if self.is_there(page) => {
+                    return settle(Settlement::Present, self.try_again());
+                }
                 Err(Errno::EAGAIN) => {
                     tally.retries += 1;
                     std::hint::spin_loop();
@@ -331,22 +333,23 @@ impl Lazy {
                 Err(Errno::EFAULT | Errno::ENODATA) => {
                     tally.source_errors += 1;
                     return match lost {
-                        Lost::Poisoned if self.poison(page, tally) => settle(End::Poisoned, true),
-                        _ => settle(End::Released, false),
+                        Lost::Poisoned if self.poison(page, tally) => settle(Settlement::Poisoned, true),
+                        _ => settle(Settlement::Released, false),
                     };
                 }
-                Err(_) => return settle(End::Released, self.is_closed()),
+                Err(_) => return settle(Settlement::Released, self.is_closed()),
             }
         }
         // For whoever is to give memory back, or to go on with the page.
         Pause::long();
-        settle(End::Released, self.try_again())
+        settle(Settlement::Released, self.try_again())
     }
 
     /// Makes an access to a page raise SIGBUS. `false` before Linux 6.6.
     fn poison(&self, page: usize, tally: &mut Tally) -> bool {
         // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
-        let poisoned = unsafe { self.uffd.poison(at(self.address(page)), self.served.page_size(), true) };
+        let poisoned =
+            unsafe { self.uffd.poison(addr_to_ptr(self.address(page)), self.served.page_size(), true) };
         tally.poisoned += u64::from(poisoned.is_ok());
         poisoned.is_ok()
     }
@@ -358,7 +361,7 @@ impl Lazy {
 
     /// The access is to be tried again, unless that was for nothing all too often.
     fn try_again(&self) -> bool {
-        self.futile.fetch_add(1, Ordering::Relaxed) < FUTILE
+        self.futile.fetch_add(1, Ordering::Relaxed) < MAX_FUTILE_RETRIES
     }
 
     /// Fills pages that were claimed, from the first on, and settles them. Returns the first that couldn't be filled,
@@ -374,7 +377,7 @@ impl Lazy {
             };
             reach(Point::AfterFill, self.address(next));
             for page in next..next + filled {
-                let _joined = self.served.pages.end(page, End::Present);
+                let _joined = self.served.pages.end(page, Settlement::Present);
             }
             next += filled;
         }
@@ -384,7 +387,7 @@ impl Lazy {
     /// Returns whether something is in a page of which the kernel says so. Of huge pages that is its answer, too, where
     /// none can be had: the pool is empty, or the limit of a control group is met.
     fn is_there(&self, page: usize) -> bool {
-        self.zeros.is_none() || sys::is_resident(at(self.address(page)))
+        self.zeros.is_none() || sys::is_resident(addr_to_ptr(self.address(page)))
     }
 
     /// One call of the kernel, which fills one page or more, from the first on. How many.
@@ -397,7 +400,7 @@ impl Lazy {
     ) -> Result<usize, Errno> {
         let (served, page) = (&self.served, self.served.page_size());
         let (offset, len) = (served.offset_of(pages.start), pages.len() << served.page_shift);
-        let to = at(self.address(pages.start));
+        let to = addr_to_ptr(self.address(pages.start));
         let zeros = if removed { u64::MAX } else { served.source.zeros(offset) };
         let known = usize::try_from(zeros).unwrap_or(usize::MAX).min(len) & !(page - 1);
         let result = if known > 0 {
@@ -484,35 +487,35 @@ impl Lazy {
         self.counting[shard].store(false, Ordering::Release);
     }
 
-    /// Fills all that is absent.
+    /// Fills all that is missing.
     pub(crate) fn fill(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
         if self.is_closed() {
             return Err(Error::NotServed);
         }
-        let total = self.absent_pages();
+        let total = self.missing_pages();
         let bytes = |pages: usize| (pages as u64) << self.served.page_shift;
         let tell = |left| Progress { done: bytes(total.saturating_sub(left)), total: bytes(total) };
         progress(tell(total));
         let (mut next, end) = (0, self.served.pages.count());
         while next < end {
-            let step = self.fill_some(next..end, BULK, Lost::Poisoned).ok_or(Error::NotServed)?;
+            let step = self.fill_some(next..end, BULK_BYTES, Lost::Poisoned).ok_or(Error::NotServed)?;
             next = step.next;
-            progress(tell(self.absent_pages()));
+            progress(tell(self.missing_pages()));
         }
         // Each page was filled, or found to be there; its state may not say so yet, if another thread fills it.
-        let left = (0..end).filter(|page| self.served.pages.is_absent(*page)).count();
+        let left = (0..end).filter(|page| self.served.pages.is_missing(*page)).count();
         let mut failed = Unfillable::default();
         failed.add_pages(&self.served, (0..end).filter(|page| self.served.pages.is_failed(*page)));
         if left > 0 {
             return Err(failed.unfilled(left));
         }
         self.closed.store(true, Ordering::SeqCst);
-        self.uffd.unregister_unexplained(at(self.start), self.end - self.start)?;
+        self.uffd.unregister_unexplained(addr_to_ptr(self.start), self.end - self.start)?;
         progress(tell(0));
         failed.poisoned()
     }
 
-    /// Fills what is absent among the first pages of a range, at most so many bytes. `None`: the memory is gone.
+    /// Fills what is missing among the first pages of a range, at most so many bytes. `None`: the memory is gone.
     pub(crate) fn fill_some(&self, pages: Range<usize>, most: usize, lost: Lost) -> Option<Step> {
         let user = self.enter()?;
         let mut tally = Tally::default();
@@ -525,7 +528,7 @@ impl Lazy {
         let states = &self.served.pages;
         let most = (most >> self.served.page_shift).max(1);
         for page in pages.clone() {
-            let Some(removed) = states.claim_absent(page) else {
+            let Some(removed) = states.claim_missing(page) else {
                 if states.is_loading(page) {
                     self.join(page, None, tally);
                 }
@@ -549,39 +552,44 @@ impl Lazy {
         table::is_any_running()
     }
 
-    pub(crate) fn region(&self) -> &Arc<Served> {
+    pub(crate) fn region(&self) -> &Arc<ServedRegion> {
         &self.served
     }
 
-    fn absent_pages(&self) -> usize {
+    fn missing_pages(&self) -> usize {
         let (present, poisoned) = self.served.pages.present_and_poisoned();
         self.served.pages.count().saturating_sub(present + poisoned)
     }
 
     /// What nobody has filled.
-    pub(crate) fn absent(&self) -> Result<Vec<Absent>> {
+    pub(crate) fn missing(&self) -> Result<Vec<MissingRange>> {
         if self.is_closed() {
             return Err(Error::NotServed);
         }
-        let mut absent: Vec<Absent> = Vec::new();
+        let mut missing: Vec<MissingRange> = Vec::new();
         let len = self.served.page_size();
-        for page in (0..self.served.pages.count()).filter(|page| self.served.pages.is_absent(*page)) {
+        for page in (0..self.served.pages.count()).filter(|page| self.served.pages.is_missing(*page)) {
             let address = self.address(page);
-            match absent.last_mut().filter(|last| last.address + last.len == address) {
+            match missing.last_mut().filter(|last| last.address + last.len == address) {
                 Some(last) => last.len += len,
                 None => {
                     let offset = Some(self.served.offset_of(page));
-                    absent.push(Absent { region: RegionId::new(self.served.id), address, len, offset });
+                    missing.push(MissingRange {
+                        region: RegionId::new(self.served.id),
+                        address,
+                        len,
+                        offset,
+                    });
                 }
             }
         }
-        Ok(absent)
+        Ok(missing)
     }
 
     pub(crate) fn statistics(&self) -> Statistics {
         let mut sum: Statistics = (0..SHARDS).map(|shard| self.counters(shard).snapshot()).sum();
         sum.present_pages = self.served.pages.present_and_poisoned().0 as u64;
-        sum.absent_pages = self.absent_pages() as u64;
+        sum.missing_pages = self.missing_pages() as u64;
         sum
     }
 }
@@ -656,7 +664,7 @@ mod tests {
                 let mut state = state.lock().unwrap();
                 state.0 += 1;
                 changed.notify_all();
-                drop(changed.wait_while(state, |(_, goes_on)| !*goes_on).unwrap());
+                drop(changed.wait_while(state, |(_, advance_stream)| !*advance_stream).unwrap());
             });
             Self { state, _armed }
         }
@@ -684,7 +692,7 @@ mod tests {
         require!();
         let (owned, memory) = owned();
         let states = &owned.lazy().served.pages;
-        assert!(states.claim_quietly(1, false), "as if by a thread that gets no CPU");
+        assert!(states.try_claim_untouched(1, false), "as if by a thread that gets no CPU");
         assert_eq!(memory[page_size()], 7);
         assert_eq!(memory[0], 7);
         assert_eq!(owned.lazy().statistics().fills, 2);
@@ -885,7 +893,7 @@ mod tests {
             stop.reached_by(1);
             // The page is there, and nobody has said so yet.
             owned.lazy().fill(|_| {}).unwrap();
-            assert_eq!(owned.lazy().statistics().absent_pages, 0);
+            assert_eq!(owned.lazy().statistics().missing_pages, 0);
             drop(stop);
             assert_eq!(reader.join().unwrap(), 7);
         });

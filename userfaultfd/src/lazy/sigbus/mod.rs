@@ -24,15 +24,15 @@ use crate::pager::{BytesSource, MappedFileSource, PageSource, ZeroSource};
 ///
 /// ```
 /// use std::io;
-/// use userfaultfd::pager::{Fill, PageSource, SignalSafe, SourceBytes};
+/// use userfaultfd::pager::{PageData, PageSource, SignalSafe, SourceBytes};
 ///
 /// /// The same page again and again.
 /// struct Pattern(Vec<u8>);
 ///
 /// impl PageSource for Pattern {
-///     fn read(&self, _: u64, page: &mut [u8]) -> io::Result<Fill> {
+///     fn read(&self, _: u64, page: &mut [u8]) -> io::Result<PageData> {
 ///         page.chunks_mut(self.0.len()).for_each(|page| page.copy_from_slice(&self.0));
-///         Ok(Fill::Data)
+///         Ok(PageData::Data)
 ///     }
 ///
 ///     fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use memmap2::{MmapMut, MmapOptions};
 
 /// Bytes of content that this process puts aside at most. What exceeds that is loaded again.
-const ASIDE: usize = 64 << 20;
+const MAX_ASIDE_BYTES: usize = 64 << 20;
 
 /// Buffers that a thread keeps for content that will be put aside.
-pub(crate) const SPARE: usize = 8;
+pub(crate) const MAX_SPARE_BUFFERS: usize = 8;
 
 /// Bytes of content that are put aside now.
 static PUT_ASIDE: AtomicUsize = AtomicUsize::new(0);
@@ -22,14 +22,14 @@ impl Aside {
     /// `None` if too much is put aside. The buffer comes back then.
     pub(super) fn new(buffer: MmapMut) -> Result<Self, MmapMut> {
         let len = buffer.len();
-        let fits = |aside: usize| aside.checked_add(len).filter(|aside| *aside <= ASIDE.max(len));
+        let fits = |aside: usize| aside.checked_add(len).filter(|aside| *aside <= MAX_ASIDE_BYTES.max(len));
         match PUT_ASIDE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
             Ok(_) => Ok(Self(Some(buffer))),
             Err(_) => Err(buffer),
         }
     }
 
-    pub(in crate::pager) fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         self.0.as_deref().unwrap_or_default()
     }
 
@@ -51,7 +51,7 @@ impl Drop for Aside {
 }
 
 /// A buffer of at least `len` bytes. It is mapped: nothing that a thread which forks has locked is needed.
-pub(in crate::pager) fn grown(buffer: &mut Option<MmapMut>, len: usize) -> io::Result<&mut MmapMut> {
+pub(crate) fn ensure_capacity(buffer: &mut Option<MmapMut>, len: usize) -> io::Result<&mut MmapMut> {
     if buffer.as_ref().is_none_or(|buffer| buffer.len() < len) {
         *buffer = Some(MmapOptions::new().len(len).no_reserve_swap().map_anon()?);
     }

@@ -4,15 +4,15 @@
 
 use std::sync::Arc;
 
-use super::buffers::grown;
-use super::filler::{Filler, Next};
+use super::buffers::ensure_capacity;
+use super::filler::{Next, PageFiller};
 use super::growth::adopt_growth;
 use super::install::answer;
 use super::retry;
-use super::work::{Done, Fault, Wait, Work, page_of};
+use super::work::{Fault, Outcome, RetryAfter, Work, page_of};
 use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
-use crate::pager::memory::page_run::Run;
+use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, wake};
+use crate::pager::memory::page_run::PageRun;
 use crate::pager::memory::page_state::Claim;
 use crate::pager::prefetch::read_ahead;
 use crate::pager::serve::shared::{Note, Shared};
@@ -21,18 +21,18 @@ use crate::sync_point::{Point, reach};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
 
 /// So many faults in a row on one page that is there are suspicious.
-const SUSPICIOUS: u8 = 16;
+const SUSPICIOUS_FAULTS: u8 = 16;
 
 /// Wakes of a page where no region is, each followed by another fault, before it is reported.
-const STRAY: u32 = 8;
+const STRAYS_BEFORE_REPORT: u32 = 8;
 
-impl Filler {
+impl PageFiller {
     /// Looks a fault up, and claims its page if that has to be loaded.
     pub(super) fn look_up(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault) -> Next {
         let run = 'found: {
-            let serving = descriptor.enter(self.thread);
+            let serving = descriptor.lock_shard(self.thread);
             // Given back meanwhile: who did that wakes everybody.
-            let Some(serving) = &*serving else { return Next::Done(Done::Yes) };
+            let Some(serving) = &*serving else { return Next::Done(Outcome::Settled) };
             let protected = matches!(fault.kind, FaultKind::WriteProtected | FaultKind::ReadWriteProtected);
             let segment = match (serving.layout.find(fault.address), serving.layout.find_hole(fault.address))
             {
@@ -53,46 +53,47 @@ impl Filler {
         if run.tries > 0 {
             // Something was in the way, and nobody knows what: not at full speed.
             let wait = retry::contested(run.tries);
-            return Next::Done(Done::Later(Work::Load(run, 0), wait));
+            return Next::Done(Outcome::Deferred(Work::Load(run, 0), wait));
         }
         Next::Load(run, 0)
     }
 
-    /// Takes the page of a fault, and what is absent in the block around it.
+    /// Takes the page of a fault, and what is missing in the block around it.
     fn claim(
         &mut self,
         shared: &Shared,
         descriptor: &Arc<Descriptor>,
-        serving: &Serving,
+        serving: &Attachment,
         segment: &Segment,
         fault: Fault,
-    ) -> Result<Run, Done> {
+    ) -> Result<PageRun, Outcome> {
         let counters = shared.counters(self.thread);
         let states = &segment.region.pages;
         let page = segment.page_at(fault.address);
         let mut pages = page..page + 1;
         let claim = states.claim(page);
-        if !matches!(claim, Claim::Mine { .. }) {
+        if !matches!(claim, Claim::Acquired { .. }) {
             segment.region.note(page);
         }
         let (removed, tries) = match claim {
-            Claim::Mine { removed, tries } => (removed, tries),
+            Claim::Acquired { removed, tries } => (removed, tries),
             Claim::Joined => {
                 if !fault.joined {
                     counters.duplicates.add(1);
                 }
                 // Who fills it wakes the waiters of this descriptor, unless it fills through that of a relative.
-                let again = Done::Later(Work::Fault(Fault { joined: true, ..fault }), Wait::Others);
-                return Err(if segment.region.shared { again } else { Done::Yes });
+                let again =
+                    Outcome::Deferred(Work::Fault(Fault { joined: true, ..fault }), RetryAfter::OtherLoad);
+                return Err(if segment.region.shared { again } else { Outcome::Settled });
             }
             Claim::Present => return Err(self.present(shared, serving, segment, fault)),
             Claim::Poisoned => return Err(self.poisoned(shared, serving, segment, fault)),
         };
         if tries == 0 {
-            let (around, window) = segment.region.around(page);
+            let (around, window) = segment.region.fault_around(page);
             let within = segment.pages();
             let around = around.start.max(within.start)..around.end.min(within.end);
-            let parallel = shared.readers > 0 && self.is_slow() && !removed;
+            let parallel = shared.read_ahead_threads > 0 && self.is_slow() && !removed;
             let now =
                 if parallel { read_ahead::first(&segment.region, page, &around) } else { around.clone() };
             pages = states.claim_around(page, now.clone(), removed);
@@ -101,10 +102,10 @@ impl Filler {
                 read_ahead::ask(shared, descriptor, segment, &now, &around);
             }
             if let Some(window) = window {
-                segment.region.goes_on(window, if whole { &around } else { &pages });
+                segment.region.advance_stream(window, if whole { &around } else { &pages });
             }
         }
-        let mut run = Run::new(segment, pages, removed);
+        let mut run = PageRun::new(segment, pages, removed);
         (run.demand, run.tries) = (Some((page, fault.since)), tries);
         Ok(run)
     }
@@ -115,11 +116,11 @@ impl Filler {
         if adopt_growth(descriptor, fault.address) {
             return self.look_up(shared, descriptor, fault);
         }
-        if tries == STRAY {
+        if tries == STRAYS_BEFORE_REPORT {
             let descriptor = DescriptorId(descriptor.id);
-            shared.note(Note::Problem(Problem::NoRegion { descriptor, address: fault.address }));
+            shared.post(Note::Problem(Problem::NoRegion { descriptor, address: fault.address }));
         }
-        Next::Done(Done::Later(Work::Stray { fault, tries, again: tries == 0 }, retry::stray(tries)))
+        Next::Done(Outcome::Deferred(Work::Stray { fault, tries, again: tries == 0 }, retry::stray(tries)))
     }
 
     pub(super) fn stray_again(
@@ -131,13 +132,13 @@ impl Filler {
         again: bool,
     ) -> Next {
         let is_served = {
-            let serving = descriptor.enter(self.thread);
-            let Some(serving) = &*serving else { return Next::Done(Done::Yes) };
+            let serving = descriptor.lock_shard(self.thread);
+            let Some(serving) = &*serving else { return Next::Done(Outcome::Settled) };
             let layout = &serving.layout;
             let is_served = layout.find(fault.address).or_else(|| layout.find_hole(fault.address)).is_some();
             if !is_served && !again {
                 shared.counters(self.thread).dropped.add(1);
-                return Next::Done(Done::Yes);
+                return Next::Done(Outcome::Settled);
             }
             if !is_served {
                 wake(&serving.uffd, page_of(fault.address));
@@ -156,7 +157,7 @@ impl Filler {
     /// without a word: by madvise(2) where the descriptor doesn't tell of it, by a hole punched into the file. Then
     /// what belongs there is zero, as everywhere after a removal, or what the page cache has. To a tracker that is a
     /// change: the page isn't protected.
-    fn present(&mut self, shared: &Shared, serving: &Serving, segment: &Segment, fault: Fault) -> Done {
+    fn present(&mut self, shared: &Shared, serving: &Attachment, segment: &Segment, fault: Fault) -> Outcome {
         let (counters, region) = (shared.counters(self.thread), &*segment.region);
         let (len, page) = (region.page_size(), segment.page_at(fault.address));
         let address = segment.address_of(page).expect("the address is in the segment");
@@ -164,11 +165,11 @@ impl Filler {
             self.suspect = (address, 0);
         }
         self.suspect.1 = self.suspect.1.saturating_add(1);
-        let zeros = match grown(&mut self.zeros, len) {
+        let zeros = match ensure_capacity(&mut self.zeros, len) {
             Ok(zeros) => &zeros[..len],
-            Err(_) => return Done::Later(Work::Fault(fault), Wait::Kernel(Errno::ENOMEM)),
+            Err(_) => return Outcome::Deferred(Work::Fault(fault), RetryAfter::KernelBusy(Errno::ENOMEM)),
         };
-        let (uffd, dst) = (&serving.uffd, at(address));
+        let (uffd, dst) = (&serving.uffd, addr_to_ptr(address));
         let (filled, counter) = if let Some(cache) = &region.cache {
             let mut mode = ContinueMode::empty();
             mode.set(ContinueMode::WRITE_PROTECT, region.write_protected);
@@ -181,7 +182,7 @@ impl Filler {
                 };
             }
             (filled, &counters.continues)
-        } else if region.zeropage && self.suspect.1 < SUSPICIOUS {
+        } else if region.zeropage && self.suspect.1 < SUSPICIOUS_FAULTS {
             // SAFETY: the page has been taken away, so that zeros are what belongs there, or is there, and stays.
             (
                 answer(unsafe { uffd.zeropage_with(dst, len, ZeropageMode::empty()) }, len),
@@ -198,28 +199,34 @@ impl Filler {
         match filled.1 {
             None => counter.add(1),
             Some(errno @ (Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC)) => {
-                return Done::Later(Work::Fault(fault), Wait::Kernel(errno));
+                return Outcome::Deferred(Work::Fault(fault), RetryAfter::KernelBusy(errno));
             }
-            Some(Errno::ESRCH) => return Done::Gone,
+            Some(Errno::ESRCH) => return Outcome::TargetGone,
             Some(errno) => {
                 if !fault.joined {
                     counters.duplicates.add(1);
                 }
                 if self.suspect.1 == u8::MAX {
                     let region = RegionId(region.id);
-                    shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
+                    shared.post(Note::Problem(Problem::Stuck { region, address, errno }));
                     self.suspect.1 = 0;
                 }
                 reach(Point::BeforeWake, address);
                 wake(uffd, address..address + len);
             }
         }
-        Done::Yes
+        Outcome::Settled
     }
 
     /// A fault on a page that is poisoned, as far as the pager knows: it came before the poison, or somebody took
     /// that away.
-    fn poisoned(&mut self, shared: &Shared, serving: &Serving, segment: &Segment, fault: Fault) -> Done {
+    fn poisoned(
+        &mut self,
+        shared: &Shared,
+        serving: &Attachment,
+        segment: &Segment,
+        fault: Fault,
+    ) -> Outcome {
         let len = segment.region.page_size();
         let address =
             segment.address_of(segment.page_at(fault.address)).expect("the address is in the segment");
@@ -228,24 +235,24 @@ impl Filler {
         }
         let fault = Fault { joined: true, ..fault };
         // SAFETY: it was poisoned before.
-        match answer(unsafe { serving.uffd.poison(at(address), len, true) }, len).1 {
+        match answer(unsafe { serving.uffd.poison(addr_to_ptr(address), len, true) }, len).1 {
             Some(errno @ (Errno::EAGAIN | Errno::ENOMEM)) => {
-                return Done::Later(Work::Fault(fault), Wait::Kernel(errno));
+                return Outcome::Deferred(Work::Fault(fault), RetryAfter::KernelBusy(errno));
             }
-            Some(Errno::ESRCH) => return Done::Gone,
+            Some(Errno::ESRCH) => return Outcome::TargetGone,
             Some(_) => wake(&serving.uffd, address..address + len),
             None => {}
         }
-        Done::Yes
+        Outcome::Settled
     }
 
     /// A fault on a page that is protected: it is let go on.
-    fn unprotect(&self, shared: &Shared, serving: &Serving, segment: &Segment, fault: Fault) -> Done {
+    fn unprotect(&self, shared: &Shared, serving: &Attachment, segment: &Segment, fault: Fault) -> Outcome {
         let counters = shared.counters(self.thread);
         let len = segment.region.page_size();
         let address =
             segment.address_of(segment.page_at(fault.address)).expect("the address is in the segment");
-        let (uffd, start) = (&serving.uffd, at(address));
+        let (uffd, start) = (&serving.uffd, addr_to_ptr(address));
         let lifted = match fault.kind {
             FaultKind::ReadWriteProtected => uffd.remove_read_write_protection(start, len, true),
             _ => uffd.remove_write_protection(start, len, true),
@@ -253,15 +260,15 @@ impl Filler {
         match lifted.map_err(|error| error.errno()) {
             Ok(()) => counters.unprotected.add(1),
             Err(Some(errno @ (Errno::EAGAIN | Errno::ENOMEM))) => {
-                return Done::Later(Work::Fault(fault), Wait::Kernel(errno));
+                return Outcome::Deferred(Work::Fault(fault), RetryAfter::KernelBusy(errno));
             }
-            Err(Some(Errno::ESRCH)) => return Done::Gone,
+            Err(Some(Errno::ESRCH)) => return Outcome::TargetGone,
             Err(_) => {
                 counters.dropped.add(1);
                 wake(uffd, address..address + len);
             }
         }
         counters.fault_latency.record_since(fault.since);
-        Done::Yes
+        Outcome::Settled
     }
 }

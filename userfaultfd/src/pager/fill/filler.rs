@@ -5,18 +5,18 @@ use std::time::Duration;
 
 use memmap2::MmapMut;
 
-use super::buffers::SPARE;
-use super::work::{Content, Done, Fault, Work, page_of};
+use super::buffers::MAX_SPARE_BUFFERS;
+use super::work::{Fault, FillContent, Outcome, Work, page_of};
 use crate::pager::memory::descriptor::{Descriptor, wake};
-use crate::pager::memory::page_run::Run;
-use crate::pager::memory::served::Served;
+use crate::pager::memory::page_run::PageRun;
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::serve::shared::Shared;
 use crate::pager::trace::span;
 
 /// What comes next for a piece of work.
 ///
 /// ```text
-/// fault ─ claimed ──▶ Load ── content ──▶ Install ── settled ──▶ Done(Yes)
+/// fault ─ claimed ──▶ Load ── content ──▶ Install ── settled ──▶ Outcome::Settled
 ///    │                 │  ▲                 │   ▲
 ///    │                 │  └─ (put off) ◀────┤   └─ (put off, with its content) ◀─ the kernel can't now
 ///    │                 └─ the source fails for good: Install(Poison)
@@ -26,42 +26,42 @@ use crate::pager::trace::span;
 #[must_use]
 pub(super) enum Next {
     /// The run's content has to be loaded. The source failed so many times.
-    Load(Run, u32),
+    Load(PageRun, u32),
     /// The content is there, and has to be put in place.
-    Install(Run, Content),
+    Install(PageRun, FillContent),
     /// Nothing, for now.
-    Done(Done),
+    Done(Outcome),
 }
 
 /// A read of a source that takes longer keeps a thread waiting: about as long as a thread of another CPU takes to wake.
-const SLOW: Duration = Duration::from_micros(50);
+const SLOW_READ: Duration = Duration::from_micros(50);
 
 /// Fills pages, for one thread.
 #[derive(Debug)]
-pub(crate) struct Filler {
+pub(crate) struct PageFiller {
     /// The number of the thread: its shards, its counters.
-    pub(in crate::pager) thread: usize,
-    pub(in crate::pager) buffer: Option<MmapMut>,
+    pub(crate) thread: usize,
+    pub(crate) buffer: Option<MmapMut>,
     /// Buffers whose content was put aside and used since.
-    pub(in crate::pager) spare: [Option<MmapMut>; SPARE],
+    pub(crate) spare: [Option<MmapMut>; MAX_SPARE_BUFFERS],
     /// As long as the longest run of zeros. Nothing is ever written, so that it takes no memory.
-    pub(in crate::pager) zeros: Option<MmapMut>,
+    pub(crate) zeros: Option<MmapMut>,
     /// Where faults come again and again though something is there.
-    pub(in crate::pager) suspect: (usize, u8),
+    pub(crate) suspect: (usize, u8),
     /// Where it is noted what the thread is doing, of a worker and of a thread that reads ahead.
-    pub(in crate::pager) place: Option<usize>,
+    pub(crate) place: Option<usize>,
     /// How long a read of a source has taken lately.
-    pub(in crate::pager) pace: Duration,
+    pub(crate) pace: Duration,
     /// How many pages were found where nothing is mapped.
-    pub(in crate::pager) unmapped: usize,
+    pub(crate) unmapped: usize,
 }
 
-impl Filler {
+impl PageFiller {
     pub(crate) fn new(thread: usize) -> Self {
         Self {
             thread,
             buffer: None,
-            spare: [const { None }; SPARE],
+            spare: [const { None }; MAX_SPARE_BUFFERS],
             zeros: None,
             suspect: (0, 0),
             place: None,
@@ -72,31 +72,31 @@ impl Filler {
 
     /// Begins to fill for a worker, and to note there when it waits for a source. Sources are taken for slow until one has
     /// delivered: what is read together with the first fault would wait for it.
-    pub(in crate::pager) fn begin_to_serve(&mut self, place: usize) {
+    pub(crate) fn begin_to_serve(&mut self, place: usize) {
         self.place = Some(place);
-        self.pace = SLOW + Duration::from_micros(1);
+        self.pace = SLOW_READ + Duration::from_micros(1);
     }
 
     /// Whether sources keep this thread waiting, so that faults are better left to the others.
     pub(crate) fn is_slow(&self) -> bool {
-        self.pace > SLOW
+        self.pace > SLOW_READ
     }
 
     /// Notes that this thread begins to read a region's source.
-    pub(super) fn set_reading(&self, shared: &Shared, region: &Served) {
+    pub(super) fn set_reading(&self, shared: &Shared, region: &ServedRegion) {
         if let Some(place) = self.place {
             shared.set_reading(place, region.id, self.is_slow());
         }
     }
 
     /// Does a piece of work, as far as it gets.
-    pub(crate) fn resume(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, work: Work) -> Done {
+    pub(crate) fn resume(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, work: Work) -> Outcome {
         match work {
             Work::Fault(fault) => self.fault(shared, descriptor, fault, None),
             Work::Stray { fault, tries, again } => {
                 self.fault(shared, descriptor, fault, Some((tries, again)))
             }
-            Work::Read => Done::Yes,
+            Work::Read => Outcome::Settled,
             Work::Load(run, attempts) => self.run(shared, descriptor, Next::Load(run, attempts)),
             Work::Install(run, content) => self.run(shared, descriptor, Next::Install(run, content)),
         }
@@ -109,7 +109,7 @@ impl Filler {
         descriptor: &Arc<Descriptor>,
         fault: Fault,
         stray: Option<(u32, bool)>,
-    ) -> Done {
+    ) -> Outcome {
         span!(
             "fault",
             address = fault.address,
@@ -125,7 +125,7 @@ impl Filler {
 
     /// Gives up what was put off. Whoever waits for it comes back.
     pub(crate) fn give_up(&mut self, descriptor: &Descriptor, work: Work) {
-        let serving = descriptor.enter(self.thread);
+        let serving = descriptor.lock_shard(self.thread);
         match work {
             Work::Read => {}
             Work::Fault(fault) | Work::Stray { fault, .. } => {
@@ -142,12 +142,12 @@ impl Filler {
     }
 
     /// Takes steps until nothing is left to do for now.
-    fn run(&mut self, shared: &Shared, descriptor: &Descriptor, mut next: Next) -> Done {
+    fn run(&mut self, shared: &Shared, descriptor: &Descriptor, mut next: Next) -> Outcome {
         loop {
             next = match next {
                 Next::Load(run, attempts) => self.load(shared, descriptor, run, attempts),
                 Next::Install(run, content) => {
-                    let is_outside = matches!(content, Content::Outside(_));
+                    let is_outside = matches!(content, FillContent::Outside(_));
                     if is_outside {
                         // It may have to be read, as from a disk.
                         self.set_reading(shared, &run.region);

@@ -11,15 +11,15 @@
 use std::ops::Range;
 
 use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::{Descriptor, Serving, at};
+use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr};
 use crate::{Errno, Uffd, sys};
 
 /// Whether a range lies in one mapping that is registered. `None`: the kernel can't tell at the moment.
-pub(in crate::pager) fn is_one_mapping(uffd: &Uffd, range: Range<usize>) -> Option<bool> {
+pub(crate) fn is_one_mapping(uffd: &Uffd, range: Range<usize>) -> Option<bool> {
     let unreadable = sys::unreadable().ok()?;
     // COPY looks at the mapping before it reads its source.
     // SAFETY: nothing can be read there, so that nothing is copied.
-    let answer = unsafe { uffd.copy(unreadable, at(range.start), range.len(), false) };
+    let answer = unsafe { uffd.copy(unreadable, addr_to_ptr(range.start), range.len(), false) };
     match answer.err().and_then(|error| error.errno()) {
         Some(Errno::EFAULT | Errno::EEXIST) => Some(true),
         Some(Errno::ENOENT | Errno::EINVAL) => Some(false),
@@ -28,9 +28,9 @@ pub(in crate::pager) fn is_one_mapping(uffd: &Uffd, range: Range<usize>) -> Opti
 }
 
 /// Takes an address for a part of a region if that has grown. Returns whether it has.
-pub(in crate::pager) fn adopt_growth(descriptor: &Descriptor, address: usize) -> bool {
+pub(crate) fn adopt_growth(descriptor: &Descriptor, address: usize) -> bool {
     let mut adopted = false;
-    descriptor.exclusively(&mut |serving| {
+    descriptor.with_all_shards(&mut |serving| {
         let Some(serving) = serving else { return };
         adopted = !descriptor.is_registering() && adopt(serving, address);
     });
@@ -39,7 +39,7 @@ pub(in crate::pager) fn adopt_growth(descriptor: &Descriptor, address: usize) ->
 
 /// Takes an address for a hole if a region's mapping has grown as far as that, with all that it has grown by. Returns
 /// whether it has. While nothing else is changed: what is about to be added must not be taken for grown.
-fn adopt(serving: &mut Serving, address: usize) -> bool {
+fn adopt(serving: &mut Attachment, address: usize) -> bool {
     let Some(before) = serving.layout.before(address).cloned() else { return false };
     let (page, end) = (before.region.page_size(), before.end);
     if before.region.followed == Some(end) {

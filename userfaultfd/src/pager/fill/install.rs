@@ -12,15 +12,15 @@ use std::os::unix::fs::FileExt;
 use std::slice;
 use std::sync::Arc;
 
-use super::buffers::grown;
-use super::filler::{Filler, Next};
-use super::work::{Content, Done, Wait, Work};
+use super::buffers::ensure_capacity;
+use super::filler::{Next, PageFiller};
+use super::work::{FillContent, Outcome, RetryAfter, Work};
 use crate::error::errno_of;
 use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
-use crate::pager::memory::page_run::{Run, is_in_source};
-use crate::pager::memory::page_state::{End, MAX_TRIES};
-use crate::pager::memory::served::Served;
+use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, wake};
+use crate::pager::memory::page_run::{PageRun, is_in_source};
+use crate::pager::memory::page_state::{MAX_TRIES, Settlement};
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::target::target_is_gone;
 use crate::pager::trace::event;
@@ -30,25 +30,25 @@ use crate::{ContinueMode, CopyMode, Errno, ZeropageMode};
 
 /// Bytes that are put in place at once where no thread waits for any of them: meanwhile nobody can change the layout, nor
 /// read a descriptor that tells of changes.
-const SLICE: usize = 256 << 10;
+const SLICE_BYTES: usize = 256 << 10;
 
 /// Why filling a run ended.
-enum Left {
+enum Stop {
     /// All is settled.
-    Nothing,
+    Settled,
     /// Enough for one time: changes, and faults that must be read together with them, come before the rest.
-    More,
+    SliceDone,
     /// The rest can't be filled yet.
-    Waiting(Errno),
+    KernelBusy(Errno),
     /// The rest can't be filled.
     Refused(Errno),
     /// It isn't where it was, or something else belongs there.
-    Unwanted,
+    Outdated,
     /// The process has gone.
-    Gone,
+    TargetGone,
 }
 
-impl Filler {
+impl PageFiller {
     /// Poisons in one place what is poisoned in others: of shared memory each mapping has its own poison. How many
     /// pages couldn't be.
     pub(crate) fn poison_here(&self, descriptor: &Descriptor, segment: &Segment) -> usize {
@@ -56,7 +56,7 @@ impl Filler {
         if !region.shared || region.pages.present_and_poisoned().1 == 0 {
             return 0;
         }
-        let serving = descriptor.enter(self.thread);
+        let serving = descriptor.lock_shard(self.thread);
         let Some(serving) = &*serving else { return 0 };
         let is_left = |page: &usize| {
             let Some(address) = segment.address_of(*page) else { return false };
@@ -74,7 +74,7 @@ impl Filler {
     pub(crate) fn poison_own(&self, shared: &Shared, descriptor: &Descriptor, segment: &Segment) {
         let region = &segment.region;
         for page in segment.pages().filter(|page| is_in_source(region, *page)) {
-            let serving = descriptor.enter(self.thread);
+            let serving = descriptor.lock_shard(self.thread);
             let Some(serving) = &*serving else { return };
             let Some(address) = segment.address_of(page).filter(|_| region.pages.is_loading(page)) else {
                 continue;
@@ -107,19 +107,19 @@ impl Filler {
         if region.shared || region.poison {
             return;
         }
-        let missing = |page: &usize| region.pages.is_absent(*page) && !region.pages.is_removed(*page);
+        let missing = |page: &usize| region.pages.is_missing(*page) && !region.pages.is_removed(*page);
         for page in segment.pages().filter(missing) {
-            let serving = descriptor.enter(self.thread);
+            let serving = descriptor.lock_shard(self.thread);
             let (Some(serving), Some(address)) = (&*serving, segment.address_of(page)) else { return };
             if !is_mapped_from_file(serving, region, address, memory) {
                 continue;
             }
             // No longer missing, unless another thread is about to find that out, or it was moved or removed since.
-            if region.pages.claim_quietly(page, false) {
-                let mut run = Run::new(segment, page..page + 1, false);
+            if region.pages.try_claim_untouched(page, false) {
+                let mut run = PageRun::new(segment, page..page + 1, false);
                 if run.is_there(serving) {
-                    self.count(shared, &run, &Content::Poison, 1, End::Present);
-                    skip(serving, &mut run, End::Present);
+                    self.count(shared, &run, &FillContent::Poison, 1, Settlement::Present);
+                    skip(serving, &mut run, Settlement::Present);
                 } else {
                     run.give_up(Some(serving));
                 }
@@ -128,17 +128,17 @@ impl Filler {
     }
 
     /// Whether a run still belongs where it was claimed.
-    pub(super) fn is_wanted(&self, descriptor: &Descriptor, run: &Run) -> bool {
-        let serving = descriptor.enter(self.thread);
+    pub(super) fn is_wanted(&self, descriptor: &Descriptor, run: &PageRun) -> bool {
+        let serving = descriptor.lock_shard(self.thread);
         serving.as_ref().is_some_and(|serving| run.is_there(serving) && !run.is_outdated())
     }
 
     /// Gives a run up that was given back, moved, unmapped or removed since: whoever still waits comes back, and finds
     /// what is so now.
-    pub(super) fn drop_run(&self, shared: &Shared, descriptor: &Descriptor, run: Run) -> Next {
+    pub(super) fn drop_run(&self, shared: &Shared, descriptor: &Descriptor, run: PageRun) -> Next {
         shared.counters(self.thread).dropped.add(1);
-        run.give_up(descriptor.enter(self.thread).as_ref());
-        Next::Done(Done::Yes)
+        run.give_up(descriptor.lock_shard(self.thread).as_ref());
+        Next::Done(Outcome::Settled)
     }
 
     /// Puts the content of a run in place, if it still belongs there.
@@ -146,12 +146,12 @@ impl Filler {
         &mut self,
         shared: &Shared,
         descriptor: &Descriptor,
-        mut run: Run,
-        content: Content,
+        mut run: PageRun,
+        content: FillContent,
     ) -> Next {
         reach(Point::BeforeFill, run.address());
         let left = loop {
-            let serving = descriptor.enter(self.thread);
+            let serving = descriptor.lock_shard(self.thread);
             let left = match &*serving {
                 // Content goes to the file before the kernel is asked to map it. The file is the parent's, too, which
                 // may be served by another pager since this child has ended, and may have written the page.
@@ -160,79 +160,87 @@ impl Filler {
                         && run.region.cache.is_some()
                         && target_is_gone(&serving.uffd, Some(run.address())) =>
                 {
-                    Left::Gone
+                    Stop::TargetGone
                 }
                 Some(serving) if run.is_there(serving) && !run.is_outdated() => {
                     self.fill_all(shared, serving, &mut run, &content)
                 }
-                _ => Left::Unwanted,
+                _ => Stop::Outdated,
             };
-            if !matches!(left, Left::More) {
+            if !matches!(left, Stop::SliceDone) {
                 break left;
             }
         };
         match left {
-            Left::More => unreachable!("it was gone on with"),
-            Left::Unwanted => {
+            Stop::SliceDone => unreachable!("it was gone on with"),
+            Stop::Outdated => {
                 self.put_back(content);
                 self.drop_run(shared, descriptor, run)
             }
-            Left::Nothing => {
+            Stop::Settled => {
                 if let Some((_, since)) = run.demand {
                     shared.counters(self.thread).fault_latency.record_since(since);
                 }
                 self.put_back(content);
-                Next::Done(Done::Yes)
+                Next::Done(Outcome::Settled)
             }
-            Left::Gone => {
+            Stop::TargetGone => {
                 run.give_up(None);
                 self.put_back(content);
-                Next::Done(Done::Gone)
+                Next::Done(Outcome::TargetGone)
             }
             // At the end nobody waits for memory that may never come: since Linux 7.2 that is also the answer where a
             // file has been cut off.
-            Left::Waiting(Errno::ENOMEM | Errno::ENOSPC)
-                if run.region.is_ending() && !matches!(content, Content::Poison) =>
+            Stop::KernelBusy(Errno::ENOMEM | Errno::ENOSPC)
+                if run.region.is_ending() && !matches!(content, FillContent::Poison) =>
             {
                 self.put_back(content);
-                Next::Install(run, Content::Poison)
+                Next::Install(run, FillContent::Poison)
             }
-            Left::Waiting(errno) => Next::Done(self.put_aside(run, content, Wait::Kernel(errno))),
-            Left::Refused(errno) => {
-                let unreadable = errno == Errno::EFAULT && matches!(content, Content::Outside(_));
-                let poison = matches!(content, Content::Poison);
+            Stop::KernelBusy(errno) => {
+                Next::Done(self.put_aside(run, content, RetryAfter::KernelBusy(errno)))
+            }
+            Stop::Refused(errno) => {
+                let unreadable = errno == Errno::EFAULT && matches!(content, FillContent::Outside(_));
+                let poison = matches!(content, FillContent::Poison);
                 self.put_back(content);
                 if unreadable {
                     let attempts = run.attempts;
                     return self.source_failed(shared, descriptor, run, attempts, io::Error::from(errno));
                 }
-                let Some(mut run) = self.alone(descriptor, run) else { return Next::Done(Done::Yes) };
+                let Some(mut run) = self.alone(descriptor, run) else { return Next::Done(Outcome::Settled) };
                 // Of what nobody waits for, who wanted it filled or poisoned is told the number.
                 let reported =
                     std::mem::replace(&mut run.tries, MAX_TRIES) == MAX_TRIES || run.demand.is_none();
                 let (region, address) = (RegionId(run.region.id), run.address());
                 if poison {
                     if !reported {
-                        shared.note(Note::Problem(Problem::Unanswered { region, address }));
+                        shared.post(Note::Problem(Problem::Unanswered { region, address }));
                     }
                     run.mark_stuck();
                     // Perhaps the memory has gone without a word. Who waits finds out.
-                    if let Some(serving) = &*descriptor.enter(self.thread) {
+                    if let Some(serving) = &*descriptor.lock_shard(self.thread) {
                         wake(&serving.uffd, run.addresses());
                     }
                     let work = Work::Load(run, shared.retry.attempts);
-                    return Next::Done(Done::Later(work, Wait::Rarely));
+                    return Next::Done(Outcome::Deferred(work, RetryAfter::LongDelay));
                 }
                 if !reported {
-                    shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
+                    shared.post(Note::Problem(Problem::Stuck { region, address, errno }));
                 }
-                Next::Install(run, Content::Poison)
+                Next::Install(run, FillContent::Poison)
             }
         }
     }
 
     /// Fills a run as far as the kernel lets it, and settles what is filled.
-    fn fill_all(&mut self, shared: &Shared, serving: &Serving, run: &mut Run, content: &Content) -> Left {
+    fn fill_all(
+        &mut self,
+        shared: &Shared,
+        serving: &Attachment,
+        run: &mut PageRun,
+        content: &FillContent,
+    ) -> Stop {
         let start = run.address();
         let mut joined = false;
         // How many pages to fill with one call. A fill stays inside one mapping: beyond that it goes page by page.
@@ -240,12 +248,12 @@ impl Filler {
         let left = loop {
             let pages = run.pages().len().min(most);
             if pages == 0 {
-                break Left::Nothing;
+                break Stop::Settled;
             }
-            let pages = match (SLICE >> run.region.page_shift).max(1) {
+            let pages = match (SLICE_BYTES >> run.region.page_shift).max(1) {
                 slice if run.demand.is_none() && pages > slice => {
                     if run.address() != start {
-                        break Left::More;
+                        break Stop::SliceDone;
                     }
                     slice
                 }
@@ -271,7 +279,7 @@ impl Filler {
                 Errno::ENOENT => {
                     shared.counters(self.thread).dropped.add(1);
                     self.unmapped += 1;
-                    skip(serving, run, End::Released);
+                    skip(serving, run, Settlement::Released);
                 }
                 // A page is there, or a marker: of poison, or of write protection in the way of ZEROPAGE; a guard page
                 // since Linux 7.2, which was overwritten before. On hugetlb memory the pool may be empty, too: ENOMEM up
@@ -284,27 +292,27 @@ impl Filler {
                         continue;
                     }
                     if run.demanded() == Some(run.pages().start) && run.tries + 1 == MAX_TRIES {
-                        shared.note(Note::Problem(Problem::Stuck {
+                        shared.post(Note::Problem(Problem::Stuck {
                             region: RegionId(run.region.id),
                             address: run.address(),
                             errno,
                         }));
                     }
-                    skip(serving, run, End::Contested);
+                    skip(serving, run, Settlement::Contested);
                 }
                 // The process has ended, or executed another program.
-                Errno::ESRCH => break Left::Gone,
+                Errno::ESRCH => break Stop::TargetGone,
                 // EAGAIN: the layout is changing; it ends once the event was read and the thread that makes the change
                 // has run on. ENOMEM: no memory for the page or its table, also of a cgroup, or a tmpfs is full; since
                 // Linux 7.2 the page may lie beyond the end of its file, too. ENOSPC: the file of a minor region.
-                Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC => break Left::Waiting(errno),
+                Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC => break Stop::KernelBusy(errno),
                 // CONTINUE finds no page in the cache: a hole was punched between the write and the call.
-                Errno::EFAULT if run.region.cache.is_some() && !matches!(content, Content::Poison) => {
-                    break Left::Waiting(errno);
+                Errno::EFAULT if run.region.cache.is_some() && !matches!(content, FillContent::Poison) => {
+                    break Stop::KernelBusy(errno);
                 }
                 // EFAULT: the source's own memory can't be read, or, before Linux 7.2, the page lies beyond the end of its
                 // file. EINVAL: the memory isn't what the region says. EIO and others: the file of a minor region.
-                _ => break Left::Refused(errno),
+                _ => break Stop::Refused(errno),
             }
         };
         if joined {
@@ -316,13 +324,19 @@ impl Filler {
     }
 
     /// What to make of a page that nobody waits for, where the kernel says that something is there.
-    fn occupied(&mut self, shared: &Shared, serving: &Serving, run: &Run, content: &Content) -> End {
-        let (uffd, dst, len) = (&serving.uffd, at(run.address()), run.region.page_size());
+    fn occupied(
+        &mut self,
+        shared: &Shared,
+        serving: &Attachment,
+        run: &PageRun,
+        content: &FillContent,
+    ) -> Settlement {
+        let (uffd, dst, len) = (&serving.uffd, addr_to_ptr(run.address()), run.region.page_size());
         // Once more with what a marker of write protection isn't in the way of.
         let again = match content {
-            Content::Zero => Content::Zeros,
+            FillContent::Zero => FillContent::Zeros,
             // Of huge pages it is the answer to an empty pool, too: where there is nothing, poison can be put.
-            Content::Buffer | Content::Outside(_) | Content::Aside(_) | Content::Zeros
+            FillContent::Buffer | FillContent::Outside(_) | FillContent::Aside(_) | FillContent::Zeros
                 if !run.region.zeropage_possible() =>
             {
                 if run.region.shared {
@@ -330,24 +344,24 @@ impl Filler {
                     let mapped = uffd.continue_with(dst, len, ContinueMode::empty());
                     let is_there = |errno| matches!(errno, Some(Errno::EEXIST | Errno::EINVAL));
                     let is_there = mapped.map_or_else(|error| is_there(error.errno()), |_| true);
-                    return if is_there { End::Present } else { End::Contested };
+                    return if is_there { Settlement::Present } else { Settlement::Contested };
                 }
                 if !run.region.poison {
                     // Such kernels say ENOMEM of an empty pool.
-                    return End::Present;
+                    return Settlement::Present;
                 }
                 if run.is_early {
                     // Poison would stay when the pool has pages again. A fault, or the end, finds out what is there.
-                    return End::Released;
+                    return Settlement::Released;
                 }
-                Content::Poison
+                FillContent::Poison
             }
-            _ => return End::Present,
+            _ => return Settlement::Present,
         };
         let (_, errno, end) = self.fill(serving, run, &again, len);
         match errno {
-            Some(Errno::EEXIST) => End::Present,
-            Some(_) => End::Contested,
+            Some(Errno::EEXIST) => Settlement::Present,
+            Some(_) => Settlement::Contested,
             None => {
                 self.count(shared, run, &again, 1, end);
                 end
@@ -358,48 +372,48 @@ impl Filler {
     /// One step: how many bytes it filled, why it stopped, and what the filled pages are from then on.
     fn fill(
         &mut self,
-        serving: &Serving,
-        run: &Run,
-        content: &Content,
+        serving: &Attachment,
+        run: &PageRun,
+        content: &FillContent,
         len: usize,
-    ) -> (usize, Option<Errno>, End) {
-        if matches!(content, Content::Poison) {
+    ) -> (usize, Option<Errno>, Settlement) {
+        if matches!(content, FillContent::Poison) {
             return poison(serving, &run.region, run.address(), len);
         }
         let (filled, errno) = self.fill_content(serving, run, content, len);
-        (filled, errno, End::Present)
+        (filled, errno, Settlement::Present)
     }
 
     /// One call of the kernel that puts content in place.
     fn fill_content(
         &mut self,
-        serving: &Serving,
-        run: &Run,
-        content: &Content,
+        serving: &Attachment,
+        run: &PageRun,
+        content: &FillContent,
         len: usize,
     ) -> (usize, Option<Errno>) {
-        let (uffd, dst) = (&serving.uffd, at(run.address()));
+        let (uffd, dst) = (&serving.uffd, addr_to_ptr(run.address()));
         let mut mode = CopyMode::empty();
         mode.set(CopyMode::WRITE_PROTECT, run.region.fills_protected());
         let source = match content {
-            Content::Zero if !run.region.fills_protected() => {
+            FillContent::Zero if !run.region.fills_protected() => {
                 // SAFETY: whoever handed the region over vouches for what its pages come to hold; this one isn't
                 // there yet, as the kernel makes sure.
                 let result = unsafe { uffd.zeropage_with(dst, len, ZeropageMode::empty()) };
                 return answer(result, len);
             }
-            Content::File | Content::Poison => std::ptr::null(),
-            Content::Zero | Content::Zeros => match grown(&mut self.zeros, len) {
+            FillContent::File | FillContent::Poison => std::ptr::null(),
+            FillContent::Zero | FillContent::Zeros => match ensure_capacity(&mut self.zeros, len) {
                 Ok(zeros) => zeros.as_ptr().cast(),
                 Err(_) => return (0, Some(Errno::ENOMEM)),
             },
-            Content::Outside(bytes) => bytes.wrapping_byte_add(run.done()),
-            Content::Aside(aside) => aside.bytes()[run.done()..].as_ptr().cast(),
-            Content::Buffer => self.buffer.as_ref().expect("it was filled")[run.done()..].as_ptr().cast(),
+            FillContent::Outside(bytes) => bytes.wrapping_byte_add(run.done()),
+            FillContent::Aside(aside) => aside.bytes()[run.done()..].as_ptr().cast(),
+            FillContent::Buffer => self.buffer.as_ref().expect("it was filled")[run.done()..].as_ptr().cast(),
         };
         if let Some(cache) = &run.region.cache {
             let at = run.pages().start << run.region.page_shift;
-            if matches!(content, Content::File) {
+            if matches!(content, FillContent::File) {
                 if let Err(errno) = cache.allocate(at, len) {
                     return (0, Some(errno));
                 }
@@ -422,7 +436,7 @@ impl Filler {
         answer(result, len)
     }
 
-    fn count(&self, shared: &Shared, run: &Run, content: &Content, pages: usize, end: End) {
+    fn count(&self, shared: &Shared, run: &PageRun, content: &FillContent, pages: usize, end: Settlement) {
         if pages == 0 {
             return;
         }
@@ -431,18 +445,20 @@ impl Filler {
         let asked = run.demanded().is_some_and(|page| filled.contains(&page));
         let counter = match content {
             // The file had them.
-            Content::Poison if end == End::Present => &counters.continues,
-            Content::Poison => {
+            FillContent::Poison if end == Settlement::Present => &counters.continues,
+            FillContent::Poison => {
                 if asked {
                     let (region, address) = (RegionId(run.region.id), run.address());
-                    shared.note(Note::Problem(Problem::Poisoned { region, address }));
+                    shared.post(Note::Problem(Problem::Poisoned { region, address }));
                 }
                 return counters.poisoned.add(pages as u64);
             }
-            Content::Zero => &counters.zero_fills,
+            FillContent::Zero => &counters.zero_fills,
             _ if run.region.cache.is_some() => &counters.continues,
-            Content::Zeros => &counters.zero_fills,
-            Content::Outside(_) | Content::Aside(_) | Content::Buffer | Content::File => &counters.fills,
+            FillContent::Zeros => &counters.zero_fills,
+            FillContent::Outside(_) | FillContent::Aside(_) | FillContent::Buffer | FillContent::File => {
+                &counters.fills
+            }
         };
         counter.add(pages as u64);
         counters.bytes.add((pages << run.region.page_shift) as u64);
@@ -451,7 +467,7 @@ impl Filler {
 }
 
 /// Ends one page of a run that can't be filled, and wakes who waits for it.
-fn skip(serving: &Serving, run: &mut Run, end: End) {
+fn skip(serving: &Attachment, run: &mut PageRun, end: Settlement) {
     let address = run.address();
     let _joined = run.settle(1, end);
     reach(Point::BeforeWake, address);
@@ -463,13 +479,13 @@ fn skip(serving: &Serving, run: &mut Run, end: End) {
 /// content.
 ///
 /// Does the first pages that are of one kind. How many bytes, why it stopped, and what the pages are from then on.
-pub(in crate::pager) fn poison(
-    serving: &Serving,
-    region: &Served,
+pub(crate) fn poison(
+    serving: &Attachment,
+    region: &ServedRegion,
     address: usize,
     len: usize,
-) -> (usize, Option<Errno>, End) {
-    let (uffd, dst) = (&serving.uffd, at(address));
+) -> (usize, Option<Errno>, Settlement) {
+    let (uffd, dst) = (&serving.uffd, addr_to_ptr(address));
     let mut most = len;
     if region.cache.is_none() {
         let mut mode = ContinueMode::empty();
@@ -478,11 +494,11 @@ pub(in crate::pager) fn poison(
         match answer(mapped, len) {
             (0, Some(Errno::EFAULT)) => most = region.page_size(),
             (0, Some(errno @ (Errno::EEXIST | Errno::EAGAIN | Errno::ENOMEM | Errno::ESRCH))) => {
-                return (0, Some(errno), End::Poisoned);
+                return (0, Some(errno), Settlement::Poisoned);
             }
             // Memory without a file, or a kernel that can't map from one.
             (0, Some(_)) => {}
-            (mapped, errno) => return (mapped, errno, End::Present),
+            (mapped, errno) => return (mapped, errno, Settlement::Present),
         }
     }
     let poison = |len| {
@@ -500,14 +516,23 @@ pub(in crate::pager) fn poison(
         }
         poisoned => poisoned,
     };
-    (poisoned, errno, End::Poisoned)
+    (poisoned, errno, Settlement::Poisoned)
 }
 
 /// Maps a missing page if the memory's file has it. Returns whether it is mapped.
-fn is_mapped_from_file(serving: &Serving, region: &Served, address: usize, memory: Option<&File>) -> bool {
+fn is_mapped_from_file(
+    serving: &Attachment,
+    region: &ServedRegion,
+    address: usize,
+    memory: Option<&File>,
+) -> bool {
     let mut mode = ContinueMode::empty();
     mode.set(ContinueMode::WRITE_PROTECT, region.fills_protected());
-    match serving.uffd.continue_with(at(address), region.page_size(), mode).map_err(|error| error.errno()) {
+    match serving
+        .uffd
+        .continue_with(addr_to_ptr(address), region.page_size(), mode)
+        .map_err(|error| error.errno())
+    {
         Ok(_) | Err(Some(Errno::EEXIST)) => true,
         // The file doesn't have it.
         Err(Some(Errno::EFAULT)) => false,
@@ -518,7 +543,7 @@ fn is_mapped_from_file(serving: &Serving, region: &Served, address: usize, memor
 }
 
 /// How many bytes an operation did, and why it stopped if it did.
-pub(in crate::pager) fn answer(result: crate::Result<usize>, len: usize) -> (usize, Option<Errno>) {
+pub(crate) fn answer(result: crate::Result<usize>, len: usize) -> (usize, Option<Errno>) {
     match result {
         Ok(done) if done == len => (done, None),
         // CONTINUE that stopped half-way.

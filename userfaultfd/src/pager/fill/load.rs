@@ -5,17 +5,17 @@ use std::time::Instant;
 
 use memmap2::MmapMut;
 
-use super::buffers::{Aside, grown};
-use super::filler::{Filler, Next};
-use super::work::{Content, Done, Wait, Work};
+use super::buffers::{Aside, ensure_capacity};
+use super::filler::{Next, PageFiller};
+use super::work::{FillContent, Outcome, RetryAfter, Work};
 use crate::pager::memory::descriptor::Descriptor;
-use crate::pager::memory::page_run::Run;
+use crate::pager::memory::page_run::PageRun;
 use crate::pager::memory::page_state::MAX_TRIES;
-use crate::pager::memory::served::Served;
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::trace::span;
-use crate::pager::{Fill, Problem, RegionId};
-use crate::source::call::caught;
+use crate::pager::{PageData, Problem, RegionId};
+use crate::source::call::catch_panic;
 use crate::{Errno, sys};
 
 /// Why the content of a run can't be had.
@@ -33,14 +33,20 @@ impl From<io::Error> for NoContent {
     }
 }
 
-impl Filler {
+impl PageFiller {
     /// Maps the buffer for a page of the base size, so that there is always one.
-    pub(in crate::pager) fn prepare(&mut self) -> io::Result<()> {
-        grown(&mut self.buffer, crate::page_size()).map(drop)
+    pub(crate) fn prepare(&mut self) -> io::Result<()> {
+        ensure_capacity(&mut self.buffer, crate::page_size()).map(drop)
     }
 
     /// Gets the content of a run from its source, and puts it in place.
-    pub(super) fn load(&mut self, shared: &Shared, descriptor: &Descriptor, run: Run, attempts: u32) -> Next {
+    pub(super) fn load(
+        &mut self,
+        shared: &Shared,
+        descriptor: &Descriptor,
+        run: PageRun,
+        attempts: u32,
+    ) -> Next {
         let mut run = run.rest();
         run.attempts = attempts;
         if attempts > 0 && !self.is_wanted(descriptor, &run) {
@@ -48,7 +54,7 @@ impl Filler {
         }
         match self.content(shared, &run) {
             Ok(content) => {
-                if let (Content::Outside(bytes), true) = (&content, descriptor.tells_changes) {
+                if let (FillContent::Outside(bytes), true) = (&content, descriptor.tells_changes) {
                     // Here, and not while a change waits for the shard: the source's memory may have to be read first.
                     self.set_reading(shared, &run.region);
                     sys::populate(*bytes, run.len());
@@ -61,8 +67,10 @@ impl Filler {
     }
 
     /// What to do when there was no memory for a run's content. It is waited for, as where the kernel has none.
-    fn no_memory(&mut self, descriptor: &Descriptor, run: Run, attempts: u32) -> Next {
-        let later = |run| Next::Done(Done::Later(Work::Load(run, attempts), Wait::Kernel(Errno::ENOMEM)));
+    fn no_memory(&mut self, descriptor: &Descriptor, run: PageRun, attempts: u32) -> Next {
+        let later = |run| {
+            Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::KernelBusy(Errno::ENOMEM)))
+        };
         if run.is_early {
             return later(run);
         }
@@ -70,21 +78,21 @@ impl Filler {
             // There may be enough for a page.
             return match self.alone(descriptor, run) {
                 Some(run) => Next::Load(run, attempts),
-                None => Next::Done(Done::Yes),
+                None => Next::Done(Outcome::Settled),
             };
         }
         if run.region.is_ending() {
-            return Next::Install(run, Content::Poison);
+            return Next::Install(run, FillContent::Poison);
         }
         later(run)
     }
 
     /// The content of a run, read from its source if need be.
-    pub(in crate::pager) fn content(&mut self, shared: &Shared, run: &Run) -> Result<Content, NoContent> {
+    pub(crate) fn content(&mut self, shared: &Shared, run: &PageRun) -> Result<FillContent, NoContent> {
         let (region, len) = (&*run.region, run.len());
         let offset = region.offset_of(run.pages().start);
         if run.removed && region.cache.is_some() {
-            return Ok(Content::File);
+            return Ok(FillContent::File);
         }
         let _in_source = run.enter_source();
         // Who waits for a page would wait for this question, too.
@@ -92,21 +100,22 @@ impl Filler {
             return Ok(Self::zeros(run));
         }
         if region.cache.is_none() {
-            let bytes = caught(|| Ok(region.source.bytes(offset, len).filter(|bytes| bytes.len() == len)))?;
+            let bytes =
+                catch_panic(|| Ok(region.source.bytes(offset, len).filter(|bytes| bytes.len() == len)))?;
             if let Some(bytes) = bytes {
                 self.pace = self.pace * 7 / 8;
-                return Ok(Content::Outside(bytes.as_ptr()));
+                return Ok(FillContent::Outside(bytes.as_ptr()));
             }
         }
         span!("load", offset = offset, len = len);
         let (place, is_slow) = (self.place, self.is_slow());
-        let buffer = grown(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
+        let buffer = ensure_capacity(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
         let counters = shared.counters(self.thread);
         if let Some(place) = place {
             shared.set_reading(place, region.id, is_slow);
         }
         let start = Instant::now();
-        let fill = caught(|| region.source.read(offset, &mut buffer[..len]));
+        let fill = catch_panic(|| region.source.read(offset, &mut buffer[..len]));
         let took = start.elapsed();
         if let Some(place) = place {
             shared.set_at_work(place, true);
@@ -114,21 +123,21 @@ impl Filler {
         self.pace = (self.pace * 7 + took) / 8;
         counters.source_latency.record(took);
         counters.source_reads.add(1);
-        if fill? == Fill::Zero {
+        if fill? == PageData::Zero {
             return Ok(Self::zeros(run));
         }
         buffer[region.within_source(offset, len)..len].fill(0);
-        Ok(Content::Buffer)
+        Ok(FillContent::Buffer)
     }
 
     /// A run of zeros.
-    fn zeros(run: &Run) -> Content {
+    fn zeros(run: &PageRun) -> FillContent {
         let region = &*run.region;
         // A marker of write protection is in the way of a zero page, and not in that of a copy.
         if region.zeropage && run.tries == 0 && region.cache.is_none() {
-            Content::Zero
+            FillContent::Zero
         } else {
-            Content::Zeros
+            FillContent::Zeros
         }
     }
 
@@ -137,22 +146,22 @@ impl Filler {
         &mut self,
         shared: &Shared,
         descriptor: &Descriptor,
-        run: Run,
+        run: PageRun,
         attempts: u32,
         error: io::Error,
     ) -> Next {
         shared.counters(self.thread).source_errors.add(1);
         if run.is_early {
-            return Next::Done(Done::Later(Work::Load(run, attempts), Wait::Others));
+            return Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::OtherLoad));
         }
         // The page that is asked for alone: its neighbours may be what can't be had.
-        let Some(run) = self.alone(descriptor, run.rest()) else { return Next::Done(Done::Yes) };
+        let Some(run) = self.alone(descriptor, run.rest()) else { return Next::Done(Outcome::Settled) };
         let attempts = attempts.saturating_add(1);
         if let Some(delay) = shared.retry.delay_after(attempts).filter(|_| !run.region.is_ending()) {
-            return Next::Done(Done::Later(Work::Load(run, attempts), Wait::For(delay)));
+            return Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::Delay(delay)));
         }
         if run.tries < MAX_TRIES {
-            shared.note(Note::Problem(Problem::Source {
+            shared.post(Note::Problem(Problem::Source {
                 region: RegionId(run.region.id),
                 address: run.address(),
                 offset: run.region.offset_of(run.pages().start),
@@ -163,15 +172,15 @@ impl Filler {
                 shared.reports.wait();
             }
         }
-        Next::Install(run, Content::Poison)
+        Next::Install(run, FillContent::Poison)
     }
 
     /// The page that was asked for, without its neighbours, which are given up. `None` if nobody asked.
-    pub(in crate::pager) fn alone(&self, descriptor: &Descriptor, run: Run) -> Option<Run> {
+    pub(crate) fn alone(&self, descriptor: &Descriptor, run: PageRun) -> Option<PageRun> {
         if run.pages().len() == 1 {
             return Some(run);
         }
-        let serving = descriptor.enter(self.thread);
+        let serving = descriptor.lock_shard(self.thread);
         match run.demanded() {
             Some(page) => Some(run.narrow(page, serving.as_ref())),
             None => {
@@ -182,19 +191,19 @@ impl Filler {
     }
 
     /// Puts off what can't be filled now, with its content.
-    pub(in crate::pager) fn put_aside(&mut self, run: Run, content: Content, wait: Wait) -> Done {
+    pub(crate) fn put_aside(&mut self, run: PageRun, content: FillContent, wait: RetryAfter) -> Outcome {
         let (run, content) = match content {
-            Content::Buffer => match self.take_content(run) {
-                (run, Some(aside)) => (run, Content::Aside(aside)),
-                (run, None) => return Done::Later(Work::Load(run, 0), wait),
+            FillContent::Buffer => match self.take_content(run) {
+                (run, Some(aside)) => (run, FillContent::Aside(aside)),
+                (run, None) => return Outcome::Deferred(Work::Load(run, 0), wait),
             },
             content => (run, content),
         };
-        Done::Later(Work::Install(run, content), wait)
+        Outcome::Deferred(Work::Install(run, content), wait)
     }
 
     /// Takes what a run has in the buffer: the buffer itself, or a copy where that is much longer.
-    fn take_content(&mut self, run: Run) -> (Run, Option<Aside>) {
+    fn take_content(&mut self, run: PageRun) -> (PageRun, Option<Aside>) {
         let (done, len) = (run.done(), run.len());
         let Some(buffer) = self.buffer.take() else { return (run, None) };
         if 2 * len <= buffer.len() {
@@ -202,7 +211,7 @@ impl Filler {
                 spare.as_ref().is_some_and(|spare| (len..=2 * len).contains(&spare.len()))
             };
             let mut short = self.spare.iter_mut().find(fits).and_then(Option::take);
-            if let Ok(copy) = grown(&mut short, len) {
+            if let Ok(copy) = ensure_capacity(&mut short, len) {
                 copy[..len].copy_from_slice(&buffer[done..done + len]);
                 self.buffer = Some(buffer);
                 return (run.rest(), short.and_then(|short| Aside::new(short).ok()));
@@ -221,8 +230,8 @@ impl Filler {
     }
 
     /// Keeps the buffer of content that was put aside.
-    pub(in crate::pager) fn put_back(&mut self, content: Content) {
-        let Content::Aside(aside) = content else { return };
+    pub(crate) fn put_back(&mut self, content: FillContent) {
+        let FillContent::Aside(aside) = content else { return };
         let Some(buffer) = aside.into_buffer() else { return };
         let free = std::iter::once(&mut self.buffer).chain(&mut self.spare).find(|place| place.is_none());
         if let Some(place) = free {
@@ -232,16 +241,17 @@ impl Filler {
 }
 
 /// So many zero pages are filled at once, in bytes.
-const ZEROS: usize = 4 << 20;
+const MAX_ZERO_BYTES: usize = 4 << 20;
 
 /// How many bytes from an offset on are known to be zero.
-fn known_zeros(region: &Served, offset: u64) -> u64 {
+fn known_zeros(region: &ServedRegion, offset: u64) -> u64 {
     // A source that panics here is asked for the content, and told about then.
-    caught(|| Ok(region.source.zeros(offset))).unwrap_or(0)
+    catch_panic(|| Ok(region.source.zeros(offset))).unwrap_or(0)
 }
 
 /// How many pages to fill at once from one on, where nobody waits: many if they are known to be zero, else `most`.
-pub(in crate::pager) fn alike(region: &Served, page: usize, most: usize) -> usize {
-    let zeros = known_zeros(region, region.offset_of(page)).min(ZEROS as u64) as usize >> region.page_shift;
+pub(crate) fn fill_batch_len(region: &ServedRegion, page: usize, most: usize) -> usize {
+    let zeros =
+        known_zeros(region, region.offset_of(page)).min(MAX_ZERO_BYTES as u64) as usize >> region.page_shift;
     if zeros > 0 { zeros } else { most }
 }

@@ -14,22 +14,23 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::work::{Wait, Work, page_of};
-use crate::pager::Retry;
+use super::work::{RetryAfter, Work, page_of};
+use crate::mapped_vec::MappedVec;
+use crate::pager::RetryPolicy;
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::{Errno, mapped_vec, sys};
 
 /// Entries that the queue has room for from the start. It grows in a mapping of its own.
-pub(in crate::pager) const ROOM: usize = 256;
+pub(crate) const QUEUE_ROOM: usize = 256;
 
 /// How long work is tried again after a change was read. Longer keeps the next change from being read.
-pub(in crate::pager) const AFTER_CHANGE: Duration = Duration::from_micros(20);
+pub(crate) const AFTER_CHANGE: Duration = Duration::from_micros(20);
 
 /// Changes in a row after each of which nothing got through, before the thread that reads them moves to another CPU. The
 /// thread that makes them shares its CPU then, it seems, and so never runs while this one tries. On two CPUs nearly each
 /// change lets a fill through.
-pub(in crate::pager) const MISSES_BEFORE_MOVE: u32 = 8;
+pub(crate) const MISSES_BEFORE_MOVE: u32 = 8;
 
 /// How long the kernel may refuse a fill before that is reported.
 const STUCK_AFTER: Duration = Duration::from_secs(1);
@@ -38,7 +39,7 @@ const STUCK_AFTER: Duration = Duration::from_secs(1);
 const CHANGE_DELAY: Duration = Duration::from_millis(1);
 
 /// The longest delay of work that waits for memory, or for another thread.
-const DELAY: Duration = Duration::from_secs(1);
+const LONGEST_DELAY: Duration = Duration::from_secs(1);
 
 /// The shortest delay of what is tried on with a delay that doubles.
 const FIRST_DELAY: Duration = Duration::from_millis(1);
@@ -51,35 +52,35 @@ const STRAY_DELAY: Duration = Duration::from_secs(1);
 const SOURCE_DELAY: Duration = Duration::from_secs(60);
 
 /// The delay where there is no memory to put work off.
-pub(in crate::pager) const NO_MEMORY: Duration = Duration::from_millis(1);
+pub(crate) const NO_MEMORY: Duration = Duration::from_millis(1);
 
 /// The delay until it is looked again whether what other threads are busy with is settled.
-pub(in crate::pager) const BUSY: Duration = Duration::from_millis(1);
+pub(crate) const BUSY: Duration = Duration::from_millis(1);
 
 /// How long to wait before work is tried the next time that has found something in its way so many times.
-pub(in crate::pager) fn contested(times: u8) -> Wait {
-    Wait::For(doubled(FIRST_DELAY, times.into(), CONTESTED_DELAY))
+pub(crate) fn contested(times: u8) -> RetryAfter {
+    RetryAfter::Delay(doubled(FIRST_DELAY, times.into(), CONTESTED_DELAY))
 }
 
 /// Likewise, of a fault that has found no region so many times.
-pub(in crate::pager) fn stray(times: u32) -> Wait {
-    Wait::For(doubled(FIRST_DELAY, times, STRAY_DELAY))
+pub(crate) fn stray(times: u32) -> RetryAfter {
+    RetryAfter::Delay(doubled(FIRST_DELAY, times, STRAY_DELAY))
 }
 
 fn doubled(first: Duration, times: u32, longest: Duration) -> Duration {
     first.saturating_mul(1_u32.checked_shl(times).unwrap_or(u32::MAX)).min(longest)
 }
 
-impl Retry {
+impl RetryPolicy {
     /// How long to wait before a source is asked again that has failed so many times. `None`: it isn't.
-    pub(in crate::pager) fn delay_after(self, attempts: u32) -> Option<Duration> {
+    pub(crate) fn delay_after(self, attempts: u32) -> Option<Duration> {
         let again = attempts < self.attempts.max(1);
         again.then(|| doubled(self.delay, attempts.saturating_sub(1), SOURCE_DELAY))
     }
 }
 
 /// The longest time until the queue is searched for work of regions that end, and of descriptors that are closed.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A piece of work that is put off.
 #[derive(Debug)]
@@ -87,7 +88,7 @@ pub(crate) struct Deferred {
     pub(crate) descriptor: Arc<Descriptor>,
     pub(crate) work: Work,
     pub(crate) history: History,
-    wait: Wait,
+    wait: RetryAfter,
     /// When it was put off the last time, and until when.
     at: Instant,
     due: Instant,
@@ -109,13 +110,15 @@ impl History {
     }
 
     /// How long to wait at a moment before the next try.
-    pub(crate) fn delay(&self, wait: Wait, at: Instant) -> Duration {
+    pub(crate) fn delay(&self, wait: RetryAfter, at: Instant) -> Duration {
         let waited = at.saturating_duration_since(self.since);
         match wait {
-            Wait::For(delay) => delay,
-            Wait::Rarely => DELAY,
-            Wait::Kernel(Errno::EAGAIN) => (waited / 8).clamp(CHANGE_DELAY / 16, CHANGE_DELAY),
-            Wait::Kernel(_) | Wait::Others => (waited / 8).clamp(FIRST_DELAY, DELAY),
+            RetryAfter::Delay(delay) => delay,
+            RetryAfter::LongDelay => LONGEST_DELAY,
+            RetryAfter::KernelBusy(Errno::EAGAIN) => (waited / 8).clamp(CHANGE_DELAY / 16, CHANGE_DELAY),
+            RetryAfter::KernelBusy(_) | RetryAfter::OtherLoad => {
+                (waited / 8).clamp(FIRST_DELAY, LONGEST_DELAY)
+            }
         }
     }
 }
@@ -125,11 +128,11 @@ impl Deferred {
     pub(crate) fn new(
         descriptor: &Arc<Descriptor>,
         work: Work,
-        wait: Wait,
+        wait: RetryAfter,
         history: Option<History>,
     ) -> Self {
         let (descriptor, at) = (Arc::clone(descriptor), Instant::now());
-        let history = history.filter(|_| !matches!(wait, Wait::For(_)));
+        let history = history.filter(|_| !matches!(wait, RetryAfter::Delay(_)));
         let history = history.unwrap_or_else(History::new);
         let mut new = Self { descriptor, work, history, wait, at, due: at };
         new.due += new.delay();
@@ -143,13 +146,13 @@ impl Deferred {
     /// Whether it has waited for so long that nobody who ends its region waits for it.
     pub(crate) fn is_stuck(&self) -> bool {
         let waited = self.at.saturating_duration_since(self.history.since);
-        matches!(self.wait, Wait::Kernel(_) | Wait::Others) && waited >= STUCK_AFTER
+        matches!(self.wait, RetryAfter::KernelBusy(_) | RetryAfter::OtherLoad) && waited >= STUCK_AFTER
     }
 
     /// Why the kernel refuses it, once it has done so for long. The next time it is `None`.
     pub(crate) fn report(&mut self) -> Option<Errno> {
         match self.wait {
-            Wait::Kernel(errno) if self.is_stuck() && !self.history.reported => {
+            RetryAfter::KernelBusy(errno) if self.is_stuck() && !self.history.reported => {
                 self.history.reported = true;
                 Some(errno)
             }
@@ -159,7 +162,7 @@ impl Deferred {
 
     /// Whether it is worth trying once a change of the layout was read. Not if it has to be loaded again.
     pub(crate) fn waits_for_change(&self) -> bool {
-        self.wait == Wait::Kernel(Errno::EAGAIN) && !matches!(self.work, Work::Load(..))
+        self.wait == RetryAfter::KernelBusy(Errno::EAGAIN) && !matches!(self.work, Work::Load(..))
     }
 
     /// Whether it need not wait any longer.
@@ -193,7 +196,7 @@ pub(crate) struct RetryQueue {
 
 #[derive(Debug)]
 struct Entries {
-    all: mapped_vec::Vec<Deferred>,
+    all: MappedVec<Deferred>,
     /// When the timer expires.
     armed: Option<Instant>,
 }
@@ -210,7 +213,7 @@ pub(crate) enum Put {
 
 impl RetryQueue {
     pub(crate) fn new() -> Result<Self, Errno> {
-        let all = mapped_vec::try_with_room(ROOM).ok_or(Errno::ENOMEM)?;
+        let all = mapped_vec::try_with_room(QUEUE_ROOM).ok_or(Errno::ENOMEM)?;
         let entries = Mutex::new(Entries { all, armed: None });
         Ok(Self { entries, count: AtomicUsize::new(0), timer: sys::timer()? })
     }
@@ -252,7 +255,7 @@ impl RetryQueue {
     }
 
     /// Moves what waits for a change of a descriptor's layout to a list, as far as that has room.
-    pub(crate) fn take_changing(&self, descriptor: &Arc<Descriptor>, to: &mut mapped_vec::Vec<Deferred>) {
+    pub(crate) fn take_changing(&self, descriptor: &Arc<Descriptor>, to: &mut MappedVec<Deferred>) {
         // One that is put in just now is tried by the thread that does that.
         if self.count.load(Ordering::Relaxed) == 0 {
             return;
@@ -284,7 +287,7 @@ impl RetryQueue {
             };
             let inside: usize = segments.iter().filter(of_run).map(inside).sum();
             pages += inside;
-            for_changes &= inside == 0 || entry.wait == Wait::Kernel(Errno::EAGAIN);
+            for_changes &= inside == 0 || entry.wait == RetryAfter::KernelBusy(Errno::EAGAIN);
         }
         (pages, for_changes)
     }
@@ -310,7 +313,7 @@ impl RetryQueue {
 
     fn arm(&self, entries: &mut Entries, due: Option<Instant>) {
         let now = Instant::now();
-        let due = due.map(|due| due.min(now + LOOK));
+        let due = due.map(|due| due.min(now + POLL_INTERVAL));
         if due != entries.armed || due.is_some_and(|due| due <= now) {
             entries.armed = due;
             sys::set_timer(self.timer.as_fd(), due.map(|due| due.saturating_duration_since(now)));
@@ -325,13 +328,13 @@ mod tests {
     #[test]
     fn a_source_is_asked_ever_more_rarely_and_as_often_as_told() {
         crate::support::require!();
-        let retry = Retry { attempts: 40, delay: Duration::from_millis(10) };
+        let retry = RetryPolicy { attempts: 40, delay: Duration::from_millis(10) };
         let delays: Vec<_> = (1..).map_while(|attempts| retry.delay_after(attempts)).collect();
         assert_eq!(delays.len(), 39);
         assert_eq!(delays[..3], [10, 20, 40].map(Duration::from_millis));
         assert!(delays.is_sorted() && delays[38] == SOURCE_DELAY, "{delays:?}");
-        assert_eq!(Retry { attempts: 0, ..retry }.delay_after(1), None);
-        let long = Retry { attempts: u32::MAX, delay: Duration::MAX };
+        assert_eq!(RetryPolicy { attempts: 0, ..retry }.delay_after(1), None);
+        let long = RetryPolicy { attempts: u32::MAX, delay: Duration::MAX };
         assert_eq!(long.delay_after(u32::MAX - 1), Some(SOURCE_DELAY));
     }
 
@@ -340,14 +343,18 @@ mod tests {
         crate::support::require!();
         let history = History::new();
         let after = |millis, wait| history.delay(wait, history.since + Duration::from_millis(millis));
-        let (changes, memory) = (Wait::Kernel(Errno::EAGAIN), Wait::Kernel(Errno::ENOMEM));
+        let (changes, memory) =
+            (RetryAfter::KernelBusy(Errno::EAGAIN), RetryAfter::KernelBusy(Errno::ENOMEM));
         assert_eq!([0, 4, 60_000].map(|at| after(at, changes).as_micros()), [62, 500, 1000]);
         assert_eq!([0, 80, 60_000].map(|at| after(at, memory).as_millis()), [1, 10, 1000]);
-        assert_eq!(after(60_000, Wait::For(Duration::from_secs(7))), Duration::from_secs(7));
+        assert_eq!(after(60_000, RetryAfter::Delay(Duration::from_secs(7))), Duration::from_secs(7));
         assert_eq!(
             [0, 3, 200].map(contested),
-            [1, 8, 64].map(|delay| Wait::For(Duration::from_millis(delay)))
+            [1, 8, 64].map(|delay| RetryAfter::Delay(Duration::from_millis(delay)))
         );
-        assert_eq!([0, 3, 200].map(stray), [1, 8, 1000].map(|delay| Wait::For(Duration::from_millis(delay))));
+        assert_eq!(
+            [0, 3, 200].map(stray),
+            [1, 8, 1000].map(|delay| RetryAfter::Delay(Duration::from_millis(delay)))
+        );
     }
 }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::buffers::Aside;
-use crate::pager::memory::page_run::Run;
+use crate::pager::memory::page_run::PageRun;
 use crate::{Errno, FaultKind};
 
 /// A fault that was read.
@@ -25,7 +25,7 @@ pub(crate) struct Fault {
 
 /// What belongs into a run.
 #[derive(Debug)]
-pub(crate) enum Content {
+pub(crate) enum FillContent {
     /// Zero pages.
     Zero,
     /// Zeros that are copied, where zero pages can't be had.
@@ -44,7 +44,7 @@ pub(crate) enum Content {
 }
 
 // SAFETY: the pointer leads to bytes of the source, which is `Sync`; only the kernel follows it.
-unsafe impl Send for Content {}
+unsafe impl Send for FillContent {}
 
 /// What is left to be done, later.
 #[derive(Debug)]
@@ -57,13 +57,13 @@ pub(crate) enum Work {
     /// The descriptor is to be read again.
     Read,
     /// The run's content is to be loaded. The source failed so many times.
-    Load(Run, u32),
+    Load(PageRun, u32),
     /// The content is there, and is to be put in place.
-    Install(Run, Content),
+    Install(PageRun, FillContent),
 }
 
 impl Work {
-    /// Whether it is for a region that is [ending](crate::pager::memory::served::Served::is_ending): it isn't put off any longer then.
+    /// Whether it is for a region that is [ending](crate::pager::memory::served::ServedRegion::is_ending): it isn't put off any longer then.
     pub(crate) fn is_ending(&self) -> bool {
         match self {
             Self::Load(run, _) | Self::Install(run, _) => run.region.is_ending(),
@@ -75,30 +75,30 @@ impl Work {
 /// How far a piece of work got.
 #[derive(Debug)]
 #[must_use]
-pub(crate) enum Done {
+pub(crate) enum Outcome {
     /// To its end.
-    Yes,
+    Settled,
     /// The rest is to be done later, not before the time has passed.
-    Later(Work, Wait),
+    Deferred(Work, RetryAfter),
     /// The process has gone.
-    Gone,
+    TargetGone,
 }
 
 /// What has to happen first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wait {
+pub(crate) enum RetryAfter {
     /// The kernel can't do it now. `EAGAIN`: when events were read it is worth trying again. More and more rarely.
-    Kernel(Errno),
+    KernelBusy(Errno),
     /// Somebody else has to do something; more and more rarely.
-    Others,
+    OtherLoad,
     /// So much time.
-    For(Duration),
+    Delay(Duration),
     /// It was reported, and is tried on rarely.
-    Rarely,
+    LongDelay,
 }
 
 /// The page of the base size at an address.
-pub(in crate::pager) fn page_of(address: usize) -> Range<usize> {
+pub(crate) fn page_of(address: usize) -> Range<usize> {
     let page = crate::page_size();
     let start = address & !(page - 1);
     start..start + page

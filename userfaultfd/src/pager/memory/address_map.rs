@@ -3,16 +3,17 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::served::Served;
+use super::served::ServedRegion;
 use crate::mapped_vec;
-use crate::pager::{Absent, RegionId};
+use crate::mapped_vec::MappedVec;
+use crate::pager::{MissingRange, RegionId};
 
 /// A part of a region, where it is mapped now. mremap(2) and munmap(2) cut regions into several.
 #[derive(Clone, Debug)]
 pub(crate) struct Segment {
     pub(crate) start: usize,
     pub(crate) end: usize,
-    pub(crate) region: Arc<Served>,
+    pub(crate) region: Arc<ServedRegion>,
     /// Which page of the region is at `start`.
     pub(crate) first: usize,
 }
@@ -72,15 +73,15 @@ impl Segment {
 }
 
 /// Segments that are cut and moved with all shards locked: see `mapped_vec`.
-pub(crate) type Segments = mapped_vec::Vec<Segment>;
+pub(crate) type Segments = MappedVec<Segment>;
 
 /// There is room for so many more of them from the start. A mapping that is made because another one has gone would
 /// come to lie in its place, where a program may be about to map something else.
-pub(crate) const ROOM: usize = 128;
+pub(crate) const SEGMENT_ROOM: usize = 128;
 
 /// The segments of an address space, by address.
 #[derive(Debug)]
-pub(crate) struct Layout {
+pub(crate) struct AddressMap {
     segments: Segments,
     /// What private segments were moved away from by mremap(2). All that is known of such a place is that zeros belong
     /// there, so that it takes no states of pages.
@@ -89,19 +90,19 @@ pub(crate) struct Layout {
     moving: Segments,
 }
 
-impl Default for Layout {
+impl Default for AddressMap {
     fn default() -> Self {
         Self { segments: mapped_vec::none(), holes: mapped_vec::none(), moving: mapped_vec::none() }
     }
 }
 
-impl Layout {
+impl AddressMap {
     /// An empty one with room for so many segments, and for changes. `None` where there is no memory.
     pub(crate) fn try_with_room(segments: usize) -> Option<Self> {
         Some(Self {
-            segments: mapped_vec::try_with_room(segments + ROOM)?,
-            holes: mapped_vec::try_with_room(ROOM)?,
-            moving: mapped_vec::try_with_room(ROOM)?,
+            segments: mapped_vec::try_with_room(segments + SEGMENT_ROOM)?,
+            holes: mapped_vec::try_with_room(SEGMENT_ROOM)?,
+            moving: mapped_vec::try_with_room(SEGMENT_ROOM)?,
         })
     }
 
@@ -113,9 +114,9 @@ impl Layout {
     /// A copy, with room for changes. `None` where there is no memory.
     pub(crate) fn try_clone(&self) -> Option<Self> {
         Some(Self {
-            segments: mapped_vec::try_copy(&self.segments, ROOM)?,
-            holes: mapped_vec::try_copy(&self.holes, ROOM)?,
-            moving: mapped_vec::try_copy(&self.moving, ROOM)?,
+            segments: mapped_vec::try_copy(&self.segments, SEGMENT_ROOM)?,
+            holes: mapped_vec::try_copy(&self.holes, SEGMENT_ROOM)?,
+            moving: mapped_vec::try_copy(&self.moving, SEGMENT_ROOM)?,
         })
     }
 
@@ -282,29 +283,29 @@ fn cut(segments: &mut Segments, range: &Range<usize>, gone: &mut Segments) {
     }
 }
 
-/// The absent pages, in ranges by address. Holes are taken for absent as a whole.
-pub(crate) fn absent(segments: &[Segment], holes: &[Segment]) -> Vec<Absent> {
-    let mut absent: Vec<Absent> = Vec::new();
+/// The missing pages, in ranges by address. Holes are taken for missing as a whole.
+pub(crate) fn missing(segments: &[Segment], holes: &[Segment]) -> Vec<MissingRange> {
+    let mut missing: Vec<MissingRange> = Vec::new();
     for segment in segments {
         let (region, shift) = (&segment.region, segment.region.page_shift);
         let (id, len) = (RegionId(region.id), 1 << shift);
-        for page in segment.pages().filter(|page| region.pages.is_absent(*page)) {
+        for page in segment.pages().filter(|page| region.pages.is_missing(*page)) {
             let offset = (!region.pages.is_removed(page)).then(|| region.offset_of(page));
             let address = segment.start + ((page - segment.first) << shift);
-            match absent.last_mut() {
+            match missing.last_mut() {
                 Some(last) if last.is_followed_by(id, address, offset) => last.len += len,
-                _ => absent.push(Absent { region: id, address, len, offset }),
+                _ => missing.push(MissingRange { region: id, address, len, offset }),
             }
         }
     }
-    absent.extend(holes.iter().map(|hole| Absent {
+    missing.extend(holes.iter().map(|hole| MissingRange {
         region: RegionId(hole.region.id),
         address: hole.start,
         len: hole.end - hole.start,
         offset: None,
     }));
-    absent.sort_by_key(|part| part.address);
-    absent
+    missing.sort_by_key(|part| part.address);
+    missing
 }
 
 #[cfg(test)]
@@ -313,20 +314,20 @@ mod tests {
 
     const PAGE: usize = 4096;
 
-    fn region(id: u64, pages: usize) -> Arc<Served> {
-        Arc::new(Served::for_tests(id, PAGE, pages))
+    fn region(id: u64, pages: usize) -> Arc<ServedRegion> {
+        Arc::new(ServedRegion::for_tests(id, PAGE, pages))
     }
 
-    fn segment(start: usize, pages: usize, region: &Arc<Served>, first: usize) -> Segment {
+    fn segment(start: usize, pages: usize, region: &Arc<ServedRegion>, first: usize) -> Segment {
         Segment { start: start * PAGE, end: (start + pages) * PAGE, region: Arc::clone(region), first }
     }
 
-    fn shape(layout: &Layout) -> Vec<(usize, usize, usize)> {
+    fn shape(layout: &AddressMap) -> Vec<(usize, usize, usize)> {
         let shape = |s: &Segment| (s.start / PAGE, s.end / PAGE, s.first);
         layout.segments().iter().map(shape).collect()
     }
 
-    fn cut(layout: &mut Layout, range: std::ops::Range<usize>) -> Segments {
+    fn cut(layout: &mut AddressMap, range: std::ops::Range<usize>) -> Segments {
         let mut gone = mapped_vec::none();
         layout.cut(range, &mut gone);
         gone
@@ -336,7 +337,7 @@ mod tests {
     fn an_address_finds_its_segment_and_page() {
         crate::support::require!();
         let (a, b) = (region(1, 4), region(2, 2));
-        let mut layout = Layout::default();
+        let mut layout = AddressMap::default();
         layout.insert(segment(20, 2, &b, 0));
         layout.insert(segment(10, 4, &a, 0));
         assert!(layout.find(10 * PAGE - 1).is_none());
@@ -354,7 +355,7 @@ mod tests {
     fn cutting_leaves_what_is_around_and_returns_what_was_inside() {
         crate::support::require!();
         let (a, b) = (region(1, 4), region(2, 2));
-        let mut layout = Layout::default();
+        let mut layout = AddressMap::default();
         layout.insert(segment(10, 4, &a, 0));
         layout.insert(segment(14, 2, &b, 0));
         let parts = cut(&mut layout, 11 * PAGE..15 * PAGE);
@@ -372,7 +373,7 @@ mod tests {
     fn a_hole_in_a_segment_makes_two() {
         crate::support::require!();
         let a = region(1, 8);
-        let mut layout = Layout::default();
+        let mut layout = AddressMap::default();
         layout.insert(segment(100, 8, &a, 0));
         cut(&mut layout, 103 * PAGE..105 * PAGE);
         assert_eq!(shape(&layout), [(100, 103, 0), (105, 108, 5)]);
@@ -398,14 +399,14 @@ mod tests {
     fn what_is_moved_replaces_what_was_there_and_leaves_a_hole() {
         crate::support::require!();
         let (a, b) = (region(1, 8), region(2, 4));
-        let mut layout = Layout::default();
+        let mut layout = AddressMap::default();
         layout.insert(segment(10, 8, &a, 0));
         layout.insert(segment(30, 4, &b, 0));
         let mut gone = mapped_vec::none();
         layout.shift(12 * PAGE..14 * PAGE, 31 * PAGE, &mut gone);
         assert_eq!(shape(&layout), [(10, 12, 0), (14, 18, 4), (30, 31, 0), (31, 33, 2), (33, 34, 3)]);
         assert!(gone.len() == 1 && gone[0].region.id == b.id && gone[0].pages() == (1..3));
-        let holes = |layout: &Layout| {
+        let holes = |layout: &AddressMap| {
             layout.holes().iter().map(|hole| (hole.start / PAGE, hole.end / PAGE)).collect::<Vec<_>>()
         };
         assert_eq!(holes(&layout), [(12, 14)]);
@@ -425,7 +426,7 @@ mod tests {
     fn a_hole_takes_the_place_of_one_that_was_left_there_before() {
         crate::support::require!();
         let (a, b) = (region(1, 4), region(2, 2));
-        let mut layout = Layout::default();
+        let mut layout = AddressMap::default();
         layout.insert(segment(10, 4, &a, 0));
         let mut gone = mapped_vec::none();
         layout.shift(10 * PAGE..14 * PAGE, 30 * PAGE, &mut gone);
@@ -440,10 +441,10 @@ mod tests {
     }
 
     #[test]
-    fn what_a_mapping_grows_by_goes_on_with_the_hole_before() {
+    fn grown_part_of_a_mapping_extends_the_hole_before() {
         crate::support::require!();
         let a = region(1, 4);
-        let mut layout = Layout::default();
+        let mut layout = AddressMap::default();
         layout.insert(segment(10, 4, &a, 0));
         layout.insert(segment(30, 4, &a, 0));
         assert!(layout.before(10 * PAGE).is_none());
@@ -462,10 +463,10 @@ mod tests {
     #[test]
     fn what_is_shared_is_in_both_places_once_it_is_moved() {
         crate::support::require!();
-        let mut a = Served::for_tests(1, PAGE, 4);
+        let mut a = ServedRegion::for_tests(1, PAGE, 4);
         a.shared = true;
         let a = Arc::new(a);
-        let mut layout = Layout::default();
+        let mut layout = AddressMap::default();
         layout.insert(segment(10, 4, &a, 0));
         layout.shift(10 * PAGE..14 * PAGE, 20 * PAGE, &mut mapped_vec::none());
         assert_eq!(shape(&layout), [(10, 14, 0), (20, 24, 0)]);

@@ -18,7 +18,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::address_map::{Layout, Segment};
+use super::address_map::{AddressMap, Segment};
 use crate::owner::NotedFd;
 use crate::{FeatureFlags, Uffd};
 
@@ -28,33 +28,33 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// An address of the descriptor's address space, as its operations take it.
-pub(crate) fn at(address: usize) -> *mut c_void {
+pub(crate) fn addr_to_ptr(address: usize) -> *mut c_void {
     std::ptr::with_exposed_provenance_mut(address)
 }
 
 /// A descriptor and what lies where in its address space, at one moment.
 #[derive(Clone, Debug)]
-pub(crate) struct Serving {
+pub(crate) struct Attachment {
     pub(crate) uffd: Arc<Uffd>,
-    pub(crate) layout: Arc<Layout>,
+    pub(crate) layout: Arc<AddressMap>,
 }
 
 /// Shards of a descriptor that callers and threads in the background share: each has a filler of its own. A shard is locked
 /// while the kernel fills, never while a source is read. Each more makes each change of a layout dearer.
-pub(in crate::pager) const OUTSIDE: usize = 5;
+pub(crate) const OUTSIDE: usize = 5;
 
 /// The number by which threads that have no filler look at layouts. Its shard is the last one: no fill ever holds it, so
 /// that a look doesn't wait for the kernel, which may read a source's own memory for as long as a disk takes.
-pub(in crate::pager) const LOOK: usize = usize::MAX;
+pub(crate) const LOOK: usize = usize::MAX;
 
 /// `None` once the descriptor isn't served any more.
 #[derive(Debug)]
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
-struct Shard(Mutex<Option<Serving>>);
+struct Shard(Mutex<Option<Attachment>>);
 
-impl Serving {
+impl Attachment {
     /// The layout, to be changed: with all shards locked it has no other owner, so that nothing is allocated.
-    pub(crate) fn layout_mut(&mut self) -> &mut Layout {
+    pub(crate) fn layout_mut(&mut self) -> &mut AddressMap {
         Arc::get_mut(&mut self.layout).expect("what has all shards is the one owner of the layout")
     }
 }
@@ -94,7 +94,7 @@ pub(crate) struct Descriptor {
     /// How many regions are being registered, and aren't in the layout yet.
     registering: AtomicUsize,
     /// What was served, of one that a thread has closed that must not free it.
-    left: Mutex<Option<Serving>>,
+    left: Mutex<Option<Attachment>>,
 }
 
 impl Descriptor {
@@ -102,7 +102,7 @@ impl Descriptor {
     /// a fork's child.
     pub(crate) fn new(
         (id, slot): (u64, u32),
-        serving: Serving,
+        serving: Attachment,
         (shards, inherited): (usize, NotedFd),
         Origin { is_child, is_own, is_lazy, was_blocking }: Origin,
     ) -> Self {
@@ -134,7 +134,7 @@ impl Descriptor {
     }
 
     /// The layout, which doesn't change as long as the guard lives. For short: no source is read meanwhile.
-    pub(crate) fn enter(&self, thread: usize) -> MutexGuard<'_, Option<Serving>> {
+    pub(crate) fn lock_shard(&self, thread: usize) -> MutexGuard<'_, Option<Attachment>> {
         let (looks, fills) = self.shards.split_last().expect("there is a shard for looks");
         let shard = if thread == LOOK {
             looks
@@ -149,10 +149,10 @@ impl Descriptor {
 
     /// Changes the layout, or ends the serving by taking it, while nobody fills. What `change` leaves is what
     /// everybody finds from then on, also if it panics: losing the descriptor would close it.
-    pub(crate) fn exclusively(&self, change: &mut dyn FnMut(&mut Option<Serving>)) {
+    pub(crate) fn with_all_shards(&self, change: &mut dyn FnMut(&mut Option<Attachment>)) {
         struct Held<'a> {
-            shard: MutexGuard<'a, Option<Serving>>,
-            now: &'a mut Option<Serving>,
+            shard: MutexGuard<'a, Option<Attachment>>,
+            now: &'a mut Option<Attachment>,
             is_first: bool,
         }
 
@@ -171,8 +171,8 @@ impl Descriptor {
         fn all(
             shards: &[Shard],
             is_first: bool,
-            now: &mut Option<Serving>,
-            change: &mut dyn FnMut(&mut Option<Serving>),
+            now: &mut Option<Attachment>,
+            change: &mut dyn FnMut(&mut Option<Attachment>),
         ) {
             let Some((shard, rest)) = shards.split_first() else { return change(now) };
             let mut shard = lock(&shard.0);
@@ -185,11 +185,11 @@ impl Descriptor {
     }
 
     /// Ends the serving, and gives the descriptor back. `None` if somebody else did before.
-    pub(crate) fn close(&self) -> Option<Serving> {
+    pub(crate) fn close(&self) -> Option<Attachment> {
         // From now on whoever gets it decides when its number is closed.
         self.inherited.forget();
         let mut closed = None;
-        self.exclusively(&mut |serving| closed = serving.take());
+        self.with_all_shards(&mut |serving| closed = serving.take());
         self.closed.store(true, Ordering::Release);
         closed
     }
@@ -200,23 +200,23 @@ impl Descriptor {
     }
 
     /// Leaves what was served to be freed together with this.
-    pub(crate) fn leave(&self, serving: Serving) {
+    pub(crate) fn defer_drop(&self, serving: Attachment) {
         *lock(&self.left) = Some(serving);
     }
 
     /// Takes that, to free it.
-    pub(crate) fn take_left(&self) -> Option<Serving> {
+    pub(crate) fn take_deferred_drop(&self) -> Option<Attachment> {
         lock(&self.left).take()
     }
 
     /// The segments that are served now, of one region or all.
     pub(crate) fn segments(&self, thread: usize, region: Option<u64>) -> Vec<Segment> {
-        self.collect(thread, region, Layout::segments)
+        self.collect(thread, region, AddressMap::segments)
     }
 
     /// The holes, likewise.
     pub(crate) fn holes(&self, thread: usize, region: Option<u64>) -> Vec<Segment> {
-        self.collect(thread, region, Layout::holes)
+        self.collect(thread, region, AddressMap::holes)
     }
 
     /// Copies what there is of a kind. Nothing is allocated while the layout is locked: see `mapped_vec`.
@@ -224,12 +224,12 @@ impl Descriptor {
         &self,
         thread: usize,
         region: Option<u64>,
-        of: impl Fn(&Layout) -> &[Segment],
+        of: impl Fn(&AddressMap) -> &[Segment],
     ) -> Vec<Segment> {
         let mut all = Vec::new();
         loop {
             let room = {
-                let serving = self.enter(thread);
+                let serving = self.lock_shard(thread);
                 let Some(serving) = &*serving else { return all };
                 let found = of(&serving.layout).iter();
                 let found = found.filter(|segment| region.is_none_or(|id| segment.region.id == id));
@@ -247,7 +247,7 @@ impl Descriptor {
     /// Begins to register a region, until the guard is dropped.
     pub(crate) fn begin_registering(&self, thread: usize) -> Registering<'_> {
         // Not in the middle of what needs that there is none, which has all shards.
-        let _shard = self.enter(thread);
+        let _shard = self.lock_shard(thread);
         self.registering.fetch_add(1, Ordering::Relaxed);
         Registering(&self.registering)
     }
@@ -258,10 +258,10 @@ impl Descriptor {
     }
 
     /// Replaces the layout by a changed one. Whether there was one still.
-    pub(crate) fn change_layout(&self, change: impl FnOnce(&mut Layout)) -> bool {
+    pub(crate) fn change_layout(&self, change: impl FnOnce(&mut AddressMap)) -> bool {
         let mut change = Some(change);
         let mut served = false;
-        self.exclusively(&mut |serving| {
+        self.with_all_shards(&mut |serving| {
             let Some(serving) = serving else { return };
             served = true;
             if let Some(change) = change.take() {
@@ -285,6 +285,6 @@ impl Drop for Registering<'_> {
 /// Wakes whoever waits in a range. They try again; whose fault isn't answered comes back.
 pub(crate) fn wake(uffd: &Uffd, range: Range<usize>) {
     // It fails for ranges that are malformed, which none of these is.
-    let woken = uffd.wake(at(range.start), range.len());
+    let woken = uffd.wake(addr_to_ptr(range.start), range.len());
     debug_assert!(woken.is_ok(), "waking {range:#x?}: {woken:?}");
 }

@@ -10,7 +10,7 @@ const STREAMS: usize = 8;
 /// already, and never is it beyond the region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Around {
+pub enum FaultAround {
     /// Nothing.
     Page,
     /// The block of so many bytes that the page is in, counted from the start of the region. A multiple of the page
@@ -108,7 +108,7 @@ impl Window {
 mod tests {
     use super::*;
 
-    /// The pages that are filled for a fault, of a region that is absent all around.
+    /// The pages that are filled for a fault, of a region that is missing all around.
     fn fault(streams: &Streams, page: usize, most: usize) -> Range<usize> {
         let window = streams.window(page, most);
         let pages = window.pages(page);

@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_are_noted_in_order_and_once_while_it_is_on() {
+    fn log_notes_each_page_once_in_order_while_on() {
         crate::support::require!();
         let log = Log::new(10).unwrap();
         assert!(!log.note(9));

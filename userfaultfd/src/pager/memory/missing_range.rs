@@ -8,25 +8,25 @@ use crate::pager::RegionId;
 /// serialised, and without it be made of their parts.
 ///
 /// ```
-/// use userfaultfd::pager::{Absent, RegionId};
+/// use userfaultfd::pager::{MissingRange, RegionId};
 ///
-/// fn line(absent: &Absent) -> String {
-///     format!("{} {} {}", absent.address, absent.len, absent.offset.map_or(-1, |offset| offset as i64))
+/// fn line(missing: &MissingRange) -> String {
+///     format!("{} {} {}", missing.address, missing.len, missing.offset.map_or(-1, |offset| offset as i64))
 /// }
 ///
-/// fn parse(line: &str) -> Option<Absent> {
+/// fn parse(line: &str) -> Option<MissingRange> {
 ///     let mut fields = line.split(' ').map(|field| field.parse::<i64>().ok());
 ///     let (address, len, offset) = (fields.next()??, fields.next()??, fields.next()??);
-///     Some(Absent::new(RegionId::new(0), address as usize, len as usize, u64::try_from(offset).ok()))
+///     Some(MissingRange::new(RegionId::new(0), address as usize, len as usize, u64::try_from(offset).ok()))
 /// }
 ///
-/// let absent = Absent::new(RegionId::new(0), 0x7f00_0000_0000, 1 << 20, Some(4096));
-/// assert_eq!(parse(&line(&absent)), Some(absent));
+/// let missing = MissingRange::new(RegionId::new(0), 0x7f00_0000_0000, 1 << 20, Some(4096));
+/// assert_eq!(parse(&line(&missing)), Some(missing));
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
-pub struct Absent {
+pub struct MissingRange {
     /// The region, or what became of it by a move or a fork.
     pub region: RegionId,
     /// Where the first is.
@@ -37,9 +37,9 @@ pub struct Absent {
     pub offset: Option<u64>,
 }
 
-impl Absent {
+impl MissingRange {
     /// Pages at an address, with their content at an offset of the source; without one they are zero. The address, the
-    /// length and the offset are in bytes. For [`Region::absent`] the region's id doesn't matter.
+    /// length and the offset are in bytes. For [`Region::missing`](crate::pager::Region::missing) the region's id doesn't matter.
     #[must_use]
     pub const fn new(region: RegionId, address: usize, len: usize, offset: Option<u64>) -> Self {
         Self { region, address, len, offset }

@@ -50,7 +50,7 @@ mod tests {
     use crate::support::{require, test_name};
 
     #[test]
-    fn what_the_page_cache_has_stays_when_it_is_allocated() {
+    fn allocate_keeps_what_the_page_cache_has() {
         require!();
         for kind in [Kind::Memfd, Kind::Hugetlb] {
             let Some(memory) = Memory::try_new(test_name!(), kind, 3) else { continue };

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::address_map::Segment;
-use super::descriptor::{Serving, wake};
-use super::page_state::End;
-use super::served::Served;
+use super::descriptor::{Attachment, wake};
+use super::page_state::Settlement;
+use super::served::ServedRegion;
 
 /// Pages of a region, one after the other, that one thread has claimed. The first `done` of them are settled; dropping
 /// it gives the others up.
 #[derive(Debug)]
-pub(crate) struct Run {
-    pub(crate) region: Arc<Served>,
+pub(crate) struct PageRun {
+    pub(crate) region: Arc<ServedRegion>,
     first: usize,
     count: usize,
     done: usize,
@@ -28,7 +28,7 @@ pub(crate) struct Run {
     pub(crate) tries: u8,
     /// How often its source has failed.
     pub(crate) attempts: u32,
-    /// Nobody needs it, so that it is left absent where its source fails.
+    /// Nobody needs it, so that it is left missing where its source fails.
     pub(crate) is_early: bool,
 }
 
@@ -53,13 +53,13 @@ impl Drop for InSource {
 }
 
 /// Returns whether this thread has claimed a page, and is in its source: nobody can wait here for its content.
-pub(crate) fn is_in_source(region: &Arc<Served>, page: usize) -> bool {
+pub(crate) fn is_in_source(region: &Arc<ServedRegion>, page: usize) -> bool {
     let address = Arc::as_ptr(region).addr();
     let is_it = |(region, first, end)| region == address && (first..end).contains(&page);
     IN_SOURCE.with(|runs| runs.iter().any(|run| is_it(run.get())))
 }
 
-impl Run {
+impl PageRun {
     /// Notes that this thread is in the source of the run.
     pub(crate) fn enter_source(&self) -> InSource {
         let pages = self.pages();
@@ -90,12 +90,12 @@ impl Run {
         }
     }
 
-    /// Takes pages that no fault has asked for: the first absent ones in a range that follow each other and are read
+    /// Takes pages that no fault has asked for: the first missing ones in a range that follow each other and are read
     /// together, at most `most`. Returns where to go on looking, too.
     pub(crate) fn claim(segment: &Segment, pages: Range<usize>, most: usize) -> (Option<Self>, usize) {
         let region = &segment.region;
         for page in pages.clone() {
-            let Some(removed) = region.pages.claim_absent(page) else { continue };
+            let Some(removed) = region.pages.claim_missing(page) else { continue };
             let end = pages.end.min(page.saturating_add(most)).min(region.together(page).end);
             let claimed = region.pages.claim_around(page, page..end, removed);
             let next = claimed.end;
@@ -142,14 +142,14 @@ impl Run {
 
     /// Settles so many more. Whether a fault joined one of them.
     #[must_use]
-    pub(crate) fn settle(&mut self, pages: usize, end: End) -> bool {
+    pub(crate) fn settle(&mut self, pages: usize, end: Settlement) -> bool {
         let settled = self.pages().start..self.pages().start + pages;
         self.done += pages;
         settled.fold(false, |joined, page| self.region.pages.end(page, end) | joined)
     }
 
     /// Whether all of it is still where it was when it was claimed.
-    pub(crate) fn is_there(&self, serving: &Serving) -> bool {
+    pub(crate) fn is_there(&self, serving: &Attachment) -> bool {
         let pages = self.pages();
         serving.layout.find(self.address()).is_some_and(|segment| {
             Arc::ptr_eq(&segment.region, &self.region)
@@ -176,7 +176,7 @@ impl Run {
     }
 
     /// Gives up all that isn't settled, and wakes everybody who waits for it.
-    pub(crate) fn give_up(self, serving: Option<&Serving>) {
+    pub(crate) fn give_up(self, serving: Option<&Attachment>) {
         let (region, pages, addresses) = (Arc::clone(&self.region), self.pages(), self.addresses());
         drop(self);
         let Some(serving) = serving.filter(|_| !pages.is_empty()) else { return };
@@ -191,7 +191,7 @@ impl Run {
     }
 
     /// Gives up all but one page.
-    pub(crate) fn narrow(mut self, page: usize, serving: Option<&Serving>) -> Self {
+    pub(crate) fn narrow(mut self, page: usize, serving: Option<&Attachment>) -> Self {
         let pages = self.pages();
         debug_assert!(pages.contains(&page), "page {page} of {pages:?}");
         let part = |pages: Range<usize>| Self {
@@ -213,10 +213,10 @@ impl Run {
     }
 }
 
-impl Drop for Run {
+impl Drop for PageRun {
     fn drop(&mut self) {
         for page in self.pages() {
-            let _joined = self.region.pages.end(page, End::Released);
+            let _joined = self.region.pages.end(page, Settlement::Released);
         }
     }
 }

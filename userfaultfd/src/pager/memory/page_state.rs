@@ -22,16 +22,16 @@ const LOADING: u8 = 1 << 3;
 /// Another fault came meanwhile: whoever loads wakes again when the state is settled.
 const JOINED: u8 = 1 << 4;
 /// The rest counts how often the kernel said that something is there, and a fault came all the same.
-const TRIES: u32 = 5;
+const TRIES_SHIFT: u32 = 5;
 
 /// So far it counts.
-pub(crate) const MAX_TRIES: u8 = u8::MAX >> TRIES;
+pub(crate) const MAX_TRIES: u8 = u8::MAX >> TRIES_SHIFT;
 
 /// What a fault finds its page to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Claim {
-    /// Absent until now, and the caller's to load. If `removed`, with zeros.
-    Mine { removed: bool, tries: u8 },
+    /// Missing until now, and the caller's to load. If `removed`, with zeros.
+    Acquired { removed: bool, tries: u8 },
     /// Another thread loads it, and knows now that there is one more to wake.
     Joined,
     /// There, as far as the pager knows.
@@ -42,7 +42,7 @@ pub(crate) enum Claim {
 
 /// How a load ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
+pub(crate) enum Settlement {
     /// The content is in place.
     Present,
     /// The page is poisoned.
@@ -65,7 +65,7 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// All absent. Memory is taken for the parts that are touched.
+    /// All missing. Memory is taken for the parts that are touched.
     pub(crate) fn new(count: usize) -> io::Result<Self> {
         let states = Arc::new(map(count)?);
         Ok(Self { states, first: 0, count, present: AtomicUsize::new(0), poisoned: AtomicUsize::new(0) })
@@ -78,7 +78,7 @@ impl Pages {
     }
 
     /// Some of them are not. If `removed`, they are to be zero.
-    pub(crate) fn set_absent(&self, pages: Range<usize>, removed: bool) {
+    pub(crate) fn set_missing(&self, pages: Range<usize>, removed: bool) {
         for cell in &self.cells()[pages] {
             let before = cell.swap(if removed { REMOVED } else { 0 }, Ordering::Relaxed);
             self.count_change(before, 0);
@@ -96,7 +96,7 @@ impl Pages {
         pages
     }
 
-    /// Copies the states of a range of pages to a mapping from `first` on. What is being loaded is absent in the copy.
+    /// Copies the states of a range of pages to a mapping from `first` on. What is being loaded is missing in the copy.
     pub(crate) fn copy_to(&self, range: Range<usize>, copy: &Room, first: usize) {
         let to = cells(copy, first, range.len());
         for (to, from) in to.iter().zip(&self.cells()[range]) {
@@ -136,7 +136,7 @@ impl Pages {
             } else if state & POISONED != 0 {
                 return Claim::Poisoned;
             } else {
-                let claim = Claim::Mine { removed: state & REMOVED != 0, tries: state >> TRIES };
+                let claim = Claim::Acquired { removed: state & REMOVED != 0, tries: state >> TRIES_SHIFT };
                 (state | LOADING, claim)
             };
             match cell.compare_exchange_weak(state, next, Ordering::AcqRel, Ordering::Acquire) {
@@ -146,34 +146,34 @@ impl Pages {
         }
     }
 
-    /// Takes the pages around one that was claimed, as far as they are plainly absent, with content of the kind, and
+    /// Takes the pages around one that was claimed, as far as they are plainly missing, with content of the kind, and
     /// within a range. Returns all of them.
     pub(crate) fn claim_around(&self, page: usize, within: Range<usize>, removed: bool) -> Range<usize> {
         let (mut start, mut end) = (page, page + 1);
-        while start > within.start && self.claim_quietly(start - 1, removed) {
+        while start > within.start && self.try_claim_untouched(start - 1, removed) {
             start -= 1;
         }
-        while end < within.end && self.claim_quietly(end, removed) {
+        while end < within.end && self.try_claim_untouched(end, removed) {
             end += 1;
         }
         start..end
     }
 
-    /// Takes a page that nobody asked for, if it is plainly absent, with content of the kind.
-    pub(crate) fn claim_quietly(&self, page: usize, removed: bool) -> bool {
-        let (absent, cell) = (if removed { REMOVED } else { 0 }, &self.cells()[page]);
-        cell.compare_exchange(absent, absent | LOADING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    /// Takes a page that nobody asked for, if it is plainly missing, with content of the kind.
+    pub(crate) fn try_claim_untouched(&self, page: usize, removed: bool) -> bool {
+        let (missing, cell) = (if removed { REMOVED } else { 0 }, &self.cells()[page]);
+        cell.compare_exchange(missing, missing | LOADING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
     /// Takes a page that nobody asked for, whatever number of tries it has. Whether with zeros; `None` if it isn't
-    /// absent, or another thread has it.
-    pub(crate) fn claim_absent(&self, page: usize) -> Option<bool> {
+    /// missing, or another thread has it.
+    pub(crate) fn claim_missing(&self, page: usize) -> Option<bool> {
         let state = self.cells()[page].load(Ordering::Acquire);
         if state & (LOADING | PRESENT | POISONED) != 0 {
             return None;
         }
         match self.claim(page) {
-            Claim::Mine { removed, .. } => Some(removed),
+            Claim::Acquired { removed, .. } => Some(removed),
             Claim::Joined | Claim::Present | Claim::Poisoned => None,
         }
     }
@@ -181,12 +181,12 @@ impl Pages {
     /// Whether somebody is about to fill a page, with a prospect of success.
     pub(crate) fn is_in_work(&self, page: usize) -> bool {
         let state = self.cells()[page].load(Ordering::Acquire);
-        state & LOADING != 0 && state >> TRIES != MAX_TRIES
+        state & LOADING != 0 && state >> TRIES_SHIFT != MAX_TRIES
     }
 
     /// A page that was claimed has no such prospect.
     pub(crate) fn mark_stuck(&self, page: usize) {
-        self.cells()[page].fetch_or(MAX_TRIES << TRIES, Ordering::AcqRel);
+        self.cells()[page].fetch_or(MAX_TRIES << TRIES_SHIFT, Ordering::AcqRel);
     }
 
     /// Whether a page was removed, perhaps since it was claimed.
@@ -205,7 +205,7 @@ impl Pages {
     }
 
     /// Whether a page is neither there nor poisoned.
-    pub(crate) fn is_absent(&self, page: usize) -> bool {
+    pub(crate) fn is_missing(&self, page: usize) -> bool {
         self.cells()[page].load(Ordering::Acquire) & (PRESENT | POISONED) == 0
     }
 
@@ -217,17 +217,17 @@ impl Pages {
 
     /// Ends the load of a page that was claimed. Whether another fault joined, so that there is somebody to wake.
     #[must_use]
-    pub(crate) fn end(&self, page: usize, end: End) -> bool {
+    pub(crate) fn end(&self, page: usize, end: Settlement) -> bool {
         let cell = &self.cells()[page];
         let mut state = cell.load(Ordering::Acquire);
         loop {
-            let absent = state & !(LOADING | JOINED);
+            let missing = state & !(LOADING | JOINED);
             let next = match end {
-                End::Present => PRESENT,
-                End::Poisoned => POISONED,
-                End::Released => absent,
-                End::Contested if state >> TRIES == MAX_TRIES => absent,
-                End::Contested => absent + (1 << TRIES),
+                Settlement::Present => PRESENT,
+                Settlement::Poisoned => POISONED,
+                Settlement::Released => missing,
+                Settlement::Contested if state >> TRIES_SHIFT == MAX_TRIES => missing,
+                Settlement::Contested => missing + (1 << TRIES_SHIFT),
             };
             // Counted first: where the state can be seen it is among those that are counted.
             self.count_change(state, next);
@@ -336,10 +336,10 @@ mod loom_models {
         loom::model(|| {
             let pages = Arc::new((Pages::new(1).unwrap(), UnsafeCell::new(0)));
             let fault = |pages: &(Pages, UnsafeCell<u32>)| match pages.0.claim(0) {
-                Claim::Mine { .. } => {
+                Claim::Acquired { .. } => {
                     // SAFETY: loom reports another access at the same time.
                     pages.1.with_mut(|content| unsafe { *content = 7 });
-                    Some(pages.0.end(0, End::Present))
+                    Some(pages.0.end(0, Settlement::Present))
                 }
                 Claim::Present => {
                     // SAFETY: as above.
@@ -361,10 +361,10 @@ mod loom_models {
     #[test]
     fn fault_that_joined_is_woken_by_the_load() {
         explore(|pages| {
-            assert!(matches!(pages.claim(0), Claim::Mine { .. }));
+            assert!(matches!(pages.claim(0), Claim::Acquired { .. }));
             let other = Arc::clone(pages);
             let other = thread::spawn(move || other.claim(0));
-            let wakes = pages.end(0, End::Present);
+            let wakes = pages.end(0, Settlement::Present);
             let claim = other.join().unwrap();
             assert_eq!(wakes, claim == Claim::Joined, "{claim:?}");
             assert!(matches!(claim, Claim::Joined | Claim::Present));
@@ -375,12 +375,12 @@ mod loom_models {
     #[test]
     fn removal_during_a_load_is_not_lost() {
         explore(|pages| {
-            assert!(pages.claim_quietly(0, false));
+            assert!(pages.try_claim_untouched(0, false));
             let other = Arc::clone(pages);
             let other = thread::spawn(move || other.remove(0..1, false));
-            let _joined = pages.end(0, End::Released);
+            let _joined = pages.end(0, Settlement::Released);
             other.join().unwrap();
-            assert_eq!(pages.claim(0), Claim::Mine { removed: true, tries: 0 });
+            assert_eq!(pages.claim(0), Claim::Acquired { removed: true, tries: 0 });
             assert_eq!(pages.present_and_poisoned(), (0, 0));
         });
     }
@@ -389,7 +389,7 @@ mod loom_models {
     #[test]
     fn counts_follow_the_states() {
         explore(|pages| {
-            assert!(pages.claim_quietly(0, false));
+            assert!(pages.try_claim_untouched(0, false));
             let other = Arc::clone(pages);
             let other = thread::spawn(move || {
                 if other.claim(0) == Claim::Present {
@@ -397,9 +397,9 @@ mod loom_models {
                     other.remove(0..1, false);
                 }
             });
-            let _joined = pages.end(0, End::Present);
+            let _joined = pages.end(0, Settlement::Present);
             other.join().unwrap();
-            let present = usize::from(!pages.is_absent(0));
+            let present = usize::from(!pages.is_missing(0));
             assert_eq!(pages.present_and_poisoned(), (present, 0));
         });
     }
@@ -413,26 +413,26 @@ mod tests {
     fn a_page_is_claimed_by_one_and_joined_by_the_others() {
         crate::support::require!();
         let pages = Pages::new(3).unwrap();
-        assert_eq!(pages.claim(1), Claim::Mine { removed: false, tries: 0 });
+        assert_eq!(pages.claim(1), Claim::Acquired { removed: false, tries: 0 });
         assert_eq!(pages.claim(1), Claim::Joined);
-        assert!(!pages.claim_quietly(1, false));
-        assert!(pages.end(1, End::Present), "somebody joined");
+        assert!(!pages.try_claim_untouched(1, false));
+        assert!(pages.end(1, Settlement::Present), "somebody joined");
         assert_eq!(pages.claim(1), Claim::Present);
         assert_eq!(pages.present_and_poisoned(), (1, 0));
-        assert!(pages.claim_quietly(2, false));
-        assert!(!pages.end(2, End::Poisoned), "nobody joined");
+        assert!(pages.try_claim_untouched(2, false));
+        assert!(!pages.end(2, Settlement::Poisoned), "nobody joined");
         assert_eq!(pages.claim(2), Claim::Poisoned);
         assert_eq!(pages.present_and_poisoned(), (1, 1));
-        assert!(pages.is_absent(0));
+        assert!(pages.is_missing(0));
     }
 
     #[test]
-    fn claim_around_takes_absent_neighbours_of_the_kind_within_the_range() {
+    fn claim_around_takes_missing_neighbours_within_the_range() {
         crate::support::require!();
         let pages = Pages::new(9).unwrap();
         pages.remove(7..9, false);
-        assert!(pages.claim_quietly(1, false));
-        let Claim::Mine { removed, .. } = pages.claim(4) else { panic!("it is absent") };
+        assert!(pages.try_claim_untouched(1, false));
+        let Claim::Acquired { removed, .. } = pages.claim(4) else { panic!("it is missing") };
         assert_eq!(pages.claim_around(4, 0..6, removed), 2..6, "1 is another's, 6 is outside");
         assert_eq!(pages.claim_around(6, 6..9, removed), 6..7, "the next is removed");
         assert_eq!(pages.claim_around(8, 0..9, true), 7..9, "the one before isn't");
@@ -442,26 +442,26 @@ mod tests {
     fn a_page_removed_while_it_is_loaded_stays_removed_when_the_load_is_given_up() {
         crate::support::require!();
         let pages = Pages::new(1).unwrap();
-        assert_eq!(pages.claim(0), Claim::Mine { removed: false, tries: 0 });
+        assert_eq!(pages.claim(0), Claim::Acquired { removed: false, tries: 0 });
         pages.remove(0..1, false);
         assert!(pages.is_removed(0));
         assert_eq!(pages.claim(0), Claim::Joined, "the load goes on");
-        assert!(pages.end(0, End::Released));
-        assert_eq!(pages.claim(0), Claim::Mine { removed: true, tries: 0 });
+        assert!(pages.end(0, Settlement::Released));
+        assert_eq!(pages.claim(0), Claim::Acquired { removed: true, tries: 0 });
     }
 
     #[test]
-    fn what_was_there_or_poisoned_is_zero_once_removed() {
+    fn present_or_poisoned_page_is_zero_once_removed() {
         crate::support::require!();
         let pages = Pages::new(2).unwrap();
-        for (page, end) in [(0, End::Present), (1, End::Poisoned)] {
+        for (page, end) in [(0, Settlement::Present), (1, Settlement::Poisoned)] {
             pages.claim(page);
             assert!(!pages.end(page, end));
         }
         pages.remove(0..2, false);
         assert_eq!(pages.present_and_poisoned(), (0, 0));
-        assert_eq!(pages.claim_absent(0), Some(true));
-        assert_eq!(pages.claim(1), Claim::Mine { removed: true, tries: 0 });
+        assert_eq!(pages.claim_missing(0), Some(true));
+        assert_eq!(pages.claim(1), Claim::Acquired { removed: true, tries: 0 });
     }
 
     #[test]
@@ -469,10 +469,10 @@ mod tests {
         crate::support::require!();
         let pages = Pages::new(2).unwrap();
         pages.claim(0);
-        assert!(!pages.end(0, End::Present));
+        assert!(!pages.end(0, Settlement::Present));
         pages.remove(0..2, true);
         assert_eq!(pages.claim(0), Claim::Present);
-        assert_eq!(pages.claim(1), Claim::Mine { removed: true, tries: 0 });
+        assert_eq!(pages.claim(1), Claim::Acquired { removed: true, tries: 0 });
     }
 
     #[test]
@@ -482,7 +482,7 @@ mod tests {
         pages.claim(0);
         assert_eq!(pages.claim(0), Claim::Joined);
         pages.remove(0..1, false);
-        assert!(pages.end(0, End::Released), "a fault joined");
+        assert!(pages.end(0, Settlement::Released), "a fault joined");
     }
 
     #[test]
@@ -490,28 +490,28 @@ mod tests {
         crate::support::require!();
         let pages = Pages::new(1).unwrap();
         for tries in (0..=MAX_TRIES).chain([MAX_TRIES]) {
-            assert_eq!(pages.claim(0), Claim::Mine { removed: false, tries });
-            assert!(!pages.end(0, End::Contested));
-            assert!(!pages.claim_quietly(0, false), "no load for its own sake");
+            assert_eq!(pages.claim(0), Claim::Acquired { removed: false, tries });
+            assert!(!pages.end(0, Settlement::Contested));
+            assert!(!pages.try_claim_untouched(0, false), "no load for its own sake");
         }
-        assert_eq!(pages.claim_absent(0), Some(false));
-        assert!(!pages.end(0, End::Present));
+        assert_eq!(pages.claim_missing(0), Some(false));
+        assert!(!pages.end(0, Settlement::Present));
         pages.remove(0..1, false);
-        assert_eq!(pages.claim(0), Claim::Mine { removed: true, tries: 0 });
+        assert_eq!(pages.claim(0), Claim::Acquired { removed: true, tries: 0 });
     }
 
     #[test]
-    fn what_was_served_before_is_there_but_for_what_is_absent() {
+    fn region_served_before_has_all_pages_but_the_missing() {
         crate::support::require!();
         let pages = Pages::new(4).unwrap();
         pages.all_present();
-        pages.set_absent(1..2, false);
-        pages.set_absent(2..3, true);
+        pages.set_missing(1..2, false);
+        pages.set_missing(2..3, true);
         assert_eq!(pages.present_and_poisoned(), (2, 0));
         let claims: Vec<_> = (0..4).map(|page| pages.claim(page)).collect();
-        let absent = Claim::Mine { removed: false, tries: 0 };
-        let removed = Claim::Mine { removed: true, tries: 0 };
-        assert_eq!(claims, [Claim::Present, absent, removed, Claim::Present]);
+        let missing = Claim::Acquired { removed: false, tries: 0 };
+        let removed = Claim::Acquired { removed: true, tries: 0 };
+        assert_eq!(claims, [Claim::Present, missing, removed, Claim::Present]);
     }
 
     #[test]
@@ -534,7 +534,7 @@ mod tests {
     fn a_copy_has_what_is_settled() {
         crate::support::require!();
         let pages = Pages::new(4).unwrap();
-        for (page, end) in [(0, End::Present), (1, End::Poisoned)] {
+        for (page, end) in [(0, Settlement::Present), (1, Settlement::Poisoned)] {
             pages.claim(page);
             assert!(!pages.end(page, end));
         }
@@ -545,9 +545,9 @@ mod tests {
         let copy = Pages::of_copy(Arc::new(copy), 2, 4);
         assert_eq!(copy.present_and_poisoned(), (1, 1));
         let claims: Vec<_> = (0..4).map(|page| copy.claim(page)).collect();
-        let absent = Claim::Mine { removed: false, tries: 0 };
-        let removed = Claim::Mine { removed: true, tries: 0 };
-        assert_eq!(claims, [Claim::Present, Claim::Poisoned, removed, absent]);
+        let missing = Claim::Acquired { removed: false, tries: 0 };
+        let removed = Claim::Acquired { removed: true, tries: 0 };
+        assert_eq!(claims, [Claim::Present, Claim::Poisoned, removed, missing]);
     }
 
     #[test]

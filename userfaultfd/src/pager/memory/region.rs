@@ -10,12 +10,12 @@ use std::sync::{Arc, OnceLock};
 
 use memmap2::MmapOptions;
 
-use super::fault_around::{Around, Streams};
+use super::fault_around::{FaultAround, Streams};
 use super::page_cache::Cache;
 use super::page_state::Pages;
-use super::served::{Moved, Served};
-use crate::pager::{Absent, Error, PageSource, Result};
-use crate::source::call::caught;
+use super::served::{Moved, ServedRegion};
+use crate::pager::{Error, MissingRange, PageSource, Result};
+use crate::source::call::catch_panic;
 use crate::{FeatureFlags, IoctlFlags, RegisterMode, Support};
 
 /// The most that is filled for one fault, unless told otherwise.
@@ -26,11 +26,11 @@ pub(crate) const ADAPTIVE: usize = 2 << 20;
 /// Page `i` of the range has what the source has at byte [`offset`](Self::offset) + `i` × page size.
 ///
 /// ```
-/// use userfaultfd::pager::{Fill, Region};
+/// use userfaultfd::pager::{PageData, Region};
 ///
 /// let source = |offset: u64, page: &mut [u8]| {
 ///     page.fill((offset >> 20) as u8);
-///     Ok(Fill::Data)
+///     Ok(PageData::Data)
 /// };
 /// let region = Region::new(0x7f00_0000_0000, 1 << 30, source).offset(1 << 40).block(64 << 10);
 /// println!("{region:?}");
@@ -44,11 +44,11 @@ pub struct Region {
     source_len: Option<u64>,
     offset: u64,
     page_size: usize,
-    around: Around,
+    around: FaultAround,
     write_protected: bool,
     minor: Option<(File, u64)>,
     shared: bool,
-    absent: Option<Vec<Absent>>,
+    missing: Option<Vec<MissingRange>>,
 }
 
 impl Region {
@@ -64,7 +64,7 @@ impl Region {
     /// pager registers it for missing faults, whether it is registered already or not.
     ///
     /// In a private mapping of a memfd a thread sees what the file has, and faults where the file has nothing. What the
-    /// pager fills before a fault ([`around`](Self::around) one, in the background, by [`finish`](super::Pager::finish))
+    /// pager fills before a fault ([`fault_around`](Self::fault_around) one, in the background, by [`finish`](crate::pager::Pager::finish))
     /// is the source's content, and hides what the file has. Before Linux 5.14 that is also so when a pager of another
     /// process's memory is dropped.
     ///
@@ -76,7 +76,7 @@ impl Region {
     /// What mremap(2) makes the mapping longer by is zeros, as it would be without a pager. No event tells of it; the pager
     /// finds that the mapping goes on behind the region. So does one into which the kernel has merged memory that the
     /// program registered itself, with the same descriptor, behind a region that was served by then: until that memory is
-    /// added its faults are resolved with zeros, too. Leave registering to [`Pager::add_region`](super::Pager::add_region),
+    /// added its faults are resolved with zeros, too. Leave registering to [`Pager::add_region`](crate::pager::Pager::add_region),
     /// or register it before the region in front of it is added: then its faults wait until it is added.
     pub fn new(start: usize, len: usize, source: impl PageSource + 'static) -> Self {
         Self {
@@ -86,11 +86,11 @@ impl Region {
             source_len: None,
             offset: 0,
             page_size: crate::page_size(),
-            around: Around::Adaptive { most: ADAPTIVE },
+            around: FaultAround::Adaptive { most: ADAPTIVE },
             write_protected: false,
             minor: None,
             shared: false,
-            absent: None,
+            missing: None,
         }
     }
 
@@ -107,15 +107,15 @@ impl Region {
         self
     }
 
-    /// How much is read and filled for one fault. The default is [`Around::Adaptive`] up to 2 MiB.
-    pub fn around(mut self, around: Around) -> Self {
+    /// How much is read and filled for one fault. The default is [`FaultAround::Adaptive`] up to 2 MiB.
+    pub fn fault_around(mut self, around: FaultAround) -> Self {
         self.around = around;
         self
     }
 
-    /// Fills the block of so many bytes that a page is in: [`Around::Block`].
+    /// Fills the block of so many bytes that a page is in: [`FaultAround::Block`].
     pub fn block(self, bytes: usize) -> Self {
-        self.around(Around::Block(bytes))
+        self.fault_around(FaultAround::Block(bytes))
     }
 
     /// Fills pages write-protected, so that the first write to each is a fault as well, which the pager counts and
@@ -159,27 +159,27 @@ impl Region {
         self
     }
 
-    /// Tells that the memory was served before, and which of its pages are still absent: what another pager
-    /// [tells](crate::pager::Detached::absent) of the memory that it hands over. Whatever isn't among them is there, and is
+    /// Tells that the memory was served before, and which of its pages are still missing: what another pager
+    /// [tells](crate::pager::Detached::missing) of the memory that it hands over. Whatever isn't among them is there, and is
     /// never read from the source. The content of those that are is at their own offset in the source, wherever they
     /// were moved to; where it is `None` it is zero. Parts that lie elsewhere are other regions', and passed over.
     ///
-    /// They can come from another process: see [`Absent::new`].
+    /// They can come from another process: see [`MissingRange::new`].
     ///
-    /// Without it all pages count as absent. Then a page that is there nevertheless keeps its content, until it is
+    /// Without it all pages count as missing. Then a page that is there nevertheless keeps its content, until it is
     /// removed; but not if the region is [minor](Self::minor).
     ///
     /// ```no_run
     /// use userfaultfd::pager::{Detached, FileSource, Pager, Region};
     ///
     /// fn hand_over(detached: Detached, to: &Pager, start: usize, len: usize) -> Result<(), Box<dyn std::error::Error>> {
-    ///     let region = Region::new(start, len, FileSource::open("snapshot")?).absent(detached.absent());
+    ///     let region = Region::new(start, len, FileSource::open("snapshot")?).missing(detached.missing());
     ///     to.add(detached.uffd, [region])?;
     ///     Ok(())
     /// }
     /// ```
-    pub fn absent(mut self, absent: impl IntoIterator<Item = Absent>) -> Self {
-        self.absent = Some(absent.into_iter().collect());
+    pub fn missing(mut self, missing: impl IntoIterator<Item = MissingRange>) -> Self {
+        self.missing = Some(missing.into_iter().collect());
         self
     }
 
@@ -198,15 +198,15 @@ impl Region {
 
     /// Asks the source how long it is: once, and while nothing is locked. Its panic is an error like any other.
     pub(crate) fn ask_source(&mut self) -> Result<()> {
-        let len = caught(|| Ok(self.source.len()));
+        let len = catch_panic(|| Ok(self.source.len()));
         self.source_len = len.map_err(|error| Error::Source { offset: self.offset, error })?;
         Ok(())
     }
 
     /// The parts of the region that are missing, as far as it was told, with the pages of each.
-    fn missing_parts(&self) -> impl Iterator<Item = (&Absent, Range<usize>)> {
+    fn missing_parts(&self) -> impl Iterator<Item = (&MissingRange, Range<usize>)> {
         let (range, page) = (self.range(), self.page_size);
-        self.absent.iter().flatten().filter_map(move |part| {
+        self.missing.iter().flatten().filter_map(move |part| {
             let start = part.address.max(range.start);
             let end = part.address.saturating_add(part.len).min(range.end);
             let page_at = |address: usize| (address - range.start) / page;
@@ -218,7 +218,7 @@ impl Region {
     fn check_missing(&self) -> Result<()> {
         let page = self.page_size;
         for (part, _) in self.missing_parts() {
-            let Absent { address, len, offset, .. } = *part;
+            let MissingRange { address, len, offset, .. } = *part;
             if address % page != 0 || len % page != 0 {
                 return Err(Error::Unaligned { address, len, page_size: page });
             }
@@ -245,7 +245,7 @@ impl Region {
             return Err(Error::Unaligned { address: start, len, page_size: page });
         }
         match self.around {
-            Around::Block(block) if block == 0 || block % page != 0 => {
+            FaultAround::Block(block) if block == 0 || block % page != 0 => {
                 return Err(Error::Block { block, page_size: page });
             }
             _ => {}
@@ -305,15 +305,15 @@ impl Region {
     }
 
     /// What the pager keeps.
-    pub(crate) fn serve(self, id: u64, offered: IoctlFlags) -> io::Result<Served> {
+    pub(crate) fn serve(self, id: u64, offered: IoctlFlags) -> io::Result<ServedRegion> {
         let page = self.page_size;
         let pages = Pages::new(self.len / page)?;
         let mut moved = Vec::new();
-        if self.absent.is_some() {
+        if self.missing.is_some() {
             pages.all_present();
         }
         for (part, part_pages) in self.missing_parts() {
-            pages.set_absent(part_pages.clone(), part.offset.is_none());
+            pages.set_missing(part_pages.clone(), part.offset.is_none());
             let first = self.start + part_pages.start * page;
             let Some(offset) = part.offset.map(|offset| offset + (first - part.address) as u64) else {
                 continue;
@@ -334,7 +334,7 @@ impl Region {
             }
             Some((file, offset)) => Some(Cache::File { file, offset }),
         };
-        Ok(Served {
+        Ok(ServedRegion {
             id,
             source_len: self.source_len,
             source: self.source,
@@ -373,10 +373,10 @@ impl fmt::Debug for Region {
 }
 
 #[cfg(test)]
-impl Served {
+impl ServedRegion {
     pub(crate) fn for_tests(id: u64, page: usize, pages: usize) -> Self {
         let page_size = page.max(crate::page_size());
-        let zeros = |_: u64, _: &mut [u8]| Ok(crate::pager::Fill::Zero);
+        let zeros = |_: u64, _: &mut [u8]| Ok(crate::pager::PageData::Zero);
         let mut region = Region::new(page_size, pages * page_size, zeros);
         region.ask_source().expect("it doesn't fail");
         let mut served = region.serve(id, IoctlFlags::empty()).expect("memory for states");

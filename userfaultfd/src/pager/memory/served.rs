@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use super::fault_around::{Around, Streams, Window};
+use super::fault_around::{FaultAround, Streams, Window};
 use super::fault_log::Log;
 use super::page_cache::Cache;
 use super::page_state::Pages;
@@ -23,7 +23,7 @@ pub(crate) struct Moved {
 }
 
 /// A region that is served: what doesn't change, and the states of its pages.
-pub(crate) struct Served {
+pub(crate) struct ServedRegion {
     pub(crate) id: u64,
     pub(crate) source: Arc<dyn PageSource>,
     pub(super) source_len: Option<u64>,
@@ -31,7 +31,7 @@ pub(crate) struct Served {
     /// In order. Mostly there are none.
     pub(super) moved: Box<[Moved]>,
     pub(crate) page_shift: u32,
-    pub(in crate::pager) around: Around,
+    pub(crate) around: FaultAround,
     pub(super) streams: Streams,
     pub(crate) write_protected: bool,
     /// Taken while a tracker is at work.
@@ -49,20 +49,20 @@ pub(crate) struct Served {
     pub(crate) followed: Option<usize>,
     /// Whether a fork brought it.
     pub(crate) is_childs: bool,
-    /// Its absent pages are to be poisoned, or filled at once.
+    /// Its missing pages are to be poisoned, or filled at once.
     pub(super) ending: AtomicBool,
     /// Where it is noted which pages faults came for, once somebody has wanted to know.
     pub(super) log: OnceLock<Log>,
 }
 
-impl Served {
+impl ServedRegion {
     /// Whether pages are filled protected, so that a fill isn't taken for a write. Missing pages may have a marker of
     /// protection then, which is in the way of zero pages and poison.
     pub(crate) fn fills_protected(&self) -> bool {
         self.write_protected || self.lease.is_taken()
     }
 
-    /// Whether absent pages are being poisoned, or filled at once: nobody waits for a source any more.
+    /// Whether missing pages are being poisoned, or filled at once: nobody waits for a source any more.
     pub(crate) fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Relaxed)
     }
@@ -115,18 +115,18 @@ impl Served {
     }
 
     /// The pages to fill for a fault on one, as far as the region has them; and the sequence that it goes on with.
-    pub(crate) fn around(&self, page: usize) -> (Range<usize>, Option<Window>) {
+    pub(crate) fn fault_around(&self, page: usize) -> (Range<usize>, Option<Window>) {
         if self.log.get().is_some_and(|log| log.note(page)) {
             return (page..page + 1, None);
         }
         let (pages, window) = match self.around {
-            Around::Page => (page..page + 1, None),
-            Around::Block(block) => {
+            FaultAround::Page => (page..page + 1, None),
+            FaultAround::Block(block) => {
                 let block = block >> self.page_shift;
                 let first = page - page % block;
                 (first..first + block, None)
             }
-            Around::Adaptive { most } => {
+            FaultAround::Adaptive { most } => {
                 let window = self.streams.window(page, most >> self.page_shift);
                 (window.pages(page), Some(window))
             }
@@ -156,7 +156,7 @@ impl Served {
     }
 
     /// What was claimed of a sequence.
-    pub(crate) fn goes_on(&self, window: Window, pages: &Range<usize>) {
+    pub(crate) fn advance_stream(&self, window: Window, pages: &Range<usize>) {
         self.streams.filled(window, pages);
     }
 
@@ -197,9 +197,9 @@ impl Served {
     }
 }
 
-impl fmt::Debug for Served {
+impl fmt::Debug for ServedRegion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Served")
+        f.debug_struct("ServedRegion")
             .field("id", &self.id)
             .field("page_size", &self.page_size())
             .field("pages", &self.pages)

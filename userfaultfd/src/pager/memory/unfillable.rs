@@ -2,7 +2,7 @@
 
 use super::address_map::Segment;
 use super::page_state::Pages;
-use super::served::Served;
+use super::served::ServedRegion;
 use crate::pager::{Error, Failed, RegionId, Result};
 
 /// Pages that couldn't be filled.
@@ -22,7 +22,7 @@ impl Unfillable {
     }
 
     /// Adds pages of a region.
-    pub(crate) fn add_pages(&mut self, region: &Served, pages: impl Iterator<Item = usize>) {
+    pub(crate) fn add_pages(&mut self, region: &ServedRegion, pages: impl Iterator<Item = usize>) {
         let pages = pages.inspect(|_| self.pages += 1).map(|page| page..page + 1);
         self.failed.extend(Failed::in_bytes(RegionId(region.id), region.page_shift, pages));
     }

@@ -13,45 +13,45 @@ use std::time::{Duration, Instant};
 use super::read_ahead;
 use crate::lazy::sigbus::{Lazy, Lost};
 use crate::owner::{Owner, abandon};
-use crate::pager::fill::filler::Filler;
-use crate::pager::fill::load::alike;
-use crate::pager::fill::work::{Done, Work};
+use crate::pager::fill::filler::PageFiller;
+use crate::pager::fill::load::fill_batch_len;
+use crate::pager::fill::work::{Outcome, Work};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, lock};
-use crate::pager::memory::fault_around::Around;
-use crate::pager::memory::page_run::Run;
-use crate::pager::memory::served::Served;
+use crate::pager::memory::fault_around::FaultAround;
+use crate::pager::memory::page_run::PageRun;
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::serve::activity::Reads;
 use crate::pager::serve::shared::{Busy, Lease, Shared};
 use crate::pager::serve::thread::Thread;
-use crate::pager::{Failed, Pager, Progress, RegionId, Result, Retry};
+use crate::pager::{Failed, Pager, Progress, RegionId, Result, RetryPolicy};
 use crate::sys;
 
 /// Bytes that are filled between two looks whether a fault waits, unless they take longer than [`STEP_TIME`]; and of one
 /// step, where the source is fast.
-const STEP: usize = 64 << 10;
+const STEP_BYTES: usize = 64 << 10;
 const STEP_TIME: Duration = Duration::from_micros(50);
 
 /// The delay until it is looked again whether a fault waits.
-const PAUSE: Duration = Duration::from_micros(50);
+const POLL_DELAY: Duration = Duration::from_micros(50);
 
 /// A read of another region's source that takes longer is given way to no more: it takes no CPU.
 const HANGS: Duration = Duration::from_millis(1);
 
 /// The delay until a thread that is paused, or has reached the limit, looks whether the region is still served.
-const LOOK: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Reads of a slow source that may go on at the same time in any case. More if the pager has more threads of a kind.
-const READS: usize = 4;
+const MIN_READS_AT_ONCE: usize = 4;
 
-/// A source is fast again where reads take less than this. [`Filler::is_slow`] is above, so that threads don't come and
+/// A source is fast again where reads take less than this. [`PageFiller::is_slow`] is above, so that threads don't come and
 /// go all the time.
-const FAST: Duration = Duration::from_micros(25);
+const FAST_READ: Duration = Duration::from_micros(25);
 
 /// What a background fill fills, in which order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Order {
+pub enum FillOrder {
     /// All of it, from the first page on.
     Ascending,
     /// These ranges, one after the other, and nothing else. They are in bytes from the start of the region, are
@@ -63,8 +63,8 @@ pub enum Order {
 ///
 /// Before each step it looks whether a fault waits or is being resolved, and lets it go first; but not one that waits for
 /// a slow source of another region. A step is the region's
-/// [`Block`](crate::pager::Around::Block); otherwise 64 KiB, and where reads of the source take longer than some 50 µs, as much as
-/// [`Adaptive`](crate::pager::Around::Adaptive) allows. If the pager has [readers](crate::pager::PagerBuilder::readers), a step is
+/// [`Block`](crate::pager::FaultAround::Block); otherwise 64 KiB, and where reads of the source take longer than some 50 µs, as much as
+/// [`Adaptive`](crate::pager::FaultAround::Adaptive) allows. If the pager has [readers](crate::pager::PagerBuilder::read_ahead_threads), a step is
 /// 1 MiB at most, as for them. Ranges that the source [knows to be zero](crate::pager::PageSource::zeros) are filled without
 /// being read, up to 4 MiB in one step.
 ///
@@ -78,26 +78,26 @@ pub enum Order {
 ///
 /// ```
 /// use userfaultfd::LazyMemory;
-/// use userfaultfd::pager::{FileSource, Order};
+/// use userfaultfd::pager::{FileSource, FillOrder};
 ///
 /// let memory = LazyMemory::builder(FileSource::open(std::env::current_exe()?)?).build()?;
-/// let background = memory.background(Order::Ascending)?;
+/// let background = memory.background(FillOrder::Ascending)?;
 /// background.limit(Some(1 << 30)); // bytes in a second
 /// println!("{:?}", &memory[..4]); // doesn't wait for what is before it
 /// let outcome = background.wait();
 /// assert_eq!(outcome.done, outcome.total);
 /// assert!(outcome.failed.is_empty());
-/// assert_eq!(memory.statistics().absent_pages, 0);
+/// assert_eq!(memory.statistics().missing_pages, 0);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub struct Background {
-    control: Arc<Control>,
+pub struct BackgroundFill {
+    control: Arc<FillControl>,
 }
 
-/// What a [`Background`] or a [`Replay`](crate::pager::Replay) has done.
+/// What a [`BackgroundFill`] or a [`WorkingSetReplay`](crate::pager::WorkingSetReplay) has done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Outcome {
+pub struct FillReport {
     /// Bytes gone through, present ones included.
     pub done: u64,
     /// Bytes to go through. More than `done` if the region isn't served any more.
@@ -107,7 +107,7 @@ pub struct Outcome {
     pub failed: Vec<Failed>,
 }
 
-struct Control {
+struct FillControl {
     owner: Owner,
     state: Mutex<State>,
     changed: Condvar,
@@ -172,7 +172,7 @@ struct Taken {
 
 /// Where pages are filled.
 pub(crate) enum Target {
-    Pager { shared: Arc<Shared>, descriptor: Arc<Descriptor>, region: Arc<Served> },
+    Pager { shared: Arc<Shared>, descriptor: Arc<Descriptor>, region: Arc<ServedRegion> },
     Sigbus(Arc<Lazy>),
 }
 
@@ -191,15 +191,15 @@ struct Step {
     filled: usize,
 }
 
-impl Background {
+impl BackgroundFill {
     /// Starts to fill a target.
-    pub(crate) fn start(target: Target, order: Order) -> Result<Self> {
+    pub(crate) fn start(target: Target, order: FillOrder) -> Result<Self> {
         let (count, shift) = (target.region().pages.count(), target.region().page_shift);
         Self::start_plan(target, Plan::new(order, count, shift))
     }
 
     pub(crate) fn start_plan(target: Target, plan: Plan) -> Result<Self> {
-        let control = Arc::new(Control::new(&target, plan)?);
+        let control = Arc::new(FillControl::new(&target, plan)?);
         start_thread(&Arc::new(target), &control)?;
         Ok(Self { control })
     }
@@ -207,12 +207,12 @@ impl Background {
     /// How far it is, of the pages that it is to go through. Those that were there already are among them.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        let Control { done, total, page_shift, .. } = &*self.control;
+        let FillControl { done, total, page_shift, .. } = &*self.control;
         let bytes = |pages: usize| (pages as u64) << page_shift;
         Progress { done: bytes(done.load(Ordering::Acquire)), total: bytes(*total) }
     }
 
-    /// Returns the pages that couldn't be filled so far: see [`Outcome::failed`].
+    /// Returns the pages that couldn't be filled so far: see [`FillReport::failed`].
     #[must_use]
     pub fn failed(&self) -> Vec<Failed> {
         if !self.control.owner.is_current() {
@@ -250,15 +250,15 @@ impl Background {
     }
 
     /// Waits until it has ended. If it was paused it is resumed.
-    pub fn wait(mut self) -> Outcome {
+    pub fn wait(mut self) -> FillReport {
         self.finish()
     }
 
-    pub(crate) fn finish(&mut self) -> Outcome {
+    pub(crate) fn finish(&mut self) -> FillReport {
         self.resume();
         self.join();
         let Progress { done, total } = self.progress();
-        Outcome { done, total, failed: self.failed() }
+        FillReport { done, total, failed: self.failed() }
     }
 
     fn join(&mut self) {
@@ -274,16 +274,16 @@ impl Background {
     }
 }
 
-impl Drop for Background {
+impl Drop for BackgroundFill {
     fn drop(&mut self) {
         self.control.change(|state| state.stopped = true);
         self.join();
     }
 }
 
-impl fmt::Debug for Background {
+impl fmt::Debug for BackgroundFill {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Background")
+        f.debug_struct("BackgroundFill")
             .field("progress", &self.progress())
             .field("finished", &self.is_finished())
             .field("state", &self.control.state)
@@ -323,7 +323,7 @@ fn nanos(nanos: u128) -> Duration {
 
 impl Turn {
     /// Returns whether to take a step, or to give way to faults.
-    fn goes_on(&mut self, busy: Busy, now: Instant) -> bool {
+    fn advance_stream(&mut self, busy: Busy, now: Instant) -> bool {
         let Busy::Elsewhere(reads) = busy else {
             self.reads = None;
             return busy == Busy::No;
@@ -334,7 +334,7 @@ impl Turn {
     }
 }
 
-impl Control {
+impl FillControl {
     fn change(&self, change: impl FnOnce(&mut State)) {
         if !self.owner.is_current() {
             return;
@@ -349,13 +349,13 @@ impl Control {
         loop {
             let now = Instant::now();
             state.settle(now);
-            let rest = if state.paused { LOOK } else { state.rest(now) };
+            let rest = if state.paused { POLL_INTERVAL } else { state.rest(now) };
             if state.stopped || target.is_over() {
                 return None;
             } else if rest.is_zero() {
                 return Some(state.limit.is_some());
             }
-            let waited = self.changed.wait_timeout(state, rest.min(LOOK));
+            let waited = self.changed.wait_timeout(state, rest.min(POLL_INTERVAL));
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -384,11 +384,11 @@ impl Control {
             if turn.left > 0 && !limited && now.saturating_duration_since(turn.since) <= STEP_TIME {
                 break limited;
             }
-            if turn.goes_on(target.busy(), now) {
-                (turn.left, turn.since) = (STEP, now);
+            if turn.advance_stream(target.busy(), now) {
+                (turn.left, turn.since) = (STEP_BYTES, now);
                 break limited;
             }
-            std::thread::park_timeout(PAUSE);
+            std::thread::park_timeout(POLL_DELAY);
             turn.left = 0;
         };
         let pages = self.plan.next(&mut turn.place, target.step(is_slow && !limited))?;
@@ -445,7 +445,7 @@ impl Control {
 }
 
 impl Plan {
-    fn new(order: Order, count: usize, shift: u32) -> Self {
+    fn new(order: FillOrder, count: usize, shift: u32) -> Self {
         Self { ranges: pages_of(order, count, shift), leave_out: None }
     }
 
@@ -485,10 +485,10 @@ impl Plan {
 }
 
 /// The ranges of pages to go through, in a region of so many.
-fn pages_of(order: Order, count: usize, shift: u32) -> Vec<Range<usize>> {
+fn pages_of(order: FillOrder, count: usize, shift: u32) -> Vec<Range<usize>> {
     match order {
-        Order::Ascending => std::iter::once(0..count).collect(),
-        Order::Ranges(ranges) => {
+        FillOrder::Ascending => std::iter::once(0..count).collect(),
+        FillOrder::Ranges(ranges) => {
             let pages = |range: Range<usize>| {
                 let end = (range.end >> shift) + usize::from(range.end & ((1 << shift) - 1) != 0);
                 range.start >> shift..end.min(count)
@@ -500,7 +500,7 @@ fn pages_of(order: Order, count: usize, shift: u32) -> Vec<Range<usize>> {
 }
 
 /// Starts a thread, if there may be one more.
-fn start_thread(target: &Arc<Target>, control: &Arc<Control>) -> std::io::Result<()> {
+fn start_thread(target: &Arc<Target>, control: &Arc<FillControl>) -> std::io::Result<()> {
     if !control.may_start() {
         return Ok(());
     }
@@ -522,7 +522,7 @@ fn start_thread(target: &Arc<Target>, control: &Arc<Control>) -> std::io::Result
 }
 
 /// Takes one step after the other.
-fn fill(target: &Arc<Target>, control: &Arc<Control>) {
+fn fill(target: &Arc<Target>, control: &Arc<FillControl>) {
     let mut hands = target.hands();
     // The first thread stays however fast the source is.
     let is_first = control.running.load(Ordering::Acquire) == 1;
@@ -562,12 +562,12 @@ impl Hands<'_> {
     }
 
     fn is_fast(&self) -> bool {
-        !matches!(self, Self::Pager(filler) if filler.pace >= FAST)
+        !matches!(self, Self::Pager(filler) if filler.pace >= FAST_READ)
     }
 }
 
 impl Target {
-    pub(crate) fn region(&self) -> &Arc<Served> {
+    pub(crate) fn region(&self) -> &Arc<ServedRegion> {
         match self {
             Self::Pager { region, .. } => region,
             Self::Sigbus(lazy) => lazy.region(),
@@ -604,22 +604,21 @@ impl Target {
     fn step(&self, is_slow: bool) -> usize {
         let region = self.region();
         let bytes = match (region.around, self) {
-            (Around::Block(block), _) => block,
-            (Around::Adaptive { most }, Self::Pager { shared, .. }) if is_slow => {
-                STEP.max(if shared.readers > 0 { most.min(read_ahead::CHUNK) } else { most })
-            }
-            _ => STEP,
+            (FaultAround::Block(block), _) => block,
+            (FaultAround::Adaptive { most }, Self::Pager { shared, .. }) if is_slow => STEP_BYTES
+                .max(if shared.read_ahead_threads > 0 { most.min(read_ahead::CHUNK_BYTES) } else { most }),
+            _ => STEP_BYTES,
         };
         (bytes >> region.page_shift).max(1)
     }
 
     /// Pages from one on that are known to be zero, of which many are filled at once.
     fn zeros(&self, page: usize) -> usize {
-        alike(self.region(), page, 0)
+        fill_batch_len(self.region(), page, 0)
     }
 
     /// Fills the first missing pages of a range, and notes those that can't be. `None`: the region isn't served any more.
-    fn fill(&self, hands: &mut Hands<'_>, pages: Range<usize>, control: &Control) -> Option<Step> {
+    fn fill(&self, hands: &mut Hands<'_>, pages: Range<usize>, control: &FillControl) -> Option<Step> {
         match (self, hands) {
             (Self::Pager { shared, descriptor, region }, Hands::Pager(filler)) => {
                 step(shared, descriptor, region, filler, pages, control)
@@ -640,11 +639,11 @@ impl Target {
     /// Fills missing pages in the calling thread, without giving way to faults. What the source doesn't deliver, as often
     /// as it is asked, stays missing.
     pub(crate) fn fill_now(&self, pages: Range<usize>) -> Result<()> {
-        let control = Control::new(self, Plan::new(Order::Ascending, 0, 0))?;
+        let control = FillControl::new(self, Plan::new(FillOrder::Ascending, 0, 0))?;
         let retry = match self {
             Self::Pager { shared, .. } => shared.retry,
             // The source is in memory: it has the page or not.
-            Self::Sigbus(_) => Retry { attempts: 1, delay: Duration::ZERO },
+            Self::Sigbus(_) => RetryPolicy { attempts: 1, delay: Duration::ZERO },
         };
         for attempt in 1.. {
             let (mut next, mut hands) = (pages.start, self.hands());
@@ -660,7 +659,7 @@ impl Target {
                     pause.rest();
                 }
             }
-            let missing = |page| states.is_absent(page);
+            let missing = |page| states.is_missing(page);
             let again = !self.is_over() && pages.clone().any(missing);
             let Some(delay) = retry.delay_after(attempt).filter(|_| again) else { break };
             std::thread::sleep(delay);
@@ -671,7 +670,9 @@ impl Target {
     /// How many threads may fill it at the same time.
     fn most_threads(&self) -> usize {
         match self {
-            Self::Pager { shared, .. } => READS.max(shared.threads).max(shared.readers + 1),
+            Self::Pager { shared, .. } => {
+                MIN_READS_AT_ONCE.max(shared.threads).max(shared.read_ahead_threads + 1)
+            }
             // What is to be read the kernel reads, with the read-ahead of mappings.
             Self::Sigbus(_) => 1,
         }
@@ -682,10 +683,10 @@ impl Target {
 fn step(
     shared: &Shared,
     descriptor: &Arc<Descriptor>,
-    region: &Arc<Served>,
-    filler: &mut Filler,
+    region: &Arc<ServedRegion>,
+    filler: &mut PageFiller,
     pages: Range<usize>,
-    control: &Control,
+    control: &FillControl,
 ) -> Option<Step> {
     let segment = match segment_from(descriptor, filler.thread, region, pages.start)? {
         Some(segment) => segment,
@@ -695,17 +696,17 @@ fn step(
     if within.is_empty() {
         return Some(Step { next: pages.end, filled: 0 });
     }
-    let (run, next) = Run::claim(&segment, within, usize::MAX);
+    let (run, next) = PageRun::claim(&segment, within, usize::MAX);
     let Some(run) = run else { return Some(Step { next, filled: 0 }) };
     let (claimed, thread) = (run.pages(), filler.thread);
-    let mut load = |run: Run| match filler.resume(shared, descriptor, Work::Load(run.early(), 0)) {
-        Done::Yes => true,
+    let mut load = |run: PageRun| match filler.resume(shared, descriptor, Work::Load(run.early(), 0)) {
+        Outcome::Settled => true,
         // Who needs it asks for it.
-        Done::Later(work, _) => {
+        Outcome::Deferred(work, _) => {
             filler.give_up(descriptor, work);
             true
         }
-        Done::Gone => false,
+        Outcome::TargetGone => false,
     };
     let mut alive = load(run);
     let states = &region.pages;
@@ -715,30 +716,30 @@ fn step(
             if !alive {
                 break;
             }
-            let Some(removed) = states.claim_absent(page) else { continue };
-            let run = Run::new(&segment, page..page + 1, removed);
+            let Some(removed) = states.claim_missing(page) else { continue };
+            let run = PageRun::new(&segment, page..page + 1, removed);
             if region.is_ending() || shared.is_stopping() || control.is_stopped() {
-                run.give_up(descriptor.enter(thread).as_ref());
+                run.give_up(descriptor.lock_shard(thread).as_ref());
                 return None;
             }
             alive = load(run);
         }
     }
     if !alive {
-        shared.gone(descriptor);
+        shared.retire(descriptor);
         return None;
     }
     let failed = |page: &usize| states.is_failed(*page) && is_there(descriptor, thread, &segment, *page);
     for page in claimed.clone().filter(failed) {
         control.note_failed(page..page + 1);
     }
-    let filled = claimed.filter(|page| !states.is_absent(*page)).count();
+    let filled = claimed.filter(|page| !states.is_missing(*page)).count();
     Some(Step { next, filled })
 }
 
 /// Whether a page is still where it was.
 fn is_there(descriptor: &Descriptor, thread: usize, segment: &Segment, page: usize) -> bool {
-    let serving = descriptor.enter(thread);
+    let serving = descriptor.lock_shard(thread);
     let address = segment.address_of(page);
     let now = serving.as_ref().zip(address).and_then(|(serving, address)| serving.layout.find(address));
     now.is_some_and(|now| Arc::ptr_eq(&now.region, &segment.region) && now.address_of(page) == address)
@@ -749,24 +750,24 @@ fn is_there(descriptor: &Descriptor, thread: usize, segment: &Segment, page: usi
 fn segment_from(
     descriptor: &Descriptor,
     thread: usize,
-    region: &Arc<Served>,
+    region: &Arc<ServedRegion>,
     page: usize,
 ) -> Option<Option<Segment>> {
-    let serving = descriptor.enter(thread);
+    let serving = descriptor.lock_shard(thread);
     let segments = serving.as_ref()?.layout.segments().iter();
     let here = segments.filter(|segment| Arc::ptr_eq(&segment.region, region) && page < segment.pages().end);
     Some(here.min_by_key(|segment| segment.first).cloned())
 }
 
 impl Pager {
-    /// Fills the missing pages of a region in the background: see [`Background`].
+    /// Fills the missing pages of a region in the background: see [`BackgroundFill`].
     ///
     /// # Errors
     ///
     /// - [`NotServed`](crate::pager::Error::NotServed): the region isn't served any more.
     /// - [`System`](crate::pager::Error::System): a thread couldn't be had.
-    pub fn background(&self, region: RegionId, order: Order) -> Result<Background> {
-        Background::start(self.target(region)?, order)
+    pub fn background(&self, region: RegionId, order: FillOrder) -> Result<BackgroundFill> {
+        BackgroundFill::start(self.target(region)?, order)
     }
 
     /// A region to fill.

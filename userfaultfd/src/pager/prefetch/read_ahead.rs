@@ -3,28 +3,28 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::pager::fill::filler::Filler;
-use crate::pager::fill::work::{Done, Work};
+use crate::pager::fill::filler::PageFiller;
+use crate::pager::fill::work::{Outcome, Work};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::Descriptor;
-use crate::pager::memory::page_run::Run;
-use crate::pager::memory::served::Served;
+use crate::pager::memory::page_run::PageRun;
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::serve::shared::Shared;
 
 /// What one thread reads at a time.
-pub(in crate::pager) const CHUNK: usize = 1 << 20;
+pub(crate) const CHUNK_BYTES: usize = 1 << 20;
 
 /// Something to read ahead.
 #[derive(Debug)]
 pub(crate) struct Ahead {
     descriptor: Arc<Descriptor>,
-    region: Arc<Served>,
+    region: Arc<ServedRegion>,
     addresses: Range<usize>,
 }
 
-/// The part of `around` that is read at once for a fault on a page: as much as one thread reads at a time.
-pub(crate) fn first(region: &Served, page: usize, around: &Range<usize>) -> Range<usize> {
-    let chunk = (CHUNK >> region.page_shift).max(1);
+/// The part of `fault_around` that is read at once for a fault on a page: as much as one thread reads at a time.
+pub(crate) fn first(region: &ServedRegion, page: usize, around: &Range<usize>) -> Range<usize> {
+    let chunk = (CHUNK_BYTES >> region.page_shift).max(1);
     let (start, end) = if page == around.start {
         (page, page + chunk)
     } else {
@@ -34,7 +34,7 @@ pub(crate) fn first(region: &Served, page: usize, around: &Range<usize>) -> Rang
     start.max(around.start)..end.min(around.end)
 }
 
-/// Has the rest of `around` read by others.
+/// Has the rest of `fault_around` read by others.
 pub(crate) fn ask(
     shared: &Shared,
     descriptor: &Arc<Descriptor>,
@@ -42,10 +42,10 @@ pub(crate) fn ask(
     now: &Range<usize>,
     around: &Range<usize>,
 ) {
-    let chunk = (CHUNK >> segment.region.page_shift).max(1);
+    let chunk = (CHUNK_BYTES >> segment.region.page_shift).max(1);
     let address = |page: usize| segment.start + ((page - segment.first) << segment.region.page_shift);
     let ask = |pages: Range<usize>| {
-        shared.ask(Ahead {
+        shared.enqueue_read_ahead(Ahead {
             descriptor: Arc::clone(descriptor),
             region: Arc::clone(&segment.region),
             addresses: address(pages.start)..address(pages.end),
@@ -65,30 +65,30 @@ pub(crate) fn ask(
 
 /// Reads ahead until the pager stops.
 pub(crate) fn read(shared: &Shared, thread: usize) {
-    let mut filler = Filler::new(thread);
+    let mut filler = PageFiller::new(thread);
     filler.place = Some(thread);
     while let Some(Ahead { descriptor, region, addresses }) = shared.next_ahead() {
         shared.set_at_work(thread, true);
         let mut at = addresses.start;
         while at < addresses.end && !shared.is_stopping() {
             let run = {
-                let serving = descriptor.enter(thread);
+                let serving = descriptor.lock_shard(thread);
                 let Some(serving) = &*serving else { break };
                 let Some(segment) = serving.layout.find(at) else { break };
                 if !Arc::ptr_eq(&segment.region, &region) {
                     break;
                 }
                 let pages = segment.page_at(at)..segment.page_at(addresses.end.min(segment.end) - 1) + 1;
-                let (run, next) = Run::claim(segment, pages, usize::MAX);
+                let (run, next) = PageRun::claim(segment, pages, usize::MAX);
                 at = segment.address_of(next).unwrap_or(segment.end);
                 run
             };
             let Some(run) = run else { continue };
             match filler.resume(shared, &descriptor, Work::Load(run.early(), 0)) {
-                Done::Yes => {}
+                Outcome::Settled => {}
                 // Who needs it asks for it.
-                Done::Later(work, _) => filler.give_up(&descriptor, work),
-                Done::Gone => shared.gone(&descriptor),
+                Outcome::Deferred(work, _) => filler.give_up(&descriptor, work),
+                Outcome::TargetGone => shared.retire(&descriptor),
             }
         }
         shared.set_at_work(thread, false);
@@ -100,9 +100,9 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::{Duration, Instant};
 
-    use super::CHUNK;
+    use super::CHUNK_BYTES;
     use crate::LazyMemory;
-    use crate::pager::Fill;
+    use crate::pager::PageData;
 
     /// Content by which each word is known.
     fn word(offset: u64) -> [u8; 8] {
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_source_is_read_by_several_threads_at_once_and_each_page_once() {
+    fn slow_source_is_read_by_several_threads_each_page_once() {
         crate::support::require!();
         const CHUNKS: usize = 24;
         static READING: AtomicUsize = AtomicUsize::new(0);
@@ -133,9 +133,9 @@ mod tests {
                 bytes.copy_from_slice(&word(offset + 8 * at as u64));
             }
             READING.fetch_sub(1, Ordering::SeqCst);
-            Ok(Fill::Data)
+            Ok(PageData::Data)
         };
-        let memory = LazyMemory::builder(source).len(CHUNKS * CHUNK).read_ahead(4, 8 * CHUNK);
+        let memory = LazyMemory::builder(source).len(CHUNKS * CHUNK_BYTES).read_ahead(4, 8 * CHUNK_BYTES);
         let memory = memory.build().unwrap();
         for at in (0..memory.len()).step_by(crate::page_size()) {
             assert_eq!(memory[at..at + 8], word(at as u64), "at {at:#x}");
@@ -146,9 +146,9 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_ahead_is_asked_for_again_and_reported_once_it_is_needed() {
+    fn failed_read_ahead_is_retried_and_reported_once_needed() {
         crate::support::require!();
-        const BAD: usize = 5 * CHUNK;
+        const BAD: usize = 5 * CHUNK_BYTES;
         let source = |offset: u64, buffer: &mut [u8]| {
             let start = Instant::now();
             while start.elapsed() < Duration::from_micros(200) {}
@@ -158,9 +158,10 @@ mod tests {
                 return Err(std::io::ErrorKind::TimedOut.into());
             }
             buffer.fill(7);
-            Ok(Fill::Data)
+            Ok(PageData::Data)
         };
-        let memory = LazyMemory::builder(source).len(8 * CHUNK).read_ahead(3, 8 * CHUNK).build().unwrap();
+        let memory =
+            LazyMemory::builder(source).len(8 * CHUNK_BYTES).read_ahead(3, 8 * CHUNK_BYTES).build().unwrap();
         assert!(memory.chunks(crate::page_size()).all(|page| page[0] == 7));
         let statistics = memory.statistics();
         assert_eq!(statistics.poisoned, 0, "{statistics}");

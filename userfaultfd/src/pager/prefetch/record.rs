@@ -5,22 +5,22 @@ use std::sync::Arc;
 
 use super::working_set::WorkingSet;
 use crate::pager::memory::fault_log::Mode;
-use crate::pager::memory::served::Served;
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::{Error, Pager, RegionId, Result};
 
 /// Notes in which order the pages of a region are touched for the first time, until it is dropped.
 ///
 /// It sees faults. What is there already makes none, so begin before the memory is used. Each fault fills its page
-/// alone meanwhile, whatever [`Around`](crate::pager::Around) says, so that the set has what was touched and nothing else:
+/// alone meanwhile, whatever [`FaultAround`](crate::pager::FaultAround) says, so that the set has what was touched and nothing else:
 /// such a run is slower than others. Noting takes no lock and allocates nothing.
 ///
 /// ```
 /// use userfaultfd::LazyMemory;
-/// use userfaultfd::pager::{Fill, WorkingSet};
+/// use userfaultfd::pager::{PageData, WorkingSet};
 ///
 /// let source = |_: u64, page: &mut [u8]| {
 ///     page.fill(7);
-///     Ok(Fill::Data)
+///     Ok(PageData::Data)
 /// };
 /// let page = userfaultfd::page_size();
 /// let memory = LazyMemory::new(1000 * page, source)?;
@@ -44,13 +44,13 @@ use crate::pager::{Error, Pager, RegionId, Result};
 /// # std::fs::remove_file(path)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub struct Recorder {
-    region: Arc<Served>,
+pub struct WorkingSetRecorder {
+    region: Arc<ServedRegion>,
 }
 
-impl Recorder {
+impl WorkingSetRecorder {
     /// Begins.
-    pub(crate) fn start(region: Arc<Served>) -> Result<Self> {
+    pub(crate) fn start(region: Arc<ServedRegion>) -> Result<Self> {
         if !region.log()?.start(Mode::Exact) {
             return Err(Error::AlreadyRecorded);
         }
@@ -66,27 +66,27 @@ impl Recorder {
     }
 }
 
-impl Drop for Recorder {
+impl Drop for WorkingSetRecorder {
     fn drop(&mut self) {
         self.region.stop_noting();
     }
 }
 
-impl fmt::Debug for Recorder {
+impl fmt::Debug for WorkingSetRecorder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Recorder").field("region", &self.region).finish_non_exhaustive()
+        f.debug_struct("WorkingSetRecorder").field("region", &self.region).finish_non_exhaustive()
     }
 }
 
 impl Pager {
-    /// Records which pages of a region are touched, in order: see [`Recorder`].
+    /// Records which pages of a region are touched, in order: see [`WorkingSetRecorder`].
     ///
     /// # Errors
     ///
     /// - [`NotServed`](Error::NotServed): the region isn't served any more.
     /// - [`AlreadyRecorded`](Error::AlreadyRecorded): it is recorded already, or a working set is being replayed.
     /// - [`System`](Error::System): memory couldn't be had.
-    pub fn record(&self, region: RegionId) -> Result<Recorder> {
-        Recorder::start(Arc::clone(self.target(region)?.region()))
+    pub fn record(&self, region: RegionId) -> Result<WorkingSetRecorder> {
+        WorkingSetRecorder::start(Arc::clone(self.target(region)?.region()))
     }
 }

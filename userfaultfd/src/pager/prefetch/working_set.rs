@@ -11,7 +11,7 @@ use crate::pager::{Error, Result};
 
 /// The pages of a region that a program has touched, in the order in which it first did.
 ///
-/// A [`Recorder`](crate::pager::Recorder) makes one, and [`Pager::replay`](crate::pager::Pager::replay) fills the pages in that order
+/// A [`WorkingSetRecorder`](crate::pager::WorkingSetRecorder) makes one, and [`Pager::replay`](crate::pager::Pager::replay) fills the pages in that order
 /// at the next start. [`from_pages`](Self::from_pages) makes one of what another tool has found; several are put together
 /// by [`union`](Self::union) and [`intersection`](Self::intersection). One of a region of another size, or of other pages,
 /// is adapted by [`with_region_pages`](Self::with_region_pages) and [`with_page_size`](Self::with_page_size).
@@ -83,7 +83,8 @@ impl WorkingSet {
         if region_pages.checked_mul(page_size).is_none() {
             return Err(Error::BeyondRegion { page: region_pages, region_pages: usize::MAX / page_size });
         }
-        let (mut set, mut cover) = (Self { page_size, region_pages, runs: Vec::new() }, Cover::default());
+        let (mut set, mut cover) =
+            (Self { page_size, region_pages, runs: Vec::new() }, ReplayedRuns::default());
         // Not each page alone, where they follow each other.
         let mut run = 0..0;
         for page in pages {
@@ -142,7 +143,7 @@ impl WorkingSet {
     /// [`OtherWorkingSet`](Error::OtherWorkingSet): it is of a region of another size, or of other pages.
     pub fn union(&self, other: &Self) -> Result<Self> {
         self.check_alike(other)?;
-        let (mut set, mut cover) = (Self { runs: Vec::new(), ..*self }, Cover::default());
+        let (mut set, mut cover) = (Self { runs: Vec::new(), ..*self }, ReplayedRuns::default());
         for run in self.runs.iter().chain(&other.runs) {
             cover.add(run, |new| set.push(new));
         }
@@ -174,7 +175,7 @@ impl WorkingSet {
             return Err(Error::PageSize { address: 0, page_size: bytes });
         }
         let mut set = Self { page_size: bytes, region_pages, runs: Vec::new() };
-        let mut cover = Cover::default();
+        let mut cover = ReplayedRuns::default();
         for run in &self.runs {
             let bytes_of = run.start * self.page_size..run.end * self.page_size;
             cover.add(&(bytes_of.start / bytes..bytes_of.end.div_ceil(bytes)), |new| set.push(new));
@@ -203,8 +204,8 @@ impl WorkingSet {
     }
 
     /// Where it has pages, to be searched.
-    pub(crate) fn cover(&self) -> Cover {
-        let mut cover = Cover::default();
+    pub(crate) fn cover(&self) -> ReplayedRuns {
+        let mut cover = ReplayedRuns::default();
         self.runs.iter().for_each(|run| cover.add(run, drop));
         cover
     }
@@ -323,9 +324,9 @@ impl From<TryReserveError> for Undecoded {
 
 /// Pages, by number.
 #[derive(Debug, Default)]
-pub(crate) struct Cover(BTreeMap<usize, usize>);
+pub(crate) struct ReplayedRuns(BTreeMap<usize, usize>);
 
-impl Cover {
+impl ReplayedRuns {
     /// Adds pages, and tells of those that weren't there.
     fn add(&mut self, run: &Range<usize>, mut new: impl FnMut(Range<usize>)) {
         if run.is_empty() {
@@ -414,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_encoded_is_decoded() {
+    fn working_set_round_trips_through_its_encoding() {
         crate::support::require!();
         let sets = [
             set([]),
@@ -579,7 +580,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_region_has_is_refused() {
+    fn decode_rejects_pages_beyond_the_region() {
         crate::support::require!();
         let refused = |set: Result<WorkingSet>| set.unwrap_err().to_string();
         assert_eq!(

@@ -5,7 +5,7 @@
 use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::thread;
 
-use crate::pager::{Around, Error, Fill, Pager, Region};
+use crate::pager::{Error, FaultAround, PageData, Pager, Region};
 use crate::support::mapping::Mapping;
 use crate::support::memory::Memory;
 use crate::support::{child, require, test_name, uffd};
@@ -34,9 +34,10 @@ fn a_worker_is_not_added_where_memory_is_out() {
                 let (tries, changed) = &*tries_of_source;
                 drop(changed.wait_while(tries.lock().unwrap(), |tries| tries.is_empty()).unwrap());
                 bytes.fill(7);
-                Ok(Fill::Data)
+                Ok(PageData::Data)
             };
-            let region = Region::new(memory.at(0).addr(), memory.len(), source).around(Around::Page);
+            let region =
+                Region::new(memory.at(0).addr(), memory.len(), source).fault_around(FaultAround::Page);
             // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
             let added = unsafe { pager.add_own(uffd(FeatureFlags::empty()), [region]) };
             drop(added.unwrap());
@@ -75,7 +76,7 @@ fn a_region_is_refused_where_memory_is_out() {
         let mut added = false;
         for pairs in 0..12 {
             let memory = Memory::anonymous(1);
-            let source = |_: u64, _: &mut [u8]| Ok(Fill::Zero);
+            let source = |_: u64, _: &mut [u8]| Ok(PageData::Zero);
             let region = Region::new(memory.at(0).addr(), memory.len(), source);
             let uffd = uffd(FeatureFlags::empty());
             let Some(used_up) = Mapping::use_up(test_name!(), pairs) else { return };

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use super::harness::{Reader, Seen, Stop, start, wait_for_progress};
-use crate::pager::{Around, Fill, PageSource, Pager, Problem, Region};
+use crate::pager::{FaultAround, PageData, PageSource, Pager, Problem, Region};
 use crate::support::child::{self, Forked};
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;
@@ -21,13 +21,13 @@ use crate::{FeatureFlags, Uffd};
 /// As good as never.
 const NEVER: Duration = Duration::from_secs(3600);
 
-fn sevens(_: u64, bytes: &mut [u8]) -> std::io::Result<Fill> {
+fn sevens(_: u64, bytes: &mut [u8]) -> std::io::Result<PageData> {
     bytes.fill(7);
-    Ok(Fill::Data)
+    Ok(PageData::Data)
 }
 
 fn region(memory: &Memory, source: impl PageSource + 'static) -> Region {
-    Region::new(memory.start().expose_provenance(), memory.len(), source).around(Around::Page)
+    Region::new(memory.start().expose_provenance(), memory.len(), source).fault_around(FaultAround::Page)
 }
 
 /// A process that sends the descriptor of its copy of `memory`, and does something once it is told to.
@@ -144,7 +144,7 @@ fn a_callback_that_takes_its_time_delays_no_child() {
         let uffd = uffd(FeatureFlags::EVENT_FORK);
         // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
         let added = unsafe { pager.add_own(uffd, [region(&memory, source)]) }.unwrap();
-        let bad = pager.background(added.regions[0], crate::pager::Order::Ascending).unwrap();
+        let bad = pager.background(added.regions[0], crate::pager::FillOrder::Ascending).unwrap();
         bad.wait();
         super::harness::tell_signals();
         let reader = Reader::of(memory.at(0).addr());
@@ -222,7 +222,7 @@ fn the_end_of_a_process_is_noticed_at_once_where_something_tells_of_it() {
             wait_until(|| problems.lock().unwrap().len() == 1);
             assert!(problems.lock().unwrap()[0].ends_with("has gone"));
             let statistics = pager.statistics();
-            assert_eq!((statistics.present_pages, statistics.absent_pages), (1, 3), "{statistics}");
+            assert_eq!((statistics.present_pages, statistics.missing_pages), (1, 3), "{statistics}");
             assert!(pager.watch(added.descriptor, UnixStream::pair().unwrap().0).is_err());
         }
     });
@@ -232,7 +232,7 @@ fn the_end_of_a_process_is_noticed_at_once_where_something_tells_of_it() {
 struct Source(mpsc::Sender<String>, #[expect(dead_code, reason = "it is held")] Option<Arc<Pager>>);
 
 impl PageSource for Source {
-    fn read(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<Fill> {
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<PageData> {
         sevens(offset, bytes)
     }
 }

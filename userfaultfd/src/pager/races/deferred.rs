@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::harness::{Reader, Seen, read};
 use crate::FeatureFlags;
-use crate::pager::{Around, Fill, Pager, Region, Retry};
+use crate::pager::{FaultAround, PageData, Pager, Region, RetryPolicy};
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::wait_until;
 use crate::support::{child, page, require, test_name, uffd};
@@ -39,14 +39,14 @@ impl Failing {
         self.0.1[pages].iter().map(|reads| reads.load(Ordering::SeqCst)).collect()
     }
 
-    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<PageData> {
         let number = offset as usize / page();
         self.0.1[number].fetch_add(1, Ordering::SeqCst);
         if number < DOWN && self.0.0.load(Ordering::SeqCst) {
             return Err(io::ErrorKind::TimedOut.into());
         }
         bytes.fill(number as u8 | 1);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 }
 
@@ -57,11 +57,12 @@ fn content(number: usize) -> Seen {
 /// A pager with one thread, and its memory. A source that fails is retried after a delay.
 fn scene(kind: Kind, source: &Failing, delay: Duration) -> (Pager, Memory) {
     let memory = Memory::new(kind, DOWN + UP);
-    let retry = Retry { attempts: u32::MAX, delay };
+    let retry = RetryPolicy { attempts: u32::MAX, delay };
     let pager = Pager::builder().max_threads(1).retry(retry).build().unwrap();
     let source = source.clone();
     let read = move |offset: u64, bytes: &mut [u8]| source.read(offset, bytes);
-    let region = Region::new(memory.start().expose_provenance(), memory.len(), read).around(Around::Page);
+    let region =
+        Region::new(memory.start().expose_provenance(), memory.len(), read).fault_around(FaultAround::Page);
     let region = if kind.is_shared() { region.shared() } else { region };
     // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
     unsafe { pager.add_own(uffd(FeatureFlags::empty()), [region]) }.unwrap();

@@ -4,7 +4,7 @@
 
 use super::harness::{Act, Flavour, Outcome, PAGE, PAGES, Scene, content, nobody, races};
 use crate::FeatureFlags;
-use crate::pager::{Absent, Detached, Pager};
+use crate::pager::{Detached, MissingRange, Pager};
 
 static ALL: Act<Taken> = Act {
     features: FeatureFlags::EVENT_REMOVE,
@@ -34,27 +34,27 @@ static ONE: Act<Taken> = Act {
 #[derive(Debug)]
 struct Taken {
     pager: Pager,
-    absent: Vec<Absent>,
+    missing: Vec<MissingRange>,
 }
 
 fn take_over(scene: &Scene, detached: Detached) -> Taken {
     assert_eq!(detached.descriptor, scene.added.descriptor);
     assert!(detached.uffd.is_nonblocking().unwrap(), "as it was");
-    let absent = detached.absent();
+    let missing = detached.missing();
     let (pager, region) = (Pager::new().unwrap(), scene.flavour.region(&scene.memory, scene.source.clone()));
     // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
     unsafe { pager.add_own(detached.uffd, [region]) }.unwrap();
-    Taken { pager, absent }
+    Taken { pager, missing }
 }
 
 /// `kept`: what the first pager was loading it has put in place.
 fn check(scene: &Scene, outcome: Outcome<Taken>, kept: bool) {
     outcome.readers_saw(content(PAGE));
     let block = if scene.flavour == Flavour::Block { 0..3 } else { PAGE..PAGE + 1 };
-    let absent: usize = outcome.acted.absent.iter().map(|absent| absent.len / scene.memory.page()).sum();
-    assert_eq!(absent, PAGES - if kept { block.len() } else { 0 }, "{outcome:?}");
+    let missing: usize = outcome.acted.missing.iter().map(|missing| missing.len / scene.memory.page()).sum();
+    assert_eq!(missing, PAGES - if kept { block.len() } else { 0 }, "{outcome:?}");
     let page = scene.memory.page();
-    for part in &outcome.acted.absent {
+    for part in &outcome.acted.missing {
         assert_eq!(part.offset, Some((part.address - scene.at(0)) as u64), "{outcome:?}");
         let pages = (part.address - scene.at(0)) / page..(part.address + part.len - scene.at(0)) / page;
         assert!(!kept || !pages.contains(&PAGE), "{outcome:?}");

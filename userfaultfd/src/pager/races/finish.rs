@@ -21,7 +21,7 @@ static REGION: Act<Vec<Progress>> = Act {
         let (mut told, region) = (Vec::new(), scene.added.regions[0]);
         let pager = scene.end();
         pager.finish_region(region, |progress| told.push(progress)).unwrap();
-        assert_eq!(pager.absent(region).unwrap_err().to_string(), "the pager doesn't serve this any more");
+        assert_eq!(pager.missing(region).unwrap_err().to_string(), "the pager doesn't serve this any more");
         told
     },
     meanwhile: nobody,

@@ -11,10 +11,10 @@ use super::harness::{
     Flavour, PAGES, Reader, Seen, Source, Stop, clear, content, read, room, start, tell_signals,
     wait_for_progress,
 };
-use crate::pager::fill::work::{Done, Work};
+use crate::pager::fill::work::{Outcome, Work};
 use crate::pager::memory::descriptor::Descriptor;
-use crate::pager::memory::page_run::Run;
-use crate::pager::{Around, Fill, Pager, Region};
+use crate::pager::memory::page_run::PageRun;
+use crate::pager::{FaultAround, PageData, Pager, Region};
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;
 use crate::support::{child, has, has_features, require, test_name, uffd};
@@ -53,13 +53,13 @@ fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
     let mut filler = pager.shared.lease();
     let segment = &descriptor.segments(pager.shared.outside_id(), None)[0];
     segment.region.pages.remove(0..PAGES, false);
-    let (short, next) = Run::claim(segment, 0..1, 1);
-    let (long, _) = Run::claim(segment, next..PAGES, PAGES);
+    let (short, next) = PageRun::claim(segment, 0..1, 1);
+    let (long, _) = PageRun::claim(segment, next..PAGES, PAGES);
     let (short, long) = (short.unwrap(), long.unwrap());
     let put_aside = filler.content(&pager.shared, &short).unwrap();
     for work in [Work::Load(long, 0), Work::Install(short, put_aside)] {
         let done = filler.resume(&pager.shared, &descriptor, work);
-        assert!(matches!(done, Done::Yes), "{done:?}");
+        assert!(matches!(done, Outcome::Settled), "{done:?}");
     }
     drop(filler);
     assert_eq!(pager.statistics().zero_fills, PAGES as u64);
@@ -101,14 +101,14 @@ fn what_is_loaded_when_a_descriptor_is_handed_over_does_not_reach_its_file() {
         reading.send(()).unwrap();
         may_go.lock().unwrap().recv().unwrap();
         page.fill(99);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     };
     let (one, other) = (Pager::new().unwrap(), Pager::new().unwrap());
     let descriptor = add(&one, uffd(FeatureFlags::empty()), Flavour::Minor.region(&memory, slow));
     let reader = Reader::of(memory.at(1).addr());
     is_reading.recv().unwrap();
     let detached = one.remove(crate::pager::DescriptorId(descriptor.id)).unwrap();
-    let region = Flavour::Minor.region(&memory, Source::of(&memory)).absent(detached.absent());
+    let region = Flavour::Minor.region(&memory, Source::of(&memory)).missing(detached.missing());
     add(&other, detached.uffd, region);
     assert_eq!(reader.wait(), content(1));
     write(&memory, 1, 7);
@@ -136,7 +136,7 @@ fn what_is_loaded_for_a_forks_child_that_has_ended_does_not_reach_the_file() {
         child.wait();
         // Another pager serves the parent, and the parent writes.
         let detached = one.remove(crate::pager::DescriptorId(descriptor.id)).unwrap();
-        let region = Flavour::Minor.region(&memory, Source::of(&memory)).absent(detached.absent());
+        let region = Flavour::Minor.region(&memory, Source::of(&memory)).missing(detached.missing());
         add(&other, detached.uffd, region);
         assert_eq!(read(memory.at(1).addr()), content(1));
         write(&memory, 1, 7);
@@ -175,7 +175,7 @@ fn a_descriptor_is_removed_once_others_have_let_go_of_it() {
     let pager = Pager::new().unwrap();
     let region = Flavour::Anonymous.region(&memory, Source::of(&memory));
     let descriptor = add(&pager, uffd(FeatureFlags::empty()), region);
-    let still = descriptor.enter(0).as_ref().map(|serving| Arc::clone(&serving.uffd));
+    let still = descriptor.lock_shard(0).as_ref().map(|serving| Arc::clone(&serving.uffd));
     thread::scope(|scope| {
         let removing = scope.spawn(|| pager.remove(crate::pager::DescriptorId(descriptor.id)));
         pager.join();
@@ -184,7 +184,7 @@ fn a_descriptor_is_removed_once_others_have_let_go_of_it() {
             thread::yield_now();
         }
         drop(still);
-        assert_eq!(removing.join().unwrap().unwrap().absent().len(), 1);
+        assert_eq!(removing.join().unwrap().unwrap().missing().len(), 1);
     });
 }
 
@@ -227,13 +227,13 @@ fn another_pager_goes_on_where_one_has_stopped() {
         assert_eq!(read(memory.at(2).addr()), content(2));
         let detached = one.remove(crate::pager::DescriptorId(descriptor.id)).unwrap();
         let other = Pager::new().unwrap();
-        let absent = detached.absent();
-        let region = flavour.region(&memory, source.clone()).absent(absent.clone());
+        let missing = detached.missing();
+        let region = flavour.region(&memory, source.clone()).missing(missing.clone());
         let descriptor = add(&other, detached.uffd, region);
         let region = descriptor.segments(0, None)[0].region.id;
-        let told = other.absent(crate::pager::RegionId(region)).unwrap();
+        let told = other.missing(crate::pager::RegionId(region)).unwrap();
         assert!(
-            told.iter().map(|part| (part.address, part.len, part.offset)).eq(absent.iter().map(|part| (
+            told.iter().map(|part| (part.address, part.len, part.offset)).eq(missing.iter().map(|part| (
                 part.address,
                 part.len,
                 part.offset
@@ -253,7 +253,7 @@ fn another_pager_goes_on_where_one_has_stopped() {
 }
 
 #[test]
-fn what_is_put_off_when_its_region_ends_lets_events_be_read() {
+fn deferred_work_of_an_ending_region_lets_events_be_read() {
     require!();
     let test = test_name!();
     child::run_well(test, || {
@@ -308,7 +308,7 @@ fn what_is_put_off_when_its_region_ends_lets_events_be_read() {
 }
 
 #[test]
-fn what_is_lost_is_poisoned_wherever_it_is_mapped() {
+fn failed_page_is_poisoned_in_every_mapping() {
     require!();
     let test = test_name!();
     child::run_well(test, || {
@@ -320,7 +320,7 @@ fn what_is_lost_is_poisoned_wherever_it_is_mapped() {
         let Some(memory) = Flavour::Minor.memory(test, PAGES) else { return };
         let failing = |_: u64, _: &mut [u8]| Err(std::io::ErrorKind::TimedOut.into());
         let pager = Pager::new().unwrap();
-        add(&pager, uffd(events), Flavour::Minor.region(&memory, failing).around(Around::Page));
+        add(&pager, uffd(events), Flavour::Minor.region(&memory, failing).fault_around(FaultAround::Page));
         let to = room(&memory);
         let moved = memory.try_move(0, PAGES, to, libc::MREMAP_DONTUNMAP);
         if !has(test, "mremap of a file that is left behind", moved.is_ok()) {

@@ -5,7 +5,7 @@
 use std::sync::{Arc, Condvar, Mutex};
 
 use super::harness::{Reader, Seen, Stop};
-use crate::pager::{Around, Delivery, Fill, PageSource, Pager, Region, SourceBytes};
+use crate::pager::{Delivery, FaultAround, PageData, PageSource, Pager, Region, SourceBytes};
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::{wait_for_pending, wait_until};
 use crate::support::{child, page, require, test_name, uffd};
@@ -43,10 +43,10 @@ impl Gate {
 struct Hanging(Gate, Vec<u8>);
 
 impl PageSource for Hanging {
-    fn read(&self, _: u64, bytes: &mut [u8]) -> std::io::Result<Fill> {
+    fn read(&self, _: u64, bytes: &mut [u8]) -> std::io::Result<PageData> {
         self.0.pass();
         bytes.fill(7);
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 
     fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
@@ -66,7 +66,7 @@ struct Scene {
 
 impl Scene {
     fn new(memories: usize) -> Self {
-        let pager = Pager::builder().threads(2).max_threads(2).delivery(Delivery::Threads).build().unwrap();
+        let pager = Pager::builder().threads(2).max_threads(2).delivery(Delivery::Sleep).build().unwrap();
         let (gate, mut uffds) = (Gate::default(), Vec::new());
         let memories: Vec<_> = (0..memories).map(|_| Memory::new(Kind::Anonymous, 6)).collect();
         for memory in &memories {
@@ -74,7 +74,7 @@ impl Scene {
             uffds.push(uffd.try_clone().unwrap());
             let region = Region::new(memory.start().expose_provenance(), memory.len(), source);
             // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
-            unsafe { pager.add_own(uffd, [region.around(Around::Page)]) }.unwrap();
+            unsafe { pager.add_own(uffd, [region.fault_around(FaultAround::Page)]) }.unwrap();
         }
         let mut readers = Vec::new();
         let stops = STOPS.map(|number| {

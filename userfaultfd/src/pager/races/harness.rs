@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::{iter, mem, ptr};
 
 use crate::pager::serve::shared::Shared;
-use crate::pager::{Added, Around, Fill, PageSource, Pager, Region, Statistics};
+use crate::pager::{Added, FaultAround, PageData, PageSource, Pager, Region, Statistics};
 use crate::support::mapping::Mapping;
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::{self, thread_id, wait_until};
@@ -78,9 +78,11 @@ impl Flavour {
         let region =
             Region::new(memory.start().expose_provenance(), memory.len(), source).page_size(memory.page());
         match self {
-            Self::Anonymous | Self::Hugetlb => region.around(Around::Page),
+            Self::Anonymous | Self::Hugetlb => region.fault_around(FaultAround::Page),
             Self::Block => region.block(3 * memory.page()),
-            Self::Minor => region.around(Around::Page).minor(memory.file().try_clone().unwrap().into(), 0),
+            Self::Minor => {
+                region.fault_around(FaultAround::Page).minor(memory.file().try_clone().unwrap().into(), 0)
+            }
         }
     }
 }
@@ -108,13 +110,13 @@ impl Source {
 }
 
 impl PageSource for Source {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<Fill> {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<PageData> {
         for (at, bytes) in buffer.chunks_mut(self.page).enumerate() {
             let page = offset as usize / self.page + at;
             bytes.fill(page as u8 + 1);
             self.reads[page].fetch_add(1, Ordering::SeqCst);
         }
-        Ok(Fill::Data)
+        Ok(PageData::Data)
     }
 
     fn len(&self) -> Option<u64> {

@@ -1,4 +1,4 @@
-//! What is absent is poisoned, as nobody will fill it any more. Before Linux 6.6 it is filled, or the end refused.
+//! What is missing is poisoned, as nobody will fill it any more. Before Linux 6.6 it is filled, or the end refused.
 
 use super::harness::{Act, Flavour, Outcome, PAGE, Scene, Seen, content, nobody, races};
 use crate::FeatureFlags;

@@ -7,7 +7,7 @@ use crate::sync::AtomicU64;
 
 const STATE: u64 = 0b11;
 /// A place for a worker that may be added.
-const ABSENT: u64 = 0;
+const VACANT: u64 = 0;
 const IDLE: u64 = 1;
 const AT_WORK: u64 = 2;
 /// At work, and in a source.
@@ -34,8 +34,8 @@ impl Activity {
     }
 
     /// A place for a worker that may be added.
-    pub(crate) const fn absent() -> Self {
-        Self(AtomicU64::new(ABSENT))
+    pub(crate) const fn missing() -> Self {
+        Self(AtomicU64::new(VACANT))
     }
 
     // Relaxed: no other memory is read because of what is seen here.
@@ -44,8 +44,8 @@ impl Activity {
         self.0.store(reads | bits, Ordering::Relaxed);
     }
 
-    pub(crate) fn set_absent(&self) {
-        self.set(ABSENT);
+    pub(crate) fn set_missing(&self) {
+        self.set(VACANT);
     }
 
     pub(crate) fn set_at_work(&self, at_work: bool) {
@@ -70,8 +70,8 @@ impl Activity {
 pub(crate) struct Doing(u64);
 
 impl Doing {
-    pub(crate) fn is_absent(self) -> bool {
-        self.0 & STATE == ABSENT
+    pub(crate) fn is_missing(self) -> bool {
+        self.0 & STATE == VACANT
     }
 
     /// At work, and not in a source.
@@ -97,7 +97,7 @@ impl Doing {
 impl fmt::Debug for Doing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 & STATE {
-            ABSENT => f.write_str("absent"),
+            VACANT => f.write_str("missing"),
             IDLE => f.write_str("idle"),
             AT_WORK => f.write_str("at work"),
             _ => write!(f, "in read {} of region {}", self.0 as u32 / READ as u32, self.0 >> REGION),
@@ -137,8 +137,8 @@ mod tests {
         assert!(second.is_reading_slowly() && second.is_reading_of(7) && !second.is_reading_of(8));
         assert_ne!(first, second);
         assert!(reading(7 | 1 << 32, false).is_reading_of(7), "the lower half tells");
-        activity.set_absent();
-        assert!(activity.look().is_absent());
+        activity.set_missing();
+        assert!(activity.look().is_missing());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 
 use super::shared::Token;
 use crate::mapped_vec;
+use crate::mapped_vec::MappedVec;
 use crate::pager::fill::retry::Deferred;
 use crate::pager::fill::work::Fault;
 
@@ -22,7 +23,7 @@ pub(crate) struct Backlog {
     descriptor: Option<Token>,
     faults: VecDeque<Fault>,
     /// What waits for a change of the layout, as long as the worker tries it again and again.
-    pub(crate) changing: mapped_vec::Vec<Deferred>,
+    pub(crate) changing: MappedVec<Deferred>,
 }
 
 /// One thing of a backlog.

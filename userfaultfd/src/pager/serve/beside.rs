@@ -12,7 +12,7 @@ use super::shared::Shared;
 use crate::sys::{self, CpuSet};
 
 /// How often the control thread looks whether bound workers get on. Two looks tell.
-const LOOK: Duration = Duration::from_millis(4);
+const POLL_INTERVAL: Duration = Duration::from_millis(4);
 
 /// A worker that gets no fault for so many looks isn't bound any longer, and not looked after.
 const IDLE_LOOKS: u32 = 25;
@@ -26,7 +26,7 @@ const STARVED: i32 = -1;
 /// Whether a worker is bound to a CPU.
 #[derive(Debug)]
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
-pub(in crate::pager) struct Bound {
+pub(crate) struct Bound {
     /// The thread, or one of the above.
     thread: AtomicI32,
     /// How often it has begun to answer faults.
@@ -34,38 +34,38 @@ pub(in crate::pager) struct Bound {
 }
 
 impl Bound {
-    pub(in crate::pager) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { thread: AtomicI32::new(FREE), turns: AtomicU32::new(0) }
     }
 
     /// The worker, which alone calls this, gets on.
-    pub(in crate::pager) fn take_turn(&self) {
+    pub(crate) fn take_turn(&self) {
         self.turns.store(self.turns.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
     }
 
     /// Whether the worker was idle, and so may be bound at once by the next fault.
-    pub(in crate::pager) fn is_free(&self) -> bool {
+    pub(crate) fn is_free(&self) -> bool {
         self.thread.load(Ordering::Relaxed) == FREE
     }
 
     /// The worker can't be bound, until it has answered more faults.
-    pub(in crate::pager) fn give_up(&self) {
+    pub(crate) fn give_up(&self) {
         self.thread.store(STARVED, Ordering::Relaxed);
     }
 
     /// The worker ends.
-    pub(in crate::pager) fn end(&self) {
+    pub(crate) fn end(&self) {
         self.thread.store(FREE, Ordering::Relaxed);
     }
 }
 
 /// Where threads may run that aren't bound.
 #[derive(Debug, Default)]
-pub(in crate::pager) struct Anywhere(OnceLock<Option<CpuSet>>);
+pub(crate) struct Anywhere(OnceLock<Option<CpuSet>>);
 
 impl Anywhere {
     /// Binds the calling worker to a CPU. Returns whether the control thread must begin to look after it.
-    pub(in crate::pager) fn bind(&self, bound: &Bound, cpu: usize) -> bool {
+    pub(crate) fn bind(&self, bound: &Bound, cpu: usize) -> bool {
         // Before the first worker is bound: none of them knows more.
         if self.0.get_or_init(|| sys::affinity().ok()).is_none() || sys::run_on(cpu).is_err() {
             // Without the permission it stays where it is.
@@ -85,18 +85,18 @@ struct Seen {
 
 /// The control thread's look after bound workers.
 #[derive(Debug)]
-pub(in crate::pager) struct Watch {
+pub(crate) struct Watch {
     seen: Box<[Seen]>,
     next: Instant,
 }
 
 impl Watch {
-    pub(in crate::pager) fn new(workers: usize) -> Self {
+    pub(crate) fn new(workers: usize) -> Self {
         Self { seen: vec![Seen::default(); workers].into_boxed_slice(), next: Instant::now() }
     }
 
     /// Looks whether the bound workers get on, and frees those that don't. Returns when to look again.
-    pub(in crate::pager) fn look(&mut self, shared: &Shared) -> Option<Duration> {
+    pub(crate) fn look(&mut self, shared: &Shared) -> Option<Duration> {
         let anywhere = (*shared.anywhere.0.get()?)?;
         let now = Instant::now();
         if now < self.next {
@@ -133,8 +133,8 @@ impl Watch {
                 let _moved = sys::set_affinity(thread, &anywhere);
             }
         }
-        self.next = if any { now + LOOK } else { now };
-        any.then_some(LOOK)
+        self.next = if any { now + POLL_INTERVAL } else { now };
+        any.then_some(POLL_INTERVAL)
     }
 }
 
@@ -145,7 +145,7 @@ mod tests {
 
     use super::*;
     use crate::pager::races::real_time::{self, cpu_time};
-    use crate::pager::{Around, Delivery, Fill};
+    use crate::pager::{Delivery, FaultAround, PageData};
     use crate::support::proc::wait_until;
     use crate::support::{child, require, test_name};
     use crate::{FeatureFlags, LazyMemory};
@@ -167,9 +167,9 @@ mod tests {
             let all = cpus_of_worker();
             assert_eq!(all, None);
             let page = crate::page_size();
-            let source = |_: u64, _: &mut [u8]| Ok(Fill::Zero);
-            let memory = LazyMemory::builder(source).len(16 * page).around(Around::Page);
-            let memory = memory.delivery(Delivery::Beside).threads(1).max_threads(1).build().unwrap();
+            let source = |_: u64, _: &mut [u8]| Ok(PageData::Zero);
+            let memory = LazyMemory::builder(source).len(16 * page).fault_around(FaultAround::Page);
+            let memory = memory.delivery(Delivery::SameCpu).threads(1).max_threads(1).build().unwrap();
             let anywhere = cpus_of_worker().unwrap();
             sys::run_on(cpu).unwrap();
             assert_eq!(memory[0], 0);

@@ -13,10 +13,10 @@ use crate::pager::target::target_is_gone;
 use crate::pager::{DescriptorId, Problem};
 
 /// How often it looks whether the processes whose memory is served are still there. The kernel reports no end.
-pub(in crate::pager) const LOOK: Duration = Duration::from_millis(500);
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How soon it looks again for what is expected to happen at any moment; twice as long each time.
-const SOON: Duration = Duration::from_millis(1);
+const FIRST_RECHECK: Duration = Duration::from_millis(1);
 
 /// Runs until the pager stops.
 pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
@@ -25,7 +25,7 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
     let mut is_unfreed = false;
     // Descriptors of processes that are said to end.
     let mut ending: Vec<u64> = Vec::new();
-    let (mut soon, mut look_at) = (SOON, Instant::now() + look);
+    let (mut soon, mut look_at) = (FIRST_RECHECK, Instant::now() + look);
     let (mut watch, mut bound) = (Watch::default(), beside::Watch::new(shared.place_count()));
     loop {
         loop {
@@ -35,10 +35,10 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
                     if let Err((uffd, error)) = vma_events::adopt(shared, fork) {
                         // Closing it would show zeros where the child's pages are missing.
                         std::mem::forget(uffd);
-                        shared.note(Note::Problem(Problem::Fork { descriptor: DescriptorId(parent), error }));
+                        shared.post(Note::Problem(Problem::Fork { descriptor: DescriptorId(parent), error }));
                     }
                 }
-                Ok(Some(Note::Ended)) => (is_unfreed, soon) = (true, SOON),
+                Ok(Some(Note::Ended)) => (is_unfreed, soon) = (true, FIRST_RECHECK),
                 Ok(Some(Note::Problem(_)) | None) => break,
                 Err(Stopped) => {
                     shared.reap();
@@ -62,15 +62,15 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
         let timeout = match (is_soon, watched.is_empty()) {
             (false, true) => None,
             (false, false) => Some(look_at - now),
-            (true, _) => Some(soon.min(LOOK)),
+            (true, _) => Some(soon.min(POLL_INTERVAL)),
         };
         let more_workers = added.look(shared, &mut watch);
         let timeout = timeout.into_iter().chain(more_workers).chain(bound.look(shared)).min();
         // Nothing is kept that others wait for.
         drop(watched);
         let ready = shared.wait_for_notes(&mut events, timeout);
-        soon = if ready == 0 && is_soon { soon * 2 } else { SOON };
-        soon = soon.min(LOOK);
+        soon = if ready == 0 && is_soon { soon * 2 } else { FIRST_RECHECK };
+        soon = soon.min(POLL_INTERVAL);
         for event in &events[..ready] {
             let Some(token) = Shared::token(event) else { continue };
             let named = shared.in_slot(token.slot()).filter(|descriptor| token.means(descriptor));
@@ -83,14 +83,14 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
 fn drop_if_gone(shared: &Shared, descriptor: &Arc<Descriptor>) -> bool {
     let gone = is_gone(descriptor, shared);
     if gone {
-        shared.gone(descriptor);
+        shared.retire(descriptor);
     }
     gone
 }
 
 /// Whether the process of a descriptor has ended, or executed another program.
-pub(in crate::pager) fn is_gone(descriptor: &Descriptor, shared: &Shared) -> bool {
+pub(crate) fn is_gone(descriptor: &Descriptor, shared: &Shared) -> bool {
     let address = descriptor.segments(shared.outside_id(), None).first().map(|segment| segment.start);
-    let serving = descriptor.enter(shared.outside_id());
+    let serving = descriptor.lock_shard(shared.outside_id());
     serving.as_ref().is_some_and(|serving| target_is_gone(&serving.uffd, address))
 }

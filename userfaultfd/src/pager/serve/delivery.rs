@@ -18,7 +18,7 @@ pub enum Delivery {
     ///
     /// A thread that has answered a fault gives way first, once, if that brings the next fault: where the faulting
     /// thread shares its CPU, neither has to be waked then.
-    Threads,
+    Sleep,
     /// A thread that has answered a fault looks for the next one for a moment before it sleeps, at most 100 µs, if
     /// faults are answered faster that way: it measures what they take, and tries the other way now and then. Never on
     /// a single CPU.
@@ -30,31 +30,31 @@ pub enum Delivery {
     /// The thread runs on the CPU of the thread that faults, so that no other CPU has to be waked. Best where one
     /// thread faults, or several that take turns, and each stays on its CPU, as that of a virtual CPU often does: a
     /// thread that may run elsewhere the kernel moves to an idle CPU when its page is there, as its own is busy with
-    /// this one, and then it is as `Threads`.
+    /// this one, and then it is as `Sleep`.
     ///
     /// Where another thread keeps the CPU for itself, as one under `SCHED_FIFO` may, the thread runs elsewhere after some
     /// ten milliseconds, until it has answered 128 more faults.
     ///
     /// Takes a descriptor with the feature [`THREAD_ID`](crate::FeatureFlags::THREAD_ID), of a process that `/proc`
-    /// shows; otherwise it is as `Threads`.
-    Beside,
+    /// shows; otherwise it is as `Sleep`.
+    SameCpu,
 }
 
 /// The longest that is worth spinning for.
-const LONGEST: Duration = Duration::from_micros(100);
+const LONGEST_SPIN: Duration = Duration::from_micros(100);
 
 /// What takes longer than this is filling for the most part.
 const FILLING: Duration = Duration::from_micros(32);
 
 /// So many faults later it is looked again where the faulting thread runs.
-const LOOK: u32 = 128;
+const FAULTS_PER_CPU_CHECK: u32 = 128;
 
 /// How long a thread looks for the next fault before it sleeps, and where it runs.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Waiting {
+pub(crate) struct WaitPolicy {
     delivery: Delivery,
-    choice: Choice,
-    way: GiveWay,
+    choice: SpinPolicy,
+    way: YieldPolicy,
     /// Beside which thread it runs, and how many faults of it have come since that was looked at.
     beside: (i32, u32),
     /// Who faulted last, or 0, and when that was read.
@@ -62,22 +62,29 @@ pub(crate) struct Waiting {
     since: Option<Instant>,
 }
 
-impl Waiting {
+impl WaitPolicy {
     pub(crate) fn new(delivery: Delivery) -> Self {
         let single = std::thread::available_parallelism().map_or(1, usize::from) == 1;
         let delivery = match delivery {
-            Delivery::Adaptive | Delivery::Spin(_) if single => Delivery::Threads,
+            Delivery::Adaptive | Delivery::Spin(_) if single => Delivery::Sleep,
             delivery => delivery,
         };
-        Self { delivery, choice: Choice::new(), way: GiveWay::new(), beside: (0, 0), thread: 0, since: None }
+        Self {
+            delivery,
+            choice: SpinPolicy::new(),
+            way: YieldPolicy::new(),
+            beside: (0, 0),
+            thread: 0,
+            since: None,
+        }
     }
 
     /// How long to look for the next fault.
     fn budget(&mut self) -> Duration {
         match self.delivery {
-            Delivery::Threads | Delivery::Beside => Duration::ZERO,
+            Delivery::Sleep | Delivery::SameCpu => Duration::ZERO,
             Delivery::Spin(budget) => budget,
-            Delivery::Adaptive if self.choice.next(Instant::now, || is_here(self.thread)) => LONGEST,
+            Delivery::Adaptive if self.choice.next(Instant::now, || is_here(self.thread)) => LONGEST_SPIN,
             Delivery::Adaptive => Duration::ZERO,
         }
     }
@@ -110,7 +117,7 @@ impl Waiting {
     /// Whether to let others run on this CPU before it is looked for the next fault.
     pub(crate) fn gives_way(&mut self) -> bool {
         let spins = match self.delivery {
-            Delivery::Threads | Delivery::Beside => false,
+            Delivery::Sleep | Delivery::SameCpu => false,
             Delivery::Adaptive => self.choice.spins,
             Delivery::Spin(_) => true,
         };
@@ -122,7 +129,7 @@ impl Waiting {
         let waited = next.is_some_and(|fault| {
             let took =
                 self.since.map_or(Duration::ZERO, |since| fault.since.saturating_duration_since(since));
-            took > LONGEST && (fault.thread == 0 || fault.thread != self.thread)
+            took > LONGEST_SPIN && (fault.thread == 0 || fault.thread != self.thread)
         });
         self.way.ended(next.is_some(), waited);
     }
@@ -130,12 +137,12 @@ impl Waiting {
     /// A fault was answered. Goes to where the faulting thread runs, if it is to.
     pub(crate) fn answered(&mut self, fault: &Fault, shared: &Shared, place: usize) {
         (self.thread, self.since) = (fault.thread, Some(fault.since));
-        if self.delivery != Delivery::Beside || fault.thread == 0 {
+        if self.delivery != Delivery::SameCpu || fault.thread == 0 {
             return;
         }
         shared.bound(place).take_turn();
         let (thread, faults) = self.beside;
-        if thread == fault.thread && faults < LOOK && !shared.bound(place).is_free() {
+        if thread == fault.thread && faults < FAULTS_PER_CPU_CHECK && !shared.bound(place).is_free() {
             self.beside.1 += 1;
             return;
         }
@@ -164,7 +171,7 @@ fn is_here(thread: i32) -> bool {
 /// Whether to spin or to sleep until the next fault: what has taken less time for each fault. The time between faults is
 /// in both, and wakes that cross CPUs are in one of them.
 #[derive(Clone, Copy, Debug)]
-struct Choice {
+struct SpinPolicy {
     spins: bool,
     /// What was faster when both were tried the last time.
     prefers_spinning: bool,
@@ -180,7 +187,7 @@ struct Choice {
     next: u32,
 }
 
-impl Choice {
+impl SpinPolicy {
     /// So many faults are answered in the other way, to learn whether it is better.
     const TRIAL: u32 = 32;
 
@@ -196,7 +203,7 @@ impl Choice {
             left: Self::TRIAL,
             began: None,
             misses: 0,
-            took: [LONGEST; 2],
+            took: [LONGEST_SPIN; 2],
             next: Self::RUN,
         }
     }
@@ -241,7 +248,7 @@ impl Choice {
     fn missed(&mut self) {
         self.misses += 1;
         if self.spins && self.misses > Self::TRIAL / 8 {
-            self.took[1] = LONGEST;
+            self.took[1] = LONGEST_SPIN;
             (self.spins, self.prefers_spinning) = (false, false);
             (self.run, self.next) = (self.next, (self.next * 2).min(Self::LONGEST_RUN));
             (self.left, self.began) = (0, None);
@@ -256,7 +263,7 @@ impl Choice {
 /// But the other one may have the CPU for milliseconds, and a fault of a third on another CPU waits for that, where it
 /// would wake a thread that sleeps.
 #[derive(Clone, Copy, Debug)]
-struct GiveWay {
+struct YieldPolicy {
     /// So many times it is not done.
     left: u32,
     /// So many, if it was for nothing.
@@ -265,7 +272,7 @@ struct GiveWay {
     costly: u32,
 }
 
-impl GiveWay {
+impl YieldPolicy {
     const FUTILE: u32 = 1 << 10;
 
     /// So many faults have to be answered faster to make up for what one may have waited.
@@ -298,19 +305,19 @@ impl GiveWay {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pager::{Around, Fill, Retry};
+    use crate::pager::{FaultAround, PageData, RetryPolicy};
     use crate::{FaultKind, LazyMemory};
 
-    fn waiting(delivery: Delivery) -> Waiting {
-        Waiting { delivery, ..Waiting::new(Delivery::Threads) }
+    fn waiting(delivery: Delivery) -> WaitPolicy {
+        WaitPolicy { delivery, ..WaitPolicy::new(Delivery::Sleep) }
     }
 
     fn shared() -> Shared {
-        Shared::new(1, 0, 0, Retry::default()).unwrap()
+        Shared::new(1, 0, 0, RetryPolicy::default()).unwrap()
     }
 
     /// Whether it looked at all.
-    fn looks(waiting: &mut Waiting, shared: &Shared, found: bool) -> bool {
+    fn looks(waiting: &mut WaitPolicy, shared: &Shared, found: bool) -> bool {
         let mut looked = false;
         waiting.spin(shared, || {
             looked = true;
@@ -323,7 +330,7 @@ mod tests {
     fn threads_sleep_at_once() {
         crate::support::require!();
         let shared = shared();
-        for delivery in [Delivery::Threads, Delivery::Beside] {
+        for delivery in [Delivery::Sleep, Delivery::SameCpu] {
             let mut waiting = waiting(delivery);
             assert!((0..100).all(|_| !looks(&mut waiting, &shared, true)), "{delivery:?}");
         }
@@ -351,7 +358,8 @@ mod tests {
     fn one_thread_spins_at_a_time() {
         crate::support::require!();
         let shared = shared();
-        let (mut one, mut other) = (waiting(Delivery::Spin(LONGEST)), waiting(Delivery::Spin(LONGEST)));
+        let (mut one, mut other) =
+            (waiting(Delivery::Spin(LONGEST_SPIN)), waiting(Delivery::Spin(LONGEST_SPIN)));
         assert!(one.spin(&shared, || !looks(&mut other, &shared, true)));
         assert!(looks(&mut other, &shared, true), "the first has ended");
     }
@@ -360,14 +368,14 @@ mod tests {
     fn a_thread_that_panics_while_it_spins_lets_others_spin() {
         crate::support::require!();
         let shared = shared();
-        let mut panicking = waiting(Delivery::Spin(LONGEST));
+        let mut panicking = waiting(Delivery::Spin(LONGEST_SPIN));
         let spin = std::panic::AssertUnwindSafe(|| panicking.spin(&shared, || panic!("a mistake")));
         assert!(std::panic::catch_unwind(spin).is_err());
-        assert!(looks(&mut waiting(Delivery::Spin(LONGEST)), &shared, true));
+        assert!(looks(&mut waiting(Delivery::Spin(LONGEST_SPIN)), &shared, true));
     }
 
     /// How many of so many faults it spins for, if they take so long, sleeping and spinning.
-    fn spins(choice: &mut Choice, now: &mut Instant, faults: u32, took: [u64; 2]) -> u32 {
+    fn spins(choice: &mut SpinPolicy, now: &mut Instant, faults: u32, took: [u64; 2]) -> u32 {
         (0..faults).fold(0, |spins, _| {
             let spin = choice.next(|| *now, || false);
             *now += Duration::from_micros(took[usize::from(spin)]);
@@ -379,9 +387,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_faster_is_done_and_the_other_tried_ever_more_rarely() {
+    fn faster_policy_is_kept_and_the_other_retried_more_rarely() {
         crate::support::require!();
-        let (mut choice, mut now) = (Choice::new(), Instant::now());
+        let (mut choice, mut now) = (SpinPolicy::new(), Instant::now());
         // A wake of another CPU is dear.
         let spun = spins(&mut choice, &mut now, 10_000, [45, 15]);
         assert!(spun > 9_500, "{spun}");
@@ -395,21 +403,21 @@ mod tests {
         // Faults come so seldom that nobody would wait for them.
         assert!(spins(&mut choice, &mut now, 100_000, [1000, 990]) < 500);
         // Each takes its time, and the wake is in addition.
-        let mut choice = Choice::new();
+        let mut choice = SpinPolicy::new();
         assert!(spins(&mut choice, &mut now, 10_000, [255, 225]) > 9_000);
     }
 
     #[test]
-    fn it_never_spins_on_the_cpu_of_who_faults() {
+    fn worker_never_spins_on_the_cpu_of_the_faulting_thread() {
         crate::support::require!();
-        let (mut choice, now) = (Choice::new(), Instant::now());
+        let (mut choice, now) = (SpinPolicy::new(), Instant::now());
         assert!((0..100_000).all(|_| !choice.next(|| now, || true)));
     }
 
     #[test]
     fn spinning_ends_soon_where_no_fault_comes() {
         crate::support::require!();
-        let (mut choice, mut now) = (Choice::new(), Instant::now());
+        let (mut choice, mut now) = (SpinPolicy::new(), Instant::now());
         spins(&mut choice, &mut now, 10_000, [45, 15]);
         assert!(choice.spins);
         let misses = (0..100).filter(|_| choice.next(|| now, || false)).count();
@@ -425,7 +433,7 @@ mod tests {
     }
 
     /// How often of so many faults it gives way, if the next one is there then as told, and has waited.
-    fn ways(way: &mut GiveWay, faults: u32, found: bool, waited: bool) -> u32 {
+    fn ways(way: &mut YieldPolicy, faults: u32, found: bool, waited: bool) -> u32 {
         (0..faults).fold(0, |ways, _| {
             let gives = way.next();
             if gives {
@@ -438,7 +446,7 @@ mod tests {
     #[test]
     fn it_gives_way_where_that_brings_the_next_fault() {
         crate::support::require!();
-        let mut way = GiveWay::new();
+        let mut way = YieldPolicy::new();
         assert_eq!(ways(&mut way, 100, true, false), 100);
         // The faulting thread is on another CPU.
         let futile = ways(&mut way, 10_000, false, false);
@@ -476,14 +484,14 @@ mod tests {
         for (thread, micros, costly) in
             [(7, 9, false), (8, 9, false), (7, 3000, false), (8, 3000, true), (0, 3000, true)]
         {
-            let mut waiting = waiting(Delivery::Threads);
+            let mut waiting = waiting(Delivery::Sleep);
             assert!(!waiting.gives_way(), "there was no fault");
             waiting.answered(&fault(7, 0), &shared, 0);
             assert!(waiting.gives_way());
             waiting.gave_way(Some(&fault(thread, micros)));
             assert_eq!(waiting.gives_way(), !costly, "{thread} {micros}");
         }
-        let mut spinning = waiting(Delivery::Spin(LONGEST));
+        let mut spinning = waiting(Delivery::Spin(LONGEST_SPIN));
         spinning.answered(&fault(7, 0), &shared, 0);
         assert!(!spinning.gives_way());
     }
@@ -492,9 +500,9 @@ mod tests {
     fn a_fault_wakes_one_thread_of_many() {
         crate::support::require!();
         const FAULTS: usize = 200;
-        let source = |_: u64, _: &mut [u8]| Ok(Fill::Zero);
+        let source = |_: u64, _: &mut [u8]| Ok(PageData::Zero);
         let memory = LazyMemory::builder(source).len(FAULTS * crate::page_size()).threads(8);
-        let memory = memory.delivery(Delivery::Threads).around(Around::Page).build().unwrap();
+        let memory = memory.delivery(Delivery::Sleep).fault_around(FaultAround::Page).build().unwrap();
         assert!(memory.chunks(crate::page_size()).all(|page| page[0] == 0));
         let statistics = memory.statistics();
         assert_eq!(statistics.faults(), FAULTS as u64);
@@ -507,17 +515,17 @@ mod tests {
         let page = crate::page_size();
         let source = |offset: u64, buffer: &mut [u8]| {
             buffer.fill((offset / crate::page_size() as u64 % 251) as u8);
-            Ok(Fill::Data)
+            Ok(PageData::Data)
         };
         for delivery in [
-            Delivery::Threads,
+            Delivery::Sleep,
             Delivery::Adaptive,
             Delivery::Spin(Duration::from_micros(50)),
-            Delivery::Beside,
+            Delivery::SameCpu,
         ] {
             for threads in [1, 3] {
                 let memory = LazyMemory::builder(source).len(64 * page).threads(threads);
-                let memory = memory.delivery(delivery).around(Around::Page).build().unwrap();
+                let memory = memory.delivery(delivery).fault_around(FaultAround::Page).build().unwrap();
                 std::thread::scope(|scope| {
                     for first in 0..3 {
                         let memory = &memory;

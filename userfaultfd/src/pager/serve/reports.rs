@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::pager::Problem;
 use crate::pager::error::PROBLEM_KINDS;
 use crate::pager::memory::descriptor::lock;
-use crate::pager::memory::served::Served;
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::trace::event;
 use crate::source::call::message;
 
@@ -21,7 +21,7 @@ use crate::source::call::message;
 pub(crate) type OnProblem = Arc<dyn Fn(&Problem) + Send + Sync>;
 
 /// Problems that wait to be reported. What exceeds that is lost, and counted.
-const ROOM: usize = 1024;
+const QUEUE_LEN: usize = 1024;
 
 /// How long a page isn't poisoned so that its problem is reported first: the access that follows may end the process.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -33,7 +33,7 @@ pub(crate) struct Reports {
     changed: Condvar,
     /// Regions that nothing refers to any more. Apart from the queue: it grows in the allocator, which a fork may have
     /// locked until the threads that report problems read its event.
-    freed: Mutex<Vec<Arc<Served>>>,
+    freed: Mutex<Vec<Arc<ServedRegion>>>,
 }
 
 /// Nothing here allocates: see `mapped_vec`.
@@ -57,7 +57,7 @@ enum Task {
 
 impl Reports {
     pub(crate) fn new() -> Self {
-        let problems = VecDeque::with_capacity(ROOM);
+        let problems = VecDeque::with_capacity(QUEUE_LEN);
         let (posted, reported) = (0, 0);
         let queue = Queue { problems, some_freed: false, posted, reported, is_late: false, stopped: false };
         Self { queue: Mutex::new(queue), changed: Condvar::new(), freed: Mutex::default() }
@@ -66,7 +66,7 @@ impl Reports {
     /// Has a problem reported. Returns `false` if there is no room.
     pub(crate) fn post(&self, problem: Problem) -> bool {
         let mut queue = lock(&self.queue);
-        if queue.problems.len() == ROOM {
+        if queue.problems.len() == QUEUE_LEN {
             return false;
         }
         queue.problems.push_back(problem);
@@ -90,7 +90,7 @@ impl Reports {
     }
 
     /// Has regions freed, each of which is the caller's alone.
-    pub(crate) fn free(&self, regions: Vec<Arc<Served>>) {
+    pub(crate) fn free(&self, regions: Vec<Arc<ServedRegion>>) {
         lock(&self.freed).extend(regions);
         lock(&self.queue).some_freed = true;
         self.changed.notify_all();

@@ -16,17 +16,18 @@ use super::activity::{Activity, Doing, Reads};
 use super::backlog::{Backlog, Item};
 use super::beside::{Anywhere, Bound};
 use super::reports::Reports;
+use crate::mapped_vec::MappedVec;
 use crate::owner::{InheritedFd, InheritedFds, Owner, abandon};
-use crate::pager::fill::filler::Filler;
+use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::retry::{self, Deferred, Put, RetryQueue};
-use crate::pager::fill::work::{Wait, Work};
-use crate::pager::memory::address_map::{Layout, ROOM, Segments};
-use crate::pager::memory::descriptor::{Descriptor, LOOK, OUTSIDE, Origin, Serving, lock};
+use crate::pager::fill::work::{RetryAfter, Work};
+use crate::pager::memory::address_map::{AddressMap, SEGMENT_ROOM, Segments};
+use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK, OUTSIDE, Origin, lock};
 use crate::pager::memory::page_state::Room;
-use crate::pager::memory::served::Served;
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::prefetch::read_ahead::Ahead;
 use crate::pager::stats::Counters;
-use crate::pager::{Error, Problem, Result, Retry, Statistics};
+use crate::pager::{Error, Problem, Result, RetryPolicy, Statistics};
 use crate::{Errno, Uffd, mapped_vec, sys};
 
 /// What the threads that serve faults have others do. They don't do it themselves: it takes locks that who waits for a
@@ -53,7 +54,7 @@ pub(crate) struct Fork {
 #[derive(Debug)]
 pub(crate) struct Inherited {
     /// As it was when the process forked, which is the child's.
-    pub(crate) layout: Layout,
+    pub(crate) layout: AddressMap,
     /// The states of its segments' pages then, one after the other; nothing of those that are shared.
     pub(crate) states: Room,
 }
@@ -61,7 +62,7 @@ pub(crate) struct Inherited {
 /// Notes for the control thread that it hasn't taken yet. Adding one takes nothing of the allocator's: see `mapped_vec`.
 #[derive(Debug)]
 struct Notes {
-    forks: mapped_vec::Vec<Fork>,
+    forks: MappedVec<Fork>,
     /// Room for what a change takes out of a layout.
     gone: Segments,
     ended: bool,
@@ -70,8 +71,8 @@ struct Notes {
     stopped: bool,
 }
 
-const AHEAD: usize = 1024;
-const FORKS: usize = 16;
+const READ_AHEAD_QUEUE_LEN: usize = 1024;
+const FORK_ROOM: usize = 16;
 
 /// The descriptors that are served, by slot.
 ///
@@ -113,14 +114,14 @@ impl Token {
 /// is the program's code. And what is left to be known of those that were.
 #[derive(Debug, Default)]
 struct Regions {
-    all: Vec<Arc<Served>>,
+    all: Vec<Arc<ServedRegion>>,
     present: usize,
-    absent: usize,
+    missing: usize,
 }
 
 impl Regions {
     /// The pages of a region that are there, and those that are missing.
-    fn figures(region: &Served) -> (usize, usize) {
+    fn figures(region: &ServedRegion) -> (usize, usize) {
         let (present, poisoned) = region.pages.present_and_poisoned();
         (present, region.pages.count() - present - poisoned)
     }
@@ -146,11 +147,11 @@ pub(crate) struct Shared {
     pub(crate) owner: Owner,
     /// The numbers of what is served, for a fork's child.
     inherited: Arc<InheritedFds>,
-    pub(crate) retry: Retry,
+    pub(crate) retry: RetryPolicy,
     /// How many threads serve faults.
     pub(crate) threads: usize,
     /// How many threads read ahead.
-    pub(crate) readers: usize,
+    pub(crate) read_ahead_threads: usize,
     ahead: Mutex<VecDeque<Ahead>>,
     asked: Condvar,
     /// Whether a thread spins, waiting for the next fault. The others sleep.
@@ -187,12 +188,12 @@ pub(crate) struct Shared {
     note_taken: Condvar,
     /// What the control thread waits for: its bell, and what tells of the ends of processes.
     control_epoll: OwnedFd,
-    control_bell: OwnedFd,
+    control_eventfd: OwnedFd,
     pub(crate) reports: Reports,
     problems_lost: AtomicUsize,
     epoll: OwnedFd,
     /// Readable at any time, and looked at once the pager is to stop.
-    bell: OwnedFd,
+    shutdown_eventfd: OwnedFd,
     stopping: AtomicBool,
 }
 
@@ -207,19 +208,24 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(threads: usize, readers: usize, added: usize, retry: Retry) -> Result<Self> {
-        let (epoll, bell) = (sys::epoll()?, sys::eventfd(true)?);
-        sys::epoll_control(epoll.as_fd(), libc::EPOLL_CTL_ADD, bell.as_fd(), 0, Token::STOP.0)?;
+    pub(crate) fn new(
+        threads: usize,
+        read_ahead_threads: usize,
+        added: usize,
+        retry: RetryPolicy,
+    ) -> Result<Self> {
+        let (epoll, shutdown_eventfd) = (sys::epoll()?, sys::eventfd(true)?);
+        sys::epoll_control(epoll.as_fd(), libc::EPOLL_CTL_ADD, shutdown_eventfd.as_fd(), 0, Token::STOP.0)?;
         let retries = RetryQueue::new()?;
         let events = libc::EPOLLIN | libc::EPOLLET;
         let timer = retries.timer();
         sys::epoll_control(epoll.as_fd(), libc::EPOLL_CTL_ADD, timer, events, Token::RETRY.0)?;
-        let (control_epoll, control_bell) = (sys::epoll()?, sys::eventfd(false)?);
-        let (control, token) = (control_bell.as_fd(), Token::STOP.0);
+        let (control_epoll, control_eventfd) = (sys::epoll()?, sys::eventfd(false)?);
+        let (control, token) = (control_eventfd.as_fd(), Token::STOP.0);
         sys::epoll_control(control_epoll.as_fd(), libc::EPOLL_CTL_ADD, control, libc::EPOLLIN, token)?;
         let notes = Notes {
-            forks: mapped_vec::try_with_room(FORKS).ok_or(Errno::ENOMEM)?,
-            gone: mapped_vec::try_with_room(ROOM).ok_or(Errno::ENOMEM)?,
+            forks: mapped_vec::try_with_room(FORK_ROOM).ok_or(Errno::ENOMEM)?,
+            gone: mapped_vec::try_with_room(SEGMENT_ROOM).ok_or(Errno::ENOMEM)?,
             ended: false,
             adopting: false,
             stopped: false,
@@ -229,22 +235,22 @@ impl Shared {
             inherited: Arc::default(),
             retry,
             threads,
-            readers,
-            ahead: Mutex::new(VecDeque::with_capacity(AHEAD)),
+            read_ahead_threads,
+            ahead: Mutex::new(VecDeque::with_capacity(READ_AHEAD_QUEUE_LEN)),
             asked: Condvar::new(),
             spinning: AtomicBool::new(false),
-            counters: (0..threads + readers).map(|_| Counters::new()).collect(),
+            counters: (0..threads + read_ahead_threads).map(|_| Counters::new()).collect(),
             retries,
             activities: iter::repeat_with(Activity::idle)
-                .take(threads + readers)
-                .chain(iter::repeat_with(Activity::absent).take(added))
+                .take(threads + read_ahead_threads)
+                .chain(iter::repeat_with(Activity::missing).take(added))
                 .collect(),
             backlogs: iter::repeat_with(|| Mutex::new(Backlog::new()))
-                .take(threads + readers + added)
+                .take(threads + read_ahead_threads + added)
                 .collect(),
             watched: AtomicBool::new(false),
             anywhere: Anywhere::default(),
-            bound: iter::repeat_with(Bound::new).take(threads + readers + added).collect(),
+            bound: iter::repeat_with(Bound::new).take(threads + read_ahead_threads + added).collect(),
             leases: Leases::new(),
             table: Mutex::default(),
             adding: Mutex::default(),
@@ -257,11 +263,11 @@ impl Shared {
             notes: Mutex::new(notes),
             note_taken: Condvar::new(),
             control_epoll,
-            control_bell,
+            control_eventfd,
             reports: Reports::new(),
             problems_lost: AtomicUsize::new(0),
             epoll,
-            bell,
+            shutdown_eventfd,
             stopping: AtomicBool::new(false),
         })
     }
@@ -283,7 +289,7 @@ impl Shared {
         if descriptor.is_some() {
             return;
         }
-        let own = [&self.epoll, &self.bell, &self.control_epoll, &self.control_bell];
+        let own = [&self.epoll, &self.shutdown_eventfd, &self.control_epoll, &self.control_eventfd];
         for fd in own.map(AsFd::as_fd).into_iter().chain([self.retries.timer()]) {
             // SAFETY: as above; they are asked for once, when the pager is dropped.
             unsafe { InheritedFd::new(fd).close() };
@@ -303,7 +309,7 @@ impl Shared {
     }
 
     /// The counters of a thread, for that thread.
-    pub(in crate::pager) fn counters(&self, thread: usize) -> &Counters {
+    pub(crate) fn counters(&self, thread: usize) -> &Counters {
         match self.counters.get(thread) {
             Some(counters) => counters,
             None => self.leases.counters(thread - self.counters.len()),
@@ -329,9 +335,9 @@ impl Shared {
     }
 
     /// The same, for a worker. `None`: there is no memory for one more.
-    pub(crate) fn take_filler(&self) -> Option<Filler> {
+    pub(crate) fn take_filler(&self) -> Option<PageFiller> {
         let idle = lock(&self.leases.idle).pop();
-        idle.or_else(|| self.leases.make().map(|number| Filler::new(self.counters.len() + number)))
+        idle.or_else(|| self.leases.make().map(|number| PageFiller::new(self.counters.len() + number)))
     }
 
     pub(crate) fn new_region_id(&self) -> u64 {
@@ -346,12 +352,12 @@ impl Shared {
     }
 
     /// Keeps a region until nothing else refers to it.
-    pub(crate) fn keep(&self, region: &Arc<Served>) {
+    pub(crate) fn keep(&self, region: &Arc<ServedRegion>) {
         lock(&self.regions).all.push(Arc::clone(region));
     }
 
     /// Keeps a region no longer, which was never served.
-    pub(crate) fn keep_not(&self, region: &Arc<Served>) {
+    pub(crate) fn keep_not(&self, region: &Arc<ServedRegion>) {
         lock(&self.regions).all.retain(|kept| !Arc::ptr_eq(kept, region));
     }
 
@@ -359,14 +365,14 @@ impl Shared {
     pub(crate) fn sweep(&self) -> bool {
         let (mut freed, served) = (Vec::new(), self.served_regions());
         let mut regions = lock(&self.regions);
-        let Regions { all, present, absent } = &mut *regions;
+        let Regions { all, present, missing } = &mut *regions;
         all.retain(|region| {
             // Nobody makes another reference but by one that there is.
             let is_last = Arc::strong_count(region) == 1;
             if is_last {
                 let figures = Regions::figures(region);
                 if !region.is_childs {
-                    (*present, *absent) = (*present + figures.0, *absent + figures.1);
+                    (*present, *missing) = (*present + figures.0, *missing + figures.1);
                 }
                 freed.push(Arc::clone(region));
             }
@@ -381,7 +387,7 @@ impl Shared {
     }
 
     /// Begins to serve a descriptor.
-    pub(crate) fn add(&self, serving: Serving, origin: Origin) -> Result<Arc<Descriptor>> {
+    pub(crate) fn add(&self, serving: Attachment, origin: Origin) -> Result<Arc<Descriptor>> {
         let _adding = lock(&self.adding);
         self.reap();
         let uffd = Arc::clone(&serving.uffd);
@@ -421,7 +427,7 @@ impl Shared {
         match sys::epoll_control(self.epoll.as_fd(), libc::EPOLL_CTL_ADD, uffd.as_fd(), events, token) {
             Ok(()) => {
                 // To look after its process from now on.
-                sys::ring(self.control_bell.as_fd());
+                sys::ring(self.control_eventfd.as_fd());
                 Ok(descriptor)
             }
             Err(errno) => {
@@ -432,7 +438,7 @@ impl Shared {
     }
 
     /// Ends serving a descriptor, and gives back what was served. `None` if somebody did so before.
-    pub(crate) fn remove(&self, descriptor: &Arc<Descriptor>) -> Option<Serving> {
+    pub(crate) fn remove(&self, descriptor: &Arc<Descriptor>) -> Option<Attachment> {
         let serving = descriptor.close()?;
         // Others may hold the same description open. It isn't there if adding it has failed.
         let _deleted =
@@ -440,7 +446,7 @@ impl Shared {
         lock(&self.table).served -= 1;
         self.version.fetch_add(1, Ordering::Release);
         self.table_changed.notify_all();
-        self.note(Note::Ended);
+        self.post(Note::Ended);
         Some(serving)
     }
 
@@ -451,7 +457,7 @@ impl Shared {
             let mut table = lock(&self.table);
             table.slots.iter_mut().find_map(|slot| {
                 let closed = slot.as_ref().filter(|descriptor| descriptor.is_closed())?;
-                let (left, unused) = (closed.take_left(), Arc::strong_count(closed) == 1);
+                let (left, unused) = (closed.take_deferred_drop(), Arc::strong_count(closed) == 1);
                 let descriptor = if unused { slot.take() } else { None };
                 (left.is_some() || unused).then_some((left, descriptor))
             })
@@ -462,7 +468,7 @@ impl Shared {
     }
 
     /// Has a thread that waits look at a descriptor, if something is there to read.
-    pub(crate) fn hand_on(&self, descriptor: &Descriptor, uffd: BorrowedFd<'_>) {
+    pub(crate) fn rearm_epoll(&self, descriptor: &Descriptor, uffd: BorrowedFd<'_>) {
         let events = libc::EPOLLIN | libc::EPOLLET;
         let token = Token::of(descriptor).0;
         let handed = sys::epoll_control(self.epoll.as_fd(), libc::EPOLL_CTL_MOD, uffd, events, token);
@@ -526,22 +532,22 @@ impl Shared {
     }
 
     /// Leaves what was served by a descriptor to the control thread, to free it.
-    pub(crate) fn leave(&self, descriptor: &Descriptor, serving: Serving) {
-        descriptor.leave(serving);
-        self.note(Note::Ended);
+    pub(crate) fn leave(&self, descriptor: &Descriptor, serving: Attachment) {
+        descriptor.defer_drop(serving);
+        self.post(Note::Ended);
     }
 
     /// Ends serving a descriptor whose process has gone.
-    pub(crate) fn gone(&self, descriptor: &Arc<Descriptor>) {
+    pub(crate) fn retire(&self, descriptor: &Arc<Descriptor>) {
         if let Some(serving) = self.remove(descriptor) {
             self.leave(descriptor, serving);
             let descriptor = crate::pager::DescriptorId(descriptor.id);
-            self.note(Note::Problem(Problem::TargetGone { descriptor }));
+            self.post(Note::Problem(Problem::TargetGone { descriptor }));
         }
     }
 
     /// Has another thread do something.
-    pub(crate) fn note(&self, note: Note) {
+    pub(crate) fn post(&self, note: Note) {
         match note {
             Note::Problem(problem) => {
                 if !self.reports.post(problem) {
@@ -556,18 +562,18 @@ impl Shared {
             }
             Note::Ended => lock(&self.notes).ended = true,
         }
-        sys::ring(self.control_bell.as_fd());
+        sys::ring(self.control_eventfd.as_fd());
     }
 
     /// Drops what a change takes out of a layout. That frees nothing: see [`Regions`].
-    pub(crate) fn free(&self, change: impl FnOnce(&mut Segments)) {
+    pub(crate) fn defer_free(&self, change: impl FnOnce(&mut Segments)) {
         let mut notes = lock(&self.notes);
         change(&mut notes.gone);
         let some = !notes.gone.is_empty();
         notes.gone.clear();
         drop(notes);
         if some {
-            self.note(Note::Ended);
+            self.post(Note::Ended);
         }
     }
 
@@ -614,7 +620,7 @@ impl Shared {
             .unwrap_or_else(|errno| unreachable!("waiting for notes: {errno}"));
         if events[..ready].iter().any(|event| Self::token(event).is_none()) {
             // Whether it rang is all that matters.
-            let _count = sys::read(self.control_bell.as_fd(), &mut [0; 8]);
+            let _count = sys::read(self.control_eventfd.as_fd(), &mut [0; 8]);
         }
         ready
     }
@@ -644,7 +650,7 @@ impl Shared {
     /// Has the control thread end when nothing is left.
     pub(crate) fn stop_notes(&self) {
         lock(&self.notes).stopped = true;
-        sys::ring(self.control_bell.as_fd());
+        sys::ring(self.control_eventfd.as_fd());
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -659,29 +665,29 @@ impl Shared {
     /// A thread begins to read the source of a region.
     pub(crate) fn set_reading(&self, place: usize, region: u64, is_slow: bool) {
         self.activities[place].set_reading(region, is_slow);
-        let is_worker = !(self.threads..self.threads + self.readers).contains(&place);
+        let is_worker = !(self.threads..self.threads + self.read_ahead_threads).contains(&place);
         if is_worker && (self.threads > 1 || self.can_add_workers()) {
             // Pairs with the fence of `end_watching`: either it is seen here that nothing is watched, or there that
             // this thread reads.
             fence(Ordering::SeqCst);
             if !self.watched.load(Ordering::Relaxed) && !self.watched.swap(true, Ordering::Relaxed) {
-                sys::ring(self.control_bell.as_fd());
+                sys::ring(self.control_eventfd.as_fd());
             }
         }
     }
 
     /// Whether there is room for more workers than there are from the start.
     pub(crate) fn can_add_workers(&self) -> bool {
-        self.activities.len() > self.threads + self.readers
+        self.activities.len() > self.threads + self.read_ahead_threads
     }
 
     fn places(&self) -> &[Activity] {
-        &self.activities[self.threads + self.readers..]
+        &self.activities[self.threads + self.read_ahead_threads..]
     }
 
     /// What the workers are doing, each with its place, and the places for more.
     pub(crate) fn workers(&self) -> impl Iterator<Item = (usize, Doing)> {
-        let places = (0..self.threads).chain(self.threads + self.readers..self.activities.len());
+        let places = (0..self.threads).chain(self.threads + self.read_ahead_threads..self.activities.len());
         places.map(|place| (place, self.activities[place].look()))
     }
 
@@ -702,7 +708,7 @@ impl Shared {
 
     /// Whether all workers but one are in a source.
     pub(crate) fn all_others_are_reading(&self, place: usize) -> bool {
-        self.workers().all(|(other, doing)| other == place || doing.is_absent() || doing.is_reading())
+        self.workers().all(|(other, doing)| other == place || doing.is_missing() || doing.is_reading())
     }
 
     /// What the worker at a place has taken on and not begun.
@@ -720,8 +726,8 @@ impl Shared {
                 Item::Event(Token::RETRY) => self.retries.look(),
                 Item::Event(token) => {
                     let Some(descriptor) = find(token) else { continue };
-                    if let Some(serving) = &*descriptor.enter(self.outside_id()) {
-                        self.hand_on(&descriptor, serving.uffd.as_fd());
+                    if let Some(serving) = &*descriptor.lock_shard(self.outside_id()) {
+                        self.rearm_epoll(&descriptor, serving.uffd.as_fd());
                     }
                 }
                 Item::Fault(token, fault) => {
@@ -730,7 +736,7 @@ impl Shared {
                     self.put_off(Deferred::new(
                         &descriptor,
                         Work::Fault(fault),
-                        Wait::For(Duration::ZERO),
+                        RetryAfter::Delay(Duration::ZERO),
                         None,
                     ));
                 }
@@ -757,27 +763,27 @@ impl Shared {
 
     /// Takes a place for a worker to be added, if there is one.
     pub(crate) fn take_place(&self) -> Option<usize> {
-        let place = self.places().iter().position(|place| place.look().is_absent())?;
-        let place = self.threads + self.readers + place;
+        let place = self.places().iter().position(|place| place.look().is_missing())?;
+        let place = self.threads + self.read_ahead_threads + place;
         self.set_at_work(place, false);
         Some(place)
     }
 
     /// Ends a worker that was added, with its place and the number of its filler.
     pub(crate) fn end_worker(&self, place: usize, number: usize) {
-        lock(&self.leases.idle).push(Filler::new(number));
+        lock(&self.leases.idle).push(PageFiller::new(number));
         self.bound(place).end();
         self.free_place(place);
     }
 
     /// Gives up a place for a worker to be added.
     pub(crate) fn free_place(&self, place: usize) {
-        self.activities[place].set_absent();
+        self.activities[place].set_missing();
     }
 
     /// Whether no worker has a place, or one that is about to end.
     pub(crate) fn is_free(&self, place: usize) -> bool {
-        self.activities[place].look().is_absent()
+        self.activities[place].look().is_missing()
     }
 
     /// Whether a worker resolves faults.
@@ -799,7 +805,7 @@ impl Shared {
     /// Binds the calling worker to a CPU.
     pub(super) fn bind(&self, place: usize, cpu: usize) {
         if self.anywhere.bind(self.bound(place), cpu) {
-            sys::ring(self.control_bell.as_fd());
+            sys::ring(self.control_eventfd.as_fd());
         }
     }
 
@@ -836,9 +842,9 @@ impl Shared {
     }
 
     /// Asks the threads that read ahead for something. When they are asked for too much, the newest is left out.
-    pub(crate) fn ask(&self, ahead: Ahead) {
+    pub(crate) fn enqueue_read_ahead(&self, ahead: Ahead) {
         let mut asked = lock(&self.ahead);
-        if asked.len() < AHEAD {
+        if asked.len() < READ_AHEAD_QUEUE_LEN {
             asked.push_back(ahead);
             drop(asked);
             self.asked.notify_one();
@@ -861,9 +867,11 @@ impl Shared {
             asked.clear();
         }
         self.asked.notify_all();
-        let (epoll, bell) = (self.epoll.as_fd(), self.bell.as_fd());
-        sys::epoll_control(epoll, libc::EPOLL_CTL_MOD, bell, libc::EPOLLIN, Token::STOP.0)
-            .unwrap_or_else(|errno| unreachable!("descriptor {} is polled: {errno}", bell.as_raw_fd()));
+        let (epoll, shutdown_eventfd) = (self.epoll.as_fd(), self.shutdown_eventfd.as_fd());
+        sys::epoll_control(epoll, libc::EPOLL_CTL_MOD, shutdown_eventfd, libc::EPOLLIN, Token::STOP.0)
+            .unwrap_or_else(|errno| {
+                unreachable!("descriptor {} is polled: {errno}", shutdown_eventfd.as_raw_fd())
+            });
     }
 
     pub(crate) fn statistics(&self) -> Statistics {
@@ -873,9 +881,9 @@ impl Shared {
         if self.owner.is_current() {
             let regions = lock(&self.regions);
             let figures = regions.all.iter().map(|region| Regions::figures(region));
-            let ended = (regions.present, regions.absent);
-            let (present, absent) = figures.fold(ended, |sum, one| (sum.0 + one.0, sum.1 + one.1));
-            (sum.present_pages, sum.absent_pages) = (present as u64, absent as u64);
+            let ended = (regions.present, regions.missing);
+            let (present, missing) = figures.fold(ended, |sum, one| (sum.0 + one.0, sum.1 + one.1));
+            (sum.present_pages, sum.missing_pages) = (present as u64, missing as u64);
         }
         sum
     }
@@ -885,7 +893,7 @@ impl Shared {
 /// numbers, and their counters.
 struct Leases {
     /// With room for all that were made: a worker that ends allocates nothing.
-    idle: Mutex<mapped_vec::Vec<Filler>>,
+    idle: Mutex<MappedVec<PageFiller>>,
     /// How many there are.
     made: AtomicUsize,
     /// Blocks of counters, each twice as long as the one before. None moves once it is there.
@@ -893,7 +901,7 @@ struct Leases {
 }
 
 /// How many counters the first block has.
-const FIRST: usize = 4;
+const FIRST_BLOCK_LEN: usize = 4;
 
 impl Leases {
     fn new() -> Self {
@@ -903,8 +911,8 @@ impl Leases {
 
     /// The block of a number, and the place in it.
     fn place(number: usize) -> (usize, usize) {
-        let block = (number / FIRST + 1).ilog2() as usize;
-        (block, number - FIRST * ((1 << block) - 1))
+        let block = (number / FIRST_BLOCK_LEN + 1).ilog2() as usize;
+        (block, number - FIRST_BLOCK_LEN * ((1 << block) - 1))
     }
 
     /// One more number, with its counters and room for its filler. `None`: there is no memory.
@@ -914,8 +922,8 @@ impl Leases {
             let (block, _) = Self::place(number);
             if self.counters[block].get().is_none() {
                 let mut counters = Vec::new();
-                counters.try_reserve_exact(FIRST << block).ok()?;
-                counters.extend((0..FIRST << block).map(|_| Counters::new()));
+                counters.try_reserve_exact(FIRST_BLOCK_LEN << block).ok()?;
+                counters.extend((0..FIRST_BLOCK_LEN << block).map(|_| Counters::new()));
                 // Another thread may be faster.
                 let _made = self.counters[block].set(counters.into_boxed_slice());
             }
@@ -943,19 +951,19 @@ impl Leases {
 /// A filler, until it is dropped.
 pub(crate) struct Lease<'a> {
     leases: &'a Leases,
-    filler: Filler,
+    filler: PageFiller,
 }
 
 impl Deref for Lease<'_> {
-    type Target = Filler;
+    type Target = PageFiller;
 
-    fn deref(&self) -> &Filler {
+    fn deref(&self) -> &PageFiller {
         &self.filler
     }
 }
 
 impl DerefMut for Lease<'_> {
-    fn deref_mut(&mut self) -> &mut Filler {
+    fn deref_mut(&mut self) -> &mut PageFiller {
         &mut self.filler
     }
 }
@@ -963,7 +971,7 @@ impl DerefMut for Lease<'_> {
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         // Without its buffers.
-        let filler = Filler::new(self.filler.thread);
+        let filler = PageFiller::new(self.filler.thread);
         lock(&self.leases.idle).push(filler);
     }
 }

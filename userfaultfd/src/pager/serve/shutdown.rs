@@ -1,4 +1,4 @@
-//! How serving ends: everything filled, everything absent poisoned, or handed over.
+//! How serving ends: everything filled, everything missing poisoned, or handed over.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -6,28 +6,28 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::shared::Shared;
-use crate::pager::fill::filler::Filler;
-use crate::pager::fill::load::alike;
+use crate::pager::fill::filler::PageFiller;
+use crate::pager::fill::load::fill_batch_len;
 use crate::pager::fill::retry::{self, History};
-use crate::pager::fill::work::{Content, Done, Wait, Work};
+use crate::pager::fill::work::{FillContent, Outcome, RetryAfter, Work};
 use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::{Descriptor, Serving, at, wake};
-use crate::pager::memory::page_run::{Run, is_in_source};
+use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, wake};
+use crate::pager::memory::page_run::{PageRun, is_in_source};
 use crate::pager::memory::page_state::Pages;
 use crate::pager::memory::unfillable::Unfillable;
 use crate::pager::{DescriptorId, Detached, Progress, Result};
 use crate::{Errno, Uffd};
 
 /// So many bytes are read and filled at once, where nobody waits for a particular page.
-const BULK: usize = 1 << 20;
+const BULK_BYTES: usize = 1 << 20;
 
 /// So often it is tried to fill what nobody else is busy with: the kernel says that something is there.
-const ROUNDS: usize = 8;
+const MAX_FUTILE_ROUNDS: usize = 8;
 
 /// How long a call waits for the kernel without any progress: while it lacks memory, or nothing reads its events any
 /// more; and where they are read. A process that is stopped in the middle of a change is a reason to give up.
-const PATIENCE: Duration = Duration::from_secs(3);
-pub(in crate::pager) const LONG_PATIENCE: Duration = Duration::from_secs(60);
+const SHORT_PATIENCE: Duration = Duration::from_secs(3);
+pub(crate) const LONG_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long one call waits in all without any progress, whatever number of descriptors and pages it is about.
 #[derive(Clone, Copy, Debug)]
@@ -49,38 +49,38 @@ impl Patience {
     /// Returns whether it is at its end, for a kernel whose events are read or not. It begins with the first call.
     fn is_over(&mut self, events_are_read: bool) -> bool {
         let since = *self.since.get_or_insert_with(Instant::now);
-        since.elapsed() >= if events_are_read { self.most } else { self.most.min(PATIENCE) }
+        since.elapsed() >= if events_are_read { self.most } else { self.most.min(SHORT_PATIENCE) }
     }
 }
 
-/// What absent pages get.
+/// What missing pages get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Cover {
+pub(crate) enum Drain {
     /// What belongs there.
-    Content,
+    Fill,
     /// Likewise, if the source delivers it at the first attempt.
-    ContentAtOnce,
+    FillOnce,
     /// Poison.
     Poison,
 }
 
-/// Covers all absent pages of a descriptor, or of one of its regions. How many pages couldn't be.
+/// Covers all missing pages of a descriptor, or of one of its regions. How many pages couldn't be.
 ///
 /// What was removed needs nothing: once it is given back to the kernel it is zero, as it should be.
 ///
 /// The pager's threads go on meanwhile.
-pub(crate) fn cover(
+pub(crate) fn drain(
     shared: &Shared,
     descriptor: &Arc<Descriptor>,
     region: Option<u64>,
-    cover: Cover,
+    drain: Drain,
     patience: &mut Patience,
     progress: &mut dyn FnMut(u64),
 ) -> Result<usize> {
     let mut filler = shared.lease();
-    let poison = cover == Cover::Poison;
+    let poison = drain == Drain::Poison;
     // Without it, private mappings of files are filled as any other memory.
-    let reads_itself = cover == Cover::ContentAtOnce && descriptor.is_own;
+    let reads_itself = drain == Drain::FillOnce && descriptor.is_own;
     let memory = reads_itself.then(|| File::open("/proc/self/mem").ok()).flatten();
     let is_left = |segment: &Segment, page: &usize| is_wanted(segment, *page);
     // Where a run of many pages fails, the next round goes page by page.
@@ -94,31 +94,31 @@ pub(crate) fn cover(
         if tries_on {
             filler.unmapped = 0;
         }
-        // Changes may have moved what was looked at, so that it is looked at again until nothing is absent.
+        // Changes may have moved what was looked at, so that it is looked at again until nothing is missing.
         for segment in &segments {
             let pages = segment.pages();
             // The pager's threads put nothing off any longer, which might be for hours.
-            segment.region.set_ending(cover != Cover::Content);
-            if cover == Cover::ContentAtOnce {
+            segment.region.set_ending(drain != Drain::Fill);
+            if drain == Drain::FillOnce {
                 filler.map_from_file(shared, descriptor, segment, memory.as_ref());
             }
-            let most = if bulk { (BULK >> segment.region.page_shift).max(1) } else { 1 };
+            let most = if bulk { (BULK_BYTES >> segment.region.page_shift).max(1) } else { 1 };
             let mut next = if tries_on { pages.start } else { pages.end };
             while next < pages.end {
-                let most = if bulk && !poison { alike(&segment.region, next, most) } else { most };
-                let (run, after) = Run::claim(segment, next..pages.end, most);
+                let most = if bulk && !poison { fill_batch_len(&segment.region, next, most) } else { most };
+                let (run, after) = PageRun::claim(segment, next..pages.end, most);
                 let Some(run) = run else { break };
                 next = after;
                 let run_pages = run.pages();
-                let work = match cover {
+                let work = match drain {
                     _ if run.removed => {
-                        run.give_up(descriptor.enter(shared.outside_id()).as_ref());
+                        run.give_up(descriptor.lock_shard(shared.outside_id()).as_ref());
                         continue;
                     }
-                    Cover::Content | Cover::ContentAtOnce => Work::Load(run, 0),
-                    Cover::Poison => Work::Install(run, Content::Poison),
+                    Drain::Fill | Drain::FillOnce => Work::Load(run, 0),
+                    Drain::Poison => Work::Install(run, FillContent::Poison),
                 };
-                match complete(shared, &mut filler, descriptor, work, cover, patience) {
+                match complete(shared, &mut filler, descriptor, work, drain, patience) {
                     Completed::Yes => {
                         let done = run_pages.filter(|page| !is_left(segment, page)).count();
                         if done > 0 {
@@ -127,7 +127,7 @@ pub(crate) fn cover(
                         progress((done as u64) << segment.region.page_shift);
                     }
                     // What is lacking for one is lacking for the next, which is tried once.
-                    Completed::Unable => unable += 1,
+                    Completed::Unresolvable => unable += 1,
                     Completed::Gone => return Ok(0),
                 }
                 // A kernel that can't poison one can poison none.
@@ -150,7 +150,7 @@ pub(crate) fn cover(
                 }
             }
         }
-        if descriptor.enter(shared.outside_id()).is_none() {
+        if descriptor.lock_shard(shared.outside_id()).is_none() {
             return Ok(0);
         }
         // Where nothing is mapped any more there is nothing to cover.
@@ -169,7 +169,12 @@ pub(crate) fn cover(
             let (stuck, for_changes) = shared.retries.stuck_pages(&segments);
             in_work <= stuck && patience.is_over(for_changes && !shared.is_stopping())
         };
-        if left == 0 || left == unable + own || poison && unable > 0 || rounds == ROUNDS || is_hopeless {
+        if left == 0
+            || left == unable + own
+            || poison && unable > 0
+            || rounds == MAX_FUTILE_ROUNDS
+            || is_hopeless
+        {
             segments.iter().filter(|_| left > 0).for_each(|segment| segment.region.set_ending(false));
             return Ok(left);
         }
@@ -182,40 +187,41 @@ pub(crate) fn cover(
 enum Completed {
     Yes,
     /// It can be neither filled nor poisoned.
-    Unable,
+    Unresolvable,
     Gone,
 }
 
 /// Does a piece of work to its end.
 fn complete(
     shared: &Shared,
-    filler: &mut Filler,
+    filler: &mut PageFiller,
     descriptor: &Arc<Descriptor>,
     work: Work,
-    cover: Cover,
+    drain: Drain,
     patience: &mut Patience,
 ) -> Completed {
     let mut next = Some(work);
     let mut history = None;
     while let Some(work) = next.take() {
         match filler.resume(shared, descriptor, work) {
-            Done::Yes => return Completed::Yes,
-            Done::Gone => {
-                shared.gone(descriptor);
+            Outcome::Settled => return Completed::Yes,
+            Outcome::TargetGone => {
+                shared.retire(descriptor);
                 return Completed::Gone;
             }
-            Done::Later(work, Wait::Rarely) => {
+            Outcome::Deferred(work, RetryAfter::LongDelay) => {
                 filler.give_up(descriptor, work);
-                return Completed::Unable;
+                return Completed::Unresolvable;
             }
-            Done::Later(work, wait) => {
+            Outcome::Deferred(work, wait) => {
                 let is_over = match wait {
-                    Wait::For(_) => cover == Cover::ContentAtOnce,
-                    wait => patience.is_over(wait == Wait::Kernel(Errno::EAGAIN) && !shared.is_stopping()),
+                    RetryAfter::Delay(_) => drain == Drain::FillOnce,
+                    wait => patience
+                        .is_over(wait == RetryAfter::KernelBusy(Errno::EAGAIN) && !shared.is_stopping()),
                 };
                 if is_over {
                     filler.give_up(descriptor, work);
-                    return Completed::Unable;
+                    return Completed::Unresolvable;
                 }
                 let history = history.get_or_insert_with(History::new);
                 // Not parked: what unparks the caller's thread is the caller's.
@@ -229,14 +235,14 @@ fn complete(
 
 /// Whether a page has to be filled, or poisoned.
 fn is_wanted(segment: &Segment, page: usize) -> bool {
-    segment.region.pages.is_absent(page) && !segment.region.pages.is_removed(page)
+    segment.region.pages.is_missing(page) && !segment.region.pages.is_removed(page)
 }
 
 /// Bytes that have to be filled.
-pub(crate) fn absent_bytes(segments: &[Segment]) -> u64 {
+pub(crate) fn missing_bytes(segments: &[Segment]) -> u64 {
     let bytes = |segment: &Segment| {
-        let absent = segment.pages().filter(|page| is_wanted(segment, *page)).count();
-        (absent as u64) << segment.region.page_shift
+        let missing = segment.pages().filter(|page| is_wanted(segment, *page)).count();
+        (missing as u64) << segment.region.page_shift
     };
     segments.iter().map(bytes).sum()
 }
@@ -250,15 +256,15 @@ pub(crate) fn fill(
 ) -> Result<HashSet<u64>> {
     let regions =
         descriptors.iter().flat_map(|(descriptor, region)| regions_of(shared, descriptor, *region)).collect();
-    let absent = |(descriptor, region): &(Arc<Descriptor>, Option<u64>)| {
-        absent_bytes(&descriptor.segments(shared.outside_id(), *region))
+    let missing = |(descriptor, region): &(Arc<Descriptor>, Option<u64>)| {
+        missing_bytes(&descriptor.segments(shared.outside_id(), *region))
     };
-    let total = descriptors.iter().map(absent).sum();
+    let total = descriptors.iter().map(missing).sum();
     let mut done = 0;
     progress(Progress { done, total });
     let (mut unfilled, mut failed) = (0, Unfillable::default());
     for (descriptor, region) in descriptors {
-        unfilled += cover(shared, descriptor, *region, Cover::Content, patience, &mut |bytes| {
+        unfilled += drain(shared, descriptor, *region, Drain::Fill, patience, &mut |bytes| {
             // Pages that were removed meanwhile come in addition.
             done = (done + bytes).min(total);
             progress(Progress { done, total });
@@ -298,7 +304,7 @@ pub(crate) fn give_back(
 }
 
 /// So many ranges are given back one by one, of a segment that the kernel doesn't take as a whole.
-const PIECES: usize = 1024;
+const MAX_PIECES: usize = 1024;
 
 /// Gives faults back to the kernel, mapping by mapping where something else was mapped over a part. `kept` gets what it
 /// doesn't take, which may be registered still. Waiters are woken in any case.
@@ -308,13 +314,15 @@ pub(crate) fn unregister<'a>(
     mut kept: impl FnMut(Segment),
 ) {
     for segment in parts {
-        let mut left = PIECES;
+        let mut left = MAX_PIECES;
         unregister_piecewise(uffd, segment, &mut left, &mut kept);
     }
 }
 
 fn unregister_piecewise(uffd: &Uffd, part: &Segment, left: &mut usize, kept: &mut dyn FnMut(Segment)) {
-    let Err(error) = uffd.unregister_unexplained(at(part.start), part.end - part.start) else { return };
+    let Err(error) = uffd.unregister_unexplained(addr_to_ptr(part.start), part.end - part.start) else {
+        return;
+    };
     *left = left.saturating_sub(1);
     match (error.errno(), part.halves()) {
         (Some(Errno::EINVAL), Some(halves)) if *left > 0 => {
@@ -327,7 +335,7 @@ fn unregister_piecewise(uffd: &Uffd, part: &Segment, left: &mut usize, kept: &mu
 }
 
 /// Makes of what was served something to hand over. Whoever waits comes back, to the new owner.
-pub(crate) fn detached(descriptor: &Descriptor, serving: Serving) -> Detached {
+pub(crate) fn detached(descriptor: &Descriptor, serving: Attachment) -> Detached {
     for segment in serving.layout.everything() {
         wake(&serving.uffd, segment.start..segment.end);
     }
@@ -335,13 +343,13 @@ pub(crate) fn detached(descriptor: &Descriptor, serving: Serving) -> Detached {
         // It doesn't fail on an open descriptor.
         let _switched = serving.uffd.set_nonblocking(false);
     }
-    let uffd = sole(serving.uffd);
+    let uffd = unwrap_last_arc(serving.uffd);
     Detached { descriptor: DescriptorId(descriptor.id), uffd, layout: serving.layout }
 }
 
 /// What the shards have let go of. A thread that has just changed them, or added the descriptor, may have it for a
 /// moment longer.
-pub(crate) fn sole(mut uffd: Arc<Uffd>) -> Uffd {
+pub(crate) fn unwrap_last_arc(mut uffd: Arc<Uffd>) -> Uffd {
     loop {
         match Arc::try_unwrap(uffd) {
             Ok(uffd) => return uffd,

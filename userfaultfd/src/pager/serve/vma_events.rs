@@ -9,9 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::shared::{Fork, Inherited, Note, Shared};
-use super::shutdown::sole;
-use crate::pager::memory::address_map::{Layout, Segment};
-use crate::pager::memory::descriptor::{Descriptor, Origin, Serving, wake};
+use super::shutdown::unwrap_last_arc;
+use crate::pager::memory::address_map::{AddressMap, Segment};
+use crate::pager::memory::descriptor::{Attachment, Descriptor, Origin, wake};
 use crate::pager::memory::page_state::{self, Pages, Room};
 use crate::pager::stats::Counters;
 use crate::pager::trace::event;
@@ -32,7 +32,7 @@ pub(crate) fn apply(
     shared: &Shared,
     counters: &Counters,
     descriptor: &Descriptor,
-    serving: &mut Serving,
+    serving: &mut Attachment,
     change: Change,
 ) {
     event!(DEBUG, "change", change = tracing::field::debug(&change));
@@ -43,11 +43,11 @@ pub(crate) fn apply(
             let set = sys::close_on_exec(uffd.as_fd());
             debug_assert!(set.is_ok(), "{set:?}");
             let copy = copy_patiently(&serving.layout);
-            shared.note(Note::Fork(Fork { parent: descriptor.id, uffd, copy }));
+            shared.post(Note::Fork(Fork { parent: descriptor.id, uffd, copy }));
         }
         Change::Remap { from, to } => {
             counters.remaps.add(1);
-            shared.free(|gone| serving.layout_mut().shift(from.clone(), to, gone));
+            shared.defer_free(|gone| serving.layout_mut().shift(from.clone(), to, gone));
             wake(&serving.uffd, from);
         }
         Change::Remove(range) => {
@@ -61,7 +61,7 @@ pub(crate) fn apply(
         }
         Change::Unmap(range) => {
             counters.unmaps.add(1);
-            shared.free(|gone| serving.layout_mut().cut(range.clone(), gone));
+            shared.defer_free(|gone| serving.layout_mut().cut(range.clone(), gone));
             wake(&serving.uffd, range);
         }
     }
@@ -72,7 +72,7 @@ pub(crate) fn apply(
 const FORK_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a fork's child has of its parent.
-fn copy_patiently(layout: &Layout) -> io::Result<Inherited> {
+fn copy_patiently(layout: &AddressMap) -> io::Result<Inherited> {
     let start = Instant::now();
     loop {
         let copy = layout.try_clone().ok_or_else(|| io::ErrorKind::OutOfMemory.into());
@@ -86,7 +86,7 @@ fn copy_patiently(layout: &Layout) -> io::Result<Inherited> {
 
 /// The states of what a fork's child doesn't share with its parent. Allocates nothing but one mapping: the forking
 /// thread holds the allocator's locks.
-fn copy_states(layout: &Layout) -> io::Result<Room> {
+fn copy_states(layout: &AddressMap) -> io::Result<Room> {
     let segments = || layout.segments().iter().filter(|segment| !segment.region.shared);
     let states = page_state::map(segments().map(|segment| segment.pages().len()).sum::<usize>().max(1))?;
     let mut first = 0;
@@ -106,7 +106,7 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
     };
     reach(Point::BeforeAdopt, layout.segments().first().map_or(0, |segment| segment.start));
     let (states, mut first) = (Arc::new(states), 0);
-    let Some(mut child) = Layout::try_with_room(layout.segments().len()) else {
+    let Some(mut child) = AddressMap::try_with_room(layout.segments().len()) else {
         return Err((uffd, io::ErrorKind::OutOfMemory.into()));
     };
     let (segments, holes) = layout.into_parts();
@@ -129,10 +129,10 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
         return Err((uffd, error.into()));
     }
     let uffd = Arc::new(uffd);
-    let serving = Serving { uffd: Arc::clone(&uffd), layout: Arc::new(child) };
+    let serving = Attachment { uffd: Arc::clone(&uffd), layout: Arc::new(child) };
     match shared.add(serving, Origin { is_child: true, is_own: false, is_lazy: false, was_blocking: false }) {
         Ok(_) => Ok(()),
         // A worker may have it for a moment.
-        Err(error) => Err((sole(uffd), io::Error::other(error))),
+        Err(error) => Err((unwrap_last_arc(uffd), io::Error::other(error))),
     }
 }

@@ -9,40 +9,40 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::backlog::{Backlog, EVENTS};
-use super::delivery::{Delivery, Waiting};
+use super::delivery::{Delivery, WaitPolicy};
 use super::shared::{Note, Shared, Token};
 use super::thread::has_heap;
 use super::vma_events::{self, Change};
 use crate::error::errno_of;
-use crate::pager::fill::filler::Filler;
+use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::retry::{self, Deferred, History, Put};
-use crate::pager::fill::work::{Done, Fault, Wait, Work, page_of};
-use crate::pager::memory::descriptor::{Descriptor, Serving, lock, wake};
+use crate::pager::fill::work::{Fault, Outcome, RetryAfter, Work, page_of};
+use crate::pager::memory::descriptor::{Attachment, Descriptor, lock, wake};
 use crate::pager::trace::event;
 use crate::pager::{DescriptorId, Problem, RegionId, stats};
 use crate::source::call::message;
 use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result, sys};
 
 /// So many events are read with one system call.
-const BATCH: usize = 64;
+const EVENTS_PER_READ: usize = 64;
 
 /// So many batches of a descriptor's are answered before others get their turn.
-const ROUNDS: usize = 64;
+const MAX_BATCHES_PER_DESCRIPTOR: usize = 64;
 
 /// So often it is looked at one descriptor before it is looked at all, while spinning.
-const OTHERS: u32 = 8;
+const POLLS_PER_EPOLL_CHECK: u32 = 8;
 
 /// So many descriptors a thread knows at a time.
-const KNOWN: usize = 64;
+const DESCRIPTOR_CACHE_SLOTS: usize = 64;
 
 /// The delay until a descriptor is read again that couldn't be read.
 const READ_AGAIN: Duration = Duration::from_millis(100);
 
 /// Faults that an added worker answers before it may end.
-const TRIAL: u32 = 8;
+const TRIAL_FAULTS: u32 = 8;
 
 /// How long an added worker waits for something to do before it ends.
-const IDLE: Duration = Duration::from_secs(1);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -52,7 +52,7 @@ pub(crate) struct Worker {
     /// Where it is noted what it is doing.
     place: usize,
     is_added: bool,
-    filler: Filler,
+    filler: PageFiller,
     many: EventBuffer,
     one: EventBuffer,
     /// Read, and not answered yet. But for the first they are in the backlog.
@@ -67,19 +67,19 @@ pub(crate) struct Worker {
     version: u32,
     /// Whose faults are being answered, for when that panics.
     current: Option<Token>,
-    waiting: Waiting,
+    waiting: WaitPolicy,
 }
 
 impl Worker {
     /// One that serves from the start.
     pub(crate) fn new(shared: Arc<Shared>, thread: usize, delivery: Delivery) -> Result<Self> {
-        Self::with(shared, Filler::new(thread), (thread, false), delivery)
+        Self::with(shared, PageFiller::new(thread), (thread, false), delivery)
     }
 
     /// One that was added.
     pub(crate) fn added(
         shared: Arc<Shared>,
-        filler: Filler,
+        filler: PageFiller,
         place: usize,
         delivery: Delivery,
     ) -> Result<Self> {
@@ -88,22 +88,22 @@ impl Worker {
 
     fn with(
         shared: Arc<Shared>,
-        mut filler: Filler,
+        mut filler: PageFiller,
         (place, is_added): (usize, bool),
         delivery: Delivery,
     ) -> Result<Self> {
         // Others are to have something to do as well.
-        let batch = (2 * BATCH / (shared.threads + 1)).max(4);
+        let batch = (2 * EVENTS_PER_READ / (shared.threads + 1)).max(4);
         filler.begin_to_serve(place);
         filler.prepare().map_err(|error| errno_of(&error))?;
         let thread = filler.thread;
-        if !lock(shared.backlog(place)).prepare(batch, retry::ROOM) {
+        if !lock(shared.backlog(place)).prepare(batch, retry::QUEUE_ROOM) {
             return Err(Errno::ENOMEM.into());
         }
         let (mut faults, mut known) = (VecDeque::new(), Vec::new());
         faults.try_reserve_exact(2 * batch).map_err(|_| Errno::ENOMEM)?;
-        known.try_reserve_exact(KNOWN).map_err(|_| Errno::ENOMEM)?;
-        known.resize(KNOWN, None);
+        known.try_reserve_exact(DESCRIPTOR_CACHE_SLOTS).map_err(|_| Errno::ENOMEM)?;
+        known.resize(DESCRIPTOR_CACHE_SLOTS, None);
         Ok(Self {
             filler,
             many: EventBuffer::try_new(batch).ok_or(Errno::ENOMEM)?,
@@ -114,7 +114,7 @@ impl Worker {
             known: known.into_boxed_slice(),
             version: 0,
             current: None,
-            waiting: Waiting::new(delivery),
+            waiting: WaitPolicy::new(delivery),
             shared,
             thread,
             place,
@@ -132,7 +132,7 @@ impl Worker {
         }
         while let Err(panic) = panic::catch_unwind(AssertUnwindSafe(|| self.serve())) {
             let message = message(&*panic).to_owned();
-            self.shared.note(Note::Problem(Problem::Panicked { message }));
+            self.shared.post(Note::Problem(Problem::Panicked { message }));
             self.start_anew();
         }
         if self.is_added {
@@ -154,7 +154,7 @@ impl Worker {
         self.set_at_work(false);
         self.take_back();
         if let Some(descriptor) = self.current.take().and_then(|token| self.find(token)) {
-            let serving = descriptor.enter(self.thread);
+            let serving = descriptor.lock_shard(self.thread);
             for serving in serving.iter() {
                 let faults = self.faults.iter().map(|fault| page_of(fault.address));
                 let segments = serving.layout.everything().map(|segment| segment.start..segment.end);
@@ -168,8 +168,8 @@ impl Worker {
         self.shared.retries.look();
         // What the thread was told of once, and hasn't read, it or another is told of again.
         for descriptor in self.shared.descriptors() {
-            if let Some(serving) = &*descriptor.enter(self.thread) {
-                self.shared.hand_on(&descriptor, serving.uffd.as_fd());
+            if let Some(serving) = &*descriptor.lock_shard(self.thread) {
+                self.shared.rearm_epoll(&descriptor, serving.uffd.as_fd());
             }
         }
     }
@@ -193,7 +193,7 @@ impl Worker {
             let ready = self.wait(&mut events[..room], last.take());
             waits += 1;
             let is_needed = || self.filler.is_slow() || self.shared.all_others_are_reading(self.place);
-            if self.is_added && (ready == 0 || waits > TRIAL && !is_needed()) {
+            if self.is_added && (ready == 0 || waits > TRIAL_FAULTS && !is_needed()) {
                 // It was woken for what is there still.
                 return self.pass_on(&events[..ready]);
             }
@@ -229,8 +229,8 @@ impl Worker {
                 Some(Token::RETRY) => self.shared.retries.look(),
                 Some(token) => {
                     let Some(descriptor) = self.find(token) else { continue };
-                    if let Some(serving) = &*descriptor.enter(self.thread) {
-                        self.shared.hand_on(&descriptor, serving.uffd.as_fd());
+                    if let Some(serving) = &*descriptor.lock_shard(self.thread) {
+                        self.shared.rearm_epoll(&descriptor, serving.uffd.as_fd());
                     }
                 }
                 None => {}
@@ -251,7 +251,7 @@ impl Worker {
             self.current = Some(token);
             let found = waiting.spin(&Arc::clone(&self.shared), || {
                 looks += 1;
-                if looks % OTHERS == 0 {
+                if looks % POLLS_PER_EPOLL_CHECK == 0 {
                     ready = wait(&self.shared, events, 0);
                 }
                 ready > 0 || {
@@ -269,7 +269,7 @@ impl Worker {
                 break;
             }
         }
-        let timeout = if self.is_added { IDLE.as_millis() as libc::c_int } else { -1 };
+        let timeout = if self.is_added { IDLE_TIMEOUT.as_millis() as libc::c_int } else { -1 };
         wait(&self.shared, events, timeout)
     }
 
@@ -282,7 +282,7 @@ impl Worker {
             self.version = version;
         }
         let slot = token.slot();
-        let known = &mut self.known[slot % KNOWN];
+        let known = &mut self.known[slot % DESCRIPTOR_CACHE_SLOTS];
         if !known.as_ref().is_some_and(|descriptor| token.means(descriptor)) {
             *known = self.shared.in_slot(slot);
         }
@@ -299,7 +299,7 @@ impl Worker {
 
     fn answer_batches(&mut self, descriptor: &Arc<Descriptor>, mut blocking: bool) -> bool {
         let mut gave_way = false;
-        for round in 0..ROUNDS {
+        for round in 0..MAX_BATCHES_PER_DESCRIPTOR {
             let read = self.read(descriptor, blocking);
             blocking = false;
             if std::mem::take(&mut gave_way) {
@@ -331,8 +331,8 @@ impl Worker {
                 }
             }
         }
-        if let Some(serving) = &*descriptor.enter(self.thread) {
-            self.shared.hand_on(descriptor, serving.uffd.as_fd());
+        if let Some(serving) = &*descriptor.lock_shard(self.thread) {
+            self.shared.rearm_epoll(descriptor, serving.uffd.as_fd());
         }
         true
     }
@@ -424,7 +424,7 @@ impl Worker {
         let buffer = if !alone && self.filler.is_slow() { &mut self.one } else { &mut self.many };
         let (shared, thread, faults) = (&*self.shared, self.thread, &mut self.faults);
         let mut result = Ok(Read::Nothing);
-        let mut read = |serving: &mut Serving| -> Result<Read> {
+        let mut read = |serving: &mut Attachment| -> Result<Read> {
             if blocking {
                 // Somebody who shares the description has made it so.
                 serving.uffd.set_nonblocking(true)?;
@@ -435,7 +435,7 @@ impl Worker {
             }
             let full = count == buffer.capacity();
             if full && !alone {
-                shared.hand_on(descriptor, serving.uffd.as_fd());
+                shared.rearm_epoll(descriptor, serving.uffd.as_fd());
             }
             let since = stats::now();
             // Changes are applied at once, and faults are answered after all of them.
@@ -453,12 +453,12 @@ impl Worker {
             })
         };
         if descriptor.tells_changes {
-            descriptor.exclusively(&mut |serving| {
+            descriptor.with_all_shards(&mut |serving| {
                 if let Some(serving) = serving {
                     result = read(serving);
                 }
             });
-        } else if let Some(serving) = &mut *descriptor.enter(thread) {
+        } else if let Some(serving) = &mut *descriptor.lock_shard(thread) {
             result = read(serving);
         }
         result
@@ -469,10 +469,10 @@ impl Worker {
         let errno = error.errno();
         let id = DescriptorId(descriptor.id);
         if !descriptor.read_failed.swap(true, Ordering::Relaxed) {
-            self.shared.note(Note::Problem(Problem::Read { descriptor: id, error }));
+            self.shared.post(Note::Problem(Problem::Read { descriptor: id, error }));
         }
         if matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) {
-            self.defer(Deferred::new(descriptor, Work::Read, Wait::For(READ_AGAIN), None));
+            self.defer(Deferred::new(descriptor, Work::Read, RetryAfter::Delay(READ_AGAIN), None));
         } else if let Some(serving) = self.shared.remove(descriptor) {
             // Closing it would show zeros where pages are missing.
             std::mem::forget(Arc::clone(&serving.uffd));
@@ -502,16 +502,16 @@ impl Worker {
     fn settle(
         &mut self,
         descriptor: &Arc<Descriptor>,
-        done: Done,
+        done: Outcome,
         history: Option<History>,
     ) -> Option<Deferred> {
         let (work, wait) = match done {
-            Done::Yes => return None,
-            Done::Gone => {
-                self.shared.gone(descriptor);
+            Outcome::Settled => return None,
+            Outcome::TargetGone => {
+                self.shared.retire(descriptor);
                 return None;
             }
-            Done::Later(work, wait) => (work, wait),
+            Outcome::Deferred(work, wait) => (work, wait),
         };
         let mut deferred = Deferred::new(descriptor, work, wait, history);
         if let Some(errno) = deferred.report() {
@@ -527,7 +527,7 @@ impl Worker {
     }
 
     fn tell_stuck(&self, descriptor: &Descriptor, work: &Work, errno: Errno) {
-        let serving = descriptor.enter(self.thread);
+        let serving = descriptor.lock_shard(self.thread);
         let Some(serving) = &*serving else { return };
         let (region, addresses) = match work {
             Work::Load(run, _) | Work::Install(run, _) => (run.region.id, run.addresses()),
@@ -538,7 +538,7 @@ impl Worker {
             Work::Stray { .. } | Work::Read => return,
         };
         let (region, address) = (RegionId(region), addresses.start);
-        self.shared.note(Note::Problem(Problem::Stuck { region, address, errno }));
+        self.shared.post(Note::Problem(Problem::Stuck { region, address, errno }));
         // Perhaps the memory has gone without a word, as that of a file that is cut off. Who waits finds out.
         wake(&serving.uffd, addresses);
     }
@@ -558,8 +558,8 @@ impl Worker {
             Put::NoRoom(Deferred { descriptor, work, .. }) => {
                 // It comes back at once. Not at full speed.
                 thread::sleep(retry::NO_MEMORY);
-                if let (Work::Read, Some(serving)) = (&work, &*descriptor.enter(self.thread)) {
-                    self.shared.hand_on(&descriptor, serving.uffd.as_fd());
+                if let (Work::Read, Some(serving)) = (&work, &*descriptor.lock_shard(self.thread)) {
+                    self.shared.rearm_epoll(&descriptor, serving.uffd.as_fd());
                 }
                 self.filler.give_up(&descriptor, work);
             }
@@ -581,7 +581,7 @@ fn take(
     shared: &Shared,
     thread: usize,
     descriptor: &Descriptor,
-    serving: &mut Serving,
+    serving: &mut Attachment,
     event: Result<Event>,
     faults: &mut VecDeque<Fault>,
     since: Instant,
@@ -613,7 +613,7 @@ fn take(
         Ok(Event::Unmap { start, end }) => Change::Unmap(start.addr()..end.addr()),
         Err(error) => {
             let descriptor = DescriptorId(descriptor.id);
-            return shared.note(Note::Problem(Problem::Read { descriptor, error }));
+            return shared.post(Note::Problem(Problem::Read { descriptor, error }));
         }
     };
     vma_events::apply(shared, counters, descriptor, serving, change);

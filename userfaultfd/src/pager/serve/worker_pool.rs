@@ -24,11 +24,11 @@ use crate::pager::memory::descriptor::lock;
 use crate::sync_point::{Point, reach};
 
 /// Workers at most, unless told otherwise.
-pub(in crate::pager) const MOST: usize = 16;
+pub(crate) const DEFAULT_MAX_THREADS: usize = 16;
 
 /// How soon the workers are looked at again; twice as long each time that nothing was to be done.
-const SOON: Duration = Duration::from_millis(1);
-const LATE: Duration = Duration::from_millis(16);
+const FIRST_RECHECK: Duration = Duration::from_millis(1);
+const LAST_RECHECK: Duration = Duration::from_millis(16);
 
 /// How long they are looked at after one was seen in a source.
 const LINGER: Duration = Duration::from_secs(1);
@@ -80,7 +80,7 @@ impl Added {
             let before = watch.seen[place].replace(doing);
             any_reads |= doing.is_reading();
             let waits = doing.is_reading_slowly() || doing.is_reading() && before == Some(doing);
-            all_wait &= waits || doing.is_absent();
+            all_wait &= waits || doing.is_missing();
             handed_on |= waits && shared.empty_backlog(place);
         }
         if any_reads || watch.reading.is_none() {
@@ -91,7 +91,11 @@ impl Added {
             return None;
         }
         let added = all_wait && shared.has_events() && self.add(shared);
-        watch.delay = if added || handed_on { SOON } else { (2 * watch.delay).clamp(SOON, LATE) };
+        watch.delay = if added || handed_on {
+            FIRST_RECHECK
+        } else {
+            (2 * watch.delay).clamp(FIRST_RECHECK, LAST_RECHECK)
+        };
         watch.next = Some(now + watch.delay);
         Some(watch.delay)
     }

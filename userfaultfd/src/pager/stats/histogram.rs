@@ -188,13 +188,13 @@ impl Histogram {
 
 /// Where one thread counts durations that any other reads.
 #[derive(Debug)]
-pub(crate) struct Recorder {
+pub(crate) struct HistogramCells {
     buckets: [Count; BUCKETS],
     total: Count,
     max: Count,
 }
 
-impl Recorder {
+impl HistogramCells {
     pub(crate) const fn new() -> Self {
         Self { buckets: [const { Count::new() }; BUCKETS], total: Count::new(), max: Count::new() }
     }
@@ -341,7 +341,7 @@ mod tests {
     #[test]
     fn a_recorder_counts_as_a_histogram_does() {
         crate::support::require!();
-        let recorder = Recorder::new();
+        let recorder = HistogramCells::new();
         let mut histogram = Histogram::default();
         for nanos in (0..1_000_000).step_by(997) {
             recorder.record(nanos * NANO);

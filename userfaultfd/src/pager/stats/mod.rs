@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use count::{COUNTED, Count};
 pub use histogram::Histogram;
-pub(crate) use histogram::Recorder;
+pub(crate) use histogram::HistogramCells;
 
 /// The moment that something begins whose duration is to be counted.
 #[inline]
@@ -50,7 +50,7 @@ macro_rules! counters {
             pub source_latency: Histogram,
             /// Pages that aren't there yet. Not a counter: it falls. A region that isn't served any more counts with what
             /// it had then, unless it was a fork's child's.
-            pub absent_pages: u64,
+            pub missing_pages: u64,
             /// Pages that are there, likewise. Not a counter: removing lowers it.
             pub present_pages: u64,
         }
@@ -62,16 +62,16 @@ macro_rules! counters {
         #[repr(align(128))]
         pub(crate) struct Counters {
             $(pub(crate) $name: Count,)*
-            pub(crate) fault_latency: Recorder,
-            pub(crate) source_latency: Recorder,
+            pub(crate) fault_latency: HistogramCells,
+            pub(crate) source_latency: HistogramCells,
         }
 
         impl Counters {
             pub(crate) const fn new() -> Self {
                 Self {
                     $($name: Count::new(),)*
-                    fault_latency: Recorder::new(),
-                    source_latency: Recorder::new(),
+                    fault_latency: HistogramCells::new(),
+                    source_latency: HistogramCells::new(),
                 }
             }
 
@@ -81,7 +81,7 @@ macro_rules! counters {
                     $($name: self.$name.get(),)*
                     fault_latency: self.fault_latency.snapshot(),
                     source_latency: self.source_latency.snapshot(),
-                    absent_pages: 0,
+                    missing_pages: 0,
                     present_pages: 0,
                 }
             }
@@ -93,7 +93,7 @@ macro_rules! counters {
                 $(self.$name = self.$name.saturating_add(other.$name);)*
                 self.fault_latency.merge(&other.fault_latency);
                 self.source_latency.merge(&other.source_latency);
-                self.absent_pages = self.absent_pages.saturating_add(other.absent_pages);
+                self.missing_pages = self.missing_pages.saturating_add(other.missing_pages);
                 self.present_pages = self.present_pages.saturating_add(other.present_pages);
             }
 
@@ -102,7 +102,7 @@ macro_rules! counters {
             pub fn numbers(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
                 [
                     $((stringify!($name), self.$name),)*
-                    ("absent_pages", self.absent_pages),
+                    ("missing_pages", self.missing_pages),
                     ("present_pages", self.present_pages),
                 ]
                 .into_iter()
@@ -253,7 +253,7 @@ mod tests {
         let counters = Counters::new();
         counters.fills.add(1_234_567);
         counters.fault_latency.record(Duration::from_micros(20));
-        let statistics = Statistics { absent_pages: 89, ..counters.snapshot() };
+        let statistics = Statistics { missing_pages: 89, ..counters.snapshot() };
         let table = statistics.to_string();
         let lines: Vec<_> = table.lines().collect();
         assert_eq!(lines.len(), statistics.numbers().count() + 2, "{table}");

@@ -19,10 +19,10 @@ use crate::watch::pointer;
 use crate::{Errno, Error, RegisterMode, Result, page_size};
 
 /// So few pages aren't protected ahead, but at the moment itself.
-const FEW: usize = 256;
+const FEW_PAGES: usize = 256;
 
 /// How often what was written is protected again ahead, if that is less and less.
-const ROUNDS: usize = 5;
+const PROTECT_ROUNDS: usize = 5;
 
 /// Time after which a snapshot that can't begin fails.
 const GIVE_UP: Duration = Duration::from_secs(20);
@@ -93,9 +93,9 @@ impl Copier {
     /// Protects what isn't, and lets writers go on meanwhile, until what they write is little, or doesn't get less.
     fn protect_ahead(&mut self) -> Result<()> {
         let (mut left, mut slices) = (usize::MAX, Slices::new());
-        for _ in 0..ROUNDS {
+        for _ in 0..PROTECT_ROUNDS {
             let now = self.unprotected.count();
-            if now <= FEW || now > left / 2 {
+            if now <= FEW_PAGES || now > left / 2 {
                 break;
             }
             left = now;

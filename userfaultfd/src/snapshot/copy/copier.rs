@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use super::bits::Bits;
 use super::layout::{Layout, Mapped, Part};
-use super::look::Look;
+use super::look::ChunkView;
 use super::queue::{Buffer, End, Item, Payload, Queue, Size};
 use super::shared::{Counts, Shared};
 use super::slices::Slices;
@@ -33,13 +33,13 @@ use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, Uffd, page_siz
 
 /// How long pages that can't be read, or aren't protected any more, are looked at again: the event that says why may be
 /// on its way.
-const DOUBT: Duration = Duration::from_millis(200);
+const DOUBT_TIME: Duration = Duration::from_millis(200);
 
 /// Milliseconds between two looks.
 const DOUBT_MS: i32 = 10;
 
 /// How often an operation is tried while the memory layout changes, before something else is done about it.
-pub(crate) const TRIES: u32 = 50;
+pub(crate) const MAX_LAYOUT_TRIES: u32 = 50;
 
 /// The snapshot that is at work.
 #[derive(Debug)]
@@ -160,7 +160,7 @@ pub(crate) struct Copier {
     pub(crate) removal: Removal,
     /// Pages stay protected after they are saved: what changes is for the next snapshot.
     series: bool,
-    pub(crate) look: Look,
+    pub(crate) look: ChunkView,
     chunk: usize,
     /// What has changed since the last snapshot began; at first everything.
     pub(crate) dirty: Bits,
@@ -199,7 +199,7 @@ impl Copier {
         beside: Option<Uffd>,
         shared: Arc<Shared>,
         layout: Layout,
-        (removal, series, look): (Removal, bool, Look),
+        (removal, series, look): (Removal, bool, ChunkView),
         silent: Bits,
         chunk: usize,
     ) -> io::Result<Self> {
@@ -407,7 +407,7 @@ impl Copier {
             // The layout changes: what lies here may be another page than it seems. Or it changes all the time.
             Err(error) if error.is_retryable() => {
                 // Without a snapshot at work another page may be lifted: the next one finds it unprotected.
-                let may_lift = known && (self.active.is_none() || self.changing >= TRIES);
+                let may_lift = known && (self.active.is_none() || self.changing >= MAX_LAYOUT_TRIES);
                 if !(may_lift && self.lift_beside(start, len)?) {
                     self.changing += 1;
                     self.held.push_back(event);
@@ -435,12 +435,12 @@ impl Copier {
                     return Ok(Writable::Later);
                 }
                 // It is being moved or unmapped, and its event tells.
-                Saved::Doubt if self.changing < TRIES && self.is_changing() => {
+                Saved::Doubt if self.changing < MAX_LAYOUT_TRIES && self.is_changing() => {
                     self.changing += 1;
                     return Ok(Writable::Later);
                 }
                 // Or it can't be read at all.
-                Saved::Doubt if self.doubted < TRIES => {
+                Saved::Doubt if self.doubted < MAX_LAYOUT_TRIES => {
                     self.doubted += 1;
                     self.changing = 0;
                     return Ok(Writable::Again);
@@ -451,8 +451,11 @@ impl Copier {
         if self.active.as_ref().is_none_or(|active| !active.keeps(page)) {
             return Ok(Writable::Now);
         }
-        let delivered =
-            if self.changing < TRIES { self.deliver(false)? } else { self.deliver_or_read_change()? };
+        let delivered = if self.changing < MAX_LAYOUT_TRIES {
+            self.deliver(false)?
+        } else {
+            self.deliver_or_read_change()?
+        };
         if !delivered {
             self.changing += 1;
         }
@@ -814,7 +817,8 @@ impl Copier {
             return Ok(true);
         }
         self.stalled += 1;
-        if self.stalled < TRIES && self.active.as_ref().is_some_and(|active| !active.change_waits) {
+        if self.stalled < MAX_LAYOUT_TRIES && self.active.as_ref().is_some_and(|active| !active.change_waits)
+        {
             thread::yield_now();
             return Ok(true);
         }
@@ -857,7 +861,7 @@ impl Copier {
         }
         let Some(active) = self.active.as_mut().filter(|active| active.is_pending()) else { return Ok(true) };
         let now = Instant::now();
-        if now < *active.doubt_until.get_or_insert(now + DOUBT) {
+        if now < *active.doubt_until.get_or_insert(now + DOUBT_TIME) {
             let fds = [self.watch.uffd.as_fd(), self.shared.woken.as_fd()];
             sys::wait_readable(fds, DOUBT_MS)?;
             return Ok(true);

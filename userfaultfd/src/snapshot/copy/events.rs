@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use super::copier::{Copier, TRIES, bits_of};
+use super::copier::{Copier, MAX_LAYOUT_TRIES, bits_of};
 use super::queue::Payload;
 use crate::error::errno_of;
 use crate::snapshot::options::Removal;
@@ -83,7 +83,7 @@ impl Copier {
         let [readable] = sys::wait_readable([self.watch.uffd.as_fd()], 0)?;
         // Otherwise it was read, and who makes it hasn't run since. Faults that are unread may hide another one: as long
         // as the one that is held is of a page that isn't known, since it has moved, only that change tells which.
-        if readable && (self.unread_faults()? == 0 || self.changing > 2 * TRIES) {
+        if readable && (self.unread_faults()? == 0 || self.changing > 2 * MAX_LAYOUT_TRIES) {
             if self.saves_first() {
                 self.save_before_change()?;
             } else {

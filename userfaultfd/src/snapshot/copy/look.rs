@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::layout::Part;
 use crate::pagemap::{Categories, Pagemap, Region, Scan};
-use crate::watch::{CHUNK, Words, can_scan, runs, tells_protection};
+use crate::watch::{CHUNK_PAGES, Words, can_scan, runs, tells_protection};
 use crate::{Result, page_size};
 
 /// Ranges that a scan reports at a time.
@@ -12,7 +12,7 @@ const RANGES: usize = 256;
 
 /// How the kernel reports what is protected.
 #[derive(Debug)]
-pub(crate) enum Look {
+pub(crate) enum ChunkView {
     /// By a scan (Linux 6.7), which takes some nanoseconds a page.
     Scan(Box<[Region]>),
     /// By the words of the page map (Linux 5.13): some hundred nanoseconds a page.
@@ -21,17 +21,17 @@ pub(crate) enum Look {
     Never,
 }
 
-impl Look {
+impl ChunkView {
     pub(crate) fn new() -> Result<Self> {
         Ok(match tells_protection()? {
-            false => Look::Never,
-            true if can_scan()? => Look::Scan(vec![Region::default(); RANGES].into()),
-            true => Look::Words(Words::default()),
+            false => ChunkView::Never,
+            true if can_scan()? => ChunkView::Scan(vec![Region::default(); RANGES].into()),
+            true => ChunkView::Words(Words::default()),
         })
     }
 
     pub(crate) fn can_tell(&self) -> bool {
-        !matches!(self, Look::Never)
+        !matches!(self, ChunkView::Never)
     }
 
     /// Finds the runs of pages in a part that aren't protected, as addresses.
@@ -43,7 +43,7 @@ impl Look {
     ) -> Result<()> {
         let all = part.address..part.address + part.len;
         match self {
-            Look::Scan(regions) => {
+            ChunkView::Scan(regions) => {
                 let mut scan = Scan::new(all);
                 // Nothing but this category, picked and reported: the kernel has a fast path for that. A page that
                 // isn't protected is a written one.
@@ -52,8 +52,8 @@ impl Look {
                     regions.iter().for_each(|region| found(region.range()));
                 }
             }
-            Look::Words(words) => {
-                let bytes = (CHUNK * page_size()).max(part.page);
+            ChunkView::Words(words) => {
+                let bytes = (CHUNK_PAGES * page_size()).max(part.page);
                 for start in all.clone().step_by(bytes) {
                     let chunk = start..all.end.min(start.saturating_add(bytes));
                     words.read(pagemap, &chunk)?;
@@ -65,7 +65,7 @@ impl Look {
                     runs(&chunk, part.page, unprotected).into_iter().for_each(&mut found);
                 }
             }
-            Look::Never => {}
+            ChunkView::Never => {}
         }
         Ok(())
     }

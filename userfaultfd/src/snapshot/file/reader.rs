@@ -12,7 +12,7 @@ use super::format::{FormatError, Place, SnapshotId};
 use super::layer::{Layer, Stretch};
 use super::writer::SnapshotWriter;
 use crate::snapshot::sink::{Content, Geometry, Region, Sink};
-use crate::source::{Fill, PageSource};
+use crate::source::{PageData, PageSource};
 
 /// The number of files of a chain that are kept open. Others are opened when they are read, as many again at a time.
 const OPEN: usize = 64;
@@ -215,7 +215,7 @@ impl SnapshotReader {
     }
 
     /// Fills `bytes`, a whole number of blocks, with those from `first` on.
-    fn read_whole(&self, first: u64, bytes: &mut [u8]) -> io::Result<Fill> {
+    fn read_whole(&self, first: u64, bytes: &mut [u8]) -> io::Result<PageData> {
         let block = self.block() as usize;
         let (mut at, end) = (first, first + (bytes.len() / block) as u64);
         let mut all_zero = true;
@@ -249,7 +249,7 @@ impl SnapshotReader {
             at = until;
             next += usize::from(stretch.is_some());
         }
-        Ok(if all_zero { Fill::Zero } else { Fill::Data })
+        Ok(if all_zero { PageData::Zero } else { PageData::Data })
     }
 
     fn without_parent(&self) -> io::Error {
@@ -301,7 +301,7 @@ fn into_io(error: FormatError) -> io::Error {
 }
 
 impl PageSource for SnapshotReader {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<Fill> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         let block = self.block();
         let len = page.len() as u64;
         if offset % block == 0 && len % block == 0 {

@@ -14,7 +14,7 @@ use crate::{PendingFile, page_size, sys};
 /// Writes a snapshot as a file that [`SnapshotReader`](crate::snapshot::SnapshotReader) reads: a [`Sink`].
 ///
 /// It writes from the beginning to the end without going back, so a pipe or a socket will do. Pages of zeros take no
-/// room. The [module](super) describes the format.
+/// room. The [module](crate::snapshot) describes the format.
 pub struct SnapshotWriter<W: Write> {
     out: W,
     /// Of a file that takes its name in the end.
