@@ -274,6 +274,7 @@ impl EventBuffer {
     }
 
     /// The same. `None` if there is no memory.
+    #[cfg(feature = "pager")]
     pub(crate) fn try_new(size: usize) -> Option<Self> {
         let mut messages = Vec::new();
         messages.try_reserve_exact(size).ok()?;

@@ -74,6 +74,7 @@ impl PendingFile {
     }
 
     /// Creates a file that replaces none: see [`OtherName`].
+    #[cfg(feature = "snapshot")]
     pub(crate) fn create_new(directory: &Path, name: OtherName) -> io::Result<Self> {
         let mut file = Self::create_at(&name(directory)?, true)?;
         file.name.other = Some(name);

@@ -446,7 +446,7 @@ impl ThreadId {
     }
 }
 
-/// Starts a thread with a stack of so many bytes, or as many as the C library has by itself where it refuses that.
+/// Starts a thread with a stack of the given length in bytes, or of the C library's default length where it refuses that.
 ///
 /// # Safety
 ///

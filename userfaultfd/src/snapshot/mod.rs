@@ -125,7 +125,7 @@ mod file;
 mod handle;
 mod maker;
 mod options;
-#[cfg(test)]
+#[cfg(all(test, feature = "tracking"))]
 mod races;
 mod sink;
 

@@ -182,7 +182,7 @@ mod tests {
     use std::io::ErrorKind;
 
     use super::*;
-    use crate::pager::{BytesSource, ZeroSource};
+    use crate::source::{BytesSource, ZeroSource};
 
     /// `len` bytes that tell where they are, from `first` on.
     fn bytes(first: u8, len: u8) -> BytesSource<Vec<u8>> {

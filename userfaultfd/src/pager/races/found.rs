@@ -334,6 +334,7 @@ fn failed_page_is_poisoned_in_every_mapping() {
     });
 }
 
+#[cfg(feature = "tracking")]
 #[test]
 fn region_that_is_given_back_while_it_is_lent_is_not_lent() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
