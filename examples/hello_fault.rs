@@ -5,7 +5,7 @@ use std::{error::Error, thread};
 use userfaultfd::{Event, UffdBuilder, page_size};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // A page of memory that nobody has touched yet, and somebody to tell when one does.
+    // Map one page and register it, so that its first access is reported to us.
     let mut memory = memmap2::MmapMut::map_anon(page_size())?;
     let uffd = UffdBuilder::new().create()?;
     uffd.register(memory.as_mut_ptr().cast(), memory.len())?;
@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let Some(Event::Pagefault { addr, rw, .. }) = uffd.read_event()? else { unreachable!() };
         println!("{rw:?} fault at {addr:p}");
         let content = vec![42u8; page_size()];
-        // SAFETY: `content` is readable, and 42s are as good as any bytes to whoever reads `memory`.
+        // SAFETY: `content` is a readable page, and any bytes are valid in `memory`.
         unsafe { uffd.copy(content.as_ptr().cast(), addr, page_size(), true) }
     });
 

@@ -465,6 +465,7 @@ impl Pager {
                 served = true;
                 return;
             }
+            growth::adopt_all(descriptor, serving, region.0);
             let uffd = Arc::clone(&serving.uffd);
             let layout = serving.layout_mut();
             served = layout.take(region.0, &mut gone);

@@ -286,6 +286,31 @@ fn grown_part_of_a_mapping_shows_what_the_kernel_would() {
 }
 
 #[test]
+fn grown_part_that_nobody_touched_is_given_back_with_its_region() {
+    require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP);
+    for finish in [false, true] {
+        // Alone: another test might map something where this one grows.
+        child::run_well(test_name!(), || {
+            let memory = Memory::new(Kind::Anonymous, 8);
+            let pager = Pager::new().unwrap();
+            let start = memory.start().expose_provenance();
+            let added = serve(&pager, uffd(CHANGES), Region::new(start, 4 * page(), Pages::new(page())));
+            memory.unmap(4, 4);
+            // SAFETY: the memory is the test's, and no reference leads to it.
+            let grown = unsafe { libc::mremap(memory.start(), 4 * page(), 8 * page(), 0) };
+            assert_eq!(grown, memory.start());
+            if finish {
+                pager.finish_region(added.regions[0], |_| {}).unwrap();
+            } else {
+                pager.remove_region(added.regions[0]).unwrap();
+            }
+            let seen = [4, 7].map(|number| crate::reader::read(grown.addr() + number * page()));
+            assert_eq!(seen, [Seen::ZERO; 2]);
+        });
+    }
+}
+
+#[test]
 fn memory_registered_beforehand_waits_for_its_region() {
     require!();
     let memory = Memory::anonymous(4);

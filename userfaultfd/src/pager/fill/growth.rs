@@ -37,6 +37,23 @@ pub(crate) fn adopt_growth(descriptor: &Descriptor, address: usize) -> bool {
     adopted
 }
 
+/// Takes what the mappings of a region have grown by for holes of it, before it is given back: what nobody has touched yet
+/// is registered, too. For a caller that has all shards. Allocates nothing.
+pub(crate) fn adopt_all(descriptor: &Descriptor, serving: &mut Attachment, region: u64) {
+    if descriptor.is_registering() {
+        return;
+    }
+    let mut last = 0;
+    let next = |serving: &Attachment, last: usize| {
+        let mut of_it = serving.layout.segments().iter().filter(|segment| segment.region.id == region);
+        of_it.find(|segment| segment.end > last).map(|segment| segment.end)
+    };
+    while let Some(end) = next(serving, last) {
+        adopt(serving, end);
+        last = end;
+    }
+}
+
 /// Takes an address for a hole if a region's mapping has grown as far as that, with all that it has grown by. Returns
 /// whether it has. While nothing else is changed: what is about to be added must not be taken for grown.
 fn adopt(serving: &mut Attachment, address: usize) -> bool {
