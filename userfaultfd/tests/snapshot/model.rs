@@ -615,7 +615,7 @@ fn number_from(variable: &str, or: u64) -> u64 {
 #[test]
 fn snapshots_are_what_the_model_says() {
     require!(WRITE_PROTECT);
-    let limit = Duration::from_secs(number_from("USERFAULTFD_MODEL_SECONDS", 4));
+    let limit = Duration::from_secs(number_from("USERFAULTFD_MODEL_SECONDS", 1));
     let seed = number_from("USERFAULTFD_MODEL_SEED", 1);
     let output = child::run(test_name!(), || {
         let (start, mut totals) = (Instant::now(), Totals::default());

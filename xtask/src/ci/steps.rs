@@ -43,7 +43,6 @@ pub(super) const STEPS: &[Step] = &[
     step("benches", "every benchmark, once and unmeasured", benches),
     step("loom", "every interleaving of page states, the SIGBUS table and counters", loom),
     step("soak", "everything at once, for a minute, with every page checked", soak),
-    step("model", "snapshots of random programs against a model, for a minute", model),
     step("kernels", "the tests on other kernels, in virtual machines", kernels),
     step("test", "the README's test command, skips only for what this machine lacks", test::run),
 ];
@@ -85,11 +84,6 @@ fn features() -> Result<Outcome, String> {
     let optional = "--features=pager,tracking,snapshot,tracing,serde";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
     passed(run(&["test", "--lib"], optional, &["--", "pager::"]))
-}
-
-fn model() -> Result<Outcome, String> {
-    let mut command = cargo(&["test", "--package=userfaultfd", "--test=snapshot", "--", "model::"]);
-    passed(execute(command.env("USERFAULTFD_MODEL_SECONDS", "60").env("USERFAULTFD_TEST_SECONDS", "300")))
 }
 
 fn doc() -> Result<Outcome, String> {
@@ -197,10 +191,10 @@ fn loom() -> Result<Outcome, String> {
     passed(execute(&mut command))
 }
 
-/// Another seed each time: it says which, and `--seed` does the same again.
+/// The same seed each time, so that a change to the tree is what a failure tells of; `cargo xtask journal` takes others.
 fn soak() -> Result<Outcome, String> {
     let run = ["run", "--quiet", "--package=userfaultfd-examples", "--example=soak", "--", "--seconds", "60"];
-    passed(execute(cargo(&run).args(["--limit", "60"])))
+    passed(execute(cargo(&run).args(["--limit", "60", "--seed", "892230"])))
 }
 
 /// The tests that run on each kernel, until those of the pager, the trackers and snapshots that are new pass there, too.
