@@ -93,8 +93,11 @@ fn a_waiting_thread_that_takes_a_signal_reports_its_fault_again() {
             |faults| {
                 let first = faults.next();
                 for signals in 1..=3 {
-                    assert!(faults.undisturbed(|| ()));
-                    assert!(!faults.undisturbed(|| signal::send(first.thread, SIGNAL)));
+                    wait_until(|| faults.undisturbed(|| ()));
+                    assert!(!faults.undisturbed(|| {
+                        signal::send(first.thread, SIGNAL);
+                        wait_until(|| counted() == signals);
+                    }));
                     // It comes out of the signal's handler.
                     assert_eq!((faults.next(), counted()), (first, signals));
                 }
