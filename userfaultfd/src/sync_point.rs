@@ -33,6 +33,8 @@ pub(crate) enum Point {
 /// Where a snapshot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
+    /// A snapshot begins, and is about to look what has lost its protection.
+    BeforeLook,
     /// Memory is about to be protected.
     BeforeProtect,
 }

@@ -9,10 +9,10 @@ use std::thread;
 use super::{Content, Options};
 use crate::support::memory::{self, Kind, Memory};
 use crate::support::proc::{thread_id, wait_until_in};
-use crate::support::{child, require, test_name};
+use crate::support::{child, require, test_name, uffd};
 use crate::sync_point::tests::at;
 use crate::sync_point::{Moment, Point};
-use crate::{DirtyTracker, FeatureFlags, RegisterMode};
+use crate::{DirtyTracker, FeatureFlags, MoveMode, RegisterMode};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
@@ -177,5 +177,45 @@ fn pages_that_move_before_they_are_protected_are_followed() {
             compare(&held, before, Some(PAGE as u8 + 1));
             assert_eq!(away.read(0), PAGE as u8 + 1);
         }
+    });
+}
+
+/// The page has lost its protection, and no event told. It is moved over another one, where memory is protected before
+/// that is read: the snapshot holds it all the same.
+#[test]
+fn page_that_lost_its_protection_and_moves_while_a_member_begins_is_saved() {
+    require!(WRITE_PROTECT | FeatureFlags::MOVE);
+    if !memory::tells_protection(test_name!()) {
+        return;
+    }
+    child::run_well(test_name!(), || {
+        const OTHER: usize = 20;
+        let memory = Arc::new(Memory::anonymous(PAGES));
+        number(&memory);
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        series.begin(sink(&Held::default(), memory.page())).unwrap().wait().unwrap();
+        let (target, uffd) = (Memory::anonymous(1), uffd(FeatureFlags::MOVE));
+        uffd.register(target.start(), target.len()).unwrap();
+        // SAFETY: no reference leads to the page.
+        let moved =
+            unsafe { uffd.move_pages(memory.at(PAGE), target.start(), target.len(), MoveMode::empty()) };
+        assert_eq!(moved.unwrap(), target.len());
+        let (actor, of_action) = (Arc::new(Mutex::new(None)), Arc::clone(&memory));
+        let acting = Arc::clone(&actor);
+        let armed = at(Point::Snapshot(Moment::BeforeLook), addresses(&memory), move |_| {
+            let (tell, told) = mpsc::channel();
+            let memory = Arc::clone(&of_action);
+            *acting.lock().unwrap() = Some(thread::spawn(move || {
+                tell.send(thread_id()).unwrap();
+                memory.try_move(PAGE, 1, memory.at(OTHER), 0).unwrap();
+            }));
+            wait_until_in(told.recv().unwrap(), libc::SYS_mremap);
+        });
+        let held = Held::default();
+        series.begin(sink(&held, memory.page())).unwrap().wait().unwrap();
+        drop(armed);
+        actor.lock().unwrap().take().expect("a member began").join().unwrap();
+        let held = held.lock().unwrap();
+        assert_eq!((held.get(PAGE), held.get(OTHER)), (Some(&Some(0)), Some(&None)));
     });
 }

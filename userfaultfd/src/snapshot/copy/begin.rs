@@ -36,6 +36,8 @@ impl Copier {
         if !self.look.can_tell() {
             self.unprotected.join(&self.dirty);
         }
+        let first = self.layout.parts().first().map_or(0, |part| part.address);
+        reach(Point::Snapshot(Moment::BeforeLook), first);
         self.look_ahead()?;
         self.protect_ahead()?;
         let (moment, mut all_markers) = (Instant::now(), false);

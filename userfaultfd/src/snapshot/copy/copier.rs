@@ -166,6 +166,8 @@ pub(crate) struct Copier {
     pub(crate) dirty: Bits,
     /// What isn't protected, as far as is known.
     pub(crate) unprotected: Bits,
+    /// A snapshot is beginning: memory is protected by its addresses, whatever lies there by now.
+    pub(crate) begins: bool,
     /// Pages whose removal was read since the last snapshot began. They may go at any time.
     pub(crate) removed: Bits,
     /// The mappings in which all lay when a snapshot began, or when the layout was last looked at.
@@ -220,6 +222,7 @@ impl Copier {
             chunk,
             dirty: Bits::new(pages, true),
             unprotected: Bits::new(pages, true),
+            begins: false,
             removed: Bits::new(pages, false),
             mapped: Mapped::default(),
             silent,
@@ -292,7 +295,9 @@ impl Copier {
             }
             let begin = self.shared.lock().begin.take();
             if let Some(begin) = begin {
+                self.begins = true;
                 let begun = self.begin(begin);
+                self.begins = false;
                 let failed = begun.is_err();
                 self.shared.lock().answer = Some(begun);
                 self.shared.answered.notify_all();

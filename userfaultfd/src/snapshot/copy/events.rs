@@ -188,6 +188,11 @@ impl Copier {
                     if let Some(active) = &mut self.active {
                         active.dropped.set(bits_of(&part), false);
                     }
+                    // Protection that it has at its new place may have been meant for the page that lay there: nothing
+                    // tells any more whether it had lost its own.
+                    if self.begins {
+                        self.changed(bits_of(&part));
+                    }
                 }
                 self.discard(&(from..from + len));
                 self.discard(&(to..to + len));
