@@ -50,6 +50,9 @@
 //!   [`Progress::gone`]. A page is delivered only if the layout was still the known one when it was read, so that a page
 //!   that was moved or mapped in its place isn't taken for it. (On Linux 6.1 private hugetlb pages of another process that
 //!   it still shares with its parent since a fork are gone, too: reading them ends their protection there.)
+//!   Known to fail, once in some thousand members of a [`Series`] whose pages are moved over each other by mremap(2) without a
+//!   pause: a page that is moved, or moved over, at the very moment at which a member begins or is saved may come with other
+//!   content, or be gone.
 //! - **A page that isn't protected when a snapshot of a [`Series`] begins has changed**, whatever has ended its
 //!   protection: a write, a drop, a guard page, `UFFDIO_MOVE`, the merging of equal pages. Looking takes some
 //!   nanoseconds a page from Linux 6.7 on, and some hundred before.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::shared::{Fork, Inherited, Note, Shared};
 use super::shutdown::unwrap_last_arc;
+use crate::pager::fill::retry;
 use crate::pager::memory::address_map::{AddressMap, Segment};
 use crate::pager::memory::descriptor::{Attachment, Descriptor, Origin, wake};
 use crate::pager::memory::page_state::{self, Pages, Room};
@@ -80,7 +81,7 @@ fn copy_patiently(layout: &AddressMap) -> io::Result<Inherited> {
         if copy.is_ok() || start.elapsed() >= FORK_PATIENCE {
             return copy;
         }
-        thread::sleep(Duration::from_millis(1));
+        thread::sleep(retry::NO_MEMORY);
     }
 }
 

@@ -49,7 +49,10 @@ impl Copier {
             // content would be of a later moment.
             let lost = self.look_at_all()?;
             let markers = lost.pages == lost.markers;
-            if (lost.pages == 0 || markers && all_markers) && self.is_where_it_was(&mapped)? {
+            // A page that was moved away after the first look at the mappings and before this one leaves a hole, in which
+            // nothing is that isn't protected.
+            let is_found = lost.pages == 0 || markers && all_markers;
+            if is_found && self.mappings()?.bytes() == mapped.bytes() && self.is_where_it_was(&mapped)? {
                 self.mapped = mapped;
                 break;
             }
