@@ -136,7 +136,7 @@ struct Mapped {
     pages: usize,
 }
 
-/// Has as many mappings as the process may, but for so many pairs, and perhaps one.
+/// Uses up the mappings that the process may have, but for `left` pairs, and perhaps one.
 fn mappings(left: usize) -> io::Result<Mapped> {
     let most = fs::read_to_string("/proc/sys/vm/max_map_count")?;
     let most: usize = most.trim().parse().map_err(io::Error::other)?;

@@ -2,7 +2,7 @@
 //!
 //! Some 32-bit targets (mips, powerpc, old arm) have no 64-bit atomics: there `AtomicU64` is a lock.
 //!
-//! Lock-free pieces that a model explores (the states of pages, who uses the memory of the SIGBUS table, counters in
+//! Lock-free pieces that a model explores (the states of pages, the users of the memory of the SIGBUS table, counters in
 //! halves) take their atomics from [`atomic`]. `cargo xtask ci --step loom` compiles their tests with
 //! `--cfg userfaultfd_loom`, where they are loom's, and runs every interleaving that their orderings allow.
 

@@ -592,7 +592,7 @@ impl LazyBuilder {
     }
 
     /// For a source that is slow, such as a network, and access that is sequential: reads up to `most` bytes for one
-    /// fault, a MiB at a time by so many threads. See [`PagerBuilder::read_ahead_threads`].
+    /// fault, a MiB at a time by this number of threads. See [`PagerBuilder::read_ahead_threads`].
     pub fn read_ahead(mut self, threads: usize, most: usize) -> Self {
         self.own = self.own.read_ahead_threads(threads);
         self.for_pager = Some("read_ahead");

@@ -88,7 +88,7 @@ impl Pager {
     /// Serves memory of another process.
     ///
     /// The descriptor was made there, and came over a Unix socket, by fork(2) or with pidfd_getfd(2). Its handshake is
-    /// done. As long as it is served it is non-blocking; nobody who shares its description is to change that.
+    /// done. As long as it is served it is non-blocking; no other owner of its description may change that.
     ///
     /// The pager registers each region, for missing faults and what else the region asks for, so it need not be
     /// registered before; if it is, then for the same. Faults that wait already are answered. Don't register memory with
@@ -111,7 +111,7 @@ impl Pager {
 
     /// Serves memory of this process, or of any.
     ///
-    /// Who touches the memory for the first time finds what the source has. A thread that waits for a page may hold
+    /// The first access to a page finds what the source has. A thread that waits for a page may hold
     /// any lock of the program: see [`PageSource`](super::PageSource).
     ///
     /// The pager's threads map memory at times, as any thread does. So what is to be mapped in the place of a region is
@@ -125,7 +125,7 @@ impl Pager {
     ///
     /// The caller must make sure that
     ///
-    /// - whoever holds a reference into the regions is to find there, in each page that is missing now, what the
+    /// - the holder of a reference into the regions must find there, in each page that is missing now, what the
     ///   source has: it is valid for its type, and no page that was seen as something else is missing.
     /// - the same of pages that are removed later, as by `MADV_DONTNEED`, which become zero, and of what
     ///   is mapped in the place of the regions before they are removed from the pager.

@@ -9,7 +9,7 @@
 //!   for `MISSING` and `WRITE_PROTECT` from then on, also when it is filled.
 //! - While the lease is taken every fill is protected in the same call (`UFFDIO_COPY_MODE_WP`), so that what is filled isn't
 //!   written. It is taken while no fill is at work, and before the tracker protects: there is no page in between.
-//! - Who resolves a write doesn't matter. With `WP_ASYNC`, which the descriptor of a `LazyMemory` has from its handshake, it
+//! - Which thread resolves a write doesn't matter. With `WP_ASYNC`, which the descriptor of a `LazyMemory` has from its handshake, it
 //!   is the kernel; without, a worker of the pager lifts the protection of the page. In both cases a page is written that
 //!   isn't protected.
 //!

@@ -208,7 +208,7 @@ impl Watch {
         })
     }
 
-    /// Lifts the protection of a range, and wakes who waits.
+    /// Lifts the protection of a range, and wakes the threads that wait.
     pub(crate) fn lift(&self, range: &Range<usize>) -> Result<()> {
         self.each(range, |start, len| self.lift_one(start, len))
     }

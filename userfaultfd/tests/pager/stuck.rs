@@ -441,22 +441,27 @@ fn memory_for_a_buffer_is_waited_for() {
     });
 }
 
+/// Content that is missing itself, as a page of a file is that a network has to bring, and what resolves its faults.
+fn missing_content(test: &str, pages: usize) -> Option<(&'static [u8], Uffd)> {
+    let content = Memory::anonymous(pages);
+    let slow = UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(false).create();
+    if !has(test, "a userfaultfd for faults of the kernel", slow.is_ok()) {
+        return None;
+    }
+    let slow = slow.unwrap();
+    slow.register(content.start(), content.len()).unwrap();
+    let start: *const u8 = content.start().cast();
+    // SAFETY: it is mapped until the process ends, and only the kernel reads it.
+    let bytes = unsafe { std::slice::from_raw_parts(start, content.len()) };
+    std::mem::forget(content);
+    Some((bytes, slow))
+}
+
 #[test]
 fn a_change_is_read_while_the_memory_of_a_source_is_waited_for() {
     require!(FeatureFlags::EVENT_REMOVE);
     child::run_well(test_name!(), || {
-        // The source's memory is missing itself, as a page of a file is that a network has to bring.
-        let content = Memory::anonymous(2);
-        let slow = UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(false).create();
-        if !has(test_name!(), "a userfaultfd for faults of the kernel", slow.is_ok()) {
-            return;
-        }
-        let slow = slow.unwrap();
-        slow.register(content.start(), content.len()).unwrap();
-        let start: *const u8 = content.start().cast();
-        // SAFETY: it is mapped until the process ends, and only the kernel reads it.
-        let bytes = unsafe { std::slice::from_raw_parts(start, content.len()) };
-        std::mem::forget(content);
+        let Some((bytes, slow)) = missing_content(test_name!(), 2) else { return };
         let memory = Memory::anonymous(2);
         let pager = Pager::builder().threads(2).build().unwrap();
         let source = userfaultfd::pager::BytesSource::new(bytes);
@@ -508,18 +513,7 @@ fn forks_child_is_served_though_its_event_came_while_nothing_could_be_mapped() {
 fn page_in_of_a_source_keeps_no_other_memory_waiting() {
     require!(FeatureFlags::MISSING_SHMEM);
     child::run_well(test_name!(), || {
-        // The source's memory is missing itself, as a page of a file is that a network has to bring.
-        let content = Memory::anonymous(8);
-        let slow = UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(false).create();
-        if !has(test_name!(), "a userfaultfd for faults of the kernel", slow.is_ok()) {
-            return;
-        }
-        let slow = slow.unwrap();
-        slow.register(content.start(), content.len()).unwrap();
-        let start: *const u8 = content.start().cast();
-        // SAFETY: it is mapped until the process ends, and only the kernel reads it.
-        let bytes = unsafe { std::slice::from_raw_parts(start, content.len()) };
-        std::mem::forget(content);
+        let Some((bytes, slow)) = missing_content(test_name!(), 8) else { return };
         let pager = Arc::new(Pager::builder().threads(2).build().unwrap());
         let memory = LazyMemory::builder(BytesSource::new(bytes)).pager(&pager).build().unwrap();
         let other = LazyMemory::builder(Pages::new(page())).len(8 * page()).pager(&pager).build().unwrap();

@@ -186,7 +186,7 @@ fn threads_come_and_go_while_the_process_forks() {
 static READS: AtomicUsize = AtomicUsize::new(0);
 static DROPPED: Mutex<Option<Pager>> = Mutex::new(None);
 
-/// A pager's source drops it in one of so many reads at the same time: on the worker that there is, or on one that was
+/// A pager's source drops it in one of `reads` reads at the same time: on the worker that there is, or on one that was
 /// added.
 fn drop_in_read(reads: usize) {
     tell_signals();

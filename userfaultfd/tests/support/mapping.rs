@@ -33,7 +33,7 @@ impl Mapping {
         if start == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(Self { start, len }) }
     }
 
-    /// Has this process have as many mappings as it may, but for so many pairs, and one if that is what is left. Nothing
+    /// Uses up the mappings that this process may have, but for `pairs` pairs, and one if that is what is left. Nothing
     /// accesses the memory. `None` where the limit is out of reach.
     pub(crate) fn use_up(test: &str, pairs: usize) -> Option<Self> {
         let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();

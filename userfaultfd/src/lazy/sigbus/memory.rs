@@ -515,7 +515,7 @@ impl Lazy {
         failed.poisoned()
     }
 
-    /// Fills what is missing among the first pages of a range, at most so many bytes. `None`: the memory is gone.
+    /// Fills what is missing among the first pages of a range, up to a number of bytes. `None`: the memory is gone.
     pub(crate) fn fill_some(&self, pages: Range<usize>, most: usize, lost: Lost) -> Option<Step> {
         let user = self.enter()?;
         let mut tally = Tally::default();

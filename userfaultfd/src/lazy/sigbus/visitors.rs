@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use crate::sync::atomic::AtomicU32;
 
-/// Threads inside. A visitor counts itself, and then looks whether the thing is still there; whoever takes it away says
+/// Threads inside. A visitor counts itself, and then looks whether the thing is still there; the thread that takes it away says
 /// so first, and then waits until nobody is inside.
 ///
 /// Both sides change this number and look at the other's word, so that one of them at least must see the other. Looking is
@@ -15,7 +15,7 @@ use crate::sync::atomic::AtomicU32;
 pub(super) struct Visitors(AtomicU32);
 
 impl Visitors {
-    /// Counts one, who looks after that whether the thing is there.
+    /// Counts a visitor, which looks after that whether the thing is there.
     pub(super) fn enter(&self) {
         self.0.fetch_add(1, Ordering::SeqCst);
     }
@@ -26,7 +26,7 @@ impl Visitors {
         self.0.fetch_sub(1, Ordering::Release);
     }
 
-    /// Whether any is inside who may have found what was there before.
+    /// Returns whether a visitor is inside that may have found what was there before.
     pub(super) fn are_inside(&self) -> bool {
         self.0.fetch_add(0, Ordering::SeqCst) > 0
     }

@@ -25,7 +25,7 @@ use crate::pager::trace::span;
 #[derive(Debug)]
 #[must_use]
 pub(super) enum Next {
-    /// The run's content has to be loaded. The source failed so many times.
+    /// The run's content has to be loaded. The source failed this number of times.
     Load(PageRun, u32),
     /// The content is there, and has to be put in place.
     Install(PageRun, FillContent),
@@ -123,7 +123,7 @@ impl PageFiller {
         self.run(shared, descriptor, next)
     }
 
-    /// Gives up what was put off. Whoever waits for it comes back.
+    /// Gives up what was put off. The threads that wait for it fault again.
     pub(crate) fn give_up(&mut self, descriptor: &Descriptor, work: Work) {
         let serving = descriptor.lock_shard(self.thread);
         match work {

@@ -240,7 +240,7 @@ impl PageFiller {
     }
 }
 
-/// So many zero pages are filled at once, in bytes.
+/// Bytes of zero pages that are filled at once.
 const MAX_ZERO_BYTES: usize = 4 << 20;
 
 /// How many bytes from an offset on are known to be zero.

@@ -57,12 +57,12 @@ pub(crate) const NO_MEMORY: Duration = Duration::from_millis(1);
 /// The delay until it is looked again whether what other threads are busy with is settled.
 pub(crate) const BUSY: Duration = Duration::from_millis(1);
 
-/// How long to wait before work is tried the next time that has found something in its way so many times.
+/// Delay before work is retried that has found something in its way `times` times.
 pub(crate) fn contested(times: u8) -> RetryAfter {
     RetryAfter::Delay(doubled(FIRST_DELAY, times.into(), CONTESTED_DELAY))
 }
 
-/// Likewise, of a fault that has found no region so many times.
+/// Likewise, of a fault that has found no region `times` times.
 pub(crate) fn stray(times: u32) -> RetryAfter {
     RetryAfter::Delay(doubled(FIRST_DELAY, times, STRAY_DELAY))
 }
@@ -72,7 +72,7 @@ fn doubled(first: Duration, times: u32, longest: Duration) -> Duration {
 }
 
 impl RetryPolicy {
-    /// How long to wait before a source is asked again that has failed so many times. `None`: it isn't.
+    /// Delay before a source is retried that has failed `attempts` times. `None`: it isn't.
     pub(crate) fn delay_after(self, attempts: u32) -> Option<Duration> {
         let again = attempts < self.attempts.max(1);
         again.then(|| doubled(self.delay, attempts.saturating_sub(1), SOURCE_DELAY))

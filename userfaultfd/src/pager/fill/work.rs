@@ -15,7 +15,7 @@ use crate::{Errno, FaultKind};
 pub(crate) struct Fault {
     pub(crate) address: usize,
     pub(crate) kind: FaultKind,
-    /// Who faulted, or 0.
+    /// The thread that faulted, or 0.
     pub(crate) thread: i32,
     /// When it was read.
     pub(crate) since: Instant,
@@ -51,12 +51,12 @@ unsafe impl Send for FillContent {}
 pub(crate) enum Work {
     /// The fault is to be looked up again.
     Fault(Fault),
-    /// Likewise, and no region was there. Its waiters were woken so many times to find that out; `again`: one of them
+    /// Likewise, and no region was there. The number of times its waiters were woken to find that out; `again`: one of them
     /// has faulted again since.
     Stray { fault: Fault, tries: u32, again: bool },
     /// The descriptor is to be read again.
     Read,
-    /// The run's content is to be loaded. The source failed so many times.
+    /// The run's content is to be loaded. The source failed this number of times.
     Load(PageRun, u32),
     /// The content is there, and is to be put in place.
     Install(PageRun, FillContent),
@@ -89,7 +89,7 @@ pub(crate) enum Outcome {
 pub(crate) enum RetryAfter {
     /// The kernel can't do it now. `EAGAIN`: when events were read it is worth trying again. More and more rarely.
     KernelBusy(Errno),
-    /// Somebody else has to do something; more and more rarely.
+    /// Another process has to do something; more and more rarely.
     OtherLoad,
     /// So much time.
     Delay(Duration),

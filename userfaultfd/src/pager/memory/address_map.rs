@@ -97,7 +97,7 @@ impl Default for AddressMap {
 }
 
 impl AddressMap {
-    /// An empty one with room for so many segments, and for changes. `None` where there is no memory.
+    /// An empty one with room for a number of segments, and for changes. `None` where there is no memory.
     pub(crate) fn try_with_room(segments: usize) -> Option<Self> {
         Some(Self {
             segments: mapped_vec::try_with_room(segments + SEGMENT_ROOM)?,
@@ -106,7 +106,7 @@ impl AddressMap {
         })
     }
 
-    /// Makes room for so many more segments. Returns whether there is memory for that.
+    /// Makes room for more segments. Returns whether there is memory for that.
     pub(crate) fn try_reserve(&mut self, segments: usize) -> bool {
         self.segments.try_reserve(segments).is_ok()
     }

@@ -18,7 +18,7 @@ pub(crate) enum Cache {
 }
 
 impl Cache {
-    /// Has the page cache have so many bytes from one of the region on: what it has stays, and what it lacks is zero.
+    /// Has the page cache hold a range of the region's bytes: what it has stays, and what it lacks is zero.
     pub(crate) fn allocate(&self, at: usize, len: usize) -> Result<(), Errno> {
         let (Self::File { file, offset } | Self::Mapping { file, offset, .. }) = self;
         crate::sys::allocate(file.as_fd(), offset + at as u64, len)

@@ -385,7 +385,7 @@ mod loom_models {
         });
     }
 
-    /// Whoever sees a page present finds it counted, and what is removed is counted no more.
+    /// A thread that sees a page present finds it counted, and what is removed is counted no more.
     #[test]
     fn counts_follow_the_states() {
         explore(|pages| {

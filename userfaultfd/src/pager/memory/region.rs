@@ -113,7 +113,7 @@ impl Region {
         self
     }
 
-    /// Fills the block of so many bytes that a page is in: [`FaultAround::Block`].
+    /// Fills the block of `bytes` bytes that a page is in: [`FaultAround::Block`].
     pub fn block(self, bytes: usize) -> Self {
         self.fault_around(FaultAround::Block(bytes))
     }

@@ -51,7 +51,7 @@ pub(crate) struct ServedRegion {
     pub(crate) is_childs: bool,
     /// Its missing pages are to be poisoned, or filled at once.
     pub(super) ending: AtomicBool,
-    /// Where it is noted which pages faults came for, once somebody has wanted to know.
+    /// Where it is noted which pages faults came for, once a recorder has asked for it.
     pub(super) log: OnceLock<Log>,
 }
 

@@ -14,7 +14,7 @@ use crate::sys::{self, CpuSet};
 /// How often the control thread looks whether bound workers get on. Two looks tell.
 const POLL_INTERVAL: Duration = Duration::from_millis(4);
 
-/// A worker that gets no fault for so many looks isn't bound any longer, and not looked after.
+/// Looks without a fault after which a worker isn't bound any longer, and not looked after.
 const IDLE_LOOKS: u32 = 25;
 
 /// A worker that isn't bound.

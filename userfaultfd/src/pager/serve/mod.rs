@@ -1,4 +1,4 @@
-//! Who does it: the threads that read faults and events, what they share, and how serving ends.
+//! The threads that read faults and events, what they share, and how serving ends.
 
 pub(crate) mod activity;
 pub(crate) mod backlog;
