@@ -21,10 +21,11 @@ use crate::pager::{
 use crate::snapshot::{self, Series, Sink, Snapshot};
 use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 
-/// Memory of this process that is read from a source as it is touched.
+/// Memory of this process whose pages are read from a source on first access.
 ///
-/// It dereferences to `[u8]`. A page that is touched for the first time is read from the source; until then it takes
-/// no memory. So a source may be larger than memory is. Writes stay in memory: the source isn't changed.
+/// It dereferences to `[u8]`. The first access to a page reads that page from the source; a page that was never
+/// accessed takes no memory, so the source may be larger than the machine's memory. Writes stay in memory: the source
+/// isn't changed.
 ///
 /// ```
 /// use userfaultfd::LazyMemory;
@@ -38,9 +39,9 @@ use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 ///
 /// # When the source fails
 ///
-/// It is asked again as [`retry`](LazyBuilder::retry) says. Then the page is poisoned: **an access to it raises
-/// SIGBUS**, as for a mapped file whose disk fails. Before Linux 6.6, which can't poison, the thread waits until the
-/// source delivers. [`on_problem`](LazyBuilder::on_problem) is told in both cases.
+/// The pager retries the read according to [`retry`](LazyBuilder::retry), then poisons the page: **an access to it
+/// raises SIGBUS**, as for a mapped file whose disk fails. Linux before 6.6 has no poison: there the thread waits until
+/// the source delivers. [`on_problem`](LazyBuilder::on_problem) is called in both cases.
 ///
 /// [`try_populate`](Self::try_populate), [`read_at`](Self::read_at) and [`write_at`](Self::write_at) return an error
 /// instead.
@@ -48,28 +49,33 @@ use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 /// # System calls
 ///
 /// Where the process may handle faults from kernel mode (see "Rights" in the [crate docs](crate#rights)), the memory
-/// can be given to system calls like any other. Where it may not, a system call that meets a page that nobody has
-/// touched fails with `EFAULT`: [`populate`](Self::populate) the range before.
-/// [`handles_kernel_faults`](Self::handles_kernel_faults) tells.
+/// can be passed to system calls like any other. Elsewhere a system call that meets a missing page fails with `EFAULT`:
+/// [`populate`](Self::populate) the range first. [`handles_kernel_faults`](Self::handles_kernel_faults) returns which of
+/// the two applies.
 ///
-/// A guest of KVM on such memory touches it by system calls: where they aren't served, `KVM_RUN` fails with `EFAULT`, or
-/// ends with `KVM_EXIT_INTERNAL_ERROR` (an `InternalError` of VM monitors), when the guest meets a missing page. Ask for
-/// [`handle_kernel_faults(true)`](LazyBuilder::handle_kernel_faults), which says what right is missing.
+/// A KVM guest accesses its memory in kernel mode, too. Without the right, `KVM_RUN` fails with `EFAULT`, or ends with
+/// `KVM_EXIT_INTERNAL_ERROR` (an `InternalError` in VM monitors), when the guest meets a missing page. Build the memory
+/// with [`handle_kernel_faults(true)`](LazyBuilder::handle_kernel_faults): it fails early and names the missing right.
+///
+/// # MADV_DONTNEED
+///
+/// After `madvise(MADV_DONTNEED)` the range reads as zeros, as on anonymous memory: the
+/// source isn't read again. To have pages read again, drop the memory and build it anew.
 ///
 /// # Locked memory
 ///
-/// In a process that locks what it maps (`mlockall(MCL_FUTURE)`) it is lazy, too: each page is locked once it is there.
-/// All of it counts for the limit of locked memory from the start.
+/// In a process that locks what it maps (`mlockall(MCL_FUTURE)`) the memory stays lazy: the kernel locks each page once
+/// it is present. The whole length counts towards the limit of locked memory from the start.
 ///
 /// # Forks
 ///
-/// A child hasn't got the memory (`MADV_DONTFORK`): dereferencing it there panics, its methods fail with
+/// A forked child doesn't have the memory (`MADV_DONTFORK`): dereferencing it there panics, its methods fail with
 /// [`NotServed`](pager::Error::NotServed), and an access through a reference from before the fork raises SIGSEGV,
 /// instead of reading zeros. Dropping it there closes the child's copies of its descriptors, and nothing else.
 ///
 /// # Locks
 ///
-/// A thread that touches the memory may wait for the source, whatever locks it holds: see [`PageSource`].
+/// An access may wait for the source, whatever locks the accessing thread holds: see [`PageSource`].
 pub struct LazyMemory {
     served: ServedBy,
     memory: OwnMapping,
@@ -79,15 +85,15 @@ pub struct LazyMemory {
     handles_kernel_faults: bool,
 }
 
-/// Who fills it.
+/// What fills the memory.
 #[derive(Debug)]
 enum ServedBy {
     Pager(Arc<Pager>, DescriptorId, RegionId, Arc<Lease>),
-    /// The threads that touch it.
+    /// A handler of SIGBUS, in each faulting thread.
     Sigbus(sigbus::Owned),
 }
 
-/// How a [`LazyMemory`] is to be.
+/// Builder for a [`LazyMemory`].
 ///
 /// ```
 /// use userfaultfd::LazyMemory;
@@ -115,16 +121,16 @@ pub struct LazyBuilder {
     pager: Option<Arc<Pager>>,
     own: PagerBuilder,
     kernel: Option<bool>,
-    /// The borders of a source whose faults are handled in the thread that makes them.
+    /// The borders of a source whose faults the faulting thread resolves.
     sigbus: Option<Vec<u64>>,
-    /// A method that only memory with a pager has a use for.
+    /// The last option that was set and that needs a pager.
     for_pager: Option<&'static str>,
-    /// How a tracker's protection is to work, if the kernel can.
+    /// The features that a tracker's protection uses where the kernel has them.
     protection: FeatureFlags,
 }
 
 impl LazyMemory {
-    /// `len` bytes of memory with the content of a source.
+    /// Maps `len` bytes of memory with the content of a source.
     ///
     /// # Errors
     ///
@@ -133,8 +139,8 @@ impl LazyMemory {
         Self::builder(source).len(len).build()
     }
 
-    /// How the memory is to be. The default: all that the source has, in pages of the system's size, with a pager of
-    /// its own.
+    /// Returns a builder. By default the memory is as long as the source, has pages of the system's size, and has a
+    /// pager of its own.
     pub fn builder(source: impl PageSource + 'static) -> LazyBuilder {
         LazyBuilder {
             source: Arc::new(source),
@@ -151,11 +157,12 @@ impl LazyMemory {
         }
     }
 
-    /// Memory that is filled in the very thread that touches it, by a handler of SIGBUS: no thread is waked for a
-    /// fault, which is what takes most of its time otherwise. Nor is a pager needed.
+    /// Returns a builder for memory that the faulting thread itself fills, in a handler of SIGBUS.
+    ///
+    /// No other thread has to be woken for a fault, which is most of a fault's latency otherwise, and no pager is needed.
     ///
     /// [`len`](LazyBuilder::len), [`offset`](LazyBuilder::offset), [`huge_pages`](LazyBuilder::huge_pages) and
-    /// [`fault_around`](LazyBuilder::fault_around) say how it is to be; the other methods of the builder are about pagers.
+    /// [`fault_around`](LazyBuilder::fault_around) apply; [`build`](LazyBuilder::build) refuses the options of pagers.
     ///
     /// ```
     /// use userfaultfd::LazyMemory;
@@ -169,39 +176,39 @@ impl LazyMemory {
     ///
     /// # What is different
     ///
-    /// - System calls that meet a page that nobody has touched fail with `EFAULT`, always:
-    ///   [`populate`](Self::populate) the range before. [`handles_kernel_faults`](Self::handles_kernel_faults) is `false`.
+    /// - System calls that meet a missing page always fail with `EFAULT`: [`populate`](Self::populate) the range first.
+    ///   [`handles_kernel_faults`](Self::handles_kernel_faults) returns `false`.
     /// - A thread that has SIGBUS blocked must not touch a missing page: the kernel ends the process.
-    /// - When the source fails (a file that has become shorter), the page is poisoned at once. Before Linux 6.6, which
-    ///   can't poison, each access to it raises SIGBUS all the same.
+    /// - When the source fails (a file that has become shorter), the handler poisons the page without a retry. Before
+    ///   Linux 6.6, which has no poison, each access to the page raises SIGBUS all the same.
     ///
     /// # The handler
     ///
-    /// It is installed when the first such memory is built, and stays. It runs with all signals blocked, on the stack
-    /// of the thread that touches the memory, not on an alternate one: that of Rust's threads hasn't room for it where
-    /// the CPU has large registers (AMX). So a thread with a small stack of its own, such as a coroutine's, must have
-    /// room for what the kernel puts there (`AT_MINSIGSTKSZ` of getauxval(3): 1 to 12 KiB) and 4 KiB more.
+    /// The first such memory installs the handler, which stays for the life of the process. It runs with all signals
+    /// blocked, on the stack of the faulting thread, not on an alternate stack: the one of Rust's threads is too small for
+    /// CPUs with large registers (AMX). So a thread with a small stack, such as a coroutine's, must keep free what the
+    /// kernel pushes (`AT_MINSIGSTKSZ` of getauxval(3): 1 to 12 KiB) and 4 KiB more.
     ///
-    /// A SIGBUS that isn't about a missing page of such memory (a mapped file that was truncated, an unaligned access,
-    /// a page that is poisoned, kill(2)) is passed on to what was there before: to a handler with the arguments and
-    /// the blocked signals that it would have got, or the process ends of SIGBUS as it would have. If that handler
-    /// installs the default action, as that of Rust's runtime does, or itself, this one is installed again when it
-    /// returns; until then a missing page that another thread touches is deadly.
+    /// The handler passes every other SIGBUS (a truncated mapped file, an unaligned access, a poisoned page, kill(2)) on to
+    /// the action that was installed before: a handler is called with the arguments and the blocked signals it would have
+    /// got; the default action ends the process. If that handler installs the default action, as the one of Rust's
+    /// runtime does, or itself, this handler is installed again when it returns; until then a fault of another thread on
+    /// a missing page ends the process.
     ///
-    /// If the program installs a handler of its own **later**, that takes the place of this one. It must call the one
-    /// that sigaction(2) gave back to it for each SIGBUS that it doesn't know, or missing pages are its crashes.
+    /// A handler that the program installs **later** replaces this one. It must call the action that sigaction(2) returned
+    /// to it for each SIGBUS that it doesn't know; otherwise an access to a missing page is a crash.
     pub fn sigbus(source: impl SignalSafe + 'static) -> LazyBuilder {
         let borders = source.borders();
         LazyBuilder { sigbus: Some(borders), ..Self::builder(source) }
     }
 
-    /// Whether system calls can be given the memory before it was touched.
+    /// Returns whether system calls can be passed missing pages of the memory.
     #[must_use]
     pub fn handles_kernel_faults(&self) -> bool {
         self.handles_kernel_faults
     }
 
-    /// Has a range filled, and returns when it is. The range is in bytes, and cut to the memory.
+    /// Fills a range, in bytes, and returns when it is filled. The part beyond the end of the memory is ignored.
     ///
     /// ```
     /// use std::io::Write;
@@ -226,15 +233,15 @@ impl LazyMemory {
         }
     }
 
-    /// Has a range filled, as [`populate`](Self::populate), and fails where that raises SIGBUS: when the source doesn't
-    /// deliver a page, or a page is poisoned already.
+    /// Fills a range as [`populate`](Self::populate) does, and returns an error where that raises SIGBUS: when the source
+    /// doesn't deliver a page, or a page is poisoned already.
     ///
-    /// The source is asked as often as [`retry`](LazyBuilder::retry) says. What it doesn't deliver stays missing, so that
-    /// it can be tried again.
+    /// The source is retried according to [`retry`](LazyBuilder::retry). Pages that it doesn't deliver stay missing, so
+    /// that a later call can fill them.
     ///
     /// # Errors
     ///
-    /// Names the first page of the range that isn't there, by its place in the memory and in the source.
+    /// The error names the first page of the range that isn't present, by its offsets in the memory and in the source.
     pub fn try_populate(&self, range: Range<usize>) -> io::Result<()> {
         self.check_owner().map_err(io::Error::other)?;
         let shift = self.region.page_shift;
@@ -263,8 +270,8 @@ impl LazyMemory {
         }
     }
 
-    /// Copies bytes from an offset on, without SIGBUS if the source fails. Returns how many: fewer than there is room
-    /// for at the end of the memory, none beyond it.
+    /// Copies bytes from `offset` of the memory into `buf`; a failing source is an error, not SIGBUS. Returns the number
+    /// of bytes: less than `buf.len()` at the end of the memory, 0 beyond it.
     ///
     /// ```
     /// use userfaultfd::LazyMemory;
@@ -287,7 +294,7 @@ impl LazyMemory {
     ///
     /// # Errors
     ///
-    /// As [`try_populate`](Self::try_populate). Nothing was copied then.
+    /// As [`try_populate`](Self::try_populate); nothing was copied.
     pub fn read_at(&self, offset: usize, buf: &mut [u8]) -> io::Result<usize> {
         let range = self.within(offset, buf.len());
         self.try_populate(range.clone())?;
@@ -296,12 +303,12 @@ impl LazyMemory {
         Ok(read)
     }
 
-    /// Copies bytes to an offset of the memory, without SIGBUS if the source fails. Returns how many: fewer than there
-    /// are at the end of the memory, none beyond it.
+    /// Copies `buf` to `offset` of the memory; a failing source is an error, not SIGBUS. Returns the number of bytes: less
+    /// than `buf.len()` at the end of the memory, 0 beyond it.
     ///
     /// # Errors
     ///
-    /// As [`try_populate`](Self::try_populate), also for pages of which all is written. Nothing was copied then.
+    /// As [`try_populate`](Self::try_populate), also for pages that would be overwritten whole; nothing was copied.
     pub fn write_at(&mut self, offset: usize, buf: &[u8]) -> io::Result<usize> {
         let range = self.within(offset, buf.len());
         self.try_populate(range.clone())?;
@@ -310,17 +317,17 @@ impl LazyMemory {
         Ok(written)
     }
 
-    /// The part of some bytes that the memory has.
+    /// Cuts a range to the memory.
     fn within(&self, offset: usize, len: usize) -> Range<usize> {
         let start = offset.min(self.len);
         start..start + len.min(self.len - start)
     }
 
-    /// Returns a raw pointer to all bytes of the memory: for several threads that write to parts of it, or for code that
-    /// isn't Rust's. An access through it fills pages as any other does.
+    /// Returns a raw pointer to all bytes of the memory, for threads that write to different parts of it and for foreign
+    /// code. An access through it fills pages as any other does.
     ///
-    /// It may be written through as long as the memory lives and nothing borrows the bytes that are written. In the child
-    /// of a fork it leads to nothing.
+    /// Writing through it is sound while the memory lives and nothing borrows the bytes that are written. A forked child
+    /// must not use it.
     ///
     /// ```
     /// use userfaultfd::LazyMemory;
@@ -338,18 +345,18 @@ impl LazyMemory {
         std::ptr::slice_from_raw_parts_mut(self.memory.as_ptr(), self.len)
     }
 
-    /// Fills everything that is missing. The memory needs no pager from then on.
+    /// Fills all missing pages and ends the service: from then on no access faults, and no pager is needed.
     ///
-    /// It takes as much memory as it is long. `progress` is called now and then, first with nothing done and last
-    /// with all done. A page that the source doesn't deliver is poisoned, and the error tells which. While a [tracker](Self::tracker) is at work,
-    /// the pager goes on resolving the faults of its protection.
+    /// Afterwards the whole length is resident. `progress` is called repeatedly, first with nothing done and last with all
+    /// done. A page that the source doesn't deliver is poisoned, and the error names it. While a [tracker](Self::tracker)
+    /// is active, the pager goes on resolving the faults of its protection.
     ///
     /// # Errors
     ///
     /// - [`Poisoned`](pager::Error::Poisoned): the source failed, now or for a fault before, so that some pages are
     ///   poisoned. All others are filled.
     /// - [`Unfilled`](pager::Error::Unfilled): the source fails, before Linux 6.6.
-    /// - [`NotServed`](pager::Error::NotServed): it was done before.
+    /// - [`NotServed`](pager::Error::NotServed): the memory was filled before.
     pub fn fill(&self, progress: impl FnMut(Progress)) -> pager::Result<()> {
         self.check_owner()?;
         match &self.served {
@@ -358,17 +365,17 @@ impl LazyMemory {
         }
     }
 
-    /// Fills what is missing in the background: see [`BackgroundFill`].
+    /// Starts to fill the missing pages in the background: see [`BackgroundFill`].
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](pager::Error::NotServed): all was [filled](Self::fill).
-    /// - [`System`](pager::Error::System): a thread couldn't be had.
+    /// - [`NotServed`](pager::Error::NotServed): the memory was [filled](Self::fill) before.
+    /// - [`System`](pager::Error::System): the thread couldn't be created.
     pub fn background(&self, order: FillOrder) -> pager::Result<BackgroundFill> {
         BackgroundFill::start(self.target()?, order)
     }
 
-    /// Records which pages are touched, in order: see [`WorkingSetRecorder`].
+    /// Starts to record which pages are accessed, in order: see [`WorkingSetRecorder`].
     ///
     /// # Errors
     ///
@@ -377,7 +384,7 @@ impl LazyMemory {
         WorkingSetRecorder::start(Arc::clone(self.target()?.region()))
     }
 
-    /// Fills a working set that was recorded before: see [`WorkingSetReplay`].
+    /// Starts to fill a recorded working set: see [`WorkingSetReplay`].
     ///
     /// # Errors
     ///
@@ -399,17 +406,18 @@ impl LazyMemory {
         }
     }
 
-    /// Tracks which pages the program writes from now on, while missing pages are filled as ever.
+    /// Returns a tracker of the pages that the program writes from now on, while the pager goes on filling missing pages.
     ///
-    /// A page counts as written when the program writes it, not when it is filled; a page that is poisoned counts as
-    /// written. Memory that is [filled](Self::fill) has a tracker with a descriptor of its own, as
-    /// [`DirtyTracker::new`](DirtyTracker::new) makes it. The tracker may outlive the memory, and reports
-    /// [`NotTracked`](crate::Error::NotTracked) then. It tracks this memory alone: other ranges are
-    /// [`OtherMemory`](crate::Error::OtherMemory) while the pager fills it.
+    /// A page counts as written when the program writes it, not when it is filled; a poisoned page counts as written. For
+    /// memory that was [filled](Self::fill), the tracker has a descriptor of its own, as one by
+    /// [`DirtyTracker::new`](DirtyTracker::new). The tracker may outlive the memory; then it returns
+    /// [`NotTracked`](crate::Error::NotTracked). It tracks this memory alone: while the pager fills the memory, other
+    /// ranges are [`OtherMemory`](crate::Error::OtherMemory).
     ///
-    /// Since Linux 6.7 in [`Mode::Async`](crate::dirty::Mode::Async). From 5.13 on in
+    /// Since Linux 6.7 it works in [`Mode::Async`](crate::dirty::Mode::Async). From Linux 5.13 to 6.6 it works in
     /// [`Mode::Sync`](crate::dirty::Mode::Sync): the pager's threads resolve the first write to each page, and a system
-    /// call that writes to it fails with `EFAULT` unless [`handles_kernel_faults`](Self::handles_kernel_faults).
+    /// call that writes to a protected page fails with `EFAULT` unless
+    /// [`handles_kernel_faults`](Self::handles_kernel_faults).
     ///
     /// ```
     /// use userfaultfd::{Error, LazyMemory, page_size};
@@ -431,7 +439,7 @@ impl LazyMemory {
     ///
     /// # Errors
     ///
-    /// - [`NotWithSigbus`](pager::Error::NotWithSigbus): made by [`sigbus`](Self::sigbus), and not
+    /// - [`NotWithSigbus`](pager::Error::NotWithSigbus): the memory was built by [`sigbus`](Self::sigbus) and isn't
     ///   [filled](Self::fill) yet.
     /// - [`Uffd`](pager::Error::Uffd): [`AlreadyTracked`](crate::Error::AlreadyTracked), by another tracker; the errors of
     ///   [`DirtyTracker::with`] and [`DirtyTracker::track`], `EOPNOTSUPP` from Linux 5.7 to 5.12.
@@ -463,12 +471,11 @@ impl LazyMemory {
         (dirty::Options::new().user_mode_only(!self.handles_kernel_faults), vec![self.range()])
     }
 
-    /// Fills everything that is missing, and takes a snapshot: see [`Snapshot::begin`]. So memory that was restored from
-    /// a snapshot can be saved again.
+    /// Fills all missing pages, then begins a snapshot: see [`Snapshot::begin`]. Use it to save memory that was restored
+    /// from a snapshot.
     ///
-    /// What is missing comes from the source into memory, and from there into the snapshot, whose moment is when
-    /// everything is there. The memory needs no pager from then on. A page that the source doesn't deliver is
-    /// poisoned, and [`Gone`](crate::snapshot::Content::Gone) in the snapshot.
+    /// The snapshot shows the moment after the fill. The memory needs no pager from then on. A page that the source
+    /// doesn't deliver is poisoned, and [`Gone`](crate::snapshot::Content::Gone) in the snapshot.
     ///
     /// ```
     /// use userfaultfd::LazyMemory;
@@ -495,25 +502,25 @@ impl LazyMemory {
     ///
     /// # Errors
     ///
-    /// As [`Snapshot::begin`], and [`PageData`](snapshot::Error::Fill). [`Kernel`](snapshot::Error::Kernel) with
-    /// [`AlreadyTracked`](crate::Error::AlreadyTracked): a [tracker](Self::tracker) is at work.
+    /// As [`Snapshot::begin`], and [`Fill`](snapshot::Error::Fill): the fill failed. [`Kernel`](snapshot::Error::Kernel)
+    /// with [`AlreadyTracked`](crate::Error::AlreadyTracked): a [tracker](Self::tracker) is active.
     #[cfg(feature = "snapshot")]
     pub fn snapshot<S: Sink + 'static>(&self, sink: S) -> snapshot::Result<Snapshot<S>> {
         self.filled()?.begin(sink)
     }
 
-    /// Fills everything that is missing, for a [series of snapshots](Series), each of what has changed since the one
-    /// before.
+    /// Fills all missing pages, and returns a [series of snapshots](Series), each of which saves the changes since the
+    /// one before.
     ///
     /// # Errors
     ///
-    /// As [`snapshot`](Self::snapshot), but for those of the sink.
+    /// As [`snapshot`](Self::snapshot), without the errors of a sink.
     #[cfg(feature = "snapshot")]
     pub fn series(&self) -> snapshot::Result<Series> {
         self.filled()?.series()
     }
 
-    /// Fills what is missing. Options to save it all.
+    /// Fills all missing pages, and returns the options of a snapshot of the whole memory.
     #[cfg(feature = "snapshot")]
     fn filled(&self) -> snapshot::Result<snapshot::Options> {
         self.check_owner().map_err(snapshot::Error::Fill)?;
@@ -528,18 +535,18 @@ impl LazyMemory {
         Ok(snapshot::Options::new().range(range).user_mode_only(!self.handles_kernel_faults))
     }
 
-    /// The addresses, whole pages.
+    /// The addresses of the memory, rounded up to whole pages.
     #[cfg(any(feature = "tracking", feature = "snapshot"))]
     fn range(&self) -> Range<usize> {
         let start = self.memory.as_ptr().addr();
         start..start + self.memory.len()
     }
 
-    /// What nobody has touched yet, nor filled.
+    /// Returns the ranges that are missing, ordered by address.
     ///
     /// # Errors
     ///
-    /// [`NotServed`](pager::Error::NotServed): nothing is, since all was [filled](Self::fill).
+    /// [`NotServed`](pager::Error::NotServed): the memory was [filled](Self::fill) before, so that nothing is missing.
     pub fn missing(&self) -> pager::Result<Vec<MissingRange>> {
         self.check_owner()?;
         match &self.served {
@@ -548,8 +555,8 @@ impl LazyMemory {
         }
     }
 
-    /// What the pager has done so far, for all memory that it serves; or what was done for this memory, where there is
-    /// none.
+    /// Returns the statistics of the pager, for all memory that it serves; for memory without a pager, those of this
+    /// memory.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
         match &self.served {
@@ -560,46 +567,47 @@ impl LazyMemory {
 }
 
 impl LazyBuilder {
-    /// How many bytes of memory there are to be. The default is what the source has from the offset on.
+    /// Sets the length in bytes. The default is the length of the source from the offset on.
     pub fn len(mut self, bytes: usize) -> Self {
         self.len = Some(bytes);
         self
     }
 
-    /// Where in the source the memory begins, in bytes. The default is 0.
+    /// Sets the offset in the source, in bytes, at which the memory begins. The default is 0.
     pub fn offset(mut self, offset: u64) -> Self {
         self.offset = offset;
         self
     }
 
-    /// Takes huge pages of so many bytes, which must be [reserved](https://docs.kernel.org/admin-guide/mm/hugetlbpage.html):
-    /// 2 MiB and 1 GiB on x86-64. A fault fills a whole one.
+    /// Sets the size of huge pages, in bytes: 2 MiB or 1 GiB on x86-64. They must be
+    /// [reserved](https://docs.kernel.org/admin-guide/mm/hugetlbpage.html). A fault fills a whole huge page. By default
+    /// the memory has pages of the system's size.
     pub fn huge_pages(mut self, bytes: usize) -> Self {
         self.page_size = bytes;
         self
     }
 
-    /// How much is read for one fault, around the byte that is touched. The default is [`FaultAround::Adaptive`] up to
-    /// 2 MiB.
+    /// Sets how much is filled for one fault. The default is [`FaultAround::Adaptive`] with at most 2 MiB.
     pub fn fault_around(mut self, around: FaultAround) -> Self {
         self.around = around;
         self
     }
 
-    /// Reads the block of so many bytes that the byte is in; rounded up to whole pages.
+    /// Fills, for one fault, the block of `bytes` bytes that has the faulting address: short for
+    /// [`FaultAround::Block`]. The size is rounded up to whole pages.
     pub fn block(self, bytes: usize) -> Self {
         self.fault_around(FaultAround::Block(bytes))
     }
 
-    /// For a source that is slow, such as a network, and access that is sequential: reads up to `most` bytes for one
-    /// fault, a MiB at a time by this number of threads. See [`PagerBuilder::read_ahead_threads`].
+    /// Sets up sequential access to a slow source, such as a network: reads up to `most` bytes ahead of one fault, 1 MiB at
+    /// a time, with `threads` threads. See [`PagerBuilder::read_ahead_threads`].
     pub fn read_ahead(mut self, threads: usize, most: usize) -> Self {
         self.own = self.own.read_ahead_threads(threads);
         self.for_pager = Some("read_ahead");
         self.fault_around(FaultAround::Adaptive { most })
     }
 
-    /// How faults reach the thread that answers them. The default is [`Delivery::Adaptive`].
+    /// Sets how faults reach the worker that resolves them. The default is [`Delivery::Adaptive`].
     pub fn delivery(mut self, delivery: Delivery) -> Self {
         self.own = self.own.delivery(delivery);
         self.for_pager = Some("delivery");
@@ -620,30 +628,32 @@ impl LazyBuilder {
         self
     }
 
-    /// How often the source is asked when it fails. The default is [`RetryPolicy::default`].
+    /// Sets how a failing source is retried. The default is [`RetryPolicy::default`].
     pub fn retry(mut self, retry: RetryPolicy) -> Self {
         self.own = self.own.retry(retry);
         self.for_pager = Some("retry");
         self
     }
 
-    /// What to call when the source fails, or something else goes wrong: see [`PagerBuilder::on_problem`].
+    /// Sets the function that is called when the source fails, or something else goes wrong: see
+    /// [`PagerBuilder::on_problem`].
     pub fn on_problem(mut self, on_problem: impl Fn(&Problem) + Send + Sync + 'static) -> Self {
         self.own = self.own.on_problem(on_problem);
         self.for_pager = Some("on_problem");
         self
     }
 
-    /// Takes a pager that others use, too, instead of starting one. Then threads, retries and problems are that
-    /// pager's.
+    /// Uses a shared pager instead of starting one. Its options apply: threads, delivery, retries and problems.
     pub fn pager(mut self, pager: &Arc<Pager>) -> Self {
         self.pager = Some(Arc::clone(pager));
         self.for_pager = Some("pager");
         self
     }
 
-    /// Whether system calls are to be served that meet pages nobody has touched. With `true` the rights for that are
-    /// needed, with `false` such a call fails with `EFAULT`. The default is `true` where there are the rights.
+    /// Sets whether the pager resolves faults from kernel mode: of system calls and KVM guests on missing pages.
+    ///
+    /// `true` needs the [right](crate#rights) for it, and fails without. With `false` such a system call fails with
+    /// `EFAULT`. By default the builder tries `true`, and falls back to `false`.
     pub fn handle_kernel_faults(mut self, serve: bool) -> Self {
         self.kernel = Some(serve);
         self
@@ -654,14 +664,15 @@ impl LazyBuilder {
     /// # Errors
     ///
     /// - [`EmptyRegion`](pager::Error::EmptyRegion): no bytes; a source without an end, and no length.
-    /// - [`BeyondSource`](pager::Error::BeyondSource): the source has less.
-    /// - [`PageSize`](pager::Error::PageSize): there are no huge pages of this size.
-    /// - [`NotWithSigbus`](pager::Error::NotWithSigbus): something was asked for that takes a pager.
-    /// - [`Source`](pager::Error::Source): the page with the end of the source couldn't be read, which
-    ///   [`sigbus`](LazyMemory::sigbus) does at once.
-    /// - [`Uffd`](pager::Error::Uffd): no userfaultfd can be had; the error tells what helps.
-    /// - [`System`](pager::Error::System): memory or a thread can't be had; `ENOMEM` of huge pages: so many aren't
-    ///   reserved.
+    /// - [`BeyondSource`](pager::Error::BeyondSource): the memory is longer than the source from the offset on.
+    /// - [`PageSize`](pager::Error::PageSize): the machine has no huge pages of this size.
+    /// - [`NotWithSigbus`](pager::Error::NotWithSigbus): memory by [`sigbus`](LazyMemory::sigbus) was given an option that
+    ///   needs a pager.
+    /// - [`Source`](pager::Error::Source): [`sigbus`](LazyMemory::sigbus) failed to read the page with the end of the
+    ///   source, which it does when it builds.
+    /// - [`Uffd`](pager::Error::Uffd): no userfaultfd could be created; the error says what helps.
+    /// - [`System`](pager::Error::System): failed to map memory or to create a thread; `ENOMEM` with huge pages: too few
+    ///   are reserved.
     pub fn build(self) -> pager::Result<LazyMemory> {
         let Self {
             source,
@@ -690,7 +701,7 @@ impl LazyBuilder {
         }
         let huge = (page_size != crate::page_size()).then(|| page_size.trailing_zeros() as u8);
         let whole = len.checked_next_multiple_of(page_size).filter(|len| isize::try_from(*len).is_ok());
-        // What the kernel says of less.
+        // As mmap(2) says for a length that doesn't fit.
         let whole = whole.ok_or(Errno::ENOMEM)?;
         let around = match around {
             // More than all of the memory is all of it.
@@ -750,7 +761,7 @@ impl LazyBuilder {
     }
 }
 
-/// A userfaultfd.
+/// Opens a userfaultfd.
 fn open(kernel: bool, required: FeatureFlags, requested: FeatureFlags) -> crate::Result<Uffd> {
     let mut builder = UffdBuilder::new();
     builder.close_on_exec(true).non_blocking(true).user_mode_only(!kernel);
@@ -787,7 +798,7 @@ impl AsMut<[u8]> for LazyMemory {
 
 impl Drop for LazyMemory {
     fn drop(&mut self) {
-        // Nobody refers to the memory any more, so that what is missing may stay so. The mapping goes after this.
+        // No reference to the memory is left, so missing pages may stay missing. The mapping is dropped after this.
         if let ServedBy::Pager(pager, descriptor, _, lease) = &self.served {
             if self.memory.is_here() {
                 lease.end();
@@ -801,7 +812,7 @@ impl Drop for LazyMemory {
 }
 
 impl fmt::Debug for LazyMemory {
-    /// Not the content: looking at it would fill it.
+    /// Leaves the content out: reading it would fill it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LazyMemory")
             .field("start", &self.memory.as_ptr())
@@ -831,7 +842,7 @@ mod tests {
     use crate::dirty::Mode;
     use crate::support::{has_features, require, test_name};
 
-    /// As on kernels that have less: without asynchronous protection, and without that of missing pages.
+    /// As on older kernels: without asynchronous protection, and without protection of missing pages.
     #[test]
     fn old_kernels_track_lazy_memory_by_the_threads_of_its_pager() {
         require!(FeatureFlags::PAGEFAULT_FLAG_WP);

@@ -6,9 +6,9 @@ use std::ops::Range;
 use super::SignalSafe;
 use crate::pager::{ConcatSource, PageData, PageSource, SourceBytes};
 
-/// A [`ConcatSource`] of sources that are all [`SignalSafe`].
+/// A [`ConcatSource`] whose sources are all [`SignalSafe`].
 ///
-/// A page that more than one of them has a part of is read when the memory is built.
+/// A page that parts of several sources share is read when the memory is built.
 ///
 /// ```
 /// use userfaultfd::LazyMemory;
@@ -27,13 +27,13 @@ pub struct SignalSafeConcat {
 }
 
 impl SignalSafeConcat {
-    /// Nothing yet.
+    /// Returns an empty source.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Appends a source, all of it.
+    /// Appends a whole source.
     ///
     /// # Errors
     ///
@@ -43,7 +43,7 @@ impl SignalSafeConcat {
         self.append(borders, 0..len.unwrap_or(0), |sources| sources.push(source).map(drop))
     }
 
-    /// Appends a part of a source, by offsets in it.
+    /// Appends a part of a source, given by offsets in it, in bytes.
     ///
     /// # Errors
     ///
@@ -57,7 +57,7 @@ impl SignalSafeConcat {
         self.append(borders, range.clone(), |sources| sources.push_part(source, range).map(drop))
     }
 
-    /// Appends zeros.
+    /// Appends `len` bytes of zeros.
     ///
     /// # Errors
     ///

@@ -12,39 +12,40 @@ use crate::pager::Result;
 use crate::sync_point::{Point, reach};
 use crate::sys;
 
-/// What is done with a SIGBUS that isn't ours: what was done before. Null: nothing was installed yet.
+/// The action for a SIGBUS that isn't ours: the one installed before. Null: ours was never installed.
 static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 
-/// Whether the handler is installed, or has been: another one that calls it may stand before it now.
+/// Whether the handler was installed. Another handler that calls it may have replaced it since.
 static INSTALLED: AtomicBool = AtomicBool::new(false);
 
-/// The actions that [`BEFORE`] and [`ABOVE`] lead to. They stay: a handler can't know whether another one still reads the last one.
-static KNOWN: [OnceLock<libc::sigaction>; 64] = [const { OnceLock::new() }; 64];
+/// The actions that [`BEFORE`] and [`ABOVE`] point to, never freed: a handler can't know whether another thread still
+/// reads the last one. 64 different actions are more than a program installs; an action found again takes no new place.
+static KNOWN_ACTIONS: [OnceLock<libc::sigaction>; 64] = [const { OnceLock::new() }; 64];
 
-/// How many of them have been given out.
+/// The number of [`KNOWN_ACTIONS`] in use.
 static GIVEN_OUT: AtomicUsize = AtomicUsize::new(0);
 
 // SAFETY: all zeros is the default action, without flags and with nothing blocked.
 static DEFAULT: libc::sigaction = unsafe { mem::zeroed() };
 
-/// The action of another handler that was seen installed last, and leads to ours. Null: ours is installed.
+/// The action of another handler that was last seen installed, and that calls ours. Null: ours is installed.
 static ABOVE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 
-/// Keeps an action, unless there were too many different ones. Async-signal-safe.
+/// Keeps an action. Returns `None` if too many different ones were kept. Async-signal-safe.
 fn keep(action: &libc::sigaction) -> Option<*mut libc::sigaction> {
-    let known = KNOWN.iter().find_map(|known| known.get().filter(|known| is_same(known, action)));
+    let known = KNOWN_ACTIONS.iter().find_map(|known| known.get().filter(|known| is_same(known, action)));
     let known = known.or_else(|| {
-        // Nobody else sets this one, so that nobody waits.
-        let place = KNOWN.get(GIVEN_OUT.fetch_add(1, Ordering::Relaxed))?;
+        // No other thread sets this one, so `get_or_init` never waits.
+        let place = KNOWN_ACTIONS.get(GIVEN_OUT.fetch_add(1, Ordering::Relaxed))?;
         Some(place.get_or_init(|| *action))
     });
     known.map(|known| ptr::from_ref(known).cast_mut())
 }
 
-/// Has [`foreign`] do this from now on, unless there were too many different actions. Async-signal-safe.
+/// Makes [`foreign`] use this action, unless too many different ones were kept. Async-signal-safe.
 fn remember(action: &libc::sigaction) {
     if let Some(known) = keep(action) {
-        // Release: pairs with the acquire of those who call it.
+        // Release: pairs with the acquire in `foreign`.
         BEFORE.store(known, Ordering::Release);
     }
 }
@@ -54,7 +55,7 @@ pub(super) fn install() -> Result<()> {
     install_with(|| {})
 }
 
-/// As [`install`], and does something between looking what is installed and replacing it.
+/// As [`install`], and calls `between` after reading the installed action and before replacing it.
 fn install_with(between: impl FnOnce()) -> Result<()> {
     table::locked(|| {
         if INSTALLED.load(Ordering::Acquire) {
@@ -66,7 +67,7 @@ fn install_with(between: impl FnOnce()) -> Result<()> {
             INSTALLED.store(true, Ordering::Release);
             return Ok(());
         }
-        // Known before it is replaced, so that a signal that comes at once finds it.
+        // Kept before it is replaced, so that a signal right after finds it.
         remember(&seen);
         between();
         // SAFETY: the handler and all that it calls allocate nothing, take no lock, and keep errno.
@@ -88,7 +89,7 @@ unsafe extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, co
     let _errno = sys::KeepErrno::new();
     // SAFETY: it is what this handler was given.
     let (address, code) = unsafe { sys::fault_of(info) };
-    // A missing page of a userfaultfd. So are other things, which no memory of ours is at.
+    // The code of a missing page of a userfaultfd, and of other faults, which aren't at an address of ours.
     if code == libc::BUS_ADRERR {
         // Nothing is held afterwards: the handler before may never return.
         if with_memory_at(address, |lazy, shard| lazy.fault(address, shard)) == Some(true) {
@@ -99,7 +100,7 @@ unsafe extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, co
     unsafe { foreign(info, context) }
 }
 
-/// What is done with a SIGBUS that isn't ours: what was done before.
+/// Does with a SIGBUS that isn't ours what the action installed before would do.
 unsafe fn foreign(info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: it is what the handler was given.
     let (_, code) = unsafe { sys::fault_of(info) };
@@ -107,7 +108,7 @@ unsafe fn foreign(info: *mut libc::siginfo_t, context: *mut libc::c_void) {
         let before = BEFORE.load(Ordering::Acquire);
         // SAFETY: an action that was remembered stays, and isn't written any more.
         match unsafe { before.as_ref() } {
-            // Ignored is what a process has sent, not what the kernel raises.
+            // Only a signal that a process has sent can be ignored, not one that the kernel raises.
             Some(action) if action.sa_sigaction == libc::SIG_IGN && code <= 0 => return,
             Some(action) if is_handler(action) && action.sa_flags & libc::SA_RESETHAND != 0 => {
                 // It is called once, by the first thread.
@@ -132,8 +133,8 @@ unsafe fn foreign(info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     }
 }
 
-/// Notes what is installed before a handler is called. What that may install itself tells nothing: then another thread
-/// has called it, and hasn't put back yet what was there.
+/// Notes the installed action before a handler is called. An action that this handler may itself have installed says
+/// nothing: then another thread has called it, and hasn't put back the former action yet.
 fn note_above(called: &libc::sigaction, installed: &libc::sigaction) {
     if is_ours(installed) {
         ABOVE.store(ptr::null_mut(), Ordering::Release);
@@ -144,12 +145,12 @@ fn note_above(called: &libc::sigaction, installed: &libc::sigaction) {
     }
 }
 
-/// A handler was called, and may have installed the default action, as that of Rust's runtime does, or itself once more,
-/// as those of old do. Then that is what was done before, from now on, and what was installed is again.
+/// Repairs what a called handler has installed: the default action, as the one of Rust's runtime does, or itself, as
+/// old System V handlers do. Then [`foreign`] uses the new action from now on, and the former one is installed again.
 ///
-/// Threads that call it at the same time all put back the same, so that it is there once the last has done so.
+/// Threads that call the handler at the same time all put back the same action.
 fn put_back(called: &libc::sigaction, now: &libc::sigaction) {
-    // Another handler is that of another thread, or of the program itself, and calls what was there.
+    // Another handler was installed by another thread or by the program itself, and calls the former action.
     if !is_of_called(called, now) {
         return;
     }
@@ -164,7 +165,7 @@ fn put_back(called: &libc::sigaction, now: &libc::sigaction) {
     };
 }
 
-/// Whether a handler may have installed an action when it was called.
+/// Whether `called` may have installed `action` while it ran.
 fn is_of_called(called: &libc::sigaction, action: &libc::sigaction) -> bool {
     !is_handler(action) || action.sa_sigaction == called.sa_sigaction
 }

@@ -1,4 +1,4 @@
-//! Memory whose faults are answered in the thread that makes them.
+//! Memory whose faults the faulting thread resolves itself.
 
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
@@ -25,41 +25,41 @@ use crate::sync_point::{Point, reach};
 use crate::sys::{self, Pause};
 use crate::{CopyMode, Errno, Uffd, ZeropageMode};
 
-/// So many bytes are filled at once, where nobody waits for a particular page.
+/// Bytes filled between two reports of progress, where no thread waits for a particular page.
 const BULK_BYTES: usize = 1 << 20;
 
-/// So often in a row a fault may find that nothing was to be done: beyond that it isn't by chance.
+/// Faults in a row that may find nothing to do before the access counts as hopeless: races end far below that.
 const MAX_FUTILE_RETRIES: u32 = 1 << 16;
 
-/// So often a fill is tried that the kernel says to try again.
+/// Tries of a fill for which the kernel returns `EAGAIN`, before the access itself is repeated.
 const MAX_FILL_TRIES: u32 = 64;
 
-/// Of so many faults that a handler answers one is timed: looking at the clock is a hundredth of what a fault takes.
+/// Faults of which one is timed: reading the clock takes a hundredth of the time of a fault.
 const FAULTS_PER_TIMING: u32 = 8;
 
-/// So often it is looked whether another thread has filled the page.
+/// Polls of a page that another thread fills, before this thread fills it itself: a few microseconds.
 const JOIN_POLLS: u32 = 200;
 
-/// Threads that use a memory are counted in so many places, by their shard.
+/// Counters of the threads that use a memory, chosen by shard, so that threads rarely share a cache line.
 const USER_COUNTERS: usize = 8;
 
-/// What a handler needs.
+/// What the handler needs to fill a page of one memory.
 pub(crate) struct Lazy {
     uffd: Uffd,
     served: Arc<ServedRegion>,
     start: usize,
     end: usize,
-    /// For each shard [`Counters`], with which what was done is counted at once. What isn't used takes no memory.
+    /// [`Counters`] for each shard. An unused shard takes no memory.
     counters: MmapRaw,
-    /// Whether they are being used.
+    /// Whether a thread is writing the counters of a shard.
     counting: [AtomicBool; SHARDS],
     /// A page of zeros, where zero pages can't be mapped.
     zeros: Option<MmapMut>,
-    /// How many faults in a row found nothing to do.
+    /// Number of faults in a row that found nothing to do.
     futile: AtomicU32,
     /// Filled as a whole, or gone.
     closed: AtomicBool,
-    /// Gone: nobody enters any more.
+    /// Gone: no thread enters any more.
     gone: AtomicBool,
     places: [Place; USER_COUNTERS],
 }
@@ -67,13 +67,13 @@ pub(crate) struct Lazy {
 #[derive(Default)]
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another place's
 struct Place {
-    /// Threads that use the memory.
+    /// Threads that are using the memory.
     users: Visitors,
-    /// Faults so far, for choosing those that are timed.
+    /// Faults so far: chooses those that are timed.
     faults: AtomicU32,
 }
 
-/// Memory that was entered: it stays until this is dropped.
+/// A memory that a thread has entered: it stays until this is dropped.
 pub(super) struct User<'a> {
     lazy: &'a Lazy,
     place: usize,
@@ -93,7 +93,7 @@ impl Drop for User<'_> {
     }
 }
 
-/// What was done, to be counted once it is.
+/// What one fault or fill did, added to the counters at its end.
 #[derive(Default)]
 struct Tally {
     faults: u64,
@@ -122,8 +122,8 @@ pub(crate) enum Lost {
 pub(crate) struct Owned(Arc<Lazy>, Owner);
 
 impl Owned {
-    /// Registers a region of this process's memory, reads the pages that have one of `borders` inside, and has
-    /// handlers find it.
+    /// Registers a region of this process's memory, reads the pages that have one of `borders` inside, and publishes
+    /// it to the handler.
     ///
     /// # Safety
     ///
@@ -182,10 +182,10 @@ impl Drop for Owned {
 }
 
 impl Lazy {
-    /// Fills the pages for which a handler couldn't get the content.
+    /// Fills the pages whose content the handler can't get.
     fn prepare(&self, borders: &[u64]) -> Result<()> {
         let page = self.served.page_size();
-        // Pages may have to be read to where pages begin: a file that is open with O_DIRECT.
+        // The buffer must be aligned to a page: the file may be open with O_DIRECT.
         let mut buffer: Option<MmapMut> = None;
         for border in borders {
             let inside = border.checked_sub(self.served.offset).filter(|inside| inside % page as u64 != 0);
@@ -205,27 +205,27 @@ impl Lazy {
                 PageData::Zero => buffer.fill(0),
             }
             let (to, from) = (addr_to_ptr(self.address(number)), buffer.as_ptr().cast());
-            // SAFETY: nobody has seen the page, and whoever handed the region over vouches for what it comes to hold.
+            // SAFETY: no thread has seen the page, and the caller of `new` vouches for what it comes to hold.
             unsafe { self.uffd.copy_with(from, to, page, CopyMode::empty()) }?;
             let _nobody_joined = self.served.pages.end(number, Settlement::Present);
         }
         Ok(())
     }
 
-    /// Notes that a thread uses the memory, which is about to find it in the table. It has a shard.
+    /// Counts a thread that is about to find the memory in the table.
     pub(super) fn entered(&self, shard: usize) -> User<'_> {
         let place = shard % USER_COUNTERS;
         self.places[place].users.enter();
         User { lazy: self, place }
     }
 
-    /// Notes that the calling thread uses the memory, unless it is gone: then its addresses may be anybody's.
+    /// Counts the calling thread as a user, unless the memory is gone: then its addresses may belong to another mapping.
     fn enter(&self) -> Option<User<'_>> {
         let user = self.entered(shard_number());
         (!self.gone.load(Ordering::SeqCst)).then_some(user)
     }
 
-    /// Waits until nobody uses the memory that has entered it.
+    /// Waits until every thread that has entered the memory has left it.
     fn wait_for_users(&self) {
         for place in &self.places {
             let mut pause = Pause::new();
@@ -235,7 +235,7 @@ impl Lazy {
         }
     }
 
-    /// Answers a fault. Whether the access is to be tried again; if not, it is an access that can't be.
+    /// Resolves a fault. Returns whether the access must be repeated; `false` means that it can't succeed.
     /// Async-signal-safe.
     pub(super) fn fault(&self, address: usize, shard: usize) -> bool {
         let faults = self.places[shard % USER_COUNTERS].faults.fetch_add(1, Ordering::Relaxed);
@@ -252,7 +252,7 @@ impl Lazy {
             Claim::Present => self.again(page, &mut tally),
             Claim::Poisoned => false,
         };
-        // One that has filled its page is none.
+        // A fault that has filled its own page is no duplicate.
         let filled = tally.fills + tally.zero_fills > tally.prefetched;
         tally.duplicates = u64::from(answered && !filled && tally.poisoned == 0);
         self.count(&tally, shard);
@@ -280,7 +280,8 @@ impl Lazy {
             || self.one(page, Some(page), Work { removed, claimed: true, lost: Lost::Poisoned }, tally)
     }
 
-    /// A page that another thread fills. That may be off its CPU, or wait for a disk: this one doesn't depend on it.
+    /// Resolves a fault on a page that another thread is filling. That thread may be off its CPU or wait for a disk, so
+    /// this one waits only briefly and then fills the page itself.
     fn join(&self, page: usize, asked: Option<usize>, tally: &mut Tally) -> bool {
         let states = &self.served.pages;
         for look in 0..JOIN_POLLS {
@@ -289,13 +290,13 @@ impl Lazy {
             }
             if look % 64 == 63 { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
-        // Who has claimed it sees to what its source doesn't deliver.
+        // The thread that has claimed the page deals with a source that doesn't deliver.
         let work = Work { removed: states.is_removed(page), claimed: false, lost: Lost::Missing };
         self.one(page, asked, work, tally)
     }
 
-    /// A fault on a page that is there, as far as is known. Mostly it came just before. If the page was taken away,
-    /// zero is what belongs there.
+    /// Resolves a fault on a page whose state is present. Mostly another thread has just filled it. If the page was
+    /// removed since, zeros belong there.
     fn again(&self, page: usize, tally: &mut Tally) -> bool {
         match self.put(page..page + 1, true, Some(page), tally) {
             Ok(_) => true,
@@ -312,7 +313,7 @@ impl Lazy {
     fn one(&self, page: usize, asked: Option<usize>, work: Work, tally: &mut Tally) -> bool {
         let Work { removed, claimed, lost } = work;
         let settle = |end, answered| {
-            // What is there is so for the one who has claimed it, too, whenever that goes on.
+            // A present page is present for the thread that has claimed it, too.
             if claimed || end == Settlement::Present {
                 let _joined = self.served.pages.end(page, end);
             }
@@ -340,26 +341,26 @@ impl Lazy {
                 Err(_) => return settle(Settlement::Released, self.is_closed()),
             }
         }
-        // For whoever is to give memory back, or to go on with the page.
+        // Give the thread that frees memory, or that fills the page, time to run.
         Pause::long();
         settle(Settlement::Released, self.try_again())
     }
 
     /// Makes an access to a page raise SIGBUS. `false` before Linux 6.6.
     fn poison(&self, page: usize, tally: &mut Tally) -> bool {
-        // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
+        // SAFETY: the caller of `new` accepts that pages without content raise SIGBUS.
         let poisoned =
             unsafe { self.uffd.poison(addr_to_ptr(self.address(page)), self.served.page_size(), true) };
         tally.poisoned += u64::from(poisoned.is_ok());
         poisoned.is_ok()
     }
 
-    /// Whether all is filled, and given back to the kernel perhaps after the fault.
+    /// Whether the memory was filled as a whole, perhaps after the fault.
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
     }
 
-    /// The access is to be tried again, unless that was for nothing all too often.
+    /// Returns whether to repeat the access, which was in vain fewer than [`MAX_FUTILE_RETRIES`] times in a row.
     fn try_again(&self) -> bool {
         self.futile.fetch_add(1, Ordering::Relaxed) < MAX_FUTILE_RETRIES
     }
@@ -371,7 +372,7 @@ impl Lazy {
         while next < pages.end {
             let filled = match self.put(next..pages.end, removed, asked, tally) {
                 Ok(filled) => filled,
-                // Another thread has filled it that couldn't wait.
+                // Another thread has filled it, since it gave up waiting.
                 Err(Errno::EEXIST) if self.is_there(next) => 1,
                 Err(_) => break,
             };
@@ -384,13 +385,13 @@ impl Lazy {
         next
     }
 
-    /// Returns whether something is in a page of which the kernel says so. Of huge pages that is its answer, too, where
-    /// none can be had: the pool is empty, or the limit of a control group is met.
+    /// Returns whether a page for which the kernel returned `EEXIST` is present. For huge pages that errno also means that
+    /// none can be allocated: the pool is empty, or the limit of a control group is met.
     fn is_there(&self, page: usize) -> bool {
         self.zeros.is_none() || sys::is_resident(addr_to_ptr(self.address(page)))
     }
 
-    /// One call of the kernel, which fills one page or more, from the first on. How many.
+    /// Makes one call to the kernel, which fills one page or more from the first on. Returns their number.
     fn put(
         &self,
         pages: Range<usize>,
@@ -405,8 +406,8 @@ impl Lazy {
         let known = usize::try_from(zeros).unwrap_or(usize::MAX).min(len) & !(page - 1);
         let result = if known > 0 {
             match &self.zeros {
-                // SAFETY: whoever handed the region over vouches for what its pages come to hold; these aren't there
-                // yet, as the kernel makes sure.
+                // SAFETY: the caller of `new` vouches for what the pages come to hold; the kernel makes sure that
+                // these are missing.
                 None => unsafe { self.uffd.zeropage_with(to, known, ZeropageMode::empty()) },
                 // SAFETY: as above; the source is a page of this memory's own.
                 Some(zeros) => unsafe {
@@ -417,7 +418,7 @@ impl Lazy {
             let whole = served.source.bytes(offset, len);
             let bytes = whole.or_else(|| served.source.bytes(offset, page)).ok_or(Errno::ENODATA)?;
             let len = bytes.len().min(len) & !(page - 1);
-            // SAFETY: as above; the source has so many bytes there, which only the kernel reads.
+            // SAFETY: as above; the source has `bytes.len()` bytes there, which only the kernel reads.
             unsafe { self.uffd.copy_with(bytes.as_ptr(), to, len, CopyMode::empty()) }
         };
         let filled = match result {
@@ -447,13 +448,12 @@ impl Lazy {
     fn counters(&self, shard: usize) -> &Counters {
         assert!(shard < SHARDS, "a shard");
         let counters = self.counters.as_ptr().cast::<Counters>().wrapping_add(shard);
-        // SAFETY: the mapping has so many of them. Zeros are counters that have counted nothing, and all that is in
-        // them are atomics.
+        // SAFETY: the mapping has `SHARDS` of them. Zeroed counters are valid, and all their fields are atomics.
         unsafe { &*counters }
     }
 
-    /// Counts what was done, in the shard's counters or, if another thread or an interrupted one is at them, in the
-    /// next ones.
+    /// Adds a tally to the shard's counters or, while another thread or an interrupted one writes these, to the next
+    /// ones.
     fn count(&self, tally: &Tally, shard: usize) {
         let mut pause = Pause::new();
         let shard = loop {
@@ -487,7 +487,7 @@ impl Lazy {
         self.counting[shard].store(false, Ordering::Release);
     }
 
-    /// Fills all that is missing.
+    /// Fills all missing pages.
     pub(crate) fn fill(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
         if self.is_closed() {
             return Err(Error::NotServed);
@@ -502,7 +502,7 @@ impl Lazy {
             next = step.next;
             progress(tell(self.missing_pages()));
         }
-        // Each page was filled, or found to be there; its state may not say so yet, if another thread fills it.
+        // Each page was filled or found present; its state lags while another thread fills it.
         let left = (0..end).filter(|page| self.served.pages.is_missing(*page)).count();
         let mut failed = Unfillable::default();
         failed.add_pages(&self.served, (0..end).filter(|page| self.served.pages.is_failed(*page)));
@@ -515,7 +515,7 @@ impl Lazy {
         failed.poisoned()
     }
 
-    /// Fills what is missing among the first pages of a range, up to a number of bytes. `None`: the memory is gone.
+    /// Fills the first missing pages of a range, up to `most` bytes. Returns `None` if the memory is gone.
     pub(crate) fn fill_some(&self, pages: Range<usize>, most: usize, lost: Lost) -> Option<Step> {
         let user = self.enter()?;
         let mut tally = Tally::default();
@@ -538,7 +538,7 @@ impl Lazy {
             let end = states.claim_around(page, onward, removed).end;
             reach(Point::BeforeFill, self.address(page));
             let filled = self.put_all(page..end, removed, None, tally);
-            // One by one, so that what can't be filled is one page.
+            // One by one, so that a failure concerns one page.
             for page in filled..end {
                 let _filled = self.one(page, None, Work { removed, claimed: true, lost }, tally);
             }
@@ -547,7 +547,7 @@ impl Lazy {
         pages.end
     }
 
-    /// Whether any fault is being answered, of any memory.
+    /// Whether any fault of any memory is being resolved.
     pub(crate) fn is_busy() -> bool {
         table::is_any_running()
     }
@@ -561,7 +561,7 @@ impl Lazy {
         self.served.pages.count().saturating_sub(present + poisoned)
     }
 
-    /// What nobody has filled.
+    /// The ranges that are missing, ordered by address.
     pub(crate) fn missing(&self) -> Result<Vec<MissingRange>> {
         if self.is_closed() {
             return Err(Error::NotServed);
@@ -669,7 +669,7 @@ mod tests {
             Self { state, _armed }
         }
 
-        /// Waits until so many threads have stopped.
+        /// Waits until this number of threads has stopped.
         fn reached_by(&self, threads: usize) {
             let (state, changed) = &*self.state;
             drop(changed.wait_while(state.lock().unwrap(), |(stopped, _)| *stopped < threads).unwrap());

@@ -1,4 +1,4 @@
-//! Faults that are answered in the thread that makes them, by a handler of SIGBUS: for
+//! Faults that the faulting thread resolves itself, in a handler of SIGBUS: for
 //! [`LazyMemory::sigbus`](crate::LazyMemory::sigbus).
 
 mod concat;
@@ -16,11 +16,13 @@ use memmap2::{Mmap, MmapMut};
 
 use crate::pager::{BytesSource, MappedFileSource, PageSource, ZeroSource};
 
-/// A source that a signal handler may ask, for [`LazyMemory::sigbus`](crate::LazyMemory::sigbus).
+/// A source that a signal handler may call, for [`LazyMemory::sigbus`](crate::LazyMemory::sigbus).
 ///
-/// A signal may come anywhere: while the thread that it interrupts allocates memory, or holds any other lock. So a
-/// handler may do little, and what it calls, too: see
-/// [signal-safety(7)](https://man7.org/linux/man-pages/man7/signal-safety.7.html).
+/// A signal may interrupt a thread while it allocates memory or holds any other lock. So the handler, and all that it
+/// calls, must be async-signal-safe: see
+/// [signal-safety(7)](https://man7.org/linux/man-pages/man7/signal-safety.7.html). The handler calls
+/// [`bytes`](PageSource::bytes) and [`zeros`](PageSource::zeros); [`read`](PageSource::read) is called only while the
+/// memory is built.
 ///
 /// ```
 /// use std::io;
@@ -41,7 +43,7 @@ use crate::pager::{BytesSource, MappedFileSource, PageSource, ZeroSource};
 ///     }
 /// }
 ///
-/// // SAFETY: `bytes` computes, and answers for each page; `zeros` is the one that is provided.
+/// // SAFETY: `bytes` only computes, and has every page; `zeros` is the provided one.
 /// unsafe impl SignalSafe for Pattern {}
 ///
 /// let pattern = Pattern(vec![7; userfaultfd::page_size()]);
@@ -52,23 +54,23 @@ use crate::pager::{BytesSource, MappedFileSource, PageSource, ZeroSource};
 ///
 /// # Safety
 ///
-/// Whoever implements it must make sure that
+/// The implementation must make sure that
 ///
 /// - [`bytes`](PageSource::bytes), [`zeros`](PageSource::zeros) and [`len`](PageSource::len) are async-signal-safe:
-///   they allocate and free nothing, take no lock, use no thread-local that is initialised lazily, don't panic, and
-///   touch no memory that is filled so.
-/// - for each page they answer with the one or the other, as long as the source is whole: `zeros` tells at least a
-///   page, or `bytes` has it. Pages with a [border](Self::borders) inside are excepted.
+///   they allocate and free nothing, take no lock, use no lazily initialised thread-local, don't panic, and touch no
+///   memory that such a handler fills.
+/// - for each page, while the source is whole, either `zeros` returns at least a page or `bytes` returns its content.
+///   Pages with a [border](Self::borders) inside are excepted.
 #[expect(unsafe_code, reason = "only who implements it can know")]
 pub unsafe trait SignalSafe: PageSource {
-    /// Offsets, in bytes, at which content of different kinds meets. A page that has one inside is
-    /// [read](PageSource::read) when the memory is built. The default is the end, of a source that has one.
+    /// Returns the offsets, in bytes, at which content of different kinds meets. A page with such an offset inside is
+    /// [read](PageSource::read) when the memory is built. The default is the end of a source that has one.
     fn borders(&self) -> Vec<u64> {
         self.len().into_iter().collect()
     }
 }
 
-/// Bytes of such types are reached without anything being called.
+/// Types whose bytes are reached without a call.
 macro_rules! plain_bytes {
     ($([$($generics:tt)*] $bytes:ty,)*) => {$(
         // SAFETY: computes with the address and the length that the bytes have, and has each page that isn't cut by

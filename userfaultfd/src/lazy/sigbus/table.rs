@@ -1,13 +1,13 @@
-//! Which memory lies at which address, for a signal handler to find without a lock.
+//! The table of memories by address, in which the signal handler searches without a lock.
 //!
-//! A fault goes through three steps: it is announced in a shard, looks for its memory in the table, and then uses that
-//! memory, which it has entered before it left the table. What it found stays until it has left the memory again.
+//! A fault takes three steps: the handler announces it in a shard, searches the table for its memory, and uses that
+//! memory, which it enters before it leaves the table. The memory stays until the handler has left it again.
 //!
-//! Removing memory takes its entry away in place, which needs no memory, waits until no fault looks in the table, and
-//! leaves it to the memory's owner to wait for the faults that have entered it: nobody waits for a fault of other
-//! memory. Adding memory replaces the table; the old one goes when no fault looks in it any more.
+//! Removing a memory clears its entry in place, which allocates nothing, and waits until no fault searches the table.
+//! The memory's owner then waits for the faults that have entered it, so no thread waits for a fault of another memory.
+//! Adding a memory replaces the table; the old one is unmapped when no fault searches it any more.
 //!
-//! All of it lies in a mapping that is zero in the child of a fork. The faults of its parent's threads aren't running
+//! All of it lies in a mapping that is zero in a forked child. The faults of the parent's threads aren't running
 //! there, the parent's memory isn't mapped, and the lock is free, whichever thread held it.
 
 #![expect(unsafe_code, reason = "what a signal handler finds is behind raw pointers")]
@@ -22,7 +22,7 @@ use crate::Errno;
 use crate::pager::Result;
 use crate::sys::{self, Pause};
 
-/// Faults are announced in so many places, so that threads don't meet at one.
+/// Counters in which faults are announced, so that threads rarely share a cache line.
 pub(super) const SHARDS: usize = 64;
 
 /// What the faults of this process share.
@@ -37,13 +37,13 @@ struct Shared {
 
 #[repr(C, align(128))] // no line of the cache, nor the one that is fetched with it, is another shard's
 struct Shard {
-    /// Faults that are being answered.
+    /// Faults that are being resolved.
     running: AtomicU32,
-    /// Those of them that look in the table.
+    /// Those of them that search the table.
     searching: Visitors,
 }
 
-/// The length of the mapping, how many entries there are, and then those, by address.
+/// The length of the mapping, the number of entries, and the entries, ordered by address.
 #[repr(C)]
 struct Table {
     len: usize,
@@ -59,7 +59,7 @@ struct Entry {
     lazy: AtomicPtr<Lazy>,
 }
 
-/// The mapping, once there is one.
+/// The mapping, once it exists.
 static SHARED: AtomicPtr<Shared> = AtomicPtr::new(ptr::null_mut());
 
 fn shared() -> Option<&'static Shared> {
@@ -77,20 +77,20 @@ fn shared_or_new() -> Result<&'static Shared, Errno> {
     let published =
         SHARED.compare_exchange(ptr::null_mut(), new.as_ptr().cast(), Ordering::AcqRel, Ordering::Acquire);
     if published.is_err() {
-        // SAFETY: another thread was faster, so that nobody has seen this one.
+        // SAFETY: another thread was faster, so that no thread has seen this mapping.
         unsafe { sys::unmap(new, len) };
     }
     shared().ok_or(Errno::ENOMEM)
 }
 
-/// Where a thread announces its faults: mostly where it did the last time, as its stack tells.
+/// The shard in which a thread announces its faults, derived from its stack: mostly the same one each time.
 pub(super) fn shard_number() -> usize {
     let here = 0_u8;
     let stack = (&raw const here).addr() >> 12;
     (stack.wrapping_mul(0x9e37_79b1) >> 8) % SHARDS
 }
 
-/// A fault that is being answered.
+/// A fault that is being resolved.
 struct Running<'a>(&'a Shard);
 
 impl Drop for Running<'_> {
@@ -99,7 +99,8 @@ impl Drop for Running<'_> {
     }
 }
 
-/// Does something with the memory at an address, which stays meanwhile. `None`: there is none. Async-signal-safe.
+/// Calls `with` with the memory at an address, which stays meanwhile. Returns `None` if there is none.
+/// Async-signal-safe.
 pub(super) fn with_memory_at<T>(address: usize, with: impl FnOnce(&Lazy, usize) -> T) -> Option<T> {
     let shared = shared()?;
     let number = shard_number();
@@ -110,7 +111,7 @@ pub(super) fn with_memory_at<T>(address: usize, with: impl FnOnce(&Lazy, usize) 
     Some(with(&user, number))
 }
 
-/// Whether any fault is being answered, of any memory.
+/// Whether any fault of any memory is being resolved.
 pub(super) fn is_any_running() -> bool {
     shared().is_some_and(|shared| shared.shards.iter().any(|shard| shard.running.load(Ordering::Relaxed) > 0))
 }
@@ -124,15 +125,15 @@ impl Shared {
         let entry = entries.get(entries.partition_point(|entry| entry.end <= address));
         let lazy =
             entry.filter(|entry| entry.start <= address).map(|entry| entry.lazy.load(Ordering::SeqCst));
-        // SAFETY: memory whose entry is there lives until `remove` has returned, which waits for this search, and then
-        // until those who have entered it left it.
+        // SAFETY: a memory with an entry lives until `remove` has returned, which waits for this search, and then until
+        // every thread that has entered it has left it.
         let lazy = lazy.and_then(|lazy| unsafe { lazy.as_ref() });
         let user = lazy.map(|lazy| lazy.entered(number));
         shard.searching.leave();
         user
     }
 
-    /// Waits until no fault looks for what was there before.
+    /// Waits until every fault that may have seen the old table or entry has ended its search.
     fn wait_for_searches(&self) {
         for shard in &self.shards {
             let mut pause = Pause::new();
@@ -153,7 +154,7 @@ const WAITED_FOR: u32 = 2;
 impl Locked {
     fn new(shared: &'static Shared) -> Self {
         let lock = &shared.lock;
-        // Acquire and release: what one holder has changed the next one sees.
+        // Acquire and release: the next holder sees what the last one has changed.
         if lock.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed).is_err() {
             while lock.swap(WAITED_FOR, Ordering::Acquire) != FREE {
                 sys::futex_wait(lock, WAITED_FOR);
@@ -179,7 +180,7 @@ impl Drop for Locked {
     }
 }
 
-/// Does something while no other thread of the process does something of the kind, nor changes the table.
+/// Calls `with` while no other thread of the process is in such a call or changes the table.
 pub(super) fn locked<T>(with: impl FnOnce() -> T) -> Result<T, Errno> {
     let _locked = Locked::new(shared_or_new()?);
     Ok(with())
@@ -192,17 +193,18 @@ fn entries<'a>(table: *const Table) -> &'a [Entry] {
     }
     // SAFETY: a table that is published stays mapped while a fault looks in it, or the lock is held.
     let count = unsafe { (*table).count };
-    // SAFETY: of a field of the mapping the address is taken.
+    // SAFETY: this takes the address of a field of the mapping, and reads nothing.
     let first = unsafe { (&raw const (*table).entries).cast::<Entry>() };
-    // SAFETY: so many entries were written behind the count, before the table was published; or the count is 0.
+    // SAFETY: `count` entries were written behind the count before the table was published.
     unsafe { std::slice::from_raw_parts(first, count) }
 }
 
-/// Has faults find some memory, from now on.
+/// Publishes a memory to the handler.
 ///
 /// # Safety
 ///
-/// The caller must make sure that `lazy` stays where it is until it was [removed](remove), and nobody has entered it.
+/// The caller must make sure that `lazy` stays where it is until it was [removed](remove) and every thread that has
+/// entered it has left it.
 pub(super) unsafe fn add(lazy: *const Lazy, start: usize, end: usize) -> Result<()> {
     let shared = Locked::new(shared_or_new()?);
     let old = shared.table.load(Ordering::SeqCst);
@@ -218,13 +220,13 @@ pub(super) unsafe fn add(lazy: *const Lazy, start: usize, end: usize) -> Result<
         lazy: AtomicPtr::new(entry.lazy.load(Ordering::SeqCst)),
     };
     let all = there().take(before).map(copy).chain([new]).chain(there().skip(before).map(copy));
-    // SAFETY: of a field of the mapping the address is taken.
+    // SAFETY: this takes the address of a field of the mapping, and reads nothing.
     let first = unsafe { (&raw mut (*table).entries).cast::<Entry>() };
     for (number, entry) in all.enumerate() {
-        // SAFETY: the mapping has room for `count` entries, and is nobody else's yet.
+        // SAFETY: the mapping has room for `count` entries, and no other thread knows it yet.
         unsafe { first.wrapping_add(number).write(entry) };
     }
-    // SAFETY: the mapping is large enough, aligned to a page, and nobody else's yet.
+    // SAFETY: the mapping is large enough, aligned to a page, and no other thread knows it yet.
     unsafe { (*table).len = len };
     // SAFETY: as above.
     unsafe { (*table).count = count };
@@ -233,13 +235,13 @@ pub(super) unsafe fn add(lazy: *const Lazy, start: usize, end: usize) -> Result<
         shared.wait_for_searches();
         // SAFETY: it was published, so that its length was written.
         let len = unsafe { old.as_ref() }.len;
-        // SAFETY: nobody looks in it any more, nor will: another one has taken its place.
+        // SAFETY: no thread searches it any more, nor will: the new table has taken its place.
         unsafe { sys::unmap(old.cast(), len) };
     }
     Ok(())
 }
 
-/// Has faults find it no more. Those that have found it may have entered it.
+/// Hides a memory from later faults. Faults that have found it already may still use it.
 pub(super) fn remove(lazy: *const Lazy) {
     let Some(shared) = shared().map(Locked::new) else { return };
     let mut entries = entries(shared.table.load(Ordering::SeqCst)).iter();

@@ -1,38 +1,38 @@
-//! How many threads are inside of something that another thread is about to take away.
+//! A count of the threads that use something which another thread is about to take away.
 
 use std::sync::atomic::Ordering;
 
 use crate::sync::atomic::AtomicU32;
 
-/// Threads inside. A visitor counts itself, and then looks whether the thing is still there; the thread that takes it away says
-/// so first, and then waits until nobody is inside.
+/// The number of threads inside. A visitor counts itself, and then checks whether the thing is still there; the thread
+/// that takes it away marks it as gone, and then waits until the count is 0.
 ///
-/// Both sides change this number and look at the other's word, so that one of them at least must see the other. Looking is
-/// an addition of nothing: of two changes of one number one comes first. If it is the visitor's, it is counted, and waited
-/// for; if it is the look, the visitor has read what the look wrote, and with it sees the thing gone.
+/// Each side writes one word and reads the other's, so at least one must see the other. The waiting thread reads the
+/// count by adding 0: of two read-modify-writes of one number, one comes first. If that is the visitor's, the visitor is
+/// counted, and waited for. If it is the waiting thread's, the visitor reads what that wrote, and so sees the mark.
 #[derive(Debug, Default)]
 #[repr(transparent)]
 pub(super) struct Visitors(AtomicU32);
 
 impl Visitors {
-    /// Counts a visitor, which looks after that whether the thing is there.
+    /// Counts a visitor, which must check afterwards whether the thing is there.
     pub(super) fn enter(&self) {
         self.0.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Counts one less. The thing may be gone right after.
+    /// Counts one visitor less. The thing may be gone right after.
     pub(super) fn leave(&self) {
-        // Release: what the visitor has done comes before what is done once nobody is inside.
+        // Release: what the visitor did happens before what the waiting thread does.
         self.0.fetch_sub(1, Ordering::Release);
     }
 
-    /// Returns whether a visitor is inside that may have found what was there before.
+    /// Returns whether a visitor is inside that may have missed the mark.
     pub(super) fn are_inside(&self) -> bool {
         self.0.fetch_add(0, Ordering::SeqCst) > 0
     }
 }
 
-/// Every interleaving of a visitor and a thread that takes the thing away.
+/// Models every interleaving of a visitor and a thread that takes the thing away.
 #[cfg(all(test, userfaultfd_loom))]
 #[expect(unsafe_code, reason = "loom's cells, which report what overlaps")]
 mod loom_models {
