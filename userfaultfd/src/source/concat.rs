@@ -1,4 +1,4 @@
-//! Several sources, one behind the other.
+//! A source made of several sources, one behind the other.
 
 use std::fmt;
 use std::io;
@@ -6,7 +6,8 @@ use std::ops::Range;
 
 use super::{PageData, PageSource, SourceBytes, invalid};
 
-/// Several sources, one behind the other: the files of an image, a header before its content, data with gaps.
+/// A source made of several sources, one behind the other: the files of an image, a header before its content, data
+/// with gaps.
 ///
 /// ```
 /// use userfaultfd::pager::{BytesSource, ConcatSource, PageSource};
@@ -23,8 +24,8 @@ use super::{PageData, PageSource, SourceBytes, invalid};
 /// # Ok::<(), std::io::Error>(())
 /// ```
 ///
-/// Where a border isn't one of pages, the sources on both sides are asked for parts of the page: the offsets and
-/// lengths that [`read`](PageSource::read) of them gets aren't those of pages then.
+/// Where a border isn't aligned to a page, the sources on both sides are read for parts of the page: then their
+/// [`read`](PageSource::read) gets offsets and lengths that aren't multiples of the page size.
 #[derive(Default)]
 pub struct ConcatSource {
     /// In order, without gaps, none of them empty.
@@ -32,27 +33,27 @@ pub struct ConcatSource {
 }
 
 struct Part {
-    /// Where the next one begins.
+    /// The offset at which the next part begins.
     end: u64,
     len: u64,
-    /// Where the part begins in its source.
+    /// The offset of the part in its source.
     from: u64,
     /// `None`: zeros.
     source: Option<Box<dyn PageSource>>,
 }
 
 impl ConcatSource {
-    /// Nothing yet.
+    /// Returns an empty source.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Appends a source, all of it.
+    /// Appends a whole source.
     ///
     /// # Errors
     ///
-    /// Of the kind [`InvalidInput`](io::ErrorKind::InvalidInput): it has no [length](PageSource::len), or all
+    /// Of the kind [`InvalidInput`](io::ErrorKind::InvalidInput): the source has no [length](PageSource::len), or all
     /// together are longer than 2⁶⁴ - 1 bytes.
     pub fn push(&mut self, source: impl PageSource + 'static) -> io::Result<&mut Self> {
         let Some(len) = source.len() else {
@@ -61,7 +62,7 @@ impl ConcatSource {
         self.append(Some(Box::new(source)), 0, len)
     }
 
-    /// Appends a part of a source, by offsets in it. If the source has no length, any part is there.
+    /// Appends a part of a source, given by offsets in it, in bytes. A source without a length has any part.
     ///
     /// # Errors
     ///
@@ -82,7 +83,7 @@ impl ConcatSource {
         self.append(Some(Box::new(source)), start, len)
     }
 
-    /// Appends zeros.
+    /// Appends `len` bytes of zeros.
     ///
     /// # Errors
     ///
@@ -106,8 +107,7 @@ impl ConcatSource {
         self.parts.last().map_or(0, |part| part.end)
     }
 
-    /// The parts from the one that has byte `offset` on, with the offset in its source and the length of what of it
-    /// follows.
+    /// The parts from the one with byte `offset` on, each with its offset in its source and the length that follows.
     fn parts_from(&self, offset: u64) -> impl Iterator<Item = (&Part, u64, u64)> {
         let first = self.parts.partition_point(|part| part.end <= offset);
         self.parts[first..].iter().map(move |part| {
@@ -184,12 +184,12 @@ mod tests {
     use super::*;
     use crate::source::{BytesSource, ZeroSource};
 
-    /// `len` bytes that tell where they are, from `first` on.
+    /// `len` bytes that depend on their offset, from `first` on.
     fn bytes(first: u8, len: u8) -> BytesSource<Vec<u8>> {
         BytesSource::new((first..first + len).collect())
     }
 
-    /// Parts of every kind, and what they are together.
+    /// Parts of every kind, and their content as one.
     fn parts() -> (ConcatSource, Vec<u8>) {
         let mut source = ConcatSource::new();
         source.push(bytes(1, 10)).unwrap().push_zeros(7).unwrap();

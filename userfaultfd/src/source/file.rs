@@ -14,7 +14,7 @@ use super::{PageData, PageSource, invalid};
 use crate::Errno;
 use crate::sys::{self, FileStamp};
 
-/// A file as a source, or a part of it: a regular file or a block device.
+/// A file or a part of it as a source: a regular file or a block device.
 ///
 /// ```
 /// use std::fs::File;
@@ -32,39 +32,40 @@ use crate::sys::{self, FileStamp};
 /// # Ok::<(), std::io::Error>(())
 /// ```
 ///
-/// - **Length**: that at creation. A file that grows is served up to there. Where it has become shorter, a read is
-///   an error of the kind [`UnexpectedEof`](io::ErrorKind::UnexpectedEof), and never zeros.
-/// - **Holes** are [`PageData::Zero`] and aren't read. They are looked for at creation, up to 65,536 of them, if the file
-///   had fewer blocks than bytes; [`sparse`](Self::sparse) decides otherwise. That takes a description of its own of
-///   the file, from `/proc/self/fd`; without it there are no holes. Once the file has changed its holes are read, too.
+/// - **Length**: the length at creation. Later growth is ignored. Where the file has become shorter, a read fails with
+///   an error of the kind [`UnexpectedEof`](io::ErrorKind::UnexpectedEof); it never returns zeros.
+/// - **Holes** are [`PageData::Zero`] and aren't read. [`new`](Self::new) looks for up to 65,536 of them if the file
+///   has fewer blocks than bytes; [`sparse`](Self::sparse) forces or prevents that. It opens the file once more, by
+///   `/proc/self/fd`; where that fails, all is read. Once the file has changed, its holes are read, too.
 /// - **Changes** of the content show in pages that are read afterwards.
-/// - **`O_DIRECT`**: a file that is open so is read in whole blocks, also where its end isn't that of a block.
+/// - **`O_DIRECT`**: a file opened with it is read in whole blocks, also where its end isn't the end of a block.
 ///
 /// # System calls on the file itself
 ///
-/// A system call may touch memory of this source while it is at work on the same file: `read` of the file into the
-/// memory, `write` of the memory to the file. The kernel holds locks of the file meanwhile, and a fault whose read
-/// needs one of them never ends. A read of the source takes neither the lock of the file's offset nor, on ext4, tmpfs
-/// and Btrfs, the one that a write holds, and such calls work. They can't where a read waits for a write of the same
-/// file: on XFS, with `O_DIRECT`, and on file systems of networks. Fill the memory before
-/// ([`populate`](crate::LazyMemory::populate)), or write through a buffer.
+/// A system call on the file may fault on memory of this source: `read` of the file into the memory, `write` of the
+/// memory to the file. The kernel holds locks of the file during the call, and a fault whose read needs one of these
+/// locks never ends. A read of the source doesn't take the lock of the file's offset nor, on ext4, tmpfs and Btrfs, the
+/// lock that a write holds: there such calls work. They hang where a read waits for a write of the same file: on XFS,
+/// with `O_DIRECT`, and on network file systems. There, [`populate`](crate::LazyMemory::populate) the memory first, or
+/// write through a buffer.
 #[derive(Debug)]
 pub struct FileSource {
     file: File,
-    /// What part of the file: offset 0 of the source is here. `start + len` is an offset that a file can have.
+    /// The offset in the file of the source's offset 0. `start + len` is a valid file offset.
     start: u64,
     len: u64,
     holes: Option<Holes>,
-    /// Whether it is a block device, whose length fstat(2) doesn't tell.
+    /// Whether it is a block device, whose length fstat(2) doesn't return.
     is_device: bool,
     /// Whether only whole blocks can be read.
     is_direct: bool,
 }
 
-/// Where a file has holes, as long as it hasn't changed.
+/// The holes of a file, valid until it changes.
 #[derive(Debug)]
 struct Holes {
-    /// What the holes were looked for with. Closing it would release the process's locks of the file (fcntl(2)).
+    /// The description that was used to look for holes. Closing it would release the process's locks of the file
+    /// (fcntl(2)).
     _own: File,
     stamp: FileStamp,
     /// In order.
@@ -72,46 +73,46 @@ struct Holes {
 }
 
 impl Holes {
-    /// As many are looked for: a tenth of a second, and a MiB.
-    const MOST: usize = 1 << 16;
+    /// Holes that are looked for at most: that takes a tenth of a second, and the list a MiB.
+    const MAX_HOLES: usize = 1 << 16;
 
-    /// What takes more than its data is allocated in advance, but for this much that file systems need themselves.
-    const OVERHEAD: u64 = 1 << 16;
+    /// Bytes of blocks beyond those of the data that file systems need themselves: a file with more was preallocated.
+    const OVERHEAD_BYTES: u64 = 1 << 16;
 
-    /// The clock of file systems ticks at least as often.
-    const TICK: Duration = Duration::from_millis(100);
+    /// Longest tick of the clock by which file systems set times.
+    const MAX_CLOCK_TICK: Duration = Duration::from_millis(100);
 
-    /// Looks for the holes of a range of a file. Not for a fault: that takes locks of the file. `None`: there are none,
-    /// or they can't be told.
+    /// Looks for the holes of a range of a file, which takes locks of the file, so no fault may do it. Returns `None` if
+    /// there are none, or if the file system doesn't report them.
     fn find(file: &File, range: Range<u64>) -> Option<Self> {
-        // The offset of `file`, and the lock of it, are the program's.
+        // The offset of `file` and its lock belong to the program.
         let own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
-        // Asked before, so that it tells of changes meanwhile.
+        // Read before the search, so that a change during it is noticed.
         let stamp = sys::file_stamp(own.as_fd()).ok()?;
         let whole = 0..stamp.len;
         let (holes, data_len) = Self::scan(&own, range.clone(), stamp.len)?;
         if holes.is_empty() {
             return None;
         }
-        // Writing to what was allocated in advance shows in the times alone.
+        // A write to preallocated blocks changes the times alone.
         if Self::changed_just_now(&stamp) {
             let data_len = if range == whole { data_len } else { Self::scan(&own, whole, stamp.len)?.1 };
-            if stamp.allocated > data_len + Self::OVERHEAD {
+            if stamp.allocated > data_len + Self::OVERHEAD_BYTES {
                 return None;
             }
         }
         Some(Self { _own: own, stamp, holes })
     }
 
-    /// The holes of a range of a file, whose length is given, and how many bytes are data.
+    /// Returns the holes of a range of a file of the given length, and the number of bytes that are data.
     fn scan(own: &File, range: Range<u64>, len: u64) -> Option<(Vec<Range<u64>>, u64)> {
         let (mut holes, mut at, mut data_len, end) = (Vec::new(), range.start, 0, range.end.min(len));
-        while at < end && holes.len() < Self::MOST {
+        while at < end && holes.len() < Self::MAX_HOLES {
             let data = match sys::seek_data(own.as_fd(), at) {
                 Ok(data) => data.min(end),
-                // None follows.
+                // No data follows.
                 Err(Errno::ENXIO) => end,
-                // A file system that doesn't tell.
+                // The file system doesn't report holes.
                 Err(_) => return None,
             };
             if data > at {
@@ -126,23 +127,23 @@ impl Holes {
         Some((holes, data_len))
     }
 
-    /// Whether another change may leave the times as they are.
+    /// Whether another change might leave the times unchanged.
     fn changed_just_now(stamp: &FileStamp) -> bool {
         let (seconds, nanos) = stamp.changed;
         let since = u64::try_from(seconds).unwrap_or(0);
         let changed = UNIX_EPOCH + Duration::new(since, u32::try_from(nanos).unwrap_or(0));
-        SystemTime::now().duration_since(changed).map_or(true, |since| since < Self::TICK)
+        SystemTime::now().duration_since(changed).map_or(true, |since| since < Self::MAX_CLOCK_TICK)
     }
 
-    /// How much of a hole follows.
+    /// The number of bytes of a hole that follow.
     fn at(&self, offset: u64) -> u64 {
         let hole = self.holes.partition_point(|hole| hole.end <= offset);
         self.holes.get(hole).filter(|hole| hole.start <= offset).map_or(0, |hole| hole.end - offset)
     }
 }
 
-/// The largest block of a file that is open with O_DIRECT.
-const BLOCK: usize = 4096;
+/// Bytes of the blocks in which a file with O_DIRECT is read: what devices and file systems ask for at most.
+const BLOCK_BYTES: usize = 4096;
 
 impl FileSource {
     /// Opens a file for reading.
@@ -154,27 +155,29 @@ impl FileSource {
         Self::new(File::open(path)?)
     }
 
-    /// All of an open file.
+    /// Wraps an open file.
     ///
     /// # Errors
     ///
-    /// `EBADF`: the file isn't open for reading. `EISDIR`, `ESPIPE`: a directory, a pipe or a socket. Of the kind
+    /// `EBADF`: the file isn't open for reading. `EISDIR`, `ESPIPE`: it is a directory, a pipe or a socket. Of the kind
     /// [`InvalidInput`](io::ErrorKind::InvalidInput): another file without a length, such as most of `/proc`.
     pub fn new(file: File) -> io::Result<Self> {
         Self::within(file, 0, None)
     }
 
-    /// `len` bytes of an open file from `offset` on, both of any size.
+    /// Wraps `len` bytes of an open file from byte `offset` on. Neither has to be aligned.
     ///
     /// # Errors
     ///
     /// Those of [`new`](Self::new), and one of the kind [`InvalidInput`](io::ErrorKind::InvalidInput) if the file
-    /// hasn't all these bytes.
+    /// ends before `offset + len`.
     pub fn range(file: File, offset: u64, len: u64) -> io::Result<Self> {
         Self::within(file, offset, Some(len))
     }
 
-    /// Whether to look for holes, now: worth it if there are some.
+    /// Looks for holes now (`true`), or forgets those that were found (`false`).
+    ///
+    /// The search takes up to a tenth of a second; it pays off if the file has holes.
     #[must_use]
     pub fn sparse(mut self, sparse: bool) -> Self {
         self.holes = None;
@@ -185,18 +188,18 @@ impl FileSource {
     }
 
     fn within(file: File, start: u64, len: Option<u64>) -> io::Result<Self> {
-        // Reads nothing, but is refused where a read is.
+        // Reads nothing, and fails where a read would.
         file.read_at(&mut [], 0)?;
         let kind = file.metadata()?.file_type();
         let (stamp, is_device) = (sys::file_stamp(file.as_fd())?, kind.is_block_device());
         let file_len = if kind.is_file() {
-            // It has something all the same.
+            // It has content all the same.
             if stamp.len == 0 && file.read_at(&mut [0], 0).is_ok_and(|read| read > 0) {
                 return Err(invalid("a file that doesn't tell its length".into()));
             }
             stamp.len
         } else if is_device {
-            // By a description of its own, if there can be one, whose offset is nobody else's.
+            // With a description of its own, if possible, whose offset no other thread uses.
             let own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
             own.as_ref().unwrap_or(&file).seek(SeekFrom::End(0))?
         } else {
@@ -216,13 +219,12 @@ impl FileSource {
         }
     }
 
-    /// The file, and what part of it this is.
+    /// The file, and the part of it that this is.
     pub(super) fn window(&self) -> (&File, u64, u64) {
         (&self.file, self.start, self.len)
     }
 
-    /// Whether the bytes are there, as far as can be told: not in a hole, nor beyond the end of a file that has become
-    /// shorter.
+    /// Whether the bytes are known to be present: not in a hole, nor beyond the end of a file that has become shorter.
     pub(super) fn has_data(&self, offset: u64, len: u64) -> bool {
         if self.is_device {
             return true;
@@ -231,33 +233,33 @@ impl FileSource {
         now.len >= self.start + offset + len && self.hole_at(offset, || Some(now)) < len
     }
 
-    /// How much of a hole follows on an offset, if the file is what it was.
+    /// The number of bytes of a hole that follow an offset, if the file hasn't changed.
     fn hole_at(&self, offset: u64, now: impl FnOnce() -> Option<FileStamp>) -> u64 {
         let Some(holes) = &self.holes else { return 0 };
         match holes.at(self.start + offset) {
-            // Nothing is asked about what is data.
+            // Data needs no fstat(2).
             0 => 0,
             hole if now() == Some(holes.stamp) => hole,
             _ => 0,
         }
     }
 
-    /// Reads whole blocks, to where blocks may be read, of a file that is open with O_DIRECT.
+    /// Reads whole blocks into an aligned buffer, of a file that is open with O_DIRECT.
     fn read_blocks(&self, page: &mut [u8], inside: usize, from: u64) -> io::Result<()> {
-        let aligned = [page.as_ptr().addr(), page.len(), (from % BLOCK as u64) as usize];
-        if aligned.iter().all(|number| number % BLOCK == 0) {
-            let whole = inside.next_multiple_of(BLOCK).min(page.len());
+        let aligned = [page.as_ptr().addr(), page.len(), (from % BLOCK_BYTES as u64) as usize];
+        if aligned.iter().all(|number| number % BLOCK_BYTES == 0) {
+            let whole = inside.next_multiple_of(BLOCK_BYTES).min(page.len());
             return self.read_up_to(&mut page[..whole], inside, from);
         }
-        let before = (from % BLOCK as u64) as usize;
-        let whole = (before + inside).next_multiple_of(BLOCK);
+        let before = (from % BLOCK_BYTES as u64) as usize;
+        let whole = (before + inside).next_multiple_of(BLOCK_BYTES);
         let mut blocks = MmapOptions::new().len(whole).map_anon()?;
         self.read_up_to(&mut blocks, before + inside, from - before as u64)?;
         page[..inside].copy_from_slice(&blocks[before..before + inside]);
         Ok(())
     }
 
-    /// Reads at least so much of what there is room for.
+    /// Reads at least `least` bytes, and at most what the buffer has room for.
     fn read_up_to(&self, room: &mut [u8], least: usize, from: u64) -> io::Result<()> {
         let mut done = 0;
         while done < least {
@@ -318,7 +320,7 @@ mod tests {
     /// More than one block of every file system, whatever the page size.
     const BLOCK: usize = 1 << 18;
 
-    /// A byte that tells where it is.
+    /// A byte that depends on its offset.
     fn byte(offset: usize) -> u8 {
         (offset % 251 + 1) as u8
     }
@@ -453,7 +455,7 @@ mod tests {
         let source = FileSource::new(file.try_clone().unwrap()).unwrap();
         assert_eq!(source.zeros(0), u64::MAX);
         file.set_len(BLOCK as u64 + 10).unwrap();
-        // What has changed is read.
+        // After a change the hole is read.
         assert_eq!(source.zeros(10), 0);
         assert_eq!(check(&source, |_| 0, 0, BLOCK), PageData::Data);
         let error = source.read(BLOCK as u64, &mut [0; 11]).unwrap_err();
@@ -538,7 +540,7 @@ mod tests {
     #[test]
     fn a_file_system_that_knows_no_holes_has_none() {
         crate::support::require!();
-        // Files without a single block, and yet with content: one that answers SEEK_DATA, one that refuses it.
+        // Files without a single block, and yet with content: one supports SEEK_DATA, one refuses it.
         for path in ["/sys/kernel/notes", "/proc/config.gz"] {
             let Ok(content) = fs::read(path) else { continue };
             let source = FileSource::open(path).unwrap();

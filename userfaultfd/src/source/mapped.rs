@@ -10,8 +10,8 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use super::{FileSource, PageData, PageSource, SourceBytes, invalid};
 
-/// A file that is mapped into memory, or a part of it: the kernel copies pages from the mapping to where they are
-/// missing, without a buffer in between.
+/// A file, or a part of it, that is mapped into memory: the kernel copies pages from the mapping into place, without a
+/// buffer in between.
 ///
 /// ```
 /// use userfaultfd::pager::{MappedFileSource, PageSource};
@@ -21,13 +21,13 @@ use super::{FileSource, PageData, PageSource, SourceBytes, invalid};
 /// # Ok::<(), std::io::Error>(())
 /// ```
 ///
-/// It takes address space as long as the file. What isn't in the page cache yet is read when the kernel copies it,
-/// with the read-ahead of mappings. A last page that the file doesn't fill, and holes, are [read](Self::read) as from
-/// a [`FileSource`]; all that is said there about lengths, holes and changes holds here.
+/// It takes as much address space as the file is long. The kernel reads pages that aren't in the page cache when it
+/// copies them, with the read-ahead of mappings. Holes, and a last page that the file doesn't fill, are
+/// [read](Self::read) as from a [`FileSource`], whose rules about lengths, holes and changes hold here, too.
 ///
-/// A file that has become shorter is an error here, too: looked for before each copy, by fstat(2), and reported by the
-/// kernel (`EFAULT`) for pages that are gone when it copies. One thing nobody can see: if a file is cut off inside of a
-/// page between that look and the copy, the page ends with zeros.
+/// A file that has become shorter is an error here, too: fstat(2) checks the length before each copy, and the kernel
+/// reports pages that are gone when it copies (`EFAULT`). One case can't be noticed: if a file is cut off inside a page
+/// between the check and the copy, that page ends with zeros.
 #[derive(Debug)]
 pub struct MappedFileSource {
     file: FileSource,
@@ -63,7 +63,7 @@ impl MappedFileSource {
         Self::map(FileSource::range(file, offset, len)?)
     }
 
-    /// Whether to look for holes: [`FileSource::sparse`].
+    /// Looks for holes now, or forgets them: see [`FileSource::sparse`].
     #[must_use]
     pub fn sparse(self, sparse: bool) -> Self {
         Self { file: self.file.sparse(sparse), ..self }
@@ -95,7 +95,7 @@ impl PageSource for MappedFileSource {
 
     fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
         let end = offset.checked_add(len as u64)?;
-        // Beyond the end of the file, where it is now, the last page of the mapping has zeros.
+        // The last page of the mapping has zeros beyond the present end of the file.
         if Some(end) > self.file.len() || !self.file.has_data(offset, len as u64) {
             return None;
         }
@@ -121,7 +121,7 @@ mod tests {
         file
     }
 
-    /// What the kernel copies from there.
+    /// The bytes that the kernel copies from there.
     fn copied(bytes: SourceBytes<'_>) -> io::Result<Vec<u8>> {
         let copy = File::from(sys::memfd());
         let written = sys::write(copy.as_fd(), bytes.as_ptr(), bytes.len())?;

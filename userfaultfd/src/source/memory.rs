@@ -5,9 +5,11 @@ use std::io;
 
 use super::{PageData, PageSource, SourceBytes};
 
-/// Bytes in memory as a source: a `Vec<u8>`, an `Arc<[u8]>`, a `&'static [u8]`, a mapping, anything that is a slice
-/// of bytes. Whole pages are copied straight from there, and faster where they begin as a page does, as in a mapping: a
-/// page of a `Vec` or an `Arc` takes half a microsecond longer.
+/// Bytes in memory as a source: a `Vec<u8>`, an `Arc<[u8]>`, a `&'static [u8]`, a mapping, or anything else that is a
+/// slice of bytes.
+///
+/// The kernel copies whole pages straight from there. Pages that are aligned as in a mapping are copied faster: a page
+/// of a `Vec` or an `Arc` takes half a microsecond longer ([tuning](crate::pager::tuning)).
 ///
 /// ```
 /// use userfaultfd::pager::{BytesSource, PageSource};
@@ -20,22 +22,22 @@ use super::{PageData, PageSource, SourceBytes};
 /// # Ok::<(), std::io::Error>(())
 /// ```
 ///
-/// The bytes must be there: not in memory that a pager fills.
+/// The bytes must not lie in memory that a pager fills.
 #[derive(Clone, Copy)]
 pub struct BytesSource<B>(B);
 
 impl<B: AsRef<[u8]> + Send + Sync> BytesSource<B> {
-    /// These bytes.
+    /// Wraps bytes.
     pub fn new(bytes: B) -> Self {
         Self(bytes)
     }
 
-    /// Gives the bytes back.
+    /// Returns the bytes.
     pub fn into_inner(self) -> B {
         self.0
     }
 
-    /// What there is from `offset` on.
+    /// The bytes from `offset` on.
     fn from(&self, offset: u64) -> &[u8] {
         let bytes = self.0.as_ref();
         usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)).unwrap_or_default()
@@ -69,7 +71,7 @@ impl<B: AsRef<[u8]>> fmt::Debug for BytesSource<B> {
     }
 }
 
-/// Zeros without end.
+/// A source of zeros, without end.
 ///
 /// ```
 /// use userfaultfd::pager::{PageData, PageSource, ZeroSource};

@@ -18,20 +18,20 @@ pub use file::FileSource;
 pub use mapped::MappedFileSource;
 pub use memory::{BytesSource, ZeroSource};
 
-/// How a source answered.
+/// What a source has put into the buffer of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PageData {
-    /// The bytes are in the buffer, all of them.
+    /// The whole buffer holds content.
     Data,
-    /// All of it is zero. The buffer is as it was; nothing of it is looked at.
+    /// The content is zeros. The buffer is ignored.
     Zero,
 }
 
-/// Where the content of memory comes from: what belongs at which offset.
+/// The content of memory, by offset.
 ///
-/// It is read by the pager's threads, several at once, each page once unless a read fails. A read may take as long
-/// as it needs: faults on other pages go on meanwhile, with
-/// [more threads](crate::pager::PagerBuilder::max_threads) if need be.
+/// The pager's threads call [`read`](Self::read), several at once, and once for each page unless a read fails. A read
+/// may take any time: the pager goes on with faults on other pages, and starts
+/// [more threads](crate::pager::PagerBuilder::max_threads) where reads hold up the ones it has.
 ///
 /// Any closure of the shape of [`read`](Self::read) is a source:
 ///
@@ -52,53 +52,54 @@ pub enum PageData {
 ///
 /// # What a source must not do
 ///
-/// Where the memory belongs to the process that the pager runs in, a thread that waits for a page may hold any lock
-/// of that program: `println!("{}", memory[0])` holds the standard output's. A source that takes the same lock waits
-/// for ever. Nor may it touch the memory that it fills. Where the descriptor tells of forks, a thread that forks holds
-/// the allocator's locks until the pager has read of it: then a source must not allocate.
+/// - Take a lock that a faulting thread may hold, if the memory belongs to the pager's own process:
+///   `println!("{}", memory[0])` faults with the lock of the standard output held. A source that takes the same lock
+///   waits for ever.
+/// - Touch the memory that it fills.
+/// - Allocate, if the descriptor reports forks: a forking thread holds the allocator's locks until the pager has read
+///   the event.
 pub trait PageSource: Send + Sync {
     /// Fills `page`, a whole number of the region's pages, with what belongs at byte `offset` of the source.
     ///
-    /// What lies beyond the end of the source is zero. The buffer holds old bytes, so a source that answers
-    /// [`PageData::Data`] writes all of it; what is beyond [`len`](Self::len) is zeroed afterwards in any case.
+    /// The buffer holds old bytes, so a source that returns [`PageData::Data`] must write all of it; bytes beyond the end
+    /// of the source are zero. The pager zeroes what is beyond [`len`](Self::len) in any case.
     ///
     /// # Errors
     ///
-    /// Any error means that nothing of `page` is used. The pager tries again as it is configured to, a page at
-    /// a time, and in the end makes the page one that can't be read; it never shows zeros instead. A panic counts as
-    /// an error.
+    /// After an error the pager uses nothing of `page`. It retries the read a page at a time, according to its
+    /// [`RetryPolicy`](crate::pager::RetryPolicy), then ends the fault as the region says, by default with poison: an
+    /// access to the page raises SIGBUS. Zeros are never substituted. A panic counts as an error.
     fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData>;
 
-    /// The length of the source, in bytes. `None` if it has no end: a closure, zeros.
+    /// Returns the length of the source in bytes, or `None` if it has no end, as a closure or zeros.
     ///
-    /// A region that reaches beyond the last page of it is refused.
+    /// A region that reaches beyond the source's last page is refused.
     fn len(&self) -> Option<u64> {
         None
     }
 
-    /// Whether the source has a length, and it is 0.
+    /// Returns whether the source has a length of 0.
     fn is_empty(&self) -> bool {
         self.len() == Some(0)
     }
 
-    /// How many bytes from `offset` on are known to be zero, so that they need not be read: the pager fills such
-    /// pages with zeros, many in one call. `u64::MAX`: all that follows.
+    /// Returns the number of bytes from `offset` on that are known to be zero; `u64::MAX` means all that follows.
     ///
-    /// 0 says nothing about the bytes. That is the answer of a source that doesn't know better, except beyond its
-    /// end.
+    /// The pager doesn't read them, and fills many pages of zeros in one call. 0 says nothing about the bytes; the
+    /// provided method returns it, except beyond the end of the source.
     fn zeros(&self, offset: u64) -> u64 {
         if self.len().is_some_and(|len| offset >= len) { u64::MAX } else { 0 }
     }
 
-    /// The bytes themselves, if they are in memory: the page is copied from there, without [`read`](Self::read) and
-    /// a buffer in between. `None` where they aren't, or not all `len` of them.
+    /// Returns `len` bytes from `offset` on if all of them are in memory, else `None`. The kernel then copies the page
+    /// from there, without [`read`](Self::read) and a buffer in between.
     fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
         let _ = (offset, len);
         None
     }
 }
 
-/// Bytes of a source that are in memory already. Only the kernel reads them.
+/// Bytes of a source that are in memory. Only the kernel reads them.
 #[derive(Clone, Copy, Debug)]
 pub struct SourceBytes<'a> {
     start: NonNull<u8>,
@@ -107,19 +108,19 @@ pub struct SourceBytes<'a> {
 }
 
 impl SourceBytes<'_> {
-    /// The first address. The bytes may change at any time, so only the kernel is to read them.
+    /// Returns the first address. The bytes may change at any time, so only the kernel may read them.
     #[must_use]
     pub fn as_ptr(&self) -> *const c_void {
         self.start.as_ptr().cast_const().cast()
     }
 
-    /// How many bytes there are.
+    /// Returns the number of bytes.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// Returns whether there are no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
@@ -159,7 +160,7 @@ impl<S: PageSource + ?Sized> PageSource for Arc<S> {
     }
 }
 
-/// An error about what a source should be made of.
+/// An error about the arguments of which a source should be made.
 fn invalid(text: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }
