@@ -10,9 +10,9 @@ use crate::pagemap::Categories;
 use crate::watch::Protection;
 use crate::{Event, Result};
 
-/// Which pages were read or written since they were last reset: the working set.
+/// Reports which pages were read or written since they were last reset: the working set.
 ///
-/// Takes Linux 7.3; making one fails with the reason on an older kernel.
+/// Since Linux 7.3; on an older kernel [`new`](Self::new) fails and names the missing feature.
 ///
 /// ```
 /// use userfaultfd::{AccessTracker, Error, page_size};
@@ -36,23 +36,23 @@ use crate::{Event, Result};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// # Hot is told, cold isn't
+/// # It reports hot pages, not cold ones
 ///
-/// There is no method for pages that weren't accessed, and what [`hot`](Self::hot) leaves out isn't that: only pages
-/// that are there are protected, so a page that was dropped, reclaimed or never touched is left out as well, and so
-/// is what another mapping or another process accesses. In shared memory a page that the kernel reclaimed from this
-/// mapping loses its protection and may be told though nobody accessed it, once it is there again. Accesses to
-/// [pinned memory](crate::dirty#pinned-memory) by the kernel and devices aren't seen.
+/// A page that [`hot`](Self::hot) leaves out isn't necessarily cold. Only present pages are protected, so a page that
+/// was dropped, reclaimed or never accessed is left out, too, and so are accesses of another mapping or another process.
+/// In shared memory a page that the kernel reclaimed from this mapping loses its protection: once it is present again,
+/// it may be reported without an access. Accesses to [pinned memory](crate::dirty#pinned-memory) by the kernel and by
+/// devices aren't seen.
 ///
-/// Each look at the set is a sample: an access between [`hot`](Self::hot) and [`reset`](Self::reset) isn't told.
-/// A transparent huge page is in use as a whole: `MADV_NOHUGEPAGE` has it told by the page.
+/// Each look is a sample: an access between [`hot`](Self::hot) and [`reset`](Self::reset) isn't reported. A transparent
+/// huge page is reported as a whole; after `MADV_NOHUGEPAGE` memory is reported by the base page.
 ///
-/// Private anonymous, shared (memfd, tmpfs) and hugetlb memory can be tracked, none that has no access rights. What
-/// is tracked here can't be tracked by a [`DirtyTracker`](crate::DirtyTracker) at the same time.
+/// Private anonymous, shared (memfd, tmpfs) and hugetlb memory can be tracked, but not `PROT_NONE` memory. A
+/// [`DirtyTracker`](crate::DirtyTracker) can't track the same range at the same time.
 pub struct AccessTracker(Tracker);
 
 impl AccessTracker {
-    /// Tracks memory of this process, in `Async` mode.
+    /// Returns a tracker for memory of this process, in `Async` mode.
     ///
     /// # Errors
     ///
@@ -61,7 +61,7 @@ impl AccessTracker {
         Self::with(Options::new())
     }
 
-    /// Tracks as the options say.
+    /// Returns a tracker with the given options.
     ///
     /// # Errors
     ///
@@ -71,8 +71,8 @@ impl AccessTracker {
         Tracker::open(options, Protection::ReadWrite).map(Self)
     }
 
-    /// The mode that it works in. What it tells is the same; in `Sync` mode [`stats`](Self::stats) counts reads and
-    /// writes, too, at many times the cost of an access.
+    /// Returns the mode in which the tracker works. Both modes report the same pages; in `Sync` mode
+    /// [`stats`](Self::stats) also counts reads and writes, at many times the cost of an access.
     #[must_use]
     pub fn mode(&self) -> Mode {
         self.0.mode
@@ -87,7 +87,7 @@ impl AccessTracker {
         self.0.watch.track(&range)
     }
 
-    /// Tracks what of a range is tracked no longer.
+    /// Stops tracking a range. Parts that aren't tracked are skipped.
     ///
     /// # Errors
     ///
@@ -96,13 +96,13 @@ impl AccessTracker {
         self.0.watch.untrack(&range)
     }
 
-    /// What is tracked: ranges in order, merged.
+    /// Returns the tracked ranges, ordered by address and merged.
     #[must_use]
     pub fn tracked(&self) -> Vec<Range<usize>> {
         self.0.tracked()
     }
 
-    /// The pages that were accessed since they were tracked or reset.
+    /// Returns the ranges of pages that were accessed since they were tracked or reset.
     ///
     /// The iterator's errors are [`TrackingFailed`](crate::Error::TrackingFailed), and
     /// [`SystemError`](crate::Error::SystemError) with `ENOMEM` or `ESRCH`.
@@ -110,12 +110,12 @@ impl AccessTracker {
         self.hot_in(0..usize::MAX)
     }
 
-    /// [`hot`](Self::hot) pages in a range.
+    /// Returns the [`hot`](Self::hot) pages of a range.
     pub fn hot_in(&self, range: Range<usize>) -> Ranges<'_> {
         self.0.look(&range, Detector::scan(Categories::ACCESSED), false)
     }
 
-    /// How many bytes are hot, by whole pages.
+    /// Returns the number of hot bytes, in whole pages.
     ///
     /// # Errors
     ///
@@ -124,7 +124,7 @@ impl AccessTracker {
         self.hot().try_fold(0, |count, range| Ok(count + range?.len()))
     }
 
-    /// Begins anew: no page is hot until it is accessed again.
+    /// Resets all pages: none is hot until its next access.
     ///
     /// # Errors
     ///
@@ -135,13 +135,13 @@ impl AccessTracker {
         self.0.watch.ranges().iter().try_for_each(|tracked| self.0.watch.protect(&tracked.range))
     }
 
-    /// What it has done.
+    /// Returns the statistics of the tracker.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.0.stats()
     }
 
-    /// Handles a fault that was read elsewhere, if it is an access to a tracked page; tells whether it was. See
+    /// Resolves a fault that another handler has read, if it is an access to a tracked page, and returns whether it was. See
     /// [`Options::read_elsewhere`].
     ///
     /// # Errors

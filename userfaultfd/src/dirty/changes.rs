@@ -1,4 +1,4 @@
-//! Looking for pages that were accessed, and resetting them.
+//! The search for pages that were accessed, and their reset.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -11,20 +11,21 @@ use crate::watch::ranges::Tracked;
 use crate::watch::{CHUNK_PAGES, Watch, Words, runs};
 use crate::{Errno, Error, Result, page_size};
 
-/// Ranges that a scan reports at a time.
+/// Ranges that one scan reports at most: 12 KiB of them.
 const SCAN_ROOM: usize = 512;
 
-/// The ranges that were written, or accessed: addresses in bytes, in order, whole pages, and never two side by side.
+/// Iterator over the ranges that were written, or accessed: addresses in bytes, ordered, whole pages, adjacent ranges
+/// merged.
 ///
-/// They are looked for as they are asked for, some thousand pages at a time. An error ends it; what was found before
-/// comes first. Made by the methods of [`DirtyTracker`](crate::DirtyTracker) and
+/// Each call of `next` searches some thousand pages further at most. An error ends the iterator, after what was found
+/// before it. Returned by the methods of [`DirtyTracker`](crate::DirtyTracker) and
 /// [`AccessTracker`](crate::AccessTracker).
 #[must_use = "iterators are lazy: nothing is looked at or reset before it is asked for"]
 pub struct Ranges<'a> {
     watch: &'a Watch,
     walk: RangeWalk,
     found: Vec<Range<usize>>,
-    /// How many of `found` have been taken out.
+    /// Number of ranges of `found` that were returned.
     taken: usize,
     /// The last one found, to which the next may belong.
     last: Option<Range<usize>>,
@@ -32,7 +33,7 @@ pub struct Ranges<'a> {
 }
 
 impl<'a> Ranges<'a> {
-    /// Looks at `parts`, and with `reset` resets what is found.
+    /// Searches `parts`, and with `reset` resets what it finds.
     pub(crate) fn new(watch: &'a Watch, parts: Vec<Tracked>, eye: Detector, reset: bool) -> Self {
         let mut walk = RangeWalk { parts: parts.into(), eye, reset };
         let error = watch.check().err();
@@ -65,13 +66,13 @@ impl Iterator for Ranges<'_> {
             }
             self.found.clear();
             self.taken = 0;
-            // It may have come here by a fork.
+            // The iterator may be in a forked child.
             let owned = self.watch.check_owner();
             if let Err(error) = owned.and_then(|()| self.walk.step(self.watch, &mut self.found)) {
                 self.walk.end();
                 self.error = Some(error);
             } else if self.walk.is_done() {
-                // The thread that handles faults may have had to stop meanwhile.
+                // The thread that resolves faults may have failed meanwhile.
                 self.error = self.watch.check().err();
             }
         }
@@ -81,7 +82,7 @@ impl Iterator for Ranges<'_> {
 impl FusedIterator for Ranges<'_> {}
 
 impl Drop for Ranges<'_> {
-    /// What was reset and not taken out is given back: it is told again.
+    /// Marks pages that were reset and not returned as written, so that the next look reports them.
     fn drop(&mut self) {
         if self.walk.reset {
             self.last.iter().chain(&self.found[self.taken..]).for_each(|range| self.watch.give_back(range));
@@ -95,7 +96,7 @@ impl fmt::Debug for Ranges<'_> {
     }
 }
 
-/// How it is told what was accessed.
+/// How accessed pages are found.
 #[derive(Debug)]
 pub(crate) enum Detector {
     /// By a scan for a category.
@@ -114,7 +115,7 @@ impl Detector {
     }
 }
 
-/// What is still to be looked at, and how.
+/// What must still be searched, and how.
 #[derive(Debug)]
 struct RangeWalk {
     parts: VecDeque<Tracked>,
@@ -142,7 +143,7 @@ impl RangeWalk {
         }
     }
 
-    /// Looks a bit further. What it finds, which it has reset, goes to `found`, also if it fails then.
+    /// Searches the next chunk. What it finds and has reset goes to `found`, also if it fails afterwards.
     fn step(&mut self, watch: &Watch, found: &mut Vec<Range<usize>>) -> Result<()> {
         if self.is_between_parts() && self.parts.front().is_some_and(|part| part.always) {
             if let Some(part) = self.parts.pop_front() {
@@ -162,7 +163,7 @@ impl RangeWalk {
                 };
                 match scan.next_regions(&watch.pagemap, regions) {
                     Ok(Some(regions)) if self.reset && !part.armed => {
-                        // What is written there from now on is for the next time.
+                        // The next look reports what is written there from now on.
                         let armed = watch.arm_blocks(&part.range, regions, found)?;
                         part.range.start = armed.max(scan.remaining().start);
                         *current = (part.range.start < part.range.end)
@@ -214,7 +215,7 @@ impl RangeWalk {
     }
 }
 
-/// A scan for what is of a category in a part.
+/// Scans a part for pages of a category.
 fn scan_of(category: Categories, part: &Tracked, reset: bool) -> Scan {
     let mut scan = Scan::new(part.range.clone());
     // Nothing but this category, picked and reported: the kernel has a fast path for that.
@@ -228,7 +229,7 @@ fn scan_of(category: Categories, part: &Tracked, reset: bool) -> Scan {
     scan
 }
 
-/// A look at the words of some pages of a mapping.
+/// Reads the words of some pages of a mapping.
 struct ChunkView<'a> {
     watch: &'a Watch,
     mapping: &'a Mapping,
@@ -243,7 +244,7 @@ impl ChunkView<'_> {
             let word = self.words.get(index * (page / page_size()));
             match &self.tracked.noted {
                 Some(notes) => notes.get(chunk.start + index * page) || word.is_empty(),
-                // Of hugetlb memory holes aren't told by a scan, either. Where a pager fills, an empty page is missing.
+                // A scan doesn't report holes of hugetlb memory, either. Where a pager fills, an empty page is missing.
                 None => !word.is_protected() && (self.tells_empty() || !word.is_empty()),
             }
         })
@@ -253,8 +254,8 @@ impl ChunkView<'_> {
         self.tracked.page == page_size() && self.watch.lease.is_none()
     }
 
-    /// Resets pages that were found. A write before they are protected belongs to what was found, one after that is
-    /// a fault.
+    /// Resets pages that were found. A write before their protection belongs to what was found; a write after it is a
+    /// fault.
     fn reset(&self, run: &Range<usize>, chunk: &Range<usize>) -> Result<()> {
         let _lock = self.tracked.noted.as_ref().map(|notes| {
             let lock = notes.lock();

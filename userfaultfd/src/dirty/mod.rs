@@ -1,34 +1,35 @@
-//! What was written, and what is in use: [`DirtyTracker`] and [`AccessTracker`].
+//! Trackers of the pages that a program writes ([`DirtyTracker`]) or accesses ([`AccessTracker`]).
 //!
-//! Both are told ranges of memory, and tell which pages of them a program has written, or accessed at all, since it
-//! was last asked. Incremental backups, migration of virtual machines, garbage collectors and checkpoints want the
-//! first; tiering of memory, and estimates of how much a program needs, the second.
+//! A tracker reports the pages of its ranges that were written, or accessed, since they were last reset. Incremental
+//! backups, migration of virtual machines, garbage collectors and checkpoints need the first; tiering of memory, and
+//! estimates of how much memory a program needs, the second.
 //!
-//! | | tells | since Linux | an access costs |
+//! | | reports | since Linux | an access costs |
 //! | --- | --- | --- | --- |
 //! | [`DirtyTracker`], [`Mode::Async`] | pages written | 6.7 | a short page fault |
 //! | [`DirtyTracker`], [`Mode::Sync`] | pages written | 5.7 private anonymous, 5.19 shared and hugetlb memory | a wake-up of the tracker's thread and back |
 //! | [`AccessTracker`], either mode | pages read or written | 7.3 | the same |
 //!
-//! That is the first access to a page after it was reset; all others cost nothing.
+//! The cost is that of the first access to a page after a reset; further accesses cost nothing.
 //!
 //! # What counts as written
 //!
-//! A page that a store of the program has changed, or a system call on its behalf, through **the mapping that is
-//! tracked**. What comes through another mapping of the same file, or by write(2) to it, is not seen; nor is what is
-//! written to [pinned memory](#pinned-memory).
-//! The page is a page of the memory: of the base size, of a huge page on hugetlb memory. Transparent huge pages are
-//! split when they are written, and told by the base page.
+//! A page counts as written when the program, or a system call on its behalf, writes to it through **the mapping that is
+//! tracked**. Writes through another mapping of the same file or by write(2), and writes to
+//! [pinned memory](#pinned-memory), aren't seen.
 //!
-//! The answer is the same in both modes:
+//! The unit is the page of the memory: the base page, or the huge page on hugetlb memory. The kernel splits transparent
+//! huge pages when they are written, so they are reported by the base page.
+//!
+//! Both modes report the same:
 //!
 //! | | |
 //! | --- | --- |
-//! | a page nobody has touched | isn't written, and is when it is |
-//! | a page that is read only | isn't written |
-//! | `MADV_DONTNEED`, `MADV_FREE` on private anonymous memory | dropped pages are written: what they held is gone. Of a large hole, in `Async` mode, what was written and dropped since the last look is zero as before, and isn't |
+//! | a page that was never accessed | counts as written when it is written |
+//! | a page that is only read | doesn't count as written |
+//! | `MADV_DONTNEED`, `MADV_FREE` on private anonymous memory | dropped pages count as written: their content is gone. Exception, in `Async` mode: pages of a large hole that were written and dropped since the last look; they are zero as before |
 //! | the same on other memory, `MADV_REMOVE`, holes punched into a file | isn't seen; the next write is |
-//! | munmap(2) | those pages are told no more |
+//! | munmap(2) | those pages are no longer reported |
 //! | another mapping in the same place | [`Error::NotTracked`](crate::Error::NotTracked) |
 //! | mremap(2) to elsewhere | as munmap(2); track the new place |
 //! | fork(2) | the parent goes on as before; the child isn't tracked; from Linux 5.19 to 6.3 it hangs if it writes to protected [hugetlb memory](crate::Uffd::write_protect) |
@@ -36,50 +37,49 @@
 //! | mlock(2), `MADV_POPULATE_WRITE` of pages that can be written | is a write in `Async` mode: the kernel makes them writable ahead. In `Sync` mode the pages are written likewise, or the call fails: see [`Options::user_mode_only`] |
 //! | swapping, compaction, page migration | isn't seen |
 //!
-//! A write that is made while [`take`](DirtyTracker::take) is at work is told by it or by the next one, never by none.
-//! In `Sync` mode it may be told by both.
+//! A write during a [`take`](DirtyTracker::take) is reported by this call or by the next one, never by neither. In
+//! `Sync` mode both may report it.
 //!
 //! # Memory with missing pages
 //!
-//! A range can be registered with one userfaultfd. Memory that a [`LazyMemory`](crate::LazyMemory) fills is tracked by
-//! [`LazyMemory::tracker`](crate::LazyMemory::tracker); what a handler of one's own fills, by
+//! A range can be registered with only one userfaultfd. Track a [`LazyMemory`](crate::LazyMemory) by
+//! [`LazyMemory::tracker`](crate::LazyMemory::tracker), and memory that a handler of yours fills by
 //! [`Options::read_elsewhere`].
 //!
 //! # Pinned memory
 //!
-//! The kernel and devices write to pages that are pinned through no page table, so that no protection is in their way,
-//! and nothing reports those writes: neither a tracker in any mode, nor a [`Series`](crate::snapshot::Series). Pinned are
+//! The kernel and devices write to pinned pages without the page table, so protection doesn't stop them, and neither a
+//! tracker nor a [`Series`](crate::snapshot::Series) sees these writes. Pinned are
 //!
-//! - buffers that are registered with io_uring (`IORING_REGISTER_BUFFERS`), as long as they are;
-//! - the target of a read with `O_DIRECT`, from when it is submitted until it is complete: of one that was in flight when
-//!   its page was reset, the data that arrives afterwards isn't seen;
-//! - memory that is registered for RDMA, or mapped for a device by VFIO: all the memory of a virtual machine that a
-//!   device is passed to;
-//! - pages that a driver holds by `pin_user_pages`, such as those of packet sockets and graphics memory of user pointers.
+//! - buffers registered with io_uring (`IORING_REGISTER_BUFFERS`), while they are registered;
+//! - the target of a read with `O_DIRECT`, from its submission to its completion: data that arrives after the page was
+//!   reset isn't seen;
+//! - memory registered for RDMA, or mapped for a device by VFIO: all memory of a virtual machine with a passed-through
+//!   device;
+//! - pages that a driver holds by `pin_user_pages`, such as those of packet sockets and of graphics user pointers.
 //!
-//! A system call that is told an ordinary buffer, such as read(2), writes through the page table and is seen.
-//! [`DirtyTracker::set_always_dirty`] has pinned ranges count as written in every look;
+//! A system call with an ordinary buffer, such as read(2), writes through the page table and is seen.
+//! [`DirtyTracker::set_always_dirty`] makes pinned ranges count as written at every look;
 //! [`Series::set_always_dirty`](crate::snapshot::Series::set_always_dirty) saves them in every snapshot.
 //!
 //! # What is safe, and why
 //!
-//! All of it. Protection decides when a thread waits and never what it reads, as in the rest of this crate. Where a
-//! kernel can't protect pages that are empty (private anonymous memory before Linux 6.4) the kernel's page of zeros
-//! is put there, which is what they hold already: never where another handler fills missing pages, nor where memory was
-//! mapped anew since. No memory of the program is read or written.
+//! All of it is safe. Protection decides when a thread waits, never what it reads. Where the kernel can't protect empty
+//! pages (private anonymous memory before Linux 6.4), the tracker maps the kernel's page of zeros there, which is what
+//! such pages hold already. It never does so where another handler fills missing pages, or where memory was mapped anew.
+//! A tracker reads and writes no memory of the program.
 //!
-//! A tracker that is dropped lifts its protection, unregisters its ranges, and wakes their waiters. Where another handler
-//! fills missing pages of the same memory ([`Options::read_elsewhere`]), ranges stay registered: memory that isn't shows
-//! zeros where pages are missing.
+//! Dropping a tracker lifts its protection, unregisters its ranges, and wakes their waiters. Where another handler fills
+//! missing pages of the same memory ([`Options::read_elsewhere`]), ranges stay registered, since unregistered memory
+//! shows zeros where pages are missing.
 //!
-//! A tracker works in the process that made it. In the child of a fork its methods fail with
-//! [`Error::OtherProcess`](crate::Error::OtherProcess), and dropping it leaves the parent's alone.
+//! A tracker works in the process that made it. In a forked child its methods fail with
+//! [`Error::OtherProcess`](crate::Error::OtherProcess), and dropping it leaves the parent's tracker alone.
 //!
 //! # Sync mode: what to keep away from it
 //!
-//! A thread of the tracker lifts protection. It allocates nothing and takes no lock for long, but it has a stack and
-//! a little memory on the heap: track neither, or it waits for itself. [`Options::user_mode_only`] says what becomes
-//! of system calls that write to tracked memory.
+//! A thread of the tracker lifts protection. It uses its stack and a little memory on the heap: track neither, or the
+//! thread waits for itself. [`Options::user_mode_only`] says how system calls behave that write to tracked memory.
 
 mod access;
 mod changes;
@@ -100,19 +100,20 @@ use crate::pagemap::Categories;
 use crate::watch::{Protection, Watch, ranges};
 use crate::{Event, FaultKind, Result};
 
-/// What a tracker has done.
+/// Statistics of a tracker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
     /// Bytes that are tracked.
     pub tracked: usize,
-    /// Read faults handled: of an [`AccessTracker`] in `Sync` mode; on old kernels of dropped pages.
+    /// Number of read faults that the tracker's thread has resolved: those of an [`AccessTracker`] in `Sync` mode, and on
+    /// old kernels those of dropped pages.
     pub reads: u64,
-    /// Write faults handled, in `Sync` mode.
+    /// Number of write faults that the tracker's thread has resolved, in `Sync` mode.
     pub writes: u64,
 }
 
-/// What both trackers are.
+/// What both trackers have in common.
 #[derive(Debug)]
 struct Tracker {
     watch: Arc<Watch>,
@@ -172,10 +173,10 @@ impl Drop for Tracker {
             }
             return;
         }
-        // Unregistering wakes everybody, so nobody needs the thread after that; but a page may be protected until
-        // then. A fork's child may keep the descriptor open, so closing it isn't enough.
+        // Unregistering wakes all waiters, so no thread needs this one afterwards; but a page may be protected until
+        // then. A forked child may keep the descriptor open, so closing it isn't enough.
         for range in self.tracked() {
-            // What can't be unregistered is gone: the process has ended, or the descriptor is none.
+            // A range that can't be unregistered is gone: the process has ended, or the descriptor is no userfaultfd.
             drop(self.watch.untrack(&range));
         }
         drop(self.server.take());
@@ -185,7 +186,7 @@ impl Drop for Tracker {
     }
 }
 
-/// Which pages were written since they were last taken.
+/// Reports which pages were written since they were last taken.
 ///
 /// ```
 /// use userfaultfd::{DirtyTracker, Error, page_size};
@@ -215,13 +216,13 @@ impl Drop for Tracker {
 ///
 /// # Nothing is lost
 ///
-/// [`take`](Self::take) tells a page and resets it in one step: in `Async` mode the kernel does both at once, in `Sync`
-/// mode what isn't protected is told and then protected. So a program that copies what each `take` tells, as it
-/// tells it, has everything in the end, while other threads go on writing.
+/// [`take`](Self::take) reports a page and resets it in one step: in `Async` mode one operation of the kernel does both;
+/// in `Sync` mode the tracker reports a page that isn't protected before it protects it. So a program that copies each
+/// range when `take` returns it misses nothing in the end, while other threads go on writing.
 pub struct DirtyTracker(Tracker);
 
 impl DirtyTracker {
-    /// Tracks memory of this process, in the best mode that the kernel has.
+    /// Returns a tracker for memory of this process, in the best mode that the kernel has.
     ///
     /// # Errors
     ///
@@ -230,69 +231,74 @@ impl DirtyTracker {
         Self::with(Options::new())
     }
 
-    /// Tracks as the options say.
+    /// Returns a tracker with the given options.
     ///
     /// # Errors
     ///
     /// - [`UnsupportedFeatures`](crate::Error::UnsupportedFeatures): the kernel lacks the mode, or the architecture
-    ///   any write protection.
-    /// - [`OpenFailed`](crate::Error::OpenFailed): no descriptor, and why.
-    /// - [`SystemError`](crate::Error::SystemError) with `ENOENT` where `/proc` isn't mounted; of another process,
-    ///   if there is none, `EACCES` or `EPERM` if its memory may not be read, `EBADF` without its descriptor;
-    ///   `EOPNOTSUPP` to read events elsewhere in `Sync` mode before Linux 5.13; those of starting a thread.
+    ///   has no write protection.
+    /// - [`OpenFailed`](crate::Error::OpenFailed): no userfaultfd could be opened; the error has the reason.
+    /// - [`SystemError`](crate::Error::SystemError) with
+    ///   - `ENOENT`: `/proc` isn't mounted, or the [process](Options::process) doesn't exist;
+    ///   - `EACCES`, `EPERM`: the caller may not read the process's memory;
+    ///   - `EBADF`: a process was given without its [descriptor](Options::descriptor);
+    ///   - `EOPNOTSUPP`: [`read_elsewhere`](Options::read_elsewhere) in `Sync` mode before Linux 5.13;
+    ///   - the errors of starting a thread.
     pub fn with(options: Options) -> Result<Self> {
         Tracker::open(options, Protection::Write).map(Self)
     }
 
-    /// The mode that it works in.
+    /// Returns the mode in which the tracker works.
     #[must_use]
     pub fn mode(&self) -> Mode {
         self.0.mode
     }
 
-    /// Tracks a range of addresses from now on: a write from now on is told.
+    /// Tracks a range of addresses: every write from now on is reported.
     ///
-    /// It may span mappings and holes; what is mapped into a hole later isn't tracked. The bounds are multiples of
-    /// the page size, of the huge page size on hugetlb memory. Takes time with the size of what is there, some
-    /// milliseconds a GiB.
+    /// The range may span mappings and holes; memory that is mapped into a hole later isn't tracked. The bounds must be
+    /// multiples of the page size, of the huge page size on hugetlb memory. The call takes some milliseconds for each GiB of
+    /// present pages.
     ///
-    /// Of an empty reservation that is so, too, where its pages are protected before they are there: 64 GiB take 0.6 s
-    /// (Linux 6.18, x86-64, a virtual machine) and 128 MiB of page tables. In `Async` mode holes of 32 MiB and more in private
-    /// anonymous memory (16 page tables) are left out until something is there, and cost nothing, unless the descriptor
-    /// is [read elsewhere](Options::read_elsewhere).
+    /// It takes time for empty pages, too, where they must be protected in advance: 64 GiB take 0.6 s (Linux 6.18, x86-64, a
+    /// virtual machine) and 128 MiB of page tables. In `Async` mode, holes of 32 MiB and more (16 page tables) in private
+    /// anonymous memory aren't protected and cost nothing, unless the descriptor is
+    /// [read elsewhere](Options::read_elsewhere).
     ///
     /// # Errors
     ///
-    /// [`AlreadyTracked`](crate::Error::AlreadyTracked) if a part is.
-    /// [`MissingServed`](crate::Error::MissingServed): a [descriptor](Options::descriptor) without `WP_UNPOPULATED`, and
-    /// private anonymous memory whose missing pages another handler fills.
-    /// [`OtherMemory`](crate::Error::OtherMemory): the tracker is that of a [`LazyMemory`](crate::LazyMemory). Those of
-    /// [`register_with_mode`](crate::Uffd::register_with_mode): `EINVAL` for memory that can't be tracked in this
-    /// mode (files, other than memfd and tmpfs, can in `Async` mode alone), for nothing mapped and for unaligned
-    /// bounds; `EBUSY` if another userfaultfd has it, with the [holder](crate::Refusal::holder) if that is known. Nothing
-    /// is tracked then.
+    /// After an error nothing of the range is newly tracked.
+    ///
+    /// - [`AlreadyTracked`](crate::Error::AlreadyTracked): a part is tracked already.
+    /// - [`MissingServed`](crate::Error::MissingServed): another handler fills missing pages of this private anonymous
+    ///   memory, and the [descriptor](Options::descriptor) has no `WP_UNPOPULATED`.
+    /// - [`OtherMemory`](crate::Error::OtherMemory): the tracker belongs to a [`LazyMemory`](crate::LazyMemory), and the
+    ///   range doesn't.
+    /// - Those of [`register_with_mode`](crate::Uffd::register_with_mode): `EINVAL` for memory that can't be tracked in this
+    ///   mode (files other than memfd and tmpfs can in `Async` mode alone), for nothing mapped and for unaligned bounds;
+    ///   `EBUSY` if another userfaultfd has registered it, with the [holder](crate::Refusal::holder) if that is known.
     pub fn track(&mut self, range: Range<usize>) -> Result<()> {
         self.0.watch.track(&range)
     }
 
-    /// Tracks what of a range is tracked no longer, and forgets what was written there. Parts that aren't tracked,
-    /// or aren't mapped any more, are skipped.
+    /// Stops tracking a range, and forgets what was written there. Parts that aren't tracked, or aren't mapped any more, are
+    /// skipped.
     ///
     /// # Errors
     ///
-    /// [`SystemError`](crate::Error::SystemError) with `EINVAL` if a bound lies inside a page: nothing is changed then.
-    /// Otherwise those of [`unregister`](crate::Uffd::unregister), and it isn't tracked any longer all the same.
+    /// [`SystemError`](crate::Error::SystemError) with `EINVAL`: a bound lies inside a page; nothing was changed.
+    /// Otherwise those of [`unregister`](crate::Uffd::unregister); the range is no longer tracked all the same.
     pub fn untrack(&mut self, range: Range<usize>) -> Result<()> {
         self.0.watch.untrack(&range)
     }
 
-    /// What is tracked: ranges in order, merged.
+    /// Returns the tracked ranges, ordered by address and merged.
     #[must_use]
     pub fn tracked(&self) -> Vec<Range<usize>> {
         self.0.tracked()
     }
 
-    /// What was written since it was tracked or taken, without resetting it.
+    /// Returns the ranges that were written since they were tracked or taken, without resetting them.
     ///
     /// The iterator's errors are [`NotTracked`](crate::Error::NotTracked),
     /// [`TrackingFailed`](crate::Error::TrackingFailed), and [`SystemError`](crate::Error::SystemError) with `ENOMEM`
@@ -301,20 +307,21 @@ impl DirtyTracker {
         self.dirty_in(0..usize::MAX)
     }
 
-    /// [`dirty`](Self::dirty) of the pages in a range.
+    /// Returns the [`dirty`](Self::dirty) pages of a range.
     pub fn dirty_in(&self, range: Range<usize>) -> Ranges<'_> {
         self.0.look(&range, self.eye(), false)
     }
 
-    /// What was written since it was tracked or taken, and resets it, page by page in one atomic step.
+    /// Returns the ranges that were written since they were tracked or taken, and resets them: each page is reported and
+    /// reset in one atomic step.
     ///
-    /// It is reset as the iterator goes on. What it didn't reach when it is dropped stays written; so does what it
-    /// was about to tell. Errors are those of [`dirty`](Self::dirty), and leave everything written that was not told.
+    /// Pages are reset as the iterator advances. Pages that it hasn't returned when it is dropped stay written. Errors are
+    /// those of [`dirty`](Self::dirty); after one, every page that wasn't returned stays written.
     pub fn take(&mut self) -> Ranges<'_> {
         self.take_in(0..usize::MAX)
     }
 
-    /// [`take`](Self::take) of the pages in a range.
+    /// Returns and resets the written pages of a range, as [`take`](Self::take).
     pub fn take_in(&mut self, range: Range<usize>) -> Ranges<'_> {
         self.0.look(&range, self.eye(), true)
     }
@@ -326,11 +333,11 @@ impl DirtyTracker {
         }
     }
 
-    /// Has a tracked range count as written in every [`dirty`](Self::dirty) and [`take`](Self::take), whatever the
-    /// kernel reports: for [pinned memory](crate::dirty#pinned-memory). With `false`, it counts as written once more, and
-    /// then as any other memory does. Pages that are unmapped aren't told.
+    /// Makes a tracked range count as written in every [`dirty`](Self::dirty) and [`take`](Self::take), whatever the
+    /// kernel reports: for [pinned memory](crate::dirty#pinned-memory). With `false` it counts as written once more, and
+    /// then as any other memory does. Unmapped pages aren't reported.
     ///
-    /// The bounds are multiples of the page size, of the huge page size on hugetlb memory.
+    /// The bounds must be multiples of the page size, of the huge page size on hugetlb memory.
     ///
     /// ```
     /// use userfaultfd::{DirtyTracker, Error, page_size};
@@ -355,14 +362,14 @@ impl DirtyTracker {
     ///
     /// # Errors
     ///
-    /// [`NotTracked`](crate::Error::NotTracked) if a part isn't tracked.
-    /// [`SystemError`](crate::Error::SystemError) with `EINVAL` if a bound lies inside a page. Nothing is changed then.
-    /// [`TrackingFailed`](crate::Error::TrackingFailed).
+    /// - [`NotTracked`](crate::Error::NotTracked): a part isn't tracked; nothing was changed.
+    /// - [`SystemError`](crate::Error::SystemError) with `EINVAL`: a bound lies inside a page; nothing was changed.
+    /// - [`TrackingFailed`](crate::Error::TrackingFailed): the tracker has failed before.
     pub fn set_always_dirty(&mut self, range: Range<usize>, always: bool) -> Result<()> {
         self.0.watch.set_always(&range, always)
     }
 
-    /// How many bytes were written, by whole pages, since they were tracked or taken.
+    /// Returns the number of bytes, in whole pages, that were written since they were tracked or taken.
     ///
     /// # Errors
     ///
@@ -371,19 +378,19 @@ impl DirtyTracker {
         self.dirty().try_fold(0, |count, range| Ok(count + range?.len()))
     }
 
-    /// What it has done.
+    /// Returns the statistics of the tracker.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.0.stats()
     }
 
-    /// Handles a fault that was read elsewhere, if it is a write to a tracked page; tells whether it was. See
+    /// Resolves a fault that another handler has read, if it is a write to a tracked page, and returns whether it was. See
     /// [`Options::read_elsewhere`].
     ///
     /// # Errors
     ///
-    /// Those of [`remove_write_protection`](crate::Uffd::remove_write_protection) but `EAGAIN` and `ENOENT`, where the
-    /// writer is woken, to fault again if it must.
+    /// Those of [`remove_write_protection`](crate::Uffd::remove_write_protection), without `EAGAIN` and `ENOENT`: after
+    /// these the writer is woken, and faults again if it must.
     pub fn resolve(&self, event: &Event) -> Result<bool> {
         self.0.resolve(event)
     }

@@ -1,4 +1,4 @@
-//! How a tracker is made: which mode, which descriptor, whose memory.
+//! Options of a tracker: its mode, its descriptor, whose memory it tracks.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Mode {
-    /// The kernel lifts the protection of a page by itself when it is accessed, and one scan tells which pages that
-    /// were and protects them again. The access costs a page fault that is short; no thread is woken.
+    /// The kernel itself lifts the protection of a page when it is accessed. One scan finds these pages and protects them
+    /// again. The access costs a short page fault; no thread is woken.
     ///
     /// Linux 6.7 for writes, 7.3 for any access.
     Async,
-    /// The kernel puts the accessing thread to sleep and tells a thread of the tracker, which lifts the protection.
-    /// For older kernels, at many times the cost of an access.
+    /// The kernel suspends the accessing thread and reports the fault to a thread of the tracker, which lifts the
+    /// protection: for older kernels. An access costs many times as much.
     ///
     /// Linux 5.7 for writes to private anonymous memory, 5.19 to shared and hugetlb memory; 7.3 for any access.
     Sync,
@@ -35,8 +35,8 @@ impl std::fmt::Display for Mode {
     }
 }
 
-/// How a [`DirtyTracker`](crate::DirtyTracker) or an [`AccessTracker`](crate::AccessTracker) is made, where the
-/// defaults aren't right: for [`with`](crate::DirtyTracker::with).
+/// Options of a [`DirtyTracker`](crate::DirtyTracker) or an [`AccessTracker`](crate::AccessTracker), for
+/// [`with`](crate::DirtyTracker::with).
 ///
 /// ```
 /// use userfaultfd::dirty::{Mode, Options};
@@ -55,9 +55,9 @@ pub struct Options {
     user_mode_only: bool,
     descriptor: Option<Uffd>,
     process: Process,
-    /// What ranges are registered for beside, where other code reads the descriptor.
+    /// Further modes for which ranges are registered, where another handler reads the descriptor.
     elsewhere: Option<RegisterMode>,
-    /// Of memory that a pager fills, and where it lies.
+    /// For memory that a pager fills: the lease of its region, and its range.
     lease: Option<(Arc<Lease>, Vec<Range<usize>>)>,
 }
 
@@ -75,25 +75,25 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The best mode that the kernel has, for memory of this process, with a descriptor of the tracker's own.
+    /// Returns the defaults: memory of this process, the best mode that the kernel has, a descriptor of the tracker's own.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Insists on a mode. The default is `Async` where there is such a thing, `Sync` elsewhere.
+    /// Requires a mode. The default is `Async` where the kernel has it, and `Sync` elsewhere.
     ///
-    /// A [descriptor](Self::descriptor) that is handed over has a mode already, and this does nothing to it.
+    /// A [descriptor](Self::descriptor) that is passed in has a mode already; then this option is ignored.
     pub fn mode(mut self, mode: Mode) -> Self {
         self.mode = Some(mode);
         self
     }
 
-    /// Whether only accesses from user mode are allowed, as in
-    /// [`UffdBuilder::user_mode_only`](crate::UffdBuilder::user_mode_only). The default is `true`, which takes no
-    /// rights.
+    /// Sets whether only accesses from user mode are resolved, as
+    /// [`UffdBuilder::user_mode_only`](crate::UffdBuilder::user_mode_only) does. The default is `true`, which needs no
+    /// right.
     ///
-    /// It makes a difference in `Sync` mode alone: **there a system call that writes to tracked memory, such as
-    /// read(2), fails with `EFAULT` if this is `true`.** With `false`, which takes rights, it waits like any write.
+    /// It matters in `Sync` mode alone: **there a system call that writes to tracked memory, such as read(2), fails with
+    /// `EFAULT` if this is `true`.** With `false`, which needs a [right](crate#rights), it waits like any write.
     pub fn user_mode_only(mut self, user_mode_only: bool) -> Self {
         self.user_mode_only = user_mode_only;
         self
@@ -103,30 +103,30 @@ impl Options {
     /// [`WP_ASYNC`](FeatureFlags::WP_ASYNC) ([`RWP_ASYNC`](FeatureFlags::RWP_ASYNC) for an
     /// [`AccessTracker`](crate::AccessTracker)), and `Sync` otherwise. `WP_UNPOPULATED` helps there.
     ///
-    /// In `Sync` mode the tracker reads from it, and makes it non-blocking, for all who share it. Events other than
-    /// faults are read and dropped. See [`read_elsewhere`](Self::read_elsewhere).
+    /// In `Sync` mode the tracker reads from it, and makes it non-blocking, also for those it is shared with. It drops
+    /// events other than faults. See [`read_elsewhere`](Self::read_elsewhere).
     pub fn descriptor(mut self, uffd: Uffd) -> Self {
         self.descriptor = Some(uffd);
         self
     }
 
-    /// Tracks memory of another process, in which the [descriptor](Self::descriptor) was made: without one, making
-    /// the tracker fails. Takes the right to read that process's memory by ptrace(2).
+    /// Tracks memory of another process, in which the [descriptor](Self::descriptor) was made; without a descriptor
+    /// [`with`](crate::DirtyTracker::with) fails. Needs the right to read that process's memory by ptrace(2).
     pub fn process(mut self, pid: Pid) -> Self {
         self.process = Process::Other(pid);
         self
     }
 
     /// Leaves reading from the [descriptor](Self::descriptor) to another handler, which resolves the other faults of the
-    /// same memory. Ranges are registered for the modes `also` beside, and stay registered when they are tracked no
-    /// longer.
+    /// same memory. The tracker registers ranges for the modes `also`, too, and leaves them registered when it stops
+    /// tracking them.
     ///
-    /// In `Sync` mode that handler passes events to [`resolve`](crate::DirtyTracker::resolve). In both modes a page
-    /// that is filled must be filled unprotected, as it is by default: it counts as written then.
+    /// In `Sync` mode that handler must pass events to [`resolve`](crate::DirtyTracker::resolve). In both modes it must
+    /// fill pages unprotected, as fills do by default; a filled page counts as written.
     ///
-    /// With [`MISSING`](RegisterMode::MISSING), private anonymous memory takes a descriptor in `Async` mode or with
-    /// [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED): what isn't there can't be protected before Linux 6.4, and the
-    /// tracker doesn't decide what it holds.
+    /// With [`MISSING`](RegisterMode::MISSING), private anonymous memory needs a descriptor in `Async` mode or with
+    /// [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED): Linux before 6.4 can't protect a missing page, and the tracker
+    /// can't decide what it holds.
     pub fn read_elsewhere(mut self, also: RegisterMode) -> Self {
         self.elsewhere = Some(also);
         self
@@ -138,7 +138,7 @@ impl Options {
         Self { lease: Some((lease, ranges)), ..self.descriptor(uffd).read_elsewhere(RegisterMode::MISSING) }
     }
 
-    /// Makes it.
+    /// Creates the watch. Returns it with its mode and the thread of `Sync` mode.
     pub(crate) fn open(self, protection: Protection) -> Result<(Arc<Watch>, Mode, Option<FaultThread>)> {
         let lease = self.lease.clone();
         self.open_leased(protection).inspect_err(|_| {

@@ -1,4 +1,4 @@
-//! The thread that handles faults where they are delivered.
+//! The thread that resolves faults in `Sync` mode.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -11,16 +11,16 @@ use crate::owner::{InheritedFd, abandon};
 use crate::watch::Watch;
 use crate::{Error, Event, EventBuffer, Result, page_size, sys};
 
-/// Messages that are read at a time.
+/// Messages read by one call: a buffer of 2 KiB; more threads rarely wait at once.
 const EVENTS_PER_READ: usize = 64;
 
-/// The thread, which ends when this is dropped.
+/// The thread that resolves faults. It ends when this is dropped.
 #[derive(Debug)]
 pub(crate) struct FaultThread {
-    /// Something to read there tells the thread to stop.
+    /// The owner's end: a byte written to it makes the thread stop.
     stop: UnixStream,
     thread: Option<JoinHandle<()>>,
-    /// The thread's end of that, as long as it is open.
+    /// The thread's end, while it is open.
     stopped: Arc<InheritedFd>,
 }
 
@@ -33,7 +33,7 @@ impl FaultThread {
         let of_thread = Arc::clone(&number);
         let serve = move || {
             if let Err(error) = serve(&watch, &stopped) {
-                // Nobody is to wait for ever. That nothing is noted any more is told by every answer.
+                // No thread must wait for ever. Every later call reports that the tracker has failed.
                 watch.fail(&error);
                 for tracked in watch.ranges().iter() {
                     if let Err(error) = watch.untrack(&tracked.range) {
@@ -47,7 +47,7 @@ impl FaultThread {
         Ok(Self { stop, thread: Some(thread.map_err(|error| system_error(&error))?), stopped: number })
     }
 
-    /// In a fork's child, which hasn't got the thread: closes what that has a share of.
+    /// In a forked child, which doesn't have the thread: closes the descriptors that the thread shared.
     #[expect(unsafe_code, reason = "closes what the thread has a share of")]
     pub(crate) fn abandon(mut self, watch: &Arc<Watch>) {
         std::mem::forget(self.thread.take());
@@ -65,10 +65,10 @@ impl FaultThread {
 impl Drop for FaultThread {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
-            // If that can't be written, the other end is closed: the thread has ended.
+            // If the write fails, the other end is closed: the thread has ended.
             let told = self.stop.write_all(&[0]);
             debug_assert!(told.is_ok() || thread.is_finished());
-            // It doesn't panic.
+            // The thread doesn't panic.
             drop(thread.join());
         }
     }
@@ -89,11 +89,11 @@ fn serve(watch: &Watch, stop: &UnixStream) -> Result<()> {
         watch.uffd.read_batch(&mut buffer)?;
         resolved.clear();
         while let Some(event) = buffer.pop() {
-            // Other events are told where the descriptor was made to; reading them is what they need.
+            // Other events come where the descriptor was made with them; reading them is all they need.
             let Event::Pagefault { kind, rw, addr, .. } = event? else { continue };
             let page = addr.addr() / page_size();
-            // Who waits for the same page has been woken. Lifting its protection a second time might undo one that was
-            // put there since.
+            // The other waiters for this page were woken with it. Lifting the protection a second time might undo one
+            // that was set since.
             if !resolved.contains(&page) {
                 watch.resolve(kind, rw, addr)?;
                 resolved.push(page);
