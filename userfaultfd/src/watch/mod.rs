@@ -1,20 +1,20 @@
-//! Memory under the protection of a userfaultfd: what both trackers and the snapshot stand on.
+//! Memory under the protection of a userfaultfd: the common ground of both trackers and the snapshot.
 //!
 //! # Memory that a pager fills
 //!
-//! A mapping is registered with one userfaultfd, so memory with missing pages is tracked through the descriptor of the pager
-//! that fills it. Three ideas make that work:
+//! A mapping can be registered with one userfaultfd only, so memory with missing pages is tracked through the descriptor
+//! of the pager that fills it. Three rules make that work:
 //!
-//! - The pager [lends](crate::pager::Pager::lend) a region to one tracker at a time: a [`Lease`]. The region is registered
-//!   for `MISSING` and `WRITE_PROTECT` from then on, also when it is filled.
-//! - While the lease is taken every fill is protected in the same call (`UFFDIO_COPY_MODE_WP`), so that what is filled isn't
-//!   written. It is taken while no fill is at work, and before the tracker protects: there is no page in between.
-//! - Which thread resolves a write doesn't matter. With `WP_ASYNC`, which the descriptor of a `LazyMemory` has from its handshake, it
-//!   is the kernel; without, a worker of the pager lifts the protection of the page. In both cases a page is written that
-//!   isn't protected.
+//! - The pager [lends](crate::pager::Pager::lend) a region to one tracker at a time: a [`Lease`]. From then on the region
+//!   is registered for `MISSING` and `WRITE_PROTECT`, also when it is filled.
+//! - While the lease is taken, every fill protects its pages in the same call (`UFFDIO_COPY_MODE_WP`), so that a filled
+//!   page doesn't count as written. The lease is taken while no fill runs, and before the tracker protects, so no page
+//!   falls between.
+//! - A write is resolved by the kernel with `WP_ASYNC`, which the descriptor of a `LazyMemory` has from its handshake;
+//!   without, a worker of the pager lifts the protection. In both cases a page that isn't protected was written.
 //!
 //! A snapshot needs each write to wait until the page is saved, so it has a descriptor of its own, and the pager fills
-//! everything before.
+//! all missing pages first.
 
 #![cfg_attr(
     not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
@@ -43,23 +43,23 @@ use crate::proc_maps::{Mapping, Process};
 use crate::sync::AtomicU64;
 use crate::{Errno, Error, IoctlFlags, RegisterMode, Result, Uffd, UffdBuilder, page_size};
 
-/// How often an operation is tried again while the memory layout changes. It is over when the changing thread has
-/// run; some kernels have a bug that says so for ever.
+/// Retries of an operation while the layout of memory changes. The change ends when the changing thread has run; some
+/// kernels have a fault and report it for ever.
 const MAX_LAYOUT_TRIES: usize = 100_000;
 
-/// Against what memory is protected.
+/// The accesses against which memory is protected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Protection {
     Write,
     ReadWrite,
 }
 
-/// An address as the kernel's operations take it.
+/// An address as a pointer, for the kernel's operations.
 pub(crate) fn pointer(address: usize) -> *mut c_void {
     std::ptr::without_provenance_mut(address)
 }
 
-/// Tries up to `tries` times while the layout changes.
+/// Calls `operation` up to `tries` times while the layout changes.
 fn retry<T>(tries: usize, mut operation: impl FnMut() -> Result<T>) -> Result<T> {
     for _ in 1..tries {
         match operation() {
@@ -70,7 +70,7 @@ fn retry<T>(tries: usize, mut operation: impl FnMut() -> Result<T>) -> Result<T>
     operation()
 }
 
-/// The ranges, and what protects them.
+/// Protected ranges, and the descriptor that protects them.
 #[derive(Debug)]
 pub(crate) struct Watch {
     /// In another process nothing is known of any range, and nothing done.
@@ -79,25 +79,25 @@ pub(crate) struct Watch {
     pub(crate) pagemap: Pagemap,
     pub(crate) process: Process,
     pub(crate) protection: Protection,
-    /// What the ranges are registered for beside protection.
+    /// Further modes for which the ranges are registered.
     pub(crate) also: RegisterMode,
     /// Empty pages of private anonymous memory can be protected, as all others can.
     pub(crate) protects_empty: bool,
-    /// The page table doesn't tell what is protected, so faults are noted, those of empty pages, too.
+    /// The page table doesn't show protection, so faults are noted, those of empty pages, too.
     pub(crate) notes: bool,
-    /// How often an operation is tried while the layout changes.
+    /// Tries of an operation while the layout changes.
     pub(crate) tries: usize,
-    /// Of memory that a pager of this process fills: an empty page is one that is missing.
+    /// The lease of memory that a pager of this process fills: an empty page is missing.
     pub(crate) lease: Option<Arc<Lease>>,
-    /// That memory. The descriptor is the pager's, which knows nothing of other ranges: their faults would have no end.
+    /// The range of that memory. The pager that reads the descriptor would never resolve faults in other ranges.
     pub(crate) lent: Option<Vec<Range<usize>>>,
-    /// Large holes of private anonymous memory aren't protected before something is there: that takes page tables. Where
-    /// a scan tells what is written, and empty pages belong to nobody else.
+    /// Large holes of private anonymous memory stay unprotected while they are empty, which saves page tables: where a scan
+    /// finds what is written, and no other handler fills empty pages.
     pub(crate) leaves_holes: bool,
     /// Replaced as a whole, so that the lock is never held for long, nor while memory is allocated: the thread that
-    /// handles faults takes it.
+    /// resolves faults takes it.
     ranges: Mutex<Arc<[Tracked]>>,
-    /// For errors that others get.
+    /// The entry by which errors of other users of the memory name this one.
     held: Held,
     failure: AtomicI32,
     pub(crate) faults: [AtomicU64; 2],
@@ -141,23 +141,23 @@ impl Watch {
         std::mem::swap(&mut *self.ranges.lock().unwrap_or_else(PoisonError::into_inner), &mut ranges);
     }
 
-    /// Whether another tracker, snapshot or pager of this process says that it has a part of a range.
+    /// Whether another tracker, snapshot or pager of this process holds a part of a range.
     pub(crate) fn is_held_by_another(&self, range: &Range<usize>) -> bool {
         self.held.is_shared(range)
     }
 
-    /// From now on nothing is known any more.
+    /// Marks the watch as failed: nothing is known from now on.
     pub(crate) fn fail(&self, error: &Error) {
         let errno = error.errno().unwrap_or(Errno::EIO);
         self.failure.store(errno as i32, Ordering::SeqCst);
     }
 
-    /// Returns an error in any process but the owner's.
+    /// Returns an error in every process but the owner's.
     pub(crate) fn check_owner(&self) -> Result<()> {
         if self.owner.is_current() { Ok(()) } else { Err(Error::OtherProcess) }
     }
 
-    /// The error, after [`fail`](Self::fail), or of another process.
+    /// Returns an error after [`fail`](Self::fail), and in another process.
     pub(crate) fn check(&self) -> Result<()> {
         self.check_owner()?;
         if self.has_ended() {
@@ -188,7 +188,7 @@ impl Watch {
         protection | noted | self.also
     }
 
-    /// Registers a range, and protects it. If that fails, nothing of it is tracked.
+    /// Registers a range and protects it. After an error nothing of it is tracked.
     pub(crate) fn track(&self, range: &Range<usize>) -> Result<()> {
         self.register(range)?;
         self.arm(range).inspect_err(|_| {
@@ -252,13 +252,13 @@ impl Watch {
         }
     }
 
-    /// The range by the size of its pages.
+    /// Splits the range by the size of its pages.
     fn layout(&self, ioctls: IoctlFlags, range: &Range<usize>) -> Result<Vec<Tracked>> {
         let tracked = |range: Range<usize>, page| {
             let noted = self.notes.then(|| Arc::new(DirtyBits::new(&range, page)));
             Tracked { range, page, noted, always: false, armed: true }
         };
-        // Hugetlb memory anywhere in the range takes this operation away from the answer.
+        // With hugetlb memory anywhere in the range the kernel leaves this operation out.
         if ioctls.contains(IoctlFlags::ZEROPAGE) {
             return Ok(vec![tracked(range.clone(), page_size())]);
         }
@@ -269,7 +269,7 @@ impl Watch {
             .collect())
     }
 
-    /// Unregisters what of the range is tracked. What was unmapped meanwhile is forgotten.
+    /// Unregisters the tracked parts of a range, and forgets what was unmapped meanwhile.
     pub(crate) fn untrack(&self, range: &Range<usize>) -> Result<()> {
         self.check_owner()?;
         let all = self.ranges();
@@ -284,7 +284,7 @@ impl Watch {
         result
     }
 
-    /// Has a range count as written in every look, or no longer: what is known of it by then is that it was written.
+    /// Makes a range count as written at every look, or ends that: at the end, all of it counts as written once more.
     pub(crate) fn set_always(&self, range: &Range<usize>, always: bool) -> Result<()> {
         let all = self.ranges();
         if ranges::cuts_a_page(&all, range) {
@@ -327,7 +327,7 @@ impl Watch {
         match register(range) {
             Err(error) if of_others(&error) => self.for_each_mapping(range, unregister_own),
             _ => match unregister(range) {
-                // Nothing is mapped there any more, or something that can't be registered.
+                // The part isn't mapped any more, or is memory that can't be registered.
                 Err(Error::SystemError(Errno::EINVAL)) => self.for_each_mapping(range, unregister_own),
                 result => result,
             },
@@ -346,15 +346,15 @@ impl Watch {
         })
     }
 
-    /// Makes all of a range accessed, as far as it is registered, after something went wrong: nothing is lost so. If
-    /// that fails, too, nothing is known any more.
+    /// Marks the registered parts of a range as accessed after an error, so that nothing is lost. If that fails, too, the
+    /// watch has failed.
     pub(crate) fn give_back(&self, range: &Range<usize>) {
         for Tracked { range, page, noted, .. } in ranges::within(&self.ranges(), range) {
             if let Some(notes) = noted {
                 range.clone().step_by(page).for_each(|address| notes.set(address));
             }
             let lifted = match self.lift(&range) {
-                // What isn't registered is told by every look at it.
+                // Every look reports that a part isn't registered.
                 Err(Error::NotTracked { .. }) => self.for_each_mapping(&range, |range| self.lift(range)),
                 result => result,
             };
@@ -374,8 +374,8 @@ pub(crate) fn can_scan() -> Result<bool> {
     }
 }
 
-/// Whether the kernel tells of protection in `/proc/PID/pagemap`, which it does since 5.13. Asks it once, with a page
-/// that is mapped for that: any other may be registered already.
+/// Whether the kernel shows protection in `/proc/PID/pagemap`, which it does since 5.13. Asks it once, with a page mapped
+/// for that: any other may be registered already.
 pub(crate) fn tells_protection() -> Result<bool> {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     if let Some(answer) = ANSWER.get() {

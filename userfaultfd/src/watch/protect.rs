@@ -1,4 +1,4 @@
-//! Protecting tracked memory, lifting that, and what holes and empty pages need.
+//! Protecting tracked memory, lifting the protection, and the treatment of holes and empty pages.
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -11,17 +11,18 @@ use super::{Protection, Watch, pointer, retry};
 use crate::pagemap::{Categories, Region, Scan};
 use crate::{Errno, Error, FaultKind, ReadWrite, RegisterMode, Result, Uffd, ZeropageMode, page_size};
 
-/// How many blocks a hole has at least that is left unprotected. Protecting them takes a page table each, and 80 ns a page.
+/// Blocks of the smallest hole that is left unprotected. Protection takes a page table for each block, and 80 ns for
+/// each page.
 const HOLE_BLOCKS: usize = 16;
 
 impl Watch {
-    /// Protects all of a registered range.
+    /// Protects a whole registered range.
     pub(crate) fn arm(&self, range: &Range<usize>) -> Result<()> {
         self.arm_through(&self.uffd, range)
     }
 
-    /// The same, through another descriptor of the same process: the kernel doesn't ask which one has registered memory
-    /// that is protected or filled.
+    /// The same, through another descriptor of the same process: to protect and to fill, the kernel accepts any descriptor
+    /// of the process.
     pub(crate) fn arm_through(&self, uffd: &Uffd, range: &Range<usize>) -> Result<()> {
         if self.leaves_holes {
             return self.arm_around_holes(range);
@@ -43,7 +44,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Protects what is there, and small holes.
+    /// Protects present pages and small holes.
     fn arm_around_holes(&self, range: &Range<usize>) -> Result<()> {
         let (mut all, mut protected) = (self.ranges().to_vec(), range.start);
         for hole in self.holes(range)? {
@@ -57,7 +58,7 @@ impl Watch {
         if protected < range.end { self.protect(&(protected..range.end)) } else { Ok(()) }
     }
 
-    /// Large holes of private anonymous memory, whole blocks.
+    /// The large holes of private anonymous memory, in whole blocks.
     fn holes(&self, range: &Range<usize>) -> Result<Vec<Range<usize>>> {
         let mut holes = Vec::new();
         let mut note = |hole: Range<usize>| {
@@ -86,8 +87,8 @@ impl Watch {
         Ok(holes)
     }
 
-    /// Protects the blocks of a hole in which these pages are, and adds to `found` what is written there, which is
-    /// reset in the same step. Returns the end of the last block.
+    /// Protects the blocks of a hole that have these pages, and adds the written ones to `found`, which are reset in the
+    /// same step. Returns the end of the last block.
     pub(crate) fn arm_blocks(
         &self,
         hole: &Range<usize>,
@@ -132,7 +133,7 @@ impl Watch {
         Ok(armed.last().map_or(hole.start, |last| last.end))
     }
 
-    /// Whether empty pages of private anonymous memory are filled, to be protected. Never where another handler fills
+    /// Whether empty pages of private anonymous memory must be filled to be protected. Never where another handler fills
     /// them.
     pub(crate) fn fills_empty(&self) -> bool {
         !self.protects_empty
@@ -142,8 +143,8 @@ impl Watch {
 
     /// Fills the `empty` pages of a protected part of a mapping, and protects them.
     ///
-    /// That `part` was protected shows that what lies there is registered for it; that it can be registered again
-    /// shows that it is registered with this descriptor. So pages of what was mapped there meanwhile aren't filled.
+    /// A successful protection of `part` shows that it is registered for protection; a successful second registration
+    /// shows that it is registered with this descriptor. So pages of memory that was mapped there meanwhile aren't filled.
     pub(crate) fn protect_empty(&self, part: &Range<usize>, empty: &[Range<usize>]) -> Result<()> {
         self.protect_empty_through(&self.uffd, part, empty)
     }
@@ -171,7 +172,7 @@ impl Watch {
         self.protect_through(uffd, part)
     }
 
-    /// Makes pages of private anonymous memory that are empty such that can be protected: the zero page is mapped.
+    /// Maps the zero page into empty pages of private anonymous memory, so that they can be protected.
     pub(crate) fn fill(&self, range: &Range<usize>) -> Result<()> {
         self.fill_through(&self.uffd, range)
     }
@@ -180,7 +181,7 @@ impl Watch {
     fn fill_through(&self, uffd: &Uffd, range: &Range<usize>) -> Result<()> {
         let Range { mut start, end } = *range;
         while start < end {
-            // SAFETY: what is empty in private anonymous memory holds zeros already; other pages aren't touched.
+            // SAFETY: an empty page of private anonymous memory holds zeros already; other pages aren't touched.
             let filled = retry(self.tries, || unsafe {
                 uffd.zeropage_with(pointer(start), end - start, ZeropageMode::empty())
             });
@@ -196,7 +197,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Protects a range, as far as it is registered.
+    /// Protects the registered parts of a range.
     pub(crate) fn protect(&self, range: &Range<usize>) -> Result<()> {
         self.protect_through(&self.uffd, range)
     }
@@ -220,12 +221,12 @@ impl Watch {
         }
     }
 
-    /// Applies an operation to a range: at once, or, where the kernel wants one mapping at a time (up to a kernel
-    /// between 6.1 and 6.12), has a hole or something unregistered in between, to each mapping.
+    /// Applies an operation to a range: in one call, or to each mapping, where the kernel takes one mapping at a time (up
+    /// to a kernel between 6.1 and 6.12) or the range has holes or unregistered parts.
     fn each(&self, range: &Range<usize>, operation: impl Fn(*mut c_void, usize) -> Result<()>) -> Result<()> {
         let apply = |range: &Range<usize>| retry(self.tries, || operation(pointer(range.start), range.len()));
         let mut result = apply(range);
-        // Mappings may change between being looked up and the operation.
+        // Mappings may change between the look-up and the operation.
         for _ in 0..3 {
             if !matches!(result, Err(Error::SystemError(Errno::ENOENT))) {
                 break;
@@ -240,7 +241,7 @@ impl Watch {
         }
     }
 
-    /// Resolves a fault: its page is noted, and free to be accessed. What isn't this watch's is woken.
+    /// Resolves a fault: notes its page and lifts the protection. Wakes the waiters of a page that isn't this watch's.
     pub(crate) fn resolve(&self, kind: FaultKind, rw: ReadWrite, address: *mut c_void) -> Result<()> {
         let ranges = self.ranges();
         let tracked = ranges::at(&ranges, address.addr());
@@ -254,13 +255,13 @@ impl Watch {
         });
         self.faults[usize::from(rw == ReadWrite::Write)].fetch_add(1, Ordering::Relaxed);
         let resolved = match kind {
-            // Registered to be noted, where nobody else fills.
+            // Registered for missing pages only to note them: no other handler fills here.
             FaultKind::Missing if notes.is_some() => self.fill(&(start..start + page_size())),
             FaultKind::Missing => Ok(()),
             _ => self.lift_one(pointer(start), page),
         };
         match resolved {
-            // Unmapped or unregistered meanwhile, or the layout is changing: if the access still waits, it faults
+            // Unmapped or unregistered meanwhile, or the layout is changing: if the thread still waits, it faults
             // again.
             Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::EAGAIN)) => {
                 thread::yield_now();
@@ -273,7 +274,7 @@ impl Watch {
     }
 }
 
-/// Bytes that a page table is for, on most machines.
+/// Bytes that one page table maps, on most machines.
 fn block() -> usize {
     512 * page_size()
 }

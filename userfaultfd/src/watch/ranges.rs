@@ -1,4 +1,4 @@
-//! The ranges that are tracked, in the order of their addresses.
+//! The tracked ranges, ordered by address.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -6,21 +6,21 @@ use std::sync::atomic::Ordering;
 use crate::sync::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A range with pages of one size.
+/// A tracked range with pages of one size.
 #[derive(Clone, Debug)]
 pub(crate) struct Tracked {
     pub(crate) range: Range<usize>,
-    /// Bytes of a page: of a huge page on hugetlb memory.
+    /// Size of a page in bytes: of a huge page on hugetlb memory.
     pub(crate) page: usize,
-    /// What faults have told, where the page table doesn't.
+    /// The pages that faults have reported, where the page table doesn't say.
     pub(crate) noted: Option<Arc<DirtyBits>>,
-    /// It counts as written, whatever the kernel says.
+    /// Counts as written, whatever the kernel reports.
     pub(crate) always: bool,
-    /// Pages that aren't there are protected, too. Where they aren't, what is there and isn't protected is written.
+    /// Empty pages are protected, too. Where they aren't, a present page that isn't protected was written.
     pub(crate) armed: bool,
 }
 
-/// A bit a page: it was written.
+/// One bit for each page: whether it was written.
 #[derive(Debug)]
 pub(crate) struct DirtyBits {
     lock: Mutex<()>,
@@ -36,8 +36,8 @@ impl DirtyBits {
         Self { lock: Mutex::new(()), start: range.start, page, words }
     }
 
-    /// A thread that changes a note and the protection of its page does both under this lock: noting a page that is reset
-    /// before its protection is lifted would lose the write.
+    /// A thread that changes a bit and the protection of its page holds this lock for both: if a reset came between the
+    /// bit and the lifted protection, the write would be lost.
     pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -63,7 +63,7 @@ impl DirtyBits {
     }
 }
 
-/// Whether two ranges have an address in common.
+/// Whether two ranges overlap.
 fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
     a.start < b.end && b.start < a.end
 }
@@ -73,14 +73,14 @@ pub(crate) fn overlaps(all: &[Tracked], range: &Range<usize>) -> bool {
     !range.is_empty() && all.iter().any(|tracked| overlap(&tracked.range, range))
 }
 
-/// `all` and `more`, in order.
+/// `all` and `more`, ordered.
 pub(crate) fn with(all: &[Tracked], more: Vec<Tracked>) -> Vec<Tracked> {
     let mut joined = [all, &more].concat();
     joined.sort_by_key(|tracked| tracked.range.start);
     joined
 }
 
-/// `all` without what lies in `range`.
+/// `all` without the parts in `range`.
 pub(crate) fn without(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
     let mut left = Vec::with_capacity(all.len() + 1);
     for tracked in all {
@@ -98,14 +98,14 @@ pub(crate) fn without(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
     left
 }
 
-/// `all`, cut at the ends of `range`, with what lies in it changed by `change`.
+/// `all`, cut at the ends of `range`, with the parts in it changed by `change`.
 pub(crate) fn changed(all: &[Tracked], range: &Range<usize>, change: impl Fn(&mut Tracked)) -> Vec<Tracked> {
     let mut inside = within(all, range);
     inside.iter_mut().for_each(change);
     with(&without(all, range), inside)
 }
 
-/// What of `all` lies in `range`, whole pages.
+/// The parts of `all` that lie in `range`, in whole pages.
 pub(crate) fn within(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
     let cut = |tracked: &Tracked| {
         let up = |address: usize| address.checked_next_multiple_of(tracked.page).unwrap_or(usize::MAX);
@@ -117,13 +117,13 @@ pub(crate) fn within(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
     all.iter().filter_map(cut).collect()
 }
 
-/// Whether one of the ends of `range` lies inside a page.
+/// Whether an end of `range` lies inside a page.
 pub(crate) fn cuts_a_page(all: &[Tracked], range: &Range<usize>) -> bool {
     let inside = |tracked: &Tracked, end: usize| tracked.range.contains(&end) && end % tracked.page != 0;
     all.iter().any(|tracked| inside(tracked, range.start) || inside(tracked, range.end))
 }
 
-/// The one that an address lies in.
+/// The range that has an address.
 pub(crate) fn at(all: &[Tracked], address: usize) -> Option<&Tracked> {
     let next = all.partition_point(|tracked| tracked.range.start <= address);
     all[..next].last().filter(|tracked| tracked.range.contains(&address))
