@@ -90,6 +90,7 @@ mod concurrency {}
 
 mod builder;
 mod error;
+mod evict;
 mod fill;
 mod handover;
 mod id;

@@ -1,0 +1,183 @@
+//! The policies that the library's is compared with.
+
+use crate::policy::{Link, List, NO_STAMP, NONE, Policy};
+
+/// The oldest leaves.
+#[derive(Debug)]
+pub(crate) struct Fifo(List);
+
+impl Policy for Fifo {
+    fn new(_capacity: usize) -> Self {
+        Self(List::new())
+    }
+
+    fn resize(&mut self, _capacity: usize) {}
+
+    fn insert(&mut self, links: &mut [Link], frame: u32, _left: u32) {
+        self.0.push(links, frame);
+    }
+
+    fn touch(&mut self, _links: &mut [Link], _frame: u32) {}
+
+    fn restore(&mut self, links: &mut [Link], frame: u32) {
+        self.0.push(links, frame);
+    }
+
+    fn evict(&mut self, links: &mut [Link]) -> Option<(u32, u32)> {
+        self.0.pop(links).map(|frame| (frame, NO_STAMP))
+    }
+
+    fn remove(&mut self, links: &mut [Link], frame: u32) {
+        self.0.unlink(links, frame);
+    }
+}
+
+/// The oldest leaves that wasn't accessed since it was looked at.
+#[derive(Debug)]
+pub(crate) struct Clock(List);
+
+impl Policy for Clock {
+    fn new(_capacity: usize) -> Self {
+        Self(List::new())
+    }
+
+    fn resize(&mut self, _capacity: usize) {}
+
+    fn insert(&mut self, links: &mut [Link], frame: u32, _left: u32) {
+        links[frame as usize].freq = 0;
+        self.0.push(links, frame);
+    }
+
+    fn touch(&mut self, links: &mut [Link], frame: u32) {
+        links[frame as usize].freq = 1;
+    }
+
+    fn restore(&mut self, links: &mut [Link], frame: u32) {
+        self.insert(links, frame, NO_STAMP);
+    }
+
+    fn evict(&mut self, links: &mut [Link]) -> Option<(u32, u32)> {
+        loop {
+            let frame = self.0.pop(links)?;
+            if std::mem::take(&mut links[frame as usize].freq) == 0 {
+                return Some((frame, NO_STAMP));
+            }
+            self.0.push(links, frame);
+        }
+    }
+
+    fn remove(&mut self, links: &mut [Link], frame: u32) {
+        self.0.unlink(links, frame);
+    }
+}
+
+/// A hand goes from the oldest to the newest, and takes what wasn't accessed; what was accessed keeps its place.
+#[derive(Debug)]
+pub(crate) struct Sieve {
+    list: List,
+    /// What is looked at next; [`NONE`]: the oldest.
+    hand: u32,
+}
+
+impl Policy for Sieve {
+    fn new(_capacity: usize) -> Self {
+        Self { list: List::new(), hand: NONE }
+    }
+
+    fn resize(&mut self, _capacity: usize) {}
+
+    fn insert(&mut self, links: &mut [Link], frame: u32, _left: u32) {
+        links[frame as usize].freq = 0;
+        self.list.push(links, frame);
+    }
+
+    fn touch(&mut self, links: &mut [Link], frame: u32) {
+        links[frame as usize].freq = 1;
+    }
+
+    /// Where it was: behind the hand.
+    fn restore(&mut self, links: &mut [Link], frame: u32) {
+        links[frame as usize].freq = 0;
+        match self.hand {
+            NONE => self.list.push(links, frame),
+            hand => self.list.insert(links, frame, hand, links[hand as usize].older),
+        }
+    }
+
+    fn evict(&mut self, links: &mut [Link]) -> Option<(u32, u32)> {
+        loop {
+            let frame = if self.hand == NONE { self.list.oldest } else { self.hand };
+            if frame == NONE {
+                return None;
+            }
+            self.hand = links[frame as usize].newer;
+            if std::mem::take(&mut links[frame as usize].freq) == 0 {
+                self.list.unlink(links, frame);
+                return Some((frame, NO_STAMP));
+            }
+        }
+    }
+
+    fn remove(&mut self, links: &mut [Link], frame: u32) {
+        if self.hand == frame {
+            self.hand = links[frame as usize].newer;
+        }
+        self.list.unlink(links, frame);
+    }
+}
+
+/// The page that wasn't accessed for longest leaves.
+#[derive(Debug)]
+pub(crate) struct Lru(List);
+
+impl Policy for Lru {
+    fn new(_capacity: usize) -> Self {
+        Self(List::new())
+    }
+
+    fn resize(&mut self, _capacity: usize) {}
+
+    fn insert(&mut self, links: &mut [Link], frame: u32, _left: u32) {
+        self.0.push(links, frame);
+    }
+
+    fn touch(&mut self, links: &mut [Link], frame: u32) {
+        self.0.unlink(links, frame);
+        self.0.push(links, frame);
+    }
+
+    fn restore(&mut self, links: &mut [Link], frame: u32) {
+        self.0.push(links, frame);
+    }
+
+    fn evict(&mut self, links: &mut [Link]) -> Option<(u32, u32)> {
+        self.0.pop(links).map(|frame| (frame, NO_STAMP))
+    }
+
+    fn remove(&mut self, links: &mut [Link], frame: u32) {
+        self.0.unlink(links, frame);
+    }
+}
+
+/// Checks that each does what it says: of twenty pages in order, two are accessed.
+pub(crate) fn check() {
+    fn order<P: Policy>() -> Vec<u32> {
+        let (mut policy, mut links) = (P::new(20), vec![Link::new(); 20]);
+        (0..20).for_each(|frame| policy.insert(&mut links, frame, NO_STAMP));
+        [2, 2, 5, 5].into_iter().for_each(|frame| policy.touch(&mut links, frame));
+        policy.remove(&mut links, 7);
+        std::iter::from_fn(|| policy.evict(&mut links).map(|(frame, _)| frame)).collect()
+    }
+    let others = || (0..20).filter(|frame| *frame != 7);
+    let last: Vec<_> = others().filter(|frame| !matches!(frame, 2 | 5)).chain([2, 5]).collect();
+    assert_eq!(order::<Fifo>(), others().collect::<Vec<_>>());
+    for order in [order::<Clock>(), order::<Sieve>(), order::<Lru>()] {
+        assert_eq!(order, last);
+    }
+    let (mut sieve, mut links) = (Sieve::new(6), vec![Link::new(); 6]);
+    (0..6).for_each(|frame| sieve.insert(&mut links, frame, NO_STAMP));
+    assert_eq!(sieve.evict(&mut links), Some((0, NO_STAMP)));
+    sieve.restore(&mut links, 0);
+    let order: Vec<_> = std::iter::from_fn(|| sieve.evict(&mut links).map(|(frame, _)| frame)).collect();
+    assert_eq!(order, [1, 2, 3, 4, 5, 0], "what is restored keeps its place");
+}
