@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-use crate::owner::Owner;
+use crate::owner::{Owner, PerProcess};
 use crate::sync::AtomicU64;
 
 /// What of this library has registered a range, in this process.
@@ -49,20 +49,18 @@ impl fmt::Display for Holder {
 #[derive(Debug)]
 struct Entry {
     id: u64,
-    /// A forked child has nothing of its parent's.
-    owner: Owner,
     holder: Holder,
     range: Range<usize>,
 }
 
-/// In the order in which they were made. A child may find it locked for ever.
-static ENTRIES: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+/// In the order in which they were made. A forked child has nothing of its parent's.
+static ENTRIES: PerProcess<Mutex<Vec<Entry>>> = PerProcess::new();
 
 /// How often it is tried to change the entries.
 const MAX_READ_TRIES: usize = 10_000;
 
-fn entries() -> Option<MutexGuard<'static, Vec<Entry>>> {
-    match ENTRIES.try_lock() {
+fn entries(all: &'static Mutex<Vec<Entry>>) -> Option<MutexGuard<'static, Vec<Entry>>> {
+    match all.try_lock() {
         Ok(entries) => Some(entries),
         Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
         Err(TryLockError::WouldBlock) => None,
@@ -71,8 +69,9 @@ fn entries() -> Option<MutexGuard<'static, Vec<Entry>>> {
 
 /// Changes the entries, unless they stay locked.
 fn change(mut change: impl FnMut(&mut Vec<Entry>)) {
+    let Ok(all) = ENTRIES.get() else { return };
     for _ in 0..MAX_READ_TRIES {
-        if let Some(mut entries) = entries() {
+        if let Some(mut entries) = entries(all) {
             return change(&mut entries);
         }
         std::thread::yield_now();
@@ -96,9 +95,8 @@ impl Held {
 
     /// Replaces the ranges that it holds.
     pub(crate) fn set(&self, ranges: impl IntoIterator<Item = Range<usize>>) {
-        let Self { id, owner, holder } = *self;
-        let mut new: Vec<Entry> =
-            ranges.into_iter().map(|range| Entry { id, owner, holder, range }).collect();
+        let Self { id, holder, .. } = *self;
+        let mut new: Vec<Entry> = ranges.into_iter().map(|range| Entry { id, holder, range }).collect();
         change(|entries| {
             entries.retain(|entry| entry.id != id);
             entries.append(&mut new);
@@ -107,9 +105,10 @@ impl Held {
 
     /// Whether another holder has a part of a range. Waits until it can be told.
     pub(crate) fn is_shared(&self, range: &Range<usize>) -> bool {
-        let entries = ENTRIES.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(all) = ENTRIES.made() else { return false };
+        let entries = all.lock().unwrap_or_else(PoisonError::into_inner);
         let overlaps = |entry: &Entry| entry.range.start < range.end && range.start < entry.range.end;
-        entries.iter().any(|entry| entry.id != self.id && entry.owner.is_current() && overlaps(entry))
+        entries.iter().any(|entry| entry.id != self.id && overlaps(entry))
     }
 }
 
@@ -123,10 +122,9 @@ impl Drop for Held {
 
 /// The holder of a part of a range, the latest if there are several. `None` if it isn't known. Allocates nothing.
 pub(crate) fn of(range: &Range<usize>) -> Option<Holder> {
-    let entries = entries()?;
+    let entries = entries(ENTRIES.made()?)?;
     let overlaps = |entry: &&Entry| entry.range.start < range.end && range.start < entry.range.end;
-    let current = |entry: &&Entry| entry.owner.is_current();
-    entries.iter().rev().filter(overlaps).find(current).map(|entry| entry.holder)
+    entries.iter().rev().find(overlaps).map(|entry| entry.holder)
 }
 
 #[cfg(test)]

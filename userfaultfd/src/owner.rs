@@ -18,7 +18,7 @@
 #![expect(unsafe_code, reason = "closes numbers whose owner is out of reach")]
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::{Errno, sys};
@@ -54,6 +54,47 @@ impl Owner {
     #[inline]
     pub(crate) fn is_current(&self) -> bool {
         self.now.load(Ordering::Relaxed) == self.generation
+    }
+}
+
+/// A value that each process has of its own. A fork's child makes a new one: it may have inherited its parent's locked, or
+/// half changed.
+#[derive(Debug)]
+pub(crate) struct PerProcess<T: 'static>(AtomicPtr<(Owner, T)>);
+
+impl<T: Default + Send + Sync> PerProcess<T> {
+    pub(crate) const fn new() -> Self {
+        Self(AtomicPtr::new(std::ptr::null_mut()))
+    }
+
+    /// Returns this process's value, if it has made one. Allocates nothing.
+    pub(crate) fn made(&self) -> Option<&'static T> {
+        self.current(self.0.load(Ordering::Acquire))
+    }
+
+    fn current(&self, value: *mut (Owner, T)) -> Option<&'static T> {
+        // SAFETY: null, or a box that was leaked, whose content the store of the pointer has published.
+        let (owner, value) = unsafe { value.as_ref::<'static>() }?;
+        owner.is_current().then_some(value)
+    }
+
+    /// Returns this process's value. Makes it, at first.
+    pub(crate) fn get(&self) -> Result<&'static T, Errno> {
+        let mut seen = self.0.load(Ordering::Acquire);
+        loop {
+            if let Some(value) = self.current(seen) {
+                return Ok(value);
+            }
+            let new = Box::into_raw(Box::new((Owner::current()?, T::default())));
+            match self.0.compare_exchange(seen, new, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => seen = new,
+                Err(other) => {
+                    seen = other;
+                    // SAFETY: it comes from a box, and no other thread has seen the pointer.
+                    drop(unsafe { Box::from_raw(new) });
+                }
+            }
+        }
     }
 }
 
@@ -199,6 +240,7 @@ pub(crate) fn abandon<T>(shared: &Arc<T>) {
 mod tests {
     use std::fs::File;
     use std::os::fd::AsFd;
+    use std::sync::Mutex;
 
     use super::*;
     use crate::support::{child, require, test_name};
@@ -225,6 +267,28 @@ mod tests {
             .succeed();
             assert!(parent.is_current());
             assert_eq!(Owner::current().unwrap().generation, parent.generation);
+        });
+    }
+
+    #[test]
+    fn a_forked_child_makes_values_of_its_own_even_if_its_parents_are_locked() {
+        static VALUE: PerProcess<Mutex<u32>> = PerProcess::new();
+        require!();
+        child::run_well(test_name!(), || {
+            assert!(VALUE.made().is_none());
+            let mut value = VALUE.get().unwrap().lock().unwrap();
+            *value = 7;
+            child::fork(|| {
+                assert!(VALUE.made().is_none());
+                assert_eq!(*VALUE.get().unwrap().lock().unwrap(), 0);
+            })
+            .succeed();
+            drop(value);
+            assert_eq!(*VALUE.made().unwrap().lock().unwrap(), 7);
+            let threads: Vec<_> = (0..4).map(|_| std::thread::spawn(|| VALUE.get().unwrap())).collect();
+            for thread in threads {
+                assert!(std::ptr::eq(thread.join().unwrap(), VALUE.get().unwrap()));
+            }
         });
     }
 
