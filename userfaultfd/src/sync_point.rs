@@ -1,7 +1,7 @@
 //! Named points in the life of a fault, at which a test can stop the pager and let the other side act.
 
 #![cfg_attr(
-    not(all(feature = "pager", feature = "snapshot")),
+    not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
     allow(dead_code, reason = "each feature has points of its own")
 )]
 
@@ -27,16 +27,18 @@ pub(crate) enum Point {
     /// A worker was added, or couldn't be: the address is 1 or 0. Not in the life of a fault.
     AfterAdd,
     /// Not in the life of a fault either.
-    Snapshot(Moment),
+    Watch(Moment),
 }
 
-/// Where a snapshot is.
+/// Where a snapshot or a tracker is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
     /// A snapshot begins, and is about to look what has lost its protection.
     BeforeLook,
     /// Memory is about to be protected.
     BeforeProtect,
+    /// A tracker is about to look for accesses, perhaps to reset them.
+    BeforeStep,
 }
 
 /// The pager is at a point, with the page at an address. Nothing outside of tests.

@@ -104,8 +104,9 @@ impl AccessTracker {
 
     /// Returns the ranges of pages that were accessed since they were tracked or reset.
     ///
-    /// The iterator's errors are [`TrackingFailed`](crate::Error::TrackingFailed), and
-    /// [`SystemError`](crate::Error::SystemError) with `ENOMEM` or `ESRCH`.
+    /// The iterator's errors are [`TrackingFailed`](crate::Error::TrackingFailed),
+    /// [`NotTracked`](crate::Error::NotTracked) where another tracker or snapshot has what was mapped in a tracked range,
+    /// and [`SystemError`](crate::Error::SystemError) with `ENOMEM` or `ESRCH`.
     pub fn hot(&self) -> Ranges<'_> {
         self.hot_in(0..usize::MAX)
     }
@@ -131,8 +132,7 @@ impl AccessTracker {
     /// [`NotTracked`](crate::Error::NotTracked): something else was mapped in a tracked range.
     /// [`TrackingFailed`](crate::Error::TrackingFailed); [`SystemError`](crate::Error::SystemError) with `ESRCH`.
     pub fn reset(&mut self) -> Result<()> {
-        self.0.watch.check()?;
-        self.0.watch.ranges().iter().try_for_each(|tracked| self.0.watch.protect(&tracked.range))
+        self.0.watch.protect_all()
     }
 
     /// Returns the statistics of the tracker.

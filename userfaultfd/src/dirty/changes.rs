@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use crate::pagemap::{Categories, Region, Scan};
 use crate::proc_maps::Mapping;
+use crate::sync_point::{Moment, Point, reach};
 use crate::watch::ranges::Tracked;
 use crate::watch::{CHUNK_PAGES, Watch, Words, runs};
 use crate::{Errno, Error, Result, page_size};
@@ -85,6 +86,7 @@ impl Drop for Ranges<'_> {
     /// Marks pages that were reset and not returned as written, so that the next look reports them.
     fn drop(&mut self) {
         if self.walk.reset {
+            let _work = self.watch.begin_work();
             self.last.iter().chain(&self.found[self.taken..]).for_each(|range| self.watch.give_back(range));
         }
     }
@@ -143,8 +145,22 @@ impl RangeWalk {
         }
     }
 
+    /// What the next step looks at, or more.
+    fn next_part(&self) -> Option<Range<usize>> {
+        let current = match &self.eye {
+            Detector::Scan { current, .. } => current.as_ref().map(|(scan, _)| scan.remaining()),
+            Detector::Words { mappings, .. } => mappings.front().map(|(mapping, _)| mapping.range.clone()),
+        };
+        current.or_else(|| self.parts.front().map(|part| part.range.clone()))
+    }
+
     /// Searches the next chunk. What it finds and has reset goes to `found`, also if it fails afterwards.
     fn step(&mut self, watch: &Watch, found: &mut Vec<Range<usize>>) -> Result<()> {
+        let _work = watch.begin_work();
+        if let Some(part) = self.next_part() {
+            watch.check_part(&part)?;
+            reach(Point::Watch(Moment::BeforeStep), part.start);
+        }
         if self.is_between_parts() && self.parts.front().is_some_and(|part| part.always) {
             if let Some(part) = self.parts.pop_front() {
                 found.extend(watch.process.mappings(&part.range)?.into_iter().map(|mapping| mapping.range));

@@ -30,7 +30,7 @@
 //! | `MADV_DONTNEED`, `MADV_FREE` on private anonymous memory | dropped pages count as written: their content is gone. Exception, in `Async` mode: pages of a large hole that were written and dropped since the last look; they are zero as before |
 //! | the same on other memory, `MADV_REMOVE`, holes punched into a file | isn't seen; the next write is |
 //! | munmap(2) | those pages are no longer reported |
-//! | another mapping in the same place | [`Error::NotTracked`](crate::Error::NotTracked) |
+//! | another mapping in the same place | [`Error::NotTracked`](crate::Error::NotTracked), also when another tracker or snapshot of this process has registered it, whose pages are left alone |
 //! | mremap(2) to elsewhere | as munmap(2); track the new place |
 //! | fork(2) | the parent goes on as before; the child isn't tracked; from Linux 5.19 to 6.3 it hangs if it writes to protected [hugetlb memory](crate::Uffd::write_protect) |
 //! | mprotect(2), also to `PROT_NONE` | isn't seen; pages stay tracked |

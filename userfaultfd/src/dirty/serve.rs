@@ -36,7 +36,7 @@ impl FaultThread {
                 // No thread must wait for ever. Every later call reports that the tracker has failed.
                 watch.fail(&error);
                 for tracked in watch.ranges().iter() {
-                    if let Err(error) = watch.untrack(&tracked.range) {
+                    if let Err(error) = watch.untrack_at_work(&tracked.range) {
                         watch.fail(&error);
                     }
                 }

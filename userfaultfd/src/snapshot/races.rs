@@ -62,7 +62,7 @@ fn taken_while(
     let held = Held::default();
     let (actor, actions) = (Arc::new(Mutex::new(None)), Mutex::new(Some((act, then))));
     let (acting, of_action) = (Arc::clone(&actor), Arc::clone(memory));
-    let armed = at(Point::Snapshot(Moment::BeforeProtect), addresses(memory), move |_| {
+    let armed = at(Point::Watch(Moment::BeforeProtect), addresses(memory), move |_| {
         let Some((act, then)) = actions.lock().unwrap().take() else { return };
         let (tell, told) = mpsc::channel();
         let memory = Arc::clone(&of_action);
@@ -202,7 +202,7 @@ fn page_that_lost_its_protection_and_moves_while_a_member_begins_is_saved() {
         assert_eq!(moved.unwrap(), target.len());
         let (actor, of_action) = (Arc::new(Mutex::new(None)), Arc::clone(&memory));
         let acting = Arc::clone(&actor);
-        let armed = at(Point::Snapshot(Moment::BeforeLook), addresses(&memory), move |_| {
+        let armed = at(Point::Watch(Moment::BeforeLook), addresses(&memory), move |_| {
             let (tell, told) = mpsc::channel();
             let memory = Arc::clone(&of_action);
             *acting.lock().unwrap() = Some(thread::spawn(move || {

@@ -21,6 +21,7 @@
     allow(dead_code, reason = "each feature uses a part")
 )]
 
+mod claims;
 mod protect;
 pub(crate) mod ranges;
 mod words;
@@ -30,9 +31,10 @@ pub(crate) use self::words::{CHUNK_PAGES, Words, runs};
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, MutexGuard, OnceLock};
 use std::thread;
 
+use self::claims::Claims;
 use self::ranges::{DirtyBits, Tracked};
 use crate::error::errno_of;
 use crate::holder::{Held, Holder};
@@ -94,11 +96,7 @@ pub(crate) struct Watch {
     /// Large holes of private anonymous memory stay unprotected while they are empty, which saves page tables: where a scan
     /// finds what is written, and no other handler fills empty pages.
     pub(crate) leaves_holes: bool,
-    /// Replaced as a whole, so that the lock is never held for long, nor while memory is allocated: the thread that
-    /// resolves faults takes it.
-    ranges: Mutex<Arc<[Tracked]>>,
-    /// The entry by which errors of other users of the memory name this one.
-    held: Held,
+    claims: Arc<Claims>,
     failure: AtomicI32,
     pub(crate) faults: [AtomicU64; 2],
 }
@@ -119,8 +117,7 @@ impl Watch {
             lease: None,
             lent: None,
             leaves_holes: false,
-            ranges: Mutex::new(Arc::new([])),
-            held: Held::new(owner, holder),
+            claims: Arc::new(Claims::new(process, Held::new(owner, holder))),
             failure: AtomicI32::new(0),
             faults: [const { AtomicU64::new(0) }; 2],
         })
@@ -130,20 +127,23 @@ impl Watch {
         if !self.owner.is_current() {
             return Arc::new([]);
         }
-        Arc::clone(&self.ranges.lock().unwrap_or_else(PoisonError::into_inner))
+        self.claims.ranges()
     }
 
-    fn set_ranges(&self, ranges: Vec<Tracked>) {
-        if self.process == Process::Own {
-            self.held.set(ranges.iter().map(|tracked| tracked.range.clone()));
-        }
-        let mut ranges: Arc<[Tracked]> = ranges.into();
-        std::mem::swap(&mut *self.ranges.lock().unwrap_or_else(PoisonError::into_inner), &mut ranges);
+    /// Keeps other watches from taking ranges from this one while it protects or resets pages. The parts that they have taken
+    /// are reported by [`check_part`](Self::check_part).
+    pub(crate) fn begin_work(&self) -> MutexGuard<'_, ()> {
+        self.claims.begin_work()
+    }
+
+    /// Fails if a part of a range has become another watch's.
+    pub(crate) fn check_part(&self, range: &Range<usize>) -> Result<()> {
+        self.claims.check(range)
     }
 
     /// Whether another tracker, snapshot or pager of this process holds a part of a range.
     pub(crate) fn is_held_by_another(&self, range: &Range<usize>) -> bool {
-        self.held.is_shared(range)
+        self.claims.is_held_by_another(range)
     }
 
     /// Marks the watch as failed: nothing is known from now on.
@@ -191,7 +191,10 @@ impl Watch {
     /// Registers a range and protects it. After an error nothing of it is tracked.
     pub(crate) fn track(&self, range: &Range<usize>) -> Result<()> {
         self.register(range)?;
-        self.arm(range).inspect_err(|_| {
+        let work = self.begin_work();
+        let armed = self.check_part(range).and_then(|()| self.arm(range));
+        drop(work);
+        armed.inspect_err(|_| {
             // The first failure is the one to report.
             drop(self.untrack(range));
         })
@@ -207,26 +210,22 @@ impl Watch {
         self.check_lent(range)?;
         self.check_missing(range)?;
         self.check()?;
-        let ioctls = self
-            .uffd
-            .register_in(self.process, pointer(range.start), range.len(), self.modes())
-            .inspect_err(|error| {
-                // The kernel checks the whole range first. `ENOMEM` is the one failure after that: mappings before the
-                // one that couldn't be split are registered then.
-                if error.errno() == Some(Errno::ENOMEM) {
-                    drop(self.release(range));
-                }
-            })?;
-        match self.layout(ioctls, range) {
-            Ok(more) => {
-                self.set_ranges(ranges::with(&all, more));
-                Ok(())
-            }
-            Err(error) => {
-                drop(self.release(range));
-                Err(error)
-            }
-        }
+        let register = || {
+            let ioctls = self
+                .uffd
+                .register_in(self.process, pointer(range.start), range.len(), self.modes())
+                .inspect_err(|error| {
+                    // The kernel checks the whole range first. `ENOMEM` is the one failure after that: mappings before
+                    // the one that couldn't be split are registered then.
+                    if error.errno() == Some(Errno::ENOMEM) {
+                        drop(self.release(range));
+                    }
+                })?;
+            let more = self.layout(ioctls, range).inspect_err(|_| drop(self.release(range)))?;
+            self.claims.update(|all| ranges::with(all, more.clone()));
+            Ok(())
+        };
+        self.claims.take_over(range, register)
     }
 
     /// Refuses memory that isn't lent.
@@ -256,7 +255,7 @@ impl Watch {
     fn layout(&self, ioctls: IoctlFlags, range: &Range<usize>) -> Result<Vec<Tracked>> {
         let tracked = |range: Range<usize>, page| {
             let noted = self.notes.then(|| Arc::new(DirtyBits::new(&range, page)));
-            Tracked { range, page, noted, always: false, armed: true }
+            Tracked { range, page, noted, always: false, armed: true, lost: false }
         };
         // With hugetlb memory anywhere in the range the kernel leaves this operation out.
         if ioctls.contains(IoctlFlags::ZEROPAGE) {
@@ -272,31 +271,40 @@ impl Watch {
     /// Unregisters the tracked parts of a range, and forgets what was unmapped meanwhile.
     pub(crate) fn untrack(&self, range: &Range<usize>) -> Result<()> {
         self.check_owner()?;
+        let _work = self.begin_work();
+        self.untrack_at_work(range)
+    }
+
+    /// The same, for the thread that handles faults, which must not wait for a thread that is at work; or under
+    /// [`begin_work`](Self::begin_work).
+    pub(crate) fn untrack_at_work(&self, range: &Range<usize>) -> Result<()> {
         let all = self.ranges();
         if ranges::cuts_a_page(&all, range) {
             return Err(Error::SystemError(Errno::EINVAL));
         }
         let mut result = Ok(());
-        for Tracked { range, .. } in ranges::within(&all, range) {
-            result = result.and(self.release(&range));
+        for tracked in ranges::within(&all, range).iter().filter(|tracked| !tracked.lost) {
+            result = result.and(self.release(&tracked.range));
         }
-        self.set_ranges(ranges::without(&all, range));
+        self.claims.update(|all| ranges::without(all, range));
         result
     }
 
     /// Makes a range count as written at every look, or ends that: at the end, all of it counts as written once more.
     pub(crate) fn set_always(&self, range: &Range<usize>, always: bool) -> Result<()> {
+        let _work = self.begin_work();
         let all = self.ranges();
         if ranges::cuts_a_page(&all, range) {
             return Err(Error::SystemError(Errno::EINVAL));
         }
+        self.check_part(range)?;
         let tracked = ranges::within(&all, range);
         if tracked.iter().map(|tracked| tracked.range.len()).sum::<usize>() != range.len() {
             return Err(Error::NotTracked { start: range.start, end: range.end });
         }
-        self.set_ranges(ranges::changed(&all, range, |tracked| {
-            (tracked.always, tracked.armed) = (always, true)
-        }));
+        self.claims.update(|all| {
+            ranges::changed(all, range, |tracked| (tracked.always, tracked.armed) = (always, true))
+        });
         tracked.iter().filter(|tracked| tracked.always && !always).for_each(|tracked| {
             self.give_back(&tracked.range);
         });
@@ -347,9 +355,12 @@ impl Watch {
     }
 
     /// Marks the registered parts of a range as accessed after an error, so that nothing is lost. If that fails, too, the
-    /// watch has failed.
+    /// watch has failed. Called under [`begin_work`](Self::begin_work).
     pub(crate) fn give_back(&self, range: &Range<usize>) {
-        for Tracked { range, page, noted, .. } in ranges::within(&self.ranges(), range) {
+        for Tracked { range, page, noted, lost, .. } in ranges::within(&self.ranges(), range) {
+            if lost {
+                continue;
+            }
             if let Some(notes) = noted {
                 range.clone().step_by(page).for_each(|address| notes.set(address));
             }

@@ -46,15 +46,14 @@ impl Watch {
 
     /// Protects present pages and small holes.
     fn arm_around_holes(&self, range: &Range<usize>) -> Result<()> {
-        let (mut all, mut protected) = (self.ranges().to_vec(), range.start);
-        for hole in self.holes(range)? {
+        let (holes, mut protected) = (self.holes(range)?, range.start);
+        for hole in &holes {
             if protected < hole.start {
                 self.protect(&(protected..hole.start))?;
             }
             protected = hole.end;
-            all = ranges::changed(&all, &hole, |tracked| tracked.armed = false);
         }
-        self.set_ranges(all);
+        self.set_armed(&holes, false);
         if protected < range.end { self.protect(&(protected..range.end)) } else { Ok(()) }
     }
 
@@ -126,11 +125,16 @@ impl Watch {
                 _ => armed.push(start..end),
             }
         }
-        let all = armed.iter().fold(self.ranges().to_vec(), |all, range| {
-            ranges::changed(&all, range, |tracked| tracked.armed = true)
-        });
-        self.set_ranges(all);
+        self.set_armed(&armed, true);
         Ok(armed.last().map_or(hole.start, |last| last.end))
+    }
+
+    fn set_armed(&self, parts: &[Range<usize>], armed: bool) {
+        self.claims.update(|all| {
+            parts
+                .iter()
+                .fold(all.to_vec(), |all, part| ranges::changed(&all, part, |tracked| tracked.armed = armed))
+        });
     }
 
     /// Whether empty pages of private anonymous memory must be filled to be protected. Never where another handler fills
@@ -241,12 +245,27 @@ impl Watch {
         }
     }
 
+    /// Protects all ranges anew.
+    pub(crate) fn protect_all(&self) -> Result<()> {
+        self.check()?;
+        let _work = self.begin_work();
+        self.ranges().iter().try_for_each(|tracked| {
+            self.check_part(&tracked.range)?;
+            self.protect(&tracked.range)
+        })
+    }
+
     /// Resolves a fault: notes its page and lifts the protection. Wakes the waiters of a page that isn't this watch's.
     pub(crate) fn resolve(&self, kind: FaultKind, rw: ReadWrite, address: *mut c_void) -> Result<()> {
+        let _resolving = self.claims.begin_resolving();
         let ranges = self.ranges();
         let tracked = ranges::at(&ranges, address.addr());
         let page = tracked.map_or(page_size(), |tracked| tracked.page);
         let start = address.addr() / page * page;
+        if tracked.is_some_and(|tracked| tracked.lost) {
+            // Of a thread that waits since before that memory was unmapped. What lies there now is another watch's.
+            return self.uffd.wake(pointer(start), page);
+        }
         let notes = tracked.and_then(|tracked| tracked.noted.as_ref());
         let _lock = notes.map(|notes| {
             let lock = notes.lock();

@@ -18,6 +18,8 @@ pub(crate) struct Tracked {
     pub(crate) always: bool,
     /// Empty pages are protected, too. Where they aren't, a present page that isn't protected was written.
     pub(crate) armed: bool,
+    /// It was unmapped, and what was mapped there since is another watch's.
+    pub(crate) lost: bool,
 }
 
 /// One bit for each page: whether it was written.
@@ -105,6 +107,16 @@ pub(crate) fn changed(all: &[Tracked], range: &Range<usize>, change: impl Fn(&mu
     with(&without(all, range), inside)
 }
 
+/// `all`, with the pages of which a part lies in `range` marked as lost.
+pub(crate) fn lose(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
+    let (mut left, mut lost) = (all.to_vec(), within(all, range));
+    for tracked in &mut lost {
+        left = without(&left, &tracked.range);
+        tracked.lost = true;
+    }
+    with(&left, lost)
+}
+
 /// The parts of `all` that lie in `range`, in whole pages.
 pub(crate) fn within(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
     let cut = |tracked: &Tracked| {
@@ -136,7 +148,14 @@ mod tests {
     fn of(ranges: &[Range<usize>]) -> Vec<Tracked> {
         ranges
             .iter()
-            .map(|range| Tracked { range: range.clone(), page: 4, noted: None, always: false, armed: true })
+            .map(|range| Tracked {
+                range: range.clone(),
+                page: 4,
+                noted: None,
+                always: false,
+                armed: true,
+                lost: false,
+            })
             .collect()
     }
 
@@ -166,6 +185,18 @@ mod tests {
         {
             assert_eq!(at(&all, address).map(|tracked| tracked.range.start), start, "{address}");
         }
+    }
+
+    #[test]
+    fn whole_pages_are_lost() {
+        crate::support::require!();
+        let mut all = of(&[8..16, 32..64]);
+        all[1].page = 16;
+        let lost = lose(&all, &(12..33));
+        assert_eq!(ranges(&lost), [8..12, 12..16, 32..48, 48..64]);
+        assert_eq!(lost.iter().map(|tracked| tracked.lost).collect::<Vec<_>>(), [false, true, true, false]);
+        assert_eq!(ranges(&lose(&all, &(16..32))), [8..16, 32..64]);
+        assert!(lose(&all, &(0..99)).iter().all(|tracked| tracked.lost));
     }
 
     #[test]

@@ -18,4 +18,5 @@ mod process;
 mod ranges;
 mod ring;
 mod space;
+mod taken_over;
 mod written;

@@ -71,13 +71,15 @@ pub(crate) fn thread_id() -> libc::pid_t {
 
 /// Waits until a thread of this process sleeps in a system call.
 pub(crate) fn wait_until_in(thread: libc::pid_t, syscall: libc::c_long) {
-    wait_until(|| {
-        let mut text = [0; 512];
-        let text = read(format_args!("/proc/self/task/{thread}/syscall"), &mut text);
-        // "running" while it isn't asleep, else the number and the arguments.
-        let text = text.expect("a kernel that tells of system calls");
-        text.split_whitespace().next().unwrap().parse() == Ok(syscall)
-    });
+    wait_until(|| is_in(thread, syscall).expect("a kernel that tells of system calls"));
+}
+
+/// Whether a thread of this process sleeps in a system call. `None` if it is gone.
+pub(crate) fn is_in(thread: libc::pid_t, syscall: libc::c_long) -> Option<bool> {
+    let mut text = [0; 512];
+    let text = read(format_args!("/proc/self/task/{thread}/syscall"), &mut text)?;
+    // "running" while it isn't asleep, else the number and the arguments.
+    Some(text.split_whitespace().next()?.parse() == Ok(syscall))
 }
 
 /// Whether a thread of this process sleeps, and not in a system call. Those that are gone don't.

@@ -402,7 +402,7 @@ macro_rules! races {
         const _: fn(Point) = |point| match point {
             $(Point::$point => {})*
             // No points of every fault: see `found` and `control`.
-            Point::BeforeAdopt | Point::AfterAdd | Point::BeforeForeign | Point::BeforeLend | Point::BeforeMap | Point::Snapshot(_) => {}
+            Point::BeforeAdopt | Point::AfterAdd | Point::BeforeForeign | Point::BeforeLend | Point::BeforeMap | Point::Watch(_) => {}
         };
         use crate::sync_point::Point;
     };

@@ -37,7 +37,7 @@ impl Copier {
             self.unprotected.join(&self.dirty);
         }
         let first = self.layout.parts().first().map_or(0, |part| part.address);
-        reach(Point::Snapshot(Moment::BeforeLook), first);
+        reach(Point::Watch(Moment::BeforeLook), first);
         self.look_ahead()?;
         self.protect_ahead()?;
         let (moment, mut all_markers) = (Instant::now(), false);
@@ -215,7 +215,7 @@ impl Copier {
 
     fn protect(&mut self, part: &Part) -> Result<()> {
         let range = part.address..part.address + part.len;
-        reach(Point::Snapshot(Moment::BeforeProtect), part.address);
+        reach(Point::Watch(Moment::BeforeProtect), part.address);
         let armed = match &self.beside {
             // What another tracker has registered there by now isn't touched.
             Some(_) if self.watch.is_held_by_another(&range) && self.is_of_another(&range) => {
