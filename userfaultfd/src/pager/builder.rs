@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::fill::buffers;
 use super::prefetch::read_ahead;
 use super::serve::delivery::Delivery;
 use super::serve::reports::{OnProblem, Reporter};
@@ -116,6 +117,7 @@ impl PagerBuilder {
     ///
     /// [`System`](super::Error::System): a thread or a descriptor couldn't be had.
     pub fn build(self) -> Result<Pager> {
+        buffers::prepare()?;
         let most = self.max_threads.unwrap_or(worker_pool::DEFAULT_MAX_THREADS).max(self.threads);
         let shared =
             Arc::new(Shared::new(self.threads, self.read_ahead_threads, most - self.threads, self.retry)?);

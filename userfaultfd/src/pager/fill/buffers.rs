@@ -5,32 +5,44 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use memmap2::{MmapMut, MmapOptions};
 
+use crate::Errno;
+use crate::owner::PerProcess;
+
 /// Bytes of content that this process puts aside at most. What exceeds that is loaded again.
 const MAX_ASIDE_BYTES: usize = 64 << 20;
 
 /// Buffers that a thread keeps for content that will be put aside.
 pub(crate) const MAX_SPARE_BUFFERS: usize = 8;
 
-/// Bytes of content that are put aside now.
-static PUT_ASIDE: AtomicUsize = AtomicUsize::new(0);
+/// Bytes of content that are put aside now. None of it is a fork's child's.
+static PUT_ASIDE: PerProcess<AtomicUsize> = PerProcess::new();
+
+/// Has this process count what it puts aside. Allocates, so it comes before there are faults.
+pub(crate) fn prepare() -> Result<(), Errno> {
+    PUT_ASIDE.get().map(drop)
+}
 
 /// Content that is put aside. Any thread may go on with it.
 #[derive(Debug)]
-pub(crate) struct Aside(Option<MmapMut>);
+pub(crate) struct Aside {
+    buffer: Option<MmapMut>,
+    counted: &'static AtomicUsize,
+}
 
 impl Aside {
-    /// `None` if too much is put aside. The buffer comes back then.
+    /// The buffer comes back if too much is put aside.
     pub(super) fn new(buffer: MmapMut) -> Result<Self, MmapMut> {
+        let Some(counted) = PUT_ASIDE.made() else { return Err(buffer) };
         let len = buffer.len();
         let fits = |aside: usize| aside.checked_add(len).filter(|aside| *aside <= MAX_ASIDE_BYTES.max(len));
-        match PUT_ASIDE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
-            Ok(_) => Ok(Self(Some(buffer))),
+        match counted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
+            Ok(_) => Ok(Self { buffer: Some(buffer), counted }),
             Err(_) => Err(buffer),
         }
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
-        self.0.as_deref().unwrap_or_default()
+        self.buffer.as_deref().unwrap_or_default()
     }
 
     pub(super) fn into_buffer(mut self) -> Option<MmapMut> {
@@ -38,8 +50,8 @@ impl Aside {
     }
 
     fn take(&mut self) -> Option<MmapMut> {
-        let buffer = self.0.take();
-        PUT_ASIDE.fetch_sub(buffer.as_ref().map_or(0, |buffer| buffer.len()), Ordering::Relaxed);
+        let buffer = self.buffer.take();
+        self.counted.fetch_sub(buffer.as_ref().map_or(0, |buffer| buffer.len()), Ordering::Relaxed);
         buffer
     }
 }
@@ -56,4 +68,35 @@ pub(crate) fn ensure_capacity(buffer: &mut Option<MmapMut>, len: usize) -> io::R
         *buffer = Some(MmapOptions::new().len(len).no_reserve_swap().map_anon()?);
     }
     buffer.as_mut().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::support::{child, require, test_name};
+
+    #[test]
+    fn forked_child_counts_only_what_it_puts_aside_itself() {
+        require!();
+        child::run_well(test_name!(), || {
+            let buffer = |len| MmapOptions::new().len(len).no_reserve_swap().map_anon().unwrap();
+            prepare().unwrap();
+            let all = Aside::new(buffer(MAX_ASIDE_BYTES)).unwrap();
+            assert!(Aside::new(buffer(1)).is_err());
+            let mut all = Some(all);
+            child::fork(|| {
+                prepare().unwrap();
+                let own = Aside::new(buffer(MAX_ASIDE_BYTES - 1)).unwrap();
+                // The parent's.
+                drop(all.take());
+                assert!(Aside::new(buffer(2)).is_err());
+                let more = Aside::new(buffer(1)).unwrap();
+                drop((own, more));
+                assert_eq!(PUT_ASIDE.made().unwrap().load(Ordering::Relaxed), 0);
+            })
+            .succeed();
+            drop(all);
+            assert!(Aside::new(buffer(1)).is_ok());
+        });
+    }
 }
