@@ -38,7 +38,7 @@ pub(crate) enum Moment {
     /// Memory is about to be protected.
     BeforeProtect,
     /// A tracker is about to look for accesses, perhaps to reset them.
-    BeforeStep,
+    TrackerStep,
 }
 
 /// The pager is at a point, with the page at an address. Nothing outside of tests.

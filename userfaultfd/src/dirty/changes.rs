@@ -159,7 +159,7 @@ impl RangeWalk {
         let _work = watch.begin_work();
         if let Some(part) = self.next_part() {
             watch.check_part(&part)?;
-            reach(Point::Watch(Moment::BeforeStep), part.start);
+            reach(Point::Watch(Moment::TrackerStep), part.start);
         }
         if self.is_between_parts() && self.parts.front().is_some_and(|part| part.always) {
             if let Some(part) = self.parts.pop_front() {

@@ -167,7 +167,7 @@ mod tests {
                 older.track(all.clone()).unwrap();
                 let (later, tracked) = (Mutex::new(Some(later)), Arc::new(Mutex::new(None)));
                 let (of_action, thread) = (Arc::clone(&memory), Arc::clone(&tracked));
-                let armed = at(Point::Watch(Moment::BeforeStep), all.clone(), move |_| {
+                let armed = at(Point::Watch(Moment::TrackerStep), all.clone(), move |_| {
                     let Some(mut later) = later.lock().unwrap().take() else { return };
                     let (memory, (tell, told)) = (Arc::clone(&of_action), mpsc::channel());
                     *thread.lock().unwrap() = Some(thread::spawn(move || {
