@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::fill::buffers;
 use super::prefetch::read_ahead;
+use super::reports::{OnProblem, Reporter};
 use super::serve::delivery::Delivery;
-use super::serve::reports::{OnProblem, Reporter};
 use super::serve::shared::Shared;
 use super::serve::thread::Thread;
 use super::serve::worker::Worker;

@@ -88,6 +88,7 @@
 #[doc = include_str!("CONCURRENCY.md")]
 mod concurrency {}
 
+mod activity;
 mod builder;
 mod error;
 mod evict;
@@ -101,6 +102,7 @@ pub(crate) mod prefetch;
 mod progress;
 #[cfg(test)]
 pub(crate) mod races;
+mod reports;
 pub(crate) mod serve;
 pub(crate) mod stats;
 mod target;

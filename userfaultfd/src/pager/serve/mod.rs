@@ -1,11 +1,9 @@
 //! The threads that read faults and events, what they share, and how serving ends.
 
-pub(crate) mod activity;
 pub(crate) mod backlog;
 pub(crate) mod beside;
 pub(crate) mod control;
 pub(crate) mod delivery;
-pub(crate) mod reports;
 pub(crate) mod shared;
 pub(crate) mod shutdown;
 pub(crate) mod thread;

@@ -12,12 +12,11 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use super::activity::{Activity, Doing, Reads};
 use super::backlog::{Backlog, Item};
 use super::beside::{Anywhere, Bound};
-use super::reports::Reports;
 use crate::mapped_vec::MappedVec;
 use crate::owner::{InheritedFd, InheritedFds, Owner, abandon};
+use crate::pager::activity::{Activity, Doing, Reads};
 use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::retry::{self, Deferred, Put, RetryQueue};
 use crate::pager::fill::work::{RetryAfter, Work};
@@ -26,6 +25,7 @@ use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK, OUTSIDE, Or
 use crate::pager::memory::page_state::Room;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::prefetch::read_ahead::Ahead;
+use crate::pager::reports::Reports;
 use crate::pager::stats::Counters;
 use crate::pager::{Error, Problem, Result, RetryPolicy, Statistics};
 use crate::{Errno, Uffd, mapped_vec, sys};

@@ -15,11 +15,11 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::activity::Doing;
 use super::delivery::Delivery;
 use super::shared::Shared;
 use super::thread::Thread;
 use super::worker::Worker;
+use crate::pager::activity::Doing;
 use crate::pager::memory::descriptor::lock;
 use crate::sync_point::{Point, reach};
 
