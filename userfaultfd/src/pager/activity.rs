@@ -1,8 +1,14 @@
 //! What each thread that resolves faults, or reads ahead for them, is doing: a word that the other threads look at.
+//!
+//! Workers and read-ahead threads write their words. The control thread looks whether sources keep all workers waiting;
+//! background threads look whether a fault is being resolved.
 
 use std::fmt;
-use std::sync::atomic::Ordering;
+use std::iter;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
+use super::bell::Bell;
 use crate::sync::AtomicU64;
 
 const STATE: u64 = 0b11;
@@ -25,16 +31,16 @@ const REGION: u32 = 32;
 
 /// The word of one thread, which no other thread writes while there is that thread.
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
-pub(crate) struct Activity(AtomicU64);
+struct Activity(AtomicU64);
 
 impl Activity {
     /// The place of a thread that there is.
-    pub(crate) const fn idle() -> Self {
+    const fn idle() -> Self {
         Self(AtomicU64::new(IDLE))
     }
 
     /// A place for a worker that may be added.
-    pub(crate) const fn missing() -> Self {
+    const fn missing() -> Self {
         Self(AtomicU64::new(VACANT))
     }
 
@@ -44,23 +50,23 @@ impl Activity {
         self.0.store(reads | bits, Ordering::Relaxed);
     }
 
-    pub(crate) fn set_missing(&self) {
+    fn set_missing(&self) {
         self.set(VACANT);
     }
 
-    pub(crate) fn set_at_work(&self, at_work: bool) {
+    fn set_at_work(&self, at_work: bool) {
         self.set(if at_work { AT_WORK } else { IDLE });
     }
 
     /// The thread begins to read the source of a region. Ends with [`set_at_work`](Self::set_at_work).
-    pub(crate) fn set_reading(&self, region: u64, is_slow: bool) {
+    fn set_reading(&self, region: u64, is_slow: bool) {
         let before = self.0.load(Ordering::Relaxed);
         let reads = before.wrapping_add(READ) & READS;
         let slow = if is_slow { SLOW } else { 0 };
         self.0.store(region << REGION | reads | slow | READING, Ordering::Relaxed);
     }
 
-    pub(crate) fn look(&self) -> Doing {
+    fn look(&self) -> Doing {
         Doing(self.0.load(Ordering::Relaxed))
     }
 }
@@ -113,6 +119,150 @@ pub(crate) struct Reads(u64);
 impl Reads {
     pub(crate) fn add(&mut self, doing: Doing) {
         self.0 = self.0.rotate_left(7) ^ doing.0;
+    }
+}
+
+/// The number of threads of each kind. Their places come in this order.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ThreadCounts {
+    /// Workers that serve from the start.
+    pub(crate) workers: usize,
+    /// Threads that read ahead.
+    pub(crate) read_ahead: usize,
+    /// Workers that may be added.
+    pub(crate) added: usize,
+}
+
+impl ThreadCounts {
+    /// Threads that there are from the start.
+    pub(crate) fn initial(self) -> usize {
+        self.workers + self.read_ahead
+    }
+
+    /// All places.
+    pub(crate) fn places(self) -> usize {
+        self.initial() + self.added
+    }
+}
+
+/// Whether a background gives way to faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Busy {
+    No,
+    /// All that goes on for faults are reads of the sources of other regions. They take CPU, unless they hang.
+    Elsewhere(Reads),
+    Yes,
+}
+
+/// What all threads are doing, by their places.
+pub(crate) struct Activities {
+    threads: ThreadCounts,
+    all: Box<[Activity]>,
+    /// Whether the control thread looks after the workers: whether sources keep them waiting.
+    watched: AtomicBool,
+    bell: Arc<Bell>,
+}
+
+impl Activities {
+    pub(crate) fn new(threads: ThreadCounts, bell: Arc<Bell>) -> Self {
+        let initial = iter::repeat_with(Activity::idle).take(threads.initial());
+        let added = iter::repeat_with(Activity::missing).take(threads.added);
+        Self { threads, all: initial.chain(added).collect(), watched: AtomicBool::new(false), bell }
+    }
+
+    /// A thread begins to answer faults, or to read ahead for them; or it has ended.
+    pub(crate) fn set_at_work(&self, place: usize, at_work: bool) {
+        self.all[place].set_at_work(at_work);
+    }
+
+    /// A thread begins to read the source of a region.
+    pub(crate) fn set_reading(&self, place: usize, region: u64, is_slow: bool) {
+        self.all[place].set_reading(region, is_slow);
+        let ThreadCounts { workers, added, .. } = self.threads;
+        let is_worker = !(workers..self.threads.initial()).contains(&place);
+        if is_worker && (workers > 1 || added > 0) {
+            // Pairs with the fence of `end_watching`: either it is seen here that nothing is watched, or there that
+            // this thread reads.
+            fence(Ordering::SeqCst);
+            if !self.watched.load(Ordering::Relaxed) && !self.watched.swap(true, Ordering::Relaxed) {
+                self.bell.ring();
+            }
+        }
+    }
+
+    /// What the workers are doing, each with its place, and the places for more.
+    pub(crate) fn workers(&self) -> impl Iterator<Item = (usize, Doing)> {
+        let places = (0..self.threads.workers).chain(self.threads.initial()..self.all.len());
+        places.map(|place| (place, self.all[place].look()))
+    }
+
+    /// Whether the control thread looks after the workers.
+    pub(crate) fn is_watched(&self) -> bool {
+        // Relaxed: the control thread asks, which alone ends it. That it begins comes with the bell.
+        self.watched.load(Ordering::Relaxed)
+    }
+
+    /// The control thread looks after the workers no more, unless one reads a source: the next one that does rings.
+    /// Returns whether it is so.
+    pub(crate) fn end_watching(&self) -> bool {
+        self.watched.store(false, Ordering::Relaxed);
+        // Pairs with the fence of `set_reading`.
+        fence(Ordering::SeqCst);
+        let none = !self.workers().any(|(_, doing)| doing.is_reading());
+        self.watched.fetch_or(!none, Ordering::Relaxed);
+        none
+    }
+
+    /// Whether all workers but one are in a source.
+    pub(crate) fn all_others_are_reading(&self, place: usize) -> bool {
+        self.workers().all(|(other, doing)| other == place || doing.is_missing() || doing.is_reading())
+    }
+
+    /// Takes a place for a worker to be added, if there is one.
+    pub(crate) fn take_place(&self) -> Option<usize> {
+        let first = self.threads.initial();
+        let place = first + self.all[first..].iter().position(|place| place.look().is_missing())?;
+        self.set_at_work(place, false);
+        Some(place)
+    }
+
+    /// Gives up a place for a worker to be added.
+    pub(crate) fn free_place(&self, place: usize) {
+        self.all[place].set_missing();
+    }
+
+    /// Whether no worker has a place, or one that is about to end.
+    pub(crate) fn is_free(&self, place: usize) -> bool {
+        self.all[place].look().is_missing()
+    }
+
+    /// Whether a worker resolves faults.
+    pub(crate) fn is_at_work(&self, place: usize) -> bool {
+        let doing = self.all[place].look();
+        doing.is_at_work() || doing.is_reading()
+    }
+
+    /// Returns what faults keep the threads busy with, for a background of a region. `has_events` tells whether there is
+    /// something to read that no thread has begun with.
+    pub(crate) fn busy(&self, region: u64, has_events: impl FnOnce() -> bool) -> Busy {
+        let mut reads = None;
+        for doing in self.all.iter().map(Activity::look) {
+            if doing.is_at_work() || doing.is_reading_of(region) {
+                return Busy::Yes;
+            }
+            // What is known to be slow takes no CPU.
+            if doing.is_reading() && !doing.is_reading_slowly() {
+                reads.get_or_insert_with(Reads::default).add(doing);
+            }
+        }
+        if has_events() {
+            if !self.all_others_are_reading(usize::MAX) {
+                return Busy::Yes;
+            }
+            // No thread is free for these faults, which wait for the reads.
+            reads.get_or_insert_default();
+        }
+        reads.map_or(Busy::No, Busy::Elsewhere)
     }
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::activity::ThreadCounts;
 use super::fill::buffers;
 use super::prefetch::read_ahead;
 use super::reports::{OnProblem, Reporter};
@@ -119,8 +120,9 @@ impl PagerBuilder {
     pub fn build(self) -> Result<Pager> {
         buffers::prepare()?;
         let most = self.max_threads.unwrap_or(worker_pool::DEFAULT_MAX_THREADS).max(self.threads);
-        let shared =
-            Arc::new(Shared::new(self.threads, self.read_ahead_threads, most - self.threads, self.retry)?);
+        let (workers, read_ahead) = (self.threads, self.read_ahead_threads);
+        let threads = ThreadCounts { workers, read_ahead, added: most - workers };
+        let shared = Arc::new(Shared::new(threads, self.retry)?);
         let added = Arc::new(worker_pool::Added::new(self.delivery));
         let mut pager = Pager {
             shared: Arc::clone(&shared),
@@ -133,7 +135,7 @@ impl PagerBuilder {
         let look = self.look;
         pager.threads.push(Thread::spawn(c"uffd-control", move || control::run(&of_control, &added, look))?);
         let (of_reports, reporter) = (Arc::clone(&shared), Reporter::new(self.on_problem));
-        pager.threads.push(Thread::spawn(c"uffd-reports", move || of_reports.reports.run(reporter))?);
+        pager.threads.push(Thread::spawn(c"uffd-reports", move || of_reports.fill.reports.run(reporter))?);
         for thread in 0..self.threads {
             let worker = Worker::new(Arc::clone(&shared), thread, self.delivery)?;
             pager.threads.push(Thread::spawn(c"uffd-pager", move || worker.run())?);
@@ -142,7 +144,7 @@ impl PagerBuilder {
             let shared = Arc::clone(&shared);
             pager.threads.push(Thread::spawn(c"uffd-ahead", move || read_ahead::read(&shared, reader))?);
         }
-        shared.wait_until_started();
+        shared.started.wait_for(self.threads);
         Ok(pager)
     }
 }

@@ -89,6 +89,7 @@
 mod concurrency {}
 
 mod activity;
+mod bell;
 mod builder;
 mod error;
 mod evict;

@@ -12,7 +12,8 @@ use super::memory::descriptor::{Attachment, Descriptor, Origin, addr_to_ptr, loc
 use super::memory::page_state::Pages;
 use super::memory::unfillable::Unfillable;
 use super::serve::control;
-use super::serve::shared::{Note, Shared};
+use super::serve::mailbox::Note;
+use super::serve::shared::Shared;
 use super::serve::shutdown::{self, Drain, Patience};
 use super::serve::thread::Thread;
 use super::serve::worker_pool;
@@ -218,7 +219,7 @@ impl Pager {
             layout.segments().iter().for_each(hold);
         }
         let regions: Vec<_> = layout.segments().iter().map(|segment| Arc::clone(&segment.region)).collect();
-        regions.iter().for_each(|region| self.shared.keep(region));
+        regions.iter().for_each(|region| self.shared.regions.keep(region));
         let uffd = Arc::new(uffd);
         let serving = Attachment { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
         match self.shared.add(serving, origin) {
@@ -232,7 +233,7 @@ impl Pager {
                 Ok(Added { descriptor: DescriptorId(descriptor.id), regions })
             }
             Err(error) => {
-                regions.iter().for_each(|region| self.shared.keep_not(region));
+                regions.iter().for_each(|region| self.shared.regions.keep_not(region));
                 // A worker may have it for a moment.
                 Err(Refused { uffd: shutdown::unwrap_last_arc(uffd), error })
             }
@@ -277,7 +278,7 @@ impl Pager {
     }
 
     fn add_one(&self, descriptor: DescriptorId, region: Region, foreign: bool) -> Result<RegionId> {
-        let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
+        let descriptor = self.shared.table.find(descriptor.0).ok_or(Error::NotServed)?;
         let uffd = {
             let serving = descriptor.lock_shard(self.shared.outside_id());
             let serving = serving.as_ref().ok_or(Error::NotServed)?;
@@ -294,7 +295,7 @@ impl Pager {
         }
         drop(uffd);
         let (region, range) = (Arc::clone(&segment.region), segment.start..segment.end);
-        self.shared.keep(&region);
+        self.shared.regions.keep(&region);
         let mut refused = Ok(());
         let served = descriptor.change_layout(|layout| {
             // A move may have brought something there meanwhile.
@@ -306,7 +307,7 @@ impl Pager {
             }
         });
         let added = refused.and(if served { Ok(()) } else { Err(Error::NotServed) });
-        added.inspect_err(|_| self.shared.keep_not(&region))?;
+        added.inspect_err(|_| self.shared.regions.keep_not(&region))?;
         if let Some(serving) = &*descriptor.lock_shard(self.shared.outside_id()) {
             wake(&serving.uffd, range);
         }
@@ -327,7 +328,7 @@ impl Pager {
             _ => Error::Register { address: start, error },
         })?;
         region.check_ioctls(offered)?;
-        let mut region = region.serve(self.shared.new_region_id(), offered)?;
+        let mut region = region.serve(self.shared.regions.new_id(), offered)?;
         let page = region.page_size();
         // Where the kernel can't tell it may be so.
         let followed = end.checked_add(page).and_then(|to| growth::is_one_mapping(uffd, end - page..to));
@@ -446,7 +447,7 @@ impl Pager {
         let has = |descriptor: &Arc<Descriptor>| {
             !descriptor.segments(self.shared.outside_id(), Some(region.0)).is_empty()
         };
-        self.shared.descriptors().into_iter().find(has).ok_or(Error::NotServed)
+        self.shared.table.all().into_iter().find(has).ok_or(Error::NotServed)
     }
 
     /// Gives a region back to the kernel, if it may go when no fill is at work.
@@ -476,7 +477,7 @@ impl Pager {
             gone.extend(replaced);
         });
         drop(gone);
-        self.shared.post(Note::Ended);
+        self.shared.mailbox.post(Note::Ended);
         if served { Ok(()) } else { Err(Error::NotServed) }
     }
 
@@ -503,7 +504,7 @@ impl Pager {
         self.shared.check_owner()?;
         // Who adds a region uses the descriptor meanwhile.
         let _adding = lock(&self.adding);
-        let descriptor = self.shared.descriptor(descriptor.0).filter(|found| found.is_lazy == is_lazy);
+        let descriptor = self.shared.table.find(descriptor.0).filter(|found| found.is_lazy == is_lazy);
         let descriptor = descriptor.ok_or(Error::NotServed)?;
         let serving = self.shared.remove(&descriptor).ok_or(Error::NotServed)?;
         Ok(shutdown::detached(&descriptor, serving))
@@ -524,7 +525,7 @@ impl Pager {
     /// [`LazyMemory`](crate::LazyMemory), whose serving ends with the memory.
     #[must_use]
     pub fn descriptors(&self) -> Vec<DescriptorId> {
-        let all = self.shared.descriptors();
+        let all = self.shared.table.all();
         all.iter().filter(|one| !one.is_lazy).map(|one| DescriptorId(one.id)).collect()
     }
 
@@ -560,7 +561,7 @@ impl Pager {
     /// - [`NotServed`](Error::NotServed): the descriptor isn't served any more.
     /// - [`System`](Error::System): `end` can't be polled.
     pub fn watch(&self, descriptor: DescriptorId, end: impl Into<OwnedFd>) -> Result<()> {
-        let descriptor = self.shared.descriptor(descriptor.0).ok_or(Error::NotServed)?;
+        let descriptor = self.shared.table.find(descriptor.0).ok_or(Error::NotServed)?;
         self.shared.watch(&descriptor, end.into())
     }
 
@@ -590,8 +591,8 @@ impl Pager {
         self.shared.check_owner()?;
         let (mut poisoned, mut patience) = (Unfillable::default(), Patience::new(self.patience));
         loop {
-            self.shared.wait_for_forks();
-            let descriptors = self.shared.descriptors();
+            self.shared.mailbox.wait_for_forks();
+            let descriptors = self.shared.table.all();
             if descriptors.is_empty() {
                 return poisoned.poisoned();
             }
@@ -613,7 +614,7 @@ impl Pager {
         if self.shared.owner.is_current() {
             self.stop_threads();
         }
-        let descriptors = self.shared.descriptors().into_iter();
+        let descriptors = self.shared.table.all().into_iter();
         let detach = |descriptor: Arc<Descriptor>| {
             self.shared.remove(&descriptor).map(|serving| shutdown::detached(&descriptor, serving))
         };
@@ -639,9 +640,9 @@ impl Pager {
         while let Some(Deferred { descriptor, work, .. }) = self.shared.retries.take_any() {
             self.shared.lease().give_up(&descriptor, work);
         }
-        self.shared.stop_notes();
+        self.shared.mailbox.stop();
         others.next().into_iter().for_each(Thread::join);
-        self.shared.reports.stop();
+        self.shared.fill.reports.stop();
         others.for_each(Thread::join);
     }
 
@@ -668,8 +669,8 @@ impl Drop for Pager {
         // With the threads at work, which read the events that fills wait for.
         let (mut uncovered, mut patience) = (Vec::new(), Patience::new(self.patience));
         loop {
-            self.shared.wait_for_forks();
-            let mut descriptors = self.shared.descriptors();
+            self.shared.mailbox.wait_for_forks();
+            let mut descriptors = self.shared.table.all();
             descriptors.retain(|descriptor| !uncovered.contains(&descriptor.id));
             if descriptors.is_empty() {
                 break;
@@ -684,7 +685,7 @@ impl Drop for Pager {
             // Forks that came meanwhile have brought others.
         }
         self.stop_threads();
-        for descriptor in self.shared.descriptors() {
+        for descriptor in self.shared.table.all() {
             if let Some(serving) = self.shared.remove(&descriptor) {
                 // Who waits goes on waiting, instead of reading zeros.
                 let _kept = shutdown::unwrap_last_arc(serving.uffd).into_raw_fd();

@@ -7,6 +7,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -34,6 +35,8 @@ pub(crate) struct Reports {
     /// Regions that nothing refers to any more. Apart from the queue: it grows in the allocator, which a fork may have
     /// locked until the threads that report problems read its event.
     freed: Mutex<Vec<Arc<ServedRegion>>>,
+    /// How many problems were lost.
+    lost: AtomicUsize,
 }
 
 /// Nothing here allocates: see `mapped_vec`.
@@ -60,20 +63,31 @@ impl Reports {
         let problems = VecDeque::with_capacity(QUEUE_LEN);
         let (posted, reported) = (0, 0);
         let queue = Queue { problems, some_freed: false, posted, reported, is_late: false, stopped: false };
-        Self { queue: Mutex::new(queue), changed: Condvar::new(), freed: Mutex::default() }
+        Self {
+            queue: Mutex::new(queue),
+            changed: Condvar::new(),
+            freed: Mutex::default(),
+            lost: AtomicUsize::new(0),
+        }
     }
 
-    /// Has a problem reported. Returns `false` if there is no room.
-    pub(crate) fn post(&self, problem: Problem) -> bool {
+    /// Has a problem reported. Where there is no room it is lost.
+    pub(crate) fn post(&self, problem: Problem) {
         let mut queue = lock(&self.queue);
         if queue.problems.len() == QUEUE_LEN {
-            return false;
+            self.lost.fetch_add(1, Ordering::Relaxed);
+            return;
         }
         queue.problems.push_back(problem);
         queue.posted += 1;
         drop(queue);
         self.changed.notify_all();
-        true
+    }
+
+    /// How many problems were lost.
+    pub(crate) fn lost(&self) -> u64 {
+        // Relaxed: a count, which nothing else is read by. No lock: a fork's child asks, too.
+        self.lost.load(Ordering::Relaxed) as u64
     }
 
     /// Waits until the problems that were posted are reported, for a moment at most.

@@ -4,7 +4,9 @@
 
 use std::sync::Arc;
 
+use super::ahead_queue;
 use super::buffers::ensure_capacity;
+use super::context::FillContext;
 use super::filler::{Next, PageFiller};
 use super::growth::adopt_growth;
 use super::install::answer;
@@ -14,8 +16,6 @@ use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, wake};
 use crate::pager::memory::page_run::PageRun;
 use crate::pager::memory::page_state::Claim;
-use crate::pager::prefetch::read_ahead;
-use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::{DescriptorId, Problem, RegionId};
 use crate::sync_point::{Point, reach};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
@@ -28,7 +28,12 @@ const STRAYS_BEFORE_REPORT: u32 = 8;
 
 impl PageFiller {
     /// Looks a fault up, and claims its page if that has to be loaded.
-    pub(super) fn look_up(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault) -> Next {
+    pub(super) fn look_up(
+        &mut self,
+        context: &FillContext,
+        descriptor: &Arc<Descriptor>,
+        fault: Fault,
+    ) -> Next {
         let run = 'found: {
             let serving = descriptor.lock_shard(self.thread);
             // Given back meanwhile: who did that wakes everybody.
@@ -37,18 +42,18 @@ impl PageFiller {
             let segment = match (serving.layout.find(fault.address), serving.layout.find_hole(fault.address))
             {
                 (Some(segment), _) | (None, Some(segment)) if protected => {
-                    return Next::Done(self.unprotect(shared, serving, segment, fault));
+                    return Next::Done(self.unprotect(context, serving, segment, fault));
                 }
                 (Some(segment), _) => segment,
-                (None, Some(hole)) => return Next::Done(self.present(shared, serving, hole, fault)),
+                (None, Some(hole)) => return Next::Done(self.present(context, serving, hole, fault)),
                 (None, None) => break 'found None,
             };
-            match self.claim(shared, descriptor, serving, segment, fault) {
+            match self.claim(context, descriptor, serving, segment, fault) {
                 Ok(run) => Some(run),
                 Err(done) => return Next::Done(done),
             }
         };
-        let Some(run) = run else { return self.stray(shared, descriptor, fault, 0) };
+        let Some(run) = run else { return self.stray(context, descriptor, fault, 0) };
         reach(Point::AfterRead, fault.address);
         if run.tries > 0 {
             // Something was in the way, and nobody knows what: not at full speed.
@@ -61,13 +66,13 @@ impl PageFiller {
     /// Takes the page of a fault, and what is missing in the block around it.
     fn claim(
         &mut self,
-        shared: &Shared,
+        context: &FillContext,
         descriptor: &Arc<Descriptor>,
         serving: &Attachment,
         segment: &Segment,
         fault: Fault,
     ) -> Result<PageRun, Outcome> {
-        let counters = shared.counters(self.thread);
+        let counters = context.counters(self.thread);
         let states = &segment.region.pages;
         let page = segment.page_at(fault.address);
         let mut pages = page..page + 1;
@@ -86,20 +91,23 @@ impl PageFiller {
                     Outcome::Deferred(Work::Fault(Fault { joined: true, ..fault }), RetryAfter::OtherLoad);
                 return Err(if segment.region.shared { again } else { Outcome::Settled });
             }
-            Claim::Present => return Err(self.present(shared, serving, segment, fault)),
-            Claim::Poisoned => return Err(self.poisoned(shared, serving, segment, fault)),
+            Claim::Present => return Err(self.present(context, serving, segment, fault)),
+            Claim::Poisoned => return Err(self.poisoned(context, serving, segment, fault)),
         };
         if tries == 0 {
             let (around, window) = segment.region.fault_around(page);
             let within = segment.pages();
             let around = around.start.max(within.start)..around.end.min(within.end);
-            let parallel = shared.read_ahead_threads > 0 && self.is_slow() && !removed;
-            let now =
-                if parallel { read_ahead::first(&segment.region, page, &around) } else { around.clone() };
+            let parallel = context.threads.read_ahead > 0 && self.is_slow() && !removed;
+            let now = if parallel {
+                ahead_queue::first_chunk(&segment.region, page, &around)
+            } else {
+                around.clone()
+            };
             pages = states.claim_around(page, now.clone(), removed);
             let whole = pages == now;
             if whole && now != around {
-                read_ahead::ask(shared, descriptor, segment, &now, &around);
+                context.ahead.request(descriptor, segment, &now, &around);
             }
             if let Some(window) = window {
                 segment.region.advance_stream(window, if whole { &around } else { &pages });
@@ -112,20 +120,26 @@ impl PageFiller {
 
     /// A fault where no region is. Either a region has grown; or its memory has gone since, and the faulting thread must
     /// find that out; or there is no region yet, and the thread that is woken faults again.
-    fn stray(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, fault: Fault, tries: u32) -> Next {
+    fn stray(
+        &mut self,
+        context: &FillContext,
+        descriptor: &Arc<Descriptor>,
+        fault: Fault,
+        tries: u32,
+    ) -> Next {
         if adopt_growth(descriptor, fault.address) {
-            return self.look_up(shared, descriptor, fault);
+            return self.look_up(context, descriptor, fault);
         }
         if tries == STRAYS_BEFORE_REPORT {
             let descriptor = DescriptorId(descriptor.id);
-            shared.post(Note::Problem(Problem::NoRegion { descriptor, address: fault.address }));
+            context.report(Problem::NoRegion { descriptor, address: fault.address });
         }
         Next::Done(Outcome::Deferred(Work::Stray { fault, tries, again: tries == 0 }, retry::stray(tries)))
     }
 
     pub(super) fn stray_again(
         &mut self,
-        shared: &Shared,
+        context: &FillContext,
         descriptor: &Arc<Descriptor>,
         fault: Fault,
         tries: u32,
@@ -137,7 +151,7 @@ impl PageFiller {
             let layout = &serving.layout;
             let is_served = layout.find(fault.address).or_else(|| layout.find_hole(fault.address)).is_some();
             if !is_served && !again {
-                shared.counters(self.thread).dropped.add(1);
+                context.counters(self.thread).dropped.add(1);
                 return Next::Done(Outcome::Settled);
             }
             if !is_served {
@@ -146,9 +160,9 @@ impl PageFiller {
             is_served
         };
         if !is_served {
-            return self.stray(shared, descriptor, fault, tries + 1);
+            return self.stray(context, descriptor, fault, tries + 1);
         }
-        self.look_up(shared, descriptor, fault)
+        self.look_up(context, descriptor, fault)
     }
 
     /// A fault on a page that is there, as far as the pager knows, or in a hole.
@@ -157,8 +171,14 @@ impl PageFiller {
     /// without a word: by madvise(2) where the descriptor doesn't tell of it, by a hole punched into the file. Then
     /// what belongs there is zero, as everywhere after a removal, or what the page cache has. To a tracker that is a
     /// change: the page isn't protected.
-    fn present(&mut self, shared: &Shared, serving: &Attachment, segment: &Segment, fault: Fault) -> Outcome {
-        let (counters, region) = (shared.counters(self.thread), &*segment.region);
+    fn present(
+        &mut self,
+        context: &FillContext,
+        serving: &Attachment,
+        segment: &Segment,
+        fault: Fault,
+    ) -> Outcome {
+        let (counters, region) = (context.counters(self.thread), &*segment.region);
         let (len, page) = (region.page_size(), segment.page_at(fault.address));
         let address = segment.address_of(page).expect("the address is in the segment");
         if self.suspect.0 != address {
@@ -208,7 +228,7 @@ impl PageFiller {
                 }
                 if self.suspect.1 == u8::MAX {
                     let region = RegionId(region.id);
-                    shared.post(Note::Problem(Problem::Stuck { region, address, errno }));
+                    context.report(Problem::Stuck { region, address, errno });
                     self.suspect.1 = 0;
                 }
                 reach(Point::BeforeWake, address);
@@ -222,7 +242,7 @@ impl PageFiller {
     /// that away.
     fn poisoned(
         &mut self,
-        shared: &Shared,
+        context: &FillContext,
         serving: &Attachment,
         segment: &Segment,
         fault: Fault,
@@ -231,7 +251,7 @@ impl PageFiller {
         let address =
             segment.address_of(segment.page_at(fault.address)).expect("the address is in the segment");
         if !fault.joined {
-            shared.counters(self.thread).duplicates.add(1);
+            context.counters(self.thread).duplicates.add(1);
         }
         let fault = Fault { joined: true, ..fault };
         // SAFETY: it was poisoned before.
@@ -247,8 +267,14 @@ impl PageFiller {
     }
 
     /// A fault on a page that is protected: it is let go on.
-    fn unprotect(&self, shared: &Shared, serving: &Attachment, segment: &Segment, fault: Fault) -> Outcome {
-        let counters = shared.counters(self.thread);
+    fn unprotect(
+        &self,
+        context: &FillContext,
+        serving: &Attachment,
+        segment: &Segment,
+        fault: Fault,
+    ) -> Outcome {
+        let counters = context.counters(self.thread);
         let len = segment.region.page_size();
         let address =
             segment.address_of(segment.page_at(fault.address)).expect("the address is in the segment");

@@ -6,11 +6,11 @@ use std::time::Duration;
 use memmap2::MmapMut;
 
 use super::buffers::MAX_SPARE_BUFFERS;
+use super::context::FillContext;
 use super::work::{Fault, FillContent, Outcome, Work, page_of};
 use crate::pager::memory::descriptor::{Descriptor, wake};
 use crate::pager::memory::page_run::PageRun;
 use crate::pager::memory::served::ServedRegion;
-use crate::pager::serve::shared::Shared;
 use crate::pager::trace::span;
 
 /// What comes next for a piece of work.
@@ -83,29 +83,34 @@ impl PageFiller {
     }
 
     /// Notes that this thread begins to read a region's source.
-    pub(super) fn set_reading(&self, shared: &Shared, region: &ServedRegion) {
+    pub(super) fn set_reading(&self, context: &FillContext, region: &ServedRegion) {
         if let Some(place) = self.place {
-            shared.set_reading(place, region.id, self.is_slow());
+            context.activities.set_reading(place, region.id, self.is_slow());
         }
     }
 
     /// Does a piece of work, as far as it gets.
-    pub(crate) fn resume(&mut self, shared: &Shared, descriptor: &Arc<Descriptor>, work: Work) -> Outcome {
+    pub(crate) fn resume(
+        &mut self,
+        context: &FillContext,
+        descriptor: &Arc<Descriptor>,
+        work: Work,
+    ) -> Outcome {
         match work {
-            Work::Fault(fault) => self.fault(shared, descriptor, fault, None),
+            Work::Fault(fault) => self.fault(context, descriptor, fault, None),
             Work::Stray { fault, tries, again } => {
-                self.fault(shared, descriptor, fault, Some((tries, again)))
+                self.fault(context, descriptor, fault, Some((tries, again)))
             }
             Work::Read => Outcome::Settled,
-            Work::Load(run, attempts) => self.run(shared, descriptor, Next::Load(run, attempts)),
-            Work::Install(run, content) => self.run(shared, descriptor, Next::Install(run, content)),
+            Work::Load(run, attempts) => self.run(context, descriptor, Next::Load(run, attempts)),
+            Work::Install(run, content) => self.run(context, descriptor, Next::Install(run, content)),
         }
     }
 
     /// Resolves a fault, as far as that is possible now. `stray`: no region was there before.
     fn fault(
         &mut self,
-        shared: &Shared,
+        context: &FillContext,
         descriptor: &Arc<Descriptor>,
         fault: Fault,
         stray: Option<(u32, bool)>,
@@ -117,10 +122,10 @@ impl PageFiller {
             thread = fault.thread
         );
         let next = match stray {
-            None => self.look_up(shared, descriptor, fault),
-            Some((tries, again)) => self.stray_again(shared, descriptor, fault, tries, again),
+            None => self.look_up(context, descriptor, fault),
+            Some((tries, again)) => self.stray_again(context, descriptor, fault, tries, again),
         };
-        self.run(shared, descriptor, next)
+        self.run(context, descriptor, next)
     }
 
     /// Gives up what was put off. The threads that wait for it fault again.
@@ -142,19 +147,19 @@ impl PageFiller {
     }
 
     /// Takes steps until nothing is left to do for now.
-    fn run(&mut self, shared: &Shared, descriptor: &Descriptor, mut next: Next) -> Outcome {
+    fn run(&mut self, context: &FillContext, descriptor: &Descriptor, mut next: Next) -> Outcome {
         loop {
             next = match next {
-                Next::Load(run, attempts) => self.load(shared, descriptor, run, attempts),
+                Next::Load(run, attempts) => self.load(context, descriptor, run, attempts),
                 Next::Install(run, content) => {
                     let is_outside = matches!(content, FillContent::Outside(_));
                     if is_outside {
                         // It may have to be read, as from a disk.
-                        self.set_reading(shared, &run.region);
+                        self.set_reading(context, &run.region);
                     }
-                    let next = self.install(shared, descriptor, run, content);
+                    let next = self.install(context, descriptor, run, content);
                     if let Some(place) = self.place.filter(|_| is_outside) {
-                        shared.set_at_work(place, true);
+                        context.activities.set_at_work(place, true);
                     }
                     next
                 }

@@ -13,6 +13,7 @@ use std::slice;
 use std::sync::Arc;
 
 use super::buffers::ensure_capacity;
+use super::context::FillContext;
 use super::filler::{Next, PageFiller};
 use super::work::{FillContent, Outcome, RetryAfter, Work};
 use crate::error::errno_of;
@@ -21,7 +22,6 @@ use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, wake
 use crate::pager::memory::page_run::{PageRun, is_in_source};
 use crate::pager::memory::page_state::{MAX_TRIES, Settlement};
 use crate::pager::memory::served::ServedRegion;
-use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::target::target_is_gone;
 use crate::pager::trace::event;
 use crate::pager::{Problem, RegionId};
@@ -71,7 +71,7 @@ impl PageFiller {
     }
 
     /// Poisons pages that this thread has claimed, and whose source calls this: it would wait for itself.
-    pub(crate) fn poison_own(&self, shared: &Shared, descriptor: &Descriptor, segment: &Segment) {
+    pub(crate) fn poison_own(&self, context: &FillContext, descriptor: &Descriptor, segment: &Segment) {
         let region = &segment.region;
         for page in segment.pages().filter(|page| is_in_source(region, *page)) {
             let serving = descriptor.lock_shard(self.thread);
@@ -83,7 +83,7 @@ impl PageFiller {
             if now.is_some_and(|now| Arc::ptr_eq(&now.region, region) && now.page_at(address) == page) {
                 let (done, _, end) = poison(serving, region, address, region.page_size());
                 if done > 0 {
-                    shared.counters(self.thread).poisoned.add(1);
+                    context.counters(self.thread).poisoned.add(1);
                     let _joined = region.pages.end(page, end);
                     wake(&serving.uffd, address..address + done);
                 }
@@ -98,7 +98,7 @@ impl PageFiller {
     /// `memory` is `/proc/self/mem`, if the memory is this process's.
     pub(crate) fn map_from_file(
         &self,
-        shared: &Shared,
+        context: &FillContext,
         descriptor: &Descriptor,
         segment: &Segment,
         memory: Option<&File>,
@@ -118,7 +118,7 @@ impl PageFiller {
             if region.pages.try_claim_untouched(page, false) {
                 let mut run = PageRun::new(segment, page..page + 1, false);
                 if run.is_there(serving) {
-                    self.count(shared, &run, &FillContent::Poison, 1, Settlement::Present);
+                    self.count(context, &run, &FillContent::Poison, 1, Settlement::Present);
                     skip(serving, &mut run, Settlement::Present);
                 } else {
                     run.give_up(Some(serving));
@@ -135,8 +135,8 @@ impl PageFiller {
 
     /// Gives a run up that was given back, moved, unmapped or removed since: whoever still waits comes back, and finds
     /// what is so now.
-    pub(super) fn drop_run(&self, shared: &Shared, descriptor: &Descriptor, run: PageRun) -> Next {
-        shared.counters(self.thread).dropped.add(1);
+    pub(super) fn drop_run(&self, context: &FillContext, descriptor: &Descriptor, run: PageRun) -> Next {
+        context.counters(self.thread).dropped.add(1);
         run.give_up(descriptor.lock_shard(self.thread).as_ref());
         Next::Done(Outcome::Settled)
     }
@@ -144,7 +144,7 @@ impl PageFiller {
     /// Puts the content of a run in place, if it still belongs there.
     pub(super) fn install(
         &mut self,
-        shared: &Shared,
+        context: &FillContext,
         descriptor: &Descriptor,
         mut run: PageRun,
         content: FillContent,
@@ -163,7 +163,7 @@ impl PageFiller {
                     Stop::TargetGone
                 }
                 Some(serving) if run.is_there(serving) && !run.is_outdated() => {
-                    self.fill_all(shared, serving, &mut run, &content)
+                    self.fill_all(context, serving, &mut run, &content)
                 }
                 _ => Stop::Outdated,
             };
@@ -175,11 +175,11 @@ impl PageFiller {
             Stop::SliceDone => unreachable!("it was gone on with"),
             Stop::Outdated => {
                 self.put_back(content);
-                self.drop_run(shared, descriptor, run)
+                self.drop_run(context, descriptor, run)
             }
             Stop::Settled => {
                 if let Some((_, since)) = run.demand {
-                    shared.counters(self.thread).fault_latency.record_since(since);
+                    context.counters(self.thread).fault_latency.record_since(since);
                 }
                 self.put_back(content);
                 Next::Done(Outcome::Settled)
@@ -206,7 +206,7 @@ impl PageFiller {
                 self.put_back(content);
                 if unreadable {
                     let attempts = run.attempts;
-                    return self.source_failed(shared, descriptor, run, attempts, io::Error::from(errno));
+                    return self.source_failed(context, descriptor, run, attempts, io::Error::from(errno));
                 }
                 let Some(mut run) = self.alone(descriptor, run) else { return Next::Done(Outcome::Settled) };
                 // Of what nobody waits for, who wanted it filled or poisoned is told the number.
@@ -215,18 +215,18 @@ impl PageFiller {
                 let (region, address) = (RegionId(run.region.id), run.address());
                 if poison {
                     if !reported {
-                        shared.post(Note::Problem(Problem::Unanswered { region, address }));
+                        context.report(Problem::Unanswered { region, address });
                     }
                     run.mark_stuck();
                     // Perhaps the memory has gone without a word. Who waits finds out.
                     if let Some(serving) = &*descriptor.lock_shard(self.thread) {
                         wake(&serving.uffd, run.addresses());
                     }
-                    let work = Work::Load(run, shared.retry.attempts);
+                    let work = Work::Load(run, context.retry.attempts);
                     return Next::Done(Outcome::Deferred(work, RetryAfter::LongDelay));
                 }
                 if !reported {
-                    shared.post(Note::Problem(Problem::Stuck { region, address, errno }));
+                    context.report(Problem::Stuck { region, address, errno });
                 }
                 Next::Install(run, FillContent::Poison)
             }
@@ -236,7 +236,7 @@ impl PageFiller {
     /// Fills a run as far as the kernel lets it, and settles what is filled.
     fn fill_all(
         &mut self,
-        shared: &Shared,
+        context: &FillContext,
         serving: &Attachment,
         run: &mut PageRun,
         content: &FillContent,
@@ -264,7 +264,7 @@ impl PageFiller {
             if filled > 0 {
                 reach(Point::AfterFill, run.address());
             }
-            self.count(shared, run, content, filled, end);
+            self.count(context, run, content, filled, end);
             event!(TRACE, "filled", address = run.address(), len = filled << run.region.page_shift);
             joined |= run.settle(filled, end);
             let Some(errno) = errno.filter(|_| filled == 0) else {
@@ -277,7 +277,7 @@ impl PageFiller {
                 Errno::ENOENT if pages > 1 => most = 1,
                 // Nothing is mapped at the page, or nothing that is registered: unmapped, without the pager being told.
                 Errno::ENOENT => {
-                    shared.counters(self.thread).dropped.add(1);
+                    context.counters(self.thread).dropped.add(1);
                     self.unmapped += 1;
                     skip(serving, run, Settlement::Released);
                 }
@@ -285,18 +285,18 @@ impl PageFiller {
                 // since Linux 7.2, which was overwritten before. On hugetlb memory the pool may be empty, too: ENOMEM up
                 // to 6.12, EEXIST in 6.18.
                 Errno::EEXIST => {
-                    shared.counters(self.thread).woken.add(1);
+                    context.counters(self.thread).woken.add(1);
                     if run.demand.is_none() {
-                        let end = self.occupied(shared, serving, run, content);
+                        let end = self.occupied(context, serving, run, content);
                         skip(serving, run, end);
                         continue;
                     }
                     if run.demanded() == Some(run.pages().start) && run.tries + 1 == MAX_TRIES {
-                        shared.post(Note::Problem(Problem::Stuck {
+                        context.report(Problem::Stuck {
                             region: RegionId(run.region.id),
                             address: run.address(),
                             errno,
-                        }));
+                        });
                     }
                     skip(serving, run, Settlement::Contested);
                 }
@@ -326,7 +326,7 @@ impl PageFiller {
     /// What to make of a page that nobody waits for, where the kernel says that something is there.
     fn occupied(
         &mut self,
-        shared: &Shared,
+        context: &FillContext,
         serving: &Attachment,
         run: &PageRun,
         content: &FillContent,
@@ -363,7 +363,7 @@ impl PageFiller {
             Some(Errno::EEXIST) => Settlement::Present,
             Some(_) => Settlement::Contested,
             None => {
-                self.count(shared, run, &again, 1, end);
+                self.count(context, run, &again, 1, end);
                 end
             }
         }
@@ -436,11 +436,18 @@ impl PageFiller {
         answer(result, len)
     }
 
-    fn count(&self, shared: &Shared, run: &PageRun, content: &FillContent, pages: usize, end: Settlement) {
+    fn count(
+        &self,
+        context: &FillContext,
+        run: &PageRun,
+        content: &FillContent,
+        pages: usize,
+        end: Settlement,
+    ) {
         if pages == 0 {
             return;
         }
-        let counters = shared.counters(self.thread);
+        let counters = context.counters(self.thread);
         let filled = run.pages().start..run.pages().start + pages;
         let asked = run.demanded().is_some_and(|page| filled.contains(&page));
         let counter = match content {
@@ -449,7 +456,7 @@ impl PageFiller {
             FillContent::Poison => {
                 if asked {
                     let (region, address) = (RegionId(run.region.id), run.address());
-                    shared.post(Note::Problem(Problem::Poisoned { region, address }));
+                    context.report(Problem::Poisoned { region, address });
                 }
                 return counters.poisoned.add(pages as u64);
             }

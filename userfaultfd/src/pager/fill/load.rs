@@ -6,13 +6,13 @@ use std::time::Instant;
 use memmap2::MmapMut;
 
 use super::buffers::{Aside, ensure_capacity};
+use super::context::FillContext;
 use super::filler::{Next, PageFiller};
 use super::work::{FillContent, Outcome, RetryAfter, Work};
 use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::page_run::PageRun;
 use crate::pager::memory::page_state::MAX_TRIES;
 use crate::pager::memory::served::ServedRegion;
-use crate::pager::serve::shared::{Note, Shared};
 use crate::pager::trace::span;
 use crate::pager::{PageData, Problem, RegionId};
 use crate::source::call::catch_panic;
@@ -42,7 +42,7 @@ impl PageFiller {
     /// Gets the content of a run from its source, and puts it in place.
     pub(super) fn load(
         &mut self,
-        shared: &Shared,
+        context: &FillContext,
         descriptor: &Descriptor,
         run: PageRun,
         attempts: u32,
@@ -50,18 +50,18 @@ impl PageFiller {
         let mut run = run.rest();
         run.attempts = attempts;
         if attempts > 0 && !self.is_wanted(descriptor, &run) {
-            return self.drop_run(shared, descriptor, run);
+            return self.drop_run(context, descriptor, run);
         }
-        match self.content(shared, &run) {
+        match self.content(context, &run) {
             Ok(content) => {
                 if let (FillContent::Outside(bytes), true) = (&content, descriptor.tells_changes) {
                     // Here, and not while a change waits for the shard: the source's memory may have to be read first.
-                    self.set_reading(shared, &run.region);
+                    self.set_reading(context, &run.region);
                     sys::populate(*bytes, run.len());
                 }
                 Next::Install(run, content)
             }
-            Err(NoContent::Source(error)) => self.source_failed(shared, descriptor, run, attempts, error),
+            Err(NoContent::Source(error)) => self.source_failed(context, descriptor, run, attempts, error),
             Err(NoContent::NoMemory) => self.no_memory(descriptor, run, attempts),
         }
     }
@@ -88,7 +88,7 @@ impl PageFiller {
     }
 
     /// The content of a run, read from its source if need be.
-    pub(crate) fn content(&mut self, shared: &Shared, run: &PageRun) -> Result<FillContent, NoContent> {
+    pub(crate) fn content(&mut self, context: &FillContext, run: &PageRun) -> Result<FillContent, NoContent> {
         let (region, len) = (&*run.region, run.len());
         let offset = region.offset_of(run.pages().start);
         if run.removed && region.cache.is_some() {
@@ -110,15 +110,15 @@ impl PageFiller {
         span!("load", offset = offset, len = len);
         let (place, is_slow) = (self.place, self.is_slow());
         let buffer = ensure_capacity(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
-        let counters = shared.counters(self.thread);
+        let counters = context.counters(self.thread);
         if let Some(place) = place {
-            shared.set_reading(place, region.id, is_slow);
+            context.activities.set_reading(place, region.id, is_slow);
         }
         let start = Instant::now();
         let fill = catch_panic(|| region.source.read(offset, &mut buffer[..len]));
         let took = start.elapsed();
         if let Some(place) = place {
-            shared.set_at_work(place, true);
+            context.activities.set_at_work(place, true);
         }
         self.pace = (self.pace * 7 + took) / 8;
         counters.source_latency.record(took);
@@ -144,32 +144,32 @@ impl PageFiller {
     /// What to do when the source didn't deliver.
     pub(super) fn source_failed(
         &mut self,
-        shared: &Shared,
+        context: &FillContext,
         descriptor: &Descriptor,
         run: PageRun,
         attempts: u32,
         error: io::Error,
     ) -> Next {
-        shared.counters(self.thread).source_errors.add(1);
+        context.counters(self.thread).source_errors.add(1);
         if run.is_early {
             return Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::OtherLoad));
         }
         // The page that is asked for alone: its neighbours may be what can't be had.
         let Some(run) = self.alone(descriptor, run.rest()) else { return Next::Done(Outcome::Settled) };
         let attempts = attempts.saturating_add(1);
-        if let Some(delay) = shared.retry.delay_after(attempts).filter(|_| !run.region.is_ending()) {
+        if let Some(delay) = context.retry.delay_after(attempts).filter(|_| !run.region.is_ending()) {
             return Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::Delay(delay)));
         }
         if run.tries < MAX_TRIES {
-            shared.post(Note::Problem(Problem::Source {
+            context.report(Problem::Source {
                 region: RegionId(run.region.id),
                 address: run.address(),
                 offset: run.region.offset_of(run.pages().start),
                 error,
                 attempts,
-            }));
+            });
             if run.demand.is_some() && run.region.poison {
-                shared.reports.wait();
+                context.reports.wait();
             }
         }
         Next::Install(run, FillContent::Poison)

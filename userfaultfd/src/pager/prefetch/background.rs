@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::read_ahead;
 use crate::lazy::sigbus::{Lazy, Lost};
 use crate::owner::{Owner, abandon};
-use crate::pager::activity::Reads;
+use crate::pager::activity::{Busy, Reads};
+use crate::pager::fill::ahead_queue::CHUNK_BYTES;
 use crate::pager::fill::filler::PageFiller;
+use crate::pager::fill::lease::Lease;
 use crate::pager::fill::load::fill_batch_len;
 use crate::pager::fill::work::{Outcome, Work};
 use crate::pager::memory::address_map::Segment;
@@ -22,7 +23,7 @@ use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::pager::memory::fault_around::FaultAround;
 use crate::pager::memory::page_run::PageRun;
 use crate::pager::memory::served::ServedRegion;
-use crate::pager::serve::shared::{Busy, Lease, Shared};
+use crate::pager::serve::shared::Shared;
 use crate::pager::serve::thread::Thread;
 use crate::pager::{Failed, Pager, Progress, RegionId, Result, RetryPolicy};
 use crate::sys;
@@ -605,8 +606,9 @@ impl Target {
         let region = self.region();
         let bytes = match (region.around, self) {
             (FaultAround::Block(block), _) => block,
-            (FaultAround::Adaptive { most }, Self::Pager { shared, .. }) if is_slow => STEP_BYTES
-                .max(if shared.read_ahead_threads > 0 { most.min(read_ahead::CHUNK_BYTES) } else { most }),
+            (FaultAround::Adaptive { most }, Self::Pager { shared, .. }) if is_slow => {
+                STEP_BYTES.max(if shared.fill.threads.read_ahead > 0 { most.min(CHUNK_BYTES) } else { most })
+            }
             _ => STEP_BYTES,
         };
         (bytes >> region.page_shift).max(1)
@@ -641,7 +643,7 @@ impl Target {
     pub(crate) fn fill_now(&self, pages: Range<usize>) -> Result<()> {
         let control = FillControl::new(self, Plan::new(FillOrder::Ascending, 0, 0))?;
         let retry = match self {
-            Self::Pager { shared, .. } => shared.retry,
+            Self::Pager { shared, .. } => shared.fill.retry,
             // The source is in memory: it has the page or not.
             Self::Sigbus(_) => RetryPolicy { attempts: 1, delay: Duration::ZERO },
         };
@@ -671,7 +673,7 @@ impl Target {
     fn most_threads(&self) -> usize {
         match self {
             Self::Pager { shared, .. } => {
-                MIN_READS_AT_ONCE.max(shared.threads).max(shared.read_ahead_threads + 1)
+                MIN_READS_AT_ONCE.max(shared.fill.threads.workers).max(shared.fill.threads.read_ahead + 1)
             }
             // What is to be read the kernel reads, with the read-ahead of mappings.
             Self::Sigbus(_) => 1,
@@ -699,7 +701,7 @@ fn step(
     let (run, next) = PageRun::claim(&segment, within, usize::MAX);
     let Some(run) = run else { return Some(Step { next, filled: 0 }) };
     let (claimed, thread) = (run.pages(), filler.thread);
-    let mut load = |run: PageRun| match filler.resume(shared, descriptor, Work::Load(run.early(), 0)) {
+    let mut load = |run: PageRun| match filler.resume(&shared.fill, descriptor, Work::Load(run.early(), 0)) {
         Outcome::Settled => true,
         // Who needs it asks for it.
         Outcome::Deferred(work, _) => {

@@ -1,74 +1,19 @@
 //! Reading ahead: where a source is slow and access sequential, several threads read what comes next at the same time.
 
-use std::ops::Range;
 use std::sync::Arc;
 
+use crate::pager::fill::ahead_queue::Ahead;
 use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::work::{Outcome, Work};
-use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::page_run::PageRun;
-use crate::pager::memory::served::ServedRegion;
 use crate::pager::serve::shared::Shared;
-
-/// What one thread reads at a time.
-pub(crate) const CHUNK_BYTES: usize = 1 << 20;
-
-/// Something to read ahead.
-#[derive(Debug)]
-pub(crate) struct Ahead {
-    descriptor: Arc<Descriptor>,
-    region: Arc<ServedRegion>,
-    addresses: Range<usize>,
-}
-
-/// The part of `fault_around` that is read at once for a fault on a page: as much as one thread reads at a time.
-pub(crate) fn first(region: &ServedRegion, page: usize, around: &Range<usize>) -> Range<usize> {
-    let chunk = (CHUNK_BYTES >> region.page_shift).max(1);
-    let (start, end) = if page == around.start {
-        (page, page + chunk)
-    } else {
-        // Backwards.
-        (page.saturating_sub(chunk - 1), page + 1)
-    };
-    start.max(around.start)..end.min(around.end)
-}
-
-/// Has the rest of `fault_around` read by others.
-pub(crate) fn ask(
-    shared: &Shared,
-    descriptor: &Arc<Descriptor>,
-    segment: &Segment,
-    now: &Range<usize>,
-    around: &Range<usize>,
-) {
-    let chunk = (CHUNK_BYTES >> segment.region.page_shift).max(1);
-    let address = |page: usize| segment.start + ((page - segment.first) << segment.region.page_shift);
-    let ask = |pages: Range<usize>| {
-        shared.enqueue_read_ahead(Ahead {
-            descriptor: Arc::clone(descriptor),
-            region: Arc::clone(&segment.region),
-            addresses: address(pages.start)..address(pages.end),
-        });
-    };
-    // The nearest first.
-    for start in (now.end..around.end).step_by(chunk) {
-        ask(start..(start + chunk).min(around.end));
-    }
-    let mut end = now.start;
-    while end > around.start {
-        let start = end.saturating_sub(chunk).max(around.start);
-        ask(start..end);
-        end = start;
-    }
-}
 
 /// Reads ahead until the pager stops.
 pub(crate) fn read(shared: &Shared, thread: usize) {
     let mut filler = PageFiller::new(thread);
     filler.place = Some(thread);
-    while let Some(Ahead { descriptor, region, addresses }) = shared.next_ahead() {
-        shared.set_at_work(thread, true);
+    while let Some(Ahead { descriptor, region, addresses }) = shared.fill.ahead.next() {
+        shared.fill.activities.set_at_work(thread, true);
         let mut at = addresses.start;
         while at < addresses.end && !shared.is_stopping() {
             let run = {
@@ -84,14 +29,14 @@ pub(crate) fn read(shared: &Shared, thread: usize) {
                 run
             };
             let Some(run) = run else { continue };
-            match filler.resume(shared, &descriptor, Work::Load(run.early(), 0)) {
+            match filler.resume(&shared.fill, &descriptor, Work::Load(run.early(), 0)) {
                 Outcome::Settled => {}
                 // Who needs it asks for it.
                 Outcome::Deferred(work, _) => filler.give_up(&descriptor, work),
                 Outcome::TargetGone => shared.retire(&descriptor),
             }
         }
-        shared.set_at_work(thread, false);
+        shared.fill.activities.set_at_work(thread, false);
     }
 }
 
@@ -100,9 +45,9 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::{Duration, Instant};
 
-    use super::CHUNK_BYTES;
     use crate::LazyMemory;
     use crate::pager::PageData;
+    use crate::pager::fill::ahead_queue::CHUNK_BYTES;
 
     /// Content by which each word is known.
     fn word(offset: u64) -> [u8; 8] {

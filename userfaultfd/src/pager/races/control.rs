@@ -71,9 +71,9 @@ fn a_child_closes_its_copies_whatever_was_locked() {
         let shared = Arc::clone(&pager.as_ref().unwrap().shared);
         let added = pager.as_ref().unwrap().add(descriptor, [region(&memory, sevens)]).unwrap();
         pager.as_ref().unwrap().watch(added.descriptor, end).unwrap();
-        let served = shared.descriptor(added.descriptor.0).unwrap();
+        let served = shared.table.find(added.descriptor.0).unwrap();
         let ends = served.ends.lock().unwrap();
-        let child = shared.with_table_locked(|| {
+        let child = shared.table.with_slots_locked(|| {
             child::fork(|| {
                 assert!(numbers.iter().all(is_open));
                 drop(pager.take());

@@ -25,7 +25,7 @@ use crate::{FeatureFlags, Uffd};
 fn add(pager: &Pager, uffd: Uffd, region: Region) -> Arc<Descriptor> {
     // SAFETY: bytes are good whatever they are, and only raw pointers and atomics lead to them.
     let added = unsafe { pager.add_own(uffd, [region]) }.unwrap();
-    pager.shared.descriptor(added.descriptor.0).unwrap()
+    pager.shared.table.find(added.descriptor.0).unwrap()
 }
 
 fn write(memory: &Memory, page: usize, byte: u8) {
@@ -56,9 +56,9 @@ fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
     let (short, next) = PageRun::claim(segment, 0..1, 1);
     let (long, _) = PageRun::claim(segment, next..PAGES, PAGES);
     let (short, long) = (short.unwrap(), long.unwrap());
-    let put_aside = filler.content(&pager.shared, &short).unwrap();
+    let put_aside = filler.content(&pager.shared.fill, &short).unwrap();
     for work in [Work::Load(long, 0), Work::Install(short, put_aside)] {
-        let done = filler.resume(&pager.shared, &descriptor, work);
+        let done = filler.resume(&pager.shared.fill, &descriptor, work);
         assert!(matches!(done, Outcome::Settled), "{done:?}");
     }
     drop(filler);

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use super::shared::Token;
+use super::poll::Token;
 use crate::mapped_vec;
 use crate::mapped_vec::MappedVec;
 use crate::pager::fill::retry::Deferred;

@@ -4,77 +4,16 @@
 //! a twentieth of each second. The worker can't notice, since it doesn't run. So the control thread looks, every few
 //! milliseconds as long as any worker is so bound and gets faults, and has it run anywhere again if it doesn't get on.
 
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use super::binding::{FREE, STARVED};
 use super::shared::Shared;
-use crate::sys::{self, CpuSet};
 
 /// How often the control thread looks whether bound workers get on. Two looks tell.
 const POLL_INTERVAL: Duration = Duration::from_millis(4);
 
 /// Looks without a fault after which a worker isn't bound any longer, and not looked after.
 const IDLE_LOOKS: u32 = 25;
-
-/// A worker that isn't bound.
-const FREE: i32 = 0;
-
-/// One that was, and didn't get on there.
-const STARVED: i32 = -1;
-
-/// Whether a worker is bound to a CPU.
-#[derive(Debug)]
-#[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
-pub(crate) struct Bound {
-    /// The thread, or one of the above.
-    thread: AtomicI32,
-    /// How often it has begun to answer faults.
-    turns: AtomicU32,
-}
-
-impl Bound {
-    pub(crate) const fn new() -> Self {
-        Self { thread: AtomicI32::new(FREE), turns: AtomicU32::new(0) }
-    }
-
-    /// The worker, which alone calls this, gets on.
-    pub(crate) fn take_turn(&self) {
-        self.turns.store(self.turns.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
-    }
-
-    /// Whether the worker was idle, and so may be bound at once by the next fault.
-    pub(crate) fn is_free(&self) -> bool {
-        self.thread.load(Ordering::Relaxed) == FREE
-    }
-
-    /// The worker can't be bound, until it has answered more faults.
-    pub(crate) fn give_up(&self) {
-        self.thread.store(STARVED, Ordering::Relaxed);
-    }
-
-    /// The worker ends.
-    pub(crate) fn end(&self) {
-        self.thread.store(FREE, Ordering::Relaxed);
-    }
-}
-
-/// Where threads may run that aren't bound.
-#[derive(Debug, Default)]
-pub(crate) struct Anywhere(OnceLock<Option<CpuSet>>);
-
-impl Anywhere {
-    /// Binds the calling worker to a CPU. Returns whether the control thread must begin to look after it.
-    pub(crate) fn bind(&self, bound: &Bound, cpu: usize) -> bool {
-        // Before the first worker is bound: none of them knows more.
-        if self.0.get_or_init(|| sys::affinity().ok()).is_none() || sys::run_on(cpu).is_err() {
-            // Without the permission it stays where it is.
-            bound.give_up();
-            return false;
-        }
-        bound.thread.swap(sys::own_thread(), Ordering::Relaxed) <= FREE
-    }
-}
 
 /// What the control thread has seen of a worker.
 #[derive(Clone, Copy, Debug, Default)]
@@ -91,46 +30,42 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    pub(crate) fn new(workers: usize) -> Self {
-        Self { seen: vec![Seen::default(); workers].into_boxed_slice(), next: Instant::now() }
+    pub(crate) fn new(shared: &Shared) -> Self {
+        let seen = vec![Seen::default(); shared.bindings.len()].into_boxed_slice();
+        Self { seen, next: Instant::now() }
     }
 
     /// Looks whether the bound workers get on, and frees those that don't. Returns when to look again.
     pub(crate) fn look(&mut self, shared: &Shared) -> Option<Duration> {
-        let anywhere = (*shared.anywhere.0.get()?)?;
+        let bindings = &shared.bindings;
+        let anywhere = bindings.anywhere()?;
         let now = Instant::now();
         if now < self.next {
             return Some(self.next - now);
         }
         let (mut any, mut waiting) = (false, None);
         for (place, seen) in self.seen.iter_mut().enumerate() {
-            let bound = shared.bound(place);
-            let thread = bound.thread.load(Ordering::Relaxed);
+            let thread = bindings.thread(place);
             if thread <= FREE {
                 *seen = Seen::default();
                 continue;
             }
-            let turns = bound.turns.load(Ordering::Relaxed);
+            let turns = bindings.turns(place);
             if turns != seen.turns {
                 *seen = Seen { turns, looks: 0 };
             }
             seen.looks += 1;
-            let mut waits = || *waiting.get_or_insert_with(|| shared.has_events());
+            let mut waits = || *waiting.get_or_insert_with(|| shared.poll.has_events());
             let next = match seen.looks {
                 0..=2 => thread,
-                _ if shared.is_at_work(place) || waits() => STARVED,
+                _ if shared.fill.activities.is_at_work(place) || waits() => STARVED,
                 IDLE_LOOKS.. => FREE,
                 _ => thread,
             };
             if next == thread {
                 any = true;
-            } else if bound
-                .thread
-                .compare_exchange(thread, next, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
-            {
-                // It may have ended.
-                let _moved = sys::set_affinity(thread, &anywhere);
+            } else {
+                bindings.free(place, thread, next, &anywhere);
             }
         }
         self.next = if any { now + POLL_INTERVAL } else { now };
@@ -140,7 +75,7 @@ impl Watch {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, AtomicU64};
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use std::thread;
 
     use super::*;
@@ -148,7 +83,7 @@ mod tests {
     use crate::pager::{Delivery, FaultAround, PageData};
     use crate::support::proc::wait_until;
     use crate::support::{child, require, test_name};
-    use crate::{FeatureFlags, LazyMemory};
+    use crate::{FeatureFlags, LazyMemory, sys};
 
     /// The CPUs that the worker of this process may run on, as /proc lists them.
     fn cpus_of_worker() -> Option<String> {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::beside;
-use super::shared::{Note, Shared, Stopped};
+use super::mailbox::{Note, Stopped};
+use super::poll::Token;
+use super::shared::Shared;
 use super::vma_events;
 use super::worker_pool::{Added, Watch};
 use crate::pager::memory::descriptor::Descriptor;
@@ -26,7 +28,7 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
     // Descriptors of processes that are said to end.
     let mut ending: Vec<u64> = Vec::new();
     let (mut soon, mut look_at) = (FIRST_RECHECK, Instant::now() + look);
-    let (mut watch, mut bound) = (Watch::default(), beside::Watch::new(shared.place_count()));
+    let (mut watch, mut bound) = (Watch::default(), beside::Watch::new(shared));
     loop {
         loop {
             match shared.next_note() {
@@ -35,24 +37,24 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
                     if let Err((uffd, error)) = vma_events::adopt(shared, fork) {
                         // Closing it would show zeros where the child's pages are missing.
                         std::mem::forget(uffd);
-                        shared.post(Note::Problem(Problem::Fork { descriptor: DescriptorId(parent), error }));
+                        shared.fill.report(Problem::Fork { descriptor: DescriptorId(parent), error });
                     }
                 }
                 Ok(Some(Note::Ended)) => (is_unfreed, soon) = (true, FIRST_RECHECK),
-                Ok(Some(Note::Problem(_)) | None) => break,
+                Ok(None) => break,
                 Err(Stopped) => {
-                    shared.reap();
+                    shared.table.reap();
                     shared.sweep();
                     return;
                 }
             }
         }
-        shared.reap();
+        shared.table.reap();
         is_unfreed = is_unfreed && shared.sweep();
         ending
-            .retain(|id| shared.descriptor(*id).is_some_and(|descriptor| !drop_if_gone(shared, &descriptor)));
+            .retain(|id| shared.table.find(*id).is_some_and(|descriptor| !drop_if_gone(shared, &descriptor)));
         let now = Instant::now();
-        let mut watched = shared.descriptors();
+        let mut watched = shared.table.all();
         watched.retain(|descriptor| !descriptor.is_own);
         if look_at <= now {
             watched.retain(|descriptor| !drop_if_gone(shared, descriptor));
@@ -68,12 +70,12 @@ pub(crate) fn run(shared: &Arc<Shared>, added: &Added, look: Duration) {
         let timeout = timeout.into_iter().chain(more_workers).chain(bound.look(shared)).min();
         // Nothing is kept that others wait for.
         drop(watched);
-        let ready = shared.wait_for_notes(&mut events, timeout);
+        let ready = shared.mailbox.wait(&mut events, timeout);
         soon = if ready == 0 && is_soon { soon * 2 } else { FIRST_RECHECK };
         soon = soon.min(POLL_INTERVAL);
         for event in &events[..ready] {
-            let Some(token) = Shared::token(event) else { continue };
-            let named = shared.in_slot(token.slot()).filter(|descriptor| token.means(descriptor));
+            let Some(token) = Token::of_event(event) else { continue };
+            let named = shared.table.in_slot(token.slot()).filter(|descriptor| token.means(descriptor));
             ending.extend(named.map(|descriptor| descriptor.id));
         }
     }

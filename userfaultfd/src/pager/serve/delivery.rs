@@ -1,9 +1,10 @@
 //! How a fault reaches the thread that answers it.
 
 use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::shared::Shared;
+use super::binding::Bindings;
 use crate::pager::fill::work::Fault;
 use crate::sys;
 
@@ -89,20 +90,25 @@ impl WaitPolicy {
         }
     }
 
-    /// Looks for the next fault for a moment. `look` tells whether there was one.
-    pub(crate) fn spin(&mut self, shared: &Shared, mut look: impl FnMut() -> bool) -> bool {
+    /// Looks for the next fault for a moment, unless another worker does. `look` tells whether there was one.
+    pub(crate) fn spin(
+        &mut self,
+        spinner: &Spinner,
+        is_stopping: impl Fn() -> bool,
+        mut look: impl FnMut() -> bool,
+    ) -> bool {
         let budget = self.budget();
-        if budget.is_zero() || shared.start_spinning().is_err() {
+        if budget.is_zero() {
             return false;
         }
-        // Also if answering what is found panics.
-        let spinning = Spinning(shared);
+        // Until it is dropped, also if answering what is found panics.
+        let Some(spinning) = spinner.try_begin() else { return false };
         let start = Instant::now();
         let found = loop {
             if look() {
                 break true;
             }
-            if start.elapsed() >= budget || shared.is_stopping() {
+            if start.elapsed() >= budget || is_stopping() {
                 break false;
             }
             std::hint::spin_loop();
@@ -135,31 +141,45 @@ impl WaitPolicy {
     }
 
     /// A fault was answered. Goes to where the faulting thread runs, if it is to.
-    pub(crate) fn answered(&mut self, fault: &Fault, shared: &Shared, place: usize) {
+    pub(crate) fn answered(&mut self, fault: &Fault, bindings: &Bindings, place: usize) {
         (self.thread, self.since) = (fault.thread, Some(fault.since));
         if self.delivery != Delivery::SameCpu || fault.thread == 0 {
             return;
         }
-        shared.bound(place).take_turn();
+        bindings.take_turn(place);
         let (thread, faults) = self.beside;
-        if thread == fault.thread && faults < FAULTS_PER_CPU_CHECK && !shared.bound(place).is_free() {
+        if thread == fault.thread && faults < FAULTS_PER_CPU_CHECK && !bindings.is_free(place) {
             self.beside.1 += 1;
             return;
         }
         self.beside = (fault.thread, 0);
         match sys::last_cpu(fault.thread) {
-            Some(cpu) => shared.bind(place, cpu),
-            None => shared.bound(place).give_up(),
+            Some(cpu) => bindings.bind(place, cpu),
+            None => bindings.give_up(place),
         }
     }
 }
 
-/// Lets other threads spin once it is dropped.
-struct Spinning<'a>(&'a Shared);
+/// Whether a worker spins, waiting for the next fault. The others sleep.
+///
+/// Relaxed: two that spin cost time, nothing else, and nothing is read because of it.
+#[derive(Debug, Default)]
+pub(crate) struct Spinner(AtomicBool);
+
+impl Spinner {
+    /// Begins to spin, if no other worker does.
+    fn try_begin(&self) -> Option<Spinning<'_>> {
+        let begun = self.0.compare_exchange(false, true, Ordering::Relaxed, Ordering::Relaxed);
+        begun.ok().map(|_| Spinning(&self.0))
+    }
+}
+
+/// Lets other workers spin once it is dropped.
+struct Spinning<'a>(&'a AtomicBool);
 
 impl Drop for Spinning<'_> {
     fn drop(&mut self) {
-        self.0.end_spinning();
+        self.0.store(false, Ordering::Relaxed);
     }
 }
 
@@ -304,74 +324,82 @@ impl YieldPolicy {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::pager::{FaultAround, PageData, RetryPolicy};
+    use crate::pager::bell::Bell;
+    use crate::pager::{FaultAround, PageData};
     use crate::{FaultKind, LazyMemory};
 
     fn waiting(delivery: Delivery) -> WaitPolicy {
         WaitPolicy { delivery, ..WaitPolicy::new(Delivery::Sleep) }
     }
 
-    fn shared() -> Shared {
-        Shared::new(1, 0, 0, RetryPolicy::default()).unwrap()
-    }
-
     /// Whether it looked at all.
-    fn looks(waiting: &mut WaitPolicy, shared: &Shared, found: bool) -> bool {
+    fn looks(waiting: &mut WaitPolicy, spinner: &Spinner, found: bool) -> bool {
         let mut looked = false;
-        waiting.spin(shared, || {
-            looked = true;
-            found
-        });
+        waiting.spin(
+            spinner,
+            || false,
+            || {
+                looked = true;
+                found
+            },
+        );
         looked
     }
 
     #[test]
     fn threads_sleep_at_once() {
         crate::support::require!();
-        let shared = shared();
+        let spinner = Spinner::default();
         for delivery in [Delivery::Sleep, Delivery::SameCpu] {
             let mut waiting = waiting(delivery);
-            assert!((0..100).all(|_| !looks(&mut waiting, &shared, true)), "{delivery:?}");
+            assert!((0..100).all(|_| !looks(&mut waiting, &spinner, true)), "{delivery:?}");
         }
     }
 
     #[test]
     fn spinning_ends_with_its_budget_or_a_fault() {
         crate::support::require!();
-        let (shared, budget) = (shared(), Duration::from_micros(200));
+        let (spinner, budget) = (Spinner::default(), Duration::from_micros(200));
         let mut waiting = waiting(Delivery::Spin(budget));
         let start = Instant::now();
-        assert!(!waiting.spin(&shared, || false));
+        assert!(!waiting.spin(&spinner, || false, || false));
         assert!(start.elapsed() >= budget);
         // Longer than anybody is kept from running.
         waiting.delivery = Delivery::Spin(Duration::from_secs(60));
         let mut left = 3;
-        assert!(waiting.spin(&shared, || {
-            left -= 1;
-            left == 0
-        }));
+        assert!(waiting.spin(
+            &spinner,
+            || false,
+            || {
+                left -= 1;
+                left == 0
+            }
+        ));
         assert_eq!(left, 0);
     }
 
     #[test]
     fn one_thread_spins_at_a_time() {
         crate::support::require!();
-        let shared = shared();
+        let spinner = Spinner::default();
         let (mut one, mut other) =
             (waiting(Delivery::Spin(LONGEST_SPIN)), waiting(Delivery::Spin(LONGEST_SPIN)));
-        assert!(one.spin(&shared, || !looks(&mut other, &shared, true)));
-        assert!(looks(&mut other, &shared, true), "the first has ended");
+        assert!(one.spin(&spinner, || false, || !looks(&mut other, &spinner, true)));
+        assert!(looks(&mut other, &spinner, true), "the first has ended");
     }
 
     #[test]
     fn a_thread_that_panics_while_it_spins_lets_others_spin() {
         crate::support::require!();
-        let shared = shared();
+        let spinner = Spinner::default();
         let mut panicking = waiting(Delivery::Spin(LONGEST_SPIN));
-        let spin = std::panic::AssertUnwindSafe(|| panicking.spin(&shared, || panic!("a mistake")));
+        let spin =
+            std::panic::AssertUnwindSafe(|| panicking.spin(&spinner, || false, || panic!("a mistake")));
         assert!(std::panic::catch_unwind(spin).is_err());
-        assert!(looks(&mut waiting(Delivery::Spin(LONGEST_SPIN)), &shared, true));
+        assert!(looks(&mut waiting(Delivery::Spin(LONGEST_SPIN)), &spinner, true));
     }
 
     /// How many of so many faults it spins for, if they take so long, sleeping and spinning.
@@ -473,7 +501,7 @@ mod tests {
     #[test]
     fn a_fault_that_may_have_waited_for_the_cpu_is_costly() {
         crate::support::require!();
-        let (since, shared) = (Instant::now(), shared());
+        let (since, bindings) = (Instant::now(), Bindings::new(1, Arc::new(Bell::new().unwrap())));
         let fault = |thread, micros| Fault {
             address: 0,
             kind: FaultKind::Missing,
@@ -486,13 +514,13 @@ mod tests {
         {
             let mut waiting = waiting(Delivery::Sleep);
             assert!(!waiting.gives_way(), "there was no fault");
-            waiting.answered(&fault(7, 0), &shared, 0);
+            waiting.answered(&fault(7, 0), &bindings, 0);
             assert!(waiting.gives_way());
             waiting.gave_way(Some(&fault(thread, micros)));
             assert_eq!(waiting.gives_way(), !costly, "{thread} {micros}");
         }
         let mut spinning = waiting(Delivery::Spin(LONGEST_SPIN));
-        spinning.answered(&fault(7, 0), &shared, 0);
+        spinning.answered(&fault(7, 0), &bindings, 0);
         assert!(!spinning.gives_way());
     }
 

@@ -2,10 +2,15 @@
 
 pub(crate) mod backlog;
 pub(crate) mod beside;
+pub(crate) mod binding;
 pub(crate) mod control;
 pub(crate) mod delivery;
+pub(crate) mod mailbox;
+pub(crate) mod poll;
+pub(crate) mod regions;
 pub(crate) mod shared;
 pub(crate) mod shutdown;
+pub(crate) mod table;
 pub(crate) mod thread;
 pub(crate) mod vma_events;
 pub(crate) mod worker;

@@ -100,7 +100,7 @@ pub(crate) fn drain(
             // The pager's threads put nothing off any longer, which might be for hours.
             segment.region.set_ending(drain != Drain::Fill);
             if drain == Drain::FillOnce {
-                filler.map_from_file(shared, descriptor, segment, memory.as_ref());
+                filler.map_from_file(&shared.fill, descriptor, segment, memory.as_ref());
             }
             let most = if bulk { (BULK_BYTES >> segment.region.page_shift).max(1) } else { 1 };
             let mut next = if tries_on { pages.start } else { pages.end };
@@ -137,7 +137,7 @@ pub(crate) fn drain(
             }
             left += filler.poison_here(descriptor, segment);
             if poison {
-                filler.poison_own(shared, descriptor, segment);
+                filler.poison_own(&shared.fill, descriptor, segment);
             }
             for page in pages.filter(|page| is_left(segment, page)) {
                 left += 1;
@@ -203,7 +203,7 @@ fn complete(
     let mut next = Some(work);
     let mut history = None;
     while let Some(work) = next.take() {
-        match filler.resume(shared, descriptor, work) {
+        match filler.resume(&shared.fill, descriptor, work) {
             Outcome::Settled => return Completed::Yes,
             Outcome::TargetGone => {
                 shared.retire(descriptor);

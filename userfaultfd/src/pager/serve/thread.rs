@@ -11,8 +11,9 @@ use std::ffi::{CStr, c_void};
 use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::ptr::NonNull;
-use std::sync::OnceLock;
+use std::sync::{Condvar, Mutex, OnceLock};
 
+use crate::pager::memory::descriptor::lock;
 use crate::sys;
 
 /// The size of a stack in bytes, as the standard library has it, unless `RUST_MIN_STACK` says otherwise.
@@ -24,6 +25,26 @@ const ENOUGH: usize = 4096;
 /// A thread, which goes on when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Thread(Option<sys::ThreadId>);
+
+/// Workers that are on their way to read, of which the pager waits for those that serve from the start. One that starts takes
+/// the allocator's locks, which a fork holds until its event is read.
+#[derive(Debug, Default)]
+pub(crate) struct StartBarrier {
+    started: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl StartBarrier {
+    /// The calling thread allocates nothing from here on.
+    pub(crate) fn arrive(&self) {
+        *lock(&self.started) += 1;
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn wait_for(&self, threads: usize) {
+        drop(self.changed.wait_while(lock(&self.started), |started| *started < threads));
+    }
+}
 
 /// What a thread runs, and its name.
 struct Start<F> {

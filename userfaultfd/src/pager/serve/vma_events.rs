@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::shared::{Fork, Inherited, Note, Shared};
+use super::mailbox::{Fork, Inherited, Note};
+use super::shared::Shared;
 use super::shutdown::unwrap_last_arc;
 use crate::pager::fill::retry;
 use crate::pager::memory::address_map::{AddressMap, Segment};
@@ -44,11 +45,11 @@ pub(crate) fn apply(
             let set = sys::close_on_exec(uffd.as_fd());
             debug_assert!(set.is_ok(), "{set:?}");
             let copy = copy_patiently(&serving.layout);
-            shared.post(Note::Fork(Fork { parent: descriptor.id, uffd, copy }));
+            shared.mailbox.post(Note::Fork(Fork { parent: descriptor.id, uffd, copy }));
         }
         Change::Remap { from, to } => {
             counters.remaps.add(1);
-            shared.defer_free(|gone| serving.layout_mut().shift(from.clone(), to, gone));
+            shared.mailbox.defer_free(|gone| serving.layout_mut().shift(from.clone(), to, gone));
             wake(&serving.uffd, from);
         }
         Change::Remove(range) => {
@@ -62,7 +63,7 @@ pub(crate) fn apply(
         }
         Change::Unmap(range) => {
             counters.unmaps.add(1);
-            shared.defer_free(|gone| serving.layout_mut().cut(range.clone(), gone));
+            shared.mailbox.defer_free(|gone| serving.layout_mut().cut(range.clone(), gone));
             wake(&serving.uffd, range);
         }
     }
@@ -116,9 +117,9 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
             let count = segment.pages().len();
             let pages = Pages::of_copy(Arc::clone(&states), first, count);
             first += count;
-            let region = segment.region.part(shared.new_region_id(), segment.first, pages);
+            let region = segment.region.part(shared.regions.new_id(), segment.first, pages);
             let region = Arc::new(region);
-            shared.keep(&region);
+            shared.regions.keep(&region);
             segment = Segment { region, first: 0, ..segment };
         }
         child.insert(segment);

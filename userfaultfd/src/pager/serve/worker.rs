@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use super::backlog::{Backlog, EVENTS};
 use super::delivery::{Delivery, WaitPolicy};
-use super::shared::{Note, Shared, Token};
+use super::poll::Token;
+use super::shared::Shared;
 use super::thread::has_heap;
 use super::vma_events::{self, Change};
 use crate::error::errno_of;
@@ -93,7 +94,7 @@ impl Worker {
         delivery: Delivery,
     ) -> Result<Self> {
         // Others are to have something to do as well.
-        let batch = (2 * EVENTS_PER_READ / (shared.threads + 1)).max(4);
+        let batch = (2 * EVENTS_PER_READ / (shared.fill.threads.workers + 1)).max(4);
         filler.begin_to_serve(place);
         filler.prepare().map_err(|error| errno_of(&error))?;
         let thread = filler.thread;
@@ -125,14 +126,14 @@ impl Worker {
     /// Serves until the pager stops. A panic ends what is being done, not the thread.
     pub(crate) fn run(mut self) {
         if !self.is_added {
-            self.shared.thread_started();
+            self.shared.started.arrive();
         } else if !has_heap() {
             // The source may allocate, and has to be read by threads that can.
             return self.shared.end_worker(self.place, self.thread);
         }
         while let Err(panic) = panic::catch_unwind(AssertUnwindSafe(|| self.serve())) {
             let message = message(&*panic).to_owned();
-            self.shared.post(Note::Problem(Problem::Panicked { message }));
+            self.shared.fill.report(Problem::Panicked { message });
             self.start_anew();
         }
         if self.is_added {
@@ -141,7 +142,7 @@ impl Worker {
     }
 
     fn set_at_work(&self, at_work: bool) {
-        self.shared.set_at_work(self.place, at_work);
+        self.shared.fill.activities.set_at_work(self.place, at_work);
     }
 
     fn backlog(&self) -> MutexGuard<'_, Backlog> {
@@ -167,9 +168,9 @@ impl Worker {
         // It may have been told of what is due.
         self.shared.retries.look();
         // What the thread was told of once, and hasn't read, it or another is told of again.
-        for descriptor in self.shared.descriptors() {
+        for descriptor in self.shared.table.all() {
             if let Some(serving) = &*descriptor.lock_shard(self.thread) {
-                self.shared.rearm_epoll(&descriptor, serving.uffd.as_fd());
+                self.shared.poll.rearm(&descriptor, serving.uffd.as_fd());
             }
         }
     }
@@ -192,16 +193,17 @@ impl Worker {
             let room = if self.filler.is_slow() { 1 } else { events.len() };
             let ready = self.wait(&mut events[..room], last.take());
             waits += 1;
-            let is_needed = || self.filler.is_slow() || self.shared.all_others_are_reading(self.place);
+            let is_needed =
+                || self.filler.is_slow() || self.shared.fill.activities.all_others_are_reading(self.place);
             if self.is_added && (ready == 0 || waits > TRIAL_FAULTS && !is_needed()) {
                 // It was woken for what is there still.
                 return self.pass_on(&events[..ready]);
             }
             self.set_at_work(true);
-            self.shared.counters(self.thread).wakeups.add(1);
+            self.shared.fill.counters(self.thread).wakeups.add(1);
             let mut taken = events[..ready].iter().filter_map(|event| {
                 let blocking = event.events & libc::EPOLLERR as u32 != 0;
-                Shared::token(event).map(|token| (token, blocking))
+                Token::of_event(event).map(|token| (token, blocking))
             });
             let mut next = taken.next();
             if ready > 1 {
@@ -225,12 +227,12 @@ impl Worker {
     /// Leaves events to the others.
     fn pass_on(&mut self, events: &[libc::epoll_event]) {
         for event in events {
-            match Shared::token(event) {
+            match Token::of_event(event) {
                 Some(Token::RETRY) => self.shared.retries.look(),
                 Some(token) => {
                     let Some(descriptor) = self.find(token) else { continue };
                     if let Some(serving) = &*descriptor.lock_shard(self.thread) {
-                        self.shared.rearm_epoll(&descriptor, serving.uffd.as_fd());
+                        self.shared.poll.rearm(&descriptor, serving.uffd.as_fd());
                     }
                 }
                 None => {}
@@ -241,7 +243,7 @@ impl Worker {
     /// Waits for something to read, on any descriptor. Looks at the `last` one for a moment before it sleeps, and answers
     /// what it finds there.
     fn wait(&mut self, events: &mut [libc::epoll_event], last: Option<Token>) -> usize {
-        let wait = |shared: &Shared, events: &mut _, timeout| match shared.wait(events, timeout) {
+        let wait = |shared: &Shared, events: &mut _, timeout| match shared.poll.wait(events, timeout) {
             Ok(ready) => ready,
             Err(errno) => unreachable!("waiting for faults: {errno}"),
         };
@@ -249,17 +251,22 @@ impl Worker {
             let Some(descriptor) = self.find(token) else { break };
             let (mut waiting, mut looks, mut ready) = (self.waiting, 0, 0);
             self.current = Some(token);
-            let found = waiting.spin(&Arc::clone(&self.shared), || {
-                looks += 1;
-                if looks % POLLS_PER_EPOLL_CHECK == 0 {
-                    ready = wait(&self.shared, events, 0);
-                }
-                ready > 0 || {
-                    let answered = self.answer(&descriptor, false);
-                    self.set_at_work(false);
-                    answered
-                }
-            });
+            let shared = Arc::clone(&self.shared);
+            let found = waiting.spin(
+                &shared.spinner,
+                || shared.is_stopping(),
+                || {
+                    looks += 1;
+                    if looks % POLLS_PER_EPOLL_CHECK == 0 {
+                        ready = wait(&self.shared, events, 0);
+                    }
+                    ready > 0 || {
+                        let answered = self.answer(&descriptor, false);
+                        self.set_at_work(false);
+                        answered
+                    }
+                },
+            );
             self.current = None;
             self.waiting = waiting;
             if ready > 0 {
@@ -275,7 +282,7 @@ impl Worker {
 
     /// The descriptor that an event is about, if it is still served.
     fn find(&mut self, token: Token) -> Option<Arc<Descriptor>> {
-        let version = self.shared.version();
+        let version = self.shared.table.version();
         if version != self.version {
             // Not to keep what is served no more.
             self.known.fill(None);
@@ -284,7 +291,7 @@ impl Worker {
         let slot = token.slot();
         let known = &mut self.known[slot % DESCRIPTOR_CACHE_SLOTS];
         if !known.as_ref().is_some_and(|descriptor| token.means(descriptor)) {
-            *known = self.shared.in_slot(slot);
+            *known = self.shared.table.in_slot(slot);
         }
         known.clone().filter(|descriptor| token.means(descriptor))
     }
@@ -332,7 +339,7 @@ impl Worker {
             }
         }
         if let Some(serving) = &*descriptor.lock_shard(self.thread) {
-            self.shared.rearm_epoll(descriptor, serving.uffd.as_fd());
+            self.shared.poll.rearm(descriptor, serving.uffd.as_fd());
         }
         true
     }
@@ -348,12 +355,12 @@ impl Worker {
             backlog.put_faults(Token::of(descriptor), self.faults.drain(1..));
         }
         while let Some(fault) = self.faults.front().copied() {
-            let done = self.filler.resume(&self.shared, descriptor, Work::Fault(fault));
+            let done = self.filler.resume(&self.shared.fill, descriptor, Work::Fault(fault));
             if let Some(deferred) = self.settle(descriptor, done, None) {
                 self.keep_or_defer(deferred);
             }
             self.faults.pop_front();
-            self.waiting.answered(&fault, &self.shared, self.place);
+            self.waiting.answered(&fault, &self.shared.bindings, self.place);
             if several {
                 let next = self.backlog().next_fault();
                 self.faults.extend(next);
@@ -366,8 +373,8 @@ impl Worker {
         self.set_at_work(true);
         let (start, mut is_through) = (Instant::now(), false);
         while let Some(Deferred { work, history, .. }) = self.next_changing() {
-            self.shared.counters(self.thread).retries.add(1);
-            let done = self.filler.resume(&self.shared, descriptor, work);
+            self.shared.fill.counters(self.thread).retries.add(1);
+            let done = self.filler.resume(&self.shared.fill, descriptor, work);
             match self.settle(descriptor, done, Some(history)) {
                 Some(deferred) => self.keep_or_defer(deferred),
                 None => is_through = true,
@@ -420,7 +427,7 @@ impl Worker {
     /// Reads events with one system call.
     fn read(&mut self, descriptor: &Arc<Descriptor>, blocking: bool) -> Result<Read> {
         // A thread that waits for a source leaves faults to the others.
-        let alone = self.shared.threads == 1 && !self.shared.can_add_workers();
+        let alone = self.shared.fill.threads.workers == 1 && self.shared.fill.threads.added == 0;
         let buffer = if !alone && self.filler.is_slow() { &mut self.one } else { &mut self.many };
         let (shared, thread, faults) = (&*self.shared, self.thread, &mut self.faults);
         let mut result = Ok(Read::Nothing);
@@ -435,7 +442,7 @@ impl Worker {
             }
             let full = count == buffer.capacity();
             if full && !alone {
-                shared.rearm_epoll(descriptor, serving.uffd.as_fd());
+                shared.poll.rearm(descriptor, serving.uffd.as_fd());
             }
             let since = stats::now();
             // Changes are applied at once, and faults are answered after all of them.
@@ -469,7 +476,7 @@ impl Worker {
         let errno = error.errno();
         let id = DescriptorId(descriptor.id);
         if !descriptor.read_failed.swap(true, Ordering::Relaxed) {
-            self.shared.post(Note::Problem(Problem::Read { descriptor: id, error }));
+            self.shared.fill.report(Problem::Read { descriptor: id, error });
         }
         if matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) {
             self.defer(Deferred::new(descriptor, Work::Read, RetryAfter::Delay(READ_AGAIN), None));
@@ -484,12 +491,12 @@ impl Worker {
     fn resume(&mut self) {
         let now = Instant::now();
         while let Some(Deferred { descriptor, work, history, .. }) = self.shared.retries.next_due(now) {
-            self.shared.counters(self.thread).retries.add(1);
+            self.shared.fill.counters(self.thread).retries.add(1);
             self.current = Some(Token::of(&descriptor));
             if matches!(work, Work::Read) {
                 self.answer(&descriptor, false);
             } else {
-                let done = self.filler.resume(&self.shared, &descriptor, work);
+                let done = self.filler.resume(&self.shared.fill, &descriptor, work);
                 if let Some(deferred) = self.settle(&descriptor, done, Some(history)) {
                     self.defer(deferred);
                 }
@@ -538,7 +545,7 @@ impl Worker {
             Work::Stray { .. } | Work::Read => return,
         };
         let (region, address) = (RegionId(region), addresses.start);
-        self.shared.post(Note::Problem(Problem::Stuck { region, address, errno }));
+        self.shared.fill.report(Problem::Stuck { region, address, errno });
         // Perhaps the memory has gone without a word, as that of a file that is cut off. Who waits finds out.
         wake(&serving.uffd, addresses);
     }
@@ -554,12 +561,12 @@ impl Worker {
         let joined = matches!(work, Work::Fault(fault) | Work::Stray { fault, .. } if !fault.joined);
         match self.shared.retries.put(deferred) {
             Put::Entered => {}
-            Put::Merged => self.shared.counters(self.thread).duplicates.add(joined.into()),
+            Put::Merged => self.shared.fill.counters(self.thread).duplicates.add(joined.into()),
             Put::NoRoom(Deferred { descriptor, work, .. }) => {
                 // It comes back at once. Not at full speed.
                 thread::sleep(retry::NO_MEMORY);
                 if let (Work::Read, Some(serving)) = (&work, &*descriptor.lock_shard(self.thread)) {
-                    self.shared.rearm_epoll(&descriptor, serving.uffd.as_fd());
+                    self.shared.poll.rearm(&descriptor, serving.uffd.as_fd());
                 }
                 self.filler.give_up(&descriptor, work);
             }
@@ -586,7 +593,7 @@ fn take(
     faults: &mut VecDeque<Fault>,
     since: Instant,
 ) {
-    let counters = shared.counters(thread);
+    let counters = shared.fill.counters(thread);
     let change = match event {
         Ok(Event::Pagefault { kind, addr, thread_id, .. }) => {
             let counter = match kind {
@@ -613,7 +620,7 @@ fn take(
         Ok(Event::Unmap { start, end }) => Change::Unmap(start.addr()..end.addr()),
         Err(error) => {
             let descriptor = DescriptorId(descriptor.id);
-            return shared.post(Note::Problem(Problem::Read { descriptor, error }));
+            return shared.fill.report(Problem::Read { descriptor, error });
         }
     };
     vma_events::apply(shared, counters, descriptor, serving, change);

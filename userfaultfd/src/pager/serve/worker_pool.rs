@@ -12,14 +12,19 @@
 //!
 //! Where there is no memory for one more, none is added, and it is tried again later: all that adding allocates may fail.
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use super::backlog::Item;
 use super::delivery::Delivery;
+use super::poll::Token;
 use super::shared::Shared;
 use super::thread::Thread;
 use super::worker::Worker;
 use crate::pager::activity::Doing;
+use crate::pager::fill::retry::{Deferred, Put};
+use crate::pager::fill::work::{RetryAfter, Work};
 use crate::pager::memory::descriptor::lock;
 use crate::sync_point::{Point, reach};
 
@@ -61,7 +66,7 @@ impl Added {
     /// Hands on what workers have taken on whose source keeps them waiting, and adds one if it keeps all of them and there
     /// is something to read. Returns when to look again, if at all. For the control thread.
     pub(crate) fn look(&self, shared: &Arc<Shared>, watch: &mut Watch) -> Option<Duration> {
-        if !shared.is_watched() {
+        if !shared.fill.activities.is_watched() {
             *watch = Watch::default();
             return None;
         }
@@ -73,7 +78,7 @@ impl Added {
             }
         }
         let (mut any_reads, mut all_wait, mut handed_on) = (false, true, false);
-        for (place, doing) in shared.workers() {
+        for (place, doing) in shared.fill.activities.workers() {
             if watch.seen.len() <= place {
                 watch.seen.resize(place + 1, None);
             }
@@ -81,16 +86,18 @@ impl Added {
             any_reads |= doing.is_reading();
             let waits = doing.is_reading_slowly() || doing.is_reading() && before == Some(doing);
             all_wait &= waits || doing.is_missing();
-            handed_on |= waits && shared.empty_backlog(place);
+            handed_on |= waits && hand_on(shared, place);
         }
         if any_reads || watch.reading.is_none() {
             watch.reading = Some(now);
         }
-        if watch.reading.is_none_or(|reading| now - reading >= LINGER) && shared.end_watching() {
+        if watch.reading.is_none_or(|reading| now - reading >= LINGER)
+            && shared.fill.activities.end_watching()
+        {
             *watch = Watch::default();
             return None;
         }
-        let added = all_wait && shared.has_events() && self.add(shared);
+        let added = all_wait && shared.poll.has_events() && self.add(shared);
         watch.delay = if added || handed_on {
             FIRST_RECHECK
         } else {
@@ -102,15 +109,15 @@ impl Added {
 
     fn add(&self, shared: &Arc<Shared>) -> bool {
         let mut threads = lock(&self.threads);
-        while let Some(ended) = threads.iter().position(|(place, _)| shared.is_free(*place)) {
+        while let Some(ended) = threads.iter().position(|(place, _)| shared.fill.activities.is_free(*place)) {
             threads.swap_remove(ended).1.join();
         }
         if shared.is_stopping() || threads.try_reserve(1).is_err() {
             return false;
         }
-        let Some(place) = shared.take_place() else { return false };
+        let Some(place) = shared.fill.activities.take_place() else { return false };
         let Some(filler) = shared.take_filler() else {
-            shared.free_place(place);
+            shared.fill.activities.free_place(place);
             return false;
         };
         let number = filler.thread;
@@ -130,5 +137,41 @@ impl Added {
     pub(crate) fn join(&self) {
         let threads = std::mem::take(&mut *lock(&self.threads));
         threads.into_iter().for_each(|(_, thread)| thread.join());
+    }
+}
+
+/// Has others do what the worker at a place has taken on and not begun. Returns whether there was something.
+fn hand_on(shared: &Shared, place: usize) -> bool {
+    let mut any = false;
+    while let Some(item) = { lock(shared.backlog(place)).take_any() } {
+        any = true;
+        let find = |token: Token| shared.table.in_slot(token.slot()).filter(|found| token.means(found));
+        match item {
+            Item::Event(Token::RETRY) => shared.retries.look(),
+            Item::Event(token) => {
+                let Some(descriptor) = find(token) else { continue };
+                if let Some(serving) = &*descriptor.lock_shard(shared.outside_id()) {
+                    shared.poll.rearm(&descriptor, serving.uffd.as_fd());
+                }
+            }
+            Item::Fault(token, fault) => {
+                // What waits for one that is closed has been woken.
+                let Some(descriptor) = find(token) else { continue };
+                let now = RetryAfter::Delay(Duration::ZERO);
+                put_off(shared, Deferred::new(&descriptor, Work::Fault(fault), now, None));
+            }
+            Item::Deferred(deferred) => put_off(shared, deferred),
+        }
+    }
+    any
+}
+
+/// Puts work off that isn't the calling thread's. Where there is no room it is given up, so that it comes back.
+fn put_off(shared: &Shared, deferred: Deferred) {
+    let joined = matches!(&deferred.work, Work::Fault(fault) if !fault.joined);
+    match shared.retries.put(deferred) {
+        Put::Entered => {}
+        Put::Merged => shared.fill.counters(shared.lease().thread).duplicates.add(joined.into()),
+        Put::NoRoom(Deferred { descriptor, work, .. }) => shared.lease().give_up(&descriptor, work),
     }
 }

@@ -5,6 +5,7 @@
 
 mod count;
 mod histogram;
+mod threads;
 
 use std::fmt;
 use std::iter::Sum;
@@ -14,6 +15,7 @@ use std::time::Instant;
 use count::{COUNTED, Count};
 pub use histogram::Histogram;
 pub(crate) use histogram::HistogramCells;
+pub(crate) use threads::ThreadCounters;
 
 /// The moment that something begins whose duration is to be counted.
 #[inline]
