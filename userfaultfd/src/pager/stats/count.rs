@@ -1,6 +1,6 @@
-//! A number that one thread counts up and any thread reads.
+//! A counter that one thread increments and any thread reads.
 
-/// Whether anything is counted. It always is, but where the benchmark `report` measures what that costs.
+/// Whether anything is counted: always, except where the benchmark `report` measures the cost of counting.
 pub(super) const COUNTED: bool = cfg!(not(userfaultfd_uncounted));
 
 #[cfg(not(target_has_atomic = "64"))]
@@ -8,12 +8,12 @@ pub(super) use halves::Count;
 #[cfg(target_has_atomic = "64")]
 pub(super) use whole::Count;
 
-/// Where 64 bits are written at once.
+/// The counter on targets that write 64 bits at once.
 #[cfg(target_has_atomic = "64")]
 mod whole {
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    /// One thread writes, so that it needs no locked instruction: what it loads is what it stored last.
+    /// Only one thread writes, so it needs no locked instruction: it loads the value that it stored last.
     #[derive(Debug, Default)]
     pub(crate) struct Count(AtomicU64);
 
@@ -27,7 +27,7 @@ mod whole {
             self.0.load(Ordering::Relaxed)
         }
 
-        /// Only for the thread that writes, as the rest of the setters.
+        /// For the writing thread only, as the other setters.
         #[inline]
         pub(crate) fn set(&self, value: u64) {
             self.0.store(value, Ordering::Relaxed);
@@ -35,15 +35,15 @@ mod whole {
     }
 }
 
-/// Where they aren't: 32-bit mips, powerpc, riscv, old arm and others. Tested everywhere.
+/// The counter on other targets: 32-bit mips, powerpc, riscv, old arm and others. Tested on all.
 #[cfg(any(test, not(target_has_atomic = "64")))]
 mod halves {
     use std::sync::atomic::Ordering;
 
     use crate::sync::atomic::{AtomicU32, spin_loop};
 
-    /// The upper half is there twice, written before and after the lower one, and read the other way round. A reader
-    /// that finds both the same has the lower half that belongs to them.
+    /// The upper half is stored twice, before and after the lower one, and read in the opposite order. A reader that finds
+    /// both equal has the lower half that belongs to them.
     #[derive(Debug, Default)]
     pub(crate) struct Count {
         before: AtomicU32,
@@ -89,7 +89,7 @@ impl Count {
     }
 }
 
-/// Every interleaving of a writer and a reader, for counters in halves.
+/// Models every interleaving of a writer and a reader, for counters in halves.
 #[cfg(all(test, userfaultfd_loom))]
 mod loom_models {
     use std::sync::Arc;
@@ -122,7 +122,7 @@ mod tests {
 
     use super::{Count, halves};
 
-    /// Passes borders of the lower half again and again.
+    /// The increment: wraps the lower half every third time.
     const STEP: u64 = (1 << 32) / 3;
     const STEPS: u64 = 300_000;
 
@@ -142,7 +142,7 @@ mod tests {
                     }
                     (seen, count.get())
                 });
-                // The reader looks between two steps, at least now and then, on a machine with one CPU too.
+                // Lets the reader read between two steps on a machine with one CPU, too.
                 for step in 1..=STEPS {
                     count.set(step * STEP);
                     if step % 4096 == 0 {

@@ -1,28 +1,29 @@
-//! How long things took.
+//! Histograms of durations.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use super::count::{COUNTED, Count};
 
-/// Buckets between a power of two and the next: a bound is at most an eighth above what it stands for.
-const STEPS: u64 = 8;
+/// Buckets between a power of two and the next: a bound is at most an eighth above the durations it stands for.
+const BUCKETS_PER_DOUBLING: u64 = 8;
 
-/// All 64 bits of nanoseconds: 0 to 7 have a bucket each, then there are `STEPS` for each power of two.
+/// Buckets for all 64 bits of nanoseconds: one each for 0 to 7, then [`BUCKETS_PER_DOUBLING`] for each power of two.
 const BUCKETS: usize = bucket_of(u64::MAX) + 1;
 
 const fn bucket_of(nanos: u64) -> usize {
-    let shift = (nanos | STEPS).ilog2() - STEPS.ilog2();
-    (shift as u64 * STEPS + (nanos >> shift)) as usize
+    let shift = (nanos | BUCKETS_PER_DOUBLING).ilog2() - BUCKETS_PER_DOUBLING.ilog2();
+    (shift as u64 * BUCKETS_PER_DOUBLING + (nanos >> shift)) as usize
 }
 
 /// The longest duration of a bucket, in nanoseconds.
 const fn upper_bound(bucket: usize) -> u64 {
     let bucket = bucket as u64;
-    if bucket < 2 * STEPS {
+    if bucket < 2 * BUCKETS_PER_DOUBLING {
         return bucket;
     }
-    let (shift, first) = (bucket / STEPS - 1, bucket % STEPS + STEPS);
+    let (shift, first) =
+        (bucket / BUCKETS_PER_DOUBLING - 1, bucket % BUCKETS_PER_DOUBLING + BUCKETS_PER_DOUBLING);
     (first << shift) + ((1 << shift) - 1)
 }
 
@@ -34,11 +35,10 @@ fn nanos_of(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// How often something took how long. Plain data: it can be cloned, compared, and added to another.
+/// A histogram of durations. It is plain data: it can be cloned, compared, and merged with another one.
 ///
-/// Durations are counted in buckets that are an eighth of their lower bound wide, or a nanosecond. So
-/// [quantiles](Self::quantile) are upper bounds, at most an eighth too long; the mean and the maximum are exact. More
-/// than 584 years count as that.
+/// The width of a bucket is an eighth of its lower bound, or a nanosecond. So [quantiles](Self::quantile) are upper
+/// bounds, at most an eighth too long; the mean and the maximum are exact. Durations beyond 584 years count as 584 years.
 ///
 /// ```
 /// use std::time::Duration;
@@ -72,7 +72,7 @@ impl Histogram {
         self.max = self.max.max(nanos);
     }
 
-    /// Adds what another one has counted.
+    /// Adds the counts of another histogram.
     pub fn merge(&mut self, other: &Self) {
         for (count, more) in self.buckets.iter_mut().zip(&other.buckets) {
             *count = count.saturating_add(*more);
@@ -81,18 +81,18 @@ impl Histogram {
         self.max = self.max.max(other.max);
     }
 
-    /// How many durations were counted.
+    /// Returns the number of counted durations.
     #[must_use]
     pub fn count(&self) -> u64 {
         sum(&self.buckets)
     }
 
-    /// A duration that this part of all (0.5: the half) doesn't exceed: an upper bound, at most an eighth too long.
-    /// What is below 0 counts as 0, what is above 1 as 1. `None` if nothing was counted.
+    /// Returns a duration that the fraction `part` (0.5: the median) of all durations doesn't exceed: an upper bound, at most
+    /// an eighth too long. `part` is clamped to 0 to 1. `None` if nothing was counted.
     #[must_use]
     pub fn quantile(&self, part: f64) -> Option<Duration> {
         let count = self.count();
-        // 0.55 is a little more than 55 hundredths: where the product is as near to a whole number as that, it is this one.
+        // 0.55 is a little more than 55 hundredths: a product this near to a whole number counts as that number.
         let exact = part * count as f64;
         let whole = exact.round();
         let near = (exact - whole).abs() <= 2.0 * f64::EPSILON * whole;
@@ -105,32 +105,32 @@ impl Histogram {
         Some(self.bound(bucket))
     }
 
-    /// The longest. `None` if nothing was counted.
+    /// Returns the longest duration, or `None` if nothing was counted.
     #[must_use]
     pub fn max(&self) -> Option<Duration> {
         (self.count() != 0).then_some(Duration::from_nanos(self.max))
     }
 
-    /// The mean. `None` if nothing was counted.
+    /// Returns the mean, or `None` if nothing was counted.
     #[must_use]
     pub fn mean(&self) -> Option<Duration> {
         self.total.checked_div(self.count()).map(Duration::from_nanos)
     }
 
-    /// All durations together.
+    /// Returns the sum of all durations.
     #[must_use]
     pub fn total(&self) -> Duration {
         Duration::from_nanos(self.total)
     }
 
-    /// The buckets that hold something, from the shortest: the longest duration that would be counted there, and how
-    /// many were.
+    /// Returns an iterator over the buckets that aren't empty, shortest first: the longest duration that the bucket takes,
+    /// and the number of durations in it.
     pub fn iter(&self) -> impl Iterator<Item = (Duration, u64)> + '_ {
         let filled = self.buckets.iter().enumerate().filter(|&(_, &count)| count != 0);
         filled.map(|(bucket, &count)| (Duration::from_nanos(upper_bound(bucket)), count))
     }
 
-    /// What is known of the durations in a bucket.
+    /// The bounds of the durations in a bucket.
     fn bound(&self, bucket: usize) -> Duration {
         Duration::from_nanos(upper_bound(bucket).min(self.max))
     }
@@ -148,7 +148,7 @@ impl fmt::Debug for Histogram {
     }
 }
 
-/// One line: how many, mean, quantiles, maximum. With `{:#}` also a bar for each power of two in between.
+/// Prints one line: number, mean, quantiles, maximum. With `{:#}` also a bar for each power of two in between.
 impl fmt::Display for Histogram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (Some(mean), Some(max)) = (self.mean(), self.max()) else { return f.write_str("none") };
@@ -169,13 +169,14 @@ impl fmt::Display for Histogram {
 impl Histogram {
     fn write_bars(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const WIDTH: u64 = 40;
-        let powers: Vec<(usize, u64)> = self.buckets.chunks(STEPS as usize).map(sum).enumerate().collect();
+        let powers: Vec<(usize, u64)> =
+            self.buckets.chunks(BUCKETS_PER_DOUBLING as usize).map(sum).enumerate().collect();
         let Some(first) = powers.iter().position(|&(_, count)| count != 0) else { return Ok(()) };
         let last = powers.iter().rposition(|&(_, count)| count != 0).unwrap_or(first);
         let most = powers.iter().map(|&(_, count)| count).max().unwrap_or(1);
         for &(power, count) in &powers[first..=last] {
-            let bound = Duration::from_nanos(upper_bound((power + 1) * STEPS as usize - 1));
-            // Rounded up, so that a bar is there for a single one, too. The product fits where u64 doesn't.
+            let bound = Duration::from_nanos(upper_bound((power + 1) * BUCKETS_PER_DOUBLING as usize - 1));
+            // Rounded up, so that a single duration has a bar, too. The product may not fit into u64.
             let bar = (u128::from(count) * u128::from(WIDTH)).div_ceil(u128::from(most)) as usize;
             write!(f, "\n  ≤ {:>8} {count:>10}", format!("{bound:.1?}"))?;
             if bar != 0 {
@@ -186,7 +187,7 @@ impl Histogram {
     }
 }
 
-/// Where one thread counts durations that any other reads.
+/// A histogram that one thread writes and any thread reads.
 #[derive(Debug)]
 pub(crate) struct HistogramCells {
     buckets: [Count; BUCKETS],
@@ -199,11 +200,11 @@ impl HistogramCells {
         Self { buckets: [const { Count::new() }; BUCKETS], total: Count::new(), max: Count::new() }
     }
 
-    /// Counts a duration. Only for the one thread that writes.
+    /// Counts a duration. For the writing thread only.
     #[inline]
     pub(crate) fn record(&self, duration: Duration) {
         let nanos = nanos_of(duration);
-        // Before the bucket: who sees the duration counted mostly sees it in these too.
+        // Before the bucket: a reader that sees the duration counted mostly sees it in these, too.
         self.total.add(nanos);
         if nanos > self.max.get() {
             self.max.set(nanos);
@@ -211,7 +212,7 @@ impl HistogramCells {
         self.buckets[bucket_of(nanos)].add(1);
     }
 
-    /// Counts how long it is since a moment that [`now`](super::now) has told.
+    /// Counts the duration since a moment that [`now`](super::now) has returned.
     #[inline]
     pub(crate) fn record_since(&self, since: Instant) {
         if COUNTED {
@@ -219,7 +220,7 @@ impl HistogramCells {
         }
     }
 
-    /// What was counted. Of a duration that is being counted right now any part may be there.
+    /// Returns the counts. A duration that is being counted may be included in part.
     pub(crate) fn snapshot(&self) -> Histogram {
         let mut histogram = Histogram::default();
         for (count, source) in histogram.buckets.iter_mut().zip(&self.buckets) {
@@ -244,7 +245,7 @@ mod tests {
         for bucket in 0..BUCKETS {
             let upper = upper_bound(bucket);
             assert_eq!((bucket_of(lower), bucket_of(upper)), (bucket, bucket), "{lower}..={upper}");
-            assert!(upper - lower <= lower / STEPS, "{lower}..={upper}");
+            assert!(upper - lower <= lower / BUCKETS_PER_DOUBLING, "{lower}..={upper}");
             let Some(next) = upper.checked_add(1) else {
                 assert_eq!(bucket, BUCKETS - 1);
                 return;

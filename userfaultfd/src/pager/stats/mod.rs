@@ -1,7 +1,6 @@
-//! What a pager has done so far.
+//! The statistics of a pager.
 //!
-//! Each thread that serves faults counts in [`Counters`] of its own, which nobody else writes. [`Statistics`] are
-//! their sum at a moment.
+//! Each worker counts in [`Counters`] of its own, which no other thread writes. [`Statistics`] are their sum at a moment.
 
 mod count;
 mod histogram;
@@ -17,22 +16,22 @@ pub use histogram::Histogram;
 pub(crate) use histogram::HistogramCells;
 pub(crate) use threads::ThreadCounters;
 
-/// The moment that something begins whose duration is to be counted.
+/// The moment at which a duration begins that will be counted.
 #[inline]
 pub(crate) fn now() -> Instant {
     static ANY: OnceLock<Instant> = OnceLock::new();
     if COUNTED { Instant::now() } else { *ANY.get_or_init(Instant::now) }
 }
 
-/// One line per counter: its name, its documentation. A new one is one more line.
+/// Declares all counters, each with its documentation and its name.
 macro_rules! counters {
     ($($(#[doc = $doc:literal])* $name:ident;)*) => {
-        /// What a pager has done so far: counters that only grow, and two that tell how things are.
+        /// Statistics of a pager: counters that only grow, histograms of latencies, and the present numbers of pages.
         ///
-        /// The counters are those of all threads together. Each is exact; between two of them there may be a fault
-        /// that is being served, counted in one and not yet in the other.
+        /// The counters are sums over all threads. Each is exact; a fault that is being resolved may be counted in one
+        /// of them and not yet in another.
         ///
-        /// `Display` is a table, with `{:#}` one with a chart of the latencies.
+        /// `Display` prints a table; `{:#}` adds a chart of the latencies.
         ///
         /// ```
         /// use userfaultfd::pager::Statistics;
@@ -45,21 +44,21 @@ macro_rules! counters {
         #[non_exhaustive]
         pub struct Statistics {
             $($(#[doc = $doc])* pub $name: u64,)*
-            /// How long faults took, from when they were read until the thread that waits was woken. Of memory
-            /// [without a pager](crate::LazyMemory::sigbus) one of eight is timed, the first among them.
+            /// The durations of faults, from the read of the fault until the waiting thread was woken. For memory
+            /// [without a pager](crate::LazyMemory::sigbus) the first and then every eighth fault is timed.
             pub fault_latency: Histogram,
-            /// How long the source took for a read, failed ones too.
+            /// The durations of reads of sources, failed ones included.
             pub source_latency: Histogram,
-            /// Pages that aren't there yet. Not a counter: it falls. A region that isn't served any more counts with what
-            /// it had then, unless it was a fork's child's.
+            /// Number of missing pages. Not a counter: it falls. A region that is no longer served counts with its last
+            /// number, unless it belonged to a child of a fork.
             pub missing_pages: u64,
-            /// Pages that are there, likewise. Not a counter: removing lowers it.
+            /// Number of present pages, counted likewise. Not a counter: a removal lowers it.
             pub present_pages: u64,
         }
 
-        /// The counters of one thread. Only that thread writes; any other may read meanwhile.
+        /// The counters of one thread. Only that thread writes; any thread may read meanwhile.
         ///
-        /// Aligned so that two threads' counters share no cache line, nor the neighbour that is fetched with it.
+        /// Aligned so that the counters of two threads share no cache line, nor its neighbour that is fetched with it.
         #[derive(Debug)]
         #[repr(align(128))]
         pub(crate) struct Counters {
@@ -77,7 +76,7 @@ macro_rules! counters {
                 }
             }
 
-            /// What the thread has done so far. Numbers of pages are left to who knows the pages.
+            /// Returns the thread's statistics without the numbers of pages, which the caller adds.
             pub(crate) fn snapshot(&self) -> Statistics {
                 Statistics {
                     $($name: self.$name.get(),)*
@@ -90,7 +89,7 @@ macro_rules! counters {
         }
 
         impl Statistics {
-            /// Adds those of another pager, or thread.
+            /// Adds the statistics of another pager or thread.
             pub fn merge(&mut self, other: &Self) {
                 $(self.$name = self.$name.saturating_add(other.$name);)*
                 self.fault_latency.merge(&other.fault_latency);
@@ -99,7 +98,7 @@ macro_rules! counters {
                 self.present_pages = self.present_pages.saturating_add(other.present_pages);
             }
 
-            /// The names of the fields that are numbers, and the numbers: for a table of one's own, or for a
+            /// Returns an iterator over the names and values of all fields that are numbers, for a table or a
             /// monitoring system.
             pub fn numbers(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
                 [
@@ -114,58 +113,58 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Faults on missing pages.
+    /// Number of faults on missing pages.
     missing_faults;
-    /// Faults on pages that the page cache has and nobody has mapped here.
+    /// Number of faults on pages that are in the page cache and not mapped here.
     minor_faults;
-    /// Writes to pages that were protected against writes.
+    /// Number of faults by writes to write-protected pages.
     write_protect_faults;
-    /// Accesses to pages that were protected against any access.
+    /// Number of faults by accesses to pages that are protected against any access.
     read_write_protect_faults;
-    /// Faults of a kind that this version of the crate doesn't know.
+    /// Number of faults of a kind that this version of the crate doesn't know.
     unknown_faults;
-    /// Pages filled with data.
+    /// Number of pages filled with data.
     fills;
-    /// Pages filled with zeros.
+    /// Number of pages filled with zeros.
     zero_fills;
-    /// Pages mapped from the page cache.
+    /// Number of pages mapped from the page cache.
     continues;
-    /// Bytes of all pages filled or mapped.
+    /// Number of bytes of all pages filled or mapped.
     bytes;
-    /// Faults that joined a fill that was going on, or found the page there.
+    /// Number of faults that joined a running fill, or found the page present.
     duplicates;
-    /// Times that a fill was put off because the memory's layout was changing, and tried again.
+    /// Number of retries of fills that were deferred because the layout of memory was changing.
     retries;
-    /// Fills that found that the page had been filled by somebody else, and woke who waited.
+    /// Number of fills that found the page filled by another thread, and woke its waiters.
     woken;
-    /// Reads of the source.
+    /// Number of reads of sources.
     source_reads;
-    /// Reads of the source that failed or panicked.
+    /// Number of reads of sources that failed or panicked.
     source_errors;
-    /// Pages made unreadable, since the source has no content for them.
+    /// Number of pages that were poisoned, since their source didn't deliver them.
     poisoned;
-    /// Faults without an answer, since their memory is gone.
+    /// Number of faults that were dropped, since their memory was gone.
     dropped;
-    /// Pages whose protection was lifted.
+    /// Number of pages whose protection was lifted.
     unprotected;
-    /// Pages filled before anybody asked for them. They are among the fills, too.
+    /// Number of pages filled without a fault on them. They are counted among the fills, too.
     prefetched;
-    /// Forks that were told of.
+    /// Number of fork events.
     forks;
-    /// Removals that were told of.
+    /// Number of removal events.
     removes;
-    /// Unmappings that were told of.
+    /// Number of unmapping events.
     unmaps;
-    /// Moves of memory that were told of.
+    /// Number of remap events.
     remaps;
-    /// Times that a thread of the pager woke up, or found something before it slept.
+    /// Number of times that a worker woke up, or found a fault before it slept.
     wakeups;
-    /// Problems that weren't reported, since they came faster than the callback took them.
+    /// Number of problems that weren't reported, since they came faster than the callback returned.
     problems_lost;
 }
 
 impl Statistics {
-    /// Faults of all kinds together.
+    /// Returns the number of faults of all kinds.
     #[must_use]
     pub fn faults(&self) -> u64 {
         let Self {
@@ -286,7 +285,7 @@ mod tests {
                     assert!(latency.count() >= then.count());
                     assert!(latency.total() >= then.total());
                     assert!(latency.max() >= then.max());
-                    // Whole: each fault adds 4096 bytes, in one step.
+                    // Each fault adds 4096 bytes in one step, so the sum is never torn.
                     assert_eq!(now.bytes % 4096, 0);
                     before = now;
                 }
