@@ -13,9 +13,9 @@ use crate::lease::Lease;
 use crate::own_mapping::OwnMapping;
 use crate::pager::memory::served;
 use crate::pager::{
-    self, ADAPTIVE, BackgroundFill, Delivery, DescriptorId, Error, FaultAround, FillOrder, MissingRange,
-    PageSource, Pager, PagerBuilder, Problem, Progress, Region, RegionId, RetryPolicy, SignalSafe,
-    Statistics, Target, WorkingSet, WorkingSetRecorder, WorkingSetReplay,
+    self, BackgroundFill, DEFAULT_MAX_AROUND_BYTES, Delivery, DescriptorId, Error, FaultAround, FillOrder,
+    MissingRange, PageSource, Pager, PagerBuilder, Problem, Progress, Region, RegionId, RetryPolicy,
+    SignalSafe, Statistics, Target, WorkingSet, WorkingSetRecorder, WorkingSetReplay,
 };
 #[cfg(feature = "snapshot")]
 use crate::snapshot::{self, Series, Sink, Snapshot};
@@ -147,7 +147,7 @@ impl LazyMemory {
             offset: 0,
             len: None,
             page_size: crate::page_size(),
-            around: FaultAround::Adaptive { most: ADAPTIVE },
+            around: FaultAround::Adaptive { most: DEFAULT_MAX_AROUND_BYTES },
             pager: None,
             own: Pager::builder(),
             kernel: None,

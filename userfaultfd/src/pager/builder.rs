@@ -1,4 +1,4 @@
-//! How a pager comes into being: its options, and the start of its threads.
+//! The builder of a pager: its options, and the start of its threads.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -15,7 +15,7 @@ use super::serve::worker::Worker;
 use super::serve::{control, shutdown, worker_pool};
 use super::{Pager, Problem, Result, RetryPolicy};
 
-/// How a [`Pager`] is to be.
+/// Builder for a [`Pager`].
 ///
 /// ```
 /// use std::time::Duration;
@@ -41,30 +41,30 @@ pub struct PagerBuilder {
     patience: Duration,
 }
 
-/// The most threads of a kind. Each has counters and a place in every descriptor's table.
+/// Threads of one kind at most. Each has counters, and a shard in every descriptor.
 const MAX_THREADS: usize = 1024;
 
 impl PagerBuilder {
-    /// Sets the number of threads that resolve faults from the start, 1024 at most. The default is 1. While the source
-    /// keeps all of them waiting, [more are added](Self::max_threads).
+    /// Sets the number of workers at the start, 1024 at most. The default is 1. While sources keep all of them waiting,
+    /// the pager [adds more](Self::max_threads).
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = threads.clamp(1, MAX_THREADS);
         self
     }
 
-    /// Sets the most threads that resolve faults, and so the most reads of sources that go on at the same time:
-    /// 1024 at most. The default is 16, or [`threads`](Self::threads) if that is more.
+    /// Sets the maximum number of workers, and so of concurrent reads of sources: 1024 at most. The default is 16, or
+    /// [`threads`](Self::threads) if that is more.
     ///
-    /// A thread is added while another fault is there and all others wait for a source: for one whose reads have taken
-    /// longer than some 50 µs lately, or for one that was fast and hangs, which is noticed within some 30 ms. It ends
-    /// when reads are fast again, or after a second without a fault. `max_threads(1)` never reads a source from
-    /// two threads at the same time, unless something fills in the background or reads ahead.
+    /// The pager adds a worker when a fault waits while all workers wait for a source: one whose reads have lately taken
+    /// longer than some 50 µs, or one that was fast and hangs, which is noticed within some 30 ms. An added worker ends when
+    /// reads are fast again, or after a second without a fault. With `max_threads(1)` no two threads read sources at the same
+    /// time, unless a background fill or read-ahead runs.
     pub fn max_threads(mut self, threads: usize) -> Self {
         self.max_threads = Some(threads.clamp(1, MAX_THREADS));
         self
     }
 
-    /// How faults reach the threads that answer them. The default is [`Delivery::Adaptive`].
+    /// Sets how faults reach the workers. The default is [`Delivery::Adaptive`].
     pub fn delivery(mut self, delivery: Delivery) -> Self {
         self.delivery = delivery;
         self
@@ -72,51 +72,52 @@ impl PagerBuilder {
 
     /// Sets the number of threads that read ahead, 1024 at most. The default is 0.
     ///
-    /// Where access is sequential and the source slow (a network), what is filled for one fault beyond 1 MiB is read by
-    /// these, a MiB each at the same time. Give the region a large [`FaultAround::Adaptive`](super::FaultAround::Adaptive), such as 16 MiB for 16 threads:
-    /// a source that takes 6 ms for a read then delivers GB/s instead of MB/s.
+    /// They are for sequential access to a slow source, such as a network: what is filled for one fault beyond 1 MiB is split
+    /// among them, 1 MiB each, and read concurrently. Give the region a large
+    /// [`FaultAround::Adaptive`](super::FaultAround::Adaptive), such as 16 MiB for 16 threads: a source that takes 6 ms for
+    /// a read then delivers GB/s instead of MB/s ([tuning](super::tuning)).
     pub fn read_ahead_threads(mut self, read_ahead_threads: usize) -> Self {
         self.read_ahead_threads = read_ahead_threads.min(MAX_THREADS);
         self
     }
 
-    /// How often a source is asked that fails. The default is [`RetryPolicy::default`].
+    /// Sets how a failing source is retried. The default is [`RetryPolicy::default`].
     pub fn retry(mut self, retry: RetryPolicy) -> Self {
         self.retry = RetryPolicy { attempts: retry.attempts.max(1), ..retry };
         self
     }
 
-    /// What to call when something goes wrong while the pager serves. The default writes the first problem of each
-    /// kind to standard error, other than [`TargetGone`](Problem::TargetGone).
+    /// Sets the function that is called when something goes wrong while the pager serves. The default writes the first
+    /// problem of each kind, except [`TargetGone`](Problem::TargetGone), to standard error.
     ///
-    /// It is called on a thread of its own, one problem after the other, may take its time and any lock, and may end
-    /// or drop the pager. Where problems come faster than it takes them they are counted in
-    /// [`problems_lost`](super::Statistics::problems_lost). Before a page is poisoned that a thread waits for, the pager
-    /// waits up to 100 ms for the call that reports why. It must not touch memory that the pager fills.
+    /// A thread of its own calls it, one problem after the other. It may block, take any lock, and end or drop the pager,
+    /// but must not touch memory that the pager fills. Problems that come faster than it returns are dropped, and counted in
+    /// [`problems_lost`](super::Statistics::problems_lost). Before the pager poisons a page that a thread waits for, it waits
+    /// up to 100 ms for the call that reports the reason.
     pub fn on_problem(mut self, on_problem: impl Fn(&Problem) + Send + Sync + 'static) -> Self {
         self.on_problem = Some(Arc::new(on_problem));
         self
     }
 
-    /// How often it is looked whether processes are still there.
+    /// Sets the interval between checks whether processes still exist.
     #[cfg(test)]
     pub(crate) fn look(mut self, look: Duration) -> Self {
         self.look = look;
         self
     }
 
-    /// How long a call waits for the kernel at its end.
+    /// Sets how long a call waits for the kernel at the end of service.
     #[cfg(test)]
     pub(crate) fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// Starts the threads.
+    /// Starts the pager's threads.
     ///
     /// # Errors
     ///
-    /// [`System`](super::Error::System): a thread or a descriptor couldn't be had.
+    /// [`System`](super::Error::System): failed to create a thread or a descriptor.
     pub fn build(self) -> Result<Pager> {
         buffers::prepare()?;
         let most = self.max_threads.unwrap_or(worker_pool::DEFAULT_MAX_THREADS).max(self.threads);

@@ -1,4 +1,4 @@
-//! What can go wrong: at once, with what is handed to a pager, and later, with what it serves.
+//! Errors of calls, and problems while a pager serves.
 
 use std::fmt;
 use std::io;
@@ -11,45 +11,45 @@ use crate::{Errno, IoctlFlags, Uffd};
 /// The result of the pager's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a pager refused something, at once.
+/// The error of a call to a pager.
 ///
-/// The text says why, so that the cause isn't [`source`](std::error::Error::source), too.
+/// The text includes the cause, so [`source`](std::error::Error::source) doesn't return it again.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// Two regions of one descriptor share addresses.
     #[error("the region at {address:#x} overlaps the one at {other:#x}")]
     Overlap {
-        /// The start of the region that was to be added.
+        /// The start of the region that was passed in.
         address: usize,
-        /// The start of the one that is there.
+        /// The start of the region that it overlaps.
         other: usize,
     },
 
-    /// A region of no bytes.
+    /// A region has no bytes.
     #[error("the region at {address:#x} is empty")]
     EmptyRegion {
-        /// Its start.
+        /// The region's start.
         address: usize,
     },
 
     /// The start or length of a region isn't a multiple of its page size, or it reaches beyond the address space.
     #[error("the region of {len:#x} bytes at {address:#x} isn't made of whole pages of {page_size:#x} bytes")]
     Unaligned {
-        /// Its start.
+        /// The region's start.
         address: usize,
-        /// Its length, in bytes.
+        /// The region's length, in bytes.
         len: usize,
         /// Its page size, in bytes.
         page_size: usize,
     },
 
-    /// The memory has pages of another size, or there are no such pages.
+    /// The memory has pages of another size, or the machine has no pages of this size.
     #[error("the memory at {address:#x} hasn't pages of {page_size:#x} bytes")]
     PageSize {
         /// The region's start.
         address: usize,
-        /// The page size that was told, in bytes.
+        /// The page size that was passed in, in bytes.
         page_size: usize,
     },
 
@@ -62,14 +62,14 @@ pub enum Error {
         page_size: usize,
     },
 
-    /// The region is longer than what the source has from the offset on.
+    /// The region is longer than the source from the offset on.
     #[error(
         "the region of {len:#x} bytes at {address:#x} goes beyond its source of {source_len:#x} bytes, from byte {offset:#x} on"
     )]
     BeyondSource {
         /// The region's start.
         address: usize,
-        /// Its length, in bytes.
+        /// The region's length, in bytes.
         len: usize,
         /// Its offset in the source, in bytes.
         offset: u64,
@@ -77,127 +77,130 @@ pub enum Error {
         source_len: u64,
     },
 
-    /// A [minor](super::Region::minor) region doesn't begin at a whole page of its file, or ends beyond the largest offset
-    /// that a file can have.
+    /// A [minor](super::Region::minor) region doesn't begin at a whole page of its file, or ends beyond the largest possible
+    /// file offset.
     #[error("the region of {len:#x} bytes at {address:#x} can't lie at byte {offset:#x} of a file")]
     FileRange {
         /// The region's start.
         address: usize,
-        /// Its length, in bytes.
+        /// The region's length, in bytes.
         len: usize,
         /// Its offset in the file, in bytes.
         offset: u64,
     },
 
-    /// The memory, or this kernel, lacks an operation that serving it takes.
+    /// The memory, or this kernel, lacks an operation that the pager needs.
     #[error("the memory at {address:#x} lacks {missing}")]
     MissingIoctls {
         /// The region's start.
         address: usize,
-        /// What it lacks.
+        /// The missing operations.
         missing: IoctlFlags,
     },
 
     /// The kernel refused to register the region. `EINVAL`: nothing is mapped there, or memory of a kind that can't
-    /// be registered so, or with pages of another size. `EBUSY`: it is registered with another userfaultfd, or for
-    /// more than the pager would. `EPERM`: a shared mapping that can't be written. Or the kernel lacks what the region
-    /// asks for.
+    /// be registered for these modes, or with pages of another size. `EBUSY`: it is registered with another userfaultfd, or
+    /// for more modes than the pager uses. `EPERM`: a shared mapping that can't be written. Or the kernel lacks a feature
+    /// that the region needs.
     #[error("registering the region at {address:#x} failed: {error}")]
     Register {
         /// The region's start.
         address: usize,
-        /// What the kernel said, and why where that could be found out.
+        /// The error of the kernel, with the reason where it could be found out.
         error: crate::Error,
     },
 
-    /// The descriptor has the feature [`SIGBUS`](crate::FeatureFlags::SIGBUS), with which the kernel delivers no faults.
+    /// The descriptor was made with the feature [`SIGBUS`](crate::FeatureFlags::SIGBUS), so the kernel delivers no faults.
     #[error("the descriptor delivers no faults: it was made with the feature SIGBUS")]
     NoMessages,
 
     /// The process of the descriptor has ended, or executed another program.
-    #[error("the process whose memory it is has gone")]
+    #[error("the process that has the memory is gone")]
     TargetGone,
 
-    /// The region is memory of this very process: filling it changes what references lead to. That is for
-    /// [`LazyMemory`](crate::LazyMemory), or for [`Pager::add_own`](super::Pager::add_own), which is `unsafe`.
+    /// The region may be memory of this process, where filling changes what references point to. Use
+    /// [`LazyMemory`](crate::LazyMemory), or [`Pager::add_own`](super::Pager::add_own), which is `unsafe`.
     #[error("the memory at {address:#x} may be this process's own: use LazyMemory, or Pager::add_own")]
     OwnMemory {
         /// The region's start.
         address: usize,
     },
 
-    /// No such descriptor or region is served: it was removed, or its process has gone. Or the pager, or the memory,
-    /// was made before a fork, by the parent of this process.
-    #[error("the pager doesn't serve this any more")]
+    /// The pager doesn't serve the descriptor or region: it was removed, or its process is gone. Or a parent of this process
+    /// made the pager or the memory, before a fork.
+    #[error(
+        "the pager doesn't serve this: it was removed, its process is gone, or another process made the pager"
+    )]
     NotServed,
 
-    /// Pages couldn't be filled and can't be poisoned on this kernel. They are served on.
+    /// Pages couldn't be filled, and this kernel can't poison them. The pager goes on serving them.
     #[error("{pages} pages can't be filled, nor poisoned before Linux 6.6{}", First(failed))]
     Unfilled {
-        /// How many.
+        /// The number of pages.
         pages: usize,
-        /// Where they are, as far as they are known: others may be in work, or have moved.
+        /// Their places, where known: others may be loading, or have moved.
         failed: Vec<Failed>,
     },
 
-    /// Pages couldn't be filled, now or by a fault before: most often because the source failed. They are poisoned.
-    /// Everything else is filled, and the memory is given back to the kernel.
+    /// Pages couldn't be filled, now or for an earlier fault, mostly because the source failed. They are poisoned. All other
+    /// pages are filled, and the memory is unregistered.
     #[error("{pages} pages couldn't be filled and are poisoned{}", First(failed))]
     Poisoned {
-        /// How many.
+        /// The number of pages.
         pages: usize,
-        /// Where they are.
+        /// Their places.
         failed: Vec<Failed>,
     },
 
-    /// The source failed to deliver what had to be read at once.
+    /// The source failed to deliver bytes that had to be read during the call.
     #[error("the source failed at byte {offset:#x}: {}", Whole(.error))]
     Source {
-        /// Where in the source, in bytes.
+        /// The offset in the source, in bytes.
         offset: u64,
-        /// What it said.
+        /// The error of the source.
         error: io::Error,
     },
 
-    /// Which faults come is noted for one at a time: a [`WorkingSetRecorder`](super::WorkingSetRecorder) or a [`WorkingSetReplay`](super::WorkingSetReplay).
+    /// A [`WorkingSetRecorder`](super::WorkingSetRecorder) or [`WorkingSetReplay`](super::WorkingSetReplay) records the
+    /// region's faults already; only one can at a time.
     #[error("the faults of the region are recorded already")]
     AlreadyRecorded,
 
-    /// A working set can't have such a page.
+    /// A page of a working set lies beyond its region.
     #[error("page {page} is beyond a region of {region_pages} pages")]
     BeyondRegion {
         /// The page, counted from the start of the region.
         page: usize,
-        /// How many pages the region has.
+        /// The number of pages of the region.
         region_pages: usize,
     },
 
-    /// A working set is of another region: of more or fewer pages, or of pages of another size.
+    /// A working set belongs to another region: with another number of pages, or another page size.
     #[error(
         "a working set of {} pages of {:#x} bytes for a region of {} pages of {:#x} bytes: \
          with_region_pages and with_page_size adapt it",
         set.0, set.1, region.0, region.1
     )]
     OtherWorkingSet {
-        /// How many pages the region of the set has, and their size in bytes.
+        /// The number of pages of the set's region, and their size in bytes.
         set: (usize, usize),
         /// The same of the region.
         region: (usize, usize),
     },
 
-    /// Memory whose faults are handled in the thread that makes them needs no pager, and asks for nothing twice.
-    #[error("{option} doesn't go with LazyMemory::sigbus")]
+    /// An option or a method needs a pager, which memory by [`LazyMemory::sigbus`](crate::LazyMemory::sigbus) doesn't have.
+    #[error("{option} needs a pager, which memory by LazyMemory::sigbus doesn't have")]
     NotWithSigbus {
         /// The method of [`LazyBuilder`](crate::LazyBuilder).
         option: &'static str,
     },
 
-    /// The kernel refused something about the descriptor.
+    /// An operation on the descriptor failed.
     #[error(transparent)]
     Uffd(#[from] crate::Error),
 
-    /// Memory, a thread or a descriptor for the pager itself couldn't be had.
-    #[error("the pager failed to get memory, a thread or a descriptor: {0}")]
+    /// The pager failed to create a thread, a descriptor or a mapping for itself.
+    #[error("failed to create a thread, descriptor or mapping for the pager: {0}")]
     System(io::Error),
 }
 
@@ -207,7 +210,7 @@ impl From<io::Error> for Error {
     }
 }
 
-/// Tells where the first of some pages are.
+/// Prints the places of the first of some pages.
 struct First<'a>(&'a [Failed]);
 
 impl fmt::Display for First<'_> {
@@ -224,73 +227,73 @@ impl From<Errno> for Error {
     }
 }
 
-/// A descriptor that a pager refused, and why.
+/// A descriptor that a pager refused, with the reason.
 ///
-/// It comes back, since closing it would show zeros to whoever waits for its pages.
+/// It is returned because closing it would show zeros to the threads that wait for its pages.
 #[derive(Debug, thiserror::Error)]
 #[error("a descriptor was refused: {error}")]
 pub struct Refused {
-    /// The descriptor. Regions that were to be served may be registered with it.
+    /// The descriptor. Regions that were passed in may be registered with it.
     pub uffd: Uffd,
-    /// Why.
+    /// The reason.
     pub error: Error,
 }
 
-/// Something that went wrong while a pager served, for the callback of
+/// A problem while a pager serves, reported to the callback of
 /// [`PagerBuilder::on_problem`](super::PagerBuilder::on_problem). The pager goes on.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Problem {
-    /// The source didn't deliver a page, as often as it was asked.
+    /// The source failed to deliver a page, after all retries.
     Source {
         /// The region.
         region: RegionId,
-        /// Where the page is, or was to be.
+        /// The address of the page.
         address: usize,
-        /// Where in the source, in bytes.
+        /// The offset in the source, in bytes.
         offset: u64,
-        /// The last error. A panic is one of kind `Other`.
+        /// The last error. A panic is an error of the kind `Other`.
         error: io::Error,
-        /// How often it was asked.
+        /// The number of reads that failed.
         attempts: u32,
     },
-    /// A page couldn't be filled for another reason: it is poisoned if the kernel can do that.
+    /// A page couldn't be filled for another reason. It is poisoned where the kernel can do that.
     ///
-    /// `EEXIST`: the kernel says again and again that something is there, and the fault comes back; on hugetlb memory
-    /// the pool of huge pages may be empty. `EINVAL`: the memory isn't what the region said. `ENOMEM`: no memory.
-    /// `EAGAIN`: the layout has been changing all the time; it is tried on.
+    /// `EEXIST`: the kernel reports the page as present again and again, and the fault comes back; on hugetlb memory the
+    /// pool of huge pages may be empty. `EINVAL`: the memory isn't of the kind that the region was declared as. `ENOMEM`: no
+    /// memory. `EAGAIN`: the layout keeps changing; the pager goes on retrying.
     Stuck {
         /// The region.
         region: RegionId,
         /// The page.
         address: usize,
-        /// What the kernel says.
+        /// The error of the kernel.
         errno: Errno,
     },
-    /// A page was poisoned: its content couldn't be had, as the problem before this one told.
+    /// A page was poisoned, for the reason that the problem before this one gave.
     Poisoned {
         /// The region.
         region: RegionId,
         /// The page.
         address: usize,
     },
-    /// The kernel can't poison (before Linux 6.6), so the fault stays unanswered until the source delivers.
+    /// A page couldn't be poisoned (Linux before 6.6), so the faulting thread waits until the source delivers.
     Unanswered {
         /// The region.
         region: RegionId,
         /// The page.
         address: usize,
     },
-    /// A fault on memory that is registered with the descriptor and belongs to no region, nor to what the mapping of a
-    /// region has grown by. It waits until there is one. Reported once as long as the thread waits.
+    /// A fault on memory that is registered with the descriptor, but belongs to no region nor to the grown part of a
+    /// region's mapping. The faulting thread waits until a region is added. Reported once while the thread waits.
     NoRegion {
         /// The descriptor.
         descriptor: DescriptorId,
         /// The address.
         address: usize,
     },
-    /// A process has ended, or executed another program; its descriptor was dropped. That is what happens in the end
-    /// unless pagers are stopped first.
+    /// A process has ended, or executed another program; its descriptor was dropped. This is the normal end of service to
+    /// a process.
     TargetGone {
         /// The descriptor.
         descriptor: DescriptorId,
@@ -299,24 +302,24 @@ pub enum Problem {
     Read {
         /// The descriptor.
         descriptor: DescriptorId,
-        /// Why. With `EMFILE` the pager tries again: a fork waits for a descriptor for its child.
+        /// The reason. After `EMFILE` the pager retries: a fork waits for a descriptor for its child.
         error: crate::Error,
     },
-    /// A fork's child can't be served, for want of memory. Its missing pages stay unanswered.
+    /// The child of a fork can't be served, for lack of memory. Faults on its missing pages stay unresolved.
     Fork {
         /// The descriptor of the parent.
         descriptor: DescriptorId,
-        /// Why.
+        /// The reason.
         error: io::Error,
     },
-    /// A thread of the pager panicked. Its faults are answered anew, and the thread goes on.
+    /// A thread of the pager panicked. Its faults are resolved anew, and the thread goes on.
     Panicked {
-        /// What it said.
+        /// The message of the panic.
         message: String,
     },
 }
 
-/// How many kinds of problems there are.
+/// Number of the variants of [`Problem`].
 pub(crate) const PROBLEM_KINDS: usize = 9;
 
 impl Problem {
@@ -367,18 +370,17 @@ impl fmt::Display for Problem {
     }
 }
 
-/// How often a source is asked for a page that it fails to deliver.
+/// How a failing read of a source is retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// How often it is asked in all, 1 or more.
+    /// The number of reads in all, at least 1.
     pub attempts: u32,
-    /// How long to wait before the second time; twice as long before each further one. Other faults are answered
-    /// meanwhile.
+    /// The delay before the second read; it doubles before each further one. Other faults are resolved meanwhile.
     pub delay: Duration,
 }
 
 impl Default for RetryPolicy {
-    /// Four times: at once, and after 10, 20 and 40 ms more.
+    /// Returns a policy of four reads: the retries follow after 10, 20 and 40 ms.
     fn default() -> Self {
         Self { attempts: 4, delay: Duration::from_millis(10) }
     }
@@ -403,7 +405,7 @@ mod tests {
         for error in errors {
             let text = error.to_string();
             assert_eq!(text.matches("EBUSY").count(), 1, "{text}");
-            // What prints a chain of causes has nothing to repeat.
+            // A printer of chains of causes repeats nothing.
             assert!(std::error::Error::source(&error).is_none(), "{text}");
         }
     }

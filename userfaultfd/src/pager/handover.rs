@@ -1,4 +1,4 @@
-//! What crosses to another process when memory is handed over.
+//! What a pager returns when memory is handed over, perhaps to another process.
 
 use std::sync::Arc;
 
@@ -10,15 +10,15 @@ use crate::Uffd;
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Detached {
-    /// What it was.
+    /// The id that it had in the pager.
     pub descriptor: DescriptorId,
-    /// The descriptor. Its ranges are registered still, and threads wait for pages: closing it shows them zeros.
+    /// The descriptor. Its ranges are still registered, and threads wait for pages: closing it shows them zeros.
     pub uffd: Uffd,
     pub(super) layout: Arc<AddressMap>,
 }
 
 impl Detached {
-    /// What is missing, by address. Looks at the state of every page.
+    /// Returns the missing ranges, ordered by address. Takes time in proportion to the number of pages.
     #[must_use]
     pub fn missing(&self) -> Vec<MissingRange> {
         address_map::missing(self.layout.segments(), self.layout.holes())

@@ -1,23 +1,23 @@
-//! The numbers by which descriptors and regions are named.
+//! The ids of descriptors and regions.
 
-/// A descriptor that a pager serves.
+/// The id of a descriptor that a pager serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct DescriptorId(pub(super) u64);
 
-/// A region that a pager serves.
+/// The id of a region that a pager serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct RegionId(pub(super) u64);
 
 impl RegionId {
-    /// The id with a number, as [`number`](Self::number) gave it in another process.
+    /// Returns the id with a number that [`number`](Self::number) has returned in another process.
     #[must_use]
     pub const fn new(number: u64) -> Self {
         Self(number)
     }
 
-    /// Its number.
+    /// Returns the id as a number.
     #[must_use]
     pub const fn number(self) -> u64 {
         self.0

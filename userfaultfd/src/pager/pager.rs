@@ -1,4 +1,4 @@
-//! The pager itself: what is added to it, what is asked of it, and its ends.
+//! The pager itself: adding memory, looking at it, and its ends.
 
 use std::ops::Range;
 use std::os::fd::{IntoRawFd, OwnedFd};
@@ -31,7 +31,7 @@ use crate::owner::Owner;
 use crate::sync_point::{Point, reach};
 use crate::{Errno, FeatureFlags, Uffd, mapped_vec};
 
-/// What adds a descriptor.
+/// Who adds a descriptor, and so what memory it may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Adder {
     /// A program, for memory of another process.
@@ -51,72 +51,73 @@ pub struct Added {
     pub regions: Vec<RegionId>,
 }
 
-/// Threads that answer faults: see the [module](super).
+/// A set of threads that resolve faults: see the [module](super).
 ///
-/// Dropping it poisons all missing pages that it serves and closes the descriptors: from then on an access to a page that
-/// was never filled raises SIGBUS. A page that another mapping or write(2) has written to the memory's file isn't missing
-/// (but see [`Region::minor`]). Before Linux 6.6, which can't poison, dropping fills missing pages. A descriptor whose
-/// pages can't be filled either stays open for as long as this process lives, so that an access waits.
+/// Dropping a pager poisons all missing pages that it serves and closes the descriptors: from then on an access to a page
+/// that was never filled raises SIGBUS. A page that another mapping or write(2) has written to the memory's file isn't
+/// missing (but see [`Region::minor`]). Linux before 6.6 has no poison: there dropping fills missing pages. A descriptor
+/// whose pages can't be filled either stays open while this process lives, so that an access waits.
 /// [`finish`](Self::finish) and [`detach`](Self::detach) are the other ends.
 #[derive(Debug)]
 pub struct Pager {
     pub(super) shared: Arc<Shared>,
-    /// Held while regions are added, so that two that overlap can't be both.
+    /// Held while regions are added, so that two that overlap can't both be accepted.
     pub(super) adding: Mutex<()>,
-    /// The control thread, the one that reports, then those that serve.
+    /// The control thread, the reports thread, then the workers.
     pub(super) threads: Vec<Thread>,
-    /// Those that were added.
+    /// Workers that were added later.
     pub(super) added: Arc<worker_pool::Added>,
-    /// How long a call waits for the kernel without any progress.
+    /// The longest time that a call waits for the kernel without progress.
     pub(super) patience: Duration,
 }
 
 impl Pager {
-    /// A pager with one thread.
+    /// Starts a pager with the default options: one worker at first, more as sources keep it waiting.
     ///
     /// # Errors
     ///
-    /// [`System`](Error::System): a thread or a descriptor couldn't be had.
+    /// [`System`](Error::System): failed to create a thread or a descriptor.
     pub fn new() -> Result<Self> {
         Self::builder().build()
     }
 
-    /// How a pager is to be.
+    /// Returns a builder with the default options.
     pub fn builder() -> PagerBuilder {
         PagerBuilder::default()
     }
 
     /// Serves memory of another process.
     ///
-    /// The descriptor was made there, and came over a Unix socket, by fork(2) or with pidfd_getfd(2). Its handshake is
-    /// done. As long as it is served it is non-blocking; no other owner of its description may change that.
+    /// The descriptor was made in that process, and came over a Unix socket, by fork(2) or with pidfd_getfd(2). Its
+    /// handshake must be done. While it is served, it is non-blocking; no other owner of its description may change that.
     ///
-    /// The pager registers each region, for missing faults and what else the region asks for, so it need not be
-    /// registered before; if it is, then for the same. Faults that wait already are answered. Don't register memory with
-    /// a descriptor that is served, but by [`add_region`](Self::add_region): see [`Region::new`].
+    /// The pager registers each region for missing faults and the region's other modes, so the memory need not be
+    /// registered before; if it is, then for the same modes. Faults that wait already are resolved. Don't register memory
+    /// with a served descriptor yourself; use [`add_region`](Self::add_region): see [`Region::new`].
     ///
     /// # Errors
     ///
     /// [`Refused`], with the descriptor. Nothing of it is served then, though regions may be registered.
     ///
     /// - [`Overlap`](Error::Overlap), [`EmptyRegion`](Error::EmptyRegion), [`Unaligned`](Error::Unaligned),
-    ///   [`PageSize`](Error::PageSize), [`Block`](Error::Block), [`BeyondSource`](Error::BeyondSource): what a region
-    ///   tells can't be.
-    /// - [`Register`](Error::Register), [`MissingIoctls`](Error::MissingIoctls): the kernel won't have it.
+    ///   [`PageSize`](Error::PageSize), [`Block`](Error::Block), [`BeyondSource`](Error::BeyondSource): the arguments of a
+    ///   region are invalid.
+    /// - [`Register`](Error::Register), [`MissingIoctls`](Error::MissingIoctls): the kernel refused the region.
     /// - [`TargetGone`](Error::TargetGone): the process has ended.
-    /// - [`OwnMemory`](Error::OwnMemory): the descriptor is this process's own, so that the memory is, too.
-    /// - [`System`](Error::System): memory for the states of pages couldn't be had.
+    /// - [`OwnMemory`](Error::OwnMemory): the descriptor and so the memory belong to this process; see
+    ///   [`add_own`](Self::add_own).
+    /// - [`System`](Error::System): failed to map memory for the states of pages.
     pub fn add(&self, uffd: Uffd, regions: impl IntoIterator<Item = Region>) -> Result<Added, Refused> {
         self.add_checked(uffd, regions.into_iter().collect(), Adder::Foreign)
     }
 
     /// Serves memory of this process, or of any.
     ///
-    /// The first access to a page finds what the source has. A thread that waits for a page may hold
-    /// any lock of the program: see [`PageSource`](super::PageSource).
+    /// The first access to a page finds the source's content. A thread that waits for a page may hold any lock of the
+    /// program: see [`PageSource`](super::PageSource).
     ///
-    /// The pager's threads map memory at times, as any thread does. So what is to be mapped in the place of a region is
-    /// mapped over it (`MAP_FIXED`): once that is unmapped, something else may lie there.
+    /// The pager's threads map memory at times, as any thread does. So map new memory over a region (`MAP_FIXED`) instead
+    /// of unmapping it first: another mapping may come to lie in an unmapped place.
     ///
     /// # Errors
     ///
@@ -126,19 +127,19 @@ impl Pager {
     ///
     /// The caller must make sure that
     ///
-    /// - the holder of a reference into the regions must find there, in each page that is missing now, what the
-    ///   source has: it is valid for its type, and no page that was seen as something else is missing.
-    /// - the same of pages that are removed later, as by `MADV_DONTNEED`, which become zero, and of what
-    ///   is mapped in the place of the regions before they are removed from the pager.
-    /// - no reference is used to a page that is poisoned as if it led to memory, or the process may die of SIGBUS.
-    /// - the same of what the pager does later without being asked again: it fills pages around a fault, and all of a
-    ///   region in the background and at its [end](Self::finish); pages that mremap(2) moves take their content along,
-    ///   and leave zeros; a mapping that grows grows with zeros.
-    /// - of a [`minor`](Region::minor) region, the same of every other mapping of its file in this process: pages that
-    ///   count as missing are overwritten in the file.
-    /// - the list of [`missing`](Region::missing) pages is true of this memory, where there is one.
+    /// - the source's content is valid for the type of every reference into a page that is missing now, and no missing page
+    ///   was seen with other content.
+    /// - the same holds for zeros in pages that are removed later, as by `MADV_DONTNEED`, and for memory that is mapped in
+    ///   the place of the regions before they are removed from the pager.
+    /// - the program can bear SIGBUS on an access to a poisoned page.
+    /// - the same holds for what the pager does later: it fills pages around a fault, and all of a region in the background
+    ///   and at its [end](Self::finish); pages that mremap(2) moves take their content along and leave zeros; a mapping
+    ///   that grows gets zeros.
+    /// - for a [`minor`](Region::minor) region, the same holds for every other mapping of its file in this process: the
+    ///   pager overwrites pages that count as missing in the file.
+    /// - the list of [`missing`](Region::missing) pages, if there is one, is true of this memory.
     ///
-    /// The kernel makes sure that no page is filled that is there, but for those of a file.
+    /// The kernel makes sure that no present page is filled, except pages of a file.
     #[expect(unsafe_code, reason = "the contract is the caller's")]
     pub unsafe fn add_own(
         &self,
@@ -148,7 +149,7 @@ impl Pager {
         self.add_checked(uffd, regions.into_iter().collect(), Adder::Own)
     }
 
-    /// [`add_own`](Self::add_own) for a [`LazyMemory`](crate::LazyMemory), which alone may end its serving.
+    /// As [`add_own`](Self::add_own), for a [`LazyMemory`](crate::LazyMemory), which alone may end the service.
     ///
     /// # Safety
     ///
@@ -165,7 +166,7 @@ impl Pager {
         if let Err(error) = regions.iter_mut().try_for_each(Region::ask_source) {
             return Err(Refused { uffd, error });
         }
-        // Those that are refused aren't dropped while this is locked: a source may have memory of this pager.
+        // Refused regions aren't dropped while this is locked: a source may own memory of this pager.
         let _sources: Vec<_> = regions.iter().map(Region::source).collect();
         let _adding = lock(&self.adding);
         let was_blocking = match uffd.is_nonblocking() {
@@ -224,7 +225,7 @@ impl Pager {
         let serving = Attachment { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
         match self.shared.add(serving, origin) {
             Ok(descriptor) => {
-                // Faults that somebody else has read and not answered are told again.
+                // Faults that another reader has read and not resolved are reported again.
                 for segment in descriptor.segments(self.shared.outside_id(), None) {
                     wake(&uffd, segment.start..segment.end);
                 }
@@ -234,7 +235,7 @@ impl Pager {
             }
             Err(error) => {
                 regions.iter().for_each(|region| self.shared.regions.keep_not(region));
-                // A worker may have it for a moment.
+                // A worker may own it for a moment.
                 Err(Refused { uffd: shutdown::unwrap_last_arc(uffd), error })
             }
         }
@@ -249,7 +250,7 @@ impl Pager {
         self.add_region_checked(descriptor, region, true)
     }
 
-    /// Serves one more region of a descriptor that may be this process's.
+    /// Serves one more region of a descriptor that may belong to this process.
     ///
     /// # Errors
     ///
@@ -271,7 +272,7 @@ impl Pager {
     ) -> Result<RegionId> {
         self.shared.check_owner()?;
         region.ask_source()?;
-        // Dropped when nothing is locked, as in `add`.
+        // Dropped without a lock, as in `add`.
         let _source = region.source();
         let _adding = lock(&self.adding);
         self.add_one(descriptor, region, foreign)
@@ -298,7 +299,7 @@ impl Pager {
         self.shared.regions.keep(&region);
         let mut refused = Ok(());
         let served = descriptor.change_layout(|layout| {
-            // A move may have brought something there meanwhile.
+            // A move may have brought another mapping there meanwhile.
             let other = layout.parts(segment.start..segment.end).next();
             match other {
                 Some(other) => refused = Err(Error::Overlap { address: segment.start, other: other.start }),
@@ -330,37 +331,37 @@ impl Pager {
         region.check_ioctls(offered)?;
         let mut region = region.serve(self.shared.regions.new_id(), offered)?;
         let page = region.page_size();
-        // Where the kernel can't tell it may be so.
+        // Where the kernel doesn't say, it may be so.
         let followed = end.checked_add(page).and_then(|to| growth::is_one_mapping(uffd, end - page..to));
         region.followed = (followed != Some(false)).then_some(end);
         Ok(Segment { start, end, region: Arc::new(region), first: 0 })
     }
 
-    /// Fills what is missing of a region, and gives it back to the kernel.
+    /// Fills the missing pages of a region, and unregisters it.
     ///
-    /// `progress` is called now and then, first with nothing done and last with all done.
+    /// `progress` is called repeatedly, first with nothing done and last with all done.
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
+    /// - [`NotServed`](Error::NotServed): the region isn't served.
     /// - [`Poisoned`](Error::Poisoned): its source failed, so that some pages are poisoned. All others are filled, and the
-    ///   region is given back.
-    /// - [`Unfilled`](Error::Unfilled): its source fails, before Linux 6.6. The region is served on.
+    ///   region is unregistered.
+    /// - [`Unfilled`](Error::Unfilled): its source fails, before Linux 6.6. The pager goes on serving the region.
     pub fn finish_region(&self, region: RegionId, progress: impl FnMut(Progress)) -> Result<()> {
         let descriptor = self.of_region(region)?;
         let (mut poisoned, mut patience) = (Unfillable::default(), Patience::new(self.patience));
         let region_alone = [(Arc::clone(&descriptor), Some(region.0))];
         shutdown::fill(&self.shared, &region_alone, &mut patience, progress)?;
         let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
-        // What is missing where nothing is mapped is no failure.
+        // A missing page where nothing is mapped is no failure.
         poisoned.add(&segments, Pages::is_poisoned);
-        // While a tracker is at work the region stays registered, and protection faults are the pager's to resolve.
+        // While a tracker is active, the region stays registered, and the pager resolves its protection faults.
         self.drop_region(&descriptor, region, |region| !region.lease.is_taken())?;
         poisoned.poisoned()
     }
 
-    /// Lends a region to a tracker: pages are filled protected from now on, until the lease is given back. The whole region
-    /// is registered for protection, too. Returns the descriptor to protect it with, and its ranges.
+    /// Lends a region to a tracker: fills protect their pages from now on, until the lease is given back. The whole region
+    /// is registered for protection, too. Returns the descriptor for the protection, and the region's ranges.
     ///
     /// # Errors
     ///
@@ -382,14 +383,14 @@ impl Pager {
         }
         let lease =
             segments.first().map(|segment| Arc::clone(&segment.region.lease)).ok_or(Error::NotServed)?;
-        // While no fill is at work, and once all is registered: one that is protected where that can't be is refused.
+        // While no fill runs, and once all is registered: the kernel refuses a protecting fill of other memory.
         let ends = segments
             .iter()
             .fold((usize::MAX, 0), |(start, end), segment| (start.min(segment.start), end.max(segment.end)));
         let mut refused = crate::Error::AlreadyTracked { start: ends.0, end: ends.1 }.into();
         let mut taken = false;
         reach(Point::BeforeLend, ends.0);
-        // Not of a region that was given back meanwhile: `drop_region` looks at the lease.
+        // Not for a region that was given back meanwhile: `drop_region` looks at the lease.
         descriptor.with_all_shards(&mut |serving| {
             let is_served = serving.as_ref().is_some_and(|serving| {
                 serving.layout.segments().iter().any(|segment| segment.region.id == region.0)
@@ -413,13 +414,12 @@ impl Pager {
         }
     }
 
-    /// Poisons what is missing of a region, and gives it back to the kernel.
+    /// Poisons the missing pages of a region, and unregisters it.
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](Error::NotServed): the region isn't served any more, or is that of a
-    ///   [`LazyMemory`](crate::LazyMemory).
-    /// - [`Unfilled`](Error::Unfilled): before Linux 6.6, if something is missing. The region is served on.
+    /// - [`NotServed`](Error::NotServed): the region isn't served, or belongs to a [`LazyMemory`](crate::LazyMemory).
+    /// - [`Unfilled`](Error::Unfilled): pages are missing, before Linux 6.6. The pager goes on serving the region.
     pub fn remove_region(&self, region: RegionId) -> Result<()> {
         let descriptor = self.of_region(region)?;
         if descriptor.is_lazy {
@@ -450,14 +450,14 @@ impl Pager {
         self.shared.table.all().into_iter().find(has).ok_or(Error::NotServed)
     }
 
-    /// Gives a region back to the kernel, if it may go when no fill is at work.
+    /// Unregisters a region, if `may_go` agrees while no fill runs.
     fn drop_region(
         &self,
         descriptor: &Descriptor,
         region: RegionId,
         may_go: impl Fn(&super::memory::served::ServedRegion) -> bool,
     ) -> Result<()> {
-        // Freed when the shards are free again.
+        // Freed when the shards are unlocked again.
         let (mut gone, mut served) = (mapped_vec::none(), false);
         descriptor.with_all_shards(&mut |serving| {
             let Some(serving) = serving else { return };
@@ -471,7 +471,7 @@ impl Pager {
             let layout = serving.layout_mut();
             served = layout.take(region.0, &mut gone);
             let mut replaced = mapped_vec::none();
-            // What stays registered is served on, as the kernel would.
+            // What stays registered is served on, as the kernel itself would.
             shutdown::unregister(&uffd, &gone, |part| layout.insert_hole(part, &mut replaced));
             mapped_vec::reserve(&mut gone, replaced.len());
             gone.extend(replaced);
@@ -481,28 +481,28 @@ impl Pager {
         if served { Ok(()) } else { Err(Error::NotServed) }
     }
 
-    /// Ends serving a descriptor, and hands it over with the list of what is missing. Threads that wait are told to
-    /// fault again, so that the new owner hears of them.
+    /// Stops serving a descriptor, and returns it with the list of its missing pages. Waiting threads are woken, so that
+    /// they fault again and the new owner reads their faults.
     ///
-    /// Children of its forks are served on. If they share [`minor`](Region::minor) memory with it, hand them over, too,
-    /// and to the same owner, as [`detach`](Self::detach) does: two pagers don't know of each other what each has
-    /// loaded, and one would load again what was written since.
+    /// The pager goes on serving children of its forks. If they share [`minor`](Region::minor) memory with it, hand them
+    /// over, too, and to the same owner, as [`detach`](Self::detach) does: two pagers don't know which pages the other has
+    /// loaded, and one would load pages again that were written since.
     ///
     /// # Errors
     ///
-    /// [`NotServed`](Error::NotServed): it isn't served any more, or is that of a [`LazyMemory`](crate::LazyMemory).
+    /// [`NotServed`](Error::NotServed): the descriptor isn't served, or belongs to a [`LazyMemory`](crate::LazyMemory).
     pub fn remove(&self, descriptor: DescriptorId) -> Result<Detached> {
         self.remove_of(descriptor, false)
     }
 
-    /// [`remove`](Self::remove) of a [`LazyMemory`](crate::LazyMemory)'s, by itself.
+    /// As [`remove`](Self::remove), called by the [`LazyMemory`](crate::LazyMemory) that owns the descriptor.
     pub(crate) fn remove_lazy(&self, descriptor: DescriptorId) -> Result<Detached> {
         self.remove_of(descriptor, true)
     }
 
     fn remove_of(&self, descriptor: DescriptorId, is_lazy: bool) -> Result<Detached> {
         self.shared.check_owner()?;
-        // Who adds a region uses the descriptor meanwhile.
+        // A thread that adds a region uses the descriptor meanwhile.
         let _adding = lock(&self.adding);
         let descriptor = self.shared.table.find(descriptor.0).filter(|found| found.is_lazy == is_lazy);
         let descriptor = descriptor.ok_or(Error::NotServed)?;
@@ -510,36 +510,35 @@ impl Pager {
         Ok(shutdown::detached(&descriptor, serving))
     }
 
-    /// What is missing of a region, by address.
+    /// Returns the missing ranges of a region, ordered by address.
     ///
     /// # Errors
     ///
-    /// [`NotServed`](Error::NotServed): it isn't served any more.
+    /// [`NotServed`](Error::NotServed): the region isn't served.
     pub fn missing(&self, region: RegionId) -> Result<Vec<MissingRange>> {
         let descriptor = self.of_region(region)?;
         let (thread, region) = (self.shared.outside_id(), Some(region.0));
         Ok(address_map::missing(&descriptor.segments(thread, region), &descriptor.holes(thread, region)))
     }
 
-    /// The descriptors that are served, with those that forks brought; without those of
-    /// [`LazyMemory`](crate::LazyMemory), whose serving ends with the memory.
+    /// Returns the descriptors that are served, with those of forked children, but without those of
+    /// [`LazyMemory`](crate::LazyMemory), which the memory itself removes.
     #[must_use]
     pub fn descriptors(&self) -> Vec<DescriptorId> {
         let all = self.shared.table.all();
         all.iter().filter(|one| !one.is_lazy).map(|one| DescriptorId(one.id)).collect()
     }
 
-    /// What was done so far, and how many pages are there.
+    /// Returns counters, histograms of latencies, and the numbers of present and missing pages.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
         self.shared.statistics()
     }
 
-    /// Has the end of a descriptor's process noticed at once. Without it, it is noticed within a second.
+    /// Watches `end`, so that the pager notices the end of a descriptor's process at once instead of within a second.
     ///
-    /// `end` is a pidfd, or a socket or pipe whose other end that process has open and no other one: when it becomes
-    /// readable, or is closed at the other end, the pager looks whether the process is gone. While it isn't, it is
-    /// served on.
+    /// `end` is a pidfd, or a socket or pipe whose other end that process alone has open. When it becomes readable or its
+    /// other end is closed, the pager checks whether the process is gone, and goes on serving it if it isn't.
     ///
     /// ```no_run
     /// use std::os::fd::OwnedFd;
@@ -558,34 +557,34 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](Error::NotServed): the descriptor isn't served any more.
+    /// - [`NotServed`](Error::NotServed): the descriptor isn't served.
     /// - [`System`](Error::System): `end` can't be polled.
     pub fn watch(&self, descriptor: DescriptorId, end: impl Into<OwnedFd>) -> Result<()> {
         let descriptor = self.shared.table.find(descriptor.0).ok_or(Error::NotServed)?;
         self.shared.watch(&descriptor, end.into())
     }
 
-    /// Waits until nothing is served any more: all processes have gone, or all descriptors were removed, and no fork's
-    /// child is still to be served.
+    /// Waits until no descriptor is left: all processes have ended, or all descriptors were removed, and no child of a fork
+    /// is about to be served.
     ///
-    /// That a process is gone is noticed within a second, or at once: see [`watch`](Self::watch).
+    /// The pager notices the end of a process within a second, or at once: see [`watch`](Self::watch).
     pub fn join(&self) {
         self.shared.wait_until_empty();
     }
 
-    /// Fills everything that is missing, gives all memory back to the kernel and closes the descriptors. The memory is
-    /// complete then, and needs no pager.
+    /// Fills all missing pages, unregisters all memory and closes the descriptors. Afterwards the memory is complete and
+    /// needs no pager.
     ///
-    /// It needs as much memory as everything that it fills. `progress` is called now and then, first with nothing
-    /// done and last with all done. Faults are answered meanwhile. A page that its source doesn't deliver is
-    /// poisoned, and the error tells which. One that was removed isn't filled: it is zero, with a pager and without.
-    /// What is added meanwhile is finished, too.
+    /// All filled pages become resident. `progress` is called repeatedly, first with nothing done and last with all done.
+    /// The pager goes on resolving faults meanwhile. A page that its source doesn't deliver is poisoned, and the error
+    /// names it. A removed page isn't filled: it reads as zeros with a pager and without. Memory that is added meanwhile
+    /// is finished, too.
     ///
     /// # Errors
     ///
-    /// - [`Poisoned`](Error::Poisoned): a source failed, so that some pages are poisoned. All others are filled, everything
-    ///   is given back, and the descriptors are closed.
-    /// - [`Unfilled`](Error::Unfilled): a source fails, before Linux 6.6. Everything is served on.
+    /// - [`Poisoned`](Error::Poisoned): a source failed, so that some pages are poisoned. All others are filled, all memory
+    ///   is unregistered, and the descriptors are closed.
+    /// - [`Unfilled`](Error::Unfilled): a source fails, before Linux 6.6. The pager goes on serving all memory.
     /// - [`NotServed`](Error::NotServed): another process made the pager.
     pub fn finish(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
         self.shared.check_owner()?;
@@ -598,17 +597,17 @@ impl Pager {
             }
             let all: Vec<_> = descriptors.iter().map(|descriptor| (Arc::clone(descriptor), None)).collect();
             let filled = shutdown::fill(&self.shared, &all, &mut patience, &mut progress)?;
-            // What is added meanwhile isn't filled.
+            // Memory that was added meanwhile isn't filled yet.
             let _adding = lock(&self.adding);
             for descriptor in &descriptors {
                 shutdown::give_back(&self.shared, descriptor, &filled, &mut poisoned);
             }
-            // Forks, and threads that add, have brought others meanwhile.
+            // Forks, and threads that add memory, have brought descriptors meanwhile.
         }
     }
 
-    /// Stops, and hands all descriptors over with the lists of what is missing. Threads that wait are told to fault
-    /// again, so that the new owner hears of them.
+    /// Stops the pager, and returns all descriptors with the lists of their missing pages. Waiting threads are woken, so
+    /// that they fault again and the new owner reads their faults.
     #[must_use = "closing the descriptors shows zeros where pages are missing"]
     pub fn detach(mut self) -> Vec<Detached> {
         if self.shared.owner.is_current() {
@@ -621,12 +620,12 @@ impl Pager {
         descriptors.filter_map(detach).collect()
     }
 
-    /// In a fork's child: closes its copy of a descriptor that is served in the parent.
+    /// Closes, in a forked child, its copy of a descriptor that the parent serves.
     pub(crate) fn abandon(&self, descriptor: DescriptorId) {
         self.shared.abandon(Some(descriptor.0));
     }
 
-    /// Stops the threads, those that serve first.
+    /// Stops the threads, the workers first.
     fn stop_threads(&mut self) {
         if self.threads.is_empty() {
             return;
@@ -636,7 +635,7 @@ impl Pager {
         let mut others = self.threads.drain(..);
         workers.into_iter().for_each(Thread::join);
         self.added.join();
-        // Nobody would come back to what they have put off.
+        // No worker is left for the work that they have deferred.
         while let Some(Deferred { descriptor, work, .. }) = self.shared.retries.take_any() {
             self.shared.lease().give_up(&descriptor, work);
         }
@@ -646,8 +645,8 @@ impl Pager {
         others.for_each(Thread::join);
     }
 
-    /// Poisons what is missing of a descriptor, or fills it where the kernel can't do that. Whether nothing is left of
-    /// it, or nobody to see it.
+    /// Poisons the missing pages of a descriptor, or fills them where the kernel can't poison. Returns whether none is
+    /// left, or no process that could see one.
     fn drain(&self, descriptor: &Arc<Descriptor>, patience: &mut Patience) -> bool {
         let is_covered = |drain| {
             matches!(shutdown::drain(&self.shared, descriptor, None, drain, patience, &mut |_| {}), Ok(0))
@@ -666,7 +665,7 @@ impl Drop for Pager {
         if self.threads.is_empty() {
             return;
         }
-        // With the threads at work, which read the events that fills wait for.
+        // While the workers run, which read the events that fills wait for.
         let (mut uncovered, mut patience) = (Vec::new(), Patience::new(self.patience));
         loop {
             self.shared.mailbox.wait_for_forks();
@@ -682,26 +681,26 @@ impl Drop for Pager {
                     uncovered.push(descriptor.id);
                 }
             }
-            // Forks that came meanwhile have brought others.
+            // Forks have brought descriptors meanwhile.
         }
         self.stop_threads();
         for descriptor in self.shared.table.all() {
             if let Some(serving) = self.shared.remove(&descriptor) {
-                // Who waits goes on waiting, instead of reading zeros.
+                // Waiting threads go on waiting, instead of reading zeros.
                 let _kept = shutdown::unwrap_last_arc(serving.uffd).into_raw_fd();
             }
         }
     }
 }
 
-/// Says that a pager has memory of this process.
+/// Enters the pager as the holder of memory of this process.
 fn hold(segment: &Segment) {
     let Ok(owner) = Owner::current() else { return };
     let held = segment.region.held.get_or_init(|| Held::new(owner, Holder::Pager));
     held.set(std::iter::once(segment.start..segment.end));
 }
 
-/// Whether a region has its addresses for itself.
+/// Whether a region overlaps no other one.
 fn check_overlap(layout: &AddressMap, region: &Region) -> Result<()> {
     match layout.parts(region.range()).next() {
         Some(other) => Err(Error::Overlap { address: region.range().start, other: other.start }),

@@ -1,31 +1,31 @@
-//! How far a fill of many pages is, and what it couldn't fill.
+//! The progress of a fill of many pages, and the pages that it couldn't fill.
 
 use std::ops::Range;
 
 use super::RegionId;
 
-/// How far a fill of everything is.
+/// The progress of a fill of many pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
     /// Bytes done.
     pub done: u64,
-    /// Bytes that were missing when it began.
+    /// Bytes that were missing when the fill began.
     pub total: u64,
 }
 
-/// Pages that couldn't be filled, one after the other.
+/// A run of pages that couldn't be filled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Failed {
     /// The region.
     pub region: RegionId,
-    /// Bytes, counted from the start of the region.
+    /// Their range in bytes, counted from the start of the region.
     pub range: Range<usize>,
 }
 
 impl Failed {
-    /// Runs of pages, by address, in bytes. Those that follow each other are one.
+    /// Runs of pages, ordered by address, in bytes; adjacent ones are merged.
     pub(crate) fn in_bytes(
         region: RegionId,
         page_shift: u32,

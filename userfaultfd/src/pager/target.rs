@@ -1,22 +1,22 @@
-//! The process whose memory it is: this one or another, there or gone.
+//! The process that has the memory of a descriptor: this one or another, alive or gone.
 
 use super::memory::descriptor::addr_to_ptr;
 use crate::{Errno, RegisterMode, Uffd, sys};
 
-/// How many pages are tried.
-const PAGES: usize = 2;
+/// Pages with which a descriptor is tried: two, so that another process hardly ever maps both addresses alike.
+const TRIAL_PAGES: usize = 2;
 
 /// Returns whether a descriptor may handle the faults of this process's memory.
 ///
-/// A private page that was mapped for this can be registered with it then, whatever other threads do. With a descriptor
-/// of another process that is `EINVAL`: nothing is mapped there at that address, unless by a chance that is made small.
+/// If it does, a private page that was mapped for the trial can be registered with it. With a descriptor of another
+/// process that is `EINVAL`, unless that process has memory at the same address: hence two pages.
 pub(super) fn is_own(uffd: &Uffd) -> crate::Result<bool> {
-    for _ in 0..PAGES {
+    for _ in 0..TRIAL_PAGES {
         let page = sys::map_somewhere(crate::page_size())?;
         let address = page.as_ptr().cast();
         let registered = uffd.register_unexplained(address, crate::page_size(), RegisterMode::MISSING);
         if registered.is_ok() {
-            // Before it is unmapped, which would be an event.
+            // Before the page is unmapped, which would be an event.
             uffd.unregister_unexplained(address, crate::page_size())?;
         }
         #[expect(unsafe_code, reason = "the page is this function's")]
@@ -33,12 +33,12 @@ pub(super) fn is_own(uffd: &Uffd) -> crate::Result<bool> {
     Ok(true)
 }
 
-/// Asks for something that can't be done in any process, and of which one that has gone says so.
+/// Asks for an operation that fails in every process, with `ESRCH` in one that is gone.
 #[expect(unsafe_code, reason = "an operation that can't succeed")]
 pub(crate) fn target_is_gone(uffd: &Uffd, address: Option<usize>) -> bool {
     let dst = addr_to_ptr(address.unwrap_or(16 << 20));
     let len = address.map_or(2 << 20, |_| crate::page_size());
-    // An address that no process may use, such as 0, is EINVAL on some kernels, whoever is asked.
+    // An address that no process may use, such as 0, is EINVAL on some kernels in any process.
     let Ok(unreadable) = sys::unreadable() else { return false };
     // SAFETY: nothing can be read there, so that nothing is copied.
     let answer = unsafe { uffd.copy(unreadable, dst, len, false) };
@@ -60,7 +60,7 @@ mod tests {
         child::run_well(test_name!(), || {
             let own = uffd(crate::FeatureFlags::EVENT_UNMAP);
             assert!(is_own(&own).unwrap());
-            // Of a process with the same layout, which has this memory at the same address.
+            // The descriptor of a process with the same layout, which has this memory at the same address.
             let memory = Memory::anonymous(1);
             let (here, there) = UnixStream::pair().unwrap();
             let child: Forked = child::fork(|| {

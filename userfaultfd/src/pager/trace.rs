@@ -1,4 +1,4 @@
-//! Spans and events for `tracing`, with the feature of that name. Without it they are nothing.
+//! Spans and events for the crate `tracing`, with the feature of that name. Without it the macros expand to nothing.
 //!
 //! | what | level | fields |
 //! | --- | --- | --- |
@@ -12,14 +12,14 @@
 /// Enters a span until the end of the block.
 macro_rules! span {
     ($name:literal $(, $field:ident = $value:expr)* $(,)?) => {
-        // Nothing is made of it where nobody could want it, not even a span that is disabled.
+        // Where no subscriber could want it, not even a disabled span is made.
         #[cfg(feature = "tracing")]
         let _span = (tracing::level_filters::LevelFilter::current() == tracing::level_filters::LevelFilter::TRACE)
             .then(|| tracing::trace_span!(target: "userfaultfd::pager", $name $(, $field = $value)*).entered());
     };
 }
 
-/// Tells of an event, at a level.
+/// Emits an event, at a level.
 macro_rules! event {
     ($level:ident, $name:literal $(, $field:ident = $value:expr)* $(,)?) => {
         #[cfg(feature = "tracing")]
@@ -40,7 +40,7 @@ mod tests {
     use crate::LazyMemory;
     use crate::pager::{FaultAround, PageData, RetryPolicy};
 
-    /// Writes down what it is told.
+    /// A subscriber that records spans and events.
     #[derive(Clone, Default)]
     struct Log(Arc<Mutex<Vec<String>>>);
 

@@ -1,4 +1,4 @@
-//! Which region lies at which address.
+//! The map from addresses to regions.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,13 +8,13 @@ use crate::mapped_vec;
 use crate::mapped_vec::MappedVec;
 use crate::pager::{MissingRange, RegionId};
 
-/// A part of a region, where it is mapped now. mremap(2) and munmap(2) cut regions into several.
+/// A part of a region at its present address. mremap(2) and munmap(2) cut regions into several.
 #[derive(Clone, Debug)]
 pub(crate) struct Segment {
     pub(crate) start: usize,
     pub(crate) end: usize,
     pub(crate) region: Arc<ServedRegion>,
-    /// Which page of the region is at `start`.
+    /// The page of the region that is at `start`.
     pub(crate) first: usize,
 }
 
@@ -24,7 +24,7 @@ impl Segment {
         self.first + ((address - self.start) >> self.region.page_shift)
     }
 
-    /// Where a page of the region is, if it is in this segment.
+    /// The address of a page of the region, if it is in this segment.
     pub(crate) fn address_of(&self, page: usize) -> Option<usize> {
         let address =
             page.checked_sub(self.first).map(|pages| self.start + (pages << self.region.page_shift))?;
@@ -36,7 +36,7 @@ impl Segment {
         self.first..self.first + ((self.end - self.start) >> self.region.page_shift)
     }
 
-    /// Where those of some pages are that are in this segment.
+    /// The addresses of those of some pages that are in this segment.
     pub(crate) fn addresses_of(&self, pages: &Range<usize>) -> Range<usize> {
         let within = self.pages();
         let (start, end) = (pages.start.max(within.start), pages.end.min(within.end));
@@ -44,7 +44,7 @@ impl Segment {
         if start < end { address(start)..address(end) } else { 0..0 }
     }
 
-    /// The pages of which all is in a range.
+    /// The pages that lie in a range as a whole.
     pub(crate) fn pages_within(&self, range: &Range<usize>) -> Range<usize> {
         let shift = self.region.page_shift;
         let (start, end) = (self.start.max(range.start), self.end.min(range.end));
@@ -53,14 +53,14 @@ impl Segment {
         self.first + first..self.first + behind.max(first)
     }
 
-    /// Both halves. `None` of a single page.
+    /// Both halves. `None` for a single page.
     pub(crate) fn halves(&self) -> Option<[Self; 2]> {
         let middle = self.start + ((self.pages().len() / 2) << self.region.page_shift);
         let (below, above) = (self.part(&(self.start..middle))?, self.part(&(middle..self.end))?);
         Some([below, above])
     }
 
-    /// The part in a range, which may lie anywhere. Borders are those of pages, as the kernel's are.
+    /// The part in a range, which may lie anywhere. Its bounds are aligned to pages, as the kernel's are.
     fn part(&self, range: &Range<usize>) -> Option<Self> {
         let (start, end) = (self.start.max(range.start), self.end.min(range.end));
         (start < end).then(|| Self {
@@ -75,18 +75,18 @@ impl Segment {
 /// Segments that are cut and moved with all shards locked: see `mapped_vec`.
 pub(crate) type Segments = MappedVec<Segment>;
 
-/// There is room for so many more of them from the start. A mapping that is made because another one has gone would
-/// come to lie in its place, where a program may be about to map something else.
+/// Further segments that there is room for from the start. Room that is mapped while the pager handles an unmapping could
+/// come to lie in the unmapped place, where the program is about to map something else.
 pub(crate) const SEGMENT_ROOM: usize = 128;
 
-/// The segments of an address space, by address.
+/// The segments of an address space, ordered by address.
 #[derive(Debug)]
 pub(crate) struct AddressMap {
     segments: Segments,
-    /// What private segments were moved away from by mremap(2). All that is known of such a place is that zeros belong
-    /// there, so that it takes no states of pages.
+    /// The places from which mremap(2) has moved private segments away. Zeros belong there, so they need no states of
+    /// pages.
     holes: Segments,
-    /// What is being moved.
+    /// The parts that are being moved.
     moving: Segments,
 }
 
@@ -97,7 +97,7 @@ impl Default for AddressMap {
 }
 
 impl AddressMap {
-    /// An empty one with room for a number of segments, and for changes. `None` where there is no memory.
+    /// An empty map with room for a number of segments, and for changes. `None` where there is no memory.
     pub(crate) fn try_with_room(segments: usize) -> Option<Self> {
         Some(Self {
             segments: mapped_vec::try_with_room(segments + SEGMENT_ROOM)?,
@@ -148,7 +148,7 @@ impl AddressMap {
         parts(&self.segments, range)
     }
 
-    /// The segments of which some is in a range.
+    /// The segments that overlap a range.
     pub(crate) fn overlapping(&self, range: &Range<usize>) -> impl Iterator<Item = &Segment> {
         let from = self.segments.partition_point(|segment| segment.end <= range.start);
         let end = range.end;
@@ -160,14 +160,14 @@ impl AddressMap {
         insert(&mut self.segments, segment);
     }
 
-    /// Takes out what lies in a range.
+    /// Removes the parts in a range.
     pub(crate) fn cut(&mut self, range: Range<usize>, gone: &mut Segments) {
         cut(&mut self.segments, &range, gone);
         cut(&mut self.holes, &range, gone);
     }
 
-    /// Moves what lies in a range to where it replaces what lies there, as mremap(2) does. What is left behind is empty
-    /// memory, until an unmapping is told: with MREMAP_DONTUNMAP none is.
+    /// Moves the parts in a range to another address, where they replace others, as mremap(2) does. They leave empty
+    /// memory behind, until an unmapping is reported: with MREMAP_DONTUNMAP none is.
     pub(crate) fn shift(&mut self, from: Range<usize>, to: usize, gone: &mut Segments) {
         self.cut(to..to + from.len(), gone);
         let moved = |segment: &Segment| {
@@ -192,7 +192,7 @@ impl AddressMap {
         }
     }
 
-    /// Takes out a whole region. Whether it was there.
+    /// Removes a whole region. Returns whether it was there.
     pub(crate) fn take(&mut self, region: u64, gone: &mut Segments) -> bool {
         let is_there = self.segments.iter().any(|segment| segment.region.id == region);
         for all in [&mut self.segments, &mut self.holes] {
@@ -203,18 +203,18 @@ impl AddressMap {
         is_there
     }
 
-    /// All of it: segments, and holes.
+    /// All segments and holes.
     pub(crate) fn into_parts(self) -> (Segments, Segments) {
         (self.segments, self.holes)
     }
 
-    /// Adds a hole, in the place of others.
+    /// Adds a hole, which replaces others.
     pub(crate) fn insert_hole(&mut self, hole: Segment, gone: &mut Segments) {
         cut(&mut self.holes, &(hole.start..hole.end), gone);
         insert(&mut self.holes, hole);
     }
 
-    /// What ends last before an address.
+    /// The segment or hole that ends last before an address.
     pub(crate) fn before(&self, address: usize) -> Option<&Segment> {
         let last = |all: &Segments| all.partition_point(|part| part.end <= address).checked_sub(1);
         let segment = last(&self.segments).map(|at| &self.segments[at]);
@@ -222,7 +222,7 @@ impl AddressMap {
         segment.into_iter().chain(hole).max_by_key(|part| part.end)
     }
 
-    /// Where the first segment or hole behind an address begins; `usize::MAX` if there is none.
+    /// The start of the first segment or hole behind an address; `usize::MAX` if there is none.
     pub(crate) fn next_start(&self, address: usize) -> usize {
         let next = |all: &Segments| {
             all.get(all.partition_point(|part| part.start <= address)).map(|part| part.start)
@@ -230,7 +230,7 @@ impl AddressMap {
         next(&self.segments).into_iter().chain(next(&self.holes)).min().unwrap_or(usize::MAX)
     }
 
-    /// Adds a hole where there is nothing, to the one before it if it goes on with that. Returns whether there was room.
+    /// Adds a hole in an empty place, and joins it to an adjacent hole before it. Returns whether there was room.
     pub(crate) fn grow(&mut self, hole: Segment) -> bool {
         let at = self.holes.partition_point(|other| other.end <= hole.start);
         let before = at.checked_sub(1).and_then(|at| self.holes.get_mut(at)).filter(|before| {
@@ -283,7 +283,7 @@ fn cut(segments: &mut Segments, range: &Range<usize>, gone: &mut Segments) {
     }
 }
 
-/// The missing pages, in ranges by address. Holes are taken for missing as a whole.
+/// The missing ranges, ordered by address. Holes count as missing as a whole.
 pub(crate) fn missing(segments: &[Segment], holes: &[Segment]) -> Vec<MissingRange> {
     let mut missing: Vec<MissingRange> = Vec::new();
     for segment in segments {

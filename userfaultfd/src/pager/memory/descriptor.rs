@@ -1,16 +1,16 @@
-//! A descriptor that is served, and the order between filling and changes of the layout.
+//! A served descriptor, and the order of fills and changes of the layout.
 //!
-//! Filling must not overlap a change: content that was loaded for a page must not land after the page was removed, or
-//! in what was mapped there since. The kernel keeps fills out from before a change until the change is *read*; from
-//! then on it is the pager's to see to. So a fill looks the address up and fills it in one go, and a change is read
-//! and applied while no fill is between the two.
+//! A fill must not overlap a change: content that was loaded for a page must not land after the page was removed, or in
+//! memory that was mapped there since. The kernel keeps fills out from before a change until the change is *read*; from
+//! then on the pager must. So a fill looks the address up and fills it under one lock, and a thread reads and applies a
+//! change while no fill holds that lock.
 //!
-//! Each thread has a shard of its own with the same layout in it, and locks that alone to fill, so that fills don't
-//! meet at a common lock. A change locks all shards. Where the descriptor tells of no changes, reading it is no
-//! change either, and locks the thread's own shard alone.
+//! Each worker has a shard of its own with the same layout in it, and locks that shard alone to fill, so that fills don't
+//! contend for a common lock. A change locks all shards. Where the descriptor reports no changes, reading it changes
+//! nothing, and locks the worker's own shard alone.
 //!
-//! Callers, and threads that fill in the background, share [`OUTSIDE`] shards. They may come and go in any
-//! number, so their numbers exceed that of the shards.
+//! Callers and background threads share [`OUTSIDE_SHARDS`] shards. There may be any number of them, so their numbers
+//! exceed the number of shards.
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -22,30 +22,30 @@ use super::address_map::{AddressMap, Segment};
 use crate::owner::NotedFd;
 use crate::{FeatureFlags, Uffd};
 
-/// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any time.
+/// Locks, also after a panic of the thread that held the lock: what these locks guard is consistent at any time.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An address of the descriptor's address space, as its operations take it.
+/// An address in the descriptor's address space as a pointer, for its operations.
 pub(crate) fn addr_to_ptr(address: usize) -> *mut c_void {
     std::ptr::with_exposed_provenance_mut(address)
 }
 
-/// A descriptor and what lies where in its address space, at one moment.
+/// A descriptor and the map of its address space, at one moment.
 #[derive(Clone, Debug)]
 pub(crate) struct Attachment {
     pub(crate) uffd: Arc<Uffd>,
     pub(crate) layout: Arc<AddressMap>,
 }
 
-/// Shards of a descriptor that callers and threads in the background share: each has a filler of its own. A shard is locked
-/// while the kernel fills, never while a source is read. Each more makes each change of a layout dearer.
-pub(crate) const OUTSIDE: usize = 5;
+/// Shards of a descriptor that callers and background threads share, each with a filler of its own. A shard is locked
+/// while the kernel fills, never while a source is read. Each further shard makes each change of a layout slower.
+pub(crate) const OUTSIDE_SHARDS: usize = 5;
 
-/// The number by which threads that have no filler look at layouts. Its shard is the last one: no fill ever holds it, so
-/// that a look doesn't wait for the kernel, which may read a source's own memory for as long as a disk takes.
-pub(crate) const LOOK: usize = usize::MAX;
+/// Number of the shard through which threads without a filler look at layouts: the last one. No fill ever holds it, so a
+/// look doesn't wait for the kernel, which may read a source's own memory for as long as a disk takes.
+pub(crate) const LOOK_SHARD: usize = usize::MAX;
 
 /// `None` once the descriptor isn't served any more.
 #[derive(Debug)]
@@ -53,13 +53,13 @@ pub(crate) const LOOK: usize = usize::MAX;
 struct Shard(Mutex<Option<Attachment>>);
 
 impl Attachment {
-    /// The layout, to be changed: with all shards locked it has no other owner, so that nothing is allocated.
+    /// The layout, for a change: while all shards are locked it has no other owner, so that nothing is allocated.
     pub(crate) fn layout_mut(&mut self) -> &mut AddressMap {
         Arc::get_mut(&mut self.layout).expect("what has all shards is the one owner of the layout")
     }
 }
 
-/// Where a descriptor comes from.
+/// The origin of a descriptor.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Origin {
     pub(crate) is_child: bool,
@@ -73,33 +73,33 @@ pub(crate) struct Descriptor {
     /// The number of the descriptor among all that were ever added, and its place in the table: see `table`.
     pub(crate) id: u64,
     pub(crate) slot: u32,
-    /// Whether it tells of changes, so that a read may be one.
+    /// Whether it reports changes of the layout, so that reading it may be one.
     pub(crate) tells_changes: bool,
-    /// Whether a fork brought it.
+    /// Whether it belongs to a child of a fork.
     pub(crate) is_child: bool,
-    /// Whether it is this process's own. Any other process may end.
+    /// Whether it belongs to this process. Any other process may end.
     pub(crate) is_own: bool,
-    /// Whether it is that of a [`LazyMemory`](crate::LazyMemory), which alone may end its serving.
+    /// Whether it belongs to a [`LazyMemory`](crate::LazyMemory), which alone may end its service.
     pub(crate) is_lazy: bool,
-    /// Whether it was blocking when it was handed in, and is to be so again when it is given back.
+    /// Whether it was blocking when it was added, and must be blocking again when it is handed over.
     pub(crate) was_blocking: bool,
     shards: Box<[Shard]>,
-    /// For a fork's child, which may find the shards locked.
+    /// The descriptor's number, for a forked child, which may find the shards locked.
     inherited: NotedFd,
     /// Whether the last read failed, which was reported.
     pub(crate) read_failed: AtomicBool,
-    /// What tells of the process's end. A number is forgotten before it is closed.
+    /// The descriptors by which the end of the process is noticed. A number is forgotten before it is closed.
     pub(crate) ends: Mutex<Vec<(NotedFd, OwnedFd)>>,
     closed: AtomicBool,
-    /// How many regions are being registered, and aren't in the layout yet.
+    /// Number of regions that are being registered, and aren't in the layout yet.
     registering: AtomicUsize,
-    /// What was served, of one that a thread has closed that must not free it.
+    /// The layout of a descriptor that was closed by a thread that must not free it.
     left: Mutex<Option<Attachment>>,
 }
 
 impl Descriptor {
-    /// With a shard for each of the pager's threads, [`OUTSIDE`] more for fills, and one for looks; its number is noted for
-    /// a fork's child.
+    /// Makes a descriptor with a shard for each of the pager's threads, [`OUTSIDE_SHARDS`] more for fills, and one for
+    /// looks; notes its number for a forked child.
     pub(crate) fn new(
         (id, slot): (u64, u32),
         serving: Attachment,
@@ -110,7 +110,7 @@ impl Descriptor {
             .union(FeatureFlags::EVENT_REMAP)
             .union(FeatureFlags::EVENT_REMOVE)
             .union(FeatureFlags::EVENT_UNMAP);
-        // Without /proc an adopted descriptor doesn't tell its features; then it may tell of anything.
+        // Without /proc the features of an adopted descriptor are unknown; then it may report any change.
         let features = serving.uffd.features();
         let tells_changes = features.intersects(CHANGES) || serving.uffd.ioctls().is_empty();
         let shards = (0..shards).map(|_| Shard(Mutex::new(Some(serving.clone())))).collect();
@@ -133,22 +133,23 @@ impl Descriptor {
         }
     }
 
-    /// The layout, which doesn't change as long as the guard lives. For short: no source is read meanwhile.
+    /// Locks a shard and returns the layout, which doesn't change while the guard lives. Hold it briefly: never during a
+    /// read of a source.
     pub(crate) fn lock_shard(&self, thread: usize) -> MutexGuard<'_, Option<Attachment>> {
         let (looks, fills) = self.shards.split_last().expect("there is a shard for looks");
-        let shard = if thread == LOOK {
+        let shard = if thread == LOOK_SHARD {
             looks
         } else {
             fills.get(thread).unwrap_or_else(|| {
                 let last = fills.len() - 1;
-                &fills[last - (thread - last) % OUTSIDE]
+                &fills[last - (thread - last) % OUTSIDE_SHARDS]
             })
         };
         lock(&shard.0)
     }
 
-    /// Changes the layout, or ends the serving by taking it, while nobody fills. What `change` leaves is what
-    /// everybody finds from then on, also if it panics: losing the descriptor would close it.
+    /// Changes the layout, or ends the service by taking it, while no thread fills. All shards get what `change` leaves,
+    /// also if it panics: losing the descriptor would close it.
     pub(crate) fn with_all_shards(&self, change: &mut dyn FnMut(&mut Option<Attachment>)) {
         struct Held<'a> {
             shard: MutexGuard<'a, Option<Attachment>>,
@@ -159,7 +160,7 @@ impl Descriptor {
         impl Drop for Held<'_> {
             fn drop(&mut self) {
                 if self.is_first {
-                    // Moved back: the next who has all shards has all owners.
+                    // Moved back: the next thread that holds all shards holds all owners.
                     *self.shard = self.now.take();
                 } else {
                     self.shard.clone_from(self.now);
@@ -167,7 +168,7 @@ impl Descriptor {
             }
         }
 
-        // Each level holds one lock; a list of guards would have to be allocated.
+        // Each level holds one lock; a list of guards would need an allocation.
         fn all(
             shards: &[Shard],
             is_first: bool,
@@ -176,7 +177,7 @@ impl Descriptor {
         ) {
             let Some((shard, rest)) = shards.split_first() else { return change(now) };
             let mut shard = lock(&shard.0);
-            // Moved out of the shards, so that it has one owner, who can change the layout or end it.
+            // Moved out of the shards, so that it has one owner, which can change the layout or end the service.
             *now = shard.take();
             let held = Held { shard, now, is_first };
             all(rest, false, held.now, change);
@@ -184,9 +185,9 @@ impl Descriptor {
         all(&self.shards, true, &mut None, change);
     }
 
-    /// Ends the serving, and gives the descriptor back. `None` if somebody else did before.
+    /// Ends the service, and returns the descriptor. `None` if another thread did before.
     pub(crate) fn close(&self) -> Option<Attachment> {
-        // From now on whoever gets it decides when its number is closed.
+        // From now on the caller decides when its number is closed.
         self.inherited.forget();
         let mut closed = None;
         self.with_all_shards(&mut |serving| closed = serving.take());
@@ -199,27 +200,27 @@ impl Descriptor {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Leaves what was served to be freed together with this.
+    /// Keeps a layout, to be freed together with this.
     pub(crate) fn defer_drop(&self, serving: Attachment) {
         *lock(&self.left) = Some(serving);
     }
 
-    /// Takes that, to free it.
+    /// Takes the kept layout, to free it.
     pub(crate) fn take_deferred_drop(&self) -> Option<Attachment> {
         lock(&self.left).take()
     }
 
-    /// The segments that are served now, of one region or all.
+    /// The present segments, of one region or all.
     pub(crate) fn segments(&self, thread: usize, region: Option<u64>) -> Vec<Segment> {
         self.collect(thread, region, AddressMap::segments)
     }
 
-    /// The holes, likewise.
+    /// The present holes, of one region or all.
     pub(crate) fn holes(&self, thread: usize, region: Option<u64>) -> Vec<Segment> {
         self.collect(thread, region, AddressMap::holes)
     }
 
-    /// Copies what there is of a kind. Nothing is allocated while the layout is locked: see `mapped_vec`.
+    /// Copies the items of a kind. Nothing is allocated while the layout is locked: see `mapped_vec`.
     fn collect(
         &self,
         thread: usize,
@@ -246,7 +247,7 @@ impl Descriptor {
 
     /// Begins to register a region, until the guard is dropped.
     pub(crate) fn begin_registering(&self, thread: usize) -> Registering<'_> {
-        // Not in the middle of what needs that there is none, which has all shards.
+        // Not in the middle of a change that needs that there is none, which holds all shards.
         let _shard = self.lock_shard(thread);
         self.registering.fetch_add(1, Ordering::Relaxed);
         Registering(&self.registering)
@@ -257,7 +258,7 @@ impl Descriptor {
         self.registering.load(Ordering::Relaxed) > 0
     }
 
-    /// Replaces the layout by a changed one. Whether there was one still.
+    /// Replaces the layout by a changed one. Returns whether the descriptor was still served.
     pub(crate) fn change_layout(&self, change: impl FnOnce(&mut AddressMap)) -> bool {
         let mut change = Some(change);
         let mut served = false;
@@ -282,7 +283,7 @@ impl Drop for Registering<'_> {
     }
 }
 
-/// Wakes whoever waits in a range. They try again; whose fault isn't answered comes back.
+/// Wakes the threads that wait in a range. They retry their access, and fault again if it isn't resolved.
 pub(crate) fn wake(uffd: &Uffd, range: Range<usize>) {
     // It fails for ranges that are malformed, which none of these is.
     let woken = uffd.wake(addr_to_ptr(range.start), range.len());

@@ -1,24 +1,24 @@
-//! How much is filled for one fault: a page, a block, or as much as access has proved to be sequential.
+//! How much is filled for one fault: a page, a block, or more while access is sequential.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// So many sequential accesses to a region are told apart.
-const STREAMS: usize = 8;
+/// Sequential accesses to a region that are told apart: more than threads usually scan one region.
+const MAX_STREAMS: usize = 8;
 
-/// How much is filled for one fault, beside the page that it is on. None of it is read again where it is there
-/// already, and never is it beyond the region.
+/// How much is filled for one fault, beside its page. Present pages aren't read again, and nothing beyond the region is
+/// filled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FaultAround {
-    /// Nothing.
+    /// Nothing beside the page.
     Page,
-    /// The block of so many bytes that the page is in, counted from the start of the region. A multiple of the page
-    /// size.
+    /// The block that has the page. The value is its size in bytes, a multiple of the page size; blocks are aligned to the
+    /// start of the region.
     Block(usize),
-    /// What follows in the direction of access: nothing for a fault anywhere, and twice as much each time that a
-    /// fault comes where the fill before it ended, forwards or backwards, up to so many bytes. Several such
-    /// sequences are told apart.
+    /// The pages that follow in the direction of access: nothing for a random fault, and twice as much each time a fault
+    /// comes where the last fill ended, forwards or backwards, up to `most` bytes. Up to eight such sequences in a region are
+    /// told apart.
     ///
     /// Random access costs no more than with `Page`, and sequential access little more than with the largest `Block`.
     Adaptive {
@@ -27,27 +27,30 @@ pub enum FaultAround {
     },
 }
 
-/// What is known of the accesses to a region. Threads that meet here overwrite each other's knowledge at worst.
+/// The sequences of accesses to a region. Racing threads overwrite each other's entries at worst.
 #[derive(Debug)]
 pub(crate) struct Streams {
-    streams: [Stream; STREAMS],
-    /// Which is forgotten next.
+    streams: [Stream; MAX_STREAMS],
+    /// The sequence that is replaced next.
     oldest: AtomicUsize,
 }
 
-/// Where the next fault of a sequence is expected, with the logarithm of what was filled last, in pages, in the lowest
-/// bits.
+/// The pages at which the next fault of a sequence is expected; the lowest bits hold the logarithm of the last fill's
+/// number of pages.
 #[derive(Debug)]
 struct Stream {
     forwards: AtomicUsize,
     backwards: AtomicUsize,
 }
 
-const LOGARITHM: u32 = 5;
-const NOWHERE: usize = usize::MAX;
+/// Bits of the logarithm: enough for fills of 2³¹ pages.
+const LOGARITHM_BITS: u32 = 5;
+
+/// A sequence that no fault continues.
+const NO_SEQUENCE: usize = usize::MAX;
 
 fn pack(page: usize, logarithm: u32) -> usize {
-    page << LOGARITHM | logarithm as usize
+    page << LOGARITHM_BITS | logarithm as usize
 }
 
 /// The sequence that a fault belongs to, and what to fill.
@@ -60,36 +63,37 @@ pub(crate) struct Window {
 
 impl Streams {
     pub(crate) fn new() -> Self {
-        let none = |_| Stream { forwards: AtomicUsize::new(NOWHERE), backwards: AtomicUsize::new(NOWHERE) };
+        let none =
+            |_| Stream { forwards: AtomicUsize::new(NO_SEQUENCE), backwards: AtomicUsize::new(NO_SEQUENCE) };
         Self { streams: std::array::from_fn(none), oldest: AtomicUsize::new(0) }
     }
 
-    /// What to fill for a fault on a page, at most so many pages.
+    /// What to fill for a fault on a page, at most `most` pages.
     pub(crate) fn window(&self, page: usize, most: usize) -> Window {
         let limit = most.max(1).ilog2();
         for (at, stream) in self.streams.iter().enumerate() {
             for (edge, backwards) in [(&stream.forwards, false), (&stream.backwards, true)] {
                 let edge = edge.load(Ordering::Relaxed);
-                if edge != NOWHERE && edge >> LOGARITHM == page {
-                    let logarithm = (edge & ((1 << LOGARITHM) - 1)) as u32 + 1;
+                if edge != NO_SEQUENCE && edge >> LOGARITHM_BITS == page {
+                    let logarithm = (edge & ((1 << LOGARITHM_BITS) - 1)) as u32 + 1;
                     return Window { stream: at, logarithm: logarithm.min(limit), backwards };
                 }
             }
         }
-        let stream = self.oldest.fetch_add(1, Ordering::Relaxed) % STREAMS;
+        let stream = self.oldest.fetch_add(1, Ordering::Relaxed) % MAX_STREAMS;
         Window { stream, logarithm: 0, backwards: false }
     }
 
-    /// What was filled of it.
+    /// Notes the pages of a window that were filled.
     pub(crate) fn filled(&self, window: Window, pages: &Range<usize>) {
         let stream = &self.streams[window.stream];
-        let below = pages.start.checked_sub(1).map_or(NOWHERE, |page| pack(page, window.logarithm));
+        let below = pages.start.checked_sub(1).map_or(NO_SEQUENCE, |page| pack(page, window.logarithm));
         let above = pack(pages.end, window.logarithm);
         // A single page may be the first of either direction.
         let (forwards, backwards) = match window {
             Window { logarithm: 0, .. } => (above, below),
-            Window { backwards: true, .. } => (NOWHERE, below),
-            _ => (above, NOWHERE),
+            Window { backwards: true, .. } => (NO_SEQUENCE, below),
+            _ => (above, NO_SEQUENCE),
         };
         stream.forwards.store(forwards, Ordering::Relaxed);
         stream.backwards.store(backwards, Ordering::Relaxed);
@@ -108,7 +112,7 @@ impl Window {
 mod tests {
     use super::*;
 
-    /// The pages that are filled for a fault, of a region that is missing all around.
+    /// The pages that are filled for a fault in a region without present pages.
     fn fault(streams: &Streams, page: usize, most: usize) -> Range<usize> {
         let window = streams.window(page, most);
         let pages = window.pages(page);
@@ -154,7 +158,7 @@ mod tests {
     fn sequences_are_told_apart_as_many_as_are_kept() {
         crate::support::require!();
         let streams = Streams::new();
-        let mut pages: Vec<_> = (0..STREAMS).map(|stream| stream * 10_000).collect();
+        let mut pages: Vec<_> = (0..MAX_STREAMS).map(|stream| stream * 10_000).collect();
         for round in 0..4 {
             for page in &mut pages {
                 let filled = fault(&streams, *page, 64);

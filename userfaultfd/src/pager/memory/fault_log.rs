@@ -1,4 +1,4 @@
-//! Which pages of a region faults came for, in which order.
+//! A log of the pages of a region that faulted, in order.
 
 #![expect(unsafe_code, reason = "atomic numbers in a mapping")]
 
@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
-/// Pages for which faults came, each once, in mappings that exist only where something is noted. Noting is
-/// async-signal-safe.
+/// The pages that faulted, each once, in mappings that take memory only where an entry is. Noting is async-signal-safe.
 #[derive(Debug)]
 pub(crate) struct Log {
     /// Numbers of pages, plus 1.
@@ -20,21 +19,21 @@ pub(crate) struct Log {
     mode: AtomicU8,
 }
 
-/// Whether faults are noted.
+/// Whether and how faults are noted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Mode {
     Off,
-    /// They are, and what is filled around them goes on as it is.
+    /// Faults are noted, and fault-around stays as it is.
     On,
-    /// They are, and nothing is filled around them, so that each page that is touched is noted.
+    /// Faults are noted without fault-around, so that each accessed page is noted.
     Exact,
-    /// They will be, once the notes of before are cleared.
+    /// Faults will be noted once the former entries are cleared.
     Starting,
 }
 
 impl Log {
-    /// Room for all pages of a region.
+    /// Makes a log with room for all pages of a region.
     pub(crate) fn new(pages: usize) -> io::Result<Self> {
         let map = |len| MmapOptions::new().len(len).no_reserve_swap().map_anon().map(MmapRaw::from);
         let entries = map(pages.saturating_mul(size_of::<AtomicUsize>()))?;
@@ -44,18 +43,18 @@ impl Log {
 
     fn entries(&self) -> &[AtomicUsize] {
         let count = self.entries.len() / size_of::<AtomicUsize>();
-        // SAFETY: so many numbers are mapped, aligned to a page, as long as `self` is borrowed. Nothing but these
-        // atomics leads to them, and any bytes are good for one.
+        // SAFETY: `pages` numbers are mapped, aligned to a page, while `self` is borrowed. All access to them is by these
+        // atomics, for which any bytes are valid.
         unsafe { slice::from_raw_parts(self.entries.as_ptr().cast::<AtomicUsize>(), count) }
     }
 
     fn bits(&self) -> &[AtomicU8] {
-        // SAFETY: so many bytes are mapped as long as `self` is borrowed. Nothing but these atomics leads to them, and any
-        // byte is good for one.
+        // SAFETY: the bytes are mapped while `self` is borrowed. All access to them is by these atomics, for which any
+        // byte is valid.
         unsafe { slice::from_raw_parts(self.noted.as_ptr().cast::<AtomicU8>(), self.noted.len()) }
     }
 
-    /// Notes a page, if it is time to and it isn't noted yet. Whether nothing is to be filled around it.
+    /// Notes a page, if faults are noted and it isn't yet. Returns whether to fill nothing around it.
     pub(crate) fn note(&self, page: usize) -> bool {
         // Pairs with the store of `start`: a thread that sees noting on sees the entries cleared.
         let mode = self.mode.load(Ordering::Acquire);
@@ -67,7 +66,7 @@ impl Log {
         mode == Mode::Exact as u8
     }
 
-    /// Sets the bit of a page. Whether this did it.
+    /// Sets the bit of a page. Returns whether it was clear.
     fn is_new(&self, page: usize) -> bool {
         let bit = 1 << (page % 8);
         self.bits().get(page / 8).is_some_and(|bits| {
@@ -75,7 +74,7 @@ impl Log {
         })
     }
 
-    /// Begins to note, from the start. Returns whether it did: `false` while another recorder or replay notes.
+    /// Begins to note, with an empty log. Returns `false` while another recorder or replay uses the log.
     pub(crate) fn start(&self, mode: Mode) -> bool {
         let claimed = self.claim();
         if claimed {
@@ -105,7 +104,7 @@ impl Log {
         self.mode.store(Mode::Off as u8, Ordering::Release);
     }
 
-    /// What was noted, each page once.
+    /// The noted pages, each once.
     pub(crate) fn pages(&self) -> Vec<usize> {
         let noted = self.entries().iter().take(self.next.load(Ordering::Acquire));
         noted.filter_map(|entry| entry.load(Ordering::Acquire).checked_sub(1)).collect()
@@ -138,7 +137,7 @@ mod tests {
         assert!(log.start(Mode::Exact) && log.note(1));
         log.stop();
         assert!(log.claim() && !log.claim() && !log.start(Mode::On));
-        // A fault that is noted now would be lost: the recorder would miss the page, and fill around it.
+        // A fault noted now would be lost: the recorder would miss the page, and fill around it.
         assert!(!log.note(5));
         assert_eq!(log.pages(), [1]);
         log.clear();

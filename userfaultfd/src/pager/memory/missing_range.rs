@@ -2,10 +2,10 @@
 
 use crate::pager::RegionId;
 
-/// Pages that nobody has filled, one after the other.
+/// A range of missing pages.
 ///
-/// They can cross to another process, which goes on serving the memory: with the cargo feature `serde` they can be
-/// serialised, and without it be made of their parts.
+/// It can cross to another process that goes on serving the memory: with the cargo feature `serde` it can be
+/// serialised, and without it be built from its parts.
 ///
 /// ```
 /// use userfaultfd::pager::{MissingRange, RegionId};
@@ -27,19 +27,21 @@ use crate::pager::RegionId;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct MissingRange {
-    /// The region, or what became of it by a move or a fork.
+    /// The region.
     pub region: RegionId,
-    /// Where the first is.
+    /// The address of the first page.
     pub address: usize,
-    /// How many bytes they have.
+    /// The length in bytes.
     pub len: usize,
-    /// Where their content is in the source, in bytes. `None`: they were removed, and are to be zero.
+    /// The offset of the content in the source, in bytes. `None`: the pages were removed, and must read as zeros.
     pub offset: Option<u64>,
 }
 
 impl MissingRange {
-    /// Pages at an address, with their content at an offset of the source; without one they are zero. The address, the
-    /// length and the offset are in bytes. For [`Region::missing`](crate::pager::Region::missing) the region's id doesn't matter.
+    /// Returns a range of missing pages with its content at `offset` of the source; with `None` it must read as zeros.
+    ///
+    /// `address`, `len` and `offset` are in bytes. [`Region::missing`](crate::pager::Region::missing) ignores the region's
+    /// id.
     #[must_use]
     pub const fn new(region: RegionId, address: usize, len: usize, offset: Option<u64>) -> Self {
         Self { region, address, len, offset }

@@ -1,4 +1,4 @@
-//! What is served: regions, where they lie, and the state of each page.
+//! What the pager serves: regions, their addresses, and the state of each page.
 //! Nothing here starts a thread, or asks the kernel for more than memory.
 
 pub(crate) mod address_map;

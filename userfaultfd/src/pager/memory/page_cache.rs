@@ -1,4 +1,4 @@
-//! The page cache of a file, as the place where the content of a minor region is put.
+//! The page cache of a file, into which the content of a minor region is written.
 
 #![expect(unsafe_code, reason = "writing to the mapping of a hugetlb file")]
 
@@ -11,20 +11,20 @@ use memmap2::MmapRaw;
 
 use crate::Errno;
 
-/// Where content is put that is mapped by CONTINUE: the page cache of the memory's file.
+/// The page cache of the memory's file: content is written to it, and mapped by CONTINUE.
 pub(crate) enum Cache {
     File { file: File, offset: u64 },
     Mapping { mapping: MmapRaw, file: File, offset: u64 },
 }
 
 impl Cache {
-    /// Has the page cache hold a range of the region's bytes: what it has stays, and what it lacks is zero.
+    /// Makes the page cache hold a range of the region's bytes: present pages stay, missing ones become zero.
     pub(crate) fn allocate(&self, at: usize, len: usize) -> Result<(), Errno> {
         let (Self::File { file, offset } | Self::Mapping { file, offset, .. }) = self;
         crate::sys::allocate(file.as_fd(), offset + at as u64, len)
     }
 
-    /// Puts content at a byte of the region.
+    /// Writes content to a byte of the region.
     pub(crate) fn write(&self, at: usize, content: &[u8]) -> io::Result<()> {
         match self {
             Self::File { file, offset } => file.write_all_at(content, offset + at as u64),
@@ -34,8 +34,8 @@ impl Cache {
                 self.allocate(at, content.len())?;
                 // SAFETY: `at` is within the mapping, as has been asserted.
                 let to = unsafe { mapping.as_mut_ptr().add(at) };
-                // SAFETY: so many bytes from there on are mapped and writable, and the content lies elsewhere. Nothing
-                // refers to them: the pages are shown to others only after this.
+                // SAFETY: `content.len()` bytes from there on are mapped and writable, and the content lies elsewhere.
+                // No reference points to them: the pages are mapped elsewhere only after this.
                 unsafe { to.copy_from_nonoverlapping(content.as_ptr(), content.len()) };
                 Ok(())
             }

@@ -10,38 +10,38 @@ use super::descriptor::{Attachment, wake};
 use super::page_state::Settlement;
 use super::served::ServedRegion;
 
-/// Pages of a region, one after the other, that one thread has claimed. The first `done` of them are settled; dropping
-/// it gives the others up.
+/// A run of pages of a region that one thread has claimed. The first `done` of them are settled; dropping the run
+/// releases the others.
 #[derive(Debug)]
 pub(crate) struct PageRun {
     pub(crate) region: Arc<ServedRegion>,
     first: usize,
     count: usize,
     done: usize,
-    /// Where `first` was when it was claimed.
+    /// The address of `first` when it was claimed.
     address: usize,
-    /// The page that a fault was on, and when that was read. `None` for pages that nobody asked for.
+    /// The page that faulted, and when the fault was read. `None` for pages that no fault asked for.
     pub(crate) demand: Option<(usize, Instant)>,
     /// Zeros belong there, whatever the source has.
     pub(crate) removed: bool,
-    /// How often the kernel has said that something is there already.
+    /// Number of times that the kernel has reported the page as present.
     pub(crate) tries: u8,
-    /// How often its source has failed.
+    /// Number of failed reads of its source.
     pub(crate) attempts: u32,
-    /// Nobody needs it, so that it is left missing where its source fails.
+    /// No fault needs it, so that it stays missing if its source fails.
     pub(crate) is_early: bool,
 }
 
-/// The runs of a thread whose sources it is in that are known: a source may fill other memory in turn.
-const DEPTH: usize = 4;
+/// Nested reads that are noted for each thread: a source may itself fault on memory of another pager, hardly deeper.
+const MAX_SOURCE_DEPTH: usize = 4;
 
 thread_local! {
-    /// The runs whose sources this thread is in: the address of the region, and the pages. There is none at 0.
-    static IN_SOURCE: [Cell<(usize, usize, usize)>; DEPTH] =
-        const { [const { Cell::new((0, 0, 0)) }; DEPTH] };
+    /// The runs whose sources this thread is reading: the address of the region, and the pages. Address 0: no entry.
+    static IN_SOURCE: [Cell<(usize, usize, usize)>; MAX_SOURCE_DEPTH] =
+        const { [const { Cell::new((0, 0, 0)) }; MAX_SOURCE_DEPTH] };
 }
 
-/// A run whose source this thread is in, until this is dropped.
+/// A run whose source this thread is reading, until this is dropped.
 pub(crate) struct InSource(Option<usize>);
 
 impl Drop for InSource {
@@ -52,7 +52,7 @@ impl Drop for InSource {
     }
 }
 
-/// Returns whether this thread has claimed a page, and is in its source: nobody can wait here for its content.
+/// Returns whether this thread has claimed a page and is reading its source: then it can't wait for the content.
 pub(crate) fn is_in_source(region: &Arc<ServedRegion>, page: usize) -> bool {
     let address = Arc::as_ptr(region).addr();
     let is_it = |(region, first, end)| region == address && (first..end).contains(&page);
@@ -60,7 +60,7 @@ pub(crate) fn is_in_source(region: &Arc<ServedRegion>, page: usize) -> bool {
 }
 
 impl PageRun {
-    /// Notes that this thread is in the source of the run.
+    /// Notes that this thread is reading the source of the run.
     pub(crate) fn enter_source(&self) -> InSource {
         let pages = self.pages();
         let run = (Arc::as_ptr(&self.region).addr(), pages.start, pages.end);
@@ -71,7 +71,7 @@ impl PageRun {
         }))
     }
 
-    /// Pages of a segment that were claimed.
+    /// Makes a run of claimed pages of a segment.
     pub(crate) fn new(segment: &Segment, pages: Range<usize>, removed: bool) -> Self {
         let address = segment.address_of(pages.start).expect("the pages are in the segment");
         let region = Arc::clone(&segment.region);
@@ -90,8 +90,8 @@ impl PageRun {
         }
     }
 
-    /// Takes pages that no fault has asked for: the first missing ones in a range that follow each other and are read
-    /// together, at most `most`. Returns where to go on looking, too.
+    /// Claims pages that no fault has asked for: the first missing ones in a range that are adjacent and are read together,
+    /// at most `most`. Also returns where to continue the search.
     pub(crate) fn claim(segment: &Segment, pages: Range<usize>, most: usize) -> (Option<Self>, usize) {
         let region = &segment.region;
         for page in pages.clone() {
@@ -110,37 +110,37 @@ impl PageRun {
         self
     }
 
-    /// Those that aren't settled.
+    /// The pages that aren't settled.
     pub(crate) fn pages(&self) -> Range<usize> {
         self.first + self.done..self.first + self.count
     }
 
-    /// Likewise, in bytes.
+    /// Their length in bytes.
     pub(crate) fn len(&self) -> usize {
         self.pages().len() << self.region.page_shift
     }
 
-    /// How many bytes are settled.
+    /// The number of settled bytes.
     pub(crate) fn done(&self) -> usize {
         self.done << self.region.page_shift
     }
 
-    /// The address of the first that isn't settled.
+    /// The address of the first page that isn't settled.
     pub(crate) fn address(&self) -> usize {
         self.address + self.done()
     }
 
-    /// The addresses of those that aren't settled.
+    /// The addresses of the pages that aren't settled.
     pub(crate) fn addresses(&self) -> Range<usize> {
         self.address()..self.address() + self.len()
     }
 
-    /// The page that a fault was on, if it isn't settled.
+    /// The page that faulted, if it isn't settled.
     pub(crate) fn demanded(&self) -> Option<usize> {
         self.demand.map(|(page, _)| page).filter(|page| self.pages().contains(page))
     }
 
-    /// Settles so many more. Whether a fault joined one of them.
+    /// Settles the next `pages` pages. Returns whether a fault joined one of them.
     #[must_use]
     pub(crate) fn settle(&mut self, pages: usize, end: Settlement) -> bool {
         let settled = self.pages().start..self.pages().start + pages;
@@ -158,30 +158,30 @@ impl PageRun {
         })
     }
 
-    /// Whether a page was removed since, so that it isn't the source's content that belongs there.
+    /// Whether a page was removed since the claim, so that the source's content no longer belongs there.
     pub(crate) fn is_outdated(&self) -> bool {
         !self.removed && self.pages().any(|page| self.region.pages.is_removed(page))
     }
 
-    /// Forgets those that are settled.
+    /// Forgets the settled pages.
     pub(crate) fn rest(mut self) -> Self {
         self.address = self.address();
         (self.first, self.count, self.done) = (self.pages().start, self.pages().len(), 0);
         self
     }
 
-    /// It can be neither filled nor poisoned, but is tried on.
+    /// Marks that the run can be neither filled nor poisoned for now, while it is retried.
     pub(crate) fn mark_stuck(&self) {
         self.pages().for_each(|page| self.region.pages.mark_stuck(page));
     }
 
-    /// Gives up all that isn't settled, and wakes everybody who waits for it.
+    /// Releases all pages that aren't settled, and wakes the threads that wait for them.
     pub(crate) fn give_up(self, serving: Option<&Attachment>) {
         let (region, pages, addresses) = (Arc::clone(&self.region), self.pages(), self.addresses());
         drop(self);
         let Some(serving) = serving.filter(|_| !pages.is_empty()) else { return };
         wake(&serving.uffd, addresses.clone());
-        // Where it was moved since, others may have come, who rely on this load.
+        // At an address to which it was moved since, other threads may have joined this load.
         for segment in serving.layout.segments().iter().filter(|s| Arc::ptr_eq(&s.region, &region)) {
             let now = segment.addresses_of(&pages);
             if !now.is_empty() && now != addresses {
@@ -190,7 +190,7 @@ impl PageRun {
         }
     }
 
-    /// Gives up all but one page.
+    /// Releases all pages but one.
     pub(crate) fn narrow(mut self, page: usize, serving: Option<&Attachment>) -> Self {
         let pages = self.pages();
         debug_assert!(pages.contains(&page), "page {page} of {pages:?}");

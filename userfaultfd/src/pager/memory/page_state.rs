@@ -1,4 +1,4 @@
-//! What is known about each page of a region: one byte, in memory that exists only where a page was touched.
+//! The state of each page of a region: one byte, in a mapping that takes memory only where a page was accessed.
 
 #![expect(unsafe_code, reason = "atomic bytes in a mapping")]
 
@@ -15,26 +15,26 @@ use crate::sync::atomic::{AtomicU8, AtomicUsize};
 const PRESENT: u8 = 1 << 0;
 /// An access raises SIGBUS.
 const POISONED: u8 = 1 << 1;
-/// The page was removed: what belongs there is zero, whatever the source has.
+/// The page was removed: zeros belong there, whatever the source has.
 const REMOVED: u8 = 1 << 2;
-/// One thread is about to put content there. Nobody else does.
+/// One thread, the claimant, is about to put content there. No other thread may.
 const LOADING: u8 = 1 << 3;
-/// Another fault came meanwhile: whoever loads wakes again when the state is settled.
+/// Another fault came meanwhile: the claimant wakes once more when it settles the state.
 const JOINED: u8 = 1 << 4;
-/// The rest counts how often the kernel said that something is there, and a fault came all the same.
+/// First bit of the counter of tries: how often the kernel reported the page as present, and a fault came all the same.
 const TRIES_SHIFT: u32 = 5;
 
-/// So far it counts.
+/// The largest count of tries that fits.
 pub(crate) const MAX_TRIES: u8 = u8::MAX >> TRIES_SHIFT;
 
-/// What a fault finds its page to be.
+/// The state in which a fault finds its page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Claim {
-    /// Missing until now, and the caller's to load. If `removed`, with zeros.
+    /// The page was missing, and the caller must load it: with zeros if `removed`.
     Acquired { removed: bool, tries: u8 },
-    /// Another thread loads it, and knows now that there is one more to wake.
+    /// Another thread loads the page, and will wake this fault, too.
     Joined,
-    /// There, as far as the pager knows.
+    /// Present, as far as the pager knows.
     Present,
     /// Poisoned, as far as the pager knows.
     Poisoned,
@@ -47,16 +47,16 @@ pub(crate) enum Settlement {
     Present,
     /// The page is poisoned.
     Poisoned,
-    /// It is what it was before, and anybody's to load.
+    /// The page is missing again, and any thread may load it.
     Released,
-    /// Likewise, and the kernel says that something is there.
+    /// The same, and the kernel reports the page as present.
     Contested,
 }
 
 /// The states of the pages of a region.
 #[derive(Debug)]
 pub(crate) struct Pages {
-    /// The regions of a fork's child share one mapping.
+    /// The regions of a forked child share one mapping.
     states: Arc<Room>,
     first: usize,
     count: usize,
@@ -65,19 +65,19 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// All missing. Memory is taken for the parts that are touched.
+    /// States of `count` missing pages.
     pub(crate) fn new(count: usize) -> io::Result<Self> {
         let states = Arc::new(map(count)?);
         Ok(Self { states, first: 0, count, present: AtomicUsize::new(0), poisoned: AtomicUsize::new(0) })
     }
 
-    /// All are there. For memory that was served before, as long as nobody else uses these states.
+    /// Marks all pages as present, for memory that was served before. No other thread may use these states yet.
     pub(crate) fn all_present(&self) {
         self.cells().iter().for_each(|cell| cell.store(PRESENT, Ordering::Relaxed));
         self.present.store(self.count, Ordering::Relaxed);
     }
 
-    /// Some of them are not. If `removed`, they are to be zero.
+    /// Marks some of them as missing, with zeros as content if `removed`.
     pub(crate) fn set_missing(&self, pages: Range<usize>, removed: bool) {
         for cell in &self.cells()[pages] {
             let before = cell.swap(if removed { REMOVED } else { 0 }, Ordering::Relaxed);
@@ -96,7 +96,7 @@ impl Pages {
         pages
     }
 
-    /// Copies the states of a range of pages to a mapping from `first` on. What is being loaded is missing in the copy.
+    /// Copies the states of a range of pages to a mapping from `first` on. Loading pages are missing in the copy.
     pub(crate) fn copy_to(&self, range: Range<usize>, copy: &Room, first: usize) {
         let to = cells(copy, first, range.len());
         for (to, from) in to.iter().zip(&self.cells()[range]) {
@@ -116,15 +116,15 @@ impl Pages {
         self.count
     }
 
-    /// How many pages are there, and how many are poisoned. Together no more than there are pages.
+    /// The numbers of present and of poisoned pages. Their sum doesn't exceed the number of pages.
     pub(crate) fn present_and_poisoned(&self) -> (usize, usize) {
-        // What one thread has filled another may count as removed before the first has counted it.
+        // Another thread may count a removal before the first one has counted the fill.
         let number = |count: &AtomicUsize| (count.load(Ordering::Relaxed) as isize).max(0) as usize;
         let present = number(&self.present).min(self.count);
         (present, number(&self.poisoned).min(self.count - present))
     }
 
-    /// Takes a page that a fault is about.
+    /// Claims the page of a fault.
     pub(crate) fn claim(&self, page: usize) -> Claim {
         let cell = &self.cells()[page];
         let mut state = cell.load(Ordering::Acquire);
@@ -146,8 +146,8 @@ impl Pages {
         }
     }
 
-    /// Takes the pages around one that was claimed, as far as they are plainly missing, with content of the kind, and
-    /// within a range. Returns all of them.
+    /// Claims the pages around a claimed one that are plainly missing, with content of the same kind, and within a range.
+    /// Returns all of them.
     pub(crate) fn claim_around(&self, page: usize, within: Range<usize>, removed: bool) -> Range<usize> {
         let (mut start, mut end) = (page, page + 1);
         while start > within.start && self.try_claim_untouched(start - 1, removed) {
@@ -159,14 +159,14 @@ impl Pages {
         start..end
     }
 
-    /// Takes a page that nobody asked for, if it is plainly missing, with content of the kind.
+    /// Claims a page that no fault asked for, if it is plainly missing, with content of the given kind.
     pub(crate) fn try_claim_untouched(&self, page: usize, removed: bool) -> bool {
         let (missing, cell) = (if removed { REMOVED } else { 0 }, &self.cells()[page]);
         cell.compare_exchange(missing, missing | LOADING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    /// Takes a page that nobody asked for, whatever number of tries it has. Whether with zeros; `None` if it isn't
-    /// missing, or another thread has it.
+    /// Claims a page that no fault asked for, whatever its count of tries. Returns whether its content is zeros, or `None`
+    /// if it isn't missing, or another thread has claimed it.
     pub(crate) fn claim_missing(&self, page: usize) -> Option<bool> {
         let state = self.cells()[page].load(Ordering::Acquire);
         if state & (LOADING | PRESENT | POISONED) != 0 {
@@ -178,13 +178,13 @@ impl Pages {
         }
     }
 
-    /// Whether somebody is about to fill a page, with a prospect of success.
+    /// Whether a thread is about to fill a page, with a prospect of success.
     pub(crate) fn is_in_work(&self, page: usize) -> bool {
         let state = self.cells()[page].load(Ordering::Acquire);
         state & LOADING != 0 && state >> TRIES_SHIFT != MAX_TRIES
     }
 
-    /// A page that was claimed has no such prospect.
+    /// Notes that a claimed page has no such prospect.
     pub(crate) fn mark_stuck(&self, page: usize) {
         self.cells()[page].fetch_or(MAX_TRIES << TRIES_SHIFT, Ordering::AcqRel);
     }
@@ -204,18 +204,17 @@ impl Pages {
         self.cells()[page].load(Ordering::Acquire) & POISONED != 0
     }
 
-    /// Whether a page is neither there nor poisoned.
+    /// Whether a page is neither present nor poisoned.
     pub(crate) fn is_missing(&self, page: usize) -> bool {
         self.cells()[page].load(Ordering::Acquire) & (PRESENT | POISONED) == 0
     }
 
-    /// Whether a page that was to be filled isn't: neither is it there, nor is a thread about to put content there, nor was
-    /// it removed.
+    /// Whether a fill of a page has failed: the page isn't present, no thread is about to fill it, and it wasn't removed.
     pub(crate) fn is_failed(&self, page: usize) -> bool {
         self.cells()[page].load(Ordering::Acquire) & (PRESENT | LOADING | REMOVED) == 0
     }
 
-    /// Ends the load of a page that was claimed. Whether another fault joined, so that there is somebody to wake.
+    /// Ends the load of a claimed page. Returns whether another fault joined, so that its thread must be woken.
     #[must_use]
     pub(crate) fn end(&self, page: usize, end: Settlement) -> bool {
         let cell = &self.cells()[page];
@@ -229,7 +228,7 @@ impl Pages {
                 Settlement::Contested if state >> TRIES_SHIFT == MAX_TRIES => missing,
                 Settlement::Contested => missing + (1 << TRIES_SHIFT),
             };
-            // Counted first: where the state can be seen it is among those that are counted.
+            // Counted first, so that a page whose state is visible is counted.
             self.count_change(state, next);
             match cell.compare_exchange(state, next, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => return state & JOINED != 0,
@@ -241,7 +240,7 @@ impl Pages {
         }
     }
 
-    /// From now on what belongs to these pages is zero, but for those that are there if `keep_present`.
+    /// Marks pages as removed: from now on zeros belong there. With `keep_present`, present pages stay as they are.
     pub(crate) fn remove(&self, pages: Range<usize>, keep_present: bool) {
         for cell in &self.cells()[pages] {
             let mut state = cell.load(Ordering::Acquire);
@@ -269,7 +268,7 @@ impl Pages {
     }
 }
 
-/// Where the states lie: in a mapping.
+/// The states in a mapping.
 #[cfg(not(all(test, userfaultfd_loom)))]
 mod room {
     use std::sync::atomic::AtomicU8;
@@ -281,15 +280,15 @@ mod room {
 
     pub(crate) type Room = MmapRaw;
 
-    /// Room for the states of `count` pages, all missing. The allocator isn't used.
+    /// Maps room for the states of `count` pages, all missing, without the allocator.
     pub(crate) fn map(count: usize) -> io::Result<Room> {
         let states: MmapRaw = MmapOptions::new().len(count).no_reserve_swap().map_anon()?.into();
-        // Room is taken for what is touched, not for 2 MiB around it. A kernel without huge pages doesn't know it.
+        // Memory is taken for accessed pages, not for 2 MiB around them. A kernel without huge pages refuses this.
         let _refused = sys::no_huge_pages(&states);
         Ok(states)
     }
 
-    /// Some of the states in a mapping.
+    /// A part of the states in a mapping.
     pub(super) fn cells(states: &Room, first: usize, count: usize) -> &[AtomicU8] {
         assert!(first.checked_add(count).is_some_and(|end| end <= states.len()), "states that are mapped");
         // SAFETY: `first` is within the mapping, as has been asserted.
@@ -300,7 +299,7 @@ mod room {
     }
 }
 
-/// Where the states lie in a model: its atomics are no bytes.
+/// The states in a model, whose atomics aren't bytes.
 #[cfg(all(test, userfaultfd_loom))]
 mod room {
     use std::io;
@@ -330,7 +329,7 @@ mod loom_models {
         loom::model(move || threads(&Arc::new(Pages::new(1).unwrap())));
     }
 
-    /// Content that the claimant alone writes, and that every thread may read that finds the page present.
+    /// Content that the claimant alone writes, and that every thread may read once it finds the page present.
     #[test]
     fn page_is_loaded_by_one_and_seen_whole_by_others() {
         loom::model(|| {

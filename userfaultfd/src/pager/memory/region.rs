@@ -1,4 +1,4 @@
-//! [`Region`]: memory and the source of its content, as it is handed to a pager.
+//! [`Region`]: memory and the source of its content, as a program passes it to a pager.
 
 use std::fmt;
 use std::fs::File;
@@ -18,12 +18,12 @@ use crate::pager::{Error, MissingRange, PageSource, Result};
 use crate::source::call::catch_panic;
 use crate::{FeatureFlags, IoctlFlags, RegisterMode, Support};
 
-/// The most that is filled for one fault, unless told otherwise.
-pub(crate) const ADAPTIVE: usize = 2 << 20;
+/// Bytes filled for one fault at most by default: more reads no faster from memory, and holds other faults up.
+pub(crate) const DEFAULT_MAX_AROUND_BYTES: usize = 2 << 20;
 
 /// A range of memory that a pager fills from a source.
 ///
-/// Page `i` of the range has what the source has at byte [`offset`](Self::offset) + `i` × page size.
+/// Page `i` of the range gets the source's content from byte [`offset`](Self::offset) + `i` × page size on.
 ///
 /// ```
 /// use userfaultfd::pager::{PageData, Region};
@@ -40,7 +40,7 @@ pub struct Region {
     start: usize,
     len: usize,
     source: Arc<dyn PageSource>,
-    /// Once it was [asked](Self::ask_source).
+    /// Set by [`ask_source`](Self::ask_source).
     source_len: Option<u64>,
     offset: u64,
     page_size: usize,
@@ -52,32 +52,33 @@ pub struct Region {
 }
 
 impl Region {
-    /// What it is read from.
+    /// The source of the content.
     pub(crate) fn source(&self) -> Arc<dyn PageSource> {
         Arc::clone(&self.source)
     }
 
-    /// `len` bytes of memory from address `start` on, in the address space of the descriptor that the region is
-    /// added with. Both are multiples of the page size.
+    /// Returns a region of `len` bytes of memory from address `start` on, in the address space of the descriptor with
+    /// which it is added. Both must be multiples of the page size.
     ///
     /// The memory must be mapped: private anonymous memory, memfd, tmpfs, shared anonymous, or hugetlb memory. The
     /// pager registers it for missing faults, whether it is registered already or not.
     ///
-    /// In a private mapping of a memfd a thread sees what the file has, and faults where the file has nothing. What the
-    /// pager fills before a fault ([`fault_around`](Self::fault_around) one, in the background, by [`finish`](crate::pager::Pager::finish))
-    /// is the source's content, and hides what the file has. Before Linux 5.14 that is also so when a pager of another
-    /// process's memory is dropped.
+    /// In a private mapping of a memfd a thread sees the file's pages, and faults where the file has none. Pages that the
+    /// pager fills without a fault ([`fault_around`](Self::fault_around), background fills,
+    /// [`finish`](crate::pager::Pager::finish)) get the source's content, which hides the file's. Before Linux 5.14 dropping
+    /// a pager does the same to memory of another process.
     ///
-    /// Nothing of it must be there that is to come from the source. **Locked memory counts as present**: mlock(2)
-    /// fills a range with zeros, and mlockall(2) with `MCL_FUTURE` each new mapping, as does `MAP_POPULATE`. Map it with
-    /// `PROT_NONE`, unlock it, and make it accessible then; `mlock2` with `MLOCK_ONFAULT` locks it once it is registered.
-    /// [`LazyMemory`](crate::LazyMemory) does all that.
+    /// Pages that must come from the source must not be present yet. **Locked memory is present**: mlock(2) fills a range
+    /// with zeros, and so do mlockall(2) with `MCL_FUTURE` and `MAP_POPULATE` for each new mapping. To avoid that, map the
+    /// memory with `PROT_NONE`, unlock it, and then make it accessible; `mlock2` with `MLOCK_ONFAULT` locks it once it is
+    /// registered. [`LazyMemory`](crate::LazyMemory) does all that.
     ///
-    /// What mremap(2) makes the mapping longer by is zeros, as it would be without a pager. No event tells of it; the pager
-    /// finds that the mapping goes on behind the region. So does one into which the kernel has merged memory that the
-    /// program registered itself, with the same descriptor, behind a region that was served by then: until that memory is
-    /// added its faults are resolved with zeros, too. Leave registering to [`Pager::add_region`](crate::pager::Pager::add_region),
-    /// or register it before the region in front of it is added: then its faults wait until it is added.
+    /// Where mremap(2) makes the mapping longer, the new part reads as zeros, as it would without a pager. No event reports
+    /// the growth; the pager notices that the mapping goes on behind the region. The same holds for memory that the
+    /// program itself registers with the same descriptor behind a served region, if the kernel merges both mappings: until
+    /// that memory is added, its faults are resolved with zeros. So leave registering to
+    /// [`Pager::add_region`](crate::pager::Pager::add_region), or register the memory before you add the region in front of
+    /// it: then its faults wait until it is added.
     pub fn new(start: usize, len: usize, source: impl PageSource + 'static) -> Self {
         Self {
             start,
@@ -86,7 +87,7 @@ impl Region {
             source_len: None,
             offset: 0,
             page_size: crate::page_size(),
-            around: FaultAround::Adaptive { most: ADAPTIVE },
+            around: FaultAround::Adaptive { most: DEFAULT_MAX_AROUND_BYTES },
             write_protected: false,
             minor: None,
             shared: false,
@@ -94,80 +95,80 @@ impl Region {
         }
     }
 
-    /// Where in the source the content of the first page is, in bytes. The default is 0.
+    /// Sets the offset in the source of the first page's content, in bytes. The default is 0.
     pub fn offset(mut self, offset: u64) -> Self {
         self.offset = offset;
         self
     }
 
-    /// The page size of the memory, in bytes: the huge page size of hugetlb memory. The default is the
+    /// Sets the page size of the memory, in bytes: the huge page size of hugetlb memory. The default is the
     /// [page size of the system](crate::page_size()).
     pub fn page_size(mut self, bytes: usize) -> Self {
         self.page_size = bytes;
         self
     }
 
-    /// How much is read and filled for one fault. The default is [`FaultAround::Adaptive`] up to 2 MiB.
+    /// Sets how much is filled for one fault. The default is [`FaultAround::Adaptive`] with at most 2 MiB.
     pub fn fault_around(mut self, around: FaultAround) -> Self {
         self.around = around;
         self
     }
 
-    /// Fills the block of `bytes` bytes that a page is in: [`FaultAround::Block`].
+    /// Fills, for one fault, the block of `bytes` bytes that has the page: short for [`FaultAround::Block`].
     pub fn block(self, bytes: usize) -> Self {
         self.fault_around(FaultAround::Block(bytes))
     }
 
-    /// Fills pages write-protected, so that the first write to each is a fault as well, which the pager counts and
-    /// lets go on. The range is registered for [`RegisterMode::WRITE_PROTECT`], too.
+    /// Fills pages write-protected, so that the first write to each page faults, too; the pager counts the fault and lifts
+    /// the protection. The range is registered for [`RegisterMode::WRITE_PROTECT`], too.
     ///
-    /// For a tracker of written pages that reads `/proc/PID/pagemap`, and that must not see the pager's own writes.
-    /// Linux 5.7; on shared and hugetlb memory 5.19; of [`minor`](Self::minor) regions 6.4.
+    /// Use it for a tracker of written pages that reads `/proc/PID/pagemap` and must not see the pager's own writes. Since
+    /// Linux 5.7; for shared and hugetlb memory 5.19; for [`minor`](Self::minor) regions 6.4.
     pub fn write_protected(mut self) -> Self {
         self.write_protected = true;
         self
     }
 
-    /// Fills pages by writing them to the file that the memory is a shared mapping of, and mapping what is in the
-    /// page cache then. `file` is the memfd, or the file of hugetlbfs or tmpfs; `offset` is where in it the range
-    /// begins, in bytes: a whole number of pages.
+    /// Fills pages by writing them to the file of which the memory is a shared mapping, and mapping them from the page
+    /// cache. `file` is the memfd, or the file of hugetlbfs or tmpfs; `offset` is the file offset of the range's start, in
+    /// bytes, a multiple of the page size.
     ///
-    /// The range is registered for [`RegisterMode::MINOR`], too. What the file holds already is not taken for
-    /// content: a page is loaded from the source before it is first mapped. Linux 5.14; on hugetlb memory 5.13.
+    /// The range is registered for [`RegisterMode::MINOR`], too. Existing content of the file is ignored: the pager loads
+    /// each page from the source before it is first mapped. Since Linux 5.14; for hugetlb memory 5.13.
     ///
-    /// A page whose hole is punched is what the file holds from then on: zero, unless another mapping or write(2) writes
-    /// it. That holds for pages that were never loaded, too, where the descriptor tells of the removal. Of huge pages
-    /// the kernel removes those that are in the range as a whole. (On memfd and tmpfs that takes commit 73f37dbcfe17 of
-    /// Linux 5.19, which 5.18.13 and 5.15.56 have, too: without it such an access waits until the page is written.)
+    /// After a hole is punched, a page shows what the file holds: zeros, unless another mapping or write(2) writes it. That
+    /// includes pages that were never loaded, where the descriptor reports the removal. The kernel removes only huge pages
+    /// that lie in the range as a whole. (On memfd and tmpfs that needs commit 73f37dbcfe17 of Linux 5.19, which 5.18.13 and
+    /// 5.15.56 have, too: without it such an access waits until the page is written.)
     ///
     /// The file must not shrink while it is served. Such memory is always [shared](Self::shared).
     ///
-    /// This is safe, and relies on what maps the file: a shared mapping changes whenever any process writes to the file,
-    /// so whoever made a reference into one has answered for that. The pager is one more writer. It writes each missing
-    /// page once, from this process, whatever process the memory belongs to; other mappings of the file see that, in
-    /// this process, too. Have no reference into such a mapping, unless what it leads to may change: atomics, cells.
+    /// The method is safe, because a shared mapping changes whenever any process writes to the file: the code that made a
+    /// reference into such a mapping has vouched for that, and the pager is one more writer. It writes each missing page
+    /// once, from this process, whatever process the memory belongs to; other mappings of the file see it, also in this
+    /// process. Hold no reference into such a mapping except to data that may change: atomics, cells.
     pub fn minor(mut self, file: File, offset: u64) -> Self {
         self.minor = Some((file, offset));
         self.shared = true;
         self
     }
 
-    /// Tells that the memory is a shared mapping (memfd, tmpfs, shared anonymous), so that after a fork parent and
-    /// child fill the same pages. Without it each has its own.
+    /// Declares that the memory is a shared mapping (memfd, tmpfs, shared anonymous), so that after a fork parent and child
+    /// fill the same pages. By default each fills its own.
     pub fn shared(mut self) -> Self {
         self.shared = true;
         self
     }
 
-    /// Tells that the memory was served before, and which of its pages are still missing: what another pager
-    /// [tells](crate::pager::Detached::missing) of the memory that it hands over. Whatever isn't among them is there, and is
-    /// never read from the source. The content of those that are is at their own offset in the source, wherever they
-    /// were moved to; where it is `None` it is zero. Parts that lie elsewhere are other regions', and passed over.
+    /// Declares that the memory was served before, with the list of its missing ranges: the one that another pager
+    /// [returns](crate::pager::Detached::missing) when it hands the memory over.
     ///
-    /// They can come from another process: see [`MissingRange::new`].
+    /// All other pages count as present, and are never read from the source. The content of a missing range is at the
+    /// range's own offset in the source; without an offset it is zeros. Parts outside of this region are ignored, so one
+    /// list serves several regions. The list can come from another process: see [`MissingRange::new`].
     ///
-    /// Without it all pages count as missing. Then a page that is there nevertheless keeps its content, until it is
-    /// removed; but not if the region is [minor](Self::minor).
+    /// By default all pages count as missing. A present page then keeps its content until it is removed, unless the region
+    /// is [minor](Self::minor).
     ///
     /// ```no_run
     /// use userfaultfd::pager::{Detached, FileSource, Pager, Region};
@@ -183,12 +184,12 @@ impl Region {
         self
     }
 
-    /// The addresses.
+    /// The addresses of the region.
     pub(crate) fn range(&self) -> Range<usize> {
         self.start..self.start.saturating_add(self.len)
     }
 
-    /// What it has to be registered for.
+    /// The modes for which the region must be registered.
     pub(crate) fn modes(&self) -> RegisterMode {
         let mut modes = RegisterMode::MISSING;
         modes.set(RegisterMode::WRITE_PROTECT, self.write_protected);
@@ -196,14 +197,14 @@ impl Region {
         modes
     }
 
-    /// Asks the source how long it is: once, and while nothing is locked. Its panic is an error like any other.
+    /// Asks the source for its length: once, and while nothing is locked. Turns its panic into an error.
     pub(crate) fn ask_source(&mut self) -> Result<()> {
         let len = catch_panic(|| Ok(self.source.len()));
         self.source_len = len.map_err(|error| Error::Source { offset: self.offset, error })?;
         Ok(())
     }
 
-    /// The parts of the region that are missing, as far as it was told, with the pages of each.
+    /// The missing parts of the region that were declared, with the pages of each.
     fn missing_parts(&self) -> impl Iterator<Item = (&MissingRange, Range<usize>)> {
         let (range, page) = (self.range(), self.page_size);
         self.missing.iter().flatten().filter_map(move |part| {
@@ -214,7 +215,7 @@ impl Region {
         })
     }
 
-    /// What can be wrong with those.
+    /// Checks the declared missing parts.
     fn check_missing(&self) -> Result<()> {
         let page = self.page_size;
         for (part, _) in self.missing_parts() {
@@ -232,7 +233,7 @@ impl Region {
         Ok(())
     }
 
-    /// What can be wrong without asking the kernel. The source was asked.
+    /// Checks the arguments, without the kernel. The source was asked for its length.
     pub(crate) fn check(&self) -> Result<()> {
         let Self { start, len, page_size: page, .. } = *self;
         if !page.is_power_of_two() || page < crate::page_size() {
@@ -275,13 +276,13 @@ impl Region {
         self.check_missing()
     }
 
-    /// What the kernel can't do though it registers the memory for it.
+    /// Checks for operations that the kernel lacks though it registers the memory for them.
     pub(crate) fn check_kernel(&self) -> Result<()> {
         if !(self.write_protected && self.minor.is_some()) {
             return Ok(());
         }
-        // CONTINUE maps protected pages since Linux 6.4, as this feature; there is none for it alone. Whoever may not
-        // ask finds out by the first fault.
+        // CONTINUE maps protected pages since Linux 6.4, like this feature; it has none of its own. Where the process may
+        // not probe, the first fault shows it.
         let Ok(supported) = Support::probe().map(|support| support.features()) else { return Ok(()) };
         let missing = FeatureFlags::WP_UNPOPULATED.difference(supported);
         if missing.is_empty() {
@@ -291,7 +292,7 @@ impl Region {
         Err(Error::Register { address: self.start, error })
     }
 
-    /// What the kernel's answer to registering tells of the memory.
+    /// Checks the operations that the kernel offers for the registered memory.
     pub(crate) fn check_ioctls(&self, offered: IoctlFlags) -> Result<()> {
         // Hugetlb memory is where zero pages can't be mapped.
         if offered.contains(IoctlFlags::ZEROPAGE) != (self.page_size == crate::page_size()) {
@@ -304,7 +305,7 @@ impl Region {
         if missing.is_empty() { Ok(()) } else { Err(Error::MissingIoctls { address: self.start, missing }) }
     }
 
-    /// What the pager keeps.
+    /// Makes the part of the region that the pager keeps.
     pub(crate) fn serve(self, id: u64, offered: IoctlFlags) -> io::Result<ServedRegion> {
         let page = self.page_size;
         let pages = Pages::new(self.len / page)?;
@@ -323,11 +324,11 @@ impl Region {
             }
         }
         moved.sort_by_key(|part| part.pages.start);
-        // Each page has one place; what was told of it first counts.
+        // Each page has one place; its first range counts.
         moved.dedup_by(|next, before| next.pages.start < before.pages.end);
         let cache = match self.minor {
             None => None,
-            // hugetlbfs has no write(2), and that of a file opened to append writes behind its end.
+            // hugetlbfs has no write(2), and write(2) to a file opened for appending writes behind its end.
             Some((file, offset)) if page != crate::page_size() || crate::sys::is_appending(file.as_fd())? => {
                 let mapping = MmapOptions::new().len(self.len).offset(offset).map_raw(&file)?;
                 Some(Cache::Mapping { mapping, file, offset })

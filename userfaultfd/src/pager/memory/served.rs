@@ -1,4 +1,4 @@
-//! A region while it is served: what doesn't change, and the states of its pages.
+//! A region while it is served: its constant properties, and the states of its pages.
 
 use std::fmt;
 use std::io;
@@ -14,29 +14,29 @@ use crate::holder::Held;
 use crate::lease::Lease;
 use crate::pager::PageSource;
 
-/// Pages that lay elsewhere when they were first served, so that their content isn't where their place says.
+/// Pages that lay elsewhere when they were first served, so that their place doesn't give the offset of their content.
 #[derive(Clone, Debug)]
 pub(crate) struct Moved {
     pub(super) pages: Range<usize>,
-    /// Where the content of the first one is in the source, in bytes.
+    /// The offset of the first page's content in the source, in bytes.
     pub(super) offset: u64,
 }
 
-/// A region that is served: what doesn't change, and the states of its pages.
+/// A served region: its constant properties, and the states of its pages.
 pub(crate) struct ServedRegion {
     pub(crate) id: u64,
     pub(crate) source: Arc<dyn PageSource>,
     pub(super) source_len: Option<u64>,
     pub(crate) offset: u64,
-    /// In order. Mostly there are none.
+    /// Ordered. Mostly empty.
     pub(super) moved: Box<[Moved]>,
     pub(crate) page_shift: u32,
     pub(crate) around: FaultAround,
     pub(super) streams: Streams,
     pub(crate) write_protected: bool,
-    /// Taken while a tracker is at work.
+    /// Taken while a tracker is active.
     pub(crate) lease: Arc<Lease>,
-    /// Of memory of this process: for errors that others get.
+    /// For memory of this process: the entry by which errors of other users of the memory name this one.
     pub(crate) held: OnceLock<Held>,
     pub(crate) cache: Option<Cache>,
     pub(crate) shared: bool,
@@ -45,24 +45,24 @@ pub(crate) struct ServedRegion {
     /// Whether pages can be poisoned: since Linux 6.6.
     pub(crate) poison: bool,
     pub(crate) pages: Pages,
-    /// Its end, if memory of the same mapping that was registered before follows: what is there is no growth.
+    /// The region's end, if memory of the same mapping follows that was registered before: that memory is no growth.
     pub(crate) followed: Option<usize>,
-    /// Whether a fork brought it.
+    /// Whether it belongs to a child of a fork.
     pub(crate) is_childs: bool,
-    /// Its missing pages are to be poisoned, or filled at once.
+    /// Whether its missing pages must be poisoned, or filled at once.
     pub(super) ending: AtomicBool,
-    /// Where it is noted which pages faults came for, once a recorder has asked for it.
+    /// The log of pages that faulted, once a recorder has asked for it.
     pub(super) log: OnceLock<Log>,
 }
 
 impl ServedRegion {
-    /// Whether pages are filled protected, so that a fill isn't taken for a write. Missing pages may have a marker of
-    /// protection then, which is in the way of zero pages and poison.
+    /// Whether pages are filled protected, so that a fill doesn't count as a write. Then missing pages may have a marker of
+    /// protection, which stops zero pages and poison.
     pub(crate) fn fills_protected(&self) -> bool {
         self.write_protected || self.lease.is_taken()
     }
 
-    /// Whether missing pages are being poisoned, or filled at once: nobody waits for a source any more.
+    /// Whether missing pages are being poisoned, or filled at once: no thread waits for a source any more.
     pub(crate) fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Relaxed)
     }
@@ -71,7 +71,7 @@ impl ServedRegion {
         self.ending.store(ending, Ordering::Relaxed);
     }
 
-    /// Whether the kernel can map zero pages: everywhere but in hugetlb memory.
+    /// Whether the kernel can map zero pages: in all memory but hugetlb memory.
     pub(crate) fn zeropage_possible(&self) -> bool {
         self.page_size() == crate::page_size()
     }
@@ -80,7 +80,7 @@ impl ServedRegion {
         1 << self.page_shift
     }
 
-    /// Where the content of a page is in the source.
+    /// The offset of a page's content in the source, in bytes.
     pub(crate) fn offset_of(&self, page: usize) -> u64 {
         let at = self.moved.partition_point(|part| part.pages.end <= page);
         match self.moved.get(at).filter(|part| part.pages.start <= page) {
@@ -89,7 +89,7 @@ impl ServedRegion {
         }
     }
 
-    /// The pages around one whose content lies as they do in the source: those that can be read together.
+    /// The pages around one whose content is contiguous in the source, too: those that can be read together.
     pub(crate) fn together(&self, page: usize) -> Range<usize> {
         let at = self.moved.partition_point(|part| part.pages.end <= page);
         match self.moved.get(at) {
@@ -101,20 +101,20 @@ impl ServedRegion {
         }
     }
 
-    /// How many of `len` bytes at `offset` the source has.
+    /// The number of `len` bytes at `offset` that the source has.
     pub(crate) fn within_source(&self, offset: u64, len: usize) -> usize {
         let rest = self.source_len.map_or(u64::MAX, |end| end.saturating_sub(offset));
         usize::try_from(rest).unwrap_or(usize::MAX).min(len)
     }
 
-    /// Notes that a fault came for a page that it doesn't fill itself, if that is wanted.
+    /// Notes a fault on a page that it doesn't fill itself, if faults are recorded.
     pub(crate) fn note(&self, page: usize) {
         if let Some(log) = self.log.get() {
             let _exact = log.note(page);
         }
     }
 
-    /// The pages to fill for a fault on one, as far as the region has them; and the sequence that it goes on with.
+    /// The pages of the region to fill for a fault on one, and the sequence of accesses that the fault continues.
     pub(crate) fn fault_around(&self, page: usize) -> (Range<usize>, Option<Window>) {
         if self.log.get().is_some_and(|log| log.note(page)) {
             return (page..page + 1, None);
@@ -135,16 +135,16 @@ impl ServedRegion {
         (pages.start.max(together.start)..pages.end.min(together.end), window)
     }
 
-    /// Where it is noted which pages faults came for.
+    /// The log of pages that faulted.
     pub(crate) fn log(&self) -> io::Result<&Log> {
         if self.log.get().is_none() {
-            // Somebody else may be faster; then theirs is the one.
+            // If another thread is faster, its log is used.
             let _first = self.log.set(Log::new(self.pages.count())?);
         }
         self.log.get().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
     }
 
-    /// The pages that were noted.
+    /// The pages of the log.
     pub(crate) fn noted(&self) -> Vec<usize> {
         self.log.get().map_or_else(Vec::new, Log::pages)
     }
@@ -155,7 +155,7 @@ impl ServedRegion {
         }
     }
 
-    /// What was claimed of a sequence.
+    /// Notes the pages of a sequence that were claimed.
     pub(crate) fn advance_stream(&self, window: Window, pages: &Range<usize>) {
         self.streams.filled(window, pages);
     }
@@ -170,7 +170,7 @@ impl ServedRegion {
         parts.collect()
     }
 
-    /// A part of it, from a page on, with states of its own: for a fork's child.
+    /// A part of the region, from a page on, with states of its own: for the child of a fork.
     pub(crate) fn part(&self, id: u64, first: usize, pages: Pages) -> Self {
         Self {
             id,

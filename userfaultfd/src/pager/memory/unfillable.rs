@@ -13,7 +13,7 @@ pub(crate) struct Unfillable {
 }
 
 impl Unfillable {
-    /// Adds the pages of some segments for which something is so.
+    /// Adds the pages of some segments that a predicate selects.
     pub(crate) fn add(&mut self, segments: &[Segment], is_so: fn(&Pages, usize) -> bool) {
         for segment in segments {
             let region = &segment.region;
@@ -27,12 +27,12 @@ impl Unfillable {
         self.failed.extend(Failed::in_bytes(RegionId(region.id), region.page_shift, pages));
     }
 
-    /// They stay missing, `pages` with those that aren't known by number.
+    /// The error for pages that stay missing: `pages` counts those of unknown place, too.
     pub(crate) fn unfilled(self, pages: usize) -> Error {
         Error::Unfilled { pages, failed: self.failed }
     }
 
-    /// They were poisoned.
+    /// The error for pages that were poisoned.
     pub(crate) fn poisoned(self) -> Result<()> {
         let Self { pages, failed } = self;
         if pages == 0 { Ok(()) } else { Err(Error::Poisoned { pages, failed }) }

@@ -21,7 +21,10 @@ static REGION: Act<Vec<Progress>> = Act {
         let (mut told, region) = (Vec::new(), scene.added.regions[0]);
         let pager = scene.end();
         pager.finish_region(region, |progress| told.push(progress)).unwrap();
-        assert_eq!(pager.missing(region).unwrap_err().to_string(), "the pager doesn't serve this any more");
+        assert_eq!(
+            pager.missing(region).unwrap_err().to_string(),
+            "the pager doesn't serve this: it was removed, its process is gone, or another process made the pager"
+        );
         told
     },
     meanwhile: nobody,

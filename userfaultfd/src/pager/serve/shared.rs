@@ -23,7 +23,7 @@ use crate::pager::fill::context::FillContext;
 use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::lease::{FillerPool, Lease};
 use crate::pager::fill::retry::RetryQueue;
-use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK, OUTSIDE, Origin, lock};
+use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, OUTSIDE_SHARDS, Origin, lock};
 use crate::pager::{DescriptorId, Error, Problem, Result, RetryPolicy, Statistics};
 
 pub(crate) struct Shared {
@@ -102,7 +102,7 @@ impl Shared {
 
     /// The number by which threads that aren't the pager's look at layouts. They count nothing.
     pub(crate) fn outside_id(&self) -> usize {
-        LOOK
+        LOOK_SHARD
     }
 
     /// A filler for a caller, or for a thread in the background.
@@ -131,7 +131,7 @@ impl Shared {
     pub(crate) fn add(&self, serving: Attachment, origin: Origin) -> Result<Arc<Descriptor>> {
         let uffd = Arc::clone(&serving.uffd);
         let descriptor = self.table.add(|id, slot| {
-            let shards = self.fill.threads.initial() + OUTSIDE + 1;
+            let shards = self.fill.threads.initial() + OUTSIDE_SHARDS + 1;
             let inherited = self.inherited.note(uffd.as_fd(), id);
             Descriptor::new((id, slot), serving, (shards, inherited), origin)
         });
@@ -184,7 +184,8 @@ impl Shared {
     fn served_regions(&self) -> HashSet<u64> {
         let mut served = HashSet::new();
         for descriptor in self.table.all() {
-            let (segments, holes) = (descriptor.segments(LOOK, None), descriptor.holes(LOOK, None));
+            let (segments, holes) =
+                (descriptor.segments(LOOK_SHARD, None), descriptor.holes(LOOK_SHARD, None));
             served.extend(segments.iter().chain(&holes).map(|part| part.region.id));
         }
         served
