@@ -1,4 +1,4 @@
-//! Buffers for content, mapped: nothing is taken from the allocator. And content that is put aside in one.
+//! Buffers for content, in mappings instead of the allocator, and content that is kept in one while its fill is deferred.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,21 +8,21 @@ use memmap2::{MmapMut, MmapOptions};
 use crate::Errno;
 use crate::owner::PerProcess;
 
-/// Bytes of content that this process puts aside at most. What exceeds that is loaded again.
+/// Bytes of content that this process keeps for deferred fills at most. Content beyond that is loaded again.
 const MAX_ASIDE_BYTES: usize = 64 << 20;
 
-/// Buffers that a thread keeps for content that will be put aside.
+/// Spare buffers that a thread keeps, for the content of later deferred fills.
 pub(crate) const MAX_SPARE_BUFFERS: usize = 8;
 
-/// Bytes of content that are put aside now. None of it is a fork's child's.
+/// Bytes of content that are kept now, counted in each process on its own.
 static PUT_ASIDE: PerProcess<AtomicUsize> = PerProcess::new();
 
-/// Has this process count what it puts aside. Allocates, so it comes before there are faults.
+/// Makes the counter of this process. It allocates, so it must be called before faults come.
 pub(crate) fn prepare() -> Result<(), Errno> {
     PUT_ASIDE.get().map(drop)
 }
 
-/// Content that is put aside. Any thread may go on with it.
+/// Content that is kept while its fill is deferred. Any thread may install it.
 #[derive(Debug)]
 pub(crate) struct Aside {
     buffer: Option<MmapMut>,
@@ -30,7 +30,7 @@ pub(crate) struct Aside {
 }
 
 impl Aside {
-    /// The buffer comes back if too much is put aside.
+    /// Keeps the content of a buffer. If too much is kept already, returns the buffer instead.
     pub(super) fn new(buffer: MmapMut) -> Result<Self, MmapMut> {
         let Some(counted) = PUT_ASIDE.made() else { return Err(buffer) };
         let len = buffer.len();
@@ -62,7 +62,7 @@ impl Drop for Aside {
     }
 }
 
-/// A buffer of at least `len` bytes. It is mapped: nothing that a thread which forks has locked is needed.
+/// Maps a buffer of at least `len` bytes, without the allocator, which a forking thread may have locked.
 pub(crate) fn ensure_capacity(buffer: &mut Option<MmapMut>, len: usize) -> io::Result<&mut MmapMut> {
     if buffer.as_ref().is_none_or(|buffer| buffer.len() < len) {
         *buffer = Some(MmapOptions::new().len(len).no_reserve_swap().map_anon()?);

@@ -1,4 +1,4 @@
-//! What becomes of a fault: its page is claimed and loaded, unless it is there, poisoned, protected, or gone.
+//! The first step of a fault: its page is claimed, to be loaded, unless it is present, poisoned, protected, or gone.
 
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
@@ -20,14 +20,14 @@ use crate::pager::{DescriptorId, Problem, RegionId};
 use crate::sync_point::{Point, reach};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
 
-/// So many faults in a row on one page that is there are suspicious.
+/// Faults in a row on one present page that are suspicious: threads that share a page cause a few.
 const SUSPICIOUS_FAULTS: u8 = 16;
 
-/// Wakes of a page where no region is, each followed by another fault, before it is reported.
+/// Wake-ups for a page without a region, each followed by another fault, before it is reported.
 const STRAYS_BEFORE_REPORT: u32 = 8;
 
 impl PageFiller {
-    /// Looks a fault up, and claims its page if that has to be loaded.
+    /// Looks up a fault, and claims its page if it must be loaded.
     pub(super) fn look_up(
         &mut self,
         context: &FillContext,
@@ -36,7 +36,7 @@ impl PageFiller {
     ) -> Next {
         let run = 'found: {
             let serving = descriptor.lock_shard(self.thread);
-            // Given back meanwhile: who did that wakes everybody.
+            // Handed over meanwhile: the thread that did so wakes all waiters.
             let Some(serving) = &*serving else { return Next::Done(Outcome::Settled) };
             let protected = matches!(fault.kind, FaultKind::WriteProtected | FaultKind::ReadWriteProtected);
             let segment = match (serving.layout.find(fault.address), serving.layout.find_hole(fault.address))
@@ -56,14 +56,14 @@ impl PageFiller {
         let Some(run) = run else { return self.stray(context, descriptor, fault, 0) };
         reach(Point::AfterRead, fault.address);
         if run.tries > 0 {
-            // Something was in the way, and nobody knows what: not at full speed.
+            // The kernel reported the page as present, for an unknown reason: don't retry at full speed.
             let wait = retry::contested(run.tries);
             return Next::Done(Outcome::Deferred(Work::Load(run, 0), wait));
         }
         Next::Load(run, 0)
     }
 
-    /// Takes the page of a fault, and what is missing in the block around it.
+    /// Claims the page of a fault, and the missing pages of the block around it.
     fn claim(
         &mut self,
         context: &FillContext,
@@ -86,7 +86,8 @@ impl PageFiller {
                 if !fault.joined {
                     counters.duplicates.add(1);
                 }
-                // Who fills it wakes the waiters of this descriptor, unless it fills through that of a relative.
+                // The thread that fills it wakes the waiters of this descriptor, unless it fills through that of a
+                // relative.
                 let again =
                     Outcome::Deferred(Work::Fault(Fault { joined: true, ..fault }), RetryAfter::OtherLoad);
                 return Err(if segment.region.shared { again } else { Outcome::Settled });
@@ -118,8 +119,8 @@ impl PageFiller {
         Ok(run)
     }
 
-    /// A fault where no region is. Either a region has grown; or its memory has gone since, and the faulting thread must
-    /// find that out; or there is no region yet, and the thread that is woken faults again.
+    /// Resolves a fault without a region. Either a region has grown; or its memory is gone since, and the faulting thread
+    /// must find that out; or the region isn't added yet, and the woken thread faults again.
     fn stray(
         &mut self,
         context: &FillContext,
@@ -165,12 +166,12 @@ impl PageFiller {
         self.look_up(context, descriptor, fault)
     }
 
-    /// A fault on a page that is there, as far as the pager knows, or in a hole.
+    /// Resolves a fault on a page that is present, as far as the pager knows, or in a hole.
     ///
-    /// Mostly it is one of several on the same page, and everybody is awake. But the page may have been taken away
-    /// without a word: by madvise(2) where the descriptor doesn't tell of it, by a hole punched into the file. Then
-    /// what belongs there is zero, as everywhere after a removal, or what the page cache has. To a tracker that is a
-    /// change: the page isn't protected.
+    /// Mostly it is one of several faults on the page, and its thread is awake already. But the page may have been removed
+    /// without an event: by madvise(2) where the descriptor doesn't report it, or by a hole punched into the file. Then
+    /// zeros belong there, as after every removal, or what the page cache has. A tracker must see that as a change, so the
+    /// page isn't protected.
     fn present(
         &mut self,
         context: &FillContext,
@@ -194,7 +195,7 @@ impl PageFiller {
             let mut mode = ContinueMode::empty();
             mode.set(ContinueMode::WRITE_PROTECT, region.write_protected);
             let mut filled = answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
-            // Whoever else sees that the page has gone does the same: nobody's zeros come after what is written there.
+            // Other threads that find the hole do the same. It keeps present pages, so no zeros follow a write.
             if filled.1 == Some(Errno::EFAULT) {
                 filled = match cache.allocate(page << region.page_shift, len) {
                     Ok(()) => answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len),
@@ -203,13 +204,13 @@ impl PageFiller {
             }
             (filled, &counters.continues)
         } else if region.zeropage && self.suspect.1 < SUSPICIOUS_FAULTS {
-            // SAFETY: the page has been taken away, so that zeros are what belongs there, or is there, and stays.
+            // SAFETY: either the page was removed, so that zeros belong there, or it is present, and the kernel keeps it.
             (
                 answer(unsafe { uffd.zeropage_with(dst, len, ZeropageMode::empty()) }, len),
                 &counters.zero_fills,
             )
         } else {
-            // A marker of write protection is in the way of a zero page, and not in that of a copy.
+            // A marker of write protection stops a zero page, but not a copy.
             let mut mode = CopyMode::empty();
             mode.set(CopyMode::WRITE_PROTECT, region.write_protected);
             // SAFETY: as above; the source is this filler's.
@@ -238,8 +239,8 @@ impl PageFiller {
         Outcome::Settled
     }
 
-    /// A fault on a page that is poisoned, as far as the pager knows: it came before the poison, or somebody took
-    /// that away.
+    /// Resolves a fault on a page that is poisoned, as far as the pager knows: it came before the poison, or the poison was
+    /// removed.
     fn poisoned(
         &mut self,
         context: &FillContext,
@@ -266,7 +267,7 @@ impl PageFiller {
         Outcome::Settled
     }
 
-    /// A fault on a page that is protected: it is let go on.
+    /// Resolves a fault on a protected page: lifts the protection.
     fn unprotect(
         &self,
         context: &FillContext,

@@ -1,4 +1,4 @@
-//! The state machine that fills pages for one thread: each step says what comes next.
+//! The state machine that fills pages for one thread: each step returns the next one.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::pager::memory::page_run::PageRun;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::trace::span;
 
-/// What comes next for a piece of work.
+/// The next step of a piece of work.
 ///
 /// ```text
 /// fault ─ claimed ──▶ Load ── content ──▶ Install ── settled ──▶ Outcome::Settled
@@ -25,34 +25,34 @@ use crate::pager::trace::span;
 #[derive(Debug)]
 #[must_use]
 pub(super) enum Next {
-    /// The run's content has to be loaded. The source failed this number of times.
+    /// The run's content must be loaded. The source failed this number of times.
     Load(PageRun, u32),
-    /// The content is there, and has to be put in place.
+    /// The content is loaded, and must be installed.
     Install(PageRun, FillContent),
-    /// Nothing, for now.
+    /// No step for now.
     Done(Outcome),
 }
 
-/// A read of a source that takes longer keeps a thread waiting: about as long as a thread of another CPU takes to wake.
+/// Duration from which a read of a source counts as slow: about what a thread on another CPU takes to wake.
 const SLOW_READ: Duration = Duration::from_micros(50);
 
 /// Fills pages, for one thread.
 #[derive(Debug)]
 pub(crate) struct PageFiller {
-    /// The number of the thread: its shards, its counters.
+    /// The number of the thread, of its shards and its counters.
     pub(crate) thread: usize,
     pub(crate) buffer: Option<MmapMut>,
-    /// Buffers whose content was put aside and used since.
+    /// Spare buffers, whose content was kept and installed since.
     pub(crate) spare: [Option<MmapMut>; MAX_SPARE_BUFFERS],
-    /// As long as the longest run of zeros. Nothing is ever written, so that it takes no memory.
+    /// Zeros, as long as the longest run of them. Never written, so that they take no memory.
     pub(crate) zeros: Option<MmapMut>,
-    /// Where faults come again and again though something is there.
+    /// The page on which faults come again and again though it is present.
     pub(crate) suspect: (usize, u8),
-    /// Where it is noted what the thread is doing, of a worker and of a thread that reads ahead.
+    /// The record of what the thread is doing, for workers and read-ahead threads.
     pub(crate) place: Option<usize>,
-    /// How long a read of a source has taken lately.
+    /// The time that reads of sources have lately taken.
     pub(crate) pace: Duration,
-    /// How many pages were found where nothing is mapped.
+    /// Number of pages that turned out to be unmapped.
     pub(crate) unmapped: usize,
 }
 
@@ -70,14 +70,14 @@ impl PageFiller {
         }
     }
 
-    /// Begins to fill for a worker, and to note there when it waits for a source. Sources are taken for slow until one has
-    /// delivered: what is read together with the first fault would wait for it.
+    /// Makes this the filler of a worker, which notes when it waits for a source. Sources count as slow until one has
+    /// delivered: otherwise faults that are read together with the first one would wait for it.
     pub(crate) fn begin_to_serve(&mut self, place: usize) {
         self.place = Some(place);
         self.pace = SLOW_READ + Duration::from_micros(1);
     }
 
-    /// Whether sources keep this thread waiting, so that faults are better left to the others.
+    /// Whether sources keep this thread waiting, so that other workers should take the further faults.
     pub(crate) fn is_slow(&self) -> bool {
         self.pace > SLOW_READ
     }
@@ -89,7 +89,7 @@ impl PageFiller {
         }
     }
 
-    /// Does a piece of work, as far as it gets.
+    /// Does a piece of work until it is settled or must wait.
     pub(crate) fn resume(
         &mut self,
         context: &FillContext,
@@ -128,7 +128,7 @@ impl PageFiller {
         self.run(context, descriptor, next)
     }
 
-    /// Gives up what was put off. The threads that wait for it fault again.
+    /// Gives up deferred work. The threads that wait for it fault again.
     pub(crate) fn give_up(&mut self, descriptor: &Descriptor, work: Work) {
         let serving = descriptor.lock_shard(self.thread);
         match work {
@@ -146,7 +146,7 @@ impl PageFiller {
         }
     }
 
-    /// Takes steps until nothing is left to do for now.
+    /// Takes steps until none is left for now.
     fn run(&mut self, context: &FillContext, descriptor: &Descriptor, mut next: Next) -> Outcome {
         loop {
             next = match next {
@@ -154,7 +154,7 @@ impl PageFiller {
                 Next::Install(run, content) => {
                     let is_outside = matches!(content, FillContent::Outside(_));
                     if is_outside {
-                        // It may have to be read, as from a disk.
+                        // The kernel may have to read it, as from a disk.
                         self.set_reading(context, &run.region);
                     }
                     let next = self.install(context, descriptor, run, content);

@@ -1,10 +1,10 @@
-//! What a region's mapping has grown by.
+//! The growth of a region's mapping.
 //!
-//! mremap(2) that makes a mapping longer registers the new part, too, and no event tells of it. What belongs there is
-//! what the kernel itself would show: zeros, or what the file has. So the part is served as a hole of the region.
+//! When mremap(2) makes a mapping longer, the new part is registered, too, and no event reports it. What belongs there
+//! is what the kernel itself would show: zeros, or the file's content. So the part is served as a hole of the region.
 //!
-//! Memory that somebody registers to add it as a region later looks the same, where it is of one mapping with a region
-//! before it. If it was registered when that region was added it counts as such memory, and its faults wait.
+//! Memory that a program registers to add it as a region later looks the same where it is of one mapping with a region
+//! before it. If it was registered when that region was added, it counts as such memory, and its faults wait.
 
 #![expect(unsafe_code, reason = "an operation that can't succeed")]
 
@@ -14,7 +14,7 @@ use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr};
 use crate::{Errno, Uffd, sys};
 
-/// Whether a range lies in one mapping that is registered. `None`: the kernel can't tell at the moment.
+/// Whether a range lies in one registered mapping. `None`: the kernel can't say at the moment.
 pub(crate) fn is_one_mapping(uffd: &Uffd, range: Range<usize>) -> Option<bool> {
     let unreadable = sys::unreadable().ok()?;
     // COPY looks at the mapping before it reads its source.
@@ -27,7 +27,7 @@ pub(crate) fn is_one_mapping(uffd: &Uffd, range: Range<usize>) -> Option<bool> {
     }
 }
 
-/// Takes an address for a part of a region if that has grown. Returns whether it has.
+/// Adds an address to a region whose mapping has grown to it. Returns whether one has.
 pub(crate) fn adopt_growth(descriptor: &Descriptor, address: usize) -> bool {
     let mut adopted = false;
     descriptor.with_all_shards(&mut |serving| {
@@ -37,8 +37,8 @@ pub(crate) fn adopt_growth(descriptor: &Descriptor, address: usize) -> bool {
     adopted
 }
 
-/// Takes what the mappings of a region have grown by for holes of it, before it is given back: what nobody has touched yet
-/// is registered, too. For a caller that has all shards. Allocates nothing.
+/// Adds the growth of a region's mappings as holes, before the region is handed over: parts that were never accessed are
+/// registered, too. The caller must hold all shards. Allocates nothing.
 pub(crate) fn adopt_all(descriptor: &Descriptor, serving: &mut Attachment, region: u64) {
     if descriptor.is_registering() {
         return;
@@ -54,8 +54,8 @@ pub(crate) fn adopt_all(descriptor: &Descriptor, serving: &mut Attachment, regio
     }
 }
 
-/// Takes an address for a hole if a region's mapping has grown as far as that, with all that it has grown by. Returns
-/// whether it has. While nothing else is changed: what is about to be added must not be taken for grown.
+/// Adds the whole growth of a region's mapping as a hole if it has an address. Returns whether it has. No region may be
+/// about to be added: it would be taken for growth.
 fn adopt(serving: &mut Attachment, address: usize) -> bool {
     let Some(before) = serving.layout.before(address).cloned() else { return false };
     let (page, end) = (before.region.page_size(), before.end);
@@ -70,7 +70,7 @@ fn adopt(serving: &mut Attachment, address: usize) -> bool {
     if !fits(pages) {
         return false;
     }
-    // As far as the mapping goes, or to what is served behind it.
+    // To the end of the mapping, or to the next served segment.
     let most = (serving.layout.next_start(address) - end) / page;
     let mut step = pages;
     while step <= most - pages && fits(pages + step) {

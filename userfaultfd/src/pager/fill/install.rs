@@ -1,8 +1,8 @@
-//! Putting content in place.
+//! The last step of a fill: installing content.
 //!
-//! A fault's page is claimed (`fault`), its content loaded (`load`), and put in place here. Each stands alone: claiming
-//! and putting in place happen with the layout locked (see `descriptor`), and loading, which may take any time,
-//! without. What changed meanwhile is found out before anything is put in place.
+//! A fault's page is claimed (`fault`), its content loaded (`load`), and installed here. Claiming and installing happen
+//! with the layout locked (see `descriptor`), and loading, which may take any time, without. Before content is
+//! installed, changes since the claim are noticed.
 
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
@@ -28,29 +28,29 @@ use crate::pager::{Problem, RegionId};
 use crate::sync_point::{Point, reach};
 use crate::{ContinueMode, CopyMode, Errno, ZeropageMode};
 
-/// Bytes that are put in place at once where no thread waits for any of them: meanwhile nobody can change the layout, nor
-/// read a descriptor that tells of changes.
+/// Bytes installed under one lock where no thread waits for any of them: meanwhile no thread can change the layout, nor
+/// read a descriptor that reports changes.
 const SLICE_BYTES: usize = 256 << 10;
 
-/// Why filling a run ended.
+/// Why the fill of a run stopped.
 enum Stop {
-    /// All is settled.
+    /// All pages are settled.
     Settled,
-    /// Enough for one time: changes, and faults that must be read together with them, come before the rest.
+    /// A slice is done: changes, and faults that must be read together with them, come before the rest.
     SliceDone,
     /// The rest can't be filled yet.
     KernelBusy(Errno),
     /// The rest can't be filled.
     Refused(Errno),
-    /// It isn't where it was, or something else belongs there.
+    /// The run has moved, or other content belongs there now.
     Outdated,
-    /// The process has gone.
+    /// The process is gone.
     TargetGone,
 }
 
 impl PageFiller {
-    /// Poisons in one place what is poisoned in others: of shared memory each mapping has its own poison. How many
-    /// pages couldn't be.
+    /// Poisons pages at one address that are poisoned at another: in shared memory each mapping has its own poison. Returns
+    /// the number of pages for which that failed.
     pub(crate) fn poison_here(&self, descriptor: &Descriptor, segment: &Segment) -> usize {
         let region = &segment.region;
         if !region.shared || region.pages.present_and_poisoned().1 == 0 {
@@ -70,7 +70,7 @@ impl PageFiller {
         segment.pages().filter(|page| region.pages.is_poisoned(*page)).filter(is_left).count()
     }
 
-    /// Poisons pages that this thread has claimed, and whose source calls this: it would wait for itself.
+    /// Poisons pages that this thread has claimed and whose source faults on them: the thread would wait for itself.
     pub(crate) fn poison_own(&self, context: &FillContext, descriptor: &Descriptor, segment: &Segment) {
         let region = &segment.region;
         for page in segment.pages().filter(|page| is_in_source(region, *page)) {
@@ -91,9 +91,9 @@ impl PageFiller {
         }
     }
 
-    /// Maps missing pages that are in the file of a private mapping, as an access would. Where nothing can be poisoned,
-    /// missing pages are copied at the end; into a private mapping the kernel copies without a look at the file, and
-    /// that copy would hide what the file has. Into a shared one it doesn't.
+    /// Maps missing pages that are in the file of a private mapping, as an access would. Where the kernel can't poison,
+    /// missing pages are copied at the end of service; into a private mapping the kernel copies without a look at the file,
+    /// and the copy would hide the file's content. Into a shared mapping it doesn't.
     ///
     /// `memory` is `/proc/self/mem`, if the memory is this process's.
     pub(crate) fn map_from_file(
@@ -114,7 +114,7 @@ impl PageFiller {
             if !is_mapped_from_file(serving, region, address, memory) {
                 continue;
             }
-            // No longer missing, unless another thread is about to find that out, or it was moved or removed since.
+            // The page is no longer missing, unless another thread is about to notice, or it was moved or removed since.
             if region.pages.try_claim_untouched(page, false) {
                 let mut run = PageRun::new(segment, page..page + 1, false);
                 if run.is_there(serving) {
@@ -133,15 +133,15 @@ impl PageFiller {
         serving.as_ref().is_some_and(|serving| run.is_there(serving) && !run.is_outdated())
     }
 
-    /// Gives a run up that was given back, moved, unmapped or removed since: whoever still waits comes back, and finds
-    /// what is so now.
+    /// Releases a run that was handed over, moved, unmapped or removed since: threads that still wait fault again, and find
+    /// the present state.
     pub(super) fn drop_run(&self, context: &FillContext, descriptor: &Descriptor, run: PageRun) -> Next {
         context.counters(self.thread).dropped.add(1);
         run.give_up(descriptor.lock_shard(self.thread).as_ref());
         Next::Done(Outcome::Settled)
     }
 
-    /// Puts the content of a run in place, if it still belongs there.
+    /// Installs the content of a run, if it still belongs there.
     pub(super) fn install(
         &mut self,
         context: &FillContext,
@@ -153,8 +153,8 @@ impl PageFiller {
         let left = loop {
             let serving = descriptor.lock_shard(self.thread);
             let left = match &*serving {
-                // Content goes to the file before the kernel is asked to map it. The file is the parent's, too, which
-                // may be served by another pager since this child has ended, and may have written the page.
+                // Content is written to the file before the kernel maps it. The file belongs to the parent, too; if this
+                // child has ended, another pager may serve the parent and have written the page.
                 Some(serving)
                     if descriptor.is_child
                         && run.region.cache.is_some()
@@ -189,8 +189,8 @@ impl PageFiller {
                 self.put_back(content);
                 Next::Done(Outcome::TargetGone)
             }
-            // At the end nobody waits for memory that may never come: since Linux 7.2 that is also the answer where a
-            // file has been cut off.
+            // At the end of service no thread waits for memory that may never come: since Linux 7.2 ENOMEM also means
+            // that the file was cut off.
             Stop::KernelBusy(Errno::ENOMEM | Errno::ENOSPC)
                 if run.region.is_ending() && !matches!(content, FillContent::Poison) =>
             {
@@ -209,7 +209,7 @@ impl PageFiller {
                     return self.source_failed(context, descriptor, run, attempts, io::Error::from(errno));
                 }
                 let Some(mut run) = self.alone(descriptor, run) else { return Next::Done(Outcome::Settled) };
-                // Of what nobody waits for, who wanted it filled or poisoned is told the number.
+                // For pages that no thread waits for, the caller reports their number.
                 let reported =
                     std::mem::replace(&mut run.tries, MAX_TRIES) == MAX_TRIES || run.demand.is_none();
                 let (region, address) = (RegionId(run.region.id), run.address());
@@ -218,7 +218,7 @@ impl PageFiller {
                         context.report(Problem::Unanswered { region, address });
                     }
                     run.mark_stuck();
-                    // Perhaps the memory has gone without a word. Who waits finds out.
+                    // Perhaps the memory was unmapped without an event. The waiting thread finds out.
                     if let Some(serving) = &*descriptor.lock_shard(self.thread) {
                         wake(&serving.uffd, run.addresses());
                     }
@@ -233,7 +233,7 @@ impl PageFiller {
         }
     }
 
-    /// Fills a run as far as the kernel lets it, and settles what is filled.
+    /// Fills a run as far as the kernel allows, and settles the filled pages.
     fn fill_all(
         &mut self,
         context: &FillContext,
@@ -243,7 +243,7 @@ impl PageFiller {
     ) -> Stop {
         let start = run.address();
         let mut joined = false;
-        // How many pages to fill with one call. A fill stays inside one mapping: beyond that it goes page by page.
+        // Pages to fill with one call. A call stays inside one mapping; across a border it goes page by page.
         let mut most = usize::MAX;
         let left = loop {
             let pages = run.pages().len().min(most);
@@ -268,10 +268,10 @@ impl PageFiller {
             event!(TRACE, "filled", address = run.address(), len = filled << run.region.page_shift);
             joined |= run.settle(filled, end);
             let Some(errno) = errno.filter(|_| filled == 0) else {
-                // After a part the kernel hides why it stopped; the call for the rest tells.
+                // After a partial fill the kernel hides the reason; the call for the rest returns it.
                 continue;
             };
-            // What the kernel says of the first page that isn't filled. The same on all releases where none is named.
+            // The kernel's errno for the first page that isn't filled. The same on all releases unless one is named.
             match errno {
                 // The range leaves its mapping, and nothing of it was filled: a call stays inside one.
                 Errno::ENOENT if pages > 1 => most = 1,
@@ -281,9 +281,9 @@ impl PageFiller {
                     self.unmapped += 1;
                     skip(serving, run, Settlement::Released);
                 }
-                // A page is there, or a marker: of poison, or of write protection in the way of ZEROPAGE; a guard page
-                // since Linux 7.2, which was overwritten before. On hugetlb memory the pool may be empty, too: ENOMEM up
-                // to 6.12, EEXIST in 6.18.
+                // A page is present, or a marker: of poison, of write protection, which stops ZEROPAGE, or, since Linux
+                // 7.2, of a guard page, which was overwritten before. On hugetlb memory the pool may be empty, too:
+                // ENOMEM up to 6.12, EEXIST in 6.18.
                 Errno::EEXIST => {
                     context.counters(self.thread).woken.add(1);
                     if run.demand.is_none() {
@@ -316,14 +316,14 @@ impl PageFiller {
             }
         };
         if joined {
-            // Most are awake. One that came after the fill, as the page was taken away again, isn't.
+            // Most waiters are awake. One that came after the fill, when the page was removed again, isn't.
             reach(Point::BeforeWake, start);
             wake(&serving.uffd, start..run.address());
         }
         left
     }
 
-    /// What to make of a page that nobody waits for, where the kernel says that something is there.
+    /// Decides about a page that no thread waits for and that the kernel reports as present.
     fn occupied(
         &mut self,
         context: &FillContext,
@@ -332,26 +332,26 @@ impl PageFiller {
         content: &FillContent,
     ) -> Settlement {
         let (uffd, dst, len) = (&serving.uffd, addr_to_ptr(run.address()), run.region.page_size());
-        // Once more with what a marker of write protection isn't in the way of.
+        // Retry with a copy, which a marker of write protection doesn't stop.
         let again = match content {
             FillContent::Zero => FillContent::Zeros,
-            // Of huge pages it is the answer to an empty pool, too: where there is nothing, poison can be put.
+            // For huge pages EEXIST also means an empty pool: a page that can be poisoned is empty.
             FillContent::Buffer | FillContent::Outside(_) | FillContent::Aside(_) | FillContent::Zeros
                 if !run.region.zeropage_possible() =>
             {
                 if run.region.shared {
-                    // What the page cache has can be mapped. Before there was this there was another answer.
+                    // CONTINUE maps what the page cache has. Kernels without it return another errno.
                     let mapped = uffd.continue_with(dst, len, ContinueMode::empty());
                     let is_there = |errno| matches!(errno, Some(Errno::EEXIST | Errno::EINVAL));
                     let is_there = mapped.map_or_else(|error| is_there(error.errno()), |_| true);
                     return if is_there { Settlement::Present } else { Settlement::Contested };
                 }
                 if !run.region.poison {
-                    // Such kernels say ENOMEM of an empty pool.
+                    // Such kernels return ENOMEM for an empty pool.
                     return Settlement::Present;
                 }
                 if run.is_early {
-                    // Poison would stay when the pool has pages again. A fault, or the end, finds out what is there.
+                    // Poison would stay when the pool has pages again. A fault, or the end of service, finds out.
                     return Settlement::Released;
                 }
                 FillContent::Poison
@@ -369,7 +369,7 @@ impl PageFiller {
         }
     }
 
-    /// One step: how many bytes it filled, why it stopped, and what the filled pages are from then on.
+    /// One step. Returns the filled bytes, the error on which it stopped, and the new state of the filled pages.
     fn fill(
         &mut self,
         serving: &Attachment,
@@ -384,7 +384,7 @@ impl PageFiller {
         (filled, errno, Settlement::Present)
     }
 
-    /// One call of the kernel that puts content in place.
+    /// Makes the call to the kernel that installs content.
     fn fill_content(
         &mut self,
         serving: &Attachment,
@@ -397,8 +397,8 @@ impl PageFiller {
         mode.set(CopyMode::WRITE_PROTECT, run.region.fills_protected());
         let source = match content {
             FillContent::Zero if !run.region.fills_protected() => {
-                // SAFETY: whoever handed the region over vouches for what its pages come to hold; this one isn't
-                // there yet, as the kernel makes sure.
+                // SAFETY: the caller who added the region vouches for what its pages come to hold; the kernel makes
+                // sure that this one is missing.
                 let result = unsafe { uffd.zeropage_with(dst, len, ZeropageMode::empty()) };
                 return answer(result, len);
             }
@@ -418,7 +418,7 @@ impl PageFiller {
                     return (0, Some(errno));
                 }
             } else {
-                // Here, and not before: what was removed since must not come back by it.
+                // Written here and not earlier: a page that was removed since must not come back by it.
                 // SAFETY: a buffer of this filler has `len` bytes there; a source's own memory isn't used with a cache.
                 let bytes = unsafe { slice::from_raw_parts(source.cast::<u8>(), len) };
                 if let Err(error) = cache.write(at, bytes) {
@@ -451,7 +451,7 @@ impl PageFiller {
         let filled = run.pages().start..run.pages().start + pages;
         let asked = run.demanded().is_some_and(|page| filled.contains(&page));
         let counter = match content {
-            // The file had them.
+            // The file had these pages.
             FillContent::Poison if end == Settlement::Present => &counters.continues,
             FillContent::Poison => {
                 if asked {
@@ -473,7 +473,7 @@ impl PageFiller {
     }
 }
 
-/// Ends one page of a run that can't be filled, and wakes who waits for it.
+/// Settles one page of a run that can't be filled, and wakes its waiters.
 fn skip(serving: &Attachment, run: &mut PageRun, end: Settlement) {
     let address = run.address();
     let _joined = run.settle(1, end);
@@ -481,11 +481,10 @@ fn skip(serving: &Attachment, run: &mut PageRun, end: Settlement) {
     wake(&serving.uffd, address..address + run.region.page_size());
 }
 
-/// Poisons pages, but for those that are in the memory's file: they are mapped, since another mapping or write(2) has
-/// written them. Not where pages are filled through the file: what that holds of a page that was never loaded isn't
-/// content.
+/// Poisons pages, and maps those that are in the memory's file, since another mapping or write(2) has written them. For a
+/// minor region all are poisoned: what its file holds of a page that was never loaded isn't content.
 ///
-/// Does the first pages that are of one kind. How many bytes, why it stopped, and what the pages are from then on.
+/// Handles the first pages of one kind. Returns their bytes, the error on which it stopped, and their new state.
 pub(crate) fn poison(
     serving: &Attachment,
     region: &ServedRegion,
@@ -509,11 +508,11 @@ pub(crate) fn poison(
         }
     }
     let poison = |len| {
-        // SAFETY: whoever handed the region over accepts that pages whose content can't be had are SIGBUS.
+        // SAFETY: the caller who added the region accepts that pages without content raise SIGBUS.
         answer(unsafe { uffd.poison(dst, len, true) }, len)
     };
     let (poisoned, errno) = match poison(most) {
-        // A marker of protection may be in the way. Who touches the page meanwhile waits for this fill.
+        // A marker of protection may stop the poison. A thread that accesses the page meanwhile waits for this fill.
         (0, Some(Errno::EEXIST)) if region.fills_protected() => {
             let page = region.page_size();
             match uffd.remove_write_protection(dst, page, false) {
@@ -541,7 +540,7 @@ fn is_mapped_from_file(
         .map_err(|error| error.errno())
     {
         Ok(_) | Err(Some(Errno::EEXIST)) => true,
-        // The file doesn't have it.
+        // The file doesn't have the page.
         Err(Some(Errno::EFAULT)) => false,
         // A kernel without CONTINUE. This read doesn't wait for a userfaultfd: it maps the page like any other access, or
         // fails because the page is missing.
@@ -549,11 +548,11 @@ fn is_mapped_from_file(
     }
 }
 
-/// How many bytes an operation did, and why it stopped if it did.
+/// The bytes that an operation did, and the error on which it stopped.
 pub(crate) fn answer(result: crate::Result<usize>, len: usize) -> (usize, Option<Errno>) {
     match result {
         Ok(done) if done == len => (done, None),
-        // CONTINUE that stopped half-way.
+        // A CONTINUE that stopped half-way.
         Ok(done) => (done, Some(Errno::EAGAIN)),
         Err(error) => (error.progress().unwrap_or(0), error.errno().or(Some(Errno::EINVAL))),
     }

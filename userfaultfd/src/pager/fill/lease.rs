@@ -36,7 +36,7 @@ impl FillerPool {
                 break filler;
             }
             // There is no memory for its counters. Callers wait for that, as faults do.
-            thread::sleep(retry::NO_MEMORY);
+            thread::sleep(retry::NO_MEMORY_DELAY);
         };
         Lease { pool: self, filler }
     }

@@ -1,4 +1,4 @@
-//! Where the content of a run comes from: read from the source, put aside, asked for again.
+//! The content of a run: read from the source, kept while its fill is deferred, retried.
 
 use std::io;
 use std::time::Instant;
@@ -18,7 +18,7 @@ use crate::pager::{PageData, Problem, RegionId};
 use crate::source::call::catch_panic;
 use crate::{Errno, sys};
 
-/// Why the content of a run can't be had.
+/// Why the content of a run can't be loaded.
 #[derive(Debug)]
 pub(crate) enum NoContent {
     /// The source failed.
@@ -34,12 +34,12 @@ impl From<io::Error> for NoContent {
 }
 
 impl PageFiller {
-    /// Maps the buffer for a page of the base size, so that there is always one.
+    /// Maps the buffer for one base page, so that this filler always has one.
     pub(crate) fn prepare(&mut self) -> io::Result<()> {
         ensure_capacity(&mut self.buffer, crate::page_size()).map(drop)
     }
 
-    /// Gets the content of a run from its source, and puts it in place.
+    /// Reads the content of a run from its source, and installs it.
     pub(super) fn load(
         &mut self,
         context: &FillContext,
@@ -55,7 +55,7 @@ impl PageFiller {
         match self.content(context, &run) {
             Ok(content) => {
                 if let (FillContent::Outside(bytes), true) = (&content, descriptor.tells_changes) {
-                    // Here, and not while a change waits for the shard: the source's memory may have to be read first.
+                    // Faulted in here, not while a change waits for the shard: the kernel may have to read the source's memory.
                     self.set_reading(context, &run.region);
                     sys::populate(*bytes, run.len());
                 }
@@ -66,7 +66,7 @@ impl PageFiller {
         }
     }
 
-    /// What to do when there was no memory for a run's content. It is waited for, as where the kernel has none.
+    /// The next step when there was no memory for a run's content: it is retried later, as when the kernel has none.
     fn no_memory(&mut self, descriptor: &Descriptor, run: PageRun, attempts: u32) -> Next {
         let later = |run| {
             Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::KernelBusy(Errno::ENOMEM)))
@@ -75,7 +75,7 @@ impl PageFiller {
             return later(run);
         }
         if run.pages().len() > 1 {
-            // There may be enough for a page.
+            // There may be enough memory for one page.
             return match self.alone(descriptor, run) {
                 Some(run) => Next::Load(run, attempts),
                 None => Next::Done(Outcome::Settled),
@@ -87,7 +87,7 @@ impl PageFiller {
         later(run)
     }
 
-    /// The content of a run, read from its source if need be.
+    /// Returns the content of a run, and reads it from the source if necessary.
     pub(crate) fn content(&mut self, context: &FillContext, run: &PageRun) -> Result<FillContent, NoContent> {
         let (region, len) = (&*run.region, run.len());
         let offset = region.offset_of(run.pages().start);
@@ -95,7 +95,7 @@ impl PageFiller {
             return Ok(FillContent::File);
         }
         let _in_source = run.enter_source();
-        // Who waits for a page would wait for this question, too.
+        // The source's `zeros` may be slow: the waiting thread would wait for it, too.
         if run.removed || run.demand.is_none() && known_zeros(region, offset) >= len as u64 {
             return Ok(Self::zeros(run));
         }
@@ -133,7 +133,7 @@ impl PageFiller {
     /// A run of zeros.
     fn zeros(run: &PageRun) -> FillContent {
         let region = &*run.region;
-        // A marker of write protection is in the way of a zero page, and not in that of a copy.
+        // A marker of write protection stops a zero page, but not a copy.
         if region.zeropage && run.tries == 0 && region.cache.is_none() {
             FillContent::Zero
         } else {
@@ -141,7 +141,7 @@ impl PageFiller {
         }
     }
 
-    /// What to do when the source didn't deliver.
+    /// The next step when the source didn't deliver.
     pub(super) fn source_failed(
         &mut self,
         context: &FillContext,
@@ -154,7 +154,7 @@ impl PageFiller {
         if run.is_early {
             return Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::OtherLoad));
         }
-        // The page that is asked for alone: its neighbours may be what can't be had.
+        // Retry the faulting page alone: its neighbours may be what the source can't deliver.
         let Some(run) = self.alone(descriptor, run.rest()) else { return Next::Done(Outcome::Settled) };
         let attempts = attempts.saturating_add(1);
         if let Some(delay) = context.retry.delay_after(attempts).filter(|_| !run.region.is_ending()) {
@@ -175,7 +175,7 @@ impl PageFiller {
         Next::Install(run, FillContent::Poison)
     }
 
-    /// The page that was asked for, without its neighbours, which are given up. `None` if nobody asked.
+    /// Reduces a run to the page that faulted, and releases the others. `None` if no page faulted.
     pub(crate) fn alone(&self, descriptor: &Descriptor, run: PageRun) -> Option<PageRun> {
         if run.pages().len() == 1 {
             return Some(run);
@@ -190,7 +190,7 @@ impl PageFiller {
         }
     }
 
-    /// Puts off what can't be filled now, with its content.
+    /// Defers a fill that the kernel refuses now, with its content.
     pub(crate) fn put_aside(&mut self, run: PageRun, content: FillContent, wait: RetryAfter) -> Outcome {
         let (run, content) = match content {
             FillContent::Buffer => match self.take_content(run) {
@@ -202,7 +202,7 @@ impl PageFiller {
         Outcome::Deferred(Work::Install(run, content), wait)
     }
 
-    /// Takes what a run has in the buffer: the buffer itself, or a copy where that is much longer.
+    /// Takes the run's content out of the buffer: the buffer itself, or a copy where the buffer is much longer.
     fn take_content(&mut self, run: PageRun) -> (PageRun, Option<Aside>) {
         let (done, len) = (run.done(), run.len());
         let Some(buffer) = self.buffer.take() else { return (run, None) };
@@ -229,7 +229,7 @@ impl PageFiller {
         }
     }
 
-    /// Keeps the buffer of content that was put aside.
+    /// Keeps the buffer of installed content as a spare one.
     pub(crate) fn put_back(&mut self, content: FillContent) {
         let FillContent::Aside(aside) = content else { return };
         let Some(buffer) = aside.into_buffer() else { return };
@@ -240,16 +240,16 @@ impl PageFiller {
     }
 }
 
-/// Bytes of zero pages that are filled at once.
+/// Bytes of zero pages filled by one call: a longer call would keep changes of the layout waiting.
 const MAX_ZERO_BYTES: usize = 4 << 20;
 
-/// How many bytes from an offset on are known to be zero.
+/// The number of bytes from an offset on that are known to be zero.
 fn known_zeros(region: &ServedRegion, offset: u64) -> u64 {
-    // A source that panics here is asked for the content, and told about then.
+    // If the source panics here, its content is read, and that panic is reported.
     catch_panic(|| Ok(region.source.zeros(offset))).unwrap_or(0)
 }
 
-/// How many pages to fill at once from one on, where nobody waits: many if they are known to be zero, else `most`.
+/// The number of pages to fill at once where no thread waits: many if they are known to be zero, else `most`.
 pub(crate) fn fill_batch_len(region: &ServedRegion, page: usize, most: usize) -> usize {
     let zeros =
         known_zeros(region, region.offset_of(page)).min(MAX_ZERO_BYTES as u64) as usize >> region.page_shift;

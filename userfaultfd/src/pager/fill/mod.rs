@@ -1,4 +1,5 @@
-//! How a page gets in: a fault is claimed, its content loaded and installed, and what has to wait is retried.
+//! How a page is filled: a thread claims the page of a fault, loads its content and installs it; work that must wait is
+//! deferred and retried.
 
 pub(crate) mod ahead_queue;
 pub(crate) mod buffers;

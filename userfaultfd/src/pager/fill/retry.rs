@@ -1,13 +1,13 @@
-//! Work that is put off, and when it is tried again: the one policy for everything that has to wait, in a worker's queue
-//! or in a caller's thread.
+//! Deferred work and its retries: the one policy for all work that must wait, in the workers' queue or in a caller's
+//! thread.
 //!
-//! The threads that serve faults share a queue. A thread that reads a source for long keeps nobody's work: a timer among
-//! the descriptors that all of them poll wakes any thread that is free.
+//! The workers share one queue. A worker that reads a source for long holds up no other work: a timer among the
+//! descriptors that all workers poll wakes any free worker.
 //!
-//! A fill that the kernel refuses with `EAGAIN` waits until a change of the layout has been read and the thread that made
-//! it has run on. Where a process makes one change after the other, that moment is over some microseconds after each
-//! read. So the thread that reads a change takes such work out of the queue and tries it at once, for
-//! [`AFTER_CHANGE`], before it reads on; the timer is for changes that nothing follows.
+//! A fill that the kernel refuses with `EAGAIN` must wait until a change of the layout was read and the thread that made
+//! it has run on. Where a process makes one change after the other, a fill succeeds only for some microseconds after
+//! each read. So the worker that reads a change takes such work out of the queue and retries it for
+//! [`RETRY_AFTER_CHANGE`], before it reads on; the timer is for changes that no other change follows.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,48 +21,49 @@ use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, lock};
 use crate::{Errno, mapped_vec, sys};
 
-/// Entries that the queue has room for from the start. It grows in a mapping of its own.
+/// Entries that the queue has room for from the start: 256 deferred fills are rare. It grows in a mapping of its own.
 pub(crate) const QUEUE_ROOM: usize = 256;
 
-/// How long work is tried again after a change was read. Longer keeps the next change from being read.
-pub(crate) const AFTER_CHANGE: Duration = Duration::from_micros(20);
+/// Duration for which work is retried after a change was read: longer delays the reading of the next change.
+pub(crate) const RETRY_AFTER_CHANGE: Duration = Duration::from_micros(20);
 
-/// Changes in a row after each of which nothing got through, before the thread that reads them moves to another CPU. The
-/// thread that makes them shares its CPU then, it seems, and so never runs while this one tries. On two CPUs nearly each
-/// change lets a fill through.
+/// Changes in a row after which no retry succeeded, before the worker that reads them moves to another CPU: the changing
+/// thread then seems to share its CPU, and so never runs while the worker retries. On two CPUs nearly each change lets a
+/// fill through.
 pub(crate) const MISSES_BEFORE_MOVE: u32 = 8;
 
-/// How long the kernel may refuse a fill before that is reported.
+/// Duration for which the kernel may refuse a fill before that is reported.
 const STUCK_AFTER: Duration = Duration::from_secs(1);
 
 /// The longest delay of a fill that waits for a change of the layout.
 const CHANGE_DELAY: Duration = Duration::from_millis(1);
 
-/// The longest delay of work that waits for memory, or for another thread.
+/// The longest delay of work that waits for memory or for another thread.
 const LONGEST_DELAY: Duration = Duration::from_secs(1);
 
-/// The shortest delay of what is tried on with a delay that doubles.
+/// The first of a series of doubling delays.
 const FIRST_DELAY: Duration = Duration::from_millis(1);
 
-/// The longest delay of work that finds something in its way, again and again, and of a fault that finds no region.
+/// The longest delays of work for which the kernel reports a present page again and again, and of a fault without a
+/// region.
 const CONTESTED_DELAY: Duration = Duration::from_millis(64);
 const STRAY_DELAY: Duration = Duration::from_secs(1);
 
-/// The longest delay of a source that fails.
+/// The longest delay between reads of a failing source.
 const SOURCE_DELAY: Duration = Duration::from_secs(60);
 
-/// The delay where there is no memory to put work off.
-pub(crate) const NO_MEMORY: Duration = Duration::from_millis(1);
+/// The delay where there is no memory to defer work.
+pub(crate) const NO_MEMORY_DELAY: Duration = Duration::from_millis(1);
 
-/// The delay until it is looked again whether what other threads are busy with is settled.
-pub(crate) const BUSY: Duration = Duration::from_millis(1);
+/// The interval between looks whether other threads have settled their work.
+pub(crate) const BUSY_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Delay before work is retried that has found something in its way `times` times.
+/// The delay before work is retried for which the kernel has reported a present page `times` times.
 pub(crate) fn contested(times: u8) -> RetryAfter {
     RetryAfter::Delay(doubled(FIRST_DELAY, times.into(), CONTESTED_DELAY))
 }
 
-/// Likewise, of a fault that has found no region `times` times.
+/// The delay before a fault is retried that has found no region `times` times.
 pub(crate) fn stray(times: u32) -> RetryAfter {
     RetryAfter::Delay(doubled(FIRST_DELAY, times, STRAY_DELAY))
 }
@@ -72,44 +73,44 @@ fn doubled(first: Duration, times: u32, longest: Duration) -> Duration {
 }
 
 impl RetryPolicy {
-    /// Delay before a source is retried that has failed `attempts` times. `None`: it isn't.
+    /// The delay before a source is retried that has failed `attempts` times. `None`: no retry.
     pub(crate) fn delay_after(self, attempts: u32) -> Option<Duration> {
         let again = attempts < self.attempts.max(1);
         again.then(|| doubled(self.delay, attempts.saturating_sub(1), SOURCE_DELAY))
     }
 }
 
-/// The longest time until the queue is searched for work of regions that end, and of descriptors that are closed.
+/// The longest interval between searches of the queue for work of ending regions and closed descriptors.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A piece of work that is put off.
+/// A piece of deferred work.
 #[derive(Debug)]
 pub(crate) struct Deferred {
     pub(crate) descriptor: Arc<Descriptor>,
     pub(crate) work: Work,
     pub(crate) history: History,
     wait: RetryAfter,
-    /// When it was put off the last time, and until when.
+    /// When it was last deferred, and until when.
     at: Instant,
     due: Instant,
 }
 
-/// What became of a piece of work so far.
+/// The history of a piece of work.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct History {
-    /// When it was put off for the first time.
+    /// When it was first deferred.
     since: Instant,
     /// Whether it was reported that it waits.
     reported: bool,
 }
 
 impl History {
-    /// Of what has to wait for the first time.
+    /// The history of work that is deferred for the first time.
     pub(crate) fn new() -> Self {
         Self { since: Instant::now(), reported: false }
     }
 
-    /// How long to wait at a moment before the next try.
+    /// The delay before the next retry.
     pub(crate) fn delay(&self, wait: RetryAfter, at: Instant) -> Duration {
         let waited = at.saturating_duration_since(self.since);
         match wait {
@@ -124,7 +125,7 @@ impl History {
 }
 
 impl Deferred {
-    /// Work that is put off, once more if it has a history.
+    /// Defers work, once more if it has a history.
     pub(crate) fn new(
         descriptor: &Arc<Descriptor>,
         work: Work,
@@ -143,13 +144,13 @@ impl Deferred {
         self.history.delay(self.wait, self.at)
     }
 
-    /// Whether it has waited for so long that nobody who ends its region waits for it.
+    /// Whether it has waited for so long that the end of its region no longer waits for it.
     pub(crate) fn is_stuck(&self) -> bool {
         let waited = self.at.saturating_duration_since(self.history.since);
         matches!(self.wait, RetryAfter::KernelBusy(_) | RetryAfter::OtherLoad) && waited >= STUCK_AFTER
     }
 
-    /// Why the kernel refuses it, once it has done so for long. The next time it is `None`.
+    /// The errno with which the kernel has long refused it, or `None`; returned once.
     pub(crate) fn report(&mut self) -> Option<Errno> {
         match self.wait {
             RetryAfter::KernelBusy(errno) if self.is_stuck() && !self.history.reported => {
@@ -160,18 +161,18 @@ impl Deferred {
         }
     }
 
-    /// Whether it is worth trying once a change of the layout was read. Not if it has to be loaded again.
+    /// Whether to retry it once a change of the layout was read. Not if its content must be loaded again.
     pub(crate) fn waits_for_change(&self) -> bool {
         self.wait == RetryAfter::KernelBusy(Errno::EAGAIN) && !matches!(self.work, Work::Load(..))
     }
 
-    /// Whether it need not wait any longer.
+    /// Whether it is due.
     fn is_due(&self, now: Instant) -> bool {
-        // What is put off anew after that moment waits: a change may have to be read in between.
+        // Work deferred anew after that moment waits: a change may have to be read in between.
         self.due <= now || self.at < now && (self.work.is_ending() || self.descriptor.is_closed())
     }
 
-    /// Whether this stands for other work as well, which wakes the same threads.
+    /// Whether this also stands for other work, which wakes the same threads.
     fn includes(&self, other: &Self) -> bool {
         let page = |work: &Work| match work {
             Work::Fault(fault) | Work::Stray { fault, .. } => Some(page_of(fault.address).start),
@@ -185,11 +186,11 @@ impl Deferred {
     }
 }
 
-/// What the threads that serve faults have put off.
+/// The work that workers have deferred.
 #[derive(Debug)]
 pub(crate) struct RetryQueue {
     entries: Mutex<Entries>,
-    /// How many there are, to be asked without the lock.
+    /// Number of entries, readable without the lock.
     count: AtomicUsize,
     timer: OwnedFd,
 }
@@ -201,13 +202,13 @@ struct Entries {
     armed: Option<Instant>,
 }
 
-/// How an entry was put into the queue.
+/// The result of deferring an entry.
 #[derive(Debug)]
 pub(crate) enum Put {
     Entered,
-    /// Another entry stands for it.
+    /// Another entry stands for the work.
     Merged,
-    /// There is no memory for one more.
+    /// There is no memory for one more entry.
     NoRoom(Deferred),
 }
 
@@ -218,7 +219,7 @@ impl RetryQueue {
         Ok(Self { entries, count: AtomicUsize::new(0), timer: sys::timer()? })
     }
 
-    /// Becomes readable when something is due.
+    /// Becomes readable when an entry is due.
     pub(crate) fn timer(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
     }
@@ -243,7 +244,7 @@ impl RetryQueue {
         Put::Entered
     }
 
-    /// Takes what was due at a moment, one at a time: others may take the next meanwhile.
+    /// Takes an entry that was due at a moment: one at a time, so that other workers can take the next one.
     pub(crate) fn next_due(&self, now: Instant) -> Option<Deferred> {
         let mut entries = lock(&self.entries);
         let at = entries.all.iter().position(|entry| entry.is_due(now));
@@ -254,9 +255,9 @@ impl RetryQueue {
         due
     }
 
-    /// Moves what waits for a change of a descriptor's layout to a list, as far as that has room.
+    /// Moves entries that wait for a change of a descriptor's layout to a list, while it has room.
     pub(crate) fn take_changing(&self, descriptor: &Arc<Descriptor>, to: &mut MappedVec<Deferred>) {
-        // One that is put in just now is tried by the thread that does that.
+        // An entry that is deferred at this moment is retried by the thread that defers it.
         if self.count.load(Ordering::Relaxed) == 0 {
             return;
         }
@@ -273,8 +274,8 @@ impl RetryQueue {
         self.count.store(entries.all.len(), Ordering::Relaxed);
     }
 
-    /// How many pages of some segments wait for the kernel for so long that no end is in sight, and whether it lets them
-    /// wait for changes alone, which are read.
+    /// The number of pages of some segments that have long waited for the kernel, and whether all of them wait for changes
+    /// alone, which are being read.
     pub(crate) fn stuck_pages(&self, segments: &[Segment]) -> (usize, bool) {
         let entries = lock(&self.entries);
         let (mut pages, mut for_changes) = (0, true);
@@ -292,7 +293,7 @@ impl RetryQueue {
         (pages, for_changes)
     }
 
-    /// Takes any entry. For when nobody tries them any more.
+    /// Takes any entry, once no worker retries them any more.
     pub(crate) fn take_any(&self) -> Option<Deferred> {
         let mut entries = lock(&self.entries);
         let any = entries.all.pop();
@@ -300,7 +301,7 @@ impl RetryQueue {
         any
     }
 
-    /// Has the queue looked at by any thread.
+    /// Makes any worker look at the queue.
     pub(crate) fn look(&self) {
         let now = Some(Instant::now());
         self.arm(&mut lock(&self.entries), now);

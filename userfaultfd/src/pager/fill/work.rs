@@ -1,4 +1,4 @@
-//! The vocabulary of filling: a fault, what belongs into pages, what is left to do, and how far a piece of work got.
+//! The vocabulary of filling: a fault, the content of pages, the work that is left, and the outcome of a piece of work.
 
 #![expect(unsafe_code, reason = "a pointer that only the kernel follows")]
 
@@ -23,42 +23,42 @@ pub(crate) struct Fault {
     pub(crate) joined: bool,
 }
 
-/// What belongs into a run.
+/// The content of a run.
 #[derive(Debug)]
 pub(crate) enum FillContent {
     /// Zero pages.
     Zero,
-    /// Zeros that are copied, where zero pages can't be had.
+    /// Zeros that are copied, where the kernel can't map zero pages.
     Zeros,
-    /// What the memory's file holds, and zeros where it holds nothing: the page was removed, and another mapping or
-    /// write(2) may have written the file since.
+    /// The file's content, and zeros where it has none: the page was removed, and another mapping or write(2) may have
+    /// written the file since.
     File,
-    /// Poison: what belongs there can't be had.
+    /// Poison: the content can't be loaded.
     Poison,
-    /// In the filler's buffer.
+    /// Content in the filler's buffer.
     Buffer,
-    /// In a buffer that was put aside.
+    /// Content in a buffer that was kept.
     Aside(Aside),
-    /// In the source's own memory, as long as the region lives.
+    /// Content in the source's own memory, valid while the region lives.
     Outside(*const c_void),
 }
 
 // SAFETY: the pointer leads to bytes of the source, which is `Sync`; only the kernel follows it.
 unsafe impl Send for FillContent {}
 
-/// What is left to be done, later.
+/// Work that is left for later.
 #[derive(Debug)]
 pub(crate) enum Work {
-    /// The fault is to be looked up again.
+    /// The fault must be looked up again.
     Fault(Fault),
-    /// Likewise, and no region was there. The number of times its waiters were woken to find that out; `again`: one of them
-    /// has faulted again since.
+    /// The same, where no region was found: with the number of times that its waiters were woken to find that out, and
+    /// whether one of them has faulted again since.
     Stray { fault: Fault, tries: u32, again: bool },
-    /// The descriptor is to be read again.
+    /// The descriptor must be read again.
     Read,
-    /// The run's content is to be loaded. The source failed this number of times.
+    /// The run's content must be loaded. The source failed this number of times.
     Load(PageRun, u32),
-    /// The content is there, and is to be put in place.
+    /// The content is loaded, and must be installed.
     Install(PageRun, FillContent),
 }
 
@@ -72,32 +72,32 @@ impl Work {
     }
 }
 
-/// How far a piece of work got.
+/// The outcome of a piece of work.
 #[derive(Debug)]
 #[must_use]
 pub(crate) enum Outcome {
-    /// To its end.
+    /// The work is done.
     Settled,
-    /// The rest is to be done later, not before the time has passed.
+    /// The rest must be done later, not before the delay has passed.
     Deferred(Work, RetryAfter),
-    /// The process has gone.
+    /// The process is gone.
     TargetGone,
 }
 
-/// What has to happen first.
+/// What must happen before the retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RetryAfter {
-    /// The kernel can't do it now. `EAGAIN`: when events were read it is worth trying again. More and more rarely.
+    /// The kernel can't do it now. After `EAGAIN` a retry is worth it once events were read. The delay grows.
     KernelBusy(Errno),
-    /// Another process has to do something; more and more rarely.
+    /// Another thread or process must act first. The delay grows.
     OtherLoad,
-    /// So much time.
+    /// This delay must pass.
     Delay(Duration),
-    /// It was reported, and is tried on rarely.
+    /// It was reported, and is retried rarely.
     LongDelay,
 }
 
-/// The page of the base size at an address.
+/// The base page at an address.
 pub(crate) fn page_of(address: usize) -> Range<usize> {
     let page = crate::page_size();
     let start = address & !(page - 1);

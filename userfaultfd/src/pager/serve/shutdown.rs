@@ -179,7 +179,7 @@ pub(crate) fn drain(
             return Ok(left);
         }
         // What is left is being loaded by the pager's threads, was removed since, or failed among others.
-        std::thread::sleep(retry::BUSY);
+        std::thread::sleep(retry::BUSY_INTERVAL);
         bulk = false;
     }
 }

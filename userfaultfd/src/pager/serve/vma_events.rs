@@ -82,7 +82,7 @@ fn copy_patiently(layout: &AddressMap) -> io::Result<Inherited> {
         if copy.is_ok() || start.elapsed() >= FORK_PATIENCE {
             return copy;
         }
-        thread::sleep(retry::NO_MEMORY);
+        thread::sleep(retry::NO_MEMORY_DELAY);
     }
 }
 

@@ -368,7 +368,7 @@ impl Worker {
         }
     }
 
-    /// Tries what waits for a change of the layout, again and again for [`AFTER_CHANGE`](retry::AFTER_CHANGE).
+    /// Tries what waits for a change of the layout, again and again for [`RETRY_AFTER_CHANGE`](retry::RETRY_AFTER_CHANGE).
     fn try_changing(&mut self, descriptor: &Arc<Descriptor>, is_after_change: bool) {
         self.set_at_work(true);
         let (start, mut is_through) = (Instant::now(), false);
@@ -379,7 +379,7 @@ impl Worker {
                 Some(deferred) => self.keep_or_defer(deferred),
                 None => is_through = true,
             }
-            if start.elapsed() >= retry::AFTER_CHANGE {
+            if start.elapsed() >= retry::RETRY_AFTER_CHANGE {
                 break;
             }
             std::hint::spin_loop();
@@ -564,7 +564,7 @@ impl Worker {
             Put::Merged => self.shared.fill.counters(self.thread).duplicates.add(joined.into()),
             Put::NoRoom(Deferred { descriptor, work, .. }) => {
                 // It comes back at once. Not at full speed.
-                thread::sleep(retry::NO_MEMORY);
+                thread::sleep(retry::NO_MEMORY_DELAY);
                 if let (Work::Read, Some(serving)) = (&work, &*descriptor.lock_shard(self.thread)) {
                     self.shared.poll.rearm(&descriptor, serving.uffd.as_fd());
                 }
