@@ -230,6 +230,15 @@ fn lazy_file_tells_what_it_cannot_read() {
 }
 
 #[test]
+fn layers_show_each_clone_its_own_memory() {
+    let output = run(&mut command("layers"));
+    assert!(output.status.success() && output.err.is_empty(), "{output:?}");
+    let expected = "base:    1024 pages\ndiff:    103 pages, some of zeros, in a sparse file\n\
+                    fork:    52 pages by their extents\nclone 0: 1024 pages are right\nclone 1: 1024 pages are right\n";
+    assert_eq!(output.out, expected);
+}
+
+#[test]
 fn replay_has_filled_what_was_needed_before() {
     let output = run(&mut command("replay"));
     assert!(output.status.success() && output.err.is_empty(), "{output:?}");

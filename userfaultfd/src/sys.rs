@@ -222,6 +222,8 @@ pub(crate) struct FileStamp {
     pub(crate) len: u64,
     /// Memory or disk that it takes, in bytes.
     pub(crate) allocated: u64,
+    /// Bytes of a block of the file system, as it says.
+    pub(crate) block_len: u64,
     /// Seconds and nanoseconds of the last change of the content, and of anything.
     modified: (i64, i64),
     pub(crate) changed: (i64, i64),
@@ -236,6 +238,7 @@ pub(crate) fn file_stamp(file: BorrowedFd<'_>) -> Result<FileStamp, Errno> {
     Ok(FileStamp {
         len: stat.st_size as u64,
         allocated: (stat.st_blocks as u64).saturating_mul(512),
+        block_len: stat.st_blksize as u64,
         modified: (stat.st_mtime as i64, stat.st_mtime_nsec as i64),
         changed: (stat.st_ctime as i64, stat.st_ctime_nsec as i64),
     })

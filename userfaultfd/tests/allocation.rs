@@ -8,17 +8,23 @@ mod support;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ffi::c_void;
+use std::fs::File;
 use std::hint::black_box;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use userfaultfd::pager::{BytesSource, FaultAround, PageData, PageSource, Pager, Region, ZeroSource};
+use userfaultfd::pager::{
+    BytesSource, FaultAround, FileSource, LayeredSource, OverlaySource, PageData, PageSource, Pager, Region,
+    ZeroSource,
+};
 use userfaultfd::{CopyMode, Errno, Error, Event, EventBuffer, FaultKind, FeatureFlags, Uffd, UffdBuilder};
 
 use crate::support::child::{self, Forked};
 use crate::support::fault::{during, during_all, each_mode, provoke};
 use crate::support::fill;
 use crate::support::handler::while_changing;
+use crate::support::mapping::memfd;
 use crate::support::memory::Memory;
 use crate::support::raw::wait_for_event;
 use crate::support::{may_watch_forks, page, require, test_name, uffd};
@@ -436,6 +442,23 @@ fn serve_quietly(source: impl PageSource + 'static, around: FaultAround, feature
 const CHANGES: FeatureFlags =
     FeatureFlags::EVENT_REMAP.union(FeatureFlags::EVENT_UNMAP).union(FeatureFlags::EVENT_FORK);
 
+/// A file below, every third page of another over it, and some bytes over all.
+fn layers() -> impl PageSource + 'static {
+    let file = |byte: u8| {
+        let file = File::from(memfd(0, 512));
+        file.write_all_at(&vec![byte; 512 * page()], 0).unwrap();
+        FileSource::new(file).unwrap()
+    };
+    let mut layers = LayeredSource::new(file(1)).unwrap();
+    let every_third = (0..512).step_by(3).map(|page| (page * self::page()) as u64);
+    layers.push_extents(file(2), every_third.map(|start| start..start + page() as u64)).unwrap();
+    let mut source = OverlaySource::new(layers);
+    for start in (0..512).step_by(5).map(|page| (page * self::page()) as u64) {
+        source.patch(start + 9, [3; 16]).unwrap();
+    }
+    source
+}
+
 /// Likewise, from all kinds of sources.
 fn serve_all_quietly(features: FeatureFlags) {
     let content = |offset: u64, bytes: &mut [u8]| {
@@ -448,6 +471,7 @@ fn serve_all_quietly(features: FeatureFlags) {
         serve_quietly(content, around, features);
         serve_quietly(BytesSource::new(vec![1; 512 * page()]), around, features);
         serve_quietly(ZeroSource, around, features);
+        serve_quietly(layers(), around, features);
     }
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 
+use super::pieces::{Origin, Pieces};
 use super::{PageData, PageSource, SourceBytes, invalid};
 
 /// A source made of several sources, one behind the other: the files of an image, a header before its content, data
@@ -27,20 +28,7 @@ use super::{PageData, PageSource, SourceBytes, invalid};
 /// Where a border isn't aligned to a page, the sources on both sides are read for parts of the page: then their
 /// [`read`](PageSource::read) gets offsets and lengths that aren't multiples of the page size.
 #[derive(Default)]
-pub struct ConcatSource {
-    /// In order, without gaps, none of them empty.
-    parts: Vec<Part>,
-}
-
-struct Part {
-    /// The offset at which the next part begins.
-    end: u64,
-    len: u64,
-    /// The offset of the part in its source.
-    from: u64,
-    /// `None`: zeros.
-    source: Option<Box<dyn PageSource>>,
-}
+pub struct ConcatSource(Pieces);
 
 impl ConcatSource {
     /// Returns an empty source.
@@ -59,7 +47,7 @@ impl ConcatSource {
         let Some(len) = source.len() else {
             return Err(invalid("a source without a length: push_part gives it one".into()));
         };
-        self.append(Some(Box::new(source)), 0, len)
+        self.append(source, 0, len)
     }
 
     /// Appends a part of a source, given by offsets in it, in bytes. A source without a length has any part.
@@ -80,7 +68,7 @@ impl ConcatSource {
         if let Some(source_len) = source.len().filter(|source_len| *source_len < end) {
             return Err(invalid(format!("bytes {start}..{end} of a source of {source_len} bytes")));
         }
-        self.append(Some(Box::new(source)), start, len)
+        self.append(source, start, len)
     }
 
     /// Appends `len` bytes of zeros.
@@ -89,91 +77,37 @@ impl ConcatSource {
     ///
     /// Of the kind [`InvalidInput`](io::ErrorKind::InvalidInput): all together are longer than 2⁶⁴ - 1 bytes.
     pub fn push_zeros(&mut self, len: u64) -> io::Result<&mut Self> {
-        self.append(None, 0, len)
-    }
-
-    fn append(&mut self, source: Option<Box<dyn PageSource>>, from: u64, len: u64) -> io::Result<&mut Self> {
-        let start = self.end();
-        let Some(end) = start.checked_add(len) else {
-            return Err(invalid(format!("{len} bytes after {start} others")));
-        };
-        if len != 0 {
-            self.parts.push(Part { end, len, from, source });
-        }
+        self.0.push(Origin::ZEROS, 0, len)?;
         Ok(self)
     }
 
-    fn end(&self) -> u64 {
-        self.parts.last().map_or(0, |part| part.end)
-    }
-
-    /// The parts from the one with byte `offset` on, each with its offset in its source and the length that follows.
-    fn parts_from(&self, offset: u64) -> impl Iterator<Item = (&Part, u64, u64)> {
-        let first = self.parts.partition_point(|part| part.end <= offset);
-        self.parts[first..].iter().map(move |part| {
-            let skipped = offset.saturating_sub(part.end - part.len);
-            (part, part.from + skipped, part.len - skipped)
-        })
+    fn append(&mut self, source: impl PageSource + 'static, from: u64, len: u64) -> io::Result<&mut Self> {
+        self.0.push_source(source, from, len)?;
+        Ok(self)
     }
 }
 
 impl PageSource for ConcatSource {
     fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        let (mut rest, mut fill) = (page, PageData::Zero);
-        for (part, from, len) in self.parts_from(offset) {
-            if rest.is_empty() {
-                break;
-            }
-            let here = usize::try_from(len).map_or(rest.len(), |len| len.min(rest.len()));
-            let (content, behind) = rest.split_at_mut(here);
-            match &part.source {
-                Some(source) if source.read(from, content)? == PageData::Data => fill = PageData::Data,
-                // Needed only if there is data elsewhere in the page.
-                _ => content.fill(0),
-            }
-            rest = behind;
-        }
-        rest.fill(0);
-        Ok(fill)
+        self.0.read(offset, page)
     }
 
     fn len(&self) -> Option<u64> {
-        Some(self.end())
+        self.0.len()
     }
 
     fn zeros(&self, offset: u64) -> u64 {
-        let mut zeros = 0;
-        for (part, from, len) in self.parts_from(offset) {
-            let here = part.source.as_ref().map_or(len, |source| source.zeros(from).min(len));
-            zeros += here;
-            if here < len {
-                return zeros;
-            }
-        }
-        u64::MAX
+        self.0.zeros(offset)
     }
 
     fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
-        let (part, from, rest) = self.parts_from(offset).next()?;
-        part.source.as_ref().filter(|_| len as u64 <= rest)?.bytes(from, len)
+        self.0.bytes(offset, len)
     }
 }
 
 impl fmt::Debug for ConcatSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        struct Show<'a>(&'a Part);
-        impl fmt::Debug for Show<'_> {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                let Part { end, len, from, source } = self.0;
-                write!(f, "{}..{end}: ", end - len)?;
-                match source {
-                    Some(_) => write!(f, "from {from}"),
-                    None => f.write_str("zeros"),
-                }
-            }
-        }
-        f.write_str("ConcatSource ")?;
-        f.debug_list().entries(self.parts.iter().map(Show)).finish()
+        write!(f, "ConcatSource {:?}", self.0)
     }
 }
 
@@ -207,8 +141,8 @@ mod tests {
         crate::support::require!();
         let (source, content) = parts();
         assert_eq!(source.len(), Some(content.len() as u64));
-        let shown = "ConcatSource [0..10: from 0, 10..17: zeros, 17..20: from 50, 20..25: from 1099511627776, \
-                     25..41: from 0]";
+        let shown = "ConcatSource [0..10: source 0 from 0, 10..17: zeros, 17..20: source 1 from 50, \
+                     20..25: source 2 from 1099511627776, 25..41: source 3 from 0]";
         assert_eq!(format!("{source:?}"), shown);
         let padded = [&content[..], &[0; 100]].concat();
         for offset in 0..content.len() + 2 {

@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use memmap2::MmapOptions;
 
+use super::data_ranges::DataRanges;
 use super::{PageData, PageSource, invalid};
-use crate::Errno;
 use crate::sys::{self, FileStamp};
 
 /// A file or a part of it as a source: a regular file or a block device.
@@ -107,22 +107,20 @@ impl Holes {
     /// Returns the holes of a range of a file of the given length, and the number of bytes that are data.
     fn scan(own: &File, range: Range<u64>, len: u64) -> Option<(Vec<Range<u64>>, u64)> {
         let (mut holes, mut at, mut data_len, end) = (Vec::new(), range.start, 0, range.end.min(len));
-        while at < end && holes.len() < Self::MAX_HOLES {
-            let data = match sys::seek_data(own.as_fd(), at) {
-                Ok(data) => data.min(end),
-                // No data follows.
-                Err(Errno::ENXIO) => end,
-                // The file system doesn't report holes.
-                Err(_) => return None,
-            };
-            if data > at {
-                holes.push(at..data);
+        for data in DataRanges::new(own, at..end) {
+            // An error of a file system that doesn't tell.
+            let data = data.ok()?;
+            if data.start > at {
+                holes.push(at..data.start);
             }
-            if data == end {
-                break;
+            at = data.end;
+            data_len += data.end - data.start;
+            if holes.len() == Self::MAX_HOLES {
+                return Some((holes, data_len));
             }
-            at = sys::seek_hole(own.as_fd(), data).ok()?;
-            data_len += at.min(end) - data;
+        }
+        if at < end {
+            holes.push(at..end);
         }
         Some((holes, data_len))
     }

@@ -108,10 +108,10 @@ impl PageSource for MappedFileSource {
 #[cfg(test)]
 mod tests {
     use std::io::ErrorKind;
-    use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
 
     use super::*;
+    use crate::source::model::copied;
     use crate::sys;
 
     fn file(len: usize) -> File {
@@ -119,15 +119,6 @@ mod tests {
         let bytes: Vec<u8> = (0..len).map(|at| (at % 251 + 1) as u8).collect();
         file.write_all_at(&bytes, 0).unwrap();
         file
-    }
-
-    /// The bytes that the kernel copies from there.
-    fn copied(bytes: SourceBytes<'_>) -> io::Result<Vec<u8>> {
-        let copy = File::from(sys::memfd());
-        let written = sys::write(copy.as_fd(), bytes.as_ptr(), bytes.len())?;
-        let mut content = vec![0; written];
-        copy.read_exact_at(&mut content, 0)?;
-        Ok(content)
     }
 
     #[test]

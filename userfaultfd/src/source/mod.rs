@@ -9,14 +9,24 @@ use std::sync::Arc;
 #[cfg(feature = "pager")]
 pub(crate) mod call;
 mod concat;
+mod data_ranges;
 mod file;
+mod layered;
 mod mapped;
+mod mapped_ram;
 mod memory;
+#[cfg(test)]
+mod model;
+mod overlay;
+mod pieces;
 
 pub use concat::ConcatSource;
 pub use file::FileSource;
+pub use layered::LayeredSource;
 pub use mapped::MappedFileSource;
+pub use mapped_ram::{MappedRamSource, RamBlock};
 pub use memory::{BytesSource, ZeroSource};
+pub use overlay::OverlaySource;
 
 /// What a source has put into the buffer of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

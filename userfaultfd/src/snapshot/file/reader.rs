@@ -125,6 +125,14 @@ impl SnapshotReader {
         self.top().gone
     }
 
+    /// The parts of the memory that it holds, and those that it follows if they are in place: ranges of offsets in the
+    /// snapshot, in order. Also those of zeros, and of pages that could not be told. What is missing is as in the snapshot
+    /// that the lowest one follows.
+    pub fn extents(&self) -> impl Iterator<Item = std::ops::Range<u64>> {
+        let block = self.block();
+        self.index.iter().map(move |stretch| stretch.first * block..stretch.end() * block)
+    }
+
     /// Reads all of it, what it holds and what of those that it follows it shows, to find what is damaged.
     ///
     /// # Errors

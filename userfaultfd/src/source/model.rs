@@ -1,0 +1,92 @@
+//! What a source must show, as plain bytes, and random questions.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use super::{PageData, PageSource, SourceBytes};
+use crate::sys;
+
+/// Numbers that look random, the same for the same seed: xorshift.
+pub(super) struct Random(u64);
+
+impl Random {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(super) fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize % limit
+    }
+
+    /// A range within `0..len` that isn't empty, often short, often at a multiple of `unit`.
+    pub(super) fn range(&mut self, len: usize, unit: usize) -> Range<usize> {
+        let start = self.below(len);
+        let longest = if self.below(2) == 0 { len } else { 2 * unit };
+        let end = start + 1 + self.below(longest.min(len - start));
+        if self.below(3) == 0 {
+            return start..end;
+        }
+        let start = start / unit * unit;
+        start..end.next_multiple_of(unit).min(len)
+    }
+}
+
+/// Bytes that tell where they are, and whose.
+pub(super) fn byte(layer: usize, at: usize) -> u8 {
+    ((at / 7 + layer * 31) % 251 + 1) as u8
+}
+
+/// What the kernel copies from there.
+pub(super) fn copied(bytes: SourceBytes<'_>) -> io::Result<Vec<u8>> {
+    let copy = File::from(sys::memfd());
+    let written = sys::write(copy.as_fd(), bytes.as_ptr(), bytes.len())?;
+    let mut content = vec![0; written];
+    copy.read_exact_at(&mut content, 0)?;
+    Ok(content)
+}
+
+/// Reads a range, which may reach beyond the end, in every way that there is.
+#[track_caller]
+pub(super) fn check(source: &impl PageSource, expected: &[u8], range: Range<usize>) {
+    let show = format!("{range:?} of {}", expected.len());
+    let at = |at: usize| expected.get(at).copied().unwrap_or(0);
+    let offset = range.start as u64;
+    let mut page = vec![0xee; range.len()];
+    let content = range.clone().map(at);
+    match source.read(offset, &mut page).unwrap() {
+        PageData::Data => assert!(content.clone().eq(page.iter().copied()), "{show}"),
+        PageData::Zero => assert!(content.clone().all(|byte| byte == 0), "{show}"),
+    }
+    if let Some(bytes) = source.bytes(offset, range.len()) {
+        assert!(range.end <= expected.len(), "{show}");
+        assert!(content.eq(copied(bytes).unwrap()), "{show}");
+    }
+    let zeros = source.zeros(offset);
+    if range.start >= expected.len() {
+        assert_eq!(zeros, u64::MAX, "{show}");
+    } else {
+        let end = usize::try_from(zeros)
+            .map_or(expected.len(), |zeros| range.start.saturating_add(zeros).min(expected.len()));
+        assert!((range.start..end).all(|offset| at(offset) == 0), "{zeros} zeros: {show}");
+    }
+}
+
+/// Reads at random, all of it at once, and in small pieces.
+#[track_caller]
+pub(super) fn check_all(source: &impl PageSource, expected: &[u8], random: &mut Random, unit: usize) {
+    assert_eq!(source.len(), Some(expected.len() as u64));
+    check(source, expected, 0..expected.len() + 100);
+    for start in (0..expected.len()).step_by(unit) {
+        check(source, expected, start..start + unit);
+    }
+    for _ in 0..20 {
+        let range = random.range(expected.len() + unit, unit);
+        check(source, expected, range);
+    }
+}
