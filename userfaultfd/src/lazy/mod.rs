@@ -1,7 +1,10 @@
 //! [`LazyMemory`]: memory of this process that fills itself.
 
+mod builder;
 pub(crate) mod sigbus;
 
+pub use self::builder::LazyBuilder;
+pub use self::sigbus::builder::SigbusBuilder;
 use std::fmt;
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
@@ -13,13 +16,11 @@ use crate::lease::Lease;
 use crate::own_mapping::OwnMapping;
 use crate::pager::memory::served;
 use crate::pager::{
-    self, BackgroundFill, DEFAULT_MAX_AROUND_BYTES, Delivery, DescriptorId, Error, FaultAround, FillOrder,
-    MissingRange, PageSource, Pager, PagerBuilder, Problem, Progress, Region, RegionId, RetryPolicy,
-    SignalSafe, Statistics, Target, WorkingSet, WorkingSetRecorder, WorkingSetReplay,
+    self, BackgroundFill, DescriptorId, Error, FillOrder, MissingRange, PageSource, Pager, Progress,
+    RegionId, SignalSafe, Statistics, Target, WorkingSet, WorkingSetRecorder, WorkingSetReplay,
 };
 #[cfg(feature = "snapshot")]
 use crate::snapshot::{self, Series, Sink, Snapshot};
-use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 
 /// Memory of this process whose pages are read from a source on first access.
 ///
@@ -93,42 +94,6 @@ enum ServedBy {
     Sigbus(sigbus::Owned),
 }
 
-/// Builder for a [`LazyMemory`].
-///
-/// ```
-/// use userfaultfd::LazyMemory;
-/// use userfaultfd::pager::PageData;
-///
-/// let squares = |offset: u64, page: &mut [u8]| {
-///     for (at, word) in page.chunks_exact_mut(8).enumerate() {
-///         let index = offset / 8 + at as u64;
-///         word.copy_from_slice(&(index * index).to_ne_bytes());
-///     }
-///     Ok(PageData::Data)
-/// };
-/// let memory = LazyMemory::builder(squares).len(1 << 30).threads(2).build()?;
-/// let at = 8 * 12345;
-/// assert_eq!(memory[at..at + 8], 152_399_025_u64.to_ne_bytes());
-/// # Ok::<(), userfaultfd::pager::Error>(())
-/// ```
-#[must_use = "the memory is made by build"]
-pub struct LazyBuilder {
-    source: Arc<dyn PageSource>,
-    offset: u64,
-    len: Option<usize>,
-    page_size: usize,
-    around: FaultAround,
-    pager: Option<Arc<Pager>>,
-    own: PagerBuilder,
-    kernel: Option<bool>,
-    /// The borders of a source whose faults the faulting thread resolves.
-    sigbus: Option<Vec<u64>>,
-    /// The last option that was set and that needs a pager.
-    for_pager: Option<&'static str>,
-    /// The features that a tracker's protection uses where the kernel has them.
-    protection: FeatureFlags,
-}
-
 impl LazyMemory {
     /// Maps `len` bytes of memory with the content of a source.
     ///
@@ -142,27 +107,12 @@ impl LazyMemory {
     /// Returns a builder. By default the memory is as long as the source, has pages of the system's size, and has a
     /// pager of its own.
     pub fn builder(source: impl PageSource + 'static) -> LazyBuilder {
-        LazyBuilder {
-            source: Arc::new(source),
-            offset: 0,
-            len: None,
-            page_size: crate::page_size(),
-            around: FaultAround::Adaptive { most: DEFAULT_MAX_AROUND_BYTES },
-            pager: None,
-            own: Pager::builder(),
-            kernel: None,
-            sigbus: None,
-            for_pager: None,
-            protection: FeatureFlags::WP_ASYNC | FeatureFlags::WP_UNPOPULATED,
-        }
+        LazyBuilder::new(source)
     }
 
     /// Returns a builder for memory that the faulting thread itself fills, in a handler of SIGBUS.
     ///
     /// No other thread has to be woken for a fault, which is most of a fault's latency otherwise, and no pager is needed.
-    ///
-    /// [`len`](LazyBuilder::len), [`offset`](LazyBuilder::offset), [`huge_pages`](LazyBuilder::huge_pages) and
-    /// [`fault_around`](LazyBuilder::fault_around) apply; [`build`](LazyBuilder::build) refuses the options of pagers.
     ///
     /// ```
     /// use userfaultfd::LazyMemory;
@@ -197,9 +147,8 @@ impl LazyMemory {
     ///
     /// A handler that the program installs **later** replaces this one. It must call the action that sigaction(2) returned
     /// to it for each SIGBUS that it doesn't know; otherwise an access to a missing page is a crash.
-    pub fn sigbus(source: impl SignalSafe + 'static) -> LazyBuilder {
-        let borders = source.borders();
-        LazyBuilder { sigbus: Some(borders), ..Self::builder(source) }
+    pub fn sigbus(source: impl SignalSafe + 'static) -> SigbusBuilder {
+        SigbusBuilder::new(source)
     }
 
     /// Returns whether system calls can be passed missing pages of the memory.
@@ -439,10 +388,9 @@ impl LazyMemory {
     ///
     /// # Errors
     ///
-    /// - [`NotWithSigbus`](pager::Error::NotWithSigbus): the memory was built by [`sigbus`](Self::sigbus) and isn't
-    ///   [filled](Self::fill) yet.
     /// - [`Uffd`](pager::Error::Uffd): [`AlreadyTracked`](crate::Error::AlreadyTracked), by another tracker; the errors of
-    ///   [`DirtyTracker::with`] and [`DirtyTracker::track`], `EOPNOTSUPP` from Linux 5.7 to 5.12.
+    ///   [`DirtyTracker::with`] and [`DirtyTracker::track`], `EOPNOTSUPP` from Linux 5.7 to 5.12; `EBUSY` if the memory was
+    ///   built by [`sigbus`](Self::sigbus) and isn't [filled](Self::fill) yet.
     /// - [`Register`](pager::Error::Register): the kernel can't protect such memory: before Linux 5.7, hugetlb memory
     ///   before 5.19.
     #[cfg(feature = "tracking")]
@@ -456,8 +404,7 @@ impl LazyMemory {
                 Err(Error::NotServed) => self.own_tracker(),
                 Err(error) => return Err(error),
             },
-            ServedBy::Sigbus(owned) if owned.lazy().is_closed() => self.own_tracker(),
-            ServedBy::Sigbus(_) => return Err(Error::NotWithSigbus { option: "tracker" }),
+            ServedBy::Sigbus(_) => self.own_tracker(),
         };
         let mut tracker = DirtyTracker::with(options)?;
         for range in ranges {
@@ -566,208 +513,6 @@ impl LazyMemory {
     }
 }
 
-impl LazyBuilder {
-    /// Sets the length in bytes. The default is the length of the source from the offset on.
-    pub fn len(mut self, bytes: usize) -> Self {
-        self.len = Some(bytes);
-        self
-    }
-
-    /// Sets the offset in the source, in bytes, at which the memory begins. The default is 0.
-    pub fn offset(mut self, offset: u64) -> Self {
-        self.offset = offset;
-        self
-    }
-
-    /// Sets the size of huge pages, in bytes: 2 MiB or 1 GiB on x86-64. They must be
-    /// [reserved](https://docs.kernel.org/admin-guide/mm/hugetlbpage.html). A fault fills a whole huge page. By default
-    /// the memory has pages of the system's size.
-    pub fn huge_pages(mut self, bytes: usize) -> Self {
-        self.page_size = bytes;
-        self
-    }
-
-    /// Sets how much is filled for one fault. The default is [`FaultAround::Adaptive`] with at most 2 MiB.
-    pub fn fault_around(mut self, around: FaultAround) -> Self {
-        self.around = around;
-        self
-    }
-
-    /// Fills, for one fault, the block of `bytes` bytes that has the faulting address: short for
-    /// [`FaultAround::Block`]. The size is rounded up to whole pages.
-    pub fn block(self, bytes: usize) -> Self {
-        self.fault_around(FaultAround::Block(bytes))
-    }
-
-    /// Sets up sequential access to a slow source, such as a network: reads up to `most` bytes ahead of one fault, 1 MiB at
-    /// a time, with `threads` threads. See [`PagerBuilder::read_ahead_threads`].
-    pub fn read_ahead(mut self, threads: usize, most: usize) -> Self {
-        self.own = self.own.read_ahead_threads(threads);
-        self.for_pager = Some("read_ahead");
-        self.fault_around(FaultAround::Adaptive { most })
-    }
-
-    /// Sets how faults reach the worker that resolves them. The default is [`Delivery::Adaptive`].
-    pub fn delivery(mut self, delivery: Delivery) -> Self {
-        self.own = self.own.delivery(delivery);
-        self.for_pager = Some("delivery");
-        self
-    }
-
-    /// Sets the number of threads that read the source from the start. The default is 1. See [`PagerBuilder::threads`].
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.own = self.own.threads(threads);
-        self.for_pager = Some("threads");
-        self
-    }
-
-    /// Sets the most threads that read the source at the same time. See [`PagerBuilder::max_threads`].
-    pub fn max_threads(mut self, threads: usize) -> Self {
-        self.own = self.own.max_threads(threads);
-        self.for_pager = Some("max_threads");
-        self
-    }
-
-    /// Sets how a failing source is retried. The default is [`RetryPolicy::default`].
-    pub fn retry(mut self, retry: RetryPolicy) -> Self {
-        self.own = self.own.retry(retry);
-        self.for_pager = Some("retry");
-        self
-    }
-
-    /// Sets the function that is called when the source fails, or something else goes wrong: see
-    /// [`PagerBuilder::on_problem`].
-    pub fn on_problem(mut self, on_problem: impl Fn(&Problem) + Send + Sync + 'static) -> Self {
-        self.own = self.own.on_problem(on_problem);
-        self.for_pager = Some("on_problem");
-        self
-    }
-
-    /// Uses a shared pager instead of starting one. Its options apply: threads, delivery, retries and problems.
-    pub fn pager(mut self, pager: &Arc<Pager>) -> Self {
-        self.pager = Some(Arc::clone(pager));
-        self.for_pager = Some("pager");
-        self
-    }
-
-    /// Sets whether the pager resolves faults from kernel mode: of system calls and KVM guests on missing pages.
-    ///
-    /// `true` needs the [right](crate#rights) for it, and fails without. With `false` such a system call fails with
-    /// `EFAULT`. By default the builder tries `true`, and falls back to `false`.
-    pub fn handle_kernel_faults(mut self, serve: bool) -> Self {
-        self.kernel = Some(serve);
-        self
-    }
-
-    /// Maps the memory.
-    ///
-    /// # Errors
-    ///
-    /// - [`EmptyRegion`](pager::Error::EmptyRegion): no bytes; a source without an end, and no length.
-    /// - [`BeyondSource`](pager::Error::BeyondSource): the memory is longer than the source from the offset on.
-    /// - [`PageSize`](pager::Error::PageSize): the machine has no huge pages of this size.
-    /// - [`NotWithSigbus`](pager::Error::NotWithSigbus): memory by [`sigbus`](LazyMemory::sigbus) was given an option that
-    ///   needs a pager.
-    /// - [`Source`](pager::Error::Source): [`sigbus`](LazyMemory::sigbus) failed to read the page with the end of the
-    ///   source, which it does when it builds.
-    /// - [`Uffd`](pager::Error::Uffd): no userfaultfd could be created; the error says what helps.
-    /// - [`System`](pager::Error::System): failed to map memory or to create a thread; `ENOMEM` with huge pages: too few
-    ///   are reserved.
-    pub fn build(self) -> pager::Result<LazyMemory> {
-        let Self {
-            source,
-            offset,
-            len,
-            page_size,
-            around,
-            pager,
-            own,
-            kernel,
-            sigbus,
-            for_pager,
-            protection,
-        } = self;
-        let rest = source.len().map(|end| usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX));
-        let len = len.or(rest).filter(|len| *len > 0).ok_or(Error::EmptyRegion { address: 0 })?;
-        if let (true, Some(source_len)) = (rest.is_some_and(|rest| len > rest), source.len()) {
-            return Err(Error::BeyondSource { address: 0, len, offset, source_len });
-        }
-        if !page_size.is_power_of_two() || page_size < crate::page_size() {
-            return Err(Error::PageSize { address: 0, page_size });
-        }
-        let option = for_pager.or((kernel == Some(true)).then_some("handle_kernel_faults"));
-        if let (Some(option), Some(_)) = (option, &sigbus) {
-            return Err(Error::NotWithSigbus { option });
-        }
-        let huge = (page_size != crate::page_size()).then(|| page_size.trailing_zeros() as u8);
-        let whole = len.checked_next_multiple_of(page_size).filter(|len| isize::try_from(*len).is_ok());
-        // As mmap(2) says for a length that doesn't fit.
-        let whole = whole.ok_or(Errno::ENOMEM)?;
-        let around = match around {
-            // More than all of the memory is all of it.
-            FaultAround::Block(block) => {
-                FaultAround::Block(block.clamp(1, whole).next_multiple_of(page_size))
-            }
-            around => around,
-        };
-        let memory = OwnMapping::new(whole, huge).map_err(|error| match error.raw_os_error() {
-            Some(libc::EINVAL) if huge.is_some() => Error::PageSize { address: 0, page_size },
-            _ => Error::System(error),
-        })?;
-        let region = Region::new(memory.as_ptr().expose_provenance(), whole, source)
-            .offset(offset)
-            .page_size(page_size)
-            .fault_around(around);
-        if let Some(borders) = sigbus {
-            let uffd = open(false, FeatureFlags::SIGBUS, FeatureFlags::empty())?;
-            #[expect(unsafe_code, reason = "the memory is this function's")]
-            // SAFETY: as for `add_own`; `LazyMemory::sigbus` takes nothing but sources that are signal-safe, and these
-            // are the source's borders.
-            let owned = unsafe { sigbus::Owned::new(uffd, region, &borders) }?;
-            memory.lock_on_fault()?;
-            memory.hold();
-            let region = Arc::clone(owned.lazy().region());
-            return Ok(LazyMemory {
-                served: ServedBy::Sigbus(owned),
-                memory,
-                region,
-                len,
-                handles_kernel_faults: false,
-            });
-        }
-        let requested = FeatureFlags::THREAD_ID | protection;
-        let (uffd, handles_kernel_faults) = match kernel {
-            Some(kernel) => (open(kernel, FeatureFlags::empty(), requested)?, kernel),
-            None => match open(true, FeatureFlags::empty(), requested) {
-                Ok(uffd) => (uffd, true),
-                Err(_) => (open(false, FeatureFlags::empty(), requested)?, false),
-            },
-        };
-        let pager = match pager {
-            Some(pager) => pager,
-            None => Arc::new(own.build()?),
-        };
-        #[expect(unsafe_code, reason = "the memory is this function's")]
-        // SAFETY: nobody has seen the memory yet, and bytes are good whatever they are. It is unmapped only after the
-        // pager has let go of it, and poison is what the documentation says.
-        let added = unsafe { pager.add_lazy(uffd, region) }.map_err(|refused| refused.error)?;
-        let (descriptor, id) = (added.descriptor, added.regions[0]);
-        let region = Arc::clone(pager.target(id)?.region());
-        let served = ServedBy::Pager(pager, descriptor, id, Arc::clone(&region.lease));
-        let lazy = LazyMemory { served, memory, region, len, handles_kernel_faults };
-        lazy.memory.lock_on_fault()?;
-        lazy.memory.hold();
-        Ok(lazy)
-    }
-}
-
-/// Opens a userfaultfd.
-fn open(kernel: bool, required: FeatureFlags, requested: FeatureFlags) -> crate::Result<Uffd> {
-    let mut builder = UffdBuilder::new();
-    builder.close_on_exec(true).non_blocking(true).user_mode_only(!kernel);
-    builder.require_features(required).request_features(requested).create()
-}
-
 impl Deref for LazyMemory {
     type Target = [u8];
 
@@ -822,24 +567,12 @@ impl fmt::Debug for LazyMemory {
     }
 }
 
-impl fmt::Debug for LazyBuilder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LazyBuilder")
-            .field("source_len", &self.source.len())
-            .field("offset", &self.offset)
-            .field("len", &self.len)
-            .field("page_size", &self.page_size)
-            .field("around", &self.around)
-            .field("kernel", &self.kernel)
-            .field("sigbus", &self.sigbus.is_some())
-            .finish_non_exhaustive()
-    }
-}
-
 #[cfg(all(test, feature = "tracking"))]
 mod tests {
     use super::*;
+    use crate::FeatureFlags;
     use crate::dirty::Mode;
+    use crate::pager::FaultAround;
     use crate::support::{has_features, require, test_name};
 
     /// As on older kernels: without asynchronous protection, and without protection of missing pages.
@@ -857,7 +590,7 @@ mod tests {
             };
             let builder =
                 LazyMemory::builder(source).len(16 * page).fault_around(FaultAround::Block(2 * page));
-            let mut memory = LazyBuilder { protection, ..builder }.build().unwrap();
+            let mut memory = builder.protection(protection).build().unwrap();
             let start = memory.as_ptr().addr();
             assert_eq!(memory[0], 1);
             memory[4 * page] = 2;

@@ -188,13 +188,6 @@ pub enum Error {
         region: (usize, usize),
     },
 
-    /// An option or a method needs a pager, which memory by [`LazyMemory::sigbus`](crate::LazyMemory::sigbus) doesn't have.
-    #[error("{option} needs a pager, which memory by LazyMemory::sigbus doesn't have")]
-    NotWithSigbus {
-        /// The method of [`LazyBuilder`](crate::LazyBuilder).
-        option: &'static str,
-    },
-
     /// An operation on the descriptor failed.
     #[error(transparent)]
     Uffd(#[from] crate::Error),

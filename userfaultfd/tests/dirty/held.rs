@@ -72,9 +72,12 @@ fn memory_that_is_filled_lazily_is_named() {
     child::run_well(test_name!(), || {
         for sigbus in [false, true] {
             let len = 4 * page();
-            let memory =
-                if sigbus { LazyMemory::sigbus(ZeroSource) } else { LazyMemory::builder(ZeroSource) };
-            let memory = memory.len(len).build().unwrap();
+            let memory = if sigbus {
+                LazyMemory::sigbus(ZeroSource).len(len).build()
+            } else {
+                LazyMemory::builder(ZeroSource).len(len).build()
+            };
+            let memory = memory.unwrap();
             let all = memory.as_ptr().addr()..memory.as_ptr().addr() + len;
             is_held(
                 all.clone(),

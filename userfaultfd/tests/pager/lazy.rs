@@ -398,11 +398,12 @@ fn memory_is_lazy_where_the_process_locks_what_it_maps() {
         for flags in [libc::MCL_FUTURE, libc::MCL_FUTURE | libc::MCL_ONFAULT] {
             // SAFETY: nothing of any memory changes.
             assert_eq!(unsafe { libc::mlockall(flags) }, 0);
-            for builder in [
-                LazyMemory::builder(BytesSource::new(vec![7; pages * page()])),
-                LazyMemory::sigbus(BytesSource::new(vec![7; pages * page()])),
+            let source = || BytesSource::new(vec![7; pages * page()]);
+            for memory in [
+                LazyMemory::builder(source()).fault_around(FaultAround::Page).build(),
+                LazyMemory::sigbus(source()).fault_around(FaultAround::Page).build(),
             ] {
-                let memory = builder.fault_around(FaultAround::Page).build().unwrap();
+                let memory = memory.unwrap();
                 assert!(is_locked(memory.as_ptr().addr()));
                 assert_eq!(memory.missing().unwrap()[0].len, memory.len());
                 assert!(memory.iter().all(|byte| *byte == 7));

@@ -9,7 +9,7 @@ use std::thread;
 use userfaultfd::dirty::Ranges;
 use userfaultfd::pager::{BytesSource, FaultAround, PageData};
 use userfaultfd::snapshot::{self, Content};
-use userfaultfd::{DirtyTracker, Error, FeatureFlags, LazyMemory, pager};
+use userfaultfd::{DirtyTracker, Errno, Error, FeatureFlags, LazyMemory, pager};
 
 use crate::reader::{Seen, read, tell_signals};
 use crate::scene::{Pages, Problems, byte, can_poison};
@@ -297,7 +297,9 @@ fn what_is_missing_is_filled_and_saved() {
         let mut memory = build().unwrap();
         if sigbus {
             let tracker = memory.tracker();
-            assert!(matches!(tracker, Err(pager::Error::NotWithSigbus { .. })), "{tracker:?}");
+            let Err(pager::Error::Uffd(error)) = tracker else { panic!("{tracker:?}") };
+            assert_eq!(error.errno(), Some(Errno::EBUSY), "{error}");
+            assert!(error.to_string().contains("fill() it first"), "{error}");
         }
         memory[5] = 99;
         let mut expected = content.clone();

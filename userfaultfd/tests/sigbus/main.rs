@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use support::page;
 use userfaultfd::pager::BytesSource;
-use userfaultfd::{LazyBuilder, LazyMemory};
+use userfaultfd::{LazyMemory, SigbusBuilder};
 
 /// Bytes by which each place of the source is known. None is zero.
 fn content(len: usize) -> Arc<[u8]> {
@@ -31,7 +31,7 @@ fn lazy(pages: usize) -> LazyMemory {
     builder(pages).build().unwrap()
 }
 
-fn builder(pages: usize) -> LazyBuilder {
+fn builder(pages: usize) -> SigbusBuilder {
     LazyMemory::sigbus(BytesSource::new(content(pages * page()))).block(1)
 }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use userfaultfd::LazyMemory;
 use userfaultfd::pager::{
-    BytesSource, Delivery, Error, FillOrder, MappedFileSource, PageData, PageSource, Pager, RetryPolicy,
-    SignalSafe, SignalSafeConcat, ZeroSource,
+    BytesSource, Error, FillOrder, MappedFileSource, PageData, PageSource, SignalSafe, SignalSafeConcat,
+    ZeroSource,
 };
 
 use super::support::{hugetlb, mapping, page, require, test_name};
@@ -212,25 +212,8 @@ fn errno_is_kept() {
 }
 
 #[test]
-fn sigbus_build_rejects_options_of_a_pager() {
+fn build_rejects_lengths_that_the_source_lacks() {
     require!();
-    let pager = std::sync::Arc::new(Pager::new().unwrap());
-    let options = [
-        ("threads", builder(1).threads(2)),
-        ("retry", builder(1).retry(RetryPolicy::default())),
-        ("read_ahead", builder(1).read_ahead(2, 1 << 20)),
-        ("delivery", builder(1).delivery(Delivery::default())),
-        ("on_problem", builder(1).on_problem(|_| {})),
-        ("pager", builder(1).pager(&pager)),
-        ("handle_kernel_faults", builder(1).handle_kernel_faults(true)),
-    ];
-    for (name, builder) in options {
-        match builder.build() {
-            Err(Error::NotWithSigbus { option }) => assert_eq!(option, name),
-            other => panic!("{name}: {other:?}"),
-        }
-    }
-    assert_eq!(builder(1).handle_kernel_faults(false).build().unwrap()[0], byte(0));
     assert!(matches!(LazyMemory::sigbus(ZeroSource).build(), Err(Error::EmptyRegion { .. })));
     let beyond = LazyMemory::sigbus(BytesSource::new([1; 10])).len(page() + 1).build();
     assert!(matches!(beyond, Err(Error::BeyondSource { .. })));

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use userfaultfd::LazyMemory;
 use userfaultfd::pager::{BytesSource, FaultAround};
-use userfaultfd::{LazyBuilder, LazyMemory};
 
 use crate::contenders::cpus::{self, ALLOWED, Place};
 use crate::contenders::handler::{Handler, Loop};
@@ -23,8 +23,8 @@ pub(crate) fn run(options: &Options, mut section: Section) -> Section {
     let content: Arc<[u8]> = content(pages).into();
     let order: Arc<[u32]> = shuffled(pages).into();
     let bytes = || BytesSource::new(Arc::clone(&content));
-    let lazy = |builder: LazyBuilder| -> Option<Round> {
-        let memory = builder.build().expect("lazy memory");
+    let lazy = |memory: userfaultfd::pager::Result<LazyMemory>| -> Option<Round> {
+        let memory = memory.expect("lazy memory");
         Some(round(&order, move |walk| walk.read(memory.as_ptr(), FAULTS)))
     };
     let setup = || {
@@ -32,13 +32,13 @@ pub(crate) fn run(options: &Options, mut section: Section) -> Section {
         let handler = Handler::new(Place::Anywhere, Loop::Poll, Arc::clone(&content)).expect("a thread");
         let signal = Signal::new(Arc::clone(&content));
         vec![
-            lazy(LazyMemory::builder(bytes())),
+            lazy(LazyMemory::builder(bytes()).build()),
             Some(round(&order, move |walk| {
                 handler.expect(FAULTS);
                 walk.read(handler.start(), FAULTS)
             })),
-            lazy(LazyMemory::builder(bytes()).fault_around(FaultAround::Page)),
-            lazy(LazyMemory::sigbus(bytes())),
+            lazy(LazyMemory::builder(bytes()).fault_around(FaultAround::Page).build()),
+            lazy(LazyMemory::sigbus(bytes()).build()),
             Some(round(&order, move |walk| signal.during(|| walk.read(signal.start(), FAULTS)))),
         ]
     };

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use memmap2::{Mmap, MmapOptions};
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::BytesSource;
+use userfaultfd::pager::{BytesSource, FaultAround};
 
 use crate::build;
 use crate::contenders::cpus::{self, ALLOWED};
@@ -38,12 +38,13 @@ pub(crate) fn run(options: &Options, mut section: Section) -> Section {
         Box::new(move || {
             warm(len);
             let source = BytesSource::new(Arc::clone(&content));
-            let builder = if sigbus { LazyMemory::sigbus(source) } else { LazyMemory::builder(source) };
-            let builder = match block {
-                Some(block) => builder.block(block),
-                None => builder,
+            let around = block.map_or(FaultAround::Adaptive { most: 2 << 20 }, FaultAround::Block);
+            let memory = if sigbus {
+                LazyMemory::sigbus(source).fault_around(around).build()
+            } else {
+                LazyMemory::builder(source).fault_around(around).build()
             };
-            let memory = builder.build().expect("lazy memory");
+            let memory = memory.expect("lazy memory");
             rate(timed(|| read(&memory)))
         })
     };

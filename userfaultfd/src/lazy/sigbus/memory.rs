@@ -4,17 +4,14 @@
 
 use std::fmt;
 use std::ops::{Deref, Range};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Instant;
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
 
-use super::table::{self, SHARDS};
+use super::shard::{SHARDS, shard_number};
 use super::visitors::Visitors;
-use super::{handler, table::shard_number};
-use crate::owner::{InheritedFd, Owner, abandon};
 use crate::pager::memory::descriptor::addr_to_ptr;
 use crate::pager::memory::page_state::{Claim, Settlement};
 use crate::pager::memory::served::ServedRegion;
@@ -117,19 +114,9 @@ pub(crate) enum Lost {
     Missing,
 }
 
-/// The memory's owner: handlers find it until this is dropped.
-#[derive(Debug)]
-pub(crate) struct Owned(Arc<Lazy>, Owner);
-
-impl Owned {
-    /// Registers a region of this process's memory, reads the pages that have one of `borders` inside, and publishes
-    /// it to the handler.
-    ///
-    /// # Safety
-    ///
-    /// As [`Pager::add_own`](crate::pager::Pager::add_own). The source must be [`SignalSafe`](super::SignalSafe), with
-    /// these borders.
-    pub(crate) unsafe fn new(uffd: Uffd, mut region: Region, borders: &[u64]) -> Result<Self> {
+impl Lazy {
+    /// Registers a region of this process's memory, and reads the pages that have one of `borders` inside.
+    pub(super) fn new(uffd: Uffd, mut region: Region, borders: &[u64]) -> Result<Self> {
         region.ask_source()?;
         region.check()?;
         let Range { start, end } = region.range();
@@ -140,8 +127,7 @@ impl Owned {
         let mapping = |len| MmapOptions::new().len(len).no_reserve_swap().map_anon();
         let counters = MmapRaw::from(mapping(SHARDS * size_of::<Counters>())?);
         let zeros = if served.zeropage { None } else { Some(mapping(served.page_size())?) };
-        let owner = Owner::current()?;
-        let lazy = Arc::new(Lazy {
+        let lazy = Self {
             uffd,
             served,
             start,
@@ -153,35 +139,11 @@ impl Owned {
             closed: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             places: Default::default(),
-        });
+        };
         lazy.prepare(borders)?;
-        handler::install()?;
-        // SAFETY: the `Arc` keeps it where it is, and is given up by `drop` only after it was removed and nobody uses it.
-        unsafe { table::add(Arc::as_ptr(&lazy), start, end) }?;
-        Ok(Self(lazy, owner))
+        Ok(lazy)
     }
 
-    pub(crate) fn lazy(&self) -> &Arc<Lazy> {
-        &self.0
-    }
-}
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        if !self.1.is_current() {
-            abandon(&self.0);
-            // SAFETY: this is a fork's child, and the parent's memory is dropped no more in it. This has kept the
-            // descriptor open.
-            return unsafe { InheritedFd::new(self.0.uffd.as_fd()).close() };
-        }
-        self.0.closed.store(true, Ordering::SeqCst);
-        self.0.gone.store(true, Ordering::SeqCst);
-        table::remove(Arc::as_ptr(&self.0));
-        self.0.wait_for_users();
-    }
-}
-
-impl Lazy {
     /// Fills the pages whose content the handler can't get.
     fn prepare(&self, borders: &[u64]) -> Result<()> {
         let page = self.served.page_size();
@@ -225,8 +187,22 @@ impl Lazy {
         (!self.gone.load(Ordering::SeqCst)).then_some(user)
     }
 
+    /// Has nothing filled from now on.
+    pub(super) fn end(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.gone.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn addresses(&self) -> Range<usize> {
+        self.start..self.end
+    }
+
+    pub(super) fn uffd(&self) -> &Uffd {
+        &self.uffd
+    }
+
     /// Waits until every thread that has entered the memory has left it.
-    fn wait_for_users(&self) {
+    pub(super) fn wait_for_users(&self) {
         for place in &self.places {
             let mut pause = Pause::new();
             while place.users.are_inside() {
@@ -547,11 +523,6 @@ impl Lazy {
         pages.end
     }
 
-    /// Whether any fault of any memory is being resolved.
-    pub(crate) fn is_busy() -> bool {
-        table::is_any_running()
-    }
-
     pub(crate) fn region(&self) -> &Arc<ServedRegion> {
         &self.served
     }
@@ -625,6 +596,8 @@ mod tests {
     use std::sync::{Condvar, Mutex};
     use std::thread;
 
+    use super::super::owned::Owned;
+    use super::super::table;
     use super::*;
     use crate::pager::BytesSource;
     use crate::pager::races::real_time;
@@ -796,7 +769,7 @@ mod tests {
         thread::scope(|scope| {
             let readers: Vec<_> = slow.iter().map(|(_, memory)| scope.spawn(|| memory[0])).collect();
             stops.iter().for_each(|stop| stop.reached_by(1));
-            assert!(Lazy::is_busy());
+            assert!(table::is_any_running());
             let (owned, memory) = owned();
             assert_eq!((memory[0], owned.lazy().statistics().fills), (7, 2));
             drop(stops);

@@ -1,14 +1,19 @@
 //! Faults that the faulting thread resolves itself, in a handler of SIGBUS: for
 //! [`LazyMemory::sigbus`](crate::LazyMemory::sigbus).
 
+pub(super) mod builder;
 mod concat;
 mod handler;
 mod memory;
+mod owned;
+mod shard;
 mod table;
 mod visitors;
 
 pub use concat::SignalSafeConcat;
-pub(crate) use memory::{Lazy, Lost, Owned};
+pub(crate) use memory::{Lazy, Lost};
+pub(crate) use owned::Owned;
+pub(crate) use table::is_any_running;
 
 use std::sync::Arc;
 

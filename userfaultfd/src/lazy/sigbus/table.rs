@@ -12,18 +12,16 @@
 
 #![expect(unsafe_code, reason = "what a signal handler finds is behind raw pointers")]
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use super::memory::{Lazy, User};
+use super::shard::{SHARDS, shard_number};
 use super::visitors::Visitors;
 use crate::Errno;
 use crate::pager::Result;
 use crate::sys::{self, Pause};
-
-/// Counters in which faults are announced, so that threads rarely share a cache line.
-pub(super) const SHARDS: usize = 64;
 
 /// What the faults of this process share.
 #[repr(C)]
@@ -83,13 +81,6 @@ fn shared_or_new() -> Result<&'static Shared, Errno> {
     shared().ok_or(Errno::ENOMEM)
 }
 
-/// The shard in which a thread announces its faults, derived from its stack: mostly the same one each time.
-pub(super) fn shard_number() -> usize {
-    let here = 0_u8;
-    let stack = (&raw const here).addr() >> 12;
-    (stack.wrapping_mul(0x9e37_79b1) >> 8) % SHARDS
-}
-
 /// A fault that is being resolved.
 struct Running<'a>(&'a Shard);
 
@@ -112,7 +103,7 @@ pub(super) fn with_memory_at<T>(address: usize, with: impl FnOnce(&Lazy, usize) 
 }
 
 /// Whether any fault of any memory is being resolved.
-pub(super) fn is_any_running() -> bool {
+pub(crate) fn is_any_running() -> bool {
     shared().is_some_and(|shared| shared.shards.iter().any(|shard| shard.running.load(Ordering::Relaxed) > 0))
 }
 
@@ -205,7 +196,8 @@ fn entries<'a>(table: *const Table) -> &'a [Entry] {
 ///
 /// The caller must make sure that `lazy` stays where it is until it was [removed](remove) and every thread that has
 /// entered it has left it.
-pub(super) unsafe fn add(lazy: *const Lazy, start: usize, end: usize) -> Result<()> {
+pub(super) unsafe fn add(lazy: *const Lazy, addresses: Range<usize>) -> Result<()> {
+    let Range { start, end } = addresses;
     let shared = Locked::new(shared_or_new()?);
     let old = shared.table.load(Ordering::SeqCst);
     let there = || entries(old).iter().filter(|entry| !entry.lazy.load(Ordering::SeqCst).is_null());

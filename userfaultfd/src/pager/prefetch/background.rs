@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::lazy::sigbus::{Lazy, Lost};
+use crate::lazy::sigbus::{Lazy, Lost, is_any_running};
 use crate::owner::{Owner, abandon};
 use crate::pager::activity::{Busy, Reads};
 use crate::pager::fill::ahead_queue::CHUNK_BYTES;
@@ -596,7 +596,7 @@ impl Target {
     fn busy(&self) -> Busy {
         match self {
             Self::Pager { shared, region, .. } => shared.busy(region.id),
-            Self::Sigbus(_) if Lazy::is_busy() => Busy::Yes,
+            Self::Sigbus(_) if is_any_running() => Busy::Yes,
             Self::Sigbus(_) => Busy::No,
         }
     }
