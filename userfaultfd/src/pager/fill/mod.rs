@@ -10,5 +10,6 @@ pub(crate) mod growth;
 pub(crate) mod install;
 pub(crate) mod lease;
 pub(crate) mod load;
+pub(crate) mod poison;
 pub(crate) mod retry;
 pub(crate) mod work;

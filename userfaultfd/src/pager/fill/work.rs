@@ -103,3 +103,13 @@ pub(crate) fn page_of(address: usize) -> Range<usize> {
     let start = address & !(page - 1);
     start..start + page
 }
+
+/// The bytes that an operation did, and the error on which it stopped.
+pub(crate) fn answer(result: crate::Result<usize>, len: usize) -> (usize, Option<Errno>) {
+    match result {
+        Ok(done) if done == len => (done, None),
+        // A CONTINUE that stopped half-way.
+        Ok(done) => (done, Some(Errno::EAGAIN)),
+        Err(error) => (error.progress().unwrap_or(0), error.errno().or(Some(Errno::EINVAL))),
+    }
+}

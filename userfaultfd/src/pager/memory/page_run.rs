@@ -9,6 +9,7 @@ use super::address_map::Segment;
 use super::descriptor::{Attachment, wake};
 use super::page_state::Settlement;
 use super::served::ServedRegion;
+use crate::sync_point::{Point, reach};
 
 /// A run of pages of a region that one thread has claimed. The first `done` of them are settled; dropping the run
 /// releases the others.
@@ -146,6 +147,14 @@ impl PageRun {
         let settled = self.pages().start..self.pages().start + pages;
         self.done += pages;
         settled.fold(false, |joined, page| self.region.pages.end(page, end) | joined)
+    }
+
+    /// Settles the next page, which can't be filled, and wakes its waiters.
+    pub(crate) fn skip(&mut self, serving: &Attachment, end: Settlement) {
+        let address = self.address();
+        let _joined = self.settle(1, end);
+        reach(Point::BeforeWake, address);
+        wake(&serving.uffd, address..address + self.region.page_size());
     }
 
     /// Whether all of it is still where it was when it was claimed.

@@ -10,27 +10,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::lazy::sigbus::{Lazy, Lost, is_any_running};
+use super::fill_target::{FailedPages, STEP_BYTES, Target};
+use super::plan::{FillOrder, Place, Plan};
 use crate::owner::{Owner, abandon};
 use crate::pager::activity::{Busy, Reads};
-use crate::pager::fill::ahead_queue::CHUNK_BYTES;
-use crate::pager::fill::filler::PageFiller;
-use crate::pager::fill::lease::Lease;
-use crate::pager::fill::load::fill_batch_len;
-use crate::pager::fill::work::{Outcome, Work};
-use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::{Descriptor, lock};
-use crate::pager::memory::fault_around::FaultAround;
-use crate::pager::memory::page_run::PageRun;
-use crate::pager::memory::served::ServedRegion;
-use crate::pager::serve::shared::Shared;
+use crate::pager::memory::descriptor::lock;
 use crate::pager::serve::thread::Thread;
-use crate::pager::{Failed, Pager, Progress, RegionId, Result, RetryPolicy};
-use crate::sys;
+use crate::pager::{Failed, Pager, Progress, RegionId, Result};
 
-/// Bytes that are filled between two looks whether a fault waits, unless they take longer than [`STEP_TIME`]; and of one
-/// step, where the source is fast.
-const STEP_BYTES: usize = 64 << 10;
+/// The longest time between two looks whether a fault waits, while fewer than [`STEP_BYTES`] are filled.
 const STEP_TIME: Duration = Duration::from_micros(50);
 
 /// The delay until it is looked again whether a fault waits.
@@ -41,24 +29,6 @@ const HANGS: Duration = Duration::from_millis(1);
 
 /// The delay until a thread that is paused, or has reached the limit, looks whether the region is still served.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
-
-/// Reads of a slow source that may go on at the same time in any case. More if the pager has more threads of a kind.
-const MIN_READS_AT_ONCE: usize = 4;
-
-/// A source is fast again where reads take less than this. [`PageFiller::is_slow`] is above, so that threads don't come and
-/// go all the time.
-const FAST_READ: Duration = Duration::from_micros(25);
-
-/// What a background fill fills, in which order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FillOrder {
-    /// All of it, from the first page on.
-    Ascending,
-    /// These ranges, one after the other, and nothing else. They are in bytes from the start of the region, are
-    /// extended to whole pages, and cut to the region.
-    Ranges(Vec<Range<usize>>),
-}
 
 /// Fills the missing pages of a region while no fault waits to be resolved.
 ///
@@ -119,7 +89,7 @@ struct FillControl {
     done: AtomicUsize,
     total: usize,
     /// Pages that couldn't be filled.
-    failed: Mutex<Vec<Range<usize>>>,
+    failed: FailedPages,
     region: RegionId,
     page_shift: u32,
     threads: Mutex<Vec<Thread>>,
@@ -150,46 +120,11 @@ struct Turn {
     reads: Option<(Reads, Instant)>,
 }
 
-/// A page of a range.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Place {
-    range: usize,
-    page: usize,
-}
-
-/// Pages to go through, in order.
-pub(crate) struct Plan {
-    ranges: Vec<Range<usize>>,
-    /// Pages of them to leave out.
-    leave_out: Option<fn(usize) -> bool>,
-}
-
 /// A step that a thread has taken.
 struct Taken {
     pages: Range<usize>,
     /// Bytes that count for the limit until it is known what was filled.
     reserved: usize,
-}
-
-/// Where pages are filled.
-pub(crate) enum Target {
-    Pager { shared: Arc<Shared>, descriptor: Arc<Descriptor>, region: Arc<ServedRegion> },
-    Sigbus(Arc<Lazy>),
-}
-
-/// What a thread fills with.
-#[expect(clippy::large_enum_variant, reason = "there is one for each thread, on its stack")]
-enum Hands<'a> {
-    Pager(Lease<'a>),
-    Sigbus,
-}
-
-/// What a step did.
-struct Step {
-    /// The first page that wasn't looked at.
-    next: usize,
-    /// Pages that were filled.
-    filled: usize,
 }
 
 impl BackgroundFill {
@@ -219,8 +154,7 @@ impl BackgroundFill {
         if !self.control.owner.is_current() {
             return Vec::new();
         }
-        let mut pages = lock(&self.control.failed).clone();
-        pages.sort_unstable_by_key(|pages| pages.start);
+        let pages = self.control.failed.sorted();
         Failed::in_bytes(self.control.region, self.control.page_shift, pages)
     }
 
@@ -420,7 +354,7 @@ impl FillControl {
             done: AtomicUsize::new(0),
             total: plan.pages(),
             plan,
-            failed: Mutex::default(),
+            failed: FailedPages::default(),
             region: RegionId(target.region().id),
             page_shift: target.region().page_shift,
             threads: Mutex::default(),
@@ -429,74 +363,10 @@ impl FillControl {
         })
     }
 
-    /// Pages that couldn't be filled.
-    fn note_failed(&self, pages: Range<usize>) {
-        let mut failed = lock(&self.failed);
-        match failed.last_mut().filter(|last| last.end == pages.start) {
-            Some(last) => last.end = pages.end,
-            None => failed.push(pages),
-        }
-    }
-
     /// Whether one more thread may start. It counts from then on.
     fn may_start(&self) -> bool {
         let more = |running| (running < self.most_threads).then_some(running + 1);
         self.running.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
-    }
-}
-
-impl Plan {
-    fn new(order: FillOrder, count: usize, shift: u32) -> Self {
-        Self { ranges: pages_of(order, count, shift), leave_out: None }
-    }
-
-    /// Runs of pages, without some.
-    pub(crate) fn without(ranges: Vec<Range<usize>>, leave_out: fn(usize) -> bool) -> Self {
-        Self { ranges, leave_out: Some(leave_out) }
-    }
-
-    fn is_left_out(&self, page: usize) -> bool {
-        self.leave_out.is_some_and(|leave_out| leave_out(page))
-    }
-
-    /// How many pages.
-    fn pages(&self) -> usize {
-        let ranges = self.ranges.iter();
-        match self.leave_out {
-            None => ranges.map(Range::len).sum(),
-            Some(leave_out) => ranges.flat_map(Range::clone).filter(|page| !leave_out(*page)).count(),
-        }
-    }
-
-    /// Takes pages of one range, from a place on: to a multiple of `step`, counted from the start of the region.
-    fn next(&self, place: &mut Place, step: usize) -> Option<Range<usize>> {
-        loop {
-            let range = self.ranges.get(place.range)?;
-            let start = place.page.max(range.start);
-            let Some(start) = (start..range.end).find(|page| !self.is_left_out(*page)) else {
-                *place = Place { range: place.range + 1, page: 0 };
-                continue;
-            };
-            let border = (start - start % step).saturating_add(step).min(range.end);
-            let end = (start..border).find(|page| self.is_left_out(*page)).unwrap_or(border);
-            place.page = end;
-            return Some(start..end);
-        }
-    }
-}
-
-/// The ranges of pages to go through, in a region of so many.
-fn pages_of(order: FillOrder, count: usize, shift: u32) -> Vec<Range<usize>> {
-    match order {
-        FillOrder::Ascending => std::iter::once(0..count).collect(),
-        FillOrder::Ranges(ranges) => {
-            let pages = |range: Range<usize>| {
-                let end = (range.end >> shift) + usize::from(range.end & ((1 << shift) - 1) != 0);
-                range.start >> shift..end.min(count)
-            };
-            let ranges = ranges.into_iter().filter(|range| !range.is_empty()).map(pages);
-            ranges.filter(|pages| !pages.is_empty()).collect()
-        }
     }
 }
 
@@ -542,7 +412,11 @@ fn fill(target: &Arc<Target>, control: &Arc<FillControl>) {
             } else {
                 pages.end.min(pages.start + zeros)
             };
-            let Some(step) = target.fill(&mut hands, pages.start..end, control) else { return };
+            let Some(step) =
+                target.fill(&mut hands, pages.start..end, &control.failed, || control.is_stopped())
+            else {
+                return;
+            };
             filled += step.filled;
             pages.start = step.next;
         }
@@ -557,210 +431,6 @@ fn fill(target: &Arc<Target>, control: &Arc<FillControl>) {
     }
 }
 
-impl Hands<'_> {
-    fn is_slow(&self) -> bool {
-        matches!(self, Self::Pager(filler) if filler.is_slow())
-    }
-
-    fn is_fast(&self) -> bool {
-        !matches!(self, Self::Pager(filler) if filler.pace >= FAST_READ)
-    }
-}
-
-impl Target {
-    pub(crate) fn region(&self) -> &Arc<ServedRegion> {
-        match self {
-            Self::Pager { region, .. } => region,
-            Self::Sigbus(lazy) => lazy.region(),
-        }
-    }
-
-    fn hands(&self) -> Hands<'_> {
-        match self {
-            Self::Pager { shared, .. } => Hands::Pager(shared.lease()),
-            Self::Sigbus(_) => Hands::Sigbus,
-        }
-    }
-
-    /// Whether there is nothing to fill any more.
-    fn is_over(&self) -> bool {
-        match self {
-            Self::Pager { shared, region, descriptor } => {
-                shared.is_stopping() || region.is_ending() || descriptor.is_closed()
-            }
-            Self::Sigbus(lazy) => lazy.is_closed(),
-        }
-    }
-
-    /// Returns whether a fault waits or is being answered.
-    fn busy(&self) -> Busy {
-        match self {
-            Self::Pager { shared, region, .. } => shared.busy(region.id),
-            Self::Sigbus(_) if is_any_running() => Busy::Yes,
-            Self::Sigbus(_) => Busy::No,
-        }
-    }
-
-    /// Pages of a step.
-    fn step(&self, is_slow: bool) -> usize {
-        let region = self.region();
-        let bytes = match (region.around, self) {
-            (FaultAround::Block(block), _) => block,
-            (FaultAround::Adaptive { most }, Self::Pager { shared, .. }) if is_slow => {
-                STEP_BYTES.max(if shared.fill.threads.read_ahead > 0 { most.min(CHUNK_BYTES) } else { most })
-            }
-            _ => STEP_BYTES,
-        };
-        (bytes >> region.page_shift).max(1)
-    }
-
-    /// Pages from one on that are known to be zero, of which many are filled at once.
-    fn zeros(&self, page: usize) -> usize {
-        fill_batch_len(self.region(), page, 0)
-    }
-
-    /// Fills the first missing pages of a range, and notes those that can't be. `None`: the region isn't served any more.
-    fn fill(&self, hands: &mut Hands<'_>, pages: Range<usize>, control: &FillControl) -> Option<Step> {
-        match (self, hands) {
-            (Self::Pager { shared, descriptor, region }, Hands::Pager(filler)) => {
-                step(shared, descriptor, region, filler, pages, control)
-            }
-            (Self::Sigbus(lazy), _) => {
-                let (start, most) = (pages.start, pages.len() << self.region().page_shift);
-                let step = lazy.fill_some(pages, most, Lost::Missing)?;
-                let states = &self.region().pages;
-                for page in (start..step.next).filter(|page| states.is_failed(*page)) {
-                    control.note_failed(page..page + 1);
-                }
-                Some(Step { next: step.next, filled: step.filled })
-            }
-            (Self::Pager { .. }, Hands::Sigbus) => unreachable!("hands of another target"),
-        }
-    }
-
-    /// Fills missing pages in the calling thread, without giving way to faults. What the source doesn't deliver, as often
-    /// as it is asked, stays missing.
-    pub(crate) fn fill_now(&self, pages: Range<usize>) -> Result<()> {
-        let control = FillControl::new(self, Plan::new(FillOrder::Ascending, 0, 0))?;
-        let retry = match self {
-            Self::Pager { shared, .. } => shared.fill.retry,
-            // The source is in memory: it has the page or not.
-            Self::Sigbus(_) => RetryPolicy { attempts: 1, delay: Duration::ZERO },
-        };
-        for attempt in 1.. {
-            let (mut next, mut hands) = (pages.start, self.hands());
-            while next < pages.end {
-                let end = pages.end.min(next.saturating_add(self.step(false)));
-                next = self.fill(&mut hands, next..end, &control).ok_or(crate::pager::Error::NotServed)?.next;
-            }
-            drop(hands);
-            let states = &self.region().pages;
-            for page in pages.clone() {
-                let mut pause = sys::Pause::new();
-                while states.is_loading(page) {
-                    pause.rest();
-                }
-            }
-            let missing = |page| states.is_missing(page);
-            let again = !self.is_over() && pages.clone().any(missing);
-            let Some(delay) = retry.delay_after(attempt).filter(|_| again) else { break };
-            std::thread::sleep(delay);
-        }
-        Ok(())
-    }
-
-    /// How many threads may fill it at the same time.
-    fn most_threads(&self) -> usize {
-        match self {
-            Self::Pager { shared, .. } => {
-                MIN_READS_AT_ONCE.max(shared.fill.threads.workers).max(shared.fill.threads.read_ahead + 1)
-            }
-            // What is to be read the kernel reads, with the read-ahead of mappings.
-            Self::Sigbus(_) => 1,
-        }
-    }
-}
-
-/// Fills the first missing pages of a range that lie in one place.
-fn step(
-    shared: &Shared,
-    descriptor: &Arc<Descriptor>,
-    region: &Arc<ServedRegion>,
-    filler: &mut PageFiller,
-    pages: Range<usize>,
-    control: &FillControl,
-) -> Option<Step> {
-    let segment = match segment_from(descriptor, filler.thread, region, pages.start)? {
-        Some(segment) => segment,
-        None => return Some(Step { next: pages.end, filled: 0 }),
-    };
-    let within = pages.start.max(segment.first)..pages.end.min(segment.pages().end);
-    if within.is_empty() {
-        return Some(Step { next: pages.end, filled: 0 });
-    }
-    let (run, next) = PageRun::claim(&segment, within, usize::MAX);
-    let Some(run) = run else { return Some(Step { next, filled: 0 }) };
-    let (claimed, thread) = (run.pages(), filler.thread);
-    let mut load = |run: PageRun| match filler.resume(&shared.fill, descriptor, Work::Load(run.early(), 0)) {
-        Outcome::Settled => true,
-        // Who needs it asks for it.
-        Outcome::Deferred(work, _) => {
-            filler.give_up(descriptor, work);
-            true
-        }
-        Outcome::TargetGone => false,
-    };
-    let mut alive = load(run);
-    let states = &region.pages;
-    if claimed.len() > 1 {
-        // Among pages that couldn't be had together, one may be what is wrong.
-        for page in claimed.clone() {
-            if !alive {
-                break;
-            }
-            let Some(removed) = states.claim_missing(page) else { continue };
-            let run = PageRun::new(&segment, page..page + 1, removed);
-            if region.is_ending() || shared.is_stopping() || control.is_stopped() {
-                run.give_up(descriptor.lock_shard(thread).as_ref());
-                return None;
-            }
-            alive = load(run);
-        }
-    }
-    if !alive {
-        shared.retire(descriptor);
-        return None;
-    }
-    let failed = |page: &usize| states.is_failed(*page) && is_there(descriptor, thread, &segment, *page);
-    for page in claimed.clone().filter(failed) {
-        control.note_failed(page..page + 1);
-    }
-    let filled = claimed.filter(|page| !states.is_missing(*page)).count();
-    Some(Step { next, filled })
-}
-
-/// Whether a page is still where it was.
-fn is_there(descriptor: &Descriptor, thread: usize, segment: &Segment, page: usize) -> bool {
-    let serving = descriptor.lock_shard(thread);
-    let address = segment.address_of(page);
-    let now = serving.as_ref().zip(address).and_then(|(serving, address)| serving.layout.find(address));
-    now.is_some_and(|now| Arc::ptr_eq(&now.region, &segment.region) && now.address_of(page) == address)
-}
-
-/// The segment of a region that a page is in, or else the first behind it. `None`: the descriptor isn't served any
-/// more. Nothing is allocated while the layout is locked.
-fn segment_from(
-    descriptor: &Descriptor,
-    thread: usize,
-    region: &Arc<ServedRegion>,
-    page: usize,
-) -> Option<Option<Segment>> {
-    let serving = descriptor.lock_shard(thread);
-    let segments = serving.as_ref()?.layout.segments().iter();
-    let here = segments.filter(|segment| Arc::ptr_eq(&segment.region, region) && page < segment.pages().end);
-    Some(here.min_by_key(|segment| segment.first).cloned())
-}
-
 impl Pager {
     /// Fills the missing pages of a region in the background: see [`BackgroundFill`].
     ///
@@ -770,13 +440,5 @@ impl Pager {
     /// - [`System`](crate::pager::Error::System): a thread couldn't be had.
     pub fn background(&self, region: RegionId, order: FillOrder) -> Result<BackgroundFill> {
         BackgroundFill::start(self.target(region)?, order)
-    }
-
-    /// A region to fill.
-    pub(crate) fn target(&self, region: RegionId) -> Result<Target> {
-        let descriptor = self.of_region(region)?;
-        let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
-        let region = segments.into_iter().next().ok_or(crate::pager::Error::NotServed)?.region;
-        Ok(Target::Pager { shared: Arc::clone(&self.shared), descriptor, region })
     }
 }

@@ -1,6 +1,8 @@
 //! Without being asked: reading ahead, filling in the background, and working sets.
 
 pub(crate) mod background;
+pub(crate) mod fill_target;
+pub(crate) mod plan;
 pub(crate) mod read_ahead;
 pub(crate) mod record;
 pub(crate) mod replay;

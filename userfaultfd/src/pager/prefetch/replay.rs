@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
-use super::background::{BackgroundFill, FillReport, Plan, Target};
+use super::background::{BackgroundFill, FillReport};
+use super::fill_target::Target;
+use super::plan::Plan;
 use super::working_set::{ReplayedRuns, WorkingSet};
 use crate::pager::memory::fault_log::Mode;
 use crate::pager::memory::served::ServedRegion;

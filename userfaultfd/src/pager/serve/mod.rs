@@ -5,6 +5,8 @@ pub(crate) mod beside;
 pub(crate) mod binding;
 pub(crate) mod control;
 pub(crate) mod delivery;
+mod descriptor_cache;
+mod event_reader;
 pub(crate) mod mailbox;
 pub(crate) mod poll;
 pub(crate) mod regions;

@@ -10,19 +10,20 @@ use std::time::{Duration, Instant};
 
 use super::backlog::{Backlog, EVENTS};
 use super::delivery::{Delivery, WaitPolicy};
+use super::descriptor_cache::DescriptorCache;
+use super::event_reader::{EventReader, Read};
 use super::poll::Token;
 use super::shared::Shared;
 use super::thread::has_heap;
-use super::vma_events::{self, Change};
 use crate::error::errno_of;
 use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::retry::{self, Deferred, History, Put};
 use crate::pager::fill::work::{Fault, Outcome, RetryAfter, Work, page_of};
-use crate::pager::memory::descriptor::{Attachment, Descriptor, lock, wake};
+use crate::pager::memory::descriptor::{Descriptor, lock, wake};
 use crate::pager::trace::event;
-use crate::pager::{DescriptorId, Problem, RegionId, stats};
+use crate::pager::{DescriptorId, Problem, RegionId};
 use crate::source::call::message;
-use crate::{Errno, Error, Event, EventBuffer, FaultKind, Result, sys};
+use crate::{Errno, Error, Result, sys};
 
 /// So many events are read with one system call.
 const EVENTS_PER_READ: usize = 64;
@@ -32,9 +33,6 @@ const MAX_BATCHES_PER_DESCRIPTOR: usize = 64;
 
 /// So often it is looked at one descriptor before it is looked at all, while spinning.
 const POLLS_PER_EPOLL_CHECK: u32 = 8;
-
-/// So many descriptors a thread knows at a time.
-const DESCRIPTOR_CACHE_SLOTS: usize = 64;
 
 /// The delay until a descriptor is read again that couldn't be read.
 const READ_AGAIN: Duration = Duration::from_millis(100);
@@ -54,18 +52,15 @@ pub(crate) struct Worker {
     place: usize,
     is_added: bool,
     filler: PageFiller,
-    many: EventBuffer,
-    one: EventBuffer,
+    reader: EventReader,
     /// Read, and not answered yet. But for the first they are in the backlog.
     faults: VecDeque<Fault>,
     /// Whether the backlog may have something that waits for a change of the layout.
     has_changing: bool,
     /// Changes that were read since any of that got through.
     misses: u32,
-    /// Descriptors that this thread has met, by slot: the table that all share is locked to find one. As many as there
-    /// is room for from the start.
-    known: Box<[Option<Arc<Descriptor>>]>,
-    version: u32,
+    /// Descriptors that this thread has met.
+    known: DescriptorCache,
     /// Whose faults are being answered, for when that panics.
     current: Option<Token>,
     waiting: WaitPolicy,
@@ -101,19 +96,15 @@ impl Worker {
         if !lock(shared.backlog(place)).prepare(batch, retry::QUEUE_ROOM) {
             return Err(Errno::ENOMEM.into());
         }
-        let (mut faults, mut known) = (VecDeque::new(), Vec::new());
+        let mut faults = VecDeque::new();
         faults.try_reserve_exact(2 * batch).map_err(|_| Errno::ENOMEM)?;
-        known.try_reserve_exact(DESCRIPTOR_CACHE_SLOTS).map_err(|_| Errno::ENOMEM)?;
-        known.resize(DESCRIPTOR_CACHE_SLOTS, None);
         Ok(Self {
             filler,
-            many: EventBuffer::try_new(batch).ok_or(Errno::ENOMEM)?,
-            one: EventBuffer::try_new(1).ok_or(Errno::ENOMEM)?,
+            reader: EventReader::try_new(batch).ok_or(Errno::ENOMEM)?,
             faults,
             has_changing: false,
             misses: 0,
-            known: known.into_boxed_slice(),
-            version: 0,
+            known: DescriptorCache::try_new().ok_or(Errno::ENOMEM)?,
             current: None,
             waiting: WaitPolicy::new(delivery),
             shared,
@@ -282,18 +273,7 @@ impl Worker {
 
     /// The descriptor that an event is about, if it is still served.
     fn find(&mut self, token: Token) -> Option<Arc<Descriptor>> {
-        let version = self.shared.table.version();
-        if version != self.version {
-            // Not to keep what is served no more.
-            self.known.fill(None);
-            self.version = version;
-        }
-        let slot = token.slot();
-        let known = &mut self.known[slot % DESCRIPTOR_CACHE_SLOTS];
-        if !known.as_ref().is_some_and(|descriptor| token.means(descriptor)) {
-            *known = self.shared.table.in_slot(slot);
-        }
-        known.clone().filter(|descriptor| token.means(descriptor))
+        self.known.find(&self.shared.table, token)
     }
 
     /// Reads a descriptor's events and answers the faults among them, until there are none, or others have waited long
@@ -307,7 +287,8 @@ impl Worker {
     fn answer_batches(&mut self, descriptor: &Arc<Descriptor>, mut blocking: bool) -> bool {
         let mut gave_way = false;
         for round in 0..MAX_BATCHES_PER_DESCRIPTOR {
-            let read = self.read(descriptor, blocking);
+            let how = (self.thread, self.filler.is_slow(), blocking);
+            let read = self.reader.read(&self.shared, descriptor, how, &mut self.faults);
             blocking = false;
             if std::mem::take(&mut gave_way) {
                 self.waiting.gave_way(self.faults.front());
@@ -424,53 +405,6 @@ impl Worker {
         }
     }
 
-    /// Reads events with one system call.
-    fn read(&mut self, descriptor: &Arc<Descriptor>, blocking: bool) -> Result<Read> {
-        // A thread that waits for a source leaves faults to the others.
-        let alone = self.shared.fill.threads.workers == 1 && self.shared.fill.threads.added == 0;
-        let buffer = if !alone && self.filler.is_slow() { &mut self.one } else { &mut self.many };
-        let (shared, thread, faults) = (&*self.shared, self.thread, &mut self.faults);
-        let mut result = Ok(Read::Nothing);
-        let mut read = |serving: &mut Attachment| -> Result<Read> {
-            if blocking {
-                // Somebody who shares the description has made it so.
-                serving.uffd.set_nonblocking(true)?;
-            }
-            let count = serving.uffd.read_batch(buffer)?;
-            if descriptor.read_failed.load(Ordering::Relaxed) {
-                descriptor.read_failed.store(false, Ordering::Relaxed);
-            }
-            let full = count == buffer.capacity();
-            if full && !alone {
-                shared.poll.rearm(descriptor, serving.uffd.as_fd());
-            }
-            let since = stats::now();
-            // Changes are applied at once, and faults are answered after all of them.
-            let mut changes = false;
-            for event in buffer.drain() {
-                changes |= !matches!(event, Ok(Event::Pagefault { .. }));
-                take(shared, thread, descriptor, serving, event, faults, since);
-            }
-            // Who was waked by a fill may have run at once, and faulted again: often the next is there by now, and
-            // needs no poll.
-            Ok(match count {
-                0 => Read::Nothing,
-                _ if changes => Read::Changes,
-                _ => Read::Faults,
-            })
-        };
-        if descriptor.tells_changes {
-            descriptor.with_all_shards(&mut |serving| {
-                if let Some(serving) = serving {
-                    result = read(serving);
-                }
-            });
-        } else if let Some(serving) = &mut *descriptor.lock_shard(thread) {
-            result = read(serving);
-        }
-        result
-    }
-
     /// A descriptor that can't be read is served no more, unless what it lacks can come.
     fn unreadable(&mut self, descriptor: &Arc<Descriptor>, error: Error) {
         let errno = error.errno();
@@ -572,56 +506,4 @@ impl Worker {
             }
         }
     }
-}
-
-/// What a system call has read.
-#[derive(Clone, Copy, Debug)]
-enum Read {
-    Nothing,
-    Faults,
-    /// Changes of the layout, perhaps with faults.
-    Changes,
-}
-
-/// Takes an event in: a change is applied, a fault is put to those that are to be answered.
-fn take(
-    shared: &Shared,
-    thread: usize,
-    descriptor: &Descriptor,
-    serving: &mut Attachment,
-    event: Result<Event>,
-    faults: &mut VecDeque<Fault>,
-    since: Instant,
-) {
-    let counters = shared.fill.counters(thread);
-    let change = match event {
-        Ok(Event::Pagefault { kind, addr, thread_id, .. }) => {
-            let counter = match kind {
-                FaultKind::Missing => &counters.missing_faults,
-                FaultKind::Minor => &counters.minor_faults,
-                FaultKind::WriteProtected => &counters.write_protect_faults,
-                FaultKind::ReadWriteProtected => &counters.read_write_protect_faults,
-                FaultKind::Unknown(_) => &counters.unknown_faults,
-            };
-            counter.add(1);
-            return faults.push_back(Fault {
-                address: addr.addr(),
-                kind,
-                thread: thread_id.as_raw(),
-                since,
-                joined: false,
-            });
-        }
-        Ok(Event::Fork { uffd }) => Change::Fork { uffd },
-        Ok(Event::Remap { from, to, len }) => {
-            Change::Remap { from: from.addr()..from.addr() + len, to: to.addr() }
-        }
-        Ok(Event::Remove { start, end }) => Change::Remove(start.addr()..end.addr()),
-        Ok(Event::Unmap { start, end }) => Change::Unmap(start.addr()..end.addr()),
-        Err(error) => {
-            let descriptor = DescriptorId(descriptor.id);
-            return shared.fill.report(Problem::Read { descriptor, error });
-        }
-    };
-    vma_events::apply(shared, counters, descriptor, serving, change);
 }

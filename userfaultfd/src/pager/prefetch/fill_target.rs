@@ -1,0 +1,293 @@
+//! Where pages are filled without being asked for, one step at a time: in a region of a pager, or in sigbus memory.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crate::lazy::sigbus::{Lazy, Lost, is_any_running};
+use crate::pager::activity::Busy;
+use crate::pager::fill::ahead_queue::CHUNK_BYTES;
+use crate::pager::fill::filler::PageFiller;
+use crate::pager::fill::lease::Lease;
+use crate::pager::fill::load::fill_batch_len;
+use crate::pager::fill::work::{Outcome, Work};
+use crate::pager::memory::address_map::Segment;
+use crate::pager::memory::descriptor::{Descriptor, lock};
+use crate::pager::memory::fault_around::FaultAround;
+use crate::pager::memory::page_run::PageRun;
+use crate::pager::memory::served::ServedRegion;
+use crate::pager::serve::shared::Shared;
+use crate::pager::{Error, Pager, RegionId, Result, RetryPolicy};
+use crate::sys;
+
+/// Bytes of one step, where the source is fast; and that are filled between two looks whether a fault waits.
+pub(super) const STEP_BYTES: usize = 64 << 10;
+
+/// Reads of a slow source that may go on at the same time in any case. More if the pager has more threads of a kind.
+const MIN_READS_AT_ONCE: usize = 4;
+
+/// A source is fast again where reads take less than this. [`PageFiller::is_slow`] is above, so that threads don't come and
+/// go all the time.
+const FAST_READ: Duration = Duration::from_micros(25);
+
+/// Pages that couldn't be filled, in the order in which that was found.
+#[derive(Debug, Default)]
+pub(super) struct FailedPages(Mutex<Vec<Range<usize>>>);
+
+impl FailedPages {
+    fn note(&self, pages: Range<usize>) {
+        let mut failed = lock(&self.0);
+        match failed.last_mut().filter(|last| last.end == pages.start) {
+            Some(last) => last.end = pages.end,
+            None => failed.push(pages),
+        }
+    }
+
+    pub(super) fn sorted(&self) -> Vec<Range<usize>> {
+        let mut pages = lock(&self.0).clone();
+        pages.sort_unstable_by_key(|pages| pages.start);
+        pages
+    }
+}
+
+/// Where pages are filled.
+pub(crate) enum Target {
+    Pager { shared: Arc<Shared>, descriptor: Arc<Descriptor>, region: Arc<ServedRegion> },
+    Sigbus(Arc<Lazy>),
+}
+
+/// What a thread fills with.
+#[expect(clippy::large_enum_variant, reason = "there is one for each thread, on its stack")]
+pub(super) enum Hands<'a> {
+    Pager(Lease<'a>),
+    Sigbus,
+}
+
+/// What a step did.
+pub(super) struct Step {
+    /// The first page that wasn't looked at.
+    pub(super) next: usize,
+    /// Pages that were filled.
+    pub(super) filled: usize,
+}
+
+impl Hands<'_> {
+    pub(super) fn is_slow(&self) -> bool {
+        matches!(self, Self::Pager(filler) if filler.is_slow())
+    }
+
+    pub(super) fn is_fast(&self) -> bool {
+        !matches!(self, Self::Pager(filler) if filler.pace >= FAST_READ)
+    }
+}
+
+impl Target {
+    pub(crate) fn region(&self) -> &Arc<ServedRegion> {
+        match self {
+            Self::Pager { region, .. } => region,
+            Self::Sigbus(lazy) => lazy.region(),
+        }
+    }
+
+    pub(super) fn hands(&self) -> Hands<'_> {
+        match self {
+            Self::Pager { shared, .. } => Hands::Pager(shared.lease()),
+            Self::Sigbus(_) => Hands::Sigbus,
+        }
+    }
+
+    /// Whether there is nothing to fill any more.
+    pub(super) fn is_over(&self) -> bool {
+        match self {
+            Self::Pager { shared, region, descriptor } => {
+                shared.is_stopping() || region.is_ending() || descriptor.is_closed()
+            }
+            Self::Sigbus(lazy) => lazy.is_closed(),
+        }
+    }
+
+    /// Returns whether a fault waits or is being answered.
+    pub(super) fn busy(&self) -> Busy {
+        match self {
+            Self::Pager { shared, region, .. } => shared.busy(region.id),
+            Self::Sigbus(_) if is_any_running() => Busy::Yes,
+            Self::Sigbus(_) => Busy::No,
+        }
+    }
+
+    /// Pages of a step.
+    pub(super) fn step(&self, is_slow: bool) -> usize {
+        let region = self.region();
+        let bytes = match (region.around, self) {
+            (FaultAround::Block(block), _) => block,
+            (FaultAround::Adaptive { most }, Self::Pager { shared, .. }) if is_slow => {
+                STEP_BYTES.max(if shared.fill.threads.read_ahead > 0 { most.min(CHUNK_BYTES) } else { most })
+            }
+            _ => STEP_BYTES,
+        };
+        (bytes >> region.page_shift).max(1)
+    }
+
+    /// Pages from one on that are known to be zero, of which many are filled at once.
+    pub(super) fn zeros(&self, page: usize) -> usize {
+        fill_batch_len(self.region(), page, 0)
+    }
+
+    /// Fills the first missing pages of a range, and notes those that can't be. `None`: the region isn't served any more.
+    pub(super) fn fill(
+        &self,
+        hands: &mut Hands<'_>,
+        pages: Range<usize>,
+        failed: &FailedPages,
+        is_stopped: impl Fn() -> bool,
+    ) -> Option<Step> {
+        match (self, hands) {
+            (Self::Pager { shared, descriptor, region }, Hands::Pager(filler)) => {
+                step(shared, (descriptor, region), filler, pages, failed, is_stopped)
+            }
+            (Self::Sigbus(lazy), _) => {
+                let (start, most) = (pages.start, pages.len() << self.region().page_shift);
+                let step = lazy.fill_some(pages, most, Lost::Missing)?;
+                let states = &self.region().pages;
+                for page in (start..step.next).filter(|page| states.is_failed(*page)) {
+                    failed.note(page..page + 1);
+                }
+                Some(Step { next: step.next, filled: step.filled })
+            }
+            (Self::Pager { .. }, Hands::Sigbus) => unreachable!("hands of another target"),
+        }
+    }
+
+    /// Fills missing pages in the calling thread, without giving way to faults. What the source doesn't deliver, as often
+    /// as it is asked, stays missing.
+    pub(crate) fn fill_now(&self, pages: Range<usize>) -> Result<()> {
+        let failed = FailedPages::default();
+        let retry = match self {
+            Self::Pager { shared, .. } => shared.fill.retry,
+            // The source is in memory: it has the page or not.
+            Self::Sigbus(_) => RetryPolicy { attempts: 1, delay: Duration::ZERO },
+        };
+        for attempt in 1.. {
+            let (mut next, mut hands) = (pages.start, self.hands());
+            while next < pages.end {
+                let end = pages.end.min(next.saturating_add(self.step(false)));
+                let step = self.fill(&mut hands, next..end, &failed, || false).ok_or(Error::NotServed)?;
+                next = step.next;
+            }
+            drop(hands);
+            let states = &self.region().pages;
+            for page in pages.clone() {
+                let mut pause = sys::Pause::new();
+                while states.is_loading(page) {
+                    pause.rest();
+                }
+            }
+            let missing = |page| states.is_missing(page);
+            let again = !self.is_over() && pages.clone().any(missing);
+            let Some(delay) = retry.delay_after(attempt).filter(|_| again) else { break };
+            std::thread::sleep(delay);
+        }
+        Ok(())
+    }
+
+    /// How many threads may fill it at the same time.
+    pub(super) fn most_threads(&self) -> usize {
+        match self {
+            Self::Pager { shared, .. } => {
+                MIN_READS_AT_ONCE.max(shared.fill.threads.workers).max(shared.fill.threads.read_ahead + 1)
+            }
+            // What is to be read the kernel reads, with the read-ahead of mappings.
+            Self::Sigbus(_) => 1,
+        }
+    }
+}
+
+/// Fills the first missing pages of a range that lie in one place.
+fn step(
+    shared: &Shared,
+    (descriptor, region): (&Arc<Descriptor>, &Arc<ServedRegion>),
+    filler: &mut PageFiller,
+    pages: Range<usize>,
+    failed: &FailedPages,
+    is_stopped: impl Fn() -> bool,
+) -> Option<Step> {
+    let segment = match segment_from(descriptor, filler.thread, region, pages.start)? {
+        Some(segment) => segment,
+        None => return Some(Step { next: pages.end, filled: 0 }),
+    };
+    let within = pages.start.max(segment.first)..pages.end.min(segment.pages().end);
+    if within.is_empty() {
+        return Some(Step { next: pages.end, filled: 0 });
+    }
+    let (run, next) = PageRun::claim(&segment, within, usize::MAX);
+    let Some(run) = run else { return Some(Step { next, filled: 0 }) };
+    let (claimed, thread) = (run.pages(), filler.thread);
+    let mut load = |run: PageRun| match filler.resume(&shared.fill, descriptor, Work::Load(run.early(), 0)) {
+        Outcome::Settled => true,
+        // Who needs it asks for it.
+        Outcome::Deferred(work, _) => {
+            filler.give_up(descriptor, work);
+            true
+        }
+        Outcome::TargetGone => false,
+    };
+    let mut alive = load(run);
+    let states = &region.pages;
+    if claimed.len() > 1 {
+        // Among pages that couldn't be had together, one may be what is wrong.
+        for page in claimed.clone() {
+            if !alive {
+                break;
+            }
+            let Some(removed) = states.claim_missing(page) else { continue };
+            let run = PageRun::new(&segment, page..page + 1, removed);
+            if region.is_ending() || shared.is_stopping() || is_stopped() {
+                run.give_up(descriptor.lock_shard(thread).as_ref());
+                return None;
+            }
+            alive = load(run);
+        }
+    }
+    if !alive {
+        shared.retire(descriptor);
+        return None;
+    }
+    let is_failed = |page: &usize| states.is_failed(*page) && is_there(descriptor, thread, &segment, *page);
+    for page in claimed.clone().filter(is_failed) {
+        failed.note(page..page + 1);
+    }
+    let filled = claimed.filter(|page| !states.is_missing(*page)).count();
+    Some(Step { next, filled })
+}
+
+/// Whether a page is still where it was.
+fn is_there(descriptor: &Descriptor, thread: usize, segment: &Segment, page: usize) -> bool {
+    let serving = descriptor.lock_shard(thread);
+    let address = segment.address_of(page);
+    let now = serving.as_ref().zip(address).and_then(|(serving, address)| serving.layout.find(address));
+    now.is_some_and(|now| Arc::ptr_eq(&now.region, &segment.region) && now.address_of(page) == address)
+}
+
+/// The segment of a region that a page is in, or else the first behind it. `None`: the descriptor isn't served any
+/// more. Nothing is allocated while the layout is locked.
+fn segment_from(
+    descriptor: &Descriptor,
+    thread: usize,
+    region: &Arc<ServedRegion>,
+    page: usize,
+) -> Option<Option<Segment>> {
+    let serving = descriptor.lock_shard(thread);
+    let segments = serving.as_ref()?.layout.segments().iter();
+    let here = segments.filter(|segment| Arc::ptr_eq(&segment.region, region) && page < segment.pages().end);
+    Some(here.min_by_key(|segment| segment.first).cloned())
+}
+
+impl Pager {
+    /// A region to fill.
+    pub(crate) fn target(&self, region: RegionId) -> Result<Target> {
+        let descriptor = self.of_region(region)?;
+        let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
+        let region = segments.into_iter().next().ok_or(Error::NotServed)?.region;
+        Ok(Target::Pager { shared: Arc::clone(&self.shared), descriptor, region })
+    }
+}
