@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_descriptor_arrives_with_its_numbers() {
+    fn descriptor_arrives_with_its_numbers() {
         let (one, other) = UnixStream::pair().unwrap();
         let file = File::open("/proc/self/stat").unwrap();
         send(&one, [1, u64::MAX, 3], file.as_fd()).unwrap();

@@ -56,7 +56,7 @@ fn manpage_fills_each_page_that_main_reads() {
 }
 
 #[test]
-fn manpage_tells_its_usage() {
+fn manpage_prints_usage() {
     for argument in [None, Some("0"), Some("-1"), Some("three")] {
         let output = run(command("manpage").args(argument));
         assert_eq!(output.status.code(), Some(1), "{argument:?}: {output:?}");
@@ -186,7 +186,7 @@ impl Drop for Directory {
 }
 
 #[test]
-fn bigger_than_memory_reads_a_thousand_bytes_of_a_file_of_100_gib() {
+fn bigger_than_memory_reads_bytes_of_100_gib_file() {
     let directory = Directory::new("bigger_than_memory");
     let path = directory.snapshot();
     File::options().write(true).open(&path).unwrap().set_len(100 << 30).expect("a hole takes no room");
@@ -220,7 +220,7 @@ fn lazy_file_reads_by_faults_what_the_file_holds() {
 }
 
 #[test]
-fn lazy_file_tells_what_it_cannot_read() {
+fn lazy_file_reports_unreadable_file() {
     let output = run(command("lazy_file").arg("/nowhere"));
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(output.err.starts_with("No such file or directory"), "{output:?}");
@@ -279,7 +279,7 @@ fn serve_fills_the_memory_of_restore() {
 }
 
 #[test]
-fn serve_outlives_a_process_that_asks_for_what_it_has_not() {
+fn serve_outlives_process_asking_for_unserved_memory() {
     let directory = Directory::new("refused");
     let (snapshot, socket) = (directory.snapshot(), directory.0.join("socket"));
     let longer = directory.0.join("longer");
@@ -320,7 +320,7 @@ fn restore_shows_no_zeros_when_serve_dies() {
 }
 
 #[test]
-fn serve_and_restore_tell_their_usage() {
+fn serve_and_restore_print_usage() {
     for (example, usage) in [
         ("serve", "usage: cargo run --example serve -- SNAPSHOT SOCKET [PROCESSES]\n"),
         ("restore", "usage: cargo run --example restore -- SNAPSHOT SOCKET\n"),
@@ -351,7 +351,7 @@ fn soak_finds_nothing_wrong() {
 }
 
 #[test]
-fn soak_tells_its_usage() {
+fn soak_prints_usage() {
     for arguments in [&["--seconds"][..], &["--seconds", "many"], &["--threads", "0"], &["--speed", "1"]] {
         let output = run(command("soak").args(arguments));
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
@@ -363,7 +363,7 @@ fn soak_tells_its_usage() {
 }
 
 #[test]
-fn probe_tells_what_the_kernel_offers_and_what_memory_accepts() {
+fn probe_prints_kernel_features_and_memory_kinds() {
     let output = run(&mut command("probe"));
     assert!(output.status.success() && output.err.is_empty(), "{output:?}");
     let support = Support::probe().unwrap();
@@ -392,9 +392,9 @@ fn probe_tells_what_the_kernel_offers_and_what_memory_accepts() {
 }
 
 #[test]
-fn without_rights_probe_tells_what_helps() {
+fn probe_names_remedy_without_rights() {
     if !is_root() {
-        return skip("without_rights_probe_tells_what_helps", "root, to drop it");
+        return skip("probe_names_remedy_without_rights", "root, to drop it");
     }
     for example in ["hello_fault", "probe"] {
         let output = run(&mut nobodys_command(example));
@@ -413,9 +413,9 @@ fn without_rights_probe_tells_what_helps() {
 }
 
 #[test]
-fn refused_creation_tells_what_helps() {
+fn refused_creation_names_remedy() {
     if !is_root() {
-        return skip("refused_creation_tells_what_helps", "root, to drop it");
+        return skip("refused_creation_names_remedy", "root, to drop it");
     }
     for example in ["manpage", "hello_fault", "write_protect", "probe"] {
         let mut command = nobodys_command(example);
@@ -423,7 +423,7 @@ fn refused_creation_tells_what_helps() {
         let output = run(&mut command);
         let probe = example == "probe";
         if output.status.success() && !probe {
-            return skip("refused_creation_tells_what_helps", "a /dev/userfaultfd that isn't everybody's");
+            return skip("refused_creation_names_remedy", "a /dev/userfaultfd that isn't everybody's");
         }
         let status = match example {
             "probe" => 0,
@@ -444,11 +444,11 @@ fn refused_creation_tells_what_helps() {
 }
 
 #[test]
-fn dirty_tracking_tells_what_was_written_and_draws_it() {
+fn dirty_tracking_reports_and_draws_written_pages() {
     let picture = std::env::temp_dir().join(format!("dirty-{}.svg", std::process::id()));
     let need = Need::Features(FeatureFlags::PAGEFAULT_FLAG_WP);
     let Some(output) = run(command("dirty_tracking").arg(&picture).arg("2"))
-        .unless_unmet("dirty_tracking_tells_what_was_written_and_draws_it", need)
+        .unless_unmet("dirty_tracking_reports_and_draws_written_pages", need)
     else {
         return;
     };
@@ -482,10 +482,10 @@ fn dirty_tracking_tells_what_was_written_and_draws_it() {
 }
 
 #[test]
-fn working_set_tells_what_is_in_use() {
+fn working_set_reports_pages_in_use() {
     let need = Need::Features(FeatureFlags::RWP | FeatureFlags::RWP_ASYNC);
     let Some(output) =
-        run(&mut command("working_set")).unless_unmet("working_set_tells_what_is_in_use", need)
+        run(&mut command("working_set")).unless_unmet("working_set_reports_pages_in_use", need)
     else {
         return;
     };
@@ -513,7 +513,7 @@ fn live_snapshot_is_verified_in_another_process() {
 }
 
 #[test]
-fn the_readmes_show_hello_fault_and_what_it_prints() {
+fn readmes_show_hello_fault_and_its_output() {
     let program = include_str!("../hello_fault.rs");
     let (header, program) = program.split_once("\n\n").unwrap();
     assert!(header.lines().all(|line| line.starts_with("//!")), "{header}");
@@ -565,7 +565,7 @@ fn cookbook_shows_parts_of_examples_as_they_are() {
 }
 
 #[test]
-fn migrated_program_comes_to_what_it_comes_to_without_moving() {
+fn migrated_program_computes_same_result() {
     let output = run(command("migrate").arg("1"));
     assert!(output.status.success(), "{output:?}");
     let lines: Vec<&str> = output.out.lines().collect();

@@ -109,7 +109,7 @@ const IOCTLS: &[Ioctl] = ioctls! {
 };
 
 #[test]
-fn numbers_are_built_from_direction_type_number_and_size() {
+fn numbers_are_built_from_their_parts() {
     for ioctl in IOCTLS {
         let number = |encoding: &Encoding| encoding.number(ioctl.direction, ioctl.kind, ioctl.nr, ioctl.size);
         assert_eq!(ioctl.bound_generic, number(&GENERIC), "{}", ioctl.name);
@@ -175,7 +175,7 @@ fn committed_files_differ_in_four_numbers_only() {
 }
 
 #[test]
-fn promised_names_are_there_and_no_others() {
+fn promised_names_alone_are_bound() {
     let bound = |text: &'static str| {
         let items = text.lines().filter_map(|line| line.strip_prefix("pub "));
         let names = items.filter_map(|item| item.split([' ', ':']).nth(1));
@@ -274,7 +274,7 @@ fn constants_have_the_types_of_their_fields() {
 }
 
 #[test]
-fn system_call_has_the_number_that_others_have() {
+fn system_call_number_matches_other_crates() {
     assert_eq!(SYS_userfaultfd, libc::SYS_userfaultfd);
     assert_eq!(SYS_userfaultfd, linux_raw_sys::general::__NR_userfaultfd as libc::c_long);
 }

@@ -332,7 +332,7 @@ mod tests {
     const NONE: FeatureFlags = FeatureFlags::empty();
 
     #[test]
-    fn the_handshake_asks_exactly_for_what_is_required_and_probes_nothing() {
+    fn handshake_requests_exactly_required_features() {
         crate::support::require!();
         let asked = Cell::new(None);
         let wanted = Wanted { required: FeatureFlags::THREAD_ID, ..Wanted::default() };
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_required_feature_that_is_missing_is_named() {
+    fn required_feature_that_is_missing_is_named() {
         crate::support::require!();
         let required = FeatureFlags::THREAD_ID | FeatureFlags::MOVE | FeatureFlags::from_bits_retain(1 << 40);
         let error = LINUX_5_10.negotiate(required, NONE).unwrap_err();
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_ignores_unknown_features_is_not_believed() {
+    fn ignored_unknown_features_count_as_missing() {
         crate::support::require!();
         let sloppy = Kernel { checks: false, ..LINUX_5_10 };
         let error = sloppy.negotiate(FeatureFlags::POISON, NONE).unwrap_err();
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn fork_events_are_left_out_where_requested_and_an_error_where_required() {
+    fn fork_events_without_right_are_dropped_or_an_error() {
         crate::support::require!();
         let user = Kernel { grants_fork: false, ..LINUX_7_3 };
         let both = FeatureFlags::EVENT_FORK | FeatureFlags::EVENT_REMAP;
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn asynchronous_read_write_protection_needs_the_protection() {
+    fn async_rwp_requires_rwp() {
         crate::support::require!();
         let error = LINUX_7_3.negotiate(FeatureFlags::RWP_ASYNC, NONE).unwrap_err();
         assert!(matches!(error, Error::FeatureNeeds { needs: FeatureFlags::RWP, .. }), "{error}");
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn asynchronous_write_protection_brings_that_of_untouched_pages() {
+    fn wp_async_adds_wp_unpopulated() {
         crate::support::require!();
         let got = LINUX_7_3.negotiate(FeatureFlags::WP_ASYNC, NONE).unwrap();
         assert_eq!(got, FeatureFlags::WP_ASYNC | FeatureFlags::WP_UNPOPULATED);
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_handshake_is_told_from_a_missing_feature() {
+    fn second_handshake_differs_from_missing_feature() {
         crate::support::require!();
         let wanted = Wanted { required: FeatureFlags::MOVE, ..Wanted::default() };
         let error = negotiate(wanted, |_| Err(Errno::EINVAL), || Ok(LINUX_7_3.offer())).unwrap_err();
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn required_operations_are_looked_for_where_they_are_reported() {
+    fn required_ioctls_are_checked_where_reported() {
         crate::support::require!();
         let ask = |kernel: Kernel, ioctls| {
             let wanted = Wanted { ioctls, ..Wanted::default() };

@@ -541,7 +541,7 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_decode_to_what_they_say() {
+    fn any_bytes_decode_without_panic() {
         crate::support::require!();
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         let mut random = || {
@@ -603,7 +603,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_event_is_an_error_and_those_behind_it_are_good() {
+    fn unknown_event_is_error_and_later_ones_decode() {
         crate::support::require!();
         let mut buffer = EventBuffer::new(3);
         fill(&mut buffer, &[fault(1), message(0x77, [0; 3]), fault(2)]);
@@ -628,14 +628,14 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_without_room_is_an_error() {
+    fn buffer_without_room_is_an_error() {
         crate::support::require!();
         let result = EventBuffer::new(0).receive(Terms::default(), |_| panic!("read"));
         assert!(matches!(result, Err(Error::EmptyBuffer)), "{result:?}");
     }
 
     #[test]
-    fn a_failed_read_keeps_the_buffer() {
+    fn failed_read_keeps_the_buffer() {
         crate::support::require!();
         let mut buffer = EventBuffer::new(2);
         fill(&mut buffer, &[fault(1)]);
@@ -644,7 +644,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_of_forks_are_closed_wherever_the_events_are_dropped() {
+    fn dropped_events_close_fork_descriptors() {
         crate::support::require!();
         // With the iterator, after one of three events was taken out of it.
         let ((first, first_end), (second, second_end)) = (fork(), fork());
@@ -674,7 +674,7 @@ mod tests {
 
     /// Else a child would have the features of whatever was read last.
     #[test]
-    fn a_fork_among_events_of_two_userfaultfds_inherits_nothing() {
+    fn mixed_events_of_two_userfaultfds_inherit_no_terms() {
         crate::support::require!();
         let terms = |features| {
             let support = crate::Support { features, ioctls: crate::IoctlFlags::API };
@@ -705,7 +705,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fork_s_descriptor_is_the_event_s_and_inherits_the_terms() {
+    fn fork_s_descriptor_is_event_s_and_inherits_terms() {
         crate::support::require!();
         let (message, end) = fork();
         let features = FeatureFlags::EVENT_FORK;

@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn support_prints_a_row_for_each_feature_and_for_unknown_ones() {
+    fn support_prints_known_and_unknown_features() {
         crate::support::require!();
         let support = Support {
             features: FeatureFlags::MOVE | FeatureFlags::from_bits_retain(1 << 40),

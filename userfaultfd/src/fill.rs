@@ -523,7 +523,7 @@ mod tests {
     const EAGAIN: i64 = libc::EAGAIN as i64;
 
     #[test]
-    fn a_field_that_is_an_errno_or_was_left_alone_is_no_progress() {
+    fn errno_or_untouched_field_is_no_progress() {
         crate::support::require!();
         for field in [0, -EAGAIN, -1, i64::MIN] {
             let stop = outcome(Err(Errno::EAGAIN), field);
@@ -532,7 +532,7 @@ mod tests {
     }
 
     #[test]
-    fn a_positive_field_counts_whether_or_not_the_call_failed() {
+    fn positive_field_counts_whether_or_not_call_failed() {
         crate::support::require!();
         assert_eq!(outcome(Ok(()), 8192), Ok(8192));
         assert_eq!(outcome(Err(Errno::EAGAIN), 4096), Err(Stop { done: 4096, errno: Errno::EAGAIN }));
@@ -540,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn the_errno_is_the_call_s_and_not_the_field_s() {
+    fn errno_is_the_call_s_and_not_the_field_s() {
         crate::support::require!();
         assert_eq!(outcome(Err(Errno::EFAULT), -EAGAIN), Err(Stop { done: 0, errno: Errno::EFAULT }));
     }

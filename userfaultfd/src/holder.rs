@@ -133,7 +133,7 @@ mod tests {
     use crate::support::require;
 
     #[test]
-    fn the_latest_holder_is_named_until_it_ends() {
+    fn latest_holder_is_named_until_it_ends() {
         require!();
         let owner = Owner::current().unwrap();
         // No memory is there.

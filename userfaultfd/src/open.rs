@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_without_userfaultfd_is_told_from_missing_rights() {
+    fn kernel_without_userfaultfd_is_no_missing_right() {
         crate::support::require!();
         assert_eq!(refused(Errno::ENOENT, Errno::ENOSYS, true).reason(), OpenRefusal::NotBuiltIn);
         assert_eq!(refused(Errno::EACCES, Errno::EMFILE, true).reason(), OpenRefusal::Other);

@@ -246,7 +246,7 @@ mod tests {
     use crate::support::{child, require, test_name};
 
     #[test]
-    fn a_forked_child_is_another_owner_and_so_is_its_child() {
+    fn forked_child_and_grandchild_are_other_owners() {
         require!();
         child::run_well(test_name!(), || {
             let parent = Owner::current().unwrap();
@@ -271,9 +271,9 @@ mod tests {
     }
 
     #[test]
-    fn a_forked_child_makes_values_of_its_own_even_if_its_parents_are_locked() {
-        static VALUE: PerProcess<Mutex<u32>> = PerProcess::new();
+    fn forked_child_makes_own_values_despite_lock() {
         require!();
+        static VALUE: PerProcess<Mutex<u32>> = PerProcess::new();
         child::run_well(test_name!(), || {
             assert!(VALUE.made().is_none());
             let mut value = VALUE.get().unwrap().lock().unwrap();
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_closes_the_numbers_that_are_noted() {
+    fn child_closes_the_numbers_that_are_noted() {
         require!();
         child::run_well(test_name!(), || {
             let files: Vec<_> = (0..40).map(|_| File::open("/proc/self/exe").unwrap()).collect();
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_is_closed_once() {
+    fn number_is_closed_once() {
         require!();
         child::run_well(test_name!(), || {
             let file = File::open("/proc/self/exe").unwrap();

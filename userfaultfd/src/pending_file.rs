@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_leads_to_the_old_file_until_the_new_one_is_complete() {
+    fn name_shows_old_file_until_new_one_is_complete() {
         require!();
         for unnamed in [true, false] {
             let scratch = Scratch::new(&format!("until-{unnamed}"));
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_file_is_as_permissive_as_the_old() {
+    fn new_file_is_as_permissive_as_the_old() {
         require!();
         for unnamed in [true, false] {
             let scratch = Scratch::new(&format!("mode-{unnamed}"));
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_or_a_device_is_written_directly() {
+    fn pipe_or_a_device_is_written_directly() {
         require!();
         PendingFile::replace("/dev/null", b"nothing").unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_replaced_is_an_error_at_once() {
+    fn unreplaceable_path_is_refused_at_once() {
         require!();
         let scratch = Scratch::new("errors");
         let kind = |path: PathBuf| PendingFile::create(path).unwrap_err().kind();

@@ -368,7 +368,7 @@ a000-b000 rw-p 00000000 00:00 0                          [heap]\nKernelPageSize:
     }
 
     #[test]
-    fn the_first_line_and_the_flags_tell_what_memory_is_of() {
+    fn first_line_and_flags_give_kind_of_memory() {
         crate::support::require!();
         let cases: [(&str, &str, MemoryKind); 18] = [
             ("rw-p 00000000 00:00 0", "rd wr", MemoryKind::Anonymous),
@@ -414,7 +414,7 @@ a000-b000 rw-p 00000000 00:00 0                          [heap]\nKernelPageSize:
     }
 
     #[test]
-    fn lines_are_whole_however_they_are_read_and_long_ones_are_cut() {
+    fn lines_are_whole_and_long_ones_are_cut() {
         crate::support::require!();
         let long = [&b"ab"[..], &[b'x'; 10_000], b"\n\ncd\n"].concat();
         for step in [1, 2, 3, 255, 256, 257, 4096, 10_000] {

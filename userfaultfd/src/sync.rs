@@ -90,7 +90,7 @@ mod tests {
     use super::locked::AtomicU64;
 
     #[test]
-    fn the_locked_one_does_what_the_other_does() {
+    fn locked_atomic_behaves_as_native_one() {
         crate::support::require!();
         let (ours, theirs) = (AtomicU64::new(5), std::sync::atomic::AtomicU64::new(5));
         assert_eq!(ours.fetch_add(u64::MAX, SeqCst), theirs.fetch_add(u64::MAX, SeqCst));

@@ -1144,7 +1144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cpu_of_a_thread_is_told() {
+    fn cpu_of_thread_is_returned() {
         crate::support::require!();
         let stat = b"1234 (a ) b) S 1 1234 1234 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 100 200 300 18446744073709551615 \
             1 1 0 0 0 0 0 4096 0 0 0 0 17 13 0 0 0 0 0\n";
@@ -1159,7 +1159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_moves_to_another_cpu() {
+    fn thread_moves_to_another_cpu() {
         crate::support::require!();
         let allowed = || {
             let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
@@ -1182,7 +1182,7 @@ mod tests {
 
     /// Mappings side by side are one to the kernel, which can't be split where the process has as many as it may.
     #[test]
-    fn memory_is_given_back_where_no_mapping_can_be_split() {
+    fn unmap_succeeds_at_limit_of_mappings() {
         crate::support::require!();
         let limit = crate::proc_maps::max_mappings().expect("/proc tells");
         let few = limit < 100_000;
@@ -1216,7 +1216,7 @@ mod tests {
     }
 
     #[test]
-    fn the_name_tells_a_userfaultfd() {
+    fn userfaultfd_is_recognised_by_name() {
         crate::support::require!();
         let flags = libc::O_CLOEXEC | UFFD_USER_MODE_ONLY as libc::c_int;
         match userfaultfd(flags).or_else(|_| userfaultfd(libc::O_CLOEXEC)) {

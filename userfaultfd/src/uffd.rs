@@ -715,7 +715,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fdinfo_tells_what_is_enabled() {
+    fn fdinfo_shows_enabled_features() {
         crate::support::require!();
         let support = parse_api(b"\taa:80010100:80000000000005ff").unwrap();
         assert_eq!(support.features, FeatureFlags::MOVE | FeatureFlags::THREAD_ID);

@@ -138,7 +138,7 @@ fn assert_failed<T>(result: Result<T, Error>, errno: Errno) {
 }
 
 #[test]
-fn the_count_counts() {
+fn allocation_counter_counts() {
     require!();
     let (_, calls) = allocations(|| drop(black_box(Box::new(1))));
     assert_eq!(calls, 2);
@@ -149,7 +149,7 @@ fn the_count_counts() {
 }
 
 #[test]
-fn a_handler_of_missing_pages_is_quiet() {
+fn handler_of_missing_pages_is_quiet() {
     require!();
     for non_blocking in [false, true] {
         let memory = Memory::anonymous(8);
@@ -188,7 +188,7 @@ fn a_handler_of_missing_pages_is_quiet() {
 
 /// The refused thread looks for the reason itself: perhaps it is the handler, while a fork waits for it.
 #[test]
-fn a_refusal_is_looked_into_quietly() {
+fn refusal_is_looked_into_quietly() {
     require!();
     let (memory, other) = (Memory::anonymous(2), uffd(FeatureFlags::empty()));
     other.register(memory.at(1), page()).unwrap();
@@ -213,7 +213,7 @@ fn a_refusal_is_looked_into_quietly() {
 }
 
 #[test]
-fn a_handler_of_batches_is_quiet() {
+fn handler_of_batches_is_quiet() {
     require!();
     const THREADS: usize = 4;
     let (memory, uffd) = (Memory::anonymous(32), uffd(FeatureFlags::empty()));
@@ -240,7 +240,7 @@ fn a_handler_of_batches_is_quiet() {
 }
 
 #[test]
-fn a_handler_that_takes_changes_first_is_quiet() {
+fn handler_that_takes_changes_first_is_quiet() {
     require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::EVENT_REMAP);
     let memory = Memory::anonymous(4);
     let target = Memory::anonymous(1);
@@ -286,7 +286,7 @@ fn a_handler_that_takes_changes_first_is_quiet() {
 }
 
 #[test]
-fn operations_while_the_layout_changes_are_quiet() {
+fn operations_during_layout_changes_are_quiet() {
     require!(FeatureFlags::EVENT_REMOVE);
     let (memory, uffd) = (Memory::anonymous(2), uffd(FeatureFlags::EVENT_REMOVE));
     uffd.register(memory.start(), memory.len()).unwrap();
@@ -312,7 +312,7 @@ fn operations_while_the_layout_changes_are_quiet() {
 }
 
 #[test]
-fn a_handler_of_forks_is_quiet() {
+fn handler_of_forks_is_quiet() {
     require!(FeatureFlags::EVENT_FORK, root);
     // In a process of its own, whose other threads wait: the fork takes the allocator's locks.
     child::run_well(test_name!(), || {
@@ -344,7 +344,7 @@ fn a_handler_of_forks_is_quiet() {
 }
 
 #[test]
-fn every_fill_is_quiet_on_success_and_where_a_page_is() {
+fn every_fill_is_quiet_also_on_present_page() {
     require!();
     for filler in fill::each(test_name!(), 2) {
         quietly(|| {
@@ -358,7 +358,7 @@ fn every_fill_is_quiet_on_success_and_where_a_page_is() {
 }
 
 #[test]
-fn a_handler_of_every_kind_of_fault_is_quiet() {
+fn handler_of_every_kind_of_fault_is_quiet() {
     require!();
     for (mode, memory, uffd) in each_mode(test_name!(), 1) {
         let kind = provoke(&uffd, &memory, mode);
@@ -476,14 +476,14 @@ fn serve_all_quietly(features: FeatureFlags) {
 }
 
 #[test]
-fn a_pager_at_work_is_quiet() {
+fn pager_at_work_is_quiet() {
     require!(FeatureFlags::EVENT_REMOVE);
     serve_all_quietly(FeatureFlags::empty());
     serve_all_quietly(FeatureFlags::EVENT_REMOVE);
 }
 
 #[test]
-fn a_pager_whose_process_moves_unmaps_and_forks_is_quiet() {
+fn pager_of_changing_process_is_quiet() {
     require!(FeatureFlags::EVENT_REMOVE | CHANGES);
     if may_watch_forks() {
         child::run_well(test_name!(), || serve_all_quietly(FeatureFlags::EVENT_REMOVE | CHANGES));

@@ -326,7 +326,7 @@ Reading package lists...
     }
 
     #[test]
-    fn what_is_not_wanted_is_removed() {
+    fn unwanted_packages_are_removed() {
         let folder = std::env::temp_dir().join(format!("xtask-keep-{}", std::process::id()));
         let paths =
             ["boot/vmlinuz-1", "boot/config-1", "lib/1/kernel/zram.ko.xz", "usr/library/std/lib.rs", "x/y"];

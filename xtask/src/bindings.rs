@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_check_fails_on_drift_and_changes_nothing() {
+    fn check_fails_on_drift_and_changes_nothing() {
         let folder = tree::scratch().join(format!("drift-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         let generated =
@@ -305,7 +305,7 @@ mod tests {
 
     /// `--check` compares with what is in the tree, so that all of it is compared.
     #[test]
-    fn the_committed_files_are_those_that_are_generated() {
+    fn committed_files_are_those_that_are_generated() {
         let mut names: Vec<_> =
             fs::read_dir(committed()).unwrap().map(|file| file.unwrap().file_name()).collect();
         names.sort();

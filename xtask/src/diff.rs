@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_has_its_context() {
+    fn change_has_its_context() {
         let old: String = (1..=10).map(|n| format!("{n}\n")).collect();
         let new = old.replace("5\n", "five\n");
         let expected = "--- x\n+++ x (regenerated)\n@@ -2,7 +2,7 @@\n 2\n 3\n 4\n-5\n+five\n 6\n 7\n 8\n";

@@ -240,7 +240,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fault_replaces_what_stands_there_once() {
+    fn fault_replaces_what_stands_there_once() {
         let mutant = Mutant {
             file: "a.rs".to_owned(),
             from: "a <\n    b".to_owned(),
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn the_list_of_the_tree_names_files_and_tests() {
+    fn list_of_the_tree_names_files_and_tests() {
         for mutant in read().unwrap() {
             assert!(source(tree::root()).join(&mutant.file).is_file(), "{}", mutant.name());
             assert!(mutant.test.starts_with("--"), "{}", mutant.name());

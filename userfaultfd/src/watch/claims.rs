@@ -153,7 +153,7 @@ mod tests {
 
     /// The older one has looked whether the memory is still its own, and is about to reset what was written.
     #[test]
-    fn memory_tracked_anew_while_an_older_tracker_resets_it_loses_no_write() {
+    fn reset_of_older_tracker_loses_no_write_of_newer() {
         require!(FeatureFlags::PAGEFAULT_FLAG_WP);
         child::run_well(test_name!(), || {
             for mode in [Mode::Sync, Mode::Async] {

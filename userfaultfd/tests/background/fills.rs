@@ -25,7 +25,7 @@ fn assert_content(memory: &LazyMemory) {
 }
 
 #[test]
-fn all_is_filled_in_order_and_nothing_twice() {
+fn background_fills_all_in_order_once() {
     require!();
     let (source, pages) = (Watched::new(), 10 * step() + 3);
     let memory = lazy(&source, pages);
@@ -65,7 +65,7 @@ fn ranges_are_filled_in_their_order_and_nothing_else() {
 }
 
 #[test]
-fn nothing_is_begun_while_a_fault_is_being_answered() {
+fn background_yields_to_running_fault() {
     require!();
     let (source, pages) = (Watched::new(), 20 * step());
     let memory = lazy(&source, pages);
@@ -90,7 +90,7 @@ fn nothing_is_begun_while_a_fault_is_being_answered() {
 }
 
 #[test]
-fn a_fault_does_not_wait_for_the_background() {
+fn fault_does_not_wait_for_the_background() {
     require!();
     let (source, pages) = (Watched::new(), 4 * step());
     let memory = lazy(&source, pages);
@@ -110,7 +110,7 @@ fn a_fault_does_not_wait_for_the_background() {
 }
 
 #[test]
-fn it_pauses_goes_on_and_ends_when_it_is_told() {
+fn background_pauses_resumes_and_stops() {
     require!();
     let (source, pages) = (Watched::new(), 500 * step());
     let memory = lazy(&source, pages);
@@ -143,7 +143,7 @@ fn it_pauses_goes_on_and_ends_when_it_is_told() {
 }
 
 #[test]
-fn a_limit_holds_and_can_be_lifted() {
+fn background_rate_limit_holds_and_can_be_lifted() {
     require!();
     let (source, pages) = (Watched::new(), 64 * step());
     let memory = lazy(&source, pages);
@@ -168,7 +168,7 @@ fn a_limit_holds_and_can_be_lifted() {
 }
 
 #[test]
-fn a_limit_can_be_raised_while_it_waits() {
+fn waiting_background_accepts_higher_limit() {
     require!();
     for (bytes, raised) in [(4, Some(1 << 40)), (4, None), (1, Some(1 << 40))] {
         let (source, pages) = (Watched::new(), bytes * step());
@@ -183,7 +183,7 @@ fn a_limit_can_be_raised_while_it_waits() {
 }
 
 #[test]
-fn a_block_is_a_step() {
+fn background_step_is_a_block() {
     require!();
     let (source, block, pages) = (Watched::new(), 3 * step() + 1, 14 * step());
     let memory = LazyMemory::builder(source.clone()).len(pages * page()).block(block * page());
@@ -194,7 +194,7 @@ fn a_block_is_a_step() {
 }
 
 #[test]
-fn a_slow_source_has_several_reads_at_once_and_no_page_twice() {
+fn slow_source_is_read_concurrently_once_a_page() {
     require!();
     const MIB: usize = 1 << 20;
     // How many threads, how many readers, how much for a fault: so many reads, and how much each.
@@ -224,7 +224,7 @@ fn a_slow_source_has_several_reads_at_once_and_no_page_twice() {
 }
 
 #[test]
-fn a_source_that_hangs_keeps_no_other_region_waiting() {
+fn source_that_hangs_keeps_no_other_region_waiting() {
     require!();
     let pager = Arc::new(Pager::builder().threads(2).build().unwrap());
     let memory = |source: &Watched| {
@@ -254,7 +254,7 @@ fn a_source_that_hangs_keeps_no_other_region_waiting() {
 }
 
 #[test]
-fn a_background_goes_on_while_a_fault_waits_for_another_source() {
+fn background_continues_while_other_source_hangs() {
     require!();
     let (hanging, source) = (Watched::new(), Watched::new());
     // The first reads count as slow, until one has shown otherwise: both kinds hang.
@@ -284,7 +284,7 @@ fn a_background_goes_on_while_a_fault_waits_for_another_source() {
 }
 
 #[test]
-fn a_source_may_drop_the_background_that_reads_it() {
+fn source_may_drop_the_background_that_reads_it() {
     require!();
     let slot: Arc<Mutex<Option<BackgroundFill>>> = Arc::default();
     let dropping = Arc::clone(&slot);
@@ -326,7 +326,7 @@ fn zeros_are_filled_without_being_read_in_few_calls() {
 }
 
 #[test]
-fn filling_all_reads_no_zeros_either() {
+fn fill_reads_no_known_zeros() {
     require!();
     let (source, pages) = (Watched::new(), 100 * step());
     source.set(|state| state.zeros = step()..100 * step());
@@ -342,7 +342,7 @@ fn filling_all_reads_no_zeros_either() {
 }
 
 #[test]
-fn what_the_source_does_not_deliver_is_left_to_who_needs_it() {
+fn background_leaves_undelivered_pages_missing() {
     require!();
     for attempts in [1, 8] {
         let (source, pages) = (Watched::new(), 4 * step());
@@ -365,7 +365,7 @@ fn what_the_source_does_not_deliver_is_left_to_who_needs_it() {
 }
 
 #[test]
-fn it_ends_with_the_memory() {
+fn background_ends_with_the_memory() {
     require!();
     let source = Watched::new();
     let memory = lazy(&source, 100 * step());
@@ -387,7 +387,7 @@ fn sleeps(name: &str) -> bool {
 }
 
 #[test]
-fn ending_waits_for_one_read_of_each_thread() {
+fn stop_waits_for_one_read_of_each_thread() {
     require!();
     for (memory_first, name) in [(false, "ends-background"), (true, "ends-memory")] {
         let source = Watched::new();
@@ -433,7 +433,7 @@ fn memory_that_is_filled_has_nothing_to_fill() {
 }
 
 #[test]
-fn memory_without_a_pager_is_filled_in_the_background_too() {
+fn memory_without_pager_is_filled_in_background_too() {
     require!();
     let len = 100 * step() * page();
     let content: Vec<u8> = (0..len).map(|at| byte(at / page())).collect();

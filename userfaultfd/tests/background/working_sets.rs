@@ -36,7 +36,7 @@ fn recorded(pages: usize, touched: impl IntoIterator<Item = usize>) -> WorkingSe
 }
 
 #[test]
-fn a_record_has_each_page_that_was_touched_once_in_order_and_no_other() {
+fn record_has_each_accessed_page_once_in_order() {
     require!();
     for memory in both(1000) {
         touch(&memory, [77]);
@@ -77,7 +77,7 @@ fn touches_of_many_threads_are_recorded() {
 }
 
 #[test]
-fn pages_touched_during_a_background_read_are_recorded() {
+fn pages_accessed_during_background_read_are_recorded() {
     require!();
     let (source, pages) = (Watched::new(), 4 * step());
     let memory = lazy(&source, pages);
@@ -95,7 +95,7 @@ fn pages_touched_during_a_background_read_are_recorded() {
 }
 
 #[test]
-fn a_set_of_another_region_fits_once_it_is_adapted() {
+fn set_of_another_region_fits_once_it_is_adapted() {
     require!();
     let set = recorded(1000, [7, 900, 8, 9, 30]);
     let source = Watched::new();
@@ -110,7 +110,7 @@ fn a_set_of_another_region_fits_once_it_is_adapted() {
 }
 
 #[test]
-fn a_set_is_filled_with_neighbours_in_one_read() {
+fn set_is_filled_with_neighbours_in_one_read() {
     require!();
     // Few enough that none of these is left out.
     let touched = [900, 10, 11, 12, 13, 500, 499];
@@ -155,7 +155,7 @@ fn faults_come_before_the_set() {
 }
 
 #[test]
-fn a_tenth_of_the_memory_takes_a_twentieth_of_the_faults() {
+fn tenth_of_memory_takes_twentieth_of_faults() {
     require!();
     let (pages, touched) = (5000, (0..500).map(|number| number * 7919 % 5000));
     let set = recorded(pages, touched.clone());

@@ -28,7 +28,7 @@ fn each(test: &str, pages: usize, body: impl Fn(&mut AccessTracker, &Space)) {
 }
 
 #[test]
-fn an_older_kernel_is_told_with_the_reason() {
+fn older_kernel_is_refused_with_reason() {
     require!();
     if features().contains(FeatureFlags::RWP) {
         return;
@@ -96,7 +96,7 @@ fn memory_that_is_tracked_no_longer_is_free() {
 }
 
 #[test]
-fn both_kinds_of_hugetlb_memory_are_tracked_by_the_huge_page() {
+fn hugetlb_memory_is_tracked_by_huge_page() {
     require!(FeatureFlags::RWP | FeatureFlags::RWP_ASYNC);
     for kind in [Kind::Hugetlb, Kind::PrivateHugetlb] {
         let Some(memory) = memory::Memory::try_new(test_name!(), kind, 2) else { return };

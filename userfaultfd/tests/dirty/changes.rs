@@ -136,7 +136,7 @@ fn ranges_are_merged_however_many_there_are() {
 }
 
 #[test]
-fn an_iterator_that_is_not_asked_resets_nothing() {
+fn unused_iterator_resets_nothing() {
     require!(WRITE_PROTECT);
     space::each(test_name!(), 2, |tracker: &mut DirtyTracker, space| {
         tracker.track(space.all()).unwrap();

@@ -94,7 +94,7 @@ fn events_read_elsewhere_are_handed_over() {
 
 /// A page that is missing holds what its handler puts there, never zeros that a tracker filled in.
 #[test]
-fn a_tracker_never_fills_what_a_handler_serves() {
+fn tracker_never_fills_what_a_handler_serves() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let modes = MISSING | RegisterMode::WRITE_PROTECT;
     for unpopulated in [FeatureFlags::empty(), FeatureFlags::WP_UNPOPULATED] {
@@ -136,7 +136,7 @@ fn a_tracker_never_fills_what_a_handler_serves() {
 
 /// Without `WP_UNPOPULATED` pages are filled to be protected: only where memory is still the tracker's.
 #[test]
-fn memory_that_was_mapped_anew_for_a_handler_is_not_filled() {
+fn memory_mapped_anew_for_handler_is_not_filled() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     child::run_well(test_name!(), || {
         // Registered by another handler before the tracker looks, or only then.

@@ -21,7 +21,7 @@ fn refused<T>(result: Result<T, Error>) {
 }
 
 #[test]
-fn a_tracker_in_a_child_is_refused_and_stays_the_parents() {
+fn tracker_in_child_is_refused_and_stays_parents() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     child::run_well(test_name!(), || {
         for mode in [Mode::Sync, Mode::Async] {
@@ -73,7 +73,7 @@ fn a_tracker_in_a_child_is_refused_and_stays_the_parents() {
 }
 
 #[test]
-fn an_access_tracker_in_a_child_is_refused_and_stays_the_parents() {
+fn access_tracker_in_child_is_refused() {
     require!(FeatureFlags::RWP);
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(4);

@@ -107,7 +107,7 @@ fn many_ranges_are_tracked_at_once() {
 }
 
 #[test]
-fn a_range_spans_mappings_and_holes() {
+fn range_spans_mappings_and_holes() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         space::each(test_name!(), 6, |tracker, space| {
@@ -130,7 +130,7 @@ fn a_range_spans_mappings_and_holes() {
 
 /// `/proc` is bytes: what a mapped file is called doesn't matter.
 #[test]
-fn a_mapped_file_may_have_any_name() {
+fn mapped_file_may_have_any_name() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         let mut path = std::env::temp_dir().into_os_string().into_vec();
@@ -167,7 +167,7 @@ fn below(address: usize, file: std::os::fd::BorrowedFd<'_>) -> Mapping {
 
 /// With as many mappings as there may be, the second of two can't be split, after the first was.
 #[test]
-fn a_range_that_can_be_registered_in_part_is_not_registered() {
+fn partly_registrable_range_is_refused_whole() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
@@ -240,7 +240,7 @@ fn another_tracker_is_made_while_the_heap_is_tracked() {
 /// Memory that is reserved and holds nothing takes no page tables, and is tracked all the same.
 #[test]
 #[cfg(target_pointer_width = "64")]
-fn a_vast_reservation_is_tracked_at_no_cost() {
+fn vast_reservation_is_tracked_at_no_cost() {
     require!(FeatureFlags::WP_ASYNC);
     child::run_well(test_name!(), || {
         const LEN: usize = 64 << 30;

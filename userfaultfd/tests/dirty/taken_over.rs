@@ -57,7 +57,7 @@ fn take(tracker: &mut DirtyTracker) -> Vec<Range<usize>> {
 }
 
 #[test]
-fn later_tracker_keeps_the_writes_to_memory_mapped_anew() {
+fn later_tracker_keeps_writes_to_memory_mapped_anew() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         for mode in modes() {
@@ -88,7 +88,7 @@ fn later_tracker_keeps_the_writes_to_memory_mapped_anew() {
 }
 
 #[test]
-fn older_tracker_gives_nothing_back_of_memory_mapped_anew() {
+fn older_tracker_keeps_newer_registration() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         for mode in modes() {
@@ -120,7 +120,7 @@ fn older_tracker_gives_nothing_back_of_memory_mapped_anew() {
 }
 
 #[test]
-fn later_access_tracker_keeps_the_accesses_to_memory_mapped_anew() {
+fn later_tracker_keeps_accesses_to_new_mapping() {
     require!(FeatureFlags::RWP);
     child::run_well(test_name!(), || {
         for (mode, of_later) in MODES.into_iter().flat_map(|mode| MODES.map(|of_later| (mode, of_later))) {
@@ -143,11 +143,11 @@ fn later_access_tracker_keeps_the_accesses_to_memory_mapped_anew() {
 
 #[cfg(feature = "snapshot")]
 #[test]
-fn series_saves_what_was_written_to_memory_mapped_anew() {
+fn series_saves_writes_to_new_mapping() {
+    require!(WRITE_PROTECT);
     use std::sync::{Arc, Mutex};
     use userfaultfd::snapshot::{self, Content};
 
-    require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         let saved = Arc::new(Mutex::new(Vec::new()));
         let take = |series: &mut snapshot::Series| {

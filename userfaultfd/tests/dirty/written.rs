@@ -13,7 +13,7 @@ use crate::support::{child, errno, features, has, proc, require, test_name};
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
 #[test]
-fn written_pages_are_told_once() {
+fn written_pages_are_reported_once() {
     require!(WRITE_PROTECT);
     space::each(test_name!(), 6, |tracker, space| {
         space.populate();
@@ -66,7 +66,7 @@ fn untouched_pages_are_written_when_they_are() {
 }
 
 #[test]
-fn dropped_pages_are_written_where_nothing_of_them_is_kept() {
+fn dropped_pages_count_as_written_on_anonymous_memory() {
     require!(WRITE_PROTECT);
     space::each(test_name!(), 4, |tracker, space| {
         space.populate();
@@ -90,7 +90,7 @@ fn dropped_pages_are_written_where_nothing_of_them_is_kept() {
 }
 
 #[test]
-fn holes_punched_into_a_file_are_not_seen_and_the_next_write_is() {
+fn punched_holes_are_unseen_and_next_write_is_seen() {
     require!(WRITE_PROTECT);
     space::each(test_name!(), 4, |tracker, space| {
         let Kind::Of(memory::Kind::Memfd | memory::Kind::Hugetlb) = space.kind else { return };
@@ -111,7 +111,7 @@ fn holes_punched_into_a_file_are_not_seen_and_the_next_write_is() {
 }
 
 #[test]
-fn unmapped_pages_are_told_no_more() {
+fn unmapped_pages_are_no_longer_reported() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         space::each(test_name!(), 5, |tracker, space| {
@@ -170,7 +170,7 @@ fn access_rights_change_nothing() {
 }
 
 #[test]
-fn memory_mapped_in_its_place_is_an_error_and_nothing_else_is_lost() {
+fn memory_mapped_in_place_is_not_tracked() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         // Before what was written, and behind it, where the kernel has reset that and doesn't report it.
@@ -205,7 +205,7 @@ fn memory_mapped_in_its_place_is_an_error_and_nothing_else_is_lost() {
 }
 
 #[test]
-fn moved_pages_are_told_no_more() {
+fn moved_pages_are_no_longer_reported() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         space::each(test_name!(), 4, |tracker, space| {
@@ -228,7 +228,7 @@ fn moved_pages_are_told_no_more() {
 }
 
 #[test]
-fn the_parent_of_a_fork_is_tracked_and_the_child_is_not() {
+fn parent_of_a_fork_is_tracked_and_the_child_is_not() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         space::each(test_name!(), 4, |tracker, space| {
@@ -283,7 +283,7 @@ fn write_by_kernel(space: &Space, page: usize) -> Result<(), Errno> {
 }
 
 #[test]
-fn what_system_calls_write_is_written() {
+fn writes_of_system_calls_are_reported() {
     require!(WRITE_PROTECT);
     space::each(test_name!(), 3, |tracker, space| {
         space.populate();
@@ -305,7 +305,7 @@ fn what_system_calls_write_is_written() {
 }
 
 #[test]
-fn with_the_right_to_it_system_calls_wait_for_the_tracker() {
+fn system_calls_wait_for_tracker_with_right() {
     require!(WRITE_PROTECT, root);
     for kind in space::KINDS {
         let test = test_name!();
@@ -378,7 +378,7 @@ fn swapped_pages_are_not_written() {
 }
 
 #[test]
-fn a_tracker_that_is_dropped_leaves_nothing_behind() {
+fn tracker_that_is_dropped_leaves_nothing_behind() {
     require!(WRITE_PROTECT);
     space::each(test_name!(), 3, |tracker, space| {
         space.populate();
@@ -396,7 +396,7 @@ fn a_tracker_that_is_dropped_leaves_nothing_behind() {
 }
 
 #[test]
-fn the_best_mode_is_chosen_and_a_missing_one_is_named() {
+fn best_mode_is_chosen_and_a_missing_one_is_named() {
     require!(WRITE_PROTECT);
     let asynchronous = crate::support::features().contains(FeatureFlags::WP_ASYNC);
     let best = if asynchronous { Mode::Async } else { Mode::Sync };
@@ -411,7 +411,7 @@ fn the_best_mode_is_chosen_and_a_missing_one_is_named() {
 }
 
 #[test]
-fn an_architecture_without_write_protection_says_so() {
+fn architecture_without_write_protection_says_so() {
     require!();
     if !crate::support::features().contains(WRITE_PROTECT) {
         let error = DirtyTracker::new().unwrap_err();

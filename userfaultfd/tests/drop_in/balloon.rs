@@ -42,7 +42,7 @@ fn zeropage(uffd: &Uffd, start: *mut c_void, pages: usize) -> userfaultfd::Resul
 }
 
 #[test]
-fn a_range_with_pages_in_it_is_zeroed_as_far_as_it_goes() {
+fn range_with_pages_in_it_is_zeroed_as_far_as_it_goes() {
     require!();
     let memory = Mapping::anonymous(4);
     let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(true).create().unwrap();
@@ -62,7 +62,7 @@ fn a_range_with_pages_in_it_is_zeroed_as_far_as_it_goes() {
 
 /// A balloon that is inflated while the handler reads its events, and zeroes what they say.
 #[test]
-fn what_a_balloon_returns_is_zeroed_in_bulk() {
+fn returned_balloon_pages_are_zeroed_in_bulk() {
     require!(FeatureFlags::EVENT_REMOVE);
     let memory = Mapping::anonymous(8);
     let uffd = UffdBuilder::new()
@@ -103,7 +103,7 @@ fn what_a_balloon_returns_is_zeroed_in_bulk() {
 }
 
 #[test]
-fn a_clone_s_page_is_continued_once() {
+fn clone_s_page_is_continued_once() {
     require!(FeatureFlags::MINOR_SHMEM);
     let Some(memory) = Memory::try_new(test_name!(), Kind::Memfd, 2) else { return };
     let alias = memory.alias();

@@ -134,7 +134,7 @@ fn file(pages: usize) -> File {
 }
 
 #[test]
-fn what_a_cache_drops_is_read_again() {
+fn dropped_cache_pages_are_read_again() {
     require!();
     const PAGES: usize = 8;
     let cache = Cache::new(file(PAGES), PAGES, 3).unwrap();
@@ -153,7 +153,7 @@ fn what_a_cache_drops_is_read_again() {
 
 /// As of a guest's memory that is put on another file piece by piece.
 #[test]
-fn a_piece_that_is_mapped_anew_is_registered_anew() {
+fn piece_that_is_mapped_anew_is_registered_anew() {
     require!();
     const PAGES: usize = 6;
     let cache = Cache::new(file(PAGES), PAGES, PAGES).unwrap();

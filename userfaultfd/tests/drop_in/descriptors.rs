@@ -34,7 +34,7 @@ fn is_userfaultfd(fd: RawFd) -> bool {
 }
 
 #[test]
-fn a_number_given_away_stays_open_and_is_taken_over() {
+fn number_given_away_stays_open_and_is_taken_over() {
     require!();
     let memory = Mapping::anonymous(2);
     let uffd = UffdBuilder::new().close_on_exec(true).create().unwrap();
@@ -60,7 +60,7 @@ fn a_number_given_away_stays_open_and_is_taken_over() {
 }
 
 #[test]
-fn a_userfaultfd_is_shared_by_threads_and_kept_in_tables_and_statics() {
+fn userfaultfd_is_shared_by_threads_and_statics() {
     require!();
     static GLOBAL: OnceLock<Uffd> = OnceLock::new();
     let make = || UffdBuilder::new().close_on_exec(true).non_blocking(true).create().unwrap();
@@ -85,7 +85,7 @@ fn a_userfaultfd_is_shared_by_threads_and_kept_in_tables_and_statics() {
 }
 
 #[test]
-fn a_builder_is_a_chain_or_a_variable() {
+fn builder_is_a_chain_or_a_variable() {
     require!();
     let chained = UffdBuilder::new()
         .close_on_exec(true)
@@ -136,7 +136,7 @@ fn operations_of_a_range_are_required_of_a_builder() {
 }
 
 #[test]
-fn faults_of_the_kernel_are_asked_for_and_done_without() {
+fn kernel_faults_are_optional() {
     require!();
     let mut privileged = UffdBuilder::new();
     privileged
@@ -154,7 +154,7 @@ fn faults_of_the_kernel_are_asked_for_and_done_without() {
 }
 
 #[test]
-fn whether_it_is_there_is_tried_and_told() {
+fn userfaultfd_is_probed_by_creation() {
     require!();
     let available = match UffdBuilder::new().close_on_exec(true).non_blocking(false).create() {
         Ok(_) => true,

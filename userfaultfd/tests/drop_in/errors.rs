@@ -49,7 +49,7 @@ fn is_eexist(error: &userfaultfd::Error) -> bool {
 }
 
 #[test]
-fn a_copy_that_stops_at_a_page_goes_on_and_says_so() {
+fn copy_that_stops_at_a_page_goes_on_and_says_so() {
     require!();
     let memory = Mapping::anonymous(4);
     let uffd = UffdBuilder::new().close_on_exec(true).create().unwrap();
@@ -70,7 +70,7 @@ fn a_copy_that_stops_at_a_page_goes_on_and_says_so() {
 }
 
 #[test]
-fn an_unregistered_range_is_enoent() {
+fn unregistered_range_is_enoent() {
     require!();
     let memory = Mapping::anonymous(1);
     let uffd = UffdBuilder::new().close_on_exec(true).create().unwrap();

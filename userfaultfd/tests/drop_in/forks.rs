@@ -39,7 +39,7 @@ fn drain(traced: &[Traced], buffer: &mut EventBuffer) -> Vec<Traced> {
 }
 
 #[test]
-fn a_child_s_userfaultfd_joins_the_list() {
+fn child_s_userfaultfd_joins_the_list() {
     require!(FeatureFlags::EVENT_FORK, root);
     // In a process of its own, since the fork waits with the allocator's locks held.
     child::run_well(test_name!(), || {

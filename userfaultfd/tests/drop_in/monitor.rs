@@ -108,7 +108,7 @@ impl Monitor {
 }
 
 #[test]
-fn a_guest_is_restored_while_it_gives_pages_back() {
+fn guest_is_restored_while_it_gives_pages_back() {
     require!(FeatureFlags::EVENT_REMOVE);
     const PAGES: usize = 32;
     let (low, high, snapshot) =

@@ -43,7 +43,7 @@ fn serve(uffd: Uffd, start: usize, end: usize) -> usize {
 }
 
 #[test]
-fn a_pool_is_served_until_it_is_unmapped() {
+fn pool_is_served_until_it_is_unmapped() {
     require!(FeatureFlags::EVENT_UNMAP);
     let pool = Mapping::anonymous(8);
     let (start, end) = (pool.ptr as usize, pool.ptr as usize + pool.len);

@@ -54,7 +54,7 @@ impl Backend {
 }
 
 #[test]
-fn a_backend_registers_and_the_other_side_fills() {
+fn backend_registers_and_the_other_side_fills() {
     require!(FeatureFlags::MISSING_SHMEM | FeatureFlags::MISSING_HUGETLBFS);
     let (low, high) = (Mapping::anonymous(2), Mapping::anonymous(1));
     let mut backend = Backend::default();

@@ -104,7 +104,7 @@ fn permissions_of_the_destination_do_not_matter() {
 }
 
 #[test]
-fn shared_memory_is_filled_for_every_mapping_and_private_memory_for_its_own() {
+fn shared_memory_is_filled_for_every_mapping() {
     require!();
     for memory in memory::each(test_name!(), RegisterMode::MISSING, 1) {
         if memory.kind() == Kind::Anonymous {
@@ -121,7 +121,7 @@ fn shared_memory_is_filled_for_every_mapping_and_private_memory_for_its_own() {
 }
 
 #[test]
-fn a_source_that_cannot_be_read_stops_the_copy() {
+fn source_that_cannot_be_read_stops_the_copy() {
     require!();
     let source = Mapping::new(2, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE, None).unwrap();
     let closed = source.start.wrapping_byte_add(page());
@@ -184,7 +184,7 @@ fn protecting_takes_that_registration() {
 }
 
 #[test]
-fn a_page_that_the_cache_got_meanwhile_takes_but_a_wake() {
+fn page_that_the_cache_got_meanwhile_takes_but_a_wake() {
     require!();
     for memory in memory::each(test_name!(), RegisterMode::MISSING, 1) {
         if !memory.kind().is_shared() {
@@ -210,7 +210,7 @@ fn a_page_that_the_cache_got_meanwhile_takes_but_a_wake() {
 }
 
 #[test]
-fn a_file_system_without_room_stops_the_copy() {
+fn file_system_without_room_stops_the_copy() {
     require!(FeatureFlags::MISSING_SHMEM, root);
     child::run_well(test_name!(), || {
         let Some(file) = mapping::file_with_room_for(test_name!(), 2) else { return };
@@ -233,7 +233,7 @@ fn a_file_system_without_room_stops_the_copy() {
 }
 
 #[test]
-fn an_exhausted_pool_of_huge_pages_is_told() {
+fn exhausted_pool_of_huge_pages_is_reported() {
     require!(FeatureFlags::MISSING_HUGETLBFS, root);
     let Some(memory) = Memory::unpromised_hugetlb(test_name!(), 1) else { return };
     if !has(test_name!(), "a pool of huge pages that can be emptied", memory.huge_pages().exhaust()) {

@@ -52,7 +52,7 @@ fn into_raw_fd_leaves_the_descriptor_open() {
 }
 
 #[test]
-fn a_descriptor_survives_any_conversion() {
+fn descriptor_survives_any_conversion() {
     require!();
     let (uffd, memory) = watched(3);
     serve(&uffd, &memory, 0);
@@ -80,7 +80,7 @@ fn dropping_closes() {
 }
 
 #[test]
-fn a_clone_is_the_same_userfaultfd() {
+fn clone_is_the_same_userfaultfd() {
     require!();
     let memory = Memory::anonymous(2);
     let uffd = UffdBuilder::new().create().unwrap();
@@ -109,7 +109,7 @@ fn another_process_serves_what_it_is_passed() {
 }
 
 #[test]
-fn a_descriptor_is_fetched_from_another_process() {
+fn descriptor_is_fetched_from_another_process() {
     require!(root);
     child::run_well(test_name!(), || {
         let (mut reader, mut writer) = raw::pipe();
@@ -135,7 +135,7 @@ fn a_descriptor_is_fetched_from_another_process() {
 }
 
 #[test]
-fn an_inherited_descriptor_is_still_for_the_parent_s_memory() {
+fn inherited_descriptor_is_still_for_parent_s_memory() {
     require!();
     child::run_well(test_name!(), || {
         let (uffd, memory) = watched(1);
@@ -150,7 +150,7 @@ fn an_inherited_descriptor_is_still_for_the_parent_s_memory() {
 }
 
 #[test]
-fn executing_closes_what_is_to_be_closed() {
+fn exec_closes_close_on_exec_descriptor() {
     require!();
     child::run_well(test_name!(), || {
         if let Some(stage) = child::stage() {

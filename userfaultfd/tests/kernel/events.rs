@@ -77,7 +77,7 @@ fn removals(kind: Kind) -> Vec<(libc::c_int, bool)> {
 }
 
 #[test]
-fn removing_pages_is_told_before_they_go() {
+fn removal_is_reported_before_pages_go() {
     require!(FeatureFlags::EVENT_REMOVE);
     for kind in Kind::ALL {
         for (advice, missing) in removals(kind) {
@@ -113,7 +113,7 @@ fn removing_pages_is_told_before_they_go() {
 }
 
 #[test]
-fn changes_of_the_file_by_others_are_no_events() {
+fn changes_by_other_mappings_are_no_events() {
     require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP | FeatureFlags::MISSING_SHMEM);
     let ways: [fn(&Memory); 3] = [
         |memory| memory.punch(1, 1),
@@ -158,7 +158,7 @@ fn no_event_arrives_for_features_not_requested() {
 }
 
 #[test]
-fn unmapping_is_told_after_the_pages_went() {
+fn unmapping_is_reported_after_pages_went() {
     require!(FeatureFlags::EVENT_UNMAP);
     // What another thread maps might come to lie there.
     child::run_well(test_name!(), || {
@@ -210,7 +210,7 @@ fn shrinking_unmaps_the_tail() {
 }
 
 #[test]
-fn growing_in_place_is_not_told_and_registers_the_tail() {
+fn growth_in_place_is_unreported_and_registered() {
     require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP);
     // Alone, so that nothing else is mapped behind it.
     child::run_well(test_name!(), || {
@@ -226,7 +226,7 @@ fn growing_in_place_is_not_told_and_registers_the_tail() {
 }
 
 #[test]
-fn moving_is_told_with_what_it_unmaps() {
+fn move_reports_remap_and_its_unmaps() {
     require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP);
     for overwrites in [false, true] {
         let target = Memory::anonymous(2);
@@ -250,7 +250,7 @@ fn moving_is_told_with_what_it_unmaps() {
 }
 
 #[test]
-fn a_move_that_keeps_the_old_mapping_registers_both() {
+fn move_that_keeps_the_old_mapping_registers_both() {
     require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP);
     let target = Memory::anonymous(2);
     let features = FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP;
@@ -265,7 +265,7 @@ fn a_move_that_keeps_the_old_mapping_registers_both() {
 }
 
 #[test]
-fn a_move_that_is_not_told_ends_the_registration() {
+fn unreported_move_ends_registration() {
     require!();
     let target = Memory::anonymous(2);
     let watched = Watched::new(FeatureFlags::empty(), Memory::anonymous(2));
@@ -276,7 +276,7 @@ fn a_move_that_is_not_told_ends_the_registration() {
 }
 
 #[test]
-fn changes_are_told_in_their_order() {
+fn changes_are_reported_in_order() {
     require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP);
     let features = FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_UNMAP;
     let watched = Watched::new(features, Memory::anonymous(3));
@@ -295,7 +295,7 @@ fn changes_are_told_in_their_order() {
 }
 
 #[test]
-fn a_change_waits_until_it_is_read() {
+fn change_waits_until_it_is_read() {
     require!(FeatureFlags::EVENT_REMOVE);
     let watched = Watched::new(FeatureFlags::EVENT_REMOVE, Memory::anonymous(2));
     let (uffd, memory) = (&watched.uffd, &watched.memory);
@@ -347,7 +347,7 @@ fn closing_lets_everybody_go_on() {
 }
 
 #[test]
-fn a_fault_and_its_removal_are_both_told() {
+fn fault_and_its_removal_are_both_reported() {
     require!(FeatureFlags::EVENT_REMOVE);
     let watched = Watched::new(FeatureFlags::EVENT_REMOVE, Memory::anonymous(2));
     let (uffd, memory) = (&watched.uffd, &watched.memory);

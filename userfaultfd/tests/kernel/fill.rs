@@ -17,7 +17,7 @@ fn kind_of(fill: Fill) -> FaultKind {
 }
 
 #[test]
-fn each_operation_resolves_a_fault_on_memory_that_it_fits() {
+fn each_operation_resolves_fault_on_its_memory() {
     require!();
     for filler in fill::each(test_name!(), 2).filter(|filler| filler.fill != Fill::Poison) {
         let (fill, memory) = (filler.fill, &filler.memory);
@@ -37,7 +37,7 @@ fn each_operation_resolves_a_fault_on_memory_that_it_fits() {
 }
 
 #[test]
-fn each_operation_is_invalid_on_memory_that_it_does_not_fit() {
+fn each_operation_is_invalid_on_unfit_memory() {
     require!();
     for (fill, kind) in Fill::ALL.into_iter().flat_map(|fill| Kind::ALL.map(|kind| (fill, kind))) {
         let needs = fill.needs() | kind.needs(RegisterMode::MISSING).unwrap();
@@ -53,7 +53,7 @@ fn each_operation_is_invalid_on_memory_that_it_does_not_fit() {
 }
 
 #[test]
-fn a_request_is_done_whole_or_tells_how_far_it_got() {
+fn request_is_done_whole_or_reports_progress() {
     require!();
     for filler in fill::each(test_name!(), 4) {
         let whole = filler.memory.page();
@@ -80,7 +80,7 @@ fn malformed_ranges_are_invalid() {
 }
 
 #[test]
-fn a_range_that_is_not_registered_whole_in_one_mapping_is_not_there() {
+fn range_across_mappings_is_enoent() {
     require!();
     for filler in fill::each(test_name!(), 4) {
         let memory = &filler.memory;
@@ -97,7 +97,7 @@ fn a_range_that_is_not_registered_whole_in_one_mapping_is_not_there() {
 }
 
 #[test]
-fn an_address_where_nothing_is_mapped_is_not_there() {
+fn address_where_nothing_is_mapped_is_not_there() {
     require!();
     for filler in fill::each(test_name!(), 1) {
         filler.assert_stopped(&filler.run_at(nowhere(), page(), true), 0, Errno::ENOENT);
@@ -105,7 +105,7 @@ fn an_address_where_nothing_is_mapped_is_not_there() {
 }
 
 #[test]
-fn a_fill_that_does_not_wake_leaves_that_to_wake() {
+fn fill_that_does_not_wake_leaves_that_to_wake() {
     require!();
     for filler in fill::each(test_name!(), 1).filter(|filler| filler.fill != Fill::Poison) {
         let (uffd, memory) = (&filler.uffd, &filler.memory);
@@ -127,7 +127,7 @@ fn a_fill_that_does_not_wake_leaves_that_to_wake() {
 }
 
 #[test]
-fn a_partial_fill_wakes_the_part() {
+fn partial_fill_wakes_the_part() {
     require!();
     for filler in fill::each(test_name!(), 3).filter(|filler| filler.fill != Fill::Poison) {
         let (uffd, memory) = (&filler.uffd, &filler.memory);
@@ -143,7 +143,7 @@ fn a_partial_fill_wakes_the_part() {
 }
 
 #[test]
-fn another_userfaultfd_fills_but_wakes_only_its_own_waiters() {
+fn other_userfaultfd_fills_and_wakes_own_waiters() {
     require!();
     for filler in fill::each(test_name!(), 1).filter(|filler| filler.fill != Fill::Poison) {
         let (uffd, memory) = (&filler.uffd, &filler.memory);
@@ -172,7 +172,7 @@ fn another_userfaultfd_fills_but_wakes_only_its_own_waiters() {
 }
 
 #[test]
-fn fills_are_to_be_tried_again_while_the_layout_changes() {
+fn fills_are_to_be_tried_again_while_layout_changes() {
     require!(FeatureFlags::EVENT_REMOVE);
     for fill in Fill::ALL {
         let filler = Filler::try_with(test_name!(), fill, fill.home(), 2, FeatureFlags::EVENT_REMOVE);
@@ -210,7 +210,7 @@ fn fills_of_a_process_that_is_gone_find_none() {
 }
 
 #[test]
-fn a_kernel_without_an_operation_says_that_it_is_invalid() {
+fn kernel_without_operation_says_that_it_is_invalid() {
     require!();
     for fill in [Fill::Poison, Fill::Move] {
         if support::features().contains(fill.needs()) {
@@ -223,7 +223,7 @@ fn a_kernel_without_an_operation_says_that_it_is_invalid() {
 }
 
 #[test]
-fn nothing_is_filled_beyond_the_end_of_the_file() {
+fn fill_beyond_end_of_file_fails() {
     require!();
     for filler in fill::each(test_name!(), 2) {
         let (memory, kind) = (&filler.memory, filler.memory.kind());
@@ -299,7 +299,7 @@ fn replaces_markers(fill: Fill, kind: Kind) -> bool {
 }
 
 #[test]
-fn a_marker_is_replaced_or_in_the_way() {
+fn marker_is_replaced_or_in_the_way() {
     require!();
     let markers = [Marker::WriteProtection, Marker::Poison, Marker::Guard];
     let fills = Fill::ALL.into_iter().flat_map(|fill| Kind::ALL.map(|kind| (fill, kind)));
@@ -331,7 +331,7 @@ fn a_marker_is_replaced_or_in_the_way() {
 }
 
 #[test]
-fn files_with_asynchronous_write_protection_cannot_be_filled() {
+fn async_protected_files_cannot_be_filled() {
     require!(FeatureFlags::WP_ASYNC);
     let Some(file) = mapping::regular_file(test_name!(), 1) else { return };
     let mapping = mapping::Mapping::shared(1, file.as_fd()).unwrap();

@@ -43,7 +43,7 @@ fn next(uffd: &Uffd) -> Uffd {
 }
 
 #[test]
-fn a_child_has_a_userfaultfd_of_its_own() {
+fn child_has_a_userfaultfd_of_its_own() {
     require!(FeatureFlags::EVENT_FORK, root);
     child::run_well(test_name!(), || {
         let (uffd, memory) = watched();
@@ -70,7 +70,7 @@ fn a_child_has_a_userfaultfd_of_its_own() {
 }
 
 #[test]
-fn a_child_s_descriptor_inherits_features_and_flags() {
+fn child_s_descriptor_inherits_features_and_flags() {
     require!(FeatureFlags::EVENT_FORK | FeatureFlags::THREAD_ID, root);
     child::run_well(test_name!(), || {
         let features = FeatureFlags::EVENT_FORK | FeatureFlags::THREAD_ID;
@@ -94,7 +94,7 @@ fn a_child_s_descriptor_inherits_features_and_flags() {
 }
 
 #[test]
-fn a_child_s_child_is_told_by_the_child_s_descriptor() {
+fn grandchild_is_reported_by_childs_descriptor() {
     require!(FeatureFlags::EVENT_FORK, root);
     child::run_well(test_name!(), || {
         let (uffd, memory) = watched();
@@ -110,7 +110,7 @@ fn a_child_s_child_is_told_by_the_child_s_descriptor() {
 }
 
 #[test]
-fn without_a_free_descriptor_a_fork_stays_to_be_read() {
+fn fork_stays_queued_without_free_descriptor() {
     require!(FeatureFlags::EVENT_FORK, root);
     child::run_well(test_name!(), || {
         let (uffd, _memory) = watched();
@@ -139,7 +139,7 @@ fn without_a_free_descriptor_a_fork_stays_to_be_read() {
 }
 
 #[test]
-fn faults_are_read_even_if_the_fork_behind_them_cannot_be() {
+fn faults_are_read_even_if_fork_behind_them_cannot_be() {
     require!(FeatureFlags::EVENT_FORK, root);
     child::run_well(test_name!(), || {
         let (uffd, memory) = watched();
@@ -220,7 +220,7 @@ fn unread_forks_are_closed_with_the_buffer() {
 }
 
 #[test]
-fn without_the_feature_a_child_reads_zeros() {
+fn child_reads_zeros_without_fork_feature() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(1);
@@ -233,7 +233,7 @@ fn without_the_feature_a_child_reads_zeros() {
 }
 
 #[test]
-fn protection_stays_in_a_child_that_is_told() {
+fn protection_stays_in_reported_child() {
     require!(FeatureFlags::EVENT_FORK | FeatureFlags::PAGEFAULT_FLAG_WP, root);
     child::run_well(test_name!(), || {
         for told in [false, true] {
@@ -269,7 +269,7 @@ fn protection_stays_in_a_child_that_is_told() {
 }
 
 #[test]
-fn executing_another_program_is_not_told() {
+fn exec_is_unreported() {
     require!(FeatureFlags::EVENT_FORK, root);
     child::run_well(test_name!(), || {
         let (uffd, _memory) = watched();

@@ -49,7 +49,7 @@ fn operations_of_a_process_that_is_gone_say_so() {
 }
 
 #[test]
-fn a_process_that_executes_another_program_is_gone() {
+fn process_that_executes_another_program_is_gone() {
     require!();
     child::run_well(test_name!(), || {
         if let Some(stage) = child::stage() {
@@ -92,7 +92,7 @@ fn faults_of_a_killed_process_are_gone() {
 }
 
 #[test]
-fn when_the_handler_dies_what_is_missing_reads_as_zeros() {
+fn when_handler_dies_what_is_missing_reads_as_zeros() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(2);

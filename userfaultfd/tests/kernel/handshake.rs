@@ -12,7 +12,7 @@ use crate::support::{self, child, foreign, has, mounts, proc, raw, require, test
 const UNKNOWN: FeatureFlags = FeatureFlags::from_bits_retain(1 << 62);
 
 #[test]
-fn a_descriptor_made_elsewhere_shakes_hands() {
+fn descriptor_made_elsewhere_shakes_hands() {
     require!(FeatureFlags::THREAD_ID);
     let memory = Memory::anonymous(1);
     let mut builder = UffdBuilder::new();
@@ -28,7 +28,7 @@ fn a_descriptor_made_elsewhere_shakes_hands() {
 }
 
 #[test]
-fn a_second_handshake_is_refused() {
+fn second_handshake_is_refused() {
     require!();
     let uffd = UffdBuilder::new().create().unwrap();
     assert_eq!(raw::api(&uffd, FeatureFlags::empty()), Err(Errno::EINVAL));
@@ -47,7 +47,7 @@ fn a_second_handshake_is_refused() {
 }
 
 #[test]
-fn a_refused_handshake_leaves_the_descriptor_as_it_was() {
+fn refused_handshake_leaves_the_descriptor_as_it_was() {
     require!(FeatureFlags::THREAD_ID);
     let descriptor = raw::unshaken(0);
     assert_eq!(raw::api(&descriptor, UNKNOWN), Err(Errno::EINVAL));
@@ -59,7 +59,7 @@ fn a_refused_handshake_leaves_the_descriptor_as_it_was() {
 }
 
 #[test]
-fn a_refused_handshake_closes_what_it_was_given() {
+fn refused_handshake_closes_what_it_was_given() {
     require!();
     child::run_well(test_name!(), || {
         let before = proc::open_descriptors();
@@ -74,7 +74,7 @@ fn a_refused_handshake_closes_what_it_was_given() {
 }
 
 #[test]
-fn other_descriptors_are_told_from_userfaultfds() {
+fn other_descriptors_are_refused_as_userfaultfds() {
     require!();
     for (name, descriptor) in foreign::descriptors() {
         let error = UffdBuilder::new().handshake(descriptor).unwrap_err();
@@ -95,7 +95,7 @@ fn required_features_that_are_missing_are_named() {
 }
 
 #[test]
-fn asynchronous_read_write_protection_is_refused_alone() {
+fn async_rwp_alone_is_refused() {
     require!();
     let error = UffdBuilder::new().require_features(FeatureFlags::RWP_ASYNC).create().unwrap_err();
     if support::features().contains(FeatureFlags::RWP_ASYNC) {
@@ -125,14 +125,14 @@ fn requested_features_are_those_that_there_are() {
 }
 
 #[test]
-fn nothing_is_enabled_that_was_not_asked_for() {
+fn unrequested_features_stay_disabled() {
     require!();
     let uffd = UffdBuilder::new().create().unwrap();
     assert_eq!((uffd.features(), proc::fdinfo(&uffd).features), Default::default());
 }
 
 #[test]
-fn asynchronous_write_protection_brings_that_of_untouched_pages() {
+fn wp_async_adds_wp_unpopulated() {
     require!(FeatureFlags::WP_ASYNC);
     let both = FeatureFlags::WP_ASYNC | FeatureFlags::WP_UNPOPULATED;
     let uffd = UffdBuilder::new().require_features(FeatureFlags::WP_ASYNC).create().unwrap();
@@ -140,7 +140,7 @@ fn asynchronous_write_protection_brings_that_of_untouched_pages() {
 }
 
 #[test]
-fn every_handle_tells_what_is_enabled() {
+fn every_handle_returns_enabled_features() {
     require!(FeatureFlags::THREAD_ID | FeatureFlags::EVENT_REMAP);
     let features = FeatureFlags::THREAD_ID | FeatureFlags::EVENT_REMAP;
     let mut builder = UffdBuilder::new();
@@ -160,7 +160,7 @@ fn every_handle_tells_what_is_enabled() {
 }
 
 #[test]
-fn without_proc_an_adopted_descriptor_tells_nothing() {
+fn adopted_descriptor_without_proc_has_no_features() {
     require!(FeatureFlags::THREAD_ID, root);
     child::run_well(test_name!(), || {
         if !has(test_name!(), "mount namespaces", mounts::own()) {
@@ -195,7 +195,7 @@ fn operations_of_the_descriptor_can_be_required() {
 }
 
 #[test]
-fn nothing_works_before_the_handshake() {
+fn operations_fail_before_handshake() {
     require!();
     let memory = Memory::anonymous(1);
     let (start, len) = (memory.start(), memory.len());
@@ -223,7 +223,7 @@ fn nothing_works_before_the_handshake() {
 }
 
 #[test]
-fn a_refusal_that_cannot_be_explained_keeps_its_errno() {
+fn refusal_that_cannot_be_explained_keeps_its_errno() {
     require!();
     child::run_well(test_name!(), || {
         let descriptor = raw::unshaken(0);

@@ -7,7 +7,7 @@ use crate::support::memory::{self, Kind, Memory};
 use crate::support::{errno, handler, page, require, test_name, uffd};
 
 #[test]
-fn a_page_in_the_cache_is_a_minor_fault_and_continue_maps_it() {
+fn page_in_cache_is_minor_fault_and_continue_maps_it() {
     require!();
     for memory in memory::each(test_name!(), RegisterMode::MINOR, 2) {
         let (uffd, alias) = (uffd(FeatureFlags::empty()), memory.alias());
@@ -45,7 +45,7 @@ fn a_page_in_the_cache_is_a_minor_fault_and_continue_maps_it() {
 }
 
 #[test]
-fn a_page_is_minor_in_the_cache_and_missing_elsewhere() {
+fn page_is_minor_in_the_cache_and_missing_elsewhere() {
     require!();
     for memory in memory::each(test_name!(), RegisterMode::MISSING | RegisterMode::MINOR, 2) {
         let (uffd, alias) = (uffd(FeatureFlags::empty()), memory.alias());
@@ -73,7 +73,7 @@ fn a_page_is_minor_in_the_cache_and_missing_elsewhere() {
 }
 
 #[test]
-fn without_a_page_in_the_cache_there_is_nothing_to_map() {
+fn continue_without_cached_page_fails() {
     require!();
     for memory in memory::each(test_name!(), RegisterMode::MINOR, 3) {
         let (uffd, alias) = (uffd(FeatureFlags::empty()), memory.alias());

@@ -39,7 +39,7 @@ fn numbered(pages: usize) -> Memory {
 }
 
 #[test]
-fn a_fault_is_resolved_by_pages_that_are_gone_elsewhere() {
+fn fault_is_resolved_by_pages_that_are_gone_elsewhere() {
     require!(FeatureFlags::MOVE);
     let (uffd, memory) = destination(2);
     let source = numbered(2);
@@ -60,7 +60,7 @@ fn a_fault_is_resolved_by_pages_that_are_gone_elsewhere() {
 }
 
 #[test]
-fn the_holes_of_a_registered_source_are_missing() {
+fn holes_of_a_registered_source_are_missing() {
     require!(FeatureFlags::MOVE);
     let (uffd, memory) = destination(1);
     let source = numbered(1);
@@ -123,7 +123,7 @@ fn write_protection_of_the_source_is_lost() {
 }
 
 #[test]
-fn a_page_stays_where_it_is() {
+fn page_stays_where_it_is() {
     require!(FeatureFlags::MOVE);
     let (uffd, memory) = (uffd(FeatureFlags::empty()), numbered(1));
     uffd.register(memory.start(), memory.len()).unwrap();
@@ -161,7 +161,7 @@ fn source_and_destination_must_be_alike() {
 }
 
 #[test]
-fn the_destination_must_be_this_userfaultfd_s() {
+fn destination_must_be_this_userfaultfd_s() {
     require!(FeatureFlags::MOVE);
     let (_other, of_other) = destination(1);
     let nobody_s = Memory::anonymous(1);
@@ -201,7 +201,7 @@ fn wait_for_ever() {
 }
 
 #[test]
-fn a_page_shared_with_a_child_is_busy_until_it_is_written() {
+fn page_shared_with_child_is_busy_until_it_is_written() {
     require!(FeatureFlags::MOVE);
     child::run_well(test_name!(), || {
         let (uffd, memory) = destination(1);

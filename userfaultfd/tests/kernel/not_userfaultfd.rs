@@ -35,7 +35,7 @@ fn errors(bytes: &[u8]) -> [Error; 2] {
 }
 
 #[test]
-fn a_message_that_is_too_short_is_an_error() {
+fn message_that_is_too_short_is_an_error() {
     require!();
     for error in errors(b"7 bytes") {
         assert!(matches!(error, Error::IncompleteMsg { read: 7, expected: 32 }), "{error:?}");
@@ -62,7 +62,7 @@ fn unknown_event_is_an_error_and_the_next_is_read() {
 }
 
 #[test]
-fn a_forged_fork_does_not_touch_the_descriptor_that_it_names() {
+fn forged_fork_leaves_named_descriptor_alone() {
     require!();
     let (mut innocent, mut writer) = raw::pipe();
     let forged = message(0x13, writer.as_raw_fd() as u32);
@@ -88,7 +88,7 @@ fn a_forged_fork_does_not_touch_the_descriptor_that_it_names() {
 }
 
 #[test]
-fn the_end_of_a_file_is_an_error() {
+fn end_of_a_file_is_an_error() {
     require!();
     let (uffd, writer) = pipe(b"");
     drop(writer);
@@ -101,7 +101,7 @@ fn the_end_of_a_file_is_an_error() {
 }
 
 #[test]
-fn a_descriptor_that_cannot_be_read_is_an_error() {
+fn descriptor_that_cannot_be_read_is_an_error() {
     require!();
     let directory = Uffd::from(OwnedFd::from(File::open("/proc").unwrap()));
     assert_eq!(errno(directory.read_event()), Errno::EISDIR);
@@ -135,7 +135,7 @@ fn operations_on_anything_else_fail() {
 
 /// A file of FUSE answers every ioctl with what it likes: here a number that is somebody else's descriptor.
 #[test]
-fn a_file_that_answers_like_the_device_gives_no_descriptor() {
+fn file_that_answers_like_device_gives_no_descriptor() {
     require!(root);
     child::run_well(test_name!(), || {
         if !has(test_name!(), "mounts of its own", mounts::own()) {
@@ -166,7 +166,7 @@ fn a_file_that_answers_like_the_device_gives_no_descriptor() {
 
 /// So it can clear the structure of a handshake, and refuse it, as a userfaultfd does.
 #[test]
-fn a_file_that_answers_like_a_userfaultfd_is_none() {
+fn file_that_answers_like_a_userfaultfd_is_none() {
     require!(root);
     child::run_well(test_name!(), || {
         if !has(test_name!(), "mounts of its own", mounts::own()) {

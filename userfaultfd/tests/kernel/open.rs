@@ -35,7 +35,7 @@ fn every_way_makes_a_userfaultfd() {
 }
 
 #[test]
-fn a_device_that_is_open_makes_userfaultfds() {
+fn device_that_is_open_makes_userfaultfds() {
     require!();
     let Some(device) = device(test_name!()) else { return };
     for _ in 0..2 {
@@ -46,7 +46,7 @@ fn a_device_that_is_open_makes_userfaultfds() {
 }
 
 #[test]
-fn the_flags_of_the_descriptor_are_those_asked_for() {
+fn descriptor_has_requested_flags() {
     require!();
     let device = device(test_name!());
     for (close_on_exec, non_blocking) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -62,7 +62,7 @@ fn the_flags_of_the_descriptor_are_those_asked_for() {
 }
 
 #[test]
-fn for_user_mode_only_the_kernel_s_own_faults_are_refused() {
+fn for_user_mode_only_kernel_s_own_faults_are_refused() {
     require!();
     if !has(test_name!(), "UFFD_USER_MODE_ONLY", raw::knows_user_mode_only()) {
         return;
@@ -80,7 +80,7 @@ fn for_user_mode_only_the_kernel_s_own_faults_are_refused() {
 }
 
 #[test]
-fn without_it_the_kernel_s_own_faults_are_delivered() {
+fn kernel_faults_are_delivered_without_user_mode_only() {
     require!(root);
     if !has(test_name!(), "CAP_SYS_PTRACE", support::may_watch_forks()) {
         return;
@@ -100,7 +100,7 @@ fn without_it_the_kernel_s_own_faults_are_delivered() {
 }
 
 #[test]
-fn other_descriptors_are_told_from_the_device() {
+fn other_descriptors_are_refused_as_device() {
     require!();
     for (name, descriptor) in foreign::descriptors() {
         if name == "the device" {
@@ -119,7 +119,7 @@ fn other_descriptors_are_told_from_the_device() {
 }
 
 #[test]
-fn where_the_device_is_no_use_the_system_call_is() {
+fn system_call_is_used_without_device() {
     require!(root);
     child::run_well(test_name!(), || {
         if !has(test_name!(), "mount namespaces", mounts::own()) {
@@ -171,7 +171,7 @@ fn opening_leaves_one_descriptor_open() {
 }
 
 #[test]
-fn without_a_free_descriptor_the_error_says_so() {
+fn creation_without_free_descriptor_says_so() {
     require!();
     child::run_well(test_name!(), || {
         let device = device(test_name!());
@@ -194,7 +194,7 @@ fn without_a_free_descriptor_the_error_says_so() {
 }
 
 #[test]
-fn a_clone_takes_a_free_descriptor() {
+fn clone_takes_a_free_descriptor() {
     require!();
     child::run_well(test_name!(), || {
         let uffd = UffdBuilder::new().create().unwrap();

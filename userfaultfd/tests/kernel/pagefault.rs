@@ -39,7 +39,7 @@ fn fault(features: FeatureFlags, memory: &Memory, offset: usize, rw: ReadWrite) 
 }
 
 #[test]
-fn a_fault_tells_the_page_and_whether_it_was_a_write() {
+fn fault_has_page_and_access() {
     require!();
     for rw in [ReadWrite::Read, ReadWrite::Write] {
         for memory in memory::each(test_name!(), RegisterMode::MISSING, 2) {
@@ -56,7 +56,7 @@ fn a_fault_tells_the_page_and_whether_it_was_a_write() {
 }
 
 #[test]
-fn a_fault_tells_the_exact_address_if_asked_to() {
+fn fault_has_exact_address_on_request() {
     require!(FeatureFlags::EXACT_ADDRESS);
     for memory in memory::each(test_name!(), RegisterMode::MISSING, 2) {
         let offset = memory.len() - 100;
@@ -71,7 +71,7 @@ fn a_fault_tells_the_exact_address_if_asked_to() {
 }
 
 #[test]
-fn a_fault_tells_the_thread_if_asked_to() {
+fn fault_has_thread_on_request() {
     require!(FeatureFlags::THREAD_ID);
     let memory = Memory::anonymous(4);
     let uffd = uffd(FeatureFlags::THREAD_ID);

@@ -54,7 +54,7 @@ fn tracked(memory: Memory) -> (Memory, Uffd) {
 }
 
 #[test]
-fn pages_are_told_by_what_they_are() {
+fn scan_reports_categories_of_pages() {
     require!();
     let Some(pagemap) = pagemap(test_name!()) else { return };
     let reported = Categories::PRESENT | Categories::PFNZERO | Categories::FILE | Categories::HUGE;
@@ -91,7 +91,7 @@ fn pages_are_told_by_what_they_are() {
 }
 
 #[test]
-fn written_pages_are_told_and_protected_again() {
+fn scan_reports_written_pages_and_protects_again() {
     require!(FeatureFlags::WP_ASYNC);
     let pagemap = pagemap(test_name!()).unwrap();
     for (memory, _uffd) in memory::each(test_name!(), RegisterMode::WRITE_PROTECT, 3).map(tracked) {
@@ -136,7 +136,7 @@ fn no_room_is_an_error_where_nothing_else_is_done() {
 }
 
 #[test]
-fn a_scan_goes_on_where_it_stopped() {
+fn scan_goes_on_where_it_stopped() {
     require!();
     let Some(pagemap) = pagemap(test_name!()) else { return };
     let memory = Memory::anonymous(12);
@@ -265,7 +265,7 @@ fn categories_of_newer_kernels_are_invalid() {
 }
 
 #[test]
-fn guards_are_told() {
+fn scan_reports_guard_pages() {
     require!();
     let Some(pagemap) = pagemap(test_name!()) else { return };
     let memory = Memory::anonymous(3);
@@ -297,7 +297,7 @@ fn malformed_ranges_are_refused() {
 }
 
 #[test]
-fn an_end_inside_a_page_is_the_end_of_the_page() {
+fn end_inside_a_page_is_the_end_of_the_page() {
     require!();
     let Some(pagemap) = pagemap(test_name!()) else { return };
     let memory = Memory::anonymous(2);

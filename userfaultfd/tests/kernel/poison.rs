@@ -103,7 +103,7 @@ fn access_to_poison_raises_sigbus() {
 }
 
 #[test]
-fn a_system_call_cannot_read_poison() {
+fn system_call_cannot_read_poison() {
     require!(FeatureFlags::POISON);
     for filler in each(test_name!(), 2) {
         let memory = &filler.memory;

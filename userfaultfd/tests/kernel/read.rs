@@ -126,7 +126,7 @@ fn many_faults_are_read_in_one_system_call() {
 }
 
 #[test]
-fn a_small_buffer_takes_what_fits_and_then_the_rest() {
+fn small_buffer_takes_what_fits_and_then_the_rest() {
     require!();
     with_pending_faults(silent, 8, |uffd, memory| {
         let mut buffer = EventBuffer::new(3);
@@ -162,7 +162,7 @@ fn events_not_taken_out_stay_in_the_buffer() {
 }
 
 #[test]
-fn a_buffer_without_room_is_refused_and_takes_nothing() {
+fn buffer_without_room_is_refused_and_takes_nothing() {
     require!();
     with_pending_faults(silent, 1, |uffd, _| {
         let mut buffer = EventBuffer::new(0);
@@ -173,7 +173,7 @@ fn a_buffer_without_room_is_refused_and_takes_nothing() {
 }
 
 #[test]
-fn faults_are_delivered_before_changes_unless_changes_are_asked_for_first() {
+fn faults_come_before_changes_unless_changes_first() {
     require!(FeatureFlags::EVENT_REMOVE);
     const FAULT: u8 = 0x12;
     const REMOVE: u8 = 0x15;
@@ -211,7 +211,7 @@ fn faults_are_delivered_before_changes_unless_changes_are_asked_for_first() {
 }
 
 #[test]
-fn a_fault_that_is_resolved_before_it_is_read_is_gone() {
+fn fault_that_is_resolved_before_it_is_read_is_gone() {
     require!();
     for read in WAYS {
         let uffd = uffd(FeatureFlags::empty());
@@ -225,7 +225,7 @@ fn a_fault_that_is_resolved_before_it_is_read_is_gone() {
 }
 
 #[test]
-fn poll_tells_of_faults_that_are_not_read_yet() {
+fn poll_reports_unread_faults() {
     require!();
     assert_eq!(poll(silent()), 0);
     with_pending_faults(silent, 1, |uffd, memory| {
@@ -245,7 +245,7 @@ fn poll_on_a_blocking_descriptor_is_an_error() {
 }
 
 #[test]
-fn blocking_is_switched_at_run_time_for_all_duplicates() {
+fn blocking_is_switched_for_all_duplicates() {
     require!();
     let uffd = blocking();
     let duplicate = uffd.try_clone().unwrap();
@@ -260,7 +260,7 @@ fn blocking_is_switched_at_run_time_for_all_duplicates() {
 
 /// What an async worker reads with must not wait, whatever the descriptor is.
 #[test]
-fn a_read_that_never_waits_is_refused_on_a_blocking_descriptor() {
+fn nonwaiting_read_is_refused_on_blocking_descriptor() {
     require!();
     let (memory, uffd) = (Memory::anonymous(1), uffd(FeatureFlags::empty()));
     uffd.register(memory.start(), memory.len()).unwrap();

@@ -77,7 +77,7 @@ fn expected(name: &str, modes: RegisterMode, is_async: bool, write: bool) -> Opt
 
 /// Every mode that goes with it, every state of a page, reads and writes, delivered or noted, on every memory.
 #[test]
-fn the_flags_tell_of_every_access_what_it_met() {
+fn flags_tell_of_every_access_what_it_met() {
     require!(FeatureFlags::RWP | FeatureFlags::RWP_ASYNC);
     let names = ["protected", "protected, never written", "missing", "cached, not mapped", "present"];
     let (missing, minor) = (RegisterMode::MISSING, RegisterMode::MINOR);
@@ -135,7 +135,7 @@ fn the_flags_tell_of_every_access_what_it_met() {
 }
 
 #[test]
-fn an_access_by_the_kernel_fails_where_only_user_mode_is_handled() {
+fn kernel_access_fails_with_user_mode_only() {
     require!(FeatureFlags::RWP);
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 1) {
         uffd.read_write_protect(memory.start(), memory.len()).unwrap();
@@ -255,7 +255,7 @@ fn registering_again_cannot_drop_it() {
 }
 
 #[test]
-fn asynchronous_protection_is_lifted_by_the_access_itself() {
+fn asynchronous_protection_is_lifted_by_access_itself() {
     require!(FeatureFlags::RWP | FeatureFlags::RWP_ASYNC);
     let pagemap = Pagemap::of_self().unwrap();
     for (memory, uffd) in each(test_name!(), FeatureFlags::RWP_ASYNC, 3) {
@@ -291,7 +291,7 @@ fn holes_are_skipped() {
 }
 
 #[test]
-fn ranges_that_are_malformed_or_not_registered_are_refused() {
+fn malformed_or_unregistered_ranges_are_refused() {
     require!(FeatureFlags::RWP);
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 2) {
         for (why, start, len) in bad_ranges(&memory) {
@@ -308,7 +308,7 @@ fn ranges_that_are_malformed_or_not_registered_are_refused() {
 }
 
 #[test]
-fn protection_is_to_be_tried_again_while_the_layout_changes() {
+fn protection_is_retryable_while_layout_changes() {
     require!(FeatureFlags::RWP | FeatureFlags::EVENT_REMOVE);
     let (uffd, memory) = (uffd(FeatureFlags::RWP | FeatureFlags::EVENT_REMOVE), Memory::anonymous(2));
     memory.write(1, 1);
@@ -325,7 +325,7 @@ fn protection_is_to_be_tried_again_while_the_layout_changes() {
 }
 
 #[test]
-fn a_kernel_without_it_says_that_it_is_invalid() {
+fn kernel_without_it_says_that_it_is_invalid() {
     require!();
     if features().contains(FeatureFlags::RWP) {
         return;

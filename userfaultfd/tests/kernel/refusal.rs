@@ -61,7 +61,7 @@ fn put_over(memory: &Memory, at: usize, file: &OwnedFd, protection: libc::c_int)
 }
 
 #[test]
-fn a_malformed_range_is_told_from_memory_that_is_not_there() {
+fn malformed_range_differs_from_unmapped_memory() {
     require!();
     for memory in Kind::ALL.into_iter().filter_map(|kind| Memory::try_new(test_name!(), kind, 2)) {
         let uffd = uffd(FeatureFlags::empty());
@@ -111,7 +111,7 @@ fn modes_that_no_memory_takes_are_named() {
 }
 
 #[test]
-fn the_mapping_that_cannot_have_a_mode_is_told() {
+fn mapping_without_mode_is_explained() {
     require!(FeatureFlags::MINOR_SHMEM);
     let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::new(Kind::SharedAnonymous, 4));
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
@@ -125,7 +125,7 @@ fn the_mapping_that_cannot_have_a_mode_is_told() {
 }
 
 #[test]
-fn memory_that_is_never_registered_is_told_by_its_kind() {
+fn unregistrable_memory_is_explained_by_kind() {
     require!();
     let uffd = uffd(FeatureFlags::empty());
     let secret = mapping::secret(test_name!(), 1);
@@ -154,7 +154,7 @@ fn memory_that_is_never_registered_is_told_by_its_kind() {
 }
 
 #[test]
-fn a_file_is_told_what_it_takes() {
+fn file_is_explained_with_its_modes() {
     require!();
     let Some(file) = mapping::regular_file(test_name!(), 1) else { return };
     let can = features().contains(FeatureFlags::WP_ASYNC);
@@ -180,7 +180,7 @@ fn a_file_is_told_what_it_takes() {
 }
 
 #[test]
-fn a_shared_file_that_cannot_be_written_is_told_by_its_part() {
+fn unwritable_shared_file_is_explained_by_part() {
     require!(FeatureFlags::MISSING_SHMEM);
     let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(4));
     let part = put_over(&memory, 1, &mapping::read_only(mapping::memfd(0, 1)), libc::PROT_READ);
@@ -189,7 +189,7 @@ fn a_shared_file_that_cannot_be_written_is_told_by_its_part() {
 }
 
 #[test]
-fn memory_of_another_userfaultfd_is_told_by_its_part() {
+fn other_userfaultfds_memory_is_explained_by_part() {
     require!();
     let (uffd, other) = (uffd(FeatureFlags::empty()), self::uffd(FeatureFlags::empty()));
     let memory = Memory::anonymous(5);
@@ -211,7 +211,7 @@ fn memory_of_another_userfaultfd_is_told_by_its_part() {
 }
 
 #[test]
-fn protection_that_would_be_dropped_is_told() {
+fn dropped_protection_is_explained() {
     require!(FeatureFlags::RWP);
     let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(2));
     uffd.register_with_mode(memory.start(), page(), MISSING | WRITE_PROTECT).unwrap();
@@ -221,7 +221,7 @@ fn protection_that_would_be_dropped_is_told() {
 }
 
 #[test]
-fn memory_without_permission_is_told() {
+fn memory_without_permission_is_explained() {
     require!(FeatureFlags::RWP);
     let (uffd, memory) = (uffd(FeatureFlags::RWP), Memory::anonymous(3));
     memory.protect(1, 1, libc::PROT_NONE);
@@ -231,7 +231,7 @@ fn memory_without_permission_is_told() {
 }
 
 #[test]
-fn what_is_not_registered_for_protection_is_told() {
+fn unprotectable_registration_is_explained() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(3));
     let refusal = self::refusal(uffd.write_protect(memory.start(), memory.len()), Errno::ENOENT);
@@ -259,7 +259,7 @@ fn what_is_not_registered_for_protection_is_told() {
 
 /// Programs look for these in the variant that 0.9 has.
 #[test]
-fn what_happens_by_itself_keeps_the_variant_of_old() {
+fn common_errors_keep_old_variant() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(1);
@@ -282,7 +282,7 @@ fn what_happens_by_itself_keeps_the_variant_of_old() {
 }
 
 #[test]
-fn a_descriptor_that_cannot_do_anything_is_told() {
+fn useless_descriptor_is_explained() {
     require!();
     let memory = Memory::anonymous(1);
     let early = Uffd::from(raw::unshaken(0));
@@ -326,7 +326,7 @@ fn move_pages(uffd: &Uffd, src: *mut c_void, dst: *mut c_void) -> Result<usize> 
 }
 
 #[test]
-fn fills_are_explained_when_asked() {
+fn fills_are_explained_on_request() {
     require!();
     let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(4));
     let range = |first, pages| memory.range(first, pages);
@@ -393,7 +393,7 @@ fn fills_of_other_memory_are_explained() {
 }
 
 #[test]
-fn a_process_with_all_its_mappings_is_told() {
+fn process_at_limit_of_mappings_is_explained() {
     require!();
     let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
     let limit: usize = limit.trim().parse().unwrap();
@@ -410,7 +410,7 @@ fn a_process_with_all_its_mappings_is_told() {
 
 /// Of another process's memory nothing is told that was found in this one's.
 #[test]
-fn memory_of_another_process_is_looked_at_where_it_lies() {
+fn memory_of_another_process_is_examined_there() {
     require!();
     child::run_well(test_name!(), || {
         // Registered in the child and not here, and the other way round.

@@ -49,7 +49,7 @@ fn answer(kind: Kind, modes: RegisterMode, enabled: FeatureFlags) -> Result<Ioct
 }
 
 #[test]
-fn every_memory_takes_its_modes_and_tells_its_operations() {
+fn every_memory_takes_its_modes_and_ioctls() {
     require!();
     for memory in Kind::ALL.into_iter().filter_map(|kind| Memory::try_new(test_name!(), kind, 1)) {
         for modes in combinations() {
@@ -76,7 +76,7 @@ fn no_mode_and_modes_of_the_future_are_invalid() {
 }
 
 #[test]
-fn ranges_that_are_malformed_or_empty_of_mappings_are_invalid() {
+fn malformed_or_unmapped_ranges_are_invalid() {
     require!();
     for memory in Kind::ALL.into_iter().filter_map(|kind| Memory::try_new(test_name!(), kind, 2)) {
         let uffd = uffd(FeatureFlags::empty());
@@ -130,7 +130,7 @@ fn other_memory_is_refused() {
 }
 
 #[test]
-fn a_file_takes_asynchronous_write_protection_alone() {
+fn file_takes_asynchronous_write_protection_alone() {
     require!(FeatureFlags::WP_ASYNC);
     let Some(file) = mapping::regular_file(test_name!(), 1) else { return };
     for mapping in [Mapping::shared(1, file.as_fd()), Mapping::private(1, file.as_fd())] {
@@ -145,7 +145,7 @@ fn a_file_takes_asynchronous_write_protection_alone() {
 }
 
 #[test]
-fn a_shared_mapping_that_cannot_be_made_writable_is_not_permitted() {
+fn unwritable_shared_mapping_is_eperm() {
     require!(FeatureFlags::MISSING_SHMEM);
     let uffd = uffd(FeatureFlags::empty());
     let sealed = mapping::memfd(libc::MFD_ALLOW_SEALING, 1);
@@ -220,7 +220,7 @@ fn assert_delivered(uffd: &userfaultfd::Uffd, memory: &Memory, pages: &[(usize, 
 }
 
 #[test]
-fn a_refusal_leaves_the_whole_range_unregistered() {
+fn refusal_leaves_the_whole_range_unregistered() {
     require!(FeatureFlags::MISSING_SHMEM);
     let uffd = uffd(FeatureFlags::empty());
     let memory = Memory::anonymous(2);
@@ -312,7 +312,7 @@ fn registering_for_less_drops_no_write_protection() {
 }
 
 #[test]
-fn a_range_without_a_required_operation_is_not_registered() {
+fn range_without_required_operation_is_not_registered() {
     require!();
     for kind in Kind::ALL {
         let Some(memory) = Memory::try_new(test_name!(), kind, 1) else { continue };

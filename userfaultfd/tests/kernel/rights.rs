@@ -58,7 +58,7 @@ fn faults_from_user_mode_take_no_rights() {
 }
 
 #[test]
-fn faults_from_kernel_mode_are_refused_with_what_helps() {
+fn kernel_faults_are_refused_with_remedy() {
     require!();
     child::run_well(test_name!(), || {
         let Some(_sysctl) = sysctl(test_name!(), "0") else { return };
@@ -98,7 +98,7 @@ fn faults_from_kernel_mode_are_refused_with_what_helps() {
 }
 
 #[test]
-fn the_sysctl_admits_everybody_to_faults_from_kernel_mode() {
+fn sysctl_admits_everybody_to_faults_from_kernel_mode() {
     require!(root);
     child::run_well(test_name!(), || {
         let Some(_sysctl) = sysctl(test_name!(), "1") else { return };
@@ -125,7 +125,7 @@ fn serve_the_kernel(uffd: &userfaultfd::Uffd, memory: &Memory) {
 }
 
 #[test]
-fn a_device_that_is_handed_over_works_without_rights() {
+fn device_that_is_handed_over_works_without_rights() {
     require!(root);
     child::run_well(test_name!(), || {
         let device = File::open("/dev/userfaultfd").ok();
@@ -200,7 +200,7 @@ fn fork_events_take_a_capability() {
 }
 
 #[test]
-fn another_user_s_pages_are_not_told() {
+fn pages_of_another_user_are_hidden() {
     require!(root);
     child::run_well(test_name!(), || {
         let here = Pid::from_raw(std::process::id() as i32);
@@ -217,7 +217,7 @@ fn another_user_s_pages_are_not_told() {
 }
 
 #[test]
-fn a_filter_that_denies_is_told_from_one_that_hides() {
+fn denying_filter_differs_from_hiding_one() {
     require!();
     child::run_well(test_name!(), || {
         for (errno, reason) in
@@ -243,7 +243,7 @@ fn a_filter_that_denies_is_told_from_one_that_hides() {
 }
 
 #[test]
-fn the_device_works_where_a_filter_refuses_the_system_call() {
+fn device_works_where_filter_refuses_system_call() {
     require!(root);
     child::run_well(test_name!(), || {
         if !has(test_name!(), "/dev/userfaultfd", File::open("/dev/userfaultfd").is_ok())

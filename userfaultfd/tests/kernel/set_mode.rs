@@ -39,7 +39,7 @@ fn protection_becomes_asynchronous_and_back() {
 }
 
 #[test]
-fn every_waiter_tries_again_when_it_becomes_asynchronous() {
+fn switch_to_async_wakes_every_waiter() {
     require!(RWP | RWP_ASYNC);
     let modes = RegisterMode::MISSING | RegisterMode::READ_WRITE_PROTECT;
     for memory in memory::each(test_name!(), modes, 2) {
@@ -89,7 +89,7 @@ fn only_what_is_known_and_negotiated_is_switched() {
 }
 
 #[test]
-fn a_kernel_without_it_is_told_from_an_invalid_mode() {
+fn kernel_without_rwp_differs_from_invalid_mode() {
     require!();
     if features().contains(RWP) {
         return;

@@ -41,7 +41,7 @@ fn interrupt<T: Send>(read: impl FnOnce() -> T + Send, times: usize, end: impl F
 }
 
 #[test]
-fn a_blocking_read_goes_on_after_signals() {
+fn blocking_read_goes_on_after_signals() {
     require!();
     child::run_well(test_name!(), || {
         signal::count(SIGNAL);
@@ -79,7 +79,7 @@ fn a_blocking_read_goes_on_after_signals() {
 }
 
 #[test]
-fn a_waiting_thread_that_takes_a_signal_reports_its_fault_again() {
+fn waiting_thread_faults_again_after_signal() {
     require!(FeatureFlags::THREAD_ID);
     child::run_well(test_name!(), || {
         signal::count(SIGNAL);
@@ -109,7 +109,7 @@ fn a_waiting_thread_that_takes_a_signal_reports_its_fault_again() {
 }
 
 #[test]
-fn a_system_call_that_waits_for_a_page_ends_well_after_a_signal() {
+fn system_call_waiting_for_page_survives_signal() {
     require!(FeatureFlags::THREAD_ID, root);
     if !support::has(test_name!(), "CAP_SYS_PTRACE", support::may_watch_forks()) {
         return;
@@ -165,7 +165,7 @@ fn told(address: *mut u8) -> usize {
 }
 
 #[test]
-fn with_the_feature_a_fault_is_a_sigbus_that_tells_where() {
+fn sigbus_feature_raises_sigbus_with_address() {
     require!(FeatureFlags::SIGBUS);
     child::run_well(test_name!(), || {
         signal::handle(libc::SIGBUS, resolve);
@@ -197,7 +197,7 @@ fn with_the_feature_a_fault_is_a_sigbus_that_tells_where() {
 }
 
 #[test]
-fn with_the_feature_changes_are_still_told() {
+fn sigbus_feature_still_reports_changes() {
     require!(FeatureFlags::SIGBUS | FeatureFlags::EVENT_REMOVE);
     let memory = Memory::anonymous(1);
     let uffd = uffd(FeatureFlags::SIGBUS | FeatureFlags::EVENT_REMOVE);

@@ -47,7 +47,7 @@ fn check(name: &str, expected: &[u8], source: impl Fn() -> Arc<dyn PageSource>) 
 }
 
 #[test]
-fn memory_holds_what_its_source_has_of_every_kind_and_length() {
+fn memory_shows_sources_of_every_kind_and_length() {
     require!();
     let page = page_size();
     for len in [1, page - 1, page, page + 1, 7 * page, 7 * page + 123] {
@@ -132,7 +132,7 @@ fn holes_are_zero_pages_and_are_not_read() {
 }
 
 #[test]
-fn a_mapped_file_is_copied_without_a_read_but_for_its_end() {
+fn mapped_file_is_copied_without_read_but_for_its_end() {
     require!();
     let page = page_size();
     let content = content(8 * page + 1);
@@ -145,7 +145,7 @@ fn a_mapped_file_is_copied_without_a_read_but_for_its_end() {
 }
 
 #[test]
-fn pages_that_a_file_lost_are_poisoned_and_told_and_never_zero() {
+fn pages_lost_by_file_are_poisoned_and_reported() {
     require!(FeatureFlags::POISON);
     let page = page_size();
     let content = content(8 * page);

@@ -15,7 +15,7 @@ fn support_is_what_the_handshake_answers() {
 }
 
 #[test]
-fn the_kernel_offers_what_is_expected() {
+fn kernel_offers_what_is_expected() {
     require!();
     let expected = support::expected_features();
     if has(test_name!(), support::EXPECTED_FEATURES, expected.is_some()) {

@@ -23,7 +23,7 @@ fn each(
 }
 
 #[test]
-fn a_page_that_is_swapped_out_is_not_missing() {
+fn page_that_is_swapped_out_is_not_missing() {
     require!();
     for (memory, uffd) in each(test_name!(), RegisterMode::MISSING, FeatureFlags::empty()) {
         memory.swap_out(0, 2);
@@ -37,7 +37,7 @@ fn a_page_that_is_swapped_out_is_not_missing() {
 }
 
 #[test]
-fn a_page_of_the_cache_that_is_swapped_out_is_a_minor_fault() {
+fn page_of_cache_that_is_swapped_out_is_minor_fault() {
     require!();
     for (memory, uffd) in each(test_name!(), RegisterMode::MINOR, FeatureFlags::empty()) {
         if !memory.kind().is_shared() {
@@ -85,7 +85,7 @@ fn write_protection_outlives_it() {
 
 /// In either order: protected and swapped out, or swapped out and protected.
 #[test]
-fn a_scan_tells_what_is_swapped_and_that_it_was_not_written() {
+fn scan_reports_swapped_pages_as_unwritten() {
     require!(FeatureFlags::WP_ASYNC);
     let pagemap = Pagemap::of_self().unwrap();
     let scan = |memory: &Memory, categories| {
@@ -140,7 +140,7 @@ fn pages_are_moved_as_they_are() {
 }
 
 #[test]
-fn read_write_protection_outlives_it_on_private_memory_only() {
+fn rwp_outlives_swap_on_private_memory_only() {
     require!(FeatureFlags::RWP);
     for (memory, uffd) in each(test_name!(), RegisterMode::READ_WRITE_PROTECT, FeatureFlags::RWP) {
         uffd.read_write_protect(memory.start(), memory.len()).unwrap();

@@ -70,7 +70,7 @@ fn unregistering_twice_is_fine() {
 }
 
 #[test]
-fn the_rest_stays_registered() {
+fn rest_stays_registered() {
     require!();
     for memory in memory::each(test_name!(), RegisterMode::MISSING, 3) {
         let uffd = uffd(FeatureFlags::empty());
@@ -93,7 +93,7 @@ fn the_rest_stays_registered() {
 }
 
 #[test]
-fn another_userfaultfd_s_range_is_refused_or_given_back() {
+fn foreign_range_is_refused_or_unregistered() {
     require!();
     let (uffd, foreign) = (uffd(FeatureFlags::empty()), self::uffd(FeatureFlags::empty()));
     let memory = Memory::anonymous(1);
@@ -135,7 +135,7 @@ fn poison_stays() {
 }
 
 #[test]
-fn ranges_that_are_malformed_or_empty_of_mappings_are_invalid() {
+fn malformed_or_unmapped_ranges_are_invalid() {
     require!();
     for memory in memory::each(test_name!(), RegisterMode::MISSING, 2) {
         let uffd = uffd(FeatureFlags::empty());

@@ -15,7 +15,7 @@ fn fill(uffd: &userfaultfd::Uffd, memory: &Memory, page: usize) {
 }
 
 #[test]
-fn a_wake_without_a_resolution_brings_the_fault_back() {
+fn wake_without_a_resolution_brings_the_fault_back() {
     require!();
     for (mode, memory, uffd) in fault::each_mode(test_name!(), 1) {
         let kind = fault::provoke(&uffd, &memory, mode);
@@ -56,7 +56,7 @@ fn only_waiters_of_the_range_are_woken() {
 }
 
 #[test]
-fn one_wake_is_for_all_waiters_of_a_page() {
+fn wake_reaches_all_waiters_of_page() {
     require!();
     let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(1));
     uffd.register(memory.start(), memory.len()).unwrap();
@@ -71,7 +71,7 @@ fn one_wake_is_for_all_waiters_of_a_page() {
 }
 
 #[test]
-fn waiters_whose_exact_address_is_told_are_woken_by_the_page() {
+fn exact_address_waiters_are_woken_by_page() {
     require!(FeatureFlags::EXACT_ADDRESS);
     let (uffd, memory) = (uffd(FeatureFlags::EXACT_ADDRESS), Memory::anonymous(1));
     uffd.register(memory.start(), memory.len()).unwrap();
@@ -91,7 +91,7 @@ fn waiters_whose_exact_address_is_told_are_woken_by_the_page() {
 }
 
 #[test]
-fn a_range_need_not_be_registered_nor_mapped() {
+fn range_need_not_be_registered_nor_mapped() {
     require!();
     let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(1));
     uffd.wake(memory.start(), memory.len()).unwrap();

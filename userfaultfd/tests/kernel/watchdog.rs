@@ -14,7 +14,7 @@ fn limit(command: &mut Command) -> &mut Command {
 }
 
 #[test]
-fn a_hang_names_its_test_past_the_harness() {
+fn hang_names_its_test_past_the_harness() {
     require!();
     let output = child::run_with(test_name!(), limit, || {
         // As a thread that hangs while it prints.

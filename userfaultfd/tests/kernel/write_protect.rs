@@ -33,7 +33,7 @@ fn write_through_protection(uffd: &Uffd, memory: &Memory, number: usize, byte: u
 }
 
 #[test]
-fn a_write_is_delivered_and_a_read_is_not() {
+fn write_is_delivered_and_a_read_is_not() {
     require!();
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 2) {
         (0..2).for_each(|page| memory.write(page, 1));
@@ -90,7 +90,7 @@ fn protecting_wakes_no_thread() {
 }
 
 #[test]
-fn untouched_pages_are_protected_but_for_private_anonymous_ones() {
+fn empty_pages_are_protected_except_anonymous() {
     require!();
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 1) {
         uffd.write_protect(memory.start(), memory.len()).unwrap();
@@ -103,7 +103,7 @@ fn untouched_pages_are_protected_but_for_private_anonymous_ones() {
 }
 
 #[test]
-fn untouched_private_anonymous_pages_are_protected_on_demand() {
+fn empty_anonymous_pages_are_protected_on_request() {
     require!(FeatureFlags::WP_UNPOPULATED);
     for (memory, uffd) in each(test_name!(), FeatureFlags::WP_UNPOPULATED, 2) {
         uffd.write_protect(memory.start(), memory.len()).unwrap();
@@ -114,7 +114,7 @@ fn untouched_private_anonymous_pages_are_protected_on_demand() {
 }
 
 #[test]
-fn dropped_pages_lose_it_on_private_anonymous_memory_alone() {
+fn dropped_anonymous_pages_lose_protection() {
     require!();
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 2) {
         memory.write(0, 1);
@@ -133,7 +133,7 @@ fn dropped_pages_lose_it_on_private_anonymous_memory_alone() {
 }
 
 #[test]
-fn a_hole_in_the_file_keeps_it() {
+fn hole_in_the_file_keeps_it() {
     require!();
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 1) {
         if !matches!(memory.kind(), Kind::Memfd | Kind::Hugetlb) {
@@ -164,7 +164,7 @@ fn writes_through_another_mapping_are_not_delivered() {
 }
 
 #[test]
-fn asynchronous_protection_is_lifted_by_the_write_itself() {
+fn asynchronous_protection_is_lifted_by_write_itself() {
     require!(FeatureFlags::WP_ASYNC);
     for (memory, uffd) in each(test_name!(), FeatureFlags::WP_ASYNC, 2) {
         memory.write(0, 1);
@@ -182,7 +182,7 @@ fn asynchronous_protection_is_lifted_by_the_write_itself() {
 }
 
 #[test]
-fn many_mappings_are_protected_at_once_and_what_is_not_registered_ends_that() {
+fn protection_spans_mappings_up_to_unregistered_one() {
     require!();
     if !memory::tells_protection(test_name!()) {
         return;
@@ -215,7 +215,7 @@ fn many_mappings_are_protected_at_once_and_what_is_not_registered_ends_that() {
 }
 
 #[test]
-fn memory_registered_for_missing_faults_alone_is_not_there() {
+fn missing_only_registration_is_enoent() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(1));
     uffd.register(memory.start(), memory.len()).unwrap();
@@ -243,7 +243,7 @@ fn holes_are_skipped() {
 }
 
 #[test]
-fn ranges_that_are_malformed_or_empty_of_mappings_are_refused() {
+fn malformed_or_unmapped_ranges_are_refused() {
     require!();
     for (memory, uffd) in each(test_name!(), FeatureFlags::empty(), 2) {
         (0..2).for_each(|page| memory.write(page, 1));
@@ -258,7 +258,7 @@ fn ranges_that_are_malformed_or_empty_of_mappings_are_refused() {
 }
 
 #[test]
-fn protection_is_to_be_tried_again_while_the_layout_changes() {
+fn protection_is_retryable_while_layout_changes() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::EVENT_REMOVE);
     let (uffd, memory) = (uffd(FeatureFlags::EVENT_REMOVE), Memory::anonymous(2));
     memory.write(1, 1);
@@ -283,7 +283,7 @@ fn protection_is_to_be_tried_again_while_the_layout_changes() {
 }
 
 #[test]
-fn a_kernel_without_it_says_that_it_is_invalid() {
+fn kernel_without_it_says_that_it_is_invalid() {
     require!();
     if crate::support::features().contains(FeatureFlags::PAGEFAULT_FLAG_WP) {
         return;

@@ -37,7 +37,7 @@ fn zeros_are_there_and_a_later_write_is_not_delivered() {
 
 /// As in 0.9 it doesn't tell how much it did, in the variant that programs look for; the other method does.
 #[test]
-fn stopping_half_way_is_told_by_the_one_with_a_mode() {
+fn zeropage_with_reports_partial_progress() {
     require!();
     let (uffd, memory) = (uffd(FeatureFlags::empty()), Memory::anonymous(6));
     uffd.register(memory.start(), memory.len()).unwrap();
@@ -83,7 +83,7 @@ fn zeros_cannot_be_had_where_a_page_of_the_file_is() {
 /// Zeros can't replace the marker of write protection on private memory, which a handler must not take for
 /// "somebody else was faster".
 #[test]
-fn a_protected_page_that_is_missing_takes_a_copy() {
+fn protected_page_that_is_missing_takes_a_copy() {
     require!(FeatureFlags::WP_UNPOPULATED);
     let (uffd, memory) = (uffd(FeatureFlags::WP_UNPOPULATED), Memory::anonymous(1));
     let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;

@@ -223,7 +223,7 @@ fn memory_of_this_process_takes_the_unsafe_way() {
 }
 
 #[test]
-fn a_process_that_has_ended_is_told() {
+fn ended_process_is_reported() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(1);
@@ -258,7 +258,7 @@ fn missing_parts_that_cannot_be() {
 }
 
 #[test]
-fn a_source_that_panics_when_it_is_asked_for_its_length() {
+fn panicking_length_of_source_is_an_error() {
     require!();
     struct Panics;
     impl userfaultfd::pager::PageSource for Panics {
@@ -286,7 +286,7 @@ fn no_memory_for_states_is_an_error() {
 }
 
 #[test]
-fn the_sources_that_are_refused_are_so_when_they_are_made() {
+fn sources_that_are_refused_are_so_when_they_are_made() {
     require!();
     let (reader, _writer) = pipe();
     assert!(FileSource::new(reader).is_err());
@@ -317,7 +317,7 @@ impl Drop for Overlay {
 }
 
 #[test]
-fn refused_regions_are_freed_and_the_descriptor_is_as_it_was() {
+fn refused_regions_are_freed_and_change_nothing() {
     require!();
     let pager = Arc::new(Pager::new().unwrap());
     let overlay = |dropped: &Arc<AtomicBool>| {

@@ -35,7 +35,7 @@ fn finish_fills_missing_pages_and_reports_progress() {
 }
 
 #[test]
-fn finishing_goes_on_with_what_the_source_does_not_have() {
+fn finish_continues_after_failing_source() {
     require!();
     tell_signals();
     let memory = Memory::anonymous(6);
@@ -74,7 +74,7 @@ fn finishing_goes_on_with_what_the_source_does_not_have() {
 }
 
 #[test]
-fn the_callback_of_a_fill_may_use_the_pager() {
+fn callback_of_a_fill_may_use_the_pager() {
     require!();
     let (one, other) = (Memory::anonymous(3), Memory::anonymous(2));
     let pager = Pager::new().unwrap();
@@ -91,7 +91,7 @@ fn the_callback_of_a_fill_may_use_the_pager() {
 
 /// Here between the last page and the end.
 #[test]
-fn finishing_finishes_what_is_added_meanwhile() {
+fn finish_fills_memory_added_meanwhile() {
     require!();
     let (memory, later) = (Memory::anonymous(3), Memory::anonymous(3));
     let (pager, added, _) = served(&memory);
@@ -111,7 +111,7 @@ fn finishing_finishes_what_is_added_meanwhile() {
 }
 
 #[test]
-fn a_region_that_is_added_while_the_pager_finishes_is_filled_or_refused() {
+fn region_added_during_finish_is_filled_or_refused() {
     require!();
     for _ in 0..50 {
         let (memory, later) = (Memory::anonymous(3), Memory::anonymous(3));
@@ -132,7 +132,7 @@ fn a_region_that_is_added_while_the_pager_finishes_is_filled_or_refused() {
 }
 
 #[test]
-fn finishing_memory_that_is_given_back_without_a_pause() {
+fn finish_ends_while_memory_is_freed_without_pause() {
     require!(FeatureFlags::EVENT_REMOVE);
     let memory = Memory::anonymous(64);
     let pager = Pager::new().unwrap();
@@ -164,7 +164,7 @@ fn finishing_memory_that_is_given_back_without_a_pause() {
 
 /// What unparks the thread is the program's, and stays for it.
 #[test]
-fn a_call_leaves_the_callers_unpark_to_the_caller() {
+fn call_keeps_unpark_of_its_thread() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(2);
@@ -189,7 +189,7 @@ fn a_call_leaves_the_callers_unpark_to_the_caller() {
 }
 
 #[test]
-fn finishing_where_memory_was_unmapped_without_a_word() {
+fn finish_skips_memory_unmapped_without_event() {
     require!();
     // Alone: the pager fills what it takes for its own, which another test may have mapped there since.
     child::run_well(test_name!(), || {
@@ -255,7 +255,7 @@ fn present_pages_without_a_fault_are_not_poisoned() {
 }
 
 #[test]
-fn removing_a_region_leaves_the_others() {
+fn removed_region_leaves_other_regions() {
     require!();
     tell_signals();
     let (one, other) = (Memory::anonymous(2), Memory::anonymous(2));
@@ -285,7 +285,7 @@ fn removing_a_region_leaves_the_others() {
 }
 
 #[test]
-fn another_pager_goes_on_where_the_first_has_stopped() {
+fn next_pager_continues_after_detach() {
     require!(FeatureFlags::EVENT_REMOVE);
     for kind in Kind::ALL {
         let Some(memory) = memory(test_name!(), kind, 6) else { continue };
@@ -317,7 +317,7 @@ fn another_pager_goes_on_where_the_first_has_stopped() {
 }
 
 #[test]
-fn a_fault_that_the_owner_before_has_read_is_answered() {
+fn fault_read_by_former_owner_is_resolved() {
     require!();
     let memory = Memory::anonymous(1);
     let uffd = uffd(FeatureFlags::empty());
@@ -331,7 +331,7 @@ fn a_fault_that_the_owner_before_has_read_is_answered() {
 }
 
 #[test]
-fn a_fault_that_was_put_off_is_heard_of_by_the_next_owner() {
+fn deferred_fault_reaches_next_owner() {
     require!();
     let memory = Memory::anonymous(3);
     let pager = Pager::new().unwrap();
@@ -349,7 +349,7 @@ fn a_fault_that_was_put_off_is_heard_of_by_the_next_owner() {
 }
 
 #[test]
-fn a_fault_whose_page_is_being_loaded_is_heard_of_by_the_next_owner() {
+fn loading_fault_reaches_next_owner() {
     require!();
     let memory = Memory::anonymous(2);
     let pager = Pager::new().unwrap();
@@ -374,7 +374,7 @@ fn a_fault_whose_page_is_being_loaded_is_heard_of_by_the_next_owner() {
 }
 
 #[test]
-fn what_was_moved_away_is_told_with_what_was_left_behind() {
+fn moved_range_is_listed_with_its_former_place() {
     require!(FeatureFlags::EVENT_REMAP);
     let (memory, target) = (Memory::anonymous(4), Memory::anonymous(2));
     let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
@@ -402,7 +402,7 @@ fn what_was_moved_away_is_told_with_what_was_left_behind() {
 
 /// After moves the offsets don't follow the addresses.
 #[test]
-fn memory_that_was_moved_is_handed_over_with_its_offsets() {
+fn moved_memory_is_handed_over_with_its_offsets() {
     require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_REMOVE);
     for around in [FaultAround::Page, FaultAround::Block(8 * page()), FaultAround::Adaptive { most: 1 << 20 }]
     {

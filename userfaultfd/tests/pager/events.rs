@@ -14,7 +14,7 @@ const CHANGES: FeatureFlags =
     FeatureFlags::EVENT_REMOVE.union(FeatureFlags::EVENT_REMAP).union(FeatureFlags::EVENT_UNMAP);
 
 #[test]
-fn a_removed_page_is_zero_whether_it_was_there_or_not() {
+fn removed_page_is_zero_whether_it_was_there_or_not() {
     require!(FeatureFlags::EVENT_REMOVE);
     for told in [true, false] {
         for kind in [Kind::Anonymous, Kind::PrivateMemfd] {
@@ -45,7 +45,7 @@ fn a_removed_page_is_zero_whether_it_was_there_or_not() {
 }
 
 #[test]
-fn a_hole_punched_into_the_file_is_zero() {
+fn hole_punched_into_the_file_is_zero() {
     require!(FeatureFlags::MISSING_SHMEM);
     let memory = Memory::new(Kind::Memfd, 3);
     let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
@@ -58,7 +58,7 @@ fn a_hole_punched_into_the_file_is_zero() {
 }
 
 #[test]
-fn what_is_written_to_a_file_after_a_removal_stays() {
+fn file_writes_after_removal_stay() {
     require!(FeatureFlags::EVENT_REMOVE);
     let modes = RegisterMode::MISSING | RegisterMode::MINOR;
     for kind in [Kind::Memfd, Kind::Hugetlb] {
@@ -85,7 +85,7 @@ fn what_is_written_to_a_file_after_a_removal_stays() {
 }
 
 #[test]
-fn of_huge_pages_those_are_removed_that_the_kernel_removes() {
+fn whole_huge_pages_alone_are_removed() {
     require!(FeatureFlags::EVENT_REMOVE);
     let modes = RegisterMode::MISSING | RegisterMode::MINOR;
     let Some(memory) = kinds::each_of(test_name!(), &[Kind::Hugetlb], modes, 5).next() else { return };
@@ -105,7 +105,7 @@ fn of_huge_pages_those_are_removed_that_the_kernel_removes() {
 }
 
 #[test]
-fn memory_that_moves_takes_its_content_along_in_pieces() {
+fn moved_memory_takes_its_content_along() {
     require!(CHANGES);
     for kind in [Kind::Anonymous, Kind::PrivateMemfd] {
         let Some(memory) = memory(test_name!(), kind, 6) else { continue };
@@ -128,7 +128,7 @@ fn memory_that_moves_takes_its_content_along_in_pieces() {
 }
 
 #[test]
-fn memory_that_was_unmapped_and_mapped_anew_is_a_new_region() {
+fn memory_mapped_anew_is_a_new_region() {
     require!(FeatureFlags::EVENT_UNMAP);
     let memory = Memory::anonymous(3);
     let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
@@ -158,7 +158,7 @@ fn memory_that_was_unmapped_and_mapped_anew_is_a_new_region() {
 }
 
 #[test]
-fn children_of_forks_are_served_and_their_children_too() {
+fn forked_children_and_grandchildren_are_served() {
     require!(FeatureFlags::EVENT_FORK);
     child::run_well(test_name!(), || {
         let features = CHANGES | FeatureFlags::EVENT_FORK;
@@ -196,7 +196,7 @@ fn children_of_forks_are_served_and_their_children_too() {
 }
 
 #[test]
-fn every_change_and_fault_at_once() {
+fn every_change_and_fault_at_once_keeps_content() {
     require!(CHANGES);
     child::run_well(test_name!(), || {
         let forks = features() & FeatureFlags::EVENT_FORK;
@@ -244,7 +244,7 @@ fn every_change_and_fault_at_once() {
 }
 
 #[test]
-fn grown_part_of_a_mapping_shows_what_the_kernel_would() {
+fn grown_part_of_mapping_shows_what_kernel_would() {
     require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP);
     for kind in [Kind::Anonymous, Kind::Memfd] {
         for moves in [false, true] {
@@ -286,7 +286,7 @@ fn grown_part_of_a_mapping_shows_what_the_kernel_would() {
 }
 
 #[test]
-fn grown_part_that_nobody_touched_is_given_back_with_its_region() {
+fn unaccessed_growth_is_unregistered_with_region() {
     require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP);
     for finish in [false, true] {
         // Alone: another test might map something where this one grows.
@@ -336,7 +336,7 @@ fn memory_registered_beforehand_waits_for_its_region() {
 }
 
 #[test]
-fn a_region_that_a_file_was_mapped_over_is_given_back_around_it() {
+fn region_is_unregistered_around_mapped_over_file() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(8);

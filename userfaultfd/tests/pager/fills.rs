@@ -12,7 +12,7 @@ use crate::support::proc::wait_until;
 use crate::support::{child, hugetlb, page, require, test_name, uffd};
 
 #[test]
-fn missing_pages_get_what_the_source_has_and_each_is_read_once() {
+fn missing_pages_get_content_and_are_read_once() {
     require!();
     for kind in Kind::ALL {
         let Some(memory) = memory(test_name!(), kind, 5) else { continue };
@@ -36,7 +36,7 @@ fn missing_pages_get_what_the_source_has_and_each_is_read_once() {
 }
 
 #[test]
-fn a_write_to_a_missing_page_finds_its_content() {
+fn write_to_a_missing_page_finds_its_content() {
     require!();
     for kind in Kind::ALL {
         let Some(memory) = memory(test_name!(), kind, 2) else { continue };
@@ -50,7 +50,7 @@ fn a_write_to_a_missing_page_finds_its_content() {
 }
 
 #[test]
-fn a_source_that_says_zero_fills_with_zeros() {
+fn source_that_says_zero_fills_with_zeros() {
     require!();
     for kind in Kind::ALL {
         let Some(memory) = memory(test_name!(), kind, 3) else { continue };
@@ -69,7 +69,7 @@ fn a_source_that_says_zero_fills_with_zeros() {
 }
 
 #[test]
-fn minor_faults_are_answered_by_continue() {
+fn minor_faults_are_resolved_by_continue() {
     require!();
     let modes = RegisterMode::MISSING | RegisterMode::MINOR;
     for memory in kinds::each_of(test_name!(), &[Kind::Memfd, Kind::Hugetlb], modes, 4) {
@@ -98,7 +98,7 @@ fn minor_faults_are_answered_by_continue() {
 }
 
 #[test]
-fn a_minor_region_may_begin_inside_of_its_file() {
+fn minor_region_may_begin_inside_of_its_file() {
     require!(FeatureFlags::MINOR_SHMEM);
     let memory = kinds::Memory::new(Kind::Memfd, 5);
     let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
@@ -114,7 +114,7 @@ fn a_minor_region_may_begin_inside_of_its_file() {
 }
 
 #[test]
-fn a_file_opened_to_append_is_filled_in_place() {
+fn file_opened_to_append_is_filled_in_place() {
     require!(FeatureFlags::MINOR_SHMEM);
     let memory = kinds::Memory::new(Kind::Memfd, 5);
     let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
@@ -163,7 +163,7 @@ fn protected_fill_stays_protected_until_written() {
 }
 
 #[test]
-fn a_block_is_filled_for_a_fault_and_ends_with_its_region() {
+fn block_is_filled_for_fault_and_ends_with_its_region() {
     require!();
     for kind in [Kind::Anonymous, Kind::Memfd, Kind::PrivateHugetlb] {
         // Blocks of four pages; the last has two.
@@ -186,7 +186,7 @@ fn a_block_is_filled_for_a_fault_and_ends_with_its_region() {
 }
 
 #[test]
-fn the_last_page_of_a_file_is_filled_up_with_zeros() {
+fn last_page_of_a_file_is_filled_up_with_zeros() {
     require!();
     for kind in [Kind::Anonymous, Kind::Memfd, Kind::PrivateHugetlb] {
         let Some(memory) = memory(test_name!(), kind, 2) else { continue };
@@ -211,7 +211,7 @@ fn the_last_page_of_a_file_is_filled_up_with_zeros() {
 }
 
 #[test]
-fn a_huge_page_of_a_gibibyte_is_filled() {
+fn huge_page_of_a_gibibyte_is_filled() {
     require!();
     const GIB: usize = 1 << 30;
     let Some((memory, _pages)) = hugetlb_gigantic(test_name!()) else { return };
@@ -262,7 +262,7 @@ fn thread_sleeps(name: &str) -> bool {
 }
 
 #[test]
-fn descriptors_that_block_are_served_and_given_back_as_they_were() {
+fn blocking_descriptors_are_returned_blocking() {
     require!();
     // Alone, so that there is one thread of a pager.
     child::run_well(test_name!(), || {

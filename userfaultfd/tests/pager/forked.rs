@@ -53,7 +53,7 @@ fn sigbus() -> LazyMemory {
 }
 
 #[test]
-fn lazy_memory_in_a_child_is_refused_and_stays_the_parents() {
+fn lazy_memory_in_child_is_refused_and_stays_parents() {
     require!();
     child::run_well(test_name!(), || {
         panic::set_hook(Box::new(|_| {}));
@@ -95,7 +95,7 @@ fn lazy_memory_in_a_child_is_refused_and_stays_the_parents() {
 }
 
 #[test]
-fn what_a_child_drops_closes_its_own_numbers() {
+fn child_drop_closes_its_own_descriptors() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(PAGES);
@@ -120,7 +120,7 @@ fn what_a_child_drops_closes_its_own_numbers() {
 
 /// Memory that threads of the parent had is used again by threads of the child.
 #[test]
-fn a_child_that_drops_a_finished_background_leaves_its_own_threads_alone() {
+fn child_drops_finished_background_safely() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(None);
@@ -151,7 +151,7 @@ fn a_child_that_drops_a_finished_background_leaves_its_own_threads_alone() {
 }
 
 #[test]
-fn a_pager_in_a_child_is_refused_and_stays_the_parents() {
+fn pager_in_a_child_is_refused_and_stays_the_parents() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(PAGES);
@@ -192,7 +192,7 @@ fn a_pager_in_a_child_is_refused_and_stays_the_parents() {
 
 /// Locks that another thread holds when the process forks are held for ever in the child.
 #[test]
-fn a_child_of_a_busy_pager_ends_without_waiting_for_anything() {
+fn child_of_busy_pager_ends_without_waiting() {
     require!();
     child::run_well(test_name!(), || {
         for round in 0..20 {
@@ -227,7 +227,7 @@ fn a_child_of_a_busy_pager_ends_without_waiting_for_anything() {
 }
 
 #[test]
-fn a_childs_child_makes_its_own() {
+fn grandchild_makes_its_own_pager() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(None);

@@ -39,7 +39,7 @@ fn resident() -> usize {
 
 #[test]
 #[cfg(target_pointer_width = "64")]
-fn a_source_larger_than_memory_takes_what_is_touched() {
+fn source_larger_than_memory_takes_accessed_pages() {
     require!();
     child::run_well(test_name!(), || {
         const LEN: u64 = 100 << 30;
@@ -126,7 +126,7 @@ fn block_larger_than_the_memory_is_all_of_it() {
 }
 
 #[test]
-fn populating_begins_with_the_page_that_a_range_begins_in() {
+fn populating_begins_with_page_that_range_begins_in() {
     require!();
     let memory = LazyMemory::builder(Pages::new(page()))
         .len(8 * page())
@@ -140,7 +140,7 @@ fn populating_begins_with_the_page_that_a_range_begins_in() {
 }
 
 #[test]
-fn what_the_source_lacks_is_an_error_of_reads() {
+fn read_at_fails_where_source_fails() {
     require!();
     let away = Arc::new(std::sync::atomic::AtomicUsize::new(usize::MAX));
     let times = Arc::clone(&away);
@@ -219,7 +219,7 @@ fn memories_share_a_pager_and_go_one_by_one() {
 }
 
 #[test]
-fn threads_read_it_at_once() {
+fn threads_read_lazy_memory_concurrently() {
     require!();
     let memory = LazyMemory::builder(Pages::new(page())).len(256 * page()).threads(2).build().unwrap();
     std::thread::scope(|scope| {
@@ -239,7 +239,7 @@ fn threads_read_it_at_once() {
 }
 
 #[test]
-fn a_child_of_a_fork_has_not_got_it() {
+fn forked_child_lacks_lazy_memory() {
     require!();
     child::run_well(test_name!(), || {
         let memory = LazyMemory::new(2 * page(), Pages::new(page())).unwrap();
@@ -314,7 +314,7 @@ fn restricts() -> bool {
 }
 
 #[test]
-fn filling_makes_it_memory_like_any_other() {
+fn filled_memory_needs_no_pager() {
     require!();
     let memory = LazyMemory::builder(Pages::new(page()))
         .len(5 * page())
@@ -334,7 +334,7 @@ fn filling_makes_it_memory_like_any_other() {
 }
 
 #[test]
-fn what_the_source_does_not_have_is_a_signal() {
+fn undelivered_page_raises_sigbus() {
     require!();
     if !can_poison() {
         return;
@@ -357,7 +357,7 @@ fn what_the_source_does_not_have_is_a_signal() {
 }
 
 #[test]
-fn huge_pages_hold_it() {
+fn lazy_memory_works_on_huge_pages() {
     require!(FeatureFlags::MISSING_HUGETLBFS);
     let size = Kind::PrivateHugetlb.page();
     let Some(_pages) = hugetlb::reserve(test_name!(), 5) else { return };
@@ -391,7 +391,7 @@ fn is_locked(address: usize) -> bool {
 }
 
 #[test]
-fn memory_is_lazy_where_the_process_locks_what_it_maps() {
+fn memory_is_lazy_where_process_locks_what_it_maps() {
     require!(root);
     child::run_well(test_name!(), || {
         let pages = 64;
@@ -427,7 +427,7 @@ fn memory_is_lazy_where_the_process_locks_what_it_maps() {
 }
 
 #[test]
-fn memory_is_served_until_it_is_dropped_whatever_its_pager_is_asked() {
+fn shared_pager_serves_memory_until_its_drop() {
     require!();
     let pager = Arc::new(Pager::new().unwrap());
     let memory = LazyMemory::builder(Pages::new(page())).len(8 * page()).pager(&pager).build().unwrap();

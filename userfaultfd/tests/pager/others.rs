@@ -66,7 +66,7 @@ impl Target {
 }
 
 #[test]
-fn processes_are_served_with_blocking_descriptors_and_others_with_events_and_without() {
+fn processes_with_all_kinds_of_descriptors_are_served() {
     require!(FeatureFlags::EVENT_REMOVE);
     child::run_well(test_name!(), || {
         for kind in [Kind::Anonymous, Kind::Memfd, Kind::PrivateHugetlb] {
@@ -102,7 +102,7 @@ fn processes_are_served_with_blocking_descriptors_and_others_with_events_and_wit
 }
 
 #[test]
-fn a_descriptor_may_be_inherited() {
+fn descriptor_may_be_inherited() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(3);
@@ -128,7 +128,7 @@ fn a_descriptor_may_be_inherited() {
 }
 
 #[test]
-fn a_program_that_was_executed_is_served() {
+fn program_that_was_executed_is_served() {
     require!();
     // The stage of the program that is executed: it makes memory, and sends where that is.
     if let Some(path) = child::stage() {
@@ -161,7 +161,7 @@ fn a_program_that_was_executed_is_served() {
 }
 
 #[test]
-fn descriptors_and_regions_come_and_go_while_others_are_served() {
+fn descriptors_and_regions_come_and_go_under_load() {
     require!();
     child::run_well(test_name!(), || {
         const TARGETS: usize = 4;
@@ -208,7 +208,7 @@ fn descriptors_and_regions_come_and_go_while_others_are_served() {
 }
 
 #[test]
-fn a_target_that_is_killed_is_dropped_with_the_next_fill() {
+fn target_that_is_killed_is_dropped_with_next_fill() {
     require!();
     child::run_well(test_name!(), || {
         let (memory, problems) = (Memory::anonymous(3), Problems::default());
@@ -233,7 +233,7 @@ fn a_target_that_is_killed_is_dropped_with_the_next_fill() {
 }
 
 #[test]
-fn a_process_that_ends_quietly_is_noticed() {
+fn process_that_ends_quietly_is_noticed() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(4);
@@ -259,7 +259,7 @@ fn a_process_that_ends_quietly_is_noticed() {
 }
 
 #[test]
-fn the_descriptor_of_a_forks_child_is_closed_on_exec() {
+fn forked_childs_descriptor_is_closed_on_exec() {
     require!(FeatureFlags::EVENT_FORK);
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(2);
@@ -289,7 +289,7 @@ fn the_descriptor_of_a_forks_child_is_closed_on_exec() {
 }
 
 #[test]
-fn the_descriptor_of_a_process_that_has_ended_is_closed_though_nothing_could_be_filled() {
+fn descriptor_of_ended_process_is_closed_unfilled() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(2);

@@ -31,7 +31,7 @@ impl Drop for Panics {
 }
 
 #[test]
-fn a_source_that_panics_when_it_ends_is_reported_and_no_more() {
+fn panic_of_source_drop_is_reported() {
     require!();
     let (problems, dropped) = (Problems::default(), Arc::default());
     let pager = Pager::builder().on_problem(problems.callback()).build().unwrap();
@@ -50,7 +50,7 @@ fn a_source_that_panics_when_it_ends_is_reported_and_no_more() {
 }
 
 #[test]
-fn the_callback_may_finish_and_drop_the_pager() {
+fn callback_may_finish_and_drop_the_pager() {
     require!(FeatureFlags::POISON);
     let memory = Memory::anonymous(4);
     let pager = Arc::new(OnceLock::<Mutex<Option<Arc<Pager>>>>::new());
@@ -77,7 +77,7 @@ fn the_callback_may_finish_and_drop_the_pager() {
 }
 
 #[test]
-fn without_a_callback_each_kind_of_problem_is_printed_once() {
+fn each_kind_of_problem_is_printed_once_by_default() {
     require!(FeatureFlags::POISON);
     let output = child::run(test_name!(), || {
         let source = |_: u64, _: &mut [u8]| Err(io::Error::other("the server is away"));
@@ -104,7 +104,7 @@ fn without_a_callback_each_kind_of_problem_is_printed_once() {
 
 /// The access that follows ends the process.
 #[test]
-fn a_problem_is_printed_before_its_page_is_poisoned() {
+fn problem_is_printed_before_its_page_is_poisoned() {
     require!(FeatureFlags::POISON);
     let output = child::run(test_name!(), || {
         let source = |_: u64, _: &mut [u8]| Err(io::Error::other("the server is away"));

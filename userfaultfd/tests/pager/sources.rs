@@ -65,7 +65,7 @@ fn pager(problems: &Problems, retry: RetryPolicy) -> Pager {
 }
 
 #[test]
-fn a_source_that_recovers_is_asked_until_it_does() {
+fn recovering_source_is_retried_until_it_delivers() {
     require!();
     for around in [FaultAround::Page, FaultAround::Block(4 * page())] {
         for source in [Bad::new(1, 2), Bad::that_panics(1, 2)] {
@@ -83,7 +83,7 @@ fn a_source_that_recovers_is_asked_until_it_does() {
 }
 
 #[test]
-fn a_source_that_fails_for_ever_poisons_its_page_alone() {
+fn source_that_fails_for_ever_poisons_its_page_alone() {
     require!();
     tell_signals();
     for kind in Kind::SMALL {
@@ -122,7 +122,7 @@ fn a_source_that_fails_for_ever_poisons_its_page_alone() {
 }
 
 #[test]
-fn source_is_retried_forever_where_poison_is_not_possible() {
+fn source_is_retried_forever_without_poison() {
     require!();
     if can_poison() {
         // Poison is for good, until the page is removed.
@@ -184,7 +184,7 @@ fn failing_source_does_not_block_the_end() {
 }
 
 #[test]
-fn a_page_that_waits_for_its_source_is_zero_once_it_is_removed() {
+fn page_removed_while_source_is_down_is_zero() {
     require!(FeatureFlags::EVENT_REMOVE);
     let memory = Memory::anonymous(2);
     let retry = RetryPolicy { attempts: 1000, delay: Duration::from_millis(2) };
@@ -208,7 +208,7 @@ fn waiting_for_long(features: FeatureFlags) -> (Memory, Pager, Reader) {
 }
 
 #[test]
-fn a_page_that_is_unmapped_while_its_source_is_down_is_gone_at_once() {
+fn page_unmapped_while_source_is_down_is_gone() {
     require!(FeatureFlags::EVENT_UNMAP);
     child::run_well(test_name!(), || {
         tell_signals();
@@ -219,7 +219,7 @@ fn a_page_that_is_unmapped_while_its_source_is_down_is_gone_at_once() {
 }
 
 #[test]
-fn a_page_that_is_moved_while_its_source_is_down_leaves_zeros_at_once() {
+fn page_moved_while_source_is_down_leaves_zeros() {
     require!(FeatureFlags::EVENT_REMAP);
     child::run_well(test_name!(), || {
         let (memory, _pager, reader) = waiting_for_long(FeatureFlags::EVENT_REMAP);
@@ -230,7 +230,7 @@ fn a_page_that_is_moved_while_its_source_is_down_leaves_zeros_at_once() {
 }
 
 #[test]
-fn a_file_that_has_become_shorter_is_poison_and_not_zeros() {
+fn shortened_file_is_poison_and_not_zeros() {
     require!();
     tell_signals();
     if !can_poison() {
@@ -256,7 +256,7 @@ fn a_file_that_has_become_shorter_is_poison_and_not_zeros() {
 }
 
 #[test]
-fn bytes_that_cannot_be_read_are_asked_for_as_often_as_any() {
+fn unreadable_bytes_are_retried_like_reads() {
     require!();
     tell_signals();
     struct Broken(Mutex<usize>, memmap2::MmapMut);
@@ -325,7 +325,7 @@ fn slow_report_delays_only_its_waiters() {
 }
 
 #[test]
-fn a_callback_that_panics_is_called_again() {
+fn callback_that_panics_is_called_again() {
     require!();
     if !can_poison() {
         return;
@@ -361,7 +361,7 @@ impl PageSource for Short {
 }
 
 #[test]
-fn behind_the_end_of_a_source_the_last_page_is_zero() {
+fn last_page_is_zero_behind_end_of_source() {
     require!();
     for around in [1, 2] {
         let (memory, pager) = (Memory::anonymous(2), Pager::new().unwrap());
@@ -377,7 +377,7 @@ fn behind_the_end_of_a_source_the_last_page_is_zero() {
 /// A system call holds locks of a file while it touches memory whose source is the same file: that of the offset, which
 /// all duplicates share, and those of the content.
 #[test]
-fn system_calls_on_the_sources_own_file_end() {
+fn system_calls_on_own_file_return() {
     require!(root);
     let on_disk = || {
         let path = std::env::current_exe().unwrap().with_extension(format!("{}.own", std::process::id()));

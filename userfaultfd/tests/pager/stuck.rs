@@ -18,7 +18,7 @@ use crate::support::proc::{wait_for_pending, wait_until};
 use crate::support::{child, has, page, require, test_name, uffd};
 
 #[test]
-fn pages_filled_by_others_stay_and_waiters_go_on() {
+fn pages_filled_elsewhere_stay_and_waiters_wake() {
     require!();
     for kind in Kind::ALL {
         for around in [1, 6] {
@@ -44,7 +44,7 @@ fn pages_filled_by_others_stay_and_waiters_go_on() {
 }
 
 #[test]
-fn dropping_leaves_pages_filled_by_others() {
+fn drop_leaves_pages_filled_elsewhere() {
     require!();
     for kind in Kind::ALL {
         let Some(memory) = memory(test_name!(), kind, 3) else { continue };
@@ -58,7 +58,7 @@ fn dropping_leaves_pages_filled_by_others() {
 }
 
 #[test]
-fn what_was_protected_before_it_was_filled_is_neither_lost_nor_zero() {
+fn page_protected_before_fill_keeps_its_content() {
     require!(FeatureFlags::WP_UNPOPULATED);
     tell_signals();
     let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
@@ -90,7 +90,7 @@ fn what_was_protected_before_it_was_filled_is_neither_lost_nor_zero() {
 }
 
 #[test]
-fn an_empty_pool_of_huge_pages_is_told_and_waited_for() {
+fn empty_huge_page_pool_is_reported_and_retried() {
     require!(FeatureFlags::MISSING_HUGETLBFS, root);
     child::run_well(test_name!(), || {
         let Some(memory) = Memory::unpromised_hugetlb(test_name!(), 2) else { return };
@@ -114,7 +114,7 @@ fn an_empty_pool_of_huge_pages_is_told_and_waited_for() {
 }
 
 #[test]
-fn finishing_with_an_empty_pool_of_huge_pages_shows_no_zeros() {
+fn finish_with_empty_huge_page_pool_shows_no_zeros() {
     require!(FeatureFlags::MISSING_HUGETLBFS, root);
     child::run_well(test_name!(), || {
         tell_signals();
@@ -136,7 +136,7 @@ fn finishing_with_an_empty_pool_of_huge_pages_shows_no_zeros() {
 }
 
 #[test]
-fn a_full_file_system_is_told_and_waited_for() {
+fn full_file_system_is_reported_and_retried() {
     require!(FeatureFlags::MINOR_SHMEM, root);
     child::run_well(test_name!(), || {
         let Some(file) = mapping::file_with_room_for(test_name!(), 1) else { return };
@@ -172,7 +172,7 @@ fn a_full_file_system_is_told_and_waited_for() {
 }
 
 #[test]
-fn finishing_gives_up_what_waits_for_room_and_leaves_the_source_alone() {
+fn finish_gives_up_on_full_file_system() {
     require!(root);
     const PAGES: usize = 8;
     child::run_well(test_name!(), || {
@@ -206,7 +206,7 @@ fn finishing_gives_up_what_waits_for_room_and_leaves_the_source_alone() {
 }
 
 #[test]
-fn fills_that_must_wait_for_a_change_are_put_off_with_their_content() {
+fn fills_waiting_for_change_keep_their_content() {
     require!(FeatureFlags::EVENT_REMOVE);
     child::run_well(test_name!(), || {
         let (memory, source) = (Memory::anonymous(8), Pages::new(page()));
@@ -240,7 +240,7 @@ fn fills_that_must_wait_for_a_change_are_put_off_with_their_content() {
 }
 
 #[test]
-fn a_file_that_is_cut_off_is_gone_for_who_waits_for_it() {
+fn truncated_file_ends_waiting_faults() {
     require!(FeatureFlags::MISSING_SHMEM);
     child::run_well(test_name!(), || {
         tell_signals();
@@ -263,7 +263,7 @@ fn a_file_that_is_cut_off_is_gone_for_who_waits_for_it() {
 }
 
 #[test]
-fn faults_are_resolved_while_memory_is_given_back_without_a_pause() {
+fn faults_are_resolved_while_memory_is_freed() {
     require!(FeatureFlags::EVENT_REMOVE);
     // On one CPU the thread that changes the layout never runs while the pager does.
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
@@ -319,7 +319,7 @@ fn set_affinity(thread: libc::pid_t, set: &libc::cpu_set_t) {
 
 /// A thread that shares its CPU with the one that makes the changes never runs while that goes on.
 #[test]
-fn a_worker_leaves_the_cpu_of_the_thread_that_gives_memory_back() {
+fn worker_leaves_cpu_of_freeing_thread() {
     require!(FeatureFlags::EVENT_REMOVE);
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     if !has(test_name!(), "two CPUs", cpus > 1) {
@@ -387,7 +387,7 @@ fn without_address_space<T>(work: impl FnOnce(&dyn Fn()) -> T) -> T {
 }
 
 #[test]
-fn pages_are_filled_one_by_one_where_there_is_no_memory_for_more() {
+fn pages_are_filled_one_by_one_without_memory() {
     require!();
     child::run_well(test_name!(), || {
         tell_signals();
@@ -407,7 +407,7 @@ fn pages_are_filled_one_by_one_where_there_is_no_memory_for_more() {
 }
 
 #[test]
-fn memory_for_a_buffer_is_waited_for() {
+fn fill_without_buffer_memory_is_retried() {
     require!(FeatureFlags::MISSING_HUGETLBFS);
     child::run_well(test_name!(), || {
         let Some(memory) = memory(test_name!(), Kind::PrivateHugetlb, 2) else { return };
@@ -458,7 +458,7 @@ fn missing_content(test: &str, pages: usize) -> Option<(&'static [u8], Uffd)> {
 }
 
 #[test]
-fn a_change_is_read_while_the_memory_of_a_source_is_waited_for() {
+fn change_is_read_while_source_memory_is_paged_in() {
     require!(FeatureFlags::EVENT_REMOVE);
     child::run_well(test_name!(), || {
         let Some((bytes, slow)) = missing_content(test_name!(), 2) else { return };
@@ -480,7 +480,7 @@ fn a_change_is_read_while_the_memory_of_a_source_is_waited_for() {
 }
 
 #[test]
-fn forks_child_is_served_though_its_event_came_while_nothing_could_be_mapped() {
+fn child_forked_without_free_mappings_is_served() {
     require!(FeatureFlags::EVENT_FORK);
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(8);

@@ -94,7 +94,7 @@ fn pages_that_are_filled_are_not_written() {
 }
 
 #[test]
-fn pages_that_the_source_knows_to_be_zero_are_not_written() {
+fn pages_that_source_knows_to_be_zero_are_not_written() {
     require!(WRITE_PROTECT);
     let zeros = |_: u64, _: &mut [u8]| Ok(PageData::Zero);
     let mut memory =
@@ -131,7 +131,7 @@ fn huge_pages_are_tracked_while_they_are_filled() {
 
 /// Poison is no content: it is there all the same where a page is marked as protected.
 #[test]
-fn a_source_that_fails_poisons_tracked_memory() {
+fn source_that_fails_poisons_tracked_memory() {
     require!(WRITE_PROTECT);
     if !can_poison() {
         return;
@@ -210,7 +210,7 @@ fn no_write_is_lost_while_pages_are_filled() {
 }
 
 #[test]
-fn memory_is_tracked_by_one_tracker_and_no_snapshot_beside() {
+fn second_tracker_or_snapshot_is_refused() {
     require!(WRITE_PROTECT);
     let (memory, _) = memory(4, FaultAround::Page);
     let Some(tracker) = tracker(test_name!(), &memory) else { return };
@@ -229,7 +229,7 @@ fn memory_is_tracked_by_one_tracker_and_no_snapshot_beside() {
 
 /// Its addresses may be another mapping's by then.
 #[test]
-fn a_tracker_that_outlives_its_memory_leaves_the_addresses_alone() {
+fn outliving_tracker_leaves_addresses_alone() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         let (memory, _) = memory(4, FaultAround::Page);
@@ -282,7 +282,7 @@ impl snapshot::Sink for Copy {
 
 /// The same of both kinds: what is missing comes from the source.
 #[test]
-fn what_is_missing_is_filled_and_saved() {
+fn snapshot_of_lazy_memory_fills_and_saves() {
     require!(WRITE_PROTECT);
     let content: Vec<u8> = (0..40 * page()).map(|at| (at / 7 % 251) as u8).collect();
     for sigbus in [false, true] {

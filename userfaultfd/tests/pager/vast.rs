@@ -21,7 +21,7 @@ fn resident() -> (usize, usize) {
 
 #[test]
 #[cfg(target_pointer_width = "64")]
-fn a_region_of_a_tebibyte_takes_memory_only_for_what_is_touched() {
+fn tebibyte_region_takes_memory_for_accessed_pages() {
     require!();
     child::run_well(test_name!(), || {
         const TIB: usize = 1 << 40;

@@ -61,7 +61,7 @@ impl Together {
 }
 
 #[test]
-fn a_source_that_waits_is_read_by_as_many_threads_as_there_are_faults() {
+fn waiting_source_is_read_by_one_thread_a_fault() {
     require!();
     child::run_well(test_name!(), || {
         static SOURCE: Together = Together::new(6);
@@ -80,7 +80,7 @@ fn a_source_that_waits_is_read_by_as_many_threads_as_there_are_faults() {
 }
 
 #[test]
-fn a_source_that_was_fast_and_hangs_keeps_no_other_memory_waiting() {
+fn suddenly_hanging_source_holds_up_no_other_memory() {
     require!();
     const PAGES: usize = 400;
     let (hangs, reads) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -123,7 +123,7 @@ fn a_source_that_was_fast_and_hangs_keeps_no_other_memory_waiting() {
 }
 
 #[test]
-fn no_more_threads_are_added_than_are_allowed() {
+fn added_threads_stay_within_max_threads() {
     require!();
     child::run_well(test_name!(), || {
         static SOURCE: Together = Together::new(2);
@@ -223,13 +223,13 @@ fn drop_in_read(reads: usize) {
 }
 
 #[test]
-fn a_source_may_drop_its_pager() {
+fn source_may_drop_its_pager() {
     require!(FeatureFlags::POISON);
     child::run_well(test_name!(), || drop_in_read(1));
 }
 
 #[test]
-fn a_source_may_drop_its_pager_on_a_worker_that_was_added() {
+fn source_may_drop_its_pager_on_worker_that_was_added() {
     require!(FeatureFlags::POISON);
     child::run_well(test_name!(), || drop_in_read(2));
 }

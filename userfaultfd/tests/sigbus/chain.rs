@@ -149,7 +149,7 @@ fn dies(test: &'static str, body: impl FnOnce()) {
 }
 
 #[test]
-fn a_handler_that_was_there_gets_what_is_not_ours() {
+fn former_handler_gets_foreign_sigbus() {
     require!();
     child::run_well(test_name!(), || {
         handle(WITH_INFORMATION as usize, libc::SA_SIGINFO, &[libc::SIGUSR1]);
@@ -175,7 +175,7 @@ fn a_handler_that_was_there_gets_what_is_not_ours() {
 }
 
 #[test]
-fn a_handler_is_called_as_its_flags_say() {
+fn handler_is_called_as_its_flags_say() {
     require!();
     child::run_well(test_name!(), || {
         handle(plain as extern "C" fn(_) as usize, libc::SA_NODEFER, &[]);
@@ -191,7 +191,7 @@ fn a_handler_is_called_as_its_flags_say() {
 }
 
 #[test]
-fn a_handler_for_once_is_called_once() {
+fn resethand_handler_is_called_once() {
     require!();
     dies(test_name!(), || {
         handle(WITH_INFORMATION as usize, libc::SA_SIGINFO | libc::SA_RESETHAND, &[]);
@@ -204,7 +204,7 @@ fn a_handler_for_once_is_called_once() {
 }
 
 #[test]
-fn without_a_handler_the_process_ends() {
+fn sigbus_without_handler_ends_process() {
     require!();
     dies(test_name!(), || {
         handle(libc::SIG_DFL, 0, &[]);
@@ -214,7 +214,7 @@ fn without_a_handler_the_process_ends() {
 }
 
 #[test]
-fn the_handler_of_rusts_runtime_lets_the_process_end() {
+fn handler_of_rusts_runtime_lets_the_process_end() {
     require!();
     dies(test_name!(), || {
         assert_eq!(lazy(4)[0], byte(0));
@@ -223,7 +223,7 @@ fn the_handler_of_rusts_runtime_lets_the_process_end() {
 }
 
 #[test]
-fn a_signal_that_is_sent_ends_the_process_as_before() {
+fn signal_that_is_sent_ends_the_process_as_before() {
     require!();
     dies(test_name!(), || {
         handle(libc::SIG_DFL, 0, &[]);
@@ -246,7 +246,7 @@ fn sent_sigbus_is_ignored_where_it_was_ignored() {
 }
 
 #[test]
-fn a_page_whose_content_is_lost_is_sigbus() {
+fn lost_page_raises_sigbus() {
     require!();
     child::run_well(test_name!(), || {
         handle(WITH_INFORMATION as usize, libc::SA_SIGINFO, &[]);
@@ -267,7 +267,7 @@ fn a_page_whose_content_is_lost_is_sigbus() {
 }
 
 #[test]
-fn filling_all_tells_which_content_is_lost() {
+fn fill_names_lost_content() {
     require!();
     let memory = truncated();
     let (poisoned, pages, failed) = match memory.fill(|_| {}).unwrap_err() {
@@ -281,7 +281,7 @@ fn filling_all_tells_which_content_is_lost() {
 }
 
 #[test]
-fn a_page_whose_content_is_lost_ends_the_process() {
+fn lost_page_ends_process() {
     require!();
     dies(test_name!(), || {
         let memory = truncated();
@@ -291,7 +291,7 @@ fn a_page_whose_content_is_lost_ends_the_process() {
 }
 
 #[test]
-fn a_source_without_an_answer_is_sigbus() {
+fn source_without_bytes_raises_sigbus() {
     require!();
     struct Half;
     impl PageSource for Half {
@@ -313,7 +313,7 @@ fn a_source_without_an_answer_is_sigbus() {
 }
 
 #[test]
-fn a_fault_that_never_ends_is_passed_on() {
+fn hopeless_fault_is_passed_on() {
     require!();
     child::run_well(test_name!(), || {
         handle(WITH_INFORMATION as usize, libc::SA_SIGINFO, &[]);
@@ -402,7 +402,7 @@ extern "C" fn sets_itself_with_information(_: libc::c_int, _: *mut libc::siginfo
 }
 
 #[test]
-fn handler_that_installs_the_default_or_itself_leaves_ours_installed() {
+fn handler_installing_default_leaves_ours_installed() {
     require!();
     child::run_well(test_name!(), || {
         let default = (sets_default as extern "C" fn(_) as usize, 0, true);
@@ -452,7 +452,7 @@ extern "C" fn later(signal: libc::c_int, info: *mut libc::siginfo_t, context: *m
 }
 
 #[test]
-fn handler_that_was_installed_later_and_calls_ours_stays() {
+fn later_handler_that_calls_ours_stays() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(8);
@@ -495,7 +495,7 @@ fn alternate_stack(len: usize) -> std::ops::Range<usize> {
 /// Threads of Rust's library have an alternate stack that is little longer than what the kernel puts there where the CPU
 /// has many registers.
 #[test]
-fn a_fault_takes_no_room_of_the_alternate_stack() {
+fn fault_takes_no_room_of_the_alternate_stack() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(8);
@@ -513,7 +513,7 @@ fn a_fault_takes_no_room_of_the_alternate_stack() {
 }
 
 #[test]
-fn older_handler_runs_on_the_stack_that_it_asked_for() {
+fn older_handler_runs_on_its_alternate_stack() {
     require!();
     child::run_well(test_name!(), || {
         handle(tells_its_stack as extern "C" fn(_) as usize, 0, &[]);

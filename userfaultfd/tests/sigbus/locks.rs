@@ -53,7 +53,7 @@ fn at(memory: &LazyMemory, offset: usize) -> *mut u8 {
 }
 
 #[test]
-fn a_fault_inside_the_allocator() {
+fn fault_inside_the_allocator() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(8);
@@ -68,7 +68,7 @@ fn a_fault_inside_the_allocator() {
 }
 
 #[test]
-fn a_fault_while_standard_output_is_locked() {
+fn fault_while_standard_output_is_locked() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(1);
@@ -91,7 +91,7 @@ extern "C" fn touch(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_voi
 }
 
 #[test]
-fn a_fault_inside_the_handler_of_another_signal() {
+fn fault_inside_the_handler_of_another_signal() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(8);

@@ -102,7 +102,7 @@ fn sources_one_behind_the_other() {
 }
 
 #[test]
-fn a_fault_fills_the_block_around_it_and_nothing_twice() {
+fn fault_fills_the_block_around_it_and_nothing_twice() {
     require!();
     let page = page();
     let memory = builder(20).block(8 * page).build().unwrap();
@@ -121,7 +121,7 @@ fn a_fault_fills_the_block_around_it_and_nothing_twice() {
 
 /// Those of handlers that run at the same place of a stack are counted together: at most 64 such places.
 #[test]
-fn one_fault_of_eight_is_timed() {
+fn every_eighth_fault_is_timed() {
     require!();
     const FAULTS: usize = 512;
     let memory = LazyMemory::sigbus(ZeroSource).len(FAULTS * page()).block(1).build().unwrap();
@@ -146,7 +146,7 @@ fn written_pages_keep_their_content() {
 }
 
 #[test]
-fn filling_all_leaves_no_fault() {
+fn filled_memory_has_no_faults() {
     require!();
     let page = page();
     let memory = builder(1000).block(2 * page).build().unwrap();
@@ -166,7 +166,7 @@ fn filling_all_leaves_no_fault() {
 }
 
 #[test]
-fn a_page_that_was_taken_away_is_zero() {
+fn dropped_page_is_zero() {
     require!();
     let page = page();
     let memory = lazy(4);
@@ -182,7 +182,7 @@ fn a_page_that_was_taken_away_is_zero() {
 }
 
 #[test]
-fn system_calls_are_served_what_was_touched() {
+fn system_calls_read_present_pages() {
     require!();
     let page = page();
     let memory = builder(4).block(page).build().unwrap();
@@ -220,7 +220,7 @@ fn build_rejects_lengths_that_the_source_lacks() {
 }
 
 #[test]
-fn a_source_that_fails_at_its_border_is_told_at_once() {
+fn source_failing_at_border_fails_build() {
     require!();
     struct Broken;
     impl PageSource for Broken {
@@ -261,7 +261,7 @@ fn huge_pages() {
 }
 
 #[test]
-fn background_leaves_pages_missing_that_the_source_lacks() {
+fn background_leaves_pages_missing_that_source_lacks() {
     require!();
     let page = page();
     let source = file(&content(64 * page));
@@ -307,7 +307,7 @@ fn statistics_add_up_beside_a_background() {
 }
 
 #[test]
-fn what_the_source_lacks_is_an_error_of_reads() {
+fn read_at_fails_where_source_fails() {
     require!();
     let page = page();
     let source = file(&content(8 * page));

@@ -12,7 +12,7 @@ use super::support::{child, page, require, test_name};
 use super::{byte, lazy};
 
 #[test]
-fn a_fork_has_memory_of_its_own_and_leaves_that_of_its_parent_alone() {
+fn forked_child_makes_memory_of_its_own() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(8);
@@ -33,7 +33,7 @@ fn a_fork_has_memory_of_its_own_and_leaves_that_of_its_parent_alone() {
 }
 
 #[test]
-fn a_fork_has_not_got_the_memory_of_its_parent() {
+fn forked_child_lacks_memory_of_parent() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(8);
@@ -48,7 +48,7 @@ fn a_fork_has_not_got_the_memory_of_its_parent() {
 }
 
 #[test]
-fn what_a_fork_puts_in_the_place_of_its_parents_memory_is_its_own() {
+fn child_memory_at_parents_address_is_its_own() {
     require!();
     child::run_well(test_name!(), || {
         let memory = lazy(8);
@@ -96,7 +96,7 @@ impl PageSource for Slow {
 unsafe impl SignalSafe for Slow {}
 
 #[test]
-fn faults_of_a_parents_threads_are_not_running_in_a_fork() {
+fn faults_of_parents_threads_are_not_running_in_fork() {
     require!();
     child::run_well(test_name!(), || {
         const THREADS: usize = 70;

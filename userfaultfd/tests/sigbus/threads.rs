@@ -10,7 +10,7 @@ use super::{builder, byte, lazy, next};
 const THREADS: usize = 16;
 
 #[test]
-fn threads_that_touch_one_memory_find_each_page_filled_once() {
+fn threads_fill_each_page_once() {
     require!();
     let page = page();
     for block in [1, 16] {
@@ -67,7 +67,7 @@ fn writes_of_many_threads_stay() {
 }
 
 #[test]
-fn memories_come_and_go_while_others_are_touched() {
+fn memories_come_and_go_beside_faults() {
     require!();
     let page = page();
     let (running, rounds) = (AtomicBool::new(true), AtomicUsize::new(0));
@@ -104,7 +104,7 @@ fn memories_come_and_go_while_others_are_touched() {
 }
 
 #[test]
-fn filling_all_goes_on_beside_faults() {
+fn fill_continues_beside_faults() {
     require!();
     let page = page();
     let pages = 2048;

@@ -88,7 +88,7 @@ fn writers_go_on_after_a_drop_that_waited() {
 }
 
 #[test]
-fn where_that_is_wanted_dropped_pages_are_zeros_and_nobody_waits() {
+fn dropped_pages_are_zeros_on_request() {
     require!(WRITE_PROTECT);
     for memory in each(test_name!()) {
         let (mut before, pages) = (number(&memory, 1), memory.pages());
@@ -147,7 +147,7 @@ fn write_beside_droppers(test: &str) {
 }
 
 #[test]
-fn pages_that_are_unmapped_are_gone_and_told_so() {
+fn unmapped_pages_are_gone() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         for memory in each(test_name!()) {
@@ -217,7 +217,7 @@ fn writers_to_moved_pages_do_not_wait_for_the_sink() {
 
 /// Threads write, drop and write again all the time, while one snapshot after the other is taken.
 #[test]
-fn a_program_that_drops_all_the_time_gets_on() {
+fn constant_drops_make_progress() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(64);
     number(&memory, 0);

@@ -31,7 +31,7 @@ fn assert_free(memory: &Memory) {
 }
 
 #[test]
-fn an_aborted_one_frees_its_memory() {
+fn aborted_snapshot_frees_its_memory() {
     require!(WRITE_PROTECT);
     let memory = large();
     let image = Image::closed();
@@ -75,7 +75,7 @@ fn dropping_a_snapshot_aborts_it() {
 }
 
 #[test]
-fn an_error_of_the_sink_is_that_of_the_snapshot() {
+fn error_of_sink_is_error_of_snapshot() {
     require!(WRITE_PROTECT);
     let memory = large();
     for piece in 1..4 {
@@ -90,7 +90,7 @@ fn an_error_of_the_sink_is_that_of_the_snapshot() {
 }
 
 #[test]
-fn a_sink_that_cannot_begin_costs_nothing() {
+fn sink_that_cannot_begin_costs_nothing() {
     require!(WRITE_PROTECT);
     let memory = large();
     let image = Image::new();
@@ -101,7 +101,7 @@ fn a_sink_that_cannot_begin_costs_nothing() {
 }
 
 #[test]
-fn a_sink_that_panics_is_an_error() {
+fn sink_that_panics_is_an_error() {
     require!(WRITE_PROTECT);
     let memory = large();
     let sink = |_: u64, _: Content<'_>| -> io::Result<()> { panic!("as it is told to") };
@@ -128,7 +128,7 @@ impl Sink for Dropping {
 }
 
 #[test]
-fn a_sink_may_drop_its_snapshot() {
+fn sink_may_drop_its_snapshot() {
     require!(WRITE_PROTECT);
     let memory = large();
     let (tell, panicked) = mpsc::channel();
@@ -160,7 +160,7 @@ fn writers_do_not_wait_for_the_sink_once_all_is_saved() {
 }
 
 #[test]
-fn one_that_waits_for_its_sink_can_be_aborted() {
+fn snapshot_waiting_for_sink_can_be_aborted() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(4);
     number(&memory, 1);
@@ -178,7 +178,7 @@ fn one_that_waits_for_its_sink_can_be_aborted() {
 
 /// The next snapshot of a series holds everything as long as none was completed, and nobody waits for what panicked.
 #[test]
-fn a_series_goes_on_after_sinks_that_fail_and_panic() {
+fn series_goes_on_after_sinks_that_fail_and_panic() {
     require!(WRITE_PROTECT);
     struct Panics {
         at: usize,

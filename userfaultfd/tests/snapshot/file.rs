@@ -119,7 +119,7 @@ fn reader_returns_what_the_writer_wrote() {
 }
 
 #[test]
-fn beyond_its_end_are_zeros() {
+fn reader_returns_zeros_beyond_end() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(2);
     number(&memory, 1);
@@ -186,7 +186,7 @@ fn every_damage_is_found() {
 }
 
 #[test]
-fn every_cut_is_found() {
+fn every_truncation_is_found() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(2);
     number(&memory, 1);
@@ -205,7 +205,7 @@ fn every_cut_is_found() {
 }
 
 #[test]
-fn other_files_and_versions_are_refused() {
+fn foreign_files_and_versions_are_refused() {
     require!(WRITE_PROTECT);
     for other in [&b"something else that is long enough to have a header of sixty-four bytes"[..], b"short"] {
         let error = SnapshotReader::new(file(other)).unwrap_err();
@@ -231,7 +231,7 @@ fn crc(bytes: &[u8]) -> u32 {
 
 /// The documented format, read by another program than the library's.
 #[test]
-fn the_format_is_as_documented() {
+fn format_is_as_documented() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(4);
     memory.write(1, 5);
@@ -266,7 +266,7 @@ fn take(series: &mut Series, writer: SnapshotWriter<Vec<u8>>) -> SnapshotReader 
 }
 
 #[test]
-fn incremental_ones_lie_on_one_another() {
+fn increments_are_layered() {
     require!(WRITE_PROTECT);
     for memory in memory::each(test_name!(), RegisterMode::WRITE_PROTECT, 5) {
         number(&memory, 1);
@@ -298,7 +298,7 @@ fn incremental_ones_lie_on_one_another() {
 }
 
 #[test]
-fn the_wrong_one_below_is_refused() {
+fn wrong_base_is_refused() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(2);
     let mut series = Options::new().range(addresses(&memory)).series().unwrap();
@@ -320,7 +320,7 @@ fn the_wrong_one_below_is_refused() {
 }
 
 #[test]
-fn writers_are_used_once_and_as_they_are_meant() {
+fn writer_rejects_misuse() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(2);
     let mut series = Options::new().range(addresses(&memory)).series().unwrap();
@@ -350,7 +350,7 @@ fn patched(good: &[u8], patches: &[(usize, u64)]) -> File {
 }
 
 #[test]
-fn an_index_that_makes_no_sense_is_refused() {
+fn index_that_makes_no_sense_is_refused() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(6);
     memory.write(1, 5);
@@ -398,7 +398,7 @@ fn an_index_that_makes_no_sense_is_refused() {
 }
 
 #[test]
-fn one_of_memory_of_another_size_is_refused_below() {
+fn base_of_another_size_is_refused() {
     require!(WRITE_PROTECT);
     let (memory, larger) = (Memory::anonymous(2), Memory::anonymous(3));
     number(&larger, 1);
@@ -454,7 +454,7 @@ fn pages_come_in_any_order() {
 
 /// A sink that can't take more is the error of the snapshot, and what it wrote is refused.
 #[test]
-fn a_full_disk_leaves_a_file_that_is_refused() {
+fn full_disk_leaves_a_file_that_is_refused() {
     require!(WRITE_PROTECT);
     struct Small(Vec<u8>);
     impl Write for Small {
@@ -549,7 +549,7 @@ fn saving_that_fails_leaves_the_old_file() {
 }
 
 #[test]
-fn a_full_disk_leaves_the_old_file() {
+fn full_disk_leaves_the_old_file() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         if !support::has(test_name!(), "mount namespaces", mounts::own()) {
@@ -576,7 +576,7 @@ fn a_full_disk_leaves_the_old_file() {
 
 /// A process is killed while it saves, whatever it has written until then.
 #[test]
-fn a_killed_process_leaves_the_old_file() {
+fn killed_process_leaves_the_old_file() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         let (folder, memory) = (Folder::new(test_name!()), Memory::anonymous(64));
@@ -661,7 +661,7 @@ fn reader_rejects_an_index_that_is_too_large() {
 
 /// A file of a few KiB, of which most is holes, with all its checksums right. It takes no memory for what it claims.
 #[test]
-fn a_file_of_holes_takes_no_memory_for_its_checksums() {
+fn file_of_holes_takes_no_memory_for_its_checksums() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         /// Blocks of data, each with a checksum: 32 MiB of them.
@@ -709,7 +709,7 @@ fn a_file_of_holes_takes_no_memory_for_its_checksums() {
 
 /// A chain that is longer than a process may have open files, and than its stack is deep.
 #[test]
-fn a_long_chain_is_read_flat_and_merged() {
+fn long_chain_is_read_flat_and_merged() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         const FILES: usize = 170;
@@ -788,7 +788,7 @@ fn increments_are_merged_without_their_base() {
 
 /// A series names and links its files, and a chain finds them, whatever else lies there.
 #[test]
-fn a_series_of_files_in_a_folder_is_a_chain() {
+fn series_of_files_in_a_folder_is_a_chain() {
     require!(WRITE_PROTECT);
     let (folder, memory) = (Folder::new(test_name!()), Memory::anonymous(5));
     let error = Chain::open(&folder.0).unwrap_err();

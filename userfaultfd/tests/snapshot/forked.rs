@@ -17,7 +17,7 @@ fn open() -> Vec<String> {
 }
 
 #[test]
-fn a_snapshot_in_a_child_is_refused_and_stays_the_parents() {
+fn snapshot_in_child_is_refused_and_stays_parents() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     child::run_well(test_name!(), || {
         for waits in [false, true] {
@@ -55,7 +55,7 @@ fn a_snapshot_in_a_child_is_refused_and_stays_the_parents() {
 }
 
 #[test]
-fn a_series_in_a_child_is_refused_and_stays_the_parents() {
+fn series_in_a_child_is_refused_and_stays_the_parents() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     child::run_well(test_name!(), || {
         let (memory, none) = (Memory::anonymous(6), open());

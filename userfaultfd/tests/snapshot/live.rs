@@ -19,7 +19,7 @@ fn each(test: &str, pages: usize) -> impl Iterator<Item = Memory> {
 }
 
 #[test]
-fn it_holds_what_memory_held_when_it_began() {
+fn snapshot_holds_memory_of_its_beginning() {
     require!(WRITE_PROTECT);
     for memory in each(test_name!(), 9) {
         let before = number(&memory, 1);
@@ -124,7 +124,7 @@ fn writers_wait_for_a_sink_that_is_behind() {
 /// A cut in time: what was written after another write is in the snapshot only if that one is. Few pages are protected at
 /// the moment itself, many are ahead of it, while they are written.
 #[test]
-fn no_write_is_in_it_without_those_before() {
+fn snapshot_holds_no_write_without_earlier_ones() {
     require!(WRITE_PROTECT);
     for pages in [8, 600] {
         let each = memory::each_of(test_name!(), &Kind::SMALL, RegisterMode::WRITE_PROTECT, pages);
@@ -219,7 +219,7 @@ fn several_ranges_lie_one_behind_the_other() {
 }
 
 #[test]
-fn a_forked_child_writes_freely_and_is_not_in_it() {
+fn forked_child_writes_freely_outside_snapshot() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         for memory in each(test_name!(), 4) {
@@ -246,7 +246,7 @@ fn a_forked_child_writes_freely_and_is_not_in_it() {
 }
 
 #[test]
-fn what_cannot_be_protected_is_refused() {
+fn unprotectable_memory_is_refused() {
     require!(WRITE_PROTECT);
     let memory = Memory::new(Kind::Anonymous, 2);
     memory.write(0, 1);

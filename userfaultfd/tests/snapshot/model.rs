@@ -613,7 +613,7 @@ fn number_from(variable: &str, or: u64) -> u64 {
 }
 
 #[test]
-fn snapshots_are_what_the_model_says() {
+fn snapshots_match_the_model() {
     require!(WRITE_PROTECT);
     let limit = Duration::from_secs(number_from("USERFAULTFD_MODEL_SECONDS", 1));
     let seed = number_from("USERFAULTFD_MODEL_SEED", 1);

@@ -48,7 +48,7 @@ fn map_anew(memory: &Memory, first: usize, pages: usize) {
 }
 
 #[test]
-fn memory_that_was_mapped_anew_before_is_gone() {
+fn memory_mapped_anew_before_snapshot_is_gone() {
     require!(WRITE_PROTECT);
     for memory in each(test_name!(), 8) {
         number(&memory, 1);
@@ -70,7 +70,7 @@ fn memory_that_was_mapped_anew_before_is_gone() {
 
 /// Memory is unmapped while the sink begins: the file says so, and can be read.
 #[test]
-fn memory_that_is_unmapped_while_it_begins_is_gone() {
+fn memory_unmapped_while_snapshot_begins_is_gone() {
     require!(WRITE_PROTECT);
     struct Unmapping<'a>(SnapshotWriter<Vec<u8>>, &'a Memory);
     impl Sink for Unmapping<'static> {
@@ -109,7 +109,7 @@ fn move_away(memory: &Memory, number: usize) {
 }
 
 #[test]
-fn pages_that_lost_their_protection_without_an_event_have_changed() {
+fn unreported_unprotected_pages_have_changed() {
     require!(WRITE_PROTECT | FeatureFlags::MOVE);
     let memory = Memory::anonymous(16);
     number(&memory, 1);
@@ -150,7 +150,7 @@ fn guard_pages_are_gone_and_no_thread_waits_for_them() {
 
 /// Nothing wrong is passed off as content: pages that were taken away before they were saved read as zeros.
 #[test]
-fn pages_that_were_taken_away_unsaved_are_gone() {
+fn pages_removed_unsaved_are_gone() {
     require!(WRITE_PROTECT | FeatureFlags::MOVE);
     let memory = Memory::anonymous(MANY);
     let before = number(&memory, 1);
@@ -166,7 +166,7 @@ fn pages_that_were_taken_away_unsaved_are_gone() {
 
 /// A page is moved over another one: it is protected, and not the page that it seems.
 #[test]
-fn a_page_that_was_moved_over_another_is_not_taken_for_it() {
+fn page_moved_over_another_is_not_mistaken() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         for memory in each(test_name!(), MANY) {
@@ -184,7 +184,7 @@ fn a_page_that_was_moved_over_another_is_not_taken_for_it() {
 /// What was mapped in the place of a page, and is protected by another descriptor, isn't taken for it.
 #[cfg(feature = "tracking")]
 #[test]
-fn what_another_tracker_protects_is_not_taken_for_it() {
+fn pages_of_another_tracker_are_not_mistaken() {
     require!(WRITE_PROTECT);
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(MANY);

@@ -12,7 +12,7 @@ use crate::support::{page, require, test_name};
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
 #[test]
-fn lazy_memory_is_what_memory_was() {
+fn restored_lazy_memory_equals_saved_memory() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(40);
     let before = number(&memory, 0);
@@ -31,7 +31,7 @@ fn lazy_memory_is_what_memory_was() {
 }
 
 #[test]
-fn lazy_memory_is_restored_from_a_chain_and_goes_on_from_there() {
+fn restored_lazy_memory_continues_its_chain() {
     require!(WRITE_PROTECT);
     let memory = Memory::anonymous(8);
     number(&memory, 1);
@@ -59,7 +59,7 @@ fn lazy_memory_is_restored_from_a_chain_and_goes_on_from_there() {
 
 /// A snapshot is saved to the path from which memory is being restored.
 #[test]
-fn what_is_restored_goes_on_from_the_old_file() {
+fn restored_memory_keeps_reading_replaced_file() {
     require!(WRITE_PROTECT);
     const PAGES: usize = 64;
     let memory = Memory::anonymous(PAGES);

@@ -34,7 +34,7 @@ fn pages(image: &Image, memory: &Memory) -> Vec<usize> {
 }
 
 #[test]
-fn the_second_holds_what_has_changed_since_the_first() {
+fn second_snapshot_holds_changes_since_first() {
     require!(WRITE_PROTECT);
     for memory in each(test_name!(), 6) {
         let mut series = Options::new().range(addresses(&memory)).series().unwrap();
@@ -137,7 +137,7 @@ fn dropped_pages_have_changed() {
 
 /// All snapshots put on one another are what memory held when the last began, whatever happened.
 #[test]
-fn a_chain_of_snapshots_is_the_memory() {
+fn chain_of_snapshots_equals_memory() {
     require!(WRITE_PROTECT);
     const PAGES: usize = 16;
     let memory = Memory::anonymous(PAGES);
@@ -214,7 +214,7 @@ fn memory_of_another_process_is_saved() {
 
 /// The kernel writes to pinned memory without a fault. What is declared is saved all the same.
 #[test]
-fn pinned_memory_that_is_declared_is_in_every_snapshot() {
+fn declared_pinned_memory_is_in_every_snapshot() {
     require!(WRITE_PROTECT);
     for memory in each(test_name!(), 6).filter(|memory| !memory.kind().is_hugetlb()) {
         number(&memory, 1);

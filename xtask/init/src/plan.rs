@@ -138,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_plan_is_read_as_it_was_written() {
+    fn plan_is_read_as_it_was_written() {
         let variables = [("A".to_owned(), "b=c,d".to_owned()), ("E".to_owned(), String::new())];
         let plan = Plan {
             console: "ttyS0".to_owned(),
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_named() {
+    fn unknown_line_is_named() {
         let error = |text: &str| text.parse::<Plan>().unwrap_err();
         assert!(error("console ttyS0\nhurry\n").contains("`hurry`"));
         assert!(error("limit soon\n").contains("`limit soon`"));

@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_has_them_among_other_lines() {
+    fn log_has_them_among_other_lines() {
         let log =
             format!("SeaBIOS\r\n[  0.1] early\r\n{}\r\n[  1.2] late\r\n", lines().join("\r\nnoise\r\n"));
         let transcript = Transcript::read(log.as_bytes());
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_readable_log_has_everything_once() {
+    fn readable_log_has_everything_once() {
         let log = format!("SeaBIOS\r\n\r\n{0}\r\nPANIC\r\n{0}\r\n", lines()[3]);
         assert_eq!(Transcript::readable(log.as_bytes()), "SeaBIOS\nstart nobody /tests/kernel\nPANIC\n");
     }
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn kernel_text_inside_a_line_breaks_it_and_the_second_copy_mends_it() {
+    fn kernel_text_inside_line_is_mended_by_copy() {
         let whole = lines();
         for cut in 1..whole[4].len() {
             let mut first = whole.clone();
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_byte_is_noticed() {
+    fn changed_byte_is_noticed() {
         let line = encode(3, &Record::Output("test a ... ok".to_owned()));
         assert_eq!(decode(&line.replace("ok", "ko")), None);
         assert_eq!(decode(&line.replace(" 3 ", " 4 ")), None);
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_stops_is_not_at_its_end() {
+    fn log_that_stops_is_not_at_its_end() {
         let log = lines()[..5].join("\r\n");
         assert!(!Transcript::read(log.as_bytes()).has_ended());
         assert!(!Transcript::read(b"").has_ended());

@@ -163,7 +163,7 @@ mod tests {
     use super::warning;
 
     #[test]
-    fn warnings_are_told_from_information() {
+    fn warnings_differ_from_information() {
         let warned = "4,339,5140900,-;WARNING: CPU: 1 PID: 5\n SUBSYSTEM=x\n";
         assert_eq!(warning(warned).as_deref(), Some("WARNING: CPU: 1 PID: 5"));
         assert_eq!(warning("12,1,2,-;user's warning\n").as_deref(), Some("user's warning"));

@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_header_is_one_page_with_version_length_and_magic() {
+    fn header_is_one_page_with_version_length_and_magic() {
         for page in [4096, 65536] {
             let header = header(page, 1 << 27);
             assert_eq!(header.len(), page);

@@ -13,7 +13,7 @@ fn state() -> [Option<String>; 3] {
 }
 
 #[test]
-fn it_refuses_unless_it_is_process_1() {
+fn init_refuses_unless_process_1() {
     let before = state();
     for arguments in [&[][..], &["i-am-a-guest"]] {
         let output = Command::new(PROGRAM).args(arguments).output().unwrap();
@@ -27,14 +27,14 @@ fn it_refuses_unless_it_is_process_1() {
 
 /// In a container there is a process 1, too.
 #[test]
-fn it_refuses_in_a_container() {
+fn init_refuses_in_container() {
     let before = state();
     let in_namespace = |program: &[&str]| {
         Command::new("unshare").args(["--pid", "--fork", "--mount"]).args(program).output()
     };
     if !in_namespace(&["true"]).is_ok_and(|output| output.status.success()) {
         // Past the harness, which captures what a passing test prints.
-        let skip = "SKIP it_refuses_in_a_container: needs the right to make PID namespaces";
+        let skip = "SKIP init_refuses_in_container: needs the right to make PID namespaces";
         writeln!(std::io::stderr(), "{skip}").unwrap();
         return;
     }

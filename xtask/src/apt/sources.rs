@@ -221,7 +221,7 @@ deb\thttp://mirror.example/debian-security   bookworm-security main
     }
 
     #[test]
-    fn a_machine_without_updates_has_its_mirror_found_by_the_release() {
+    fn mirror_is_found_by_release_without_updates() {
         let configured = one_line("deb http://mirror.example/debian bookworm main\n");
         let text = other_suites(&configured, "bookworm", &["trixie", "trixie-security"], "arm64");
         assert!(text.contains("Suites: trixie\n") && text.contains("Architectures: arm64\n"), "{text}");

@@ -78,7 +78,7 @@ mod tests {
     use crate::kernels::table::Table;
 
     #[test]
-    fn every_need_of_the_table_can_be_asked_for() {
+    fn every_need_of_table_can_be_checked() {
         for need in Table::read().unwrap().needs {
             is_met(&need, 0, false).unwrap();
         }
@@ -87,13 +87,13 @@ mod tests {
     }
 
     #[test]
-    fn the_effective_user_is_read_from_a_status() {
+    fn effective_user_is_read_from_a_status() {
         assert!(is_root("Name:\tx\nUid:\t1000\t0\t0\t0\n"));
         assert!(!is_root("Uid:\t0\t1000\t0\t0\n") && !is_root(""));
     }
 
     #[test]
-    fn the_innermost_mount_has_a_folder() {
+    fn innermost_mount_has_a_folder() {
         let mounts = "/dev/vda / ext4 rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n/dev/vdb /tmp/a xfs rw 0 0\n";
         let of = |folder| file_system(mounts, Path::new(folder));
         assert_eq!([of("/tmp"), of("/tmpfs"), of("/tmp/a/b")], [Some("tmpfs"), Some("ext4"), Some("xfs")]);

@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_statement_of_a_test_counts() {
+    fn first_statement_of_a_test_counts() {
         let text = "\
 #[test]
 fn good() {

@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_skip_for_what_is_there_is_a_failure() {
+    fn skip_for_what_is_there_is_a_failure() {
         let (table, features) = (Table::read().unwrap(), Features::read().unwrap());
         let mut skips = Skips::new();
         for line in [

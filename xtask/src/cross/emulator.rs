@@ -20,7 +20,7 @@ const TAKES_A_KERNEL: [&str; 7] = [
     "pager::races::",
     "pager::serve::delivery::",
     "pager::target::",
-    "sys::tests::the_name_tells_a_userfaultfd",
+    "sys::tests::userfaultfd_is_recognised_by_name",
 ];
 
 /// Tests that passed, and that failed.

@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_standard_library_that_does_not_build_is_not_available() {
+    fn unbuildable_standard_library_is_unavailable() {
         let of = |name: &str| {
             failure(&format!(
                 "error[E0425]: no\nerror: could not compile `{name}` (lib) due to 1 previous error"

@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_are_those_of_the_format() {
+    fn bytes_are_those_of_the_format() {
         let fields = |fields: &str| fields.replace(' ', "");
         let mut expected = String::new();
         expected += &fields("070701 00000001 000041ED 00000000 00000000 00000002 00000000 00000000");

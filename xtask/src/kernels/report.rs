@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_shows_both_users_and_beneath_it_is_why() {
+    fn table_shows_both_users_and_beneath_it_is_why() {
         let verdict = Verdict {
             release: "6.1.0".to_owned(),
             outcomes: vec![outcome(User::Root, &["c"]), outcome(User::Nobody, &[])],
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_ran_nothing_is_in_the_table() {
+    fn guest_that_ran_nothing_is_in_the_table() {
         let verdict = Verdict { problems: vec!["it ended early".to_owned()], ..Verdict::default() };
         let text = report(&[("5.10".to_owned(), verdict)]);
         assert!(

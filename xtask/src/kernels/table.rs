@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_of_the_tree_is_sound() {
+    fn table_of_the_tree_is_sound() {
         let table = Table::read().unwrap();
         let default = table.select(&[], false).unwrap();
         assert!(default.len() >= 5 && default.iter().all(|kernel| kernel.arch == "x86_64"));
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bindings_tell_the_features() {
+    fn bindings_give_the_features() {
         let features = Features::read().unwrap();
         assert_eq!(features.bits("RWP_ASYNC"), Some(1 << 18));
         assert_eq!(features.bits("RWP | RWP_ASYNC"), Some(3 << 17));
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_skip_is_allowed_only_for_what_is_lacking() {
+    fn skip_is_allowed_only_for_what_is_lacking() {
         let lacks = vec!["root".to_owned(), "guards on *".to_owned()];
         let expectation = Expectation { features: Some(16384), needs: Vec::new(), lacks };
         let allows = |need| expectation.allows(need, &features());
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_is_expected_to_have_what_its_release_has() {
+    fn machine_is_expected_to_match_its_release() {
         let mut table = Table::read().unwrap();
         table.any_kernel_may_lack = vec!["seccomp".to_owned()];
         let unmet = vec!["swap".to_owned()];
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn the_suite_is_told_what_is_not_lacking() {
+    fn suite_expects_needs_that_are_not_lacking() {
         let table = Table::parse(
             "needs = ['root', 'hugetlb', 'swap']\nany-kernel-may-lack = []\nnobody-lacks = ['root']\nshort = ['a']\ntool-suites = []\n[arch]\n[[kernel]]\nname = '1'\n\
              arch = 'x'\npackages = []\nsuites = []\nfeatures = 0x1ff\nlacks = ['swap']\n",

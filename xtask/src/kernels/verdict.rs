@@ -290,7 +290,7 @@ test result: FAILED. 3 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
     }
 
     #[test]
-    fn a_skip_that_nobody_expects_is_a_failure() {
+    fn skip_that_nobody_expects_is_a_failure() {
         let verdict = judged(&OUTPUT.replace("FAILED", "ok"), Ending::Exit(0), &[]);
         assert!(!verdict.is_good());
         assert!(verdict.outcomes[0].problems[0].contains("a::four was skipped for hugetlb"), "{verdict:?}");
@@ -303,7 +303,7 @@ test result: FAILED. 3 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
     }
 
     #[test]
-    fn a_lack_that_no_test_met_is_a_failure() {
+    fn lack_that_no_test_met_is_a_failure() {
         let output = OUTPUT.replace("FAILED", "ok");
         let verdict = judged(&output, Ending::Exit(0), &["hugetlb", "swap"]);
         assert!(verdict.problems[0].contains("skipped for swap"), "{verdict:?}");
@@ -317,7 +317,7 @@ test result: FAILED. 3 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
 
     /// A user without rights lacks what the other one has.
     #[test]
-    fn skips_of_each_user_are_judged_by_what_that_user_lacks() {
+    fn skips_are_judged_by_each_users_needs() {
         let run = |user, need: &str| {
             let output = format!("running 1 test\ntest a ... ok\nSKIP a: needs {need}\ntest result: ok.");
             let mut records = vec![Record::Start { user, binary: "/tests/kernel".to_owned() }];
@@ -364,7 +364,7 @@ test result: FAILED. 3 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
     }
 
     #[test]
-    fn a_test_without_harness_is_one_test() {
+    fn test_without_harness_is_one_test() {
         let verdict = judged("all is well\n", Ending::Exit(0), &[]);
         assert_eq!((verdict.is_good(), verdict.outcomes[0].passed), (true, 1));
         assert!(!judged("it is not\n", Ending::Exit(1), &[]).is_good());
