@@ -86,6 +86,12 @@ impl Uffd {
         self.set_write_protection(start, len, sys::UFFDIO_WRITEPROTECT_MODE_WP)
     }
 
+    /// Whether the kernel knows of a change of the layout that isn't read yet, or whose thread hasn't run since.
+    pub(crate) fn is_layout_changing(&self) -> bool {
+        // It says so before it says that an empty range is none.
+        self.write_protect_unexplained(std::ptr::null_mut(), 0).is_err_and(|error| error.is_retryable())
+    }
+
     /// Lifts the protection of [`write_protect`](Self::write_protect), and wakes who waits if `wake`.
     ///
     /// A thread may be on its way into the fault just then, and wait for what is over: answer each fault that is

@@ -17,12 +17,13 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Two regions of one descriptor share addresses.
+    /// Two regions of one descriptor share addresses; or a region lies where the mapping of another one has grown, and
+    /// faults were resolved with zeros.
     #[error("the region at {address:#x} overlaps the one at {other:#x}")]
     Overlap {
         /// The start of the region that was passed in.
         address: usize,
-        /// The start of the region that it overlaps.
+        /// The start of the region that it overlaps, or of what that one has grown by.
         other: usize,
     },
 

@@ -56,6 +56,14 @@
 //!   don't change. Since Linux 7.2 the kernel keeps guards. The pager doesn't look for guards (`PAGE_IS_GUARD`, Linux
 //!   6.16): it could do so in memory of its own process only, and a guard installed between the look and the fill would
 //!   be lost all the same. The look costs half as much as the fill of a page, and a twentieth of that of 64 KiB.
+//! - The kernel queues an event after the change, so the events of two threads may come in another order than their
+//!   changes. With `EVENT_UNMAP` the pager follows a thread that moves memory to where another thread has just moved or
+//!   unmapped memory, in whatever order it reads the events: before memory is moved to a place, the memory there must have
+//!   left. It can't tell the order of three changes of one place, made by three threads, if it reads the last before the
+//!   first; nor whether a child was forked before or after a move that another thread made at the same time: what it reads
+//!   first counts as earlier. Without `EVENT_UNMAP` the same holds for any two changes. [`Pager::add_region`] waits, for a
+//!   second at most, until all changes are read, so that memory that was mapped anew isn't confused with the memory that
+//!   lay there before. Changes that are unread when a descriptor is [added](Pager::add) are applied to its regions.
 //! - Without `EVENT_FORK` the child of a fork reads zeros where pages are missing: use `MADV_DONTFORK`.
 //! - No event reports the end of a process. The pager notices it within a second, or at once with [`Pager::watch`].
 //!

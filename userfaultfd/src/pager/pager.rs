@@ -16,6 +16,7 @@ use super::serve::mailbox::Note;
 use super::serve::shared::Shared;
 use super::serve::shutdown::{self, Drain, Patience};
 use super::serve::thread::Thread;
+use super::serve::vma_events;
 use super::serve::worker_pool;
 use super::{
     DescriptorId, Detached, Error, MissingRange, PagerBuilder, Progress, Refused, Region, RegionId, Result,
@@ -189,7 +190,7 @@ impl Pager {
         let prepared = AddressMap::try_with_room(regions.len()).ok_or_else(|| Errno::ENOMEM.into());
         let prepared = prepared.and_then(|mut layout| {
             for region in regions {
-                check_overlap(&layout, &region)?;
+                check_overlap(&layout, &region.range())?;
                 layout.insert(self.register(&uffd, region)?);
             }
             uffd.set_nonblocking(true)?;
@@ -280,10 +281,12 @@ impl Pager {
 
     fn add_one(&self, descriptor: DescriptorId, region: Region, foreign: bool) -> Result<RegionId> {
         let descriptor = self.shared.table.find(descriptor.0).ok_or(Error::NotServed)?;
+        // What is read from now on is no older than the memory.
+        let settled = vma_events::settle(&self.shared, &descriptor);
         let uffd = {
             let serving = descriptor.lock_shard(self.shared.outside_id());
             let serving = serving.as_ref().ok_or(Error::NotServed)?;
-            check_overlap(&serving.layout, &region)?;
+            check_overlap(&serving.layout, &region.range())?;
             if foreign && descriptor.is_own {
                 return Err(Error::OwnMemory { address: region.range().start });
             }
@@ -297,16 +300,22 @@ impl Pager {
         drop(uffd);
         let (region, range) = (Arc::clone(&segment.region), segment.start..segment.end);
         self.shared.regions.keep(&region);
-        let mut refused = Ok(());
+        let (mut refused, mut replaced) = (Ok(()), mapped_vec::none());
         let served = descriptor.change_layout(|layout| {
             // A move may have brought another mapping there meanwhile.
-            let other = layout.parts(segment.start..segment.end).next();
-            match other {
-                Some(other) => refused = Err(Error::Overlap { address: segment.start, other: other.start }),
-                None if !layout.try_reserve(1) => refused = Err(Errno::ENOMEM.into()),
-                None => layout.insert(segment),
+            refused = check_overlap(layout, &range);
+            if refused.is_ok() && !layout.try_reserve(1) {
+                refused = Err(Errno::ENOMEM.into());
+            }
+            if refused.is_ok() {
+                if settled {
+                    // A hole that is there isn't still to be unmapped: it is this memory.
+                    layout.cut_holes(&range, &mut replaced);
+                }
+                layout.insert(segment);
             }
         });
+        drop(replaced);
         let added = refused.and(if served { Ok(()) } else { Err(Error::NotServed) });
         added.inspect_err(|_| self.shared.regions.keep_not(&region))?;
         if let Some(serving) = &*descriptor.lock_shard(self.shared.outside_id()) {
@@ -457,6 +466,8 @@ impl Pager {
         region: RegionId,
         may_go: impl Fn(&super::memory::served::ServedRegion) -> bool,
     ) -> Result<()> {
+        vma_events::settle_moves(&self.shared, descriptor);
+        // Freed when the shards are free again.
         // Freed when the shards are unlocked again.
         let (mut gone, mut served) = (mapped_vec::none(), false);
         descriptor.with_all_shards(&mut |serving| {
@@ -700,10 +711,12 @@ fn hold(segment: &Segment) {
     held.set(std::iter::once(segment.start..segment.end));
 }
 
-/// Whether a region overlaps no other one.
-fn check_overlap(layout: &AddressMap, region: &Region) -> Result<()> {
-    match layout.parts(region.range()).next() {
-        Some(other) => Err(Error::Overlap { address: region.range().start, other: other.start }),
+/// Whether a region would have its addresses for itself. What the mapping of another one has grown by was filled with zeros
+/// by then, where there was a fault.
+fn check_overlap(layout: &AddressMap, range: &Range<usize>) -> Result<()> {
+    let grown = layout.parts_of_holes(range.clone()).find(Segment::is_growth);
+    match layout.parts(range.clone()).next().or(grown) {
+        Some(other) => Err(Error::Overlap { address: range.start, other: other.start }),
         None => Ok(()),
     }
 }

@@ -357,3 +357,37 @@ fn region_is_unregistered_around_mapped_over_file() {
         assert_eq!(pager.statistics().faults(), 0, "the kernel's own business");
     });
 }
+
+/// A program may register the memory behind a region itself, before it adds that. The kernel makes one mapping of both.
+#[test]
+fn region_behind_another_is_refused_once_it_was_taken_for_growth() {
+    require!();
+    child::run_well(test_name!(), || {
+        for is_touched in [false, true] {
+            let memory = Memory::new(Kind::Anonymous, 8);
+            let (pager, uffd) = (Pager::new().unwrap(), uffd(FeatureFlags::empty()));
+            let registers = uffd.try_clone().unwrap();
+            let at = |number| memory.at(number).expose_provenance();
+            let region = |number| {
+                Region::new(at(number), 4 * page(), Pages::new(page())).fault_around(FaultAround::Page)
+            };
+            let added = serve(&pager, uffd, region(0));
+            registers.register(memory.at(4), 4 * page()).unwrap();
+            if is_touched {
+                assert_eq!(memory.read(6), 0);
+            }
+            // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
+            let behind = unsafe { pager.add_own_region(added.descriptor, region(4)) };
+            match behind {
+                Err(userfaultfd::pager::Error::Overlap { address, other }) if is_touched => {
+                    assert_eq!((address, other), (at(4), at(4)));
+                    assert_eq!(memory.read(5), 0, "served on as before");
+                }
+                Ok(_) if !is_touched => assert_eq!(memory.read(6), crate::scene::byte(2)),
+                other => panic!("{is_touched}: {other:?}"),
+            }
+            assert_eq!(memory.read(1), crate::scene::byte(1));
+            pager.finish(|_| {}).unwrap();
+        }
+    });
+}

@@ -4,7 +4,9 @@
 //! is what the kernel itself would show: zeros, or the file's content. So the part is served as a hole of the region.
 //!
 //! Memory that a program registers to add it as a region later looks the same where it is of one mapping with a region
-//! before it. If it was registered when that region was added, it counts as such memory, and its faults wait.
+//! before it. If it was registered when that region was added, it counts as such memory, and its faults wait. Otherwise the
+//! first fault makes it a part of the region before it for good: the memory can't be added any more, since pages that were
+//! read as zeros must not change.
 
 #![expect(unsafe_code, reason = "an operation that can't succeed")]
 

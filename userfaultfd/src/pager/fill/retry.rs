@@ -55,6 +55,9 @@ const SOURCE_DELAY: Duration = Duration::from_secs(60);
 /// The delay where there is no memory to defer work.
 pub(crate) const NO_MEMORY_DELAY: Duration = Duration::from_millis(1);
 
+/// The interval between looks whether all changes of the layout are read.
+pub(crate) const CHANGE_INTERVAL: Duration = Duration::from_micros(50);
+
 /// The interval between looks whether other threads have settled their work.
 pub(crate) const BUSY_INTERVAL: Duration = Duration::from_millis(1);
 

@@ -53,6 +53,11 @@ impl Segment {
         self.first + first..self.first + behind.max(first)
     }
 
+    /// Whether it is a hole that the region's mapping has grown by.
+    pub(crate) fn is_growth(&self) -> bool {
+        self.first >= self.region.pages.count()
+    }
+
     /// Both halves. `None` for a single page.
     pub(crate) fn halves(&self) -> Option<[Self; 2]> {
         let middle = self.start + ((self.pages().len() / 2) << self.region.page_shift);
@@ -86,13 +91,32 @@ pub(crate) struct AddressMap {
     /// The places from which mremap(2) has moved private segments away. Zeros belong there, so they need no states of
     /// pages.
     holes: Segments,
+    /// Segments that have left by an event that isn't read yet: another segment was moved to their place. See
+    /// [`shift`](Self::shift).
+    displaced: Segments,
     /// The parts that are being moved.
     moving: Segments,
 }
 
+/// What an event that ends a place belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leaving {
+    /// A segment in whose place another one is by now.
+    Displaced,
+    /// A hole below a segment.
+    Below,
+    /// What is there.
+    Top,
+}
+
 impl Default for AddressMap {
     fn default() -> Self {
-        Self { segments: mapped_vec::none(), holes: mapped_vec::none(), moving: mapped_vec::none() }
+        Self {
+            segments: mapped_vec::none(),
+            holes: mapped_vec::none(),
+            displaced: mapped_vec::none(),
+            moving: mapped_vec::none(),
+        }
     }
 }
 
@@ -102,6 +126,7 @@ impl AddressMap {
         Some(Self {
             segments: mapped_vec::try_with_room(segments + SEGMENT_ROOM)?,
             holes: mapped_vec::try_with_room(SEGMENT_ROOM)?,
+            displaced: mapped_vec::try_with_room(SEGMENT_ROOM)?,
             moving: mapped_vec::try_with_room(SEGMENT_ROOM)?,
         })
     }
@@ -111,11 +136,14 @@ impl AddressMap {
         self.segments.try_reserve(segments).is_ok()
     }
 
-    /// A copy, with room for changes. `None` where there is no memory.
+    /// A copy for a fork's child, with room for changes. `None` where there is no memory.
+    ///
+    /// What its parent's events are still to tell no event of the child will: what is displaced isn't copied.
     pub(crate) fn try_clone(&self) -> Option<Self> {
         Some(Self {
             segments: mapped_vec::try_copy(&self.segments, SEGMENT_ROOM)?,
             holes: mapped_vec::try_copy(&self.holes, SEGMENT_ROOM)?,
+            displaced: mapped_vec::try_with_room(SEGMENT_ROOM)?,
             moving: mapped_vec::try_copy(&self.moving, SEGMENT_ROOM)?,
         })
     }
@@ -148,6 +176,11 @@ impl AddressMap {
         parts(&self.segments, range)
     }
 
+    /// The parts of holes in a range.
+    pub(crate) fn parts_of_holes(&self, range: Range<usize>) -> impl Iterator<Item = Segment> {
+        parts(&self.holes, range)
+    }
+
     /// The segments that overlap a range.
     pub(crate) fn overlapping(&self, range: &Range<usize>) -> impl Iterator<Item = &Segment> {
         let from = self.segments.partition_point(|segment| segment.end <= range.start);
@@ -166,29 +199,102 @@ impl AddressMap {
         cut(&mut self.holes, &range, gone);
     }
 
-    /// Moves the parts in a range to another address, where they replace others, as mremap(2) does. They leave empty
-    /// memory behind, until an unmapping is reported: with MREMAP_DONTUNMAP none is.
-    pub(crate) fn shift(&mut self, from: Range<usize>, to: usize, gone: &mut Segments) {
-        self.cut(to..to + from.len(), gone);
+    /// Takes out what an event reports as unmapped: in each place the oldest that lies there. See [`shift`](Self::shift).
+    pub(crate) fn unmap(&mut self, range: Range<usize>, gone: &mut Segments) {
+        let mut next = range.start;
+        while next < range.end {
+            let (leaving, until) = self.leaving(next..range.end);
+            match leaving {
+                Leaving::Displaced => cut(&mut self.displaced, &(next..until), gone),
+                Leaving::Below => cut(&mut self.holes, &(next..until), gone),
+                Leaving::Top => self.cut(next..until, gone),
+            }
+            next = until;
+        }
+    }
+
+    /// Moves the parts in a range to another address, as mremap(2) does. They leave empty memory behind, until an unmapping
+    /// is reported: with MREMAP_DONTUNMAP none is.
+    ///
+    /// The kernel queues an event after the change, so the changes of two threads may be read in another order. Where
+    /// unmappings are reported (`tells_unmaps`), the order in each place is known all the same: before memory is moved to
+    /// a place, the memory there must have left, by a move or an unmapping; what the move itself replaces is reported
+    /// before the move. So
+    ///
+    /// - a segment in the target has left, and the event that says so isn't read yet. It is put aside as displaced. The
+    ///   next event that ends this place belongs to it.
+    /// - a hole in the target still has to be unmapped. It stays below the segment. The next unmapping belongs to it.
+    ///
+    /// Until that event is read the kernel refuses all fills, so that nothing is filled in the wrong place meanwhile.
+    pub(crate) fn shift(&mut self, from: Range<usize>, to: usize, tells_unmaps: bool, gone: &mut Segments) {
+        let target = to..to + from.len();
+        if tells_unmaps {
+            cut(&mut self.displaced, &target, gone);
+            cut(&mut self.segments, &target, &mut self.moving);
+            self.moving.drain(..).for_each(|segment| insert(&mut self.displaced, segment));
+        } else {
+            self.cut(target, gone);
+        }
         let moved = |segment: &Segment| {
             let start = to + (segment.start - from.start);
             Segment { start, end: start + (segment.end - segment.start), ..segment.clone() }
         };
         let mut next = from.start;
-        while let Some(hole) = { parts(&self.holes, next..from.end).next() } {
-            next = hole.end;
-            insert(&mut self.holes, moved(&hole));
+        while next < from.end {
+            let (leaving, until) = self.leaving(next..from.end);
+            let place = next..until;
+            if leaving == Leaving::Displaced {
+                cut(&mut self.displaced, &place, &mut self.moving);
+            } else if find(&self.segments, next).is_some() {
+                cut(&mut self.segments, &place, &mut self.moving);
+            } else if let Some(hole) = { parts(&self.holes, place).next() } {
+                self.insert_hole(moved(&hole), gone);
+            }
+            next = until;
         }
-        cut(&mut self.segments, &from, &mut self.moving);
-        for segment in self.moving.drain(..) {
+        let mut moving = std::mem::replace(&mut self.moving, mapped_vec::none());
+        for segment in moving.drain(..) {
             insert(&mut self.segments, moved(&segment));
-            if segment.region.shared {
+            let place = segment.start..segment.end;
+            if !segment.region.shared {
+                self.insert_hole(segment, gone);
+            } else if parts(&self.segments, place).next().is_some() {
+                insert(&mut self.displaced, segment);
+            } else {
                 // The file shows the same in both places.
                 insert(&mut self.segments, segment);
-            } else {
-                cut(&mut self.holes, &(segment.start..segment.end), gone);
-                insert(&mut self.holes, segment);
             }
+        }
+        self.moving = moving;
+    }
+
+    /// What leaves at the start of a range, which isn't empty, and up to where the same does.
+    fn leaving(&self, range: Range<usize>) -> (Leaving, usize) {
+        let look = |all: &Segments| {
+            let next = all.get(all.partition_point(|part| part.end <= range.start));
+            let is_there = next.is_some_and(|part| part.start <= range.start);
+            (is_there, next.map_or(usize::MAX, |part| if is_there { part.end } else { part.start }))
+        };
+        let (displaced, hole, segment) = (look(&self.displaced), look(&self.holes), look(&self.segments));
+        let leaving = match (displaced.0, hole.0 && segment.0) {
+            (true, _) => Leaving::Displaced,
+            (false, true) => Leaving::Below,
+            (false, false) => Leaving::Top,
+        };
+        (leaving, range.end.min(displaced.1).min(hole.1).min(segment.1))
+    }
+
+    /// Whether events that say where segments have gone aren't read yet.
+    pub(crate) fn is_unsettled(&self) -> bool {
+        !self.displaced.is_empty()
+    }
+
+    /// Forgets the parts that events were expected to end: there are none.
+    pub(crate) fn settle(&mut self, gone: &mut Segments) {
+        mapped_vec::reserve(gone, self.displaced.len());
+        gone.extend(self.displaced.drain(..));
+        for segment in &self.segments {
+            cut(&mut self.holes, &(segment.start..segment.end), gone);
         }
     }
 
@@ -206,6 +312,11 @@ impl AddressMap {
     /// All segments and holes.
     pub(crate) fn into_parts(self) -> (Segments, Segments) {
         (self.segments, self.holes)
+    }
+
+    /// Takes out the holes in a range.
+    pub(crate) fn cut_holes(&mut self, range: &Range<usize>, gone: &mut Segments) {
+        cut(&mut self.holes, range, gone);
     }
 
     /// Adds a hole, which replaces others.
@@ -314,6 +425,12 @@ mod tests {
 
     const PAGE: usize = 4096;
 
+    /// The places of what is there and what is below, by their regions.
+    fn places(layout: &AddressMap) -> [Vec<(usize, usize, u64)>; 3] {
+        [&layout.segments, &layout.holes, &layout.displaced]
+            .map(|all| all.iter().map(|part| (part.start / PAGE, part.end / PAGE, part.region.id)).collect())
+    }
+
     fn region(id: u64, pages: usize) -> Arc<ServedRegion> {
         Arc::new(ServedRegion::for_tests(id, PAGE, pages))
     }
@@ -403,7 +520,7 @@ mod tests {
         layout.insert(segment(10, 8, &a, 0));
         layout.insert(segment(30, 4, &b, 0));
         let mut gone = mapped_vec::none();
-        layout.shift(12 * PAGE..14 * PAGE, 31 * PAGE, &mut gone);
+        layout.shift(12 * PAGE..14 * PAGE, 31 * PAGE, false, &mut gone);
         assert_eq!(shape(&layout), [(10, 12, 0), (14, 18, 4), (30, 31, 0), (31, 33, 2), (33, 34, 3)]);
         assert!(gone.len() == 1 && gone[0].region.id == b.id && gone[0].pages() == (1..3));
         let holes = |layout: &AddressMap| {
@@ -412,7 +529,7 @@ mod tests {
         assert_eq!(holes(&layout), [(12, 14)]);
         assert!(layout.find(13 * PAGE).is_none() && layout.find_hole(13 * PAGE).is_some());
         // Its hole moves along, and is left as well.
-        layout.shift(11 * PAGE..15 * PAGE, 50 * PAGE, &mut gone);
+        layout.shift(11 * PAGE..15 * PAGE, 50 * PAGE, false, &mut gone);
         assert_eq!(
             shape(&layout),
             [(10, 11, 0), (15, 18, 5), (30, 31, 0), (31, 33, 2), (33, 34, 3), (50, 51, 1), (53, 54, 4)]
@@ -429,15 +546,86 @@ mod tests {
         let mut layout = AddressMap::default();
         layout.insert(segment(10, 4, &a, 0));
         let mut gone = mapped_vec::none();
-        layout.shift(10 * PAGE..14 * PAGE, 30 * PAGE, &mut gone);
+        layout.shift(10 * PAGE..14 * PAGE, 30 * PAGE, false, &mut gone);
         // Something new in the middle of the hole, which is moved away in turn.
         layout.insert(segment(11, 2, &b, 0));
-        layout.shift(11 * PAGE..13 * PAGE, 50 * PAGE, &mut gone);
+        layout.shift(11 * PAGE..13 * PAGE, 50 * PAGE, false, &mut gone);
         let holes: Vec<_> =
             layout.holes().iter().map(|s| (s.start / PAGE, s.end / PAGE, s.region.id, s.first)).collect();
         assert_eq!(&holes[..3], [(10, 11, 1, 0), (11, 13, 2, 0), (13, 14, 1, 3)]);
         assert!(gone.iter().any(|part| part.region.id == 1 && part.pages() == (1..3)));
         assert_eq!(layout.find_hole(12 * PAGE).map(|hole| hole.region.id), Some(2));
+    }
+
+    /// One thread moves A from X to Y, another one B from Z to X. The kernel queues the two events of a move one after the
+    /// other, and those of two threads in any order.
+    #[test]
+    fn moves_of_two_threads_lead_to_the_same_in_any_order() {
+        crate::support::require!();
+        const X: usize = 10;
+        const Y: usize = 30;
+        const Z: usize = 50;
+        let of = |from: usize, to: usize| [(true, from, to), (false, from, from)];
+        let orders = [[0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 1, 0], [1, 1, 0, 0]];
+        for is_shared in [false, true] {
+            for order in orders {
+                let [a, b] = [1, 2].map(|id| {
+                    let mut region = ServedRegion::for_tests(id, PAGE, 4);
+                    region.shared = is_shared;
+                    Arc::new(region)
+                });
+                let mut layout = AddressMap::default();
+                layout.insert(segment(X, 4, &a, 0));
+                layout.insert(segment(Z, 4, &b, 0));
+                let mut events = [of(X, Y).into_iter(), of(Z, X).into_iter()];
+                let mut gone = mapped_vec::none();
+                for thread in order {
+                    let (is_move, from, to) = events[thread].next().unwrap();
+                    let from = from * PAGE..(from + 4) * PAGE;
+                    if is_move {
+                        layout.shift(from, to * PAGE, true, &mut gone);
+                    } else {
+                        layout.unmap(from, &mut gone);
+                    }
+                }
+                assert!(!layout.is_unsettled());
+                let expected = [vec![(X, X + 4, 2), (Y, Y + 4, 1)], vec![], vec![]];
+                assert_eq!(places(&layout), expected, "{order:?} {is_shared}");
+                assert!(layout.segments().iter().all(|segment| segment.first == 0));
+            }
+        }
+    }
+
+    /// A thread unmaps a part of what lay where another one moves something to, and moves another part.
+    #[test]
+    fn parts_that_left_before_something_arrived_leave_when_it_is_told() {
+        crate::support::require!();
+        let (a, b) = (region(1, 8), region(2, 8));
+        let mut layout = AddressMap::default();
+        layout.insert(segment(10, 8, &a, 0));
+        layout.insert(segment(50, 8, &b, 0));
+        let mut gone = mapped_vec::none();
+        layout.shift(50 * PAGE..56 * PAGE, 12 * PAGE, true, &mut gone);
+        assert_eq!(
+            places(&layout),
+            [vec![(10, 12, 1), (12, 18, 2), (56, 58, 2)], vec![(50, 56, 2)], vec![(12, 18, 1)]]
+        );
+        layout.unmap(10 * PAGE..14 * PAGE, &mut gone);
+        assert!(layout.is_unsettled());
+        layout.shift(14 * PAGE..18 * PAGE, 30 * PAGE, true, &mut gone);
+        layout.unmap(14 * PAGE..18 * PAGE, &mut gone);
+        layout.unmap(50 * PAGE..56 * PAGE, &mut gone);
+        assert_eq!(places(&layout), [vec![(12, 18, 2), (30, 34, 1), (56, 58, 2)], vec![], vec![]]);
+        assert_eq!(layout.find(30 * PAGE).map(|segment| segment.first), Some(4));
+        // From now on the end of this place is the end of what is there.
+        layout.unmap(16 * PAGE..17 * PAGE, &mut gone);
+        assert_eq!(places(&layout)[0], [(12, 16, 2), (17, 18, 2), (30, 34, 1), (56, 58, 2)]);
+        // What no event has told when there are none any more none will.
+        layout.shift(30 * PAGE..34 * PAGE, 12 * PAGE, true, &mut gone);
+        layout.shift(56 * PAGE..57 * PAGE, 30 * PAGE, true, &mut gone);
+        assert!(layout.is_unsettled());
+        layout.settle(&mut gone);
+        assert_eq!(places(&layout)[1..], [vec![(31, 34, 1), (56, 57, 2)], vec![]]);
     }
 
     #[test]
@@ -468,7 +656,7 @@ mod tests {
         let a = Arc::new(a);
         let mut layout = AddressMap::default();
         layout.insert(segment(10, 4, &a, 0));
-        layout.shift(10 * PAGE..14 * PAGE, 20 * PAGE, &mut mapped_vec::none());
+        layout.shift(10 * PAGE..14 * PAGE, 20 * PAGE, false, &mut mapped_vec::none());
         assert_eq!(shape(&layout), [(10, 14, 0), (20, 24, 0)]);
         assert!(layout.holes().is_empty());
     }

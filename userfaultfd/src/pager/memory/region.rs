@@ -76,7 +76,8 @@ impl Region {
     /// Where mremap(2) makes the mapping longer, the new part reads as zeros, as it would without a pager. No event reports
     /// the growth; the pager notices that the mapping goes on behind the region. The same holds for memory that the
     /// program itself registers with the same descriptor behind a served region, if the kernel merges both mappings: until
-    /// that memory is added, its faults are resolved with zeros. So leave registering to
+    /// that memory is added, its faults are resolved with zeros, and after the first of them it can't be added any more
+    /// ([`Overlap`](crate::pager::Error::Overlap)). So leave registering to
     /// [`Pager::add_region`](crate::pager::Pager::add_region), or register the memory before you add the region in front of
     /// it: then its faults wait until it is added.
     pub fn new(start: usize, len: usize, source: impl PageSource + 'static) -> Self {

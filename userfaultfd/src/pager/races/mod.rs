@@ -13,6 +13,7 @@ mod fork;
 mod found;
 mod hanging;
 mod harness;
+mod order;
 mod panic;
 mod poison;
 pub(crate) mod real_time;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::shared::Shared;
+use super::vma_events;
 use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::load::fill_batch_len;
 use crate::pager::fill::retry::{self, History};
@@ -254,6 +255,7 @@ pub(crate) fn fill(
     patience: &mut Patience,
     mut progress: impl FnMut(Progress),
 ) -> Result<HashSet<u64>> {
+    descriptors.iter().for_each(|(descriptor, _)| vma_events::settle_moves(shared, descriptor));
     let regions =
         descriptors.iter().flat_map(|(descriptor, region)| regions_of(shared, descriptor, *region)).collect();
     let missing = |(descriptor, region): &(Arc<Descriptor>, Option<u64>)| {

@@ -13,12 +13,12 @@ use super::shared::Shared;
 use super::shutdown::unwrap_last_arc;
 use crate::pager::fill::retry;
 use crate::pager::memory::address_map::{AddressMap, Segment};
-use crate::pager::memory::descriptor::{Attachment, Descriptor, Origin, wake};
+use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, Origin, wake};
 use crate::pager::memory::page_state::{self, Pages, Room};
 use crate::pager::stats::Counters;
 use crate::pager::trace::event;
 use crate::sync_point::{Point, reach};
-use crate::{Uffd, mapped_vec, sys};
+use crate::{FeatureFlags, Uffd, mapped_vec, sys};
 
 /// A change that was read.
 #[derive(Debug)]
@@ -49,7 +49,10 @@ pub(crate) fn apply(
         }
         Change::Remap { from, to } => {
             counters.remaps.add(1);
-            shared.mailbox.defer_free(|gone| serving.layout_mut().shift(from.clone(), to, gone));
+            let tells_unmaps = serving.uffd.features().contains(FeatureFlags::EVENT_UNMAP);
+            shared
+                .mailbox
+                .defer_free(|gone| serving.layout_mut().shift(from.clone(), to, tells_unmaps, gone));
             wake(&serving.uffd, from);
         }
         Change::Remove(range) => {
@@ -63,9 +66,58 @@ pub(crate) fn apply(
         }
         Change::Unmap(range) => {
             counters.unmaps.add(1);
-            shared.mailbox.defer_free(|gone| serving.layout_mut().cut(range.clone(), gone));
+            shared.mailbox.defer_free(|gone| serving.layout_mut().unmap(range.clone(), gone));
             wake(&serving.uffd, range);
         }
+    }
+}
+
+/// How long a call waits for changes of the layout to be read. A program that makes one after the other, or a source that
+/// all workers wait for, may keep it from the end.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 30 } else { 1 });
+
+/// Waits until every change that was made before this call is read and applied. Returns whether that is known.
+///
+/// The kernel counts a change before it lets go of the memory, queues its event afterwards, and discounts it once that was
+/// read. So when it counts none, nothing that was made before is unread.
+pub(crate) fn settle(shared: &Shared, descriptor: &Descriptor) -> bool {
+    if !descriptor.tells_changes {
+        return true;
+    }
+    let start = Instant::now();
+    loop {
+        let is_changing = |serving: &Option<Attachment>| {
+            serving.as_ref().is_some_and(|serving| serving.uffd.is_layout_changing())
+        };
+        if !is_changing(&descriptor.lock_shard(LOOK_SHARD)) {
+            // Dropped when the shards are free again: what ends is kept by others.
+            let (mut settled, mut gone) = (false, mapped_vec::none());
+            descriptor.with_all_shards(&mut |serving| {
+                settled = !is_changing(serving);
+                if let Some(serving) = serving.as_mut().filter(|_| settled) {
+                    serving.layout_mut().settle(&mut gone);
+                }
+            });
+            if !gone.is_empty() {
+                shared.mailbox.post(Note::Ended);
+            }
+            if settled {
+                return true;
+            }
+        }
+        if start.elapsed() >= SETTLE_PATIENCE {
+            return false;
+        }
+        thread::sleep(retry::CHANGE_INTERVAL);
+    }
+}
+
+/// The same where segments are known to have gone elsewhere.
+pub(crate) fn settle_moves(shared: &Shared, descriptor: &Descriptor) {
+    let is_unsettled =
+        descriptor.lock_shard(LOOK_SHARD).as_ref().is_some_and(|serving| serving.layout.is_unsettled());
+    if is_unsettled {
+        settle(shared, descriptor);
     }
 }
 
@@ -126,6 +178,7 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
     }
     let mut none = mapped_vec::none();
     holes.into_iter().for_each(|hole| child.insert_hole(hole, &mut none));
+    child.settle(&mut none);
     // A child's is as its parent's was made, whatever that was switched to since.
     if let Err(error) = uffd.set_nonblocking(true) {
         return Err((uffd, error.into()));

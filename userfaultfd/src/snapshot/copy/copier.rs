@@ -619,8 +619,7 @@ impl Copier {
 
     /// Whether the kernel knows of a change of the layout that isn't read yet, or whose thread hasn't run since.
     pub(crate) fn is_changing(&self) -> bool {
-        // It says so before it says that an empty range is none.
-        self.watch.uffd.write_protect_unexplained(pointer(0), 0).is_err_and(|error| error.is_retryable())
+        self.watch.uffd.is_layout_changing()
     }
 
     /// Delivers what was read, unless the layout changes: then an event may tell that it was something else. Returns
