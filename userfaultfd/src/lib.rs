@@ -296,6 +296,8 @@ mod lazy;
 #[cfg(any(feature = "pager", feature = "tracking", feature = "snapshot"))]
 mod lease;
 #[cfg(feature = "pager")]
+mod lock_order;
+#[cfg(feature = "pager")]
 mod mapped_vec;
 mod open;
 #[cfg(feature = "pager")]

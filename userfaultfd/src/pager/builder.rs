@@ -1,7 +1,7 @@
 //! The builder of a pager: its options, and the start of its threads.
 
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::activity::ThreadCounts;
@@ -14,6 +14,7 @@ use super::serve::thread::Thread;
 use super::serve::worker::Worker;
 use super::serve::{control, shutdown, worker_pool};
 use super::{Pager, Problem, Result, RetryPolicy};
+use crate::lock_order::RankedMutex;
 
 /// Builder for a [`Pager`].
 ///
@@ -127,7 +128,7 @@ impl PagerBuilder {
         let added = Arc::new(worker_pool::Added::new(self.delivery));
         let mut pager = Pager {
             shared: Arc::clone(&shared),
-            adding: Mutex::new(()),
+            adding: RankedMutex::new(()),
             threads: Vec::new(),
             added: Arc::clone(&added),
             patience: self.patience,

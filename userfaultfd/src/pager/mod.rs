@@ -89,6 +89,20 @@
 //! A descriptor may be blocking or not. While it is served, it is non-blocking, also for those that share its
 //! description; [`detach`](Pager::detach) switches it back. Only the pager may read from it meanwhile.
 
+// # The rooms
+//
+// Each room uses those above it in this list, and none below.
+//
+// | room | what | where to begin |
+// | --- | --- | --- |
+// | `memory` | WHAT is served: regions, where they lie, the states of their pages; no threads | `served`, `page_state`, `descriptor` |
+// | `stats`, `trace`, `activity`, `bell`, `reports` | what is counted, traced and reported; what each thread is doing | `stats`, `reports` |
+// | `fill` | HOW a page gets in: claim, load, install, poison, retry. Of the pager it knows its `FillContext` | `filler` |
+// | `evict` | HOW a page gets out again | `policy` |
+// | `serve` | WHO does it: workers and how faults reach them, the control thread, how serving ends; `shared` is what these threads share, a file for each part | `worker`, `control`, `shutdown` |
+// | `prefetch` | WITHOUT being asked: reading ahead, filling in the background, working sets | `background`, `read_ahead` |
+// | `pager`, `builder`, `handover`, `error`, `target` | what is public: a pager's life, and what can go wrong | `pager` |
+
 /// Threads, locks and their order, and what each atomic pairs with.
 #[cfg(doc)]
 #[doc = include_str!("CONCURRENCY.md")]

@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 use std::os::fd::{IntoRawFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::fill::growth;
 use super::fill::retry::Deferred;
 use super::memory::address_map::{self, AddressMap, Segment};
-use super::memory::descriptor::{Attachment, Descriptor, Origin, addr_to_ptr, lock, wake};
+use super::memory::descriptor::{Attachment, Descriptor, Origin, addr_to_ptr, wake};
 use super::memory::page_state::Pages;
 use super::memory::unfillable::Unfillable;
 use super::serve::control;
@@ -27,6 +27,7 @@ use crate::RegisterMode;
 use crate::holder::{Held, Holder};
 #[cfg(feature = "tracking")]
 use crate::lease::Lease;
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::owner::Owner;
 #[cfg(feature = "tracking")]
 use crate::sync_point::{Point, reach};
@@ -63,7 +64,7 @@ pub struct Added {
 pub struct Pager {
     pub(super) shared: Arc<Shared>,
     /// Held while regions are added, so that two that overlap can't both be accepted.
-    pub(super) adding: Mutex<()>,
+    pub(super) adding: RankedMutex<(), { rank::REGION }>,
     /// The control thread, the reports thread, then the workers.
     pub(super) threads: Vec<Thread>,
     /// Workers that were added later.

@@ -8,12 +8,12 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar};
 use std::time::Duration;
 
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::pager::Problem;
 use crate::pager::error::PROBLEM_KINDS;
-use crate::pager::memory::descriptor::lock;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::trace::event;
 use crate::source::call::message;
@@ -30,11 +30,11 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// What is to be reported and freed.
 #[derive(Debug)]
 pub(crate) struct Reports {
-    queue: Mutex<Queue>,
+    queue: RankedMutex<Queue, { rank::QUEUE }>,
     changed: Condvar,
     /// Regions that nothing refers to any more. Apart from the queue: it grows in the allocator, which a fork may have
     /// locked until the threads that report problems read its event.
-    freed: Mutex<Vec<Arc<ServedRegion>>>,
+    freed: RankedMutex<Vec<Arc<ServedRegion>>, { rank::STORE }>,
     /// How many problems were lost.
     lost: AtomicUsize,
 }
@@ -64,9 +64,9 @@ impl Reports {
         let (posted, reported) = (0, 0);
         let queue = Queue { problems, some_freed: false, posted, reported, is_late: false, stopped: false };
         Self {
-            queue: Mutex::new(queue),
+            queue: RankedMutex::new(queue),
             changed: Condvar::new(),
-            freed: Mutex::default(),
+            freed: RankedMutex::default(),
             lost: AtomicUsize::new(0),
         }
     }
@@ -98,8 +98,7 @@ impl Reports {
             return;
         }
         let unreported = |queue: &mut Queue| queue.reported < posted && !queue.stopped;
-        let waited = self.changed.wait_timeout_while(queue, PATIENCE, unreported);
-        queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+        queue = queue.wait_timeout_while(&self.changed, PATIENCE, unreported);
         queue.is_late = queue.reported < posted;
     }
 
@@ -118,8 +117,7 @@ impl Reports {
 
     fn next(&self) -> Task {
         let nothing = |queue: &mut Queue| queue.problems.is_empty() && !queue.some_freed && !queue.stopped;
-        let mut queue =
-            self.changed.wait_while(lock(&self.queue), nothing).unwrap_or_else(PoisonError::into_inner);
+        let mut queue = lock(&self.queue).wait_while(&self.changed, nothing);
         if let Some(problem) = queue.problems.pop_front() {
             Task::Report(problem)
         } else if std::mem::take(&mut queue.some_freed) {

@@ -2,10 +2,11 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar};
 
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::{Descriptor, lock};
+use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::served::ServedRegion;
 
 /// Bytes that one thread reads at a time: as much as one read of a remote source is worth.
@@ -25,7 +26,7 @@ pub(crate) struct Ahead {
 /// The requests of a pager. Putting one in allocates nothing.
 #[derive(Debug)]
 pub(crate) struct AheadQueue {
-    requests: Mutex<Requests>,
+    requests: RankedMutex<Requests, { rank::QUEUE }>,
     changed: Condvar,
 }
 
@@ -38,7 +39,7 @@ struct Requests {
 impl AheadQueue {
     pub(crate) fn new() -> Self {
         let requests = Requests { waiting: VecDeque::with_capacity(QUEUE_LEN), closed: false };
-        Self { requests: Mutex::new(requests), changed: Condvar::new() }
+        Self { requests: RankedMutex::new(requests), changed: Condvar::new() }
     }
 
     /// Requests the rest of a fault-around, of which `now` is read for the fault itself. The nearest comes first.
@@ -82,8 +83,7 @@ impl AheadQueue {
     /// Waits for a request. `None`: the queue is closed.
     pub(crate) fn next(&self) -> Option<Ahead> {
         let nothing = |requests: &mut Requests| requests.waiting.is_empty() && !requests.closed;
-        let requests = self.changed.wait_while(lock(&self.requests), nothing);
-        let mut requests = requests.unwrap_or_else(PoisonError::into_inner);
+        let mut requests = lock(&self.requests).wait_while(&self.changed, nothing);
         if requests.closed { None } else { requests.waiting.pop_front() }
     }
 

@@ -2,18 +2,17 @@
 //! numbers, and their counters.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::Mutex;
 use std::thread;
 
 use super::filler::PageFiller;
 use super::retry;
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::mapped_vec::{self, MappedVec};
-use crate::pager::memory::descriptor::lock;
 use crate::pager::stats::ThreadCounters;
 
 /// The fillers of a pager for callers, background threads, and workers that are added.
 #[derive(Debug)]
-pub(crate) struct FillerPool(Mutex<Pool>);
+pub(crate) struct FillerPool(RankedMutex<Pool, { rank::STORE }>);
 
 #[derive(Debug)]
 struct Pool {
@@ -25,7 +24,7 @@ struct Pool {
 
 impl FillerPool {
     pub(crate) fn new() -> Self {
-        Self(Mutex::new(Pool { idle: mapped_vec::none(), made: 0 }))
+        Self(RankedMutex::new(Pool { idle: mapped_vec::none(), made: 0 }))
     }
 
     /// A filler for a caller, or for a thread in the background, which has it alone: neither waits for the source or the

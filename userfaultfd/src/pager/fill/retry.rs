@@ -10,15 +10,16 @@
 //! [`RETRY_AFTER_CHANGE`], before it reads on; the timer is for changes that no other change follows.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::work::{RetryAfter, Work, page_of};
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::mapped_vec::MappedVec;
 use crate::pager::RetryPolicy;
 use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::{Descriptor, lock};
+use crate::pager::memory::descriptor::Descriptor;
 use crate::{Errno, mapped_vec, sys};
 
 /// Entries that the queue has room for from the start: 256 deferred fills are rare. It grows in a mapping of its own.
@@ -192,7 +193,7 @@ impl Deferred {
 /// The work that workers have deferred.
 #[derive(Debug)]
 pub(crate) struct RetryQueue {
-    entries: Mutex<Entries>,
+    entries: RankedMutex<Entries, { rank::QUEUE }>,
     /// Number of entries, readable without the lock.
     count: AtomicUsize,
     timer: OwnedFd,
@@ -218,7 +219,7 @@ pub(crate) enum Put {
 impl RetryQueue {
     pub(crate) fn new() -> Result<Self, Errno> {
         let all = mapped_vec::try_with_room(QUEUE_ROOM).ok_or(Errno::ENOMEM)?;
-        let entries = Mutex::new(Entries { all, armed: None });
+        let entries = RankedMutex::new(Entries { all, armed: None });
         Ok(Self { entries, count: AtomicUsize::new(0), timer: sys::timer()? })
     }
 

@@ -15,17 +15,13 @@
 use std::ffi::c_void;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::address_map::{AddressMap, Segment};
+use crate::lock_order::{LockGuard, RankedMutex, lock, rank};
 use crate::owner::NotedFd;
 use crate::{FeatureFlags, Uffd};
-
-/// Locks, also after a panic of the thread that held the lock: what these locks guard is consistent at any time.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// An address in the descriptor's address space as a pointer, for its operations.
 pub(crate) fn addr_to_ptr(address: usize) -> *mut c_void {
@@ -50,7 +46,7 @@ pub(crate) const LOOK_SHARD: usize = usize::MAX;
 /// `None` once the descriptor isn't served any more.
 #[derive(Debug)]
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
-struct Shard(Mutex<Option<Attachment>>);
+struct Shard(RankedMutex<Option<Attachment>, { rank::LAYOUT }>);
 
 impl Attachment {
     /// The layout, for a change: while all shards are locked it has no other owner, so that nothing is allocated.
@@ -89,12 +85,12 @@ pub(crate) struct Descriptor {
     /// Whether the last read failed, which was reported.
     pub(crate) read_failed: AtomicBool,
     /// The descriptors by which the end of the process is noticed. A number is forgotten before it is closed.
-    pub(crate) ends: Mutex<Vec<(NotedFd, OwnedFd)>>,
+    pub(crate) ends: RankedMutex<Vec<(NotedFd, OwnedFd)>, { rank::QUEUE }>,
     closed: AtomicBool,
     /// Number of regions that are being registered, and aren't in the layout yet.
     registering: AtomicUsize,
     /// The layout of a descriptor that was closed by a thread that must not free it.
-    left: Mutex<Option<Attachment>>,
+    left: RankedMutex<Option<Attachment>, { rank::QUEUE }>,
 }
 
 impl Descriptor {
@@ -113,8 +109,8 @@ impl Descriptor {
         // Without /proc the features of an adopted descriptor are unknown; then it may report any change.
         let features = serving.uffd.features();
         let tells_changes = features.intersects(CHANGES) || serving.uffd.ioctls().is_empty();
-        let shards = (0..shards).map(|_| Shard(Mutex::new(Some(serving.clone())))).collect();
-        let (ends, closed, left) = (Mutex::default(), AtomicBool::new(false), Mutex::default());
+        let shards = (0..shards).map(|_| Shard(RankedMutex::new(Some(serving.clone())))).collect();
+        let (ends, closed, left) = (RankedMutex::default(), AtomicBool::new(false), RankedMutex::default());
         Self {
             id,
             slot,
@@ -135,7 +131,7 @@ impl Descriptor {
 
     /// Locks a shard and returns the layout, which doesn't change while the guard lives. Hold it briefly: never during a
     /// read of a source.
-    pub(crate) fn lock_shard(&self, thread: usize) -> MutexGuard<'_, Option<Attachment>> {
+    pub(crate) fn lock_shard(&self, thread: usize) -> LockGuard<'_, Option<Attachment>> {
         let (looks, fills) = self.shards.split_last().expect("there is a shard for looks");
         let shard = if thread == LOOK_SHARD {
             looks
@@ -152,7 +148,7 @@ impl Descriptor {
     /// also if it panics: losing the descriptor would close it.
     pub(crate) fn with_all_shards(&self, change: &mut dyn FnMut(&mut Option<Attachment>)) {
         struct Held<'a> {
-            shard: MutexGuard<'a, Option<Attachment>>,
+            shard: LockGuard<'a, Option<Attachment>>,
             now: &'a mut Option<Attachment>,
             is_first: bool,
         }

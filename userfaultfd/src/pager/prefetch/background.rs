@@ -7,14 +7,14 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
 use super::fill_target::{FailedPages, STEP_BYTES, Target};
 use super::plan::{FillOrder, Place, Plan};
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::owner::{Owner, abandon};
 use crate::pager::activity::{Busy, Reads};
-use crate::pager::memory::descriptor::lock;
 use crate::pager::serve::thread::Thread;
 use crate::pager::{Failed, Pager, Progress, RegionId, Result};
 
@@ -80,10 +80,10 @@ pub struct FillReport {
 
 struct FillControl {
     owner: Owner,
-    state: Mutex<State>,
+    state: RankedMutex<State, { rank::STORE }>,
     changed: Condvar,
     /// Held by the thread that waits for its turn, and then takes the next step.
-    turn: Mutex<Turn>,
+    turn: RankedMutex<Turn, { rank::TURN }>,
     plan: Plan,
     /// Pages gone through, of how many.
     done: AtomicUsize,
@@ -92,7 +92,7 @@ struct FillControl {
     failed: FailedPages,
     region: RegionId,
     page_shift: u32,
-    threads: Mutex<Vec<Thread>>,
+    threads: RankedMutex<Vec<Thread>, { rank::STORE }>,
     /// Threads at work, and how many there may be.
     running: AtomicUsize,
     most_threads: usize,
@@ -290,8 +290,7 @@ impl FillControl {
             } else if rest.is_zero() {
                 return Some(state.limit.is_some());
             }
-            let waited = self.changed.wait_timeout(state, rest.min(POLL_INTERVAL));
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = state.wait_timeout(&self.changed, rest.min(POLL_INTERVAL));
         }
     }
 
@@ -348,16 +347,22 @@ impl FillControl {
         let now = Instant::now();
         Ok(Self {
             owner: Owner::current()?,
-            state: Mutex::new(State { paused: false, stopped: false, limit: None, owed: 0, since: now }),
+            state: RankedMutex::new(State {
+                paused: false,
+                stopped: false,
+                limit: None,
+                owed: 0,
+                since: now,
+            }),
             changed: Condvar::new(),
-            turn: Mutex::new(Turn { place: Place::default(), left: 0, since: now, reads: None }),
+            turn: RankedMutex::new(Turn { place: Place::default(), left: 0, since: now, reads: None }),
             done: AtomicUsize::new(0),
             total: plan.pages(),
             plan,
             failed: FailedPages::default(),
             region: RegionId(target.region().id),
             page_shift: target.region().page_shift,
-            threads: Mutex::default(),
+            threads: RankedMutex::default(),
             running: AtomicUsize::new(0),
             most_threads: target.most_threads(),
         })

@@ -1,10 +1,11 @@
 //! Where pages are filled without being asked for, one step at a time: in a region of a pager, or in sigbus memory.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::lazy::sigbus::{Lazy, Lost, is_any_running};
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::pager::activity::Busy;
 use crate::pager::fill::ahead_queue::CHUNK_BYTES;
 use crate::pager::fill::filler::PageFiller;
@@ -12,7 +13,7 @@ use crate::pager::fill::lease::Lease;
 use crate::pager::fill::load::fill_batch_len;
 use crate::pager::fill::work::{Outcome, Work};
 use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::{Descriptor, lock};
+use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::fault_around::FaultAround;
 use crate::pager::memory::page_run::PageRun;
 use crate::pager::memory::served::ServedRegion;
@@ -32,7 +33,7 @@ const FAST_READ: Duration = Duration::from_micros(25);
 
 /// Pages that couldn't be filled, in the order in which that was found.
 #[derive(Debug, Default)]
-pub(super) struct FailedPages(Mutex<Vec<Range<usize>>>);
+pub(super) struct FailedPages(RankedMutex<Vec<Range<usize>>, { rank::STORE }>);
 
 impl FailedPages {
     fn note(&self, pages: Range<usize>) {

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use super::harness::{Reader, Seen, Stop, start, wait_for_progress};
+use crate::lock_order::lock;
 use crate::pager::{FaultAround, PageData, PageSource, Pager, Problem, Region};
 use crate::support::child::{self, Forked};
 use crate::support::memory::Memory;
@@ -72,15 +73,14 @@ fn a_child_closes_its_copies_whatever_was_locked() {
         let added = pager.as_ref().unwrap().add(descriptor, [region(&memory, sevens)]).unwrap();
         pager.as_ref().unwrap().watch(added.descriptor, end).unwrap();
         let served = shared.table.find(added.descriptor.0).unwrap();
-        let ends = served.ends.lock().unwrap();
         let child = shared.table.with_slots_locked(|| {
+            let _ends = lock(&served.ends);
             child::fork(|| {
                 assert!(numbers.iter().all(is_open));
                 drop(pager.take());
                 assert!(!numbers.iter().any(is_open));
             })
         });
-        drop(ends);
         child.succeed();
         assert!(numbers.iter().all(is_open));
     });

@@ -3,14 +3,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar};
 use std::time::Duration;
 
 use super::poll::Token;
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::mapped_vec::{self, MappedVec};
 use crate::pager::bell::Bell;
 use crate::pager::memory::address_map::{AddressMap, SEGMENT_ROOM, Segments};
-use crate::pager::memory::descriptor::{Descriptor, lock};
+use crate::pager::memory::descriptor::Descriptor;
 use crate::pager::memory::page_state::Room;
 use crate::{Errno, Uffd, sys};
 
@@ -49,7 +50,7 @@ const FORK_ROOM: usize = 16;
 
 #[derive(Debug)]
 pub(crate) struct Mailbox {
-    notes: Mutex<Notes>,
+    notes: RankedMutex<Notes, { rank::QUEUE }>,
     /// The control thread has taken a note.
     taken: Condvar,
     /// What the control thread waits for: the bell, and what tells of the ends of processes.
@@ -88,7 +89,7 @@ impl Mailbox {
             adopting: false,
             stopped: false,
         };
-        Ok(Self { notes: Mutex::new(notes), taken: Condvar::new(), epoll, bell })
+        Ok(Self { notes: RankedMutex::new(notes), taken: Condvar::new(), epoll, bell })
     }
 
     /// Its own descriptors, for a fork's child.
@@ -171,7 +172,7 @@ impl Mailbox {
 
     /// Waits until the children of all forks that were read are served.
     pub(crate) fn wait_for_forks(&self) {
-        drop(self.taken.wait_while(lock(&self.notes), |notes| notes.has_forks()));
+        drop(lock(&self.notes).wait_while(&self.taken, |notes| notes.has_forks()));
     }
 
     /// Has the control thread end when nothing is left.

@@ -2,15 +2,15 @@
 //! is the program's code. And what is left to be known of those that were.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
-use crate::pager::memory::descriptor::lock;
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::pager::memory::served::ServedRegion;
 
 #[derive(Debug, Default)]
 pub(crate) struct Regions {
-    kept: Mutex<Kept>,
+    kept: RankedMutex<Kept, { rank::STORE }>,
     /// How many were ever numbered.
     count: AtomicUsize,
 }

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::iter;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::backlog::Backlog;
 use super::binding::Bindings;
@@ -16,6 +16,7 @@ use super::poll::Poll;
 use super::regions::Regions;
 use super::table::Table;
 use super::thread::StartBarrier;
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::owner::{InheritedFd, InheritedFds, Owner, abandon};
 use crate::pager::activity::{Busy, ThreadCounts};
 use crate::pager::bell::Bell;
@@ -23,7 +24,7 @@ use crate::pager::fill::context::FillContext;
 use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::lease::{FillerPool, Lease};
 use crate::pager::fill::retry::RetryQueue;
-use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, OUTSIDE_SHARDS, Origin, lock};
+use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, OUTSIDE_SHARDS, Origin};
 use crate::pager::{DescriptorId, Error, Problem, Result, RetryPolicy, Statistics};
 
 pub(crate) struct Shared {
@@ -36,7 +37,7 @@ pub(crate) struct Shared {
     /// What workers have put off.
     pub(crate) retries: RetryQueue,
     /// What workers have taken on and not begun, by their places.
-    backlogs: Box<[Mutex<Backlog>]>,
+    backlogs: Box<[RankedMutex<Backlog, { rank::LAYOUT }>]>,
     pub(super) bindings: Bindings,
     pub(super) spinner: Spinner,
     pub(crate) started: StartBarrier,
@@ -59,7 +60,7 @@ impl fmt::Debug for Shared {
 impl Shared {
     pub(crate) fn new(threads: ThreadCounts, retry: RetryPolicy) -> Result<Self> {
         let (owner, bell, retries) = (Owner::current()?, Arc::new(Bell::new()?), RetryQueue::new()?);
-        let backlogs = iter::repeat_with(|| Mutex::new(Backlog::new())).take(threads.places());
+        let backlogs = iter::repeat_with(|| RankedMutex::new(Backlog::new())).take(threads.places());
         Ok(Self {
             owner,
             inherited: Arc::default(),
@@ -116,7 +117,7 @@ impl Shared {
     }
 
     /// What the worker at a place has taken on and not begun.
-    pub(crate) fn backlog(&self, place: usize) -> &Mutex<Backlog> {
+    pub(crate) fn backlog(&self, place: usize) -> &RankedMutex<Backlog, { rank::LAYOUT }> {
         &self.backlogs[place]
     }
 

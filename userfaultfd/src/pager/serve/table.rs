@@ -5,18 +5,19 @@
 //! its slot: another thread takes it out, once nothing else has it.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar};
 
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::owner::Owner;
-use crate::pager::memory::descriptor::{Descriptor, lock};
+use crate::pager::memory::descriptor::Descriptor;
 
 #[derive(Debug)]
 pub(crate) struct Table {
     /// The process that has the threads. In another one the lock may be taken for ever.
     owner: Owner,
-    slots: Mutex<Slots>,
+    slots: RankedMutex<Slots, { rank::TABLE }>,
     /// Held while a descriptor is added.
-    adding: Mutex<()>,
+    adding: RankedMutex<(), { rank::TURN }>,
     /// A descriptor was added or removed.
     changed: Condvar,
     /// Grows with each change.
@@ -35,8 +36,8 @@ impl Table {
     pub(crate) fn new(owner: Owner) -> Self {
         Self {
             owner,
-            slots: Mutex::default(),
-            adding: Mutex::default(),
+            slots: RankedMutex::default(),
+            adding: RankedMutex::default(),
             changed: Condvar::new(),
             version: AtomicU32::new(0),
         }
@@ -145,7 +146,7 @@ impl Table {
         }
         // A fork whose child isn't served yet was noted before its parent could end.
         let some = |slots: &mut Slots| slots.served > 0 || has_forks();
-        drop(self.changed.wait_while(lock(&self.slots), some));
+        drop(lock(&self.slots).wait_while(&self.changed, some));
     }
 
     /// A fork's child is served: the answer of `has_forks` has changed.

@@ -11,9 +11,9 @@ use std::ffi::{CStr, c_void};
 use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::ptr::NonNull;
-use std::sync::{Condvar, Mutex, OnceLock};
+use std::sync::{Condvar, OnceLock};
 
-use crate::pager::memory::descriptor::lock;
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::sys;
 
 /// The size of a stack in bytes, as the standard library has it, unless `RUST_MIN_STACK` says otherwise.
@@ -30,7 +30,7 @@ pub(crate) struct Thread(Option<sys::ThreadId>);
 /// the allocator's locks, which a fork holds until its event is read.
 #[derive(Debug, Default)]
 pub(crate) struct StartBarrier {
-    started: Mutex<usize>,
+    started: RankedMutex<usize, { rank::QUEUE }>,
     changed: Condvar,
 }
 
@@ -42,7 +42,7 @@ impl StartBarrier {
     }
 
     pub(crate) fn wait_for(&self, threads: usize) {
-        drop(self.changed.wait_while(lock(&self.started), |started| *started < threads));
+        drop(lock(&self.started).wait_while(&self.changed, |started| *started < threads));
     }
 }
 

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,10 +16,11 @@ use super::poll::Token;
 use super::shared::Shared;
 use super::thread::has_heap;
 use crate::error::errno_of;
+use crate::lock_order::{LockGuard, lock};
 use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::retry::{self, Deferred, History, Put};
 use crate::pager::fill::work::{Fault, Outcome, RetryAfter, Work, page_of};
-use crate::pager::memory::descriptor::{Descriptor, lock, wake};
+use crate::pager::memory::descriptor::{Descriptor, wake};
 use crate::pager::trace::event;
 use crate::pager::{DescriptorId, Problem, RegionId};
 use crate::source::call::message;
@@ -136,7 +137,7 @@ impl Worker {
         self.shared.fill.activities.set_at_work(self.place, at_work);
     }
 
-    fn backlog(&self) -> MutexGuard<'_, Backlog> {
+    fn backlog(&self) -> LockGuard<'_, Backlog> {
         lock(self.shared.backlog(self.place))
     }
 

@@ -13,7 +13,7 @@
 //! Where there is no memory for one more, none is added, and it is tried again later: all that adding allocates may fail.
 
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::backlog::Item;
@@ -22,10 +22,10 @@ use super::poll::Token;
 use super::shared::Shared;
 use super::thread::Thread;
 use super::worker::Worker;
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::pager::activity::Doing;
 use crate::pager::fill::retry::{Deferred, Put};
 use crate::pager::fill::work::{RetryAfter, Work};
-use crate::pager::memory::descriptor::lock;
 use crate::sync_point::{Point, reach};
 
 /// Workers at most, unless told otherwise.
@@ -55,12 +55,12 @@ pub(crate) struct Watch {
 pub(crate) struct Added {
     delivery: Delivery,
     /// Each with its place.
-    threads: Mutex<Vec<(usize, Thread)>>,
+    threads: RankedMutex<Vec<(usize, Thread)>, { rank::TURN }>,
 }
 
 impl Added {
     pub(crate) fn new(delivery: Delivery) -> Self {
-        Self { delivery, threads: Mutex::default() }
+        Self { delivery, threads: RankedMutex::default() }
     }
 
     /// Hands on what workers have taken on whose source keeps them waiting, and adds one if it keeps all of them and there
