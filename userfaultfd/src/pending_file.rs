@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
+use crate::owner::Owner;
 use crate::{Errno, sys};
 
 /// Symbolic links that are followed, as many as the kernel follows.
@@ -56,6 +57,8 @@ pub(crate) struct FinalName {
     target: Option<PathBuf>,
     /// The name until then, if it has one.
     beside: Option<PathBuf>,
+    /// A fork's child that drops what it inherited leaves its parent's file.
+    owner: Owner,
     /// Replaces no file: where there is one by now, returns another name in the directory.
     other: Option<OtherName>,
 }
@@ -83,11 +86,17 @@ impl PendingFile {
 
     /// Without `unnamed` it has a name while it is written, as on filesystems that know no other files.
     fn create_at(path: &Path, unnamed: bool) -> io::Result<Self> {
+        let owner = Owner::current()?;
         // Whoever may not write to the old file doesn't replace it, either.
         let old = match OpenOptions::new().write(true).open(path) {
             Ok(file) => match file.metadata()? {
                 metadata if metadata.is_file() => Some(metadata),
-                _ => return Ok(Self { file, name: FinalName { target: None, beside: None, other: None } }),
+                _ => {
+                    return Ok(Self {
+                        file,
+                        name: FinalName { target: None, beside: None, owner, other: None },
+                    });
+                }
             },
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => return Err(error),
@@ -103,11 +112,11 @@ impl PendingFile {
             Ok::<_, io::Error>(file)
         });
         let (file, name) = match nameless {
-            Some(Ok(file)) => (file, FinalName { target: Some(target), beside: None, other: None }),
+            Some(Ok(file)) => (file, FinalName { target: Some(target), beside: None, owner, other: None }),
             _ => {
                 let beside = name_beside(&target)?;
                 let file = options.create_new(true).open(&beside)?;
-                (file, FinalName { target: Some(target), beside: Some(beside), other: None })
+                (file, FinalName { target: Some(target), beside: Some(beside), owner, other: None })
             }
         };
         if let Some(old) = &old {
@@ -194,7 +203,7 @@ impl FinalName {
 
 impl Drop for FinalName {
     fn drop(&mut self) {
-        if let Some(beside) = &self.beside {
+        if let Some(beside) = self.beside.as_ref().filter(|_| self.owner.is_current()) {
             // What can't be removed is left over.
             drop(fs::remove_file(beside));
         }
@@ -299,6 +308,25 @@ mod tests {
         let mut file = PendingFile::create_at(path, unnamed).unwrap();
         file.write_all(bytes).unwrap();
         file
+    }
+
+    #[test]
+    fn forked_child_leaves_the_file_that_it_inherited() {
+        require!();
+        support::child::run_well(support::test_name!(), || {
+            let scratch = Scratch::new("forked");
+            let path = scratch.path("file");
+            let mut pending = Some(write(&path, false, b"parent's"));
+            support::child::fork(|| {
+                drop(pending.take());
+                // Its own goes, as ever.
+                drop(write(&path, false, b"child's"));
+            })
+            .succeed();
+            assert_eq!(scratch.names().len(), 1);
+            pending.take().unwrap().commit().unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"parent's");
+        });
     }
 
     #[test]

@@ -261,13 +261,15 @@ pub(crate) fn is_direct(file: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(flags & libc::O_DIRECT != 0)
 }
 
-/// fallocate(2): has a range of a file exist, as it is or with zeros. Through signals.
+/// fallocate(2): has a range of a file exist, as it is or with zeros. The file gets no longer. Through signals.
 pub(crate) fn allocate(file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<(), Errno> {
     let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
     let len = libc::off64_t::try_from(len).map_err(|_| Errno::EOVERFLOW)?;
     loop {
         // SAFETY: the system call takes integers and touches no memory of this process.
-        match Errno::result(unsafe { libc::fallocate64(file.as_raw_fd(), 0, offset, len) }) {
+        let allocated =
+            unsafe { libc::fallocate64(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, offset, len) };
+        match Errno::result(allocated) {
             Err(Errno::EINTR) => {}
             done => return done.map(drop),
         }

@@ -590,7 +590,8 @@ impl Pager {
     /// All filled pages become resident. `progress` is called repeatedly, first with nothing done and last with all done.
     /// The pager goes on resolving faults meanwhile. A page that its source doesn't deliver is poisoned, and the error
     /// names it. A removed page isn't filled: it reads as zeros with a pager and without. Memory that is added meanwhile
-    /// is finished, too.
+    /// is finished, too. A [`LazyMemory`](crate::LazyMemory) with a tracker at work is filled, and stays served as long as it
+    /// lives.
     ///
     /// # Errors
     ///
@@ -601,9 +602,11 @@ impl Pager {
     pub fn finish(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
         self.shared.check_owner()?;
         let (mut poisoned, mut patience) = (Unfillable::default(), Patience::new(self.patience));
+        let mut lent = Vec::new();
         loop {
             self.shared.mailbox.wait_for_forks();
-            let descriptors = self.shared.table.all();
+            let mut descriptors = self.shared.table.all();
+            descriptors.retain(|descriptor| !lent.contains(&descriptor.id));
             if descriptors.is_empty() {
                 return poisoned.poisoned();
             }
@@ -612,7 +615,9 @@ impl Pager {
             // Memory that was added meanwhile isn't filled yet.
             let _adding = lock(&self.adding);
             for descriptor in &descriptors {
-                shutdown::give_back(&self.shared, descriptor, &filled, &mut poisoned);
+                if shutdown::give_back(&self.shared, descriptor, &filled, &mut poisoned) {
+                    lent.push(descriptor.id);
+                }
             }
             // Forks, and threads that add memory, have brought descriptors meanwhile.
         }

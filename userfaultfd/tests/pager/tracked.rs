@@ -347,3 +347,26 @@ fn tracker_of_lazy_memory_refuses_other_memory() {
     tracker.track(lazy + 2 * page()..lazy + 4 * page()).unwrap();
     assert_eq!(memory[3 * page()], byte(3));
 }
+
+#[test]
+fn finish_of_a_shared_pager_leaves_tracked_memory_tracked() {
+    require!(WRITE_PROTECT);
+    child::run_well(test_name!(), || {
+        let pager = Arc::new(pager::Pager::new().unwrap());
+        let build = || LazyMemory::builder(Pages::new(page())).len(8 * page()).pager(&pager).build().unwrap();
+        let (mut memory, other) = (build(), build());
+        let Some(mut tracker) = tracker(test_name!(), &memory) else { return };
+        memory[0] = 90;
+        pager.finish(|_| {}).unwrap();
+        memory[page()] = 91;
+        assert_eq!(told(&memory, tracker.take()), [0, 1]);
+        memory[2 * page()] = 92;
+        assert_eq!(told(&memory, tracker.take()), [2]);
+        assert_eq!((memory[7 * page()], other[7 * page()]), (byte(7), byte(7)));
+        drop(tracker);
+        memory[3 * page()] = 93;
+        pager.finish(|_| {}).unwrap();
+        assert_eq!((memory[3 * page()], memory[4 * page()]), (93, byte(4)));
+        assert_eq!(pager.statistics().missing_pages, 0);
+    });
+}

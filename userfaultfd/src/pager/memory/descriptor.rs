@@ -181,13 +181,20 @@ impl Descriptor {
         all(&self.shards, true, &mut None, change);
     }
 
-    /// Ends the service, and returns the descriptor. `None` if another thread did before.
-    pub(crate) fn close(&self) -> Option<Attachment> {
-        // From now on the caller decides when its number is closed.
-        self.inherited.forget();
+    /// Ends the serving if it may end, which is asked while no fill is at work, and returns the descriptor. `None` if it
+    /// mayn't, or has ended already.
+    pub(crate) fn close_if(&self, may: impl Fn(&Attachment) -> bool) -> Option<Attachment> {
         let mut closed = None;
-        self.with_all_shards(&mut |serving| closed = serving.take());
-        self.closed.store(true, Ordering::Release);
+        self.with_all_shards(&mut |serving| {
+            if serving.as_ref().is_some_and(&may) {
+                // From now on the caller decides when its number is closed.
+                self.inherited.forget();
+                closed = serving.take();
+            }
+        });
+        if closed.is_some() {
+            self.closed.store(true, Ordering::Release);
+        }
         closed
     }
 

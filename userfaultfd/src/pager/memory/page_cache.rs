@@ -18,7 +18,8 @@ pub(crate) enum Cache {
 }
 
 impl Cache {
-    /// Makes the page cache hold a range of the region's bytes: present pages stay, missing ones become zero.
+    /// Makes the page cache hold a range of the region's bytes: present pages stay, missing ones become zero. Behind the
+    /// end of the file, where an access raises SIGBUS, the file gets no longer.
     pub(crate) fn allocate(&self, at: usize, len: usize) -> Result<(), Errno> {
         let (Self::File { file, offset } | Self::Mapping { file, offset, .. }) = self;
         crate::sys::allocate(file.as_fd(), offset + at as u64, len)
@@ -65,6 +66,9 @@ mod tests {
             cache.allocate(page, page).unwrap();
             assert!(blocks(&file) > before, "{kind:?}");
             assert_eq!((memory.read(1), memory.read(2)), (7, 0), "{kind:?}");
+            let len = file.metadata().unwrap().len();
+            cache.allocate(2 * page, page).unwrap();
+            assert_eq!(file.metadata().unwrap().len(), len, "{kind:?}");
         }
     }
 }

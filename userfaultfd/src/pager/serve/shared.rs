@@ -151,7 +151,16 @@ impl Shared {
 
     /// Ends serving a descriptor, and gives back what was served. `None` if another thread did so before.
     pub(crate) fn remove(&self, descriptor: &Arc<Descriptor>) -> Option<Attachment> {
-        let serving = descriptor.close()?;
+        self.remove_if(descriptor, |_| true)
+    }
+
+    /// The same if it may be removed, which is asked while no fill is at work.
+    pub(crate) fn remove_if(
+        &self,
+        descriptor: &Arc<Descriptor>,
+        may: impl Fn(&Attachment) -> bool,
+    ) -> Option<Attachment> {
+        let serving = descriptor.close_if(may)?;
         self.poll.remove(serving.uffd.as_fd());
         self.table.note_closed();
         self.mailbox.post(Note::Ended);

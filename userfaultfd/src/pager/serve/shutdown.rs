@@ -289,20 +289,26 @@ fn regions_of(shared: &Shared, descriptor: &Descriptor, region: Option<u64>) -> 
 }
 
 /// Gives a descriptor's memory back to the kernel, unless it has other regions than those that are filled. The caller
-/// keeps others from being added meanwhile. Adds what couldn't be filled and is poisoned.
+/// keeps others from being added meanwhile. Adds what couldn't be filled and is poisoned. Returns whether the memory stays,
+/// since a tracker is at work there, whose protection faults are the pager's to resolve.
 pub(crate) fn give_back(
     shared: &Shared,
     descriptor: &Arc<Descriptor>,
     filled: &HashSet<u64>,
     poisoned: &mut Unfillable,
-) {
-    if regions_of(shared, descriptor, None).iter().all(|region| filled.contains(region)) {
-        if let Some(serving) = shared.remove(descriptor) {
-            // What is missing where nothing is mapped is no failure.
-            poisoned.add(serving.layout.segments(), Pages::is_poisoned);
-            unregister(&serving.uffd, serving.layout.everything(), |_| {});
-        }
+) -> bool {
+    if regions_of(shared, descriptor, None).iter().any(|region| !filled.contains(region)) {
+        return false;
     }
+    let is_lent = |serving: &Attachment| {
+        serving.layout.segments().iter().any(|segment| segment.region.lease.is_taken())
+    };
+    if let Some(serving) = shared.remove_if(descriptor, |serving| !is_lent(serving)) {
+        // What is missing where nothing is mapped is no failure.
+        poisoned.add(serving.layout.segments(), Pages::is_poisoned);
+        unregister(&serving.uffd, serving.layout.everything(), |_| {});
+    }
+    !descriptor.is_closed()
 }
 
 /// So many ranges are given back one by one, of a segment that the kernel doesn't take as a whole.
