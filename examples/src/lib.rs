@@ -7,7 +7,7 @@
 //! - [`UNMET`], 2: this machine or this process lacks something. The last line of the standard error says what,
 //!   after `needs`, and how to get it. The tests show that line as `SKIP`.
 //!
-//! `hello_fault` (the program of README.md) and `bigger_than_memory` use nothing of this, and end with 1 for both; `probe`
+//! `hello_fault` (the program of README.md) and `sparse_reads` use nothing of this, and end with 1 for both; `probe`
 //! with 0, since telling what is missing is what it does.
 
 mod handover;

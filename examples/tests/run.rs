@@ -16,8 +16,8 @@ use std::path::PathBuf;
 use std::{env, process};
 
 use support::{
-    Need, blocks, command, forbid_userfaultfd, is_root, masked, nobodys_command, reserve_huge_pages, run,
-    skip, start,
+    MemoryGroup, Need, blocks, command, forbid_userfaultfd, is_root, masked, nobodys_command,
+    reserve_huge_pages, run, skip, start,
 };
 use userfaultfd::{FeatureFlags, Support, Uffd, page_size};
 use userfaultfd_examples::{UNMET, huge_page_size, receive, since};
@@ -186,11 +186,11 @@ impl Drop for Directory {
 }
 
 #[test]
-fn bigger_than_memory_reads_bytes_of_100_gib_file() {
-    let directory = Directory::new("bigger_than_memory");
+fn sparse_reads_reads_bytes_of_100_gib_file() {
+    let directory = Directory::new("sparse_reads");
     let path = directory.snapshot();
     File::options().write(true).open(&path).unwrap().set_len(100 << 30).expect("a hole takes no room");
-    let output = run(command("bigger_than_memory").arg(path));
+    let output = run(command("sparse_reads").arg(path));
     if usize::BITS < 64 {
         assert!(!output.status.success(), "{output:?}");
         return;
@@ -201,6 +201,48 @@ fn bigger_than_memory_reads_bytes_of_100_gib_file() {
     let [_, read, not] = numbers[..] else { panic!("{output:?}") };
     assert_eq!(read + not, (100 << 30) / page_size() as u64);
     assert!((900..=1000).contains(&read), "{output:?}");
+}
+
+#[test]
+fn bigger_than_memory_touches_every_page_within_its_limit() {
+    const LEN: usize = 64 << 20;
+    let directory = Directory::new("bigger_than_memory");
+    let path = directory.snapshot();
+    let mut file = File::create(&path).unwrap();
+    let mut bytes = vec![0; 1 << 20];
+    for part in 0..LEN >> 20 {
+        bytes.iter_mut().enumerate().for_each(|(at, byte)| *byte = (part * 7 + at * 31 + at / 999) as u8);
+        file.write_all(&bytes).unwrap();
+    }
+    file.write_all(b"the end isn't a whole page").unwrap();
+    // A quarter of the file, in a group of processes that may have no more than that and a little for the program.
+    let group = MemoryGroup::new("bigger_than_memory", 40 << 20);
+    for arguments in [&["--limit", "16M", "--all"][..], &["--limit", "16M"]] {
+        let mut command = command("bigger_than_memory");
+        command.args(arguments).arg(&path);
+        if let Some(group) = &group {
+            group.holds(&mut command);
+        }
+        let need = Need::Features(FeatureFlags::PAGEFAULT_FLAG_WP);
+        let name = "bigger_than_memory_touches_every_page_within_its_limit";
+        let Some(output) = run(&mut command).unless_unmet(name, need) else { return };
+        assert!(output.out.contains("as read(2) has them"), "{output:?}");
+        let number = |name: &str| -> usize {
+            let line =
+                output.out.lines().find_map(|line| line.strip_prefix(name)).expect("a line of its name");
+            line.trim_start_matches(": ").split([' ', ',']).next().unwrap().parse().expect("a number")
+        };
+        if arguments.contains(&"--all") {
+            let pages = LEN / page_size() + 1;
+            assert_eq!(number("pages"), pages, "{output:?}");
+            assert!(number("evicted") >= pages - (16 << 20) / page_size(), "{output:?}");
+        }
+        assert!(number("resident") <= 16 << 20, "{output:?}");
+    }
+    let output = run(command("bigger_than_memory").args(["--limit", "1K"]).arg(&path));
+    assert!(!output.status.success() && output.err.contains("too small"), "{output:?}");
+    let output = run(command("bigger_than_memory").arg("--limit"));
+    assert!(!output.status.success() && output.err.contains("usage"), "{output:?}");
 }
 
 #[test]
@@ -525,7 +567,7 @@ fn readmes_show_hello_fault_and_its_output() {
         let (language, shown) = blocks[at + 1];
         assert_eq!((language, masked(shown)), ("text", printed.clone()));
     }
-    let (_, second) = include_str!("../bigger_than_memory.rs").split_once("\n\n").unwrap();
+    let (_, second) = include_str!("../sparse_reads.rs").split_once("\n\n").unwrap();
     for readme in [include_str!("../../README.md"), include_str!("../../userfaultfd/README.md")] {
         assert!(blocks(readme).iter().any(|(language, shown)| *language == "rust" && *shown == second));
     }

@@ -339,7 +339,7 @@ pub use crate::features::{FeatureFlags, IoctlFlags, Known, RegisterMode, Support
 pub use crate::fill::{ContinueMode, CopyMode, MoveMode, ZeropageMode};
 pub use crate::holder::Holder;
 #[cfg(feature = "pager")]
-pub use crate::lazy::{LazyBuilder, LazyMemory, SigbusBuilder};
+pub use crate::lazy::{LazyBuilder, LazyMemory, Pinned, SigbusBuilder};
 pub use crate::open::{OpenFailure, OpenRefusal, OpenWith};
 #[cfg(any(feature = "pager", feature = "snapshot"))]
 pub use crate::pending_file::PendingFile;

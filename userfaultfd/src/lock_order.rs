@@ -32,6 +32,11 @@ impl<T, const RANK: u8> RankedMutex<T, RANK> {
     pub(crate) const fn new(value: T) -> Self {
         Self(Mutex::new(value))
     }
+
+    /// The value, of which this is the only borrow.
+    pub(crate) fn get_mut(&mut self) -> &mut T {
+        self.0.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Takes a lock, also one that a thread held which panicked: what these locks guard is whole between any two statements.
@@ -67,6 +72,12 @@ impl<'a, T> LockGuard<'a, T> {
         let Self { guard, _held } = self;
         let waited = changed.wait_timeout_while(guard, timeout, condition);
         Self { guard: waited.unwrap_or_else(PoisonError::into_inner).0, _held }
+    }
+
+    /// Waits for one notice. It may return without.
+    pub(crate) fn wait(self, changed: &Condvar) -> Self {
+        let Self { guard, _held } = self;
+        Self { guard: changed.wait(guard).unwrap_or_else(PoisonError::into_inner), _held }
     }
 
     /// Waits for one notice, or a time. It may return without either.

@@ -42,6 +42,11 @@ impl OwnMapping {
         Ok(())
     }
 
+    /// Whether the process locks what it maps.
+    pub(crate) fn is_locked(&self) -> bool {
+        self.locked
+    }
+
     /// Says that lazy memory lies there.
     pub(crate) fn hold(&self) {
         let start = self.start.as_ptr().addr();

@@ -28,6 +28,8 @@ pub(crate) enum Point {
     AfterAdd,
     /// Not in the life of a fault either.
     Watch(Moment),
+    /// In the life of a page that a budget may evict.
+    Evict(Departure),
 }
 
 /// Where a snapshot or a tracker is.
@@ -41,6 +43,21 @@ pub(crate) enum Moment {
     TrackerStep,
 }
 
+/// How far a page has got on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Departure {
+    /// The fault of its first write was read, and the page is claimed.
+    FirstWrite,
+    /// It is claimed, and about to be brought to the staging area.
+    BeforeLeave,
+    /// It is protected, and about to be copied there, where it can't be moved.
+    BeforeCopyOut,
+    /// It rests there, is claimed again, and about to be written to the spill file.
+    BeforeWriteBack,
+    /// It is in the staging area, or has been dropped from there, and its claim is about to end.
+    AfterLeave,
+}
+
 /// The pager is at a point, with the page at an address. Nothing outside of tests.
 #[cfg(not(test))]
 #[inline(always)]
@@ -52,19 +69,27 @@ pub(crate) use tests::reach;
 #[cfg(test)]
 pub(crate) mod tests {
     use std::ops::Range;
+    use std::sync::atomic::Ordering;
     use std::sync::{Arc, Mutex, PoisonError};
 
     use super::Point;
+    use crate::sync::AtomicU64;
 
     /// What is done at a point.
     type Action = Arc<dyn Fn(usize) + Send + Sync>;
 
-    static ACTIONS: Mutex<Vec<(Point, Range<usize>, Action)>> = Mutex::new(Vec::new());
+    /// A number, where, for which addresses, and what.
+    type Entry = (u64, Point, Range<usize>, Action);
+
+    /// The newest first: an older one may be about memory that has gone, and whose addresses are another test's.
+    static ACTIONS: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+
+    static ARMED: AtomicU64 = AtomicU64::new(0);
 
     pub(crate) fn reach(point: Point, address: usize) {
         let actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
-        let action = actions.iter().find(|(p, range, _)| *p == point && range.contains(&address));
-        let action = action.map(|(_, _, action)| Arc::clone(action));
+        let action = actions.iter().find(|(_, p, range, _)| *p == point && range.contains(&address));
+        let action = action.map(|(.., action)| Arc::clone(action));
         drop(actions);
         if let Some(action) = action {
             action(address);
@@ -78,17 +103,18 @@ pub(crate) mod tests {
         action: impl Fn(usize) + Send + Sync + 'static,
     ) -> Armed {
         let mut actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
-        actions.push((point, range.clone(), Arc::new(action)));
-        Armed(point, range)
+        let number = ARMED.fetch_add(1, Ordering::Relaxed);
+        actions.insert(0, (number, point, range, Arc::new(action)));
+        Armed(number)
     }
 
     #[derive(Debug)]
-    pub(crate) struct Armed(Point, Range<usize>);
+    pub(crate) struct Armed(u64);
 
     impl Drop for Armed {
         fn drop(&mut self) {
             let mut actions = ACTIONS.lock().unwrap_or_else(PoisonError::into_inner);
-            actions.retain(|(point, range, _)| (*point, range) != (self.0, &self.1));
+            actions.retain(|(number, ..)| *number != self.0);
         }
     }
 }

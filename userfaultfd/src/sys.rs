@@ -661,6 +661,17 @@ pub(crate) unsafe fn unmap(start: std::ptr::NonNull<u8>, len: usize) {
     debug_assert!(unmapped.is_ok(), "{unmapped:?}");
 }
 
+/// Drops the pages of private anonymous memory: MADV_DONTNEED.
+///
+/// # Safety
+///
+/// - `len` bytes from `start` on are whole pages, whose content nobody needs any more, or finds again elsewhere.
+#[cfg(feature = "pager")]
+pub(crate) unsafe fn discard(start: *mut u8, len: usize) -> Result<(), Errno> {
+    // SAFETY: as the caller has made sure.
+    check(unsafe { libc::madvise(start.cast(), len, libc::MADV_DONTNEED) }).map(drop)
+}
+
 /// Waits until a number isn't this one, or a wake; or for no reason. Async-signal-safe.
 pub(crate) fn futex_wait(number: &AtomicU32, expected: u32) {
     let operation = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;

@@ -306,3 +306,43 @@ impl Drop for Reserved {
         }
     }
 }
+
+/// A group of processes that together may have so much memory. It goes when this is dropped, once they have ended.
+#[derive(Debug)]
+pub(crate) struct MemoryGroup(PathBuf);
+
+impl MemoryGroup {
+    /// `None`, and a word about it, where no group can be made.
+    pub(crate) fn new(name: &str, bytes: usize) -> Option<Self> {
+        let name = format!("userfaultfd-{name}-{}", std::process::id());
+        let kinds = [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
+        let made = kinds.iter().find_map(|(parent, limit)| {
+            let group = Self(PathBuf::from(parent).join(&name));
+            // Of version 2 a group has the file if its parent gives its children such limits.
+            fs::create_dir(&group.0).ok()?;
+            fs::write(group.0.join(limit), bytes.to_string()).is_ok().then_some(group)
+        });
+        if made.is_none() {
+            eprintln!(
+                "{name}: no memory cgroup can be made here, so that nothing but the program holds the limit"
+            );
+        }
+        made
+    }
+
+    /// Has a program run in the group.
+    pub(crate) fn holds(&self, command: &mut Command) {
+        let processes = File::options().write(true).open(self.0.join("cgroup.procs")).expect("a group");
+        // SAFETY: between fork and exec it makes one system call, with a descriptor that it owns.
+        unsafe { command.pre_exec(move || (&processes).write_all(b"0")) };
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        let removed = fs::remove_dir(&self.0);
+        if !thread::panicking() {
+            removed.expect("all of its processes have ended");
+        }
+    }
+}

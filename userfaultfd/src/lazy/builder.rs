@@ -1,13 +1,15 @@
 //! What [`LazyMemory`] is made of, and [`LazyBuilder`].
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{LazyMemory, ServedBy};
 use crate::own_mapping::OwnMapping;
+use crate::pager::evict::residence::Residence;
 use crate::pager::{
-    self, DEFAULT_MAX_AROUND_BYTES, Delivery, Error, FaultAround, PageSource, Pager, PagerBuilder, Problem,
-    Region, RetryPolicy,
+    self, Budget, DEFAULT_MAX_AROUND_BYTES, Delivery, Error, FaultAround, PageSource, Pager, PagerBuilder,
+    Problem, Region, RetryPolicy,
 };
 use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 
@@ -145,6 +147,11 @@ pub struct LazyBuilder {
     kernel: Option<bool>,
     /// The features that a tracker's protection uses where the kernel has them.
     protection: FeatureFlags,
+    budget: Option<Budget>,
+    /// Where the spill file is made.
+    spill: Option<PathBuf>,
+    /// Whether pages are moved to the staging area, if the kernel can.
+    moves: bool,
 }
 
 impl LazyBuilder {
@@ -155,6 +162,9 @@ impl LazyBuilder {
             own: Pager::builder(),
             kernel: None,
             protection: FeatureFlags::WP_ASYNC | FeatureFlags::WP_UNPOPULATED,
+            budget: None,
+            spill: None,
+            moves: true,
         }
     }
 
@@ -204,6 +214,37 @@ impl LazyBuilder {
         self
     }
 
+    /// Limits how much of the memory is resident, together with all else that shares the budget: see [`Budget`].
+    ///
+    /// Pages that weren't written are dropped and read again from the source, which must have the same content then.
+    /// Pages that were written go to a [spill file](Self::spill).
+    ///
+    /// Such memory can't be [filled](LazyMemory::fill), [tracked](LazyMemory::tracker) or saved in a
+    /// [snapshot](LazyMemory::snapshot); nor is there any of [huge pages](Self::huge_pages), or in a process that locks what
+    /// it maps. Don't take pages from it by madvise(2), nor lock it. [Pin](LazyMemory::pin) what you give to system calls,
+    /// since a page that was touched may have left again. [`read_at`](LazyMemory::read_at) and its like go part by part, so
+    /// that an error may come after some of it.
+    ///
+    /// Linux 5.7. Since 6.8 pages are moved out, before that copied.
+    pub fn budget(mut self, budget: &Budget) -> Self {
+        self.budget = Some(budget.clone());
+        self
+    }
+
+    /// Sets the directory of the spill file of memory with a [budget](Self::budget). The file has no name there, and takes
+    /// as much disk as was written of the memory. The default is the [temporary directory](std::env::temp_dir): where that
+    /// is a tmpfs, what is spilled stays in memory.
+    pub fn spill(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.spill = Some(dir.into());
+        self
+    }
+
+    /// Has pages copied to the staging area, as before Linux 6.8.
+    #[cfg(test)]
+    pub(crate) fn copied_out(self) -> Self {
+        Self { moves: false, ..self }
+    }
+
     /// Sets whether the pager resolves faults from kernel mode: of system calls and KVM guests on missing pages.
     ///
     /// `true` needs the [right](crate#rights) for it, and fails without. With `false` such a system call fails with
@@ -227,18 +268,41 @@ impl LazyBuilder {
     /// - [`EmptyRegion`](pager::Error::EmptyRegion): no bytes; a source without an end, and no length.
     /// - [`BeyondSource`](pager::Error::BeyondSource): the memory is longer than the source from the offset on.
     /// - [`PageSize`](pager::Error::PageSize): the machine has no huge pages of this size.
-    /// - [`Uffd`](pager::Error::Uffd): no userfaultfd could be created; the error says what helps.
+    /// - [`NotWithBudget`](pager::Error::NotWithBudget): huge pages, or a process that locks what it maps.
+    /// - [`BudgetTooSmall`](pager::Error::BudgetTooSmall): the budget has fewer than 16 pages.
+    /// - [`Spill`](pager::Error::Spill): the spill file couldn't be made.
+    /// - [`Uffd`](pager::Error::Uffd): no userfaultfd could be created; the error says what helps. Or the kernel can't
+    ///   protect pages, which a budget needs.
     /// - [`System`](pager::Error::System): failed to map memory or to create a thread; `ENOMEM` with huge pages: too few
     ///   are reserved.
     pub fn build(self) -> pager::Result<LazyMemory> {
-        let Self { shape, pager, own, kernel, protection } = self;
-        let Mapped { memory, region, len } = shape.map()?;
-        let requested = FeatureFlags::THREAD_ID | protection;
+        let Self { shape, pager, own, kernel, protection, budget, spill, moves } = self;
+        let (page_size, budget) = (shape.page_size, budget.as_ref());
+        let Mapped { memory, mut region, len } = shape.map()?;
+        let (mut required, mut requested) = (FeatureFlags::empty(), FeatureFlags::THREAD_ID);
+        match budget {
+            None => requested |= protection,
+            // The first write to a page has to be a fault, which asynchronous protection has none of.
+            Some(budget) => {
+                let reason = match (page_size == crate::page_size(), memory.is_locked()) {
+                    (false, _) => Some(("huge_pages", "the kernel moves no such pages")),
+                    (true, true) => Some(("mlockall", "locked pages don't leave")),
+                    (true, false) => None,
+                };
+                if let Some((option, reason)) = reason {
+                    return Err(Error::NotWithBudget { option, reason });
+                }
+                required |= FeatureFlags::PAGEFAULT_FLAG_WP;
+                let dir = spill.unwrap_or_else(std::env::temp_dir);
+                let residence = Residence::new(budget, region.range().len() / page_size, &dir, moves)?;
+                region = region.residence(Arc::new(residence));
+            }
+        }
         let (uffd, handles_kernel_faults) = match kernel {
-            Some(kernel) => (open(kernel, FeatureFlags::empty(), requested)?, kernel),
-            None => match open(true, FeatureFlags::empty(), requested) {
+            Some(kernel) => (open(kernel, required, requested)?, kernel),
+            None => match open(true, required, requested) {
                 Ok(uffd) => (uffd, true),
-                Err(_) => (open(false, FeatureFlags::empty(), requested)?, false),
+                Err(_) => (open(false, required, requested)?, false),
             },
         };
         let pager = match pager {
@@ -251,8 +315,9 @@ impl LazyBuilder {
         let added = unsafe { pager.add_lazy(uffd, region) }.map_err(|refused| refused.error)?;
         let (descriptor, id) = (added.descriptor, added.regions[0]);
         let region = Arc::clone(pager.target(id)?.region());
-        let served = ServedBy::Pager(pager, descriptor, id, Arc::clone(&region.lease));
+        let served = ServedBy::Pager(Arc::clone(&pager), descriptor, id, Arc::clone(&region.lease));
         let lazy = LazyMemory { served, memory, region, len, handles_kernel_faults };
+        pager.attach_budget(id)?;
         lazy.memory.lock_on_fault()?;
         lazy.memory.hold();
         Ok(lazy)

@@ -193,12 +193,18 @@ impl LazyMemory {
     /// The error names the first page of the range that isn't present, by its offsets in the memory and in the source.
     pub fn try_populate(&self, range: Range<usize>) -> io::Result<()> {
         self.check_owner().map_err(io::Error::other)?;
+        // Under a budget part by part, each of which stays until it was looked at.
+        self.parts(self.within(range.start, range.len())).try_for_each(|part| self.pin_for(&part).map(drop))
+    }
+
+    /// The pages that some bytes are in.
+    fn pages_of(&self, range: &Range<usize>) -> Range<usize> {
         let shift = self.region.page_shift;
-        let (start, end) = (range.start, range.end.min(self.len));
-        if start >= end {
-            return Ok(());
-        }
-        let pages = start >> shift..((end - 1) >> shift) + 1;
+        if range.is_empty() { 0..0 } else { range.start >> shift..((range.end - 1) >> shift) + 1 }
+    }
+
+    fn populate_pages(&self, pages: Range<usize>) -> io::Result<()> {
+        let shift = self.region.page_shift;
         let states = &self.region.pages;
         if pages.clone().any(|page| states.is_missing(page)) {
             match self.target().and_then(|target| target.fill_now(pages.clone())) {
@@ -245,11 +251,13 @@ impl LazyMemory {
     ///
     /// As [`try_populate`](Self::try_populate); nothing was copied.
     pub fn read_at(&self, offset: usize, buf: &mut [u8]) -> io::Result<usize> {
+        self.check_owner().map_err(io::Error::other)?;
         let range = self.within(offset, buf.len());
-        self.try_populate(range.clone())?;
-        let read = range.len();
-        buf[..read].copy_from_slice(&self[range]);
-        Ok(read)
+        for part in self.parts(range.clone()) {
+            let _pinned = self.pin_for(&part)?;
+            buf[part.start - range.start..part.end - range.start].copy_from_slice(&self[part]);
+        }
+        Ok(range.len())
     }
 
     /// Copies `buf` to `offset` of the memory; a failing source is an error, not SIGBUS. Returns the number of bytes: less
@@ -259,11 +267,78 @@ impl LazyMemory {
     ///
     /// As [`try_populate`](Self::try_populate), also for pages that would be overwritten whole; nothing was copied.
     pub fn write_at(&mut self, offset: usize, buf: &[u8]) -> io::Result<usize> {
+        self.check_owner().map_err(io::Error::other)?;
         let range = self.within(offset, buf.len());
-        self.try_populate(range.clone())?;
-        let written = range.len();
-        self[range].copy_from_slice(&buf[..written]);
-        Ok(written)
+        for part in self.parts(range.clone()) {
+            let pinned = self.pin_for(&part)?.into_pages();
+            let bytes = &buf[part.start - range.start..part.end - range.start];
+            self[part].copy_from_slice(bytes);
+            self.unpin(pinned);
+        }
+        Ok(range.len())
+    }
+
+    /// Keeps a range resident as long as the guard lives, and fills what is missing of it. The range is in bytes, and cut
+    /// to the memory. Memory without a [budget](LazyBuilder::budget) keeps all that it has, pinned or not.
+    ///
+    /// A pinned range can be given to system calls, and to io_uring for as long as it is pinned. A call that **writes** to
+    /// it fails with `EFAULT` on memory that doesn't [handle kernel faults](Self::handles_kernel_faults), unless each page
+    /// was written before, while it was pinned.
+    ///
+    /// ```
+    /// use std::io::Write;
+    /// use userfaultfd::LazyMemory;
+    /// use userfaultfd::pager::{Budget, FileSource};
+    ///
+    /// let source = FileSource::open(std::env::current_exe()?)?;
+    /// let memory = match LazyMemory::builder(source).budget(&Budget::new(1 << 20)).build() {
+    ///     Ok(memory) => memory,
+    ///     Err(error) => return Ok(println!("{error}")), // no write protection here
+    /// };
+    /// let pinned = memory.pin(0..100_000)?;
+    /// std::io::sink().write_all(&pinned)?; // a file would do, too
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`try_populate`](Self::try_populate); `OutOfMemory`: more than half of the budget would be pinned.
+    pub fn pin(&self, range: Range<usize>) -> io::Result<Pinned<'_>> {
+        self.check_owner().map_err(io::Error::other)?;
+        self.pin_for(&self.within(range.start, range.len()))
+    }
+
+    /// Pins and fills a range, which is within the memory.
+    fn pin_for(&self, range: &Range<usize>) -> io::Result<Pinned<'_>> {
+        let pages = self.pages_of(range);
+        let mut pinned = Pinned { memory: self, range: range.clone(), pages: None };
+        if let Some(residence) = &self.region.residence {
+            if !residence.pin(pages.clone()) {
+                let text = "more than half of the budget would be pinned";
+                return Err(io::Error::new(io::ErrorKind::OutOfMemory, text));
+            }
+            pinned.pages = Some(pages.clone());
+        }
+        self.populate_pages(pages)?;
+        Ok(pinned)
+    }
+
+    fn unpin(&self, pages: Option<Range<usize>>) {
+        if let (Some(residence), Some(pages)) = (&self.region.residence, pages) {
+            residence.unpin(&pages);
+        }
+    }
+
+    /// A range in parts that can be pinned at once: all of it where there is no budget.
+    fn parts(&self, range: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let most =
+            self.region.residence.as_ref().map(|residence| residence.max_run() << self.region.page_shift);
+        let Range { start: mut next, end } = range;
+        std::iter::from_fn(move || {
+            let part = next..most.map_or(end, |most| end.min((next / most + 1) * most));
+            next = part.end;
+            (!part.is_empty()).then_some(part)
+        })
     }
 
     /// Cuts a range to the memory.
@@ -396,6 +471,10 @@ impl LazyMemory {
     #[cfg(feature = "tracking")]
     pub fn tracker(&self) -> pager::Result<DirtyTracker> {
         self.check_owner()?;
+        if self.region.residence.is_some() {
+            let reason = "the budget uses the protection of pages itself";
+            return Err(Error::NotWithBudget { option: "a tracker", reason });
+        }
         let (options, ranges) = match &self.served {
             ServedBy::Pager(pager, _, region, _) => match pager.lend(*region) {
                 Ok((uffd, lease, ranges)) => {
@@ -547,12 +626,48 @@ impl Drop for LazyMemory {
         if let ServedBy::Pager(pager, descriptor, _, lease) = &self.served {
             if self.memory.is_here() {
                 lease.end();
+                if let Some(residence) = &self.region.residence {
+                    residence.detach();
+                }
                 drop(pager.remove_lazy(*descriptor));
             } else {
                 pager.abandon(*descriptor);
             }
         }
         // Handlers let go of it when `served` is dropped, which is before `memory`.
+    }
+}
+
+/// A range of a [`LazyMemory`] that stays resident: see [`LazyMemory::pin`].
+#[derive(Debug)]
+#[must_use = "the range is pinned as long as this lives"]
+pub struct Pinned<'a> {
+    memory: &'a LazyMemory,
+    range: Range<usize>,
+    /// Those that are pinned, under a budget.
+    pages: Option<Range<usize>>,
+}
+
+impl Pinned<'_> {
+    /// Its pages, which stay pinned.
+    fn into_pages(mut self) -> Option<Range<usize>> {
+        self.pages.take()
+    }
+}
+
+impl Deref for Pinned<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.range.clone()]
+    }
+}
+
+impl Drop for Pinned<'_> {
+    fn drop(&mut self) {
+        if self.memory.memory.is_here() {
+            self.memory.unpin(self.pages.take());
+        }
     }
 }
 

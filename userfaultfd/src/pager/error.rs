@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{DescriptorId, Failed, RegionId};
@@ -189,6 +190,33 @@ pub enum Error {
         region: (usize, usize),
     },
 
+    /// A [budget](super::Budget) has fewer bytes than memory can be had with.
+    #[error("a budget of {bytes:#x} bytes is too small: the least is {least:#x}")]
+    BudgetTooSmall {
+        /// The budget, in bytes.
+        bytes: usize,
+        /// The least one, in bytes.
+        least: usize,
+    },
+
+    /// Something that memory with a [budget](super::Budget) can't do, or be.
+    #[error("{option} doesn't go with a budget: {reason}")]
+    NotWithBudget {
+        /// What was asked for.
+        option: &'static str,
+        /// Why not.
+        reason: &'static str,
+    },
+
+    /// The spill file of memory with a [budget](super::Budget) couldn't be made.
+    #[error("no spill file could be made in {}: {error}", dir.display())]
+    Spill {
+        /// The folder.
+        dir: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+
     /// An operation on the descriptor failed.
     #[error(transparent)]
     Uffd(#[from] crate::Error),
@@ -311,10 +339,23 @@ pub enum Problem {
         /// The message of the panic.
         message: String,
     },
+    /// Written pages of memory with a [budget](super::Budget) couldn't be written to its spill file: a full disk, for
+    /// example. They stay in memory, where they count, and are tried again. Faults don't wait for them, so that more may
+    /// be resident than the budget has.
+    WriteBack {
+        /// The region.
+        region: RegionId,
+        /// The first of the pages.
+        address: usize,
+        /// Their length, in bytes.
+        len: usize,
+        /// Why.
+        error: io::Error,
+    },
 }
 
 /// Number of the variants of [`Problem`].
-pub(crate) const PROBLEM_KINDS: usize = 9;
+pub(crate) const PROBLEM_KINDS: usize = 10;
 
 impl Problem {
     /// The number of its kind.
@@ -329,6 +370,7 @@ impl Problem {
             Self::Read { .. } => 6,
             Self::Fork { .. } => 7,
             Self::Panicked { .. } => 8,
+            Self::WriteBack { .. } => 9,
         }
     }
 }
@@ -360,6 +402,13 @@ impl fmt::Display for Problem {
                 write!(f, "a child of {descriptor:?} can't be served: {error}")
             }
             Self::Panicked { message } => write!(f, "a thread of the pager panicked: {message}"),
+            Self::WriteBack { address, len, error, .. } => {
+                write!(
+                    f,
+                    "{len:#x} bytes at {address:#x} couldn't be written to the spill file: {}",
+                    Whole(error)
+                )
+            }
         }
     }
 }

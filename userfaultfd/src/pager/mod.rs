@@ -112,7 +112,7 @@ mod activity;
 mod bell;
 mod builder;
 mod error;
-mod evict;
+pub(crate) mod evict;
 mod fill;
 mod handover;
 mod id;
@@ -134,6 +134,7 @@ pub mod tuning {}
 
 pub use self::builder::PagerBuilder;
 pub use self::error::{Error, Problem, Refused, Result, RetryPolicy};
+pub use self::evict::budget::{Budget, BudgetStatistics};
 pub use self::handover::Detached;
 pub use self::id::{DescriptorId, RegionId};
 pub use self::memory::fault_around::FaultAround;

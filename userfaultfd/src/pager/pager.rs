@@ -359,6 +359,7 @@ impl Pager {
     /// - [`Unfilled`](Error::Unfilled): its source fails, before Linux 6.6. The pager goes on serving the region.
     pub fn finish_region(&self, region: RegionId, progress: impl FnMut(Progress)) -> Result<()> {
         let descriptor = self.of_region(region)?;
+        check_budget(&self.shared, &descriptor, Some(region))?;
         let (mut poisoned, mut patience) = (Unfillable::default(), Patience::new(self.patience));
         let region_alone = [(Arc::clone(&descriptor), Some(region.0))];
         shutdown::fill(&self.shared, &region_alone, &mut patience, progress)?;
@@ -522,6 +523,21 @@ impl Pager {
         Ok(shutdown::detached(&descriptor, serving))
     }
 
+    /// Has a budget count the pages of a lazy memory's region, which nobody has touched yet.
+    pub(crate) fn attach_budget(&self, region: RegionId) -> Result<()> {
+        let descriptor = self.of_region(region)?;
+        let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));
+        let segment = segments.first().ok_or(Error::NotServed)?;
+        let uffd = {
+            let serving = descriptor.lock_shard(self.shared.outside_id());
+            Arc::clone(&serving.as_ref().ok_or(Error::NotServed)?.uffd)
+        };
+        match &segment.region.residence {
+            Some(residence) => residence.attach(&segment.region, segment.start, uffd, &self.shared),
+            None => Ok(()),
+        }
+    }
+
     /// Returns the missing ranges of a region, ordered by address.
     ///
     /// # Errors
@@ -598,6 +614,8 @@ impl Pager {
     /// - [`Poisoned`](Error::Poisoned): a source failed, so that some pages are poisoned. All others are filled, all memory
     ///   is unregistered, and the descriptors are closed.
     /// - [`Unfilled`](Error::Unfilled): a source fails, before Linux 6.6. The pager goes on serving all memory.
+    /// - [`NotWithBudget`](Error::NotWithBudget): there is lazy memory that mustn't all be resident. The pager goes on serving
+    ///   all memory.
     /// - [`NotServed`](Error::NotServed): another process made the pager.
     pub fn finish(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
         self.shared.check_owner()?;
@@ -610,6 +628,7 @@ impl Pager {
             if descriptors.is_empty() {
                 return poisoned.poisoned();
             }
+            descriptors.iter().try_for_each(|descriptor| check_budget(&self.shared, descriptor, None))?;
             let all: Vec<_> = descriptors.iter().map(|descriptor| (Arc::clone(descriptor), None)).collect();
             let filled = shutdown::fill(&self.shared, &all, &mut patience, &mut progress)?;
             // Memory that was added meanwhile isn't filled yet.
@@ -715,6 +734,16 @@ fn hold(segment: &Segment) {
     let Ok(owner) = Owner::current() else { return };
     let held = segment.region.held.get_or_init(|| Held::new(owner, Holder::Pager));
     held.set(std::iter::once(segment.start..segment.end));
+}
+
+/// Refuses to fill all of what a budget limits.
+fn check_budget(shared: &Shared, descriptor: &Descriptor, region: Option<RegionId>) -> Result<()> {
+    let segments = descriptor.segments(shared.outside_id(), region.map(|region| region.0));
+    if segments.iter().any(|segment| segment.region.residence.is_some()) {
+        let reason = "it would take all of the memory to be resident";
+        return Err(Error::NotWithBudget { option: "filling all that is missing", reason });
+    }
+    Ok(())
 }
 
 /// Whether a region would have its addresses for itself. What the mapping of another one has grown by was filled with zeros

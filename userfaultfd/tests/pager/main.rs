@@ -5,6 +5,7 @@
 mod support;
 
 mod bad;
+mod budget;
 mod ends;
 mod events;
 mod fills;

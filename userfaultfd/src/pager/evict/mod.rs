@@ -1,4 +1,13 @@
 //! How a page gets out again, where memory has a limit.
+//!
+//! A [`Budget`](budget::Budget) has the frames of all memories that share it, the policy that orders them, and a thread
+//! that takes pages away. A region with a budget has a [`Residence`](residence::Residence), which says where each of its
+//! pages is that isn't in memory. Filling asks it for room before content is loaded, and for content that isn't the
+//! source's; the state of a page is the one that filling knows, and a page on its way out is claimed like one on its way
+//! in.
 
-#[expect(dead_code, reason = "measured by `benches/eviction`; nothing evicts yet")]
+pub(crate) mod budget;
 mod policy;
+pub(crate) mod residence;
+mod take;
+mod write_back;

@@ -22,6 +22,7 @@ pub(crate) struct Link {
 }
 
 /// Accesses of a page that are counted at most.
+#[allow(dead_code, reason = "the benchmark tells of accesses; the library learns of them by `restore`")]
 const MAX_FREQ: u8 = 3;
 
 impl Link {
@@ -30,6 +31,7 @@ impl Link {
         Self { newer: NONE, older: NONE, freq: 0, is_main: false }
     }
 
+    #[allow(dead_code, reason = "as above")]
     fn touch(&mut self) {
         self.freq = (self.freq + 1).min(MAX_FREQ);
     }
@@ -50,6 +52,7 @@ pub(crate) trait Policy {
     fn insert(&mut self, links: &mut [Link], frame: u32, left: u32);
 
     /// A resident page was accessed.
+    #[allow(dead_code, reason = "as above")]
     fn touch(&mut self, links: &mut [Link], frame: u32);
 
     /// A page that was just evicted was accessed before it had left, and is back in a frame.
@@ -106,6 +109,10 @@ impl List {
             older => links[older as usize].newer = newer,
         }
         self.len -= 1;
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
     }
 
     /// Takes the oldest out.
@@ -235,7 +242,8 @@ mod tests {
             (0..2).for_each(|_| policy.touch(&mut links, frame));
         }
         let order = evicted(&mut policy, &mut links);
-        assert_eq!((order.len(), &order[18..]), (20, &[2, 5][..]), "{order:?}");
+        // Two of the small queue outlast them, as that isn't longer than its share.
+        assert_eq!((order.len(), &order[16..18]), (20, &[2, 5][..]), "{order:?}");
     }
 
     #[test]
@@ -245,7 +253,7 @@ mod tests {
         assert_eq!(policy.evict(&mut links).unwrap().0, 0);
         policy.restore(&mut links, 0);
         let order = evicted(&mut policy, &mut links);
-        assert_eq!((order.len(), order[19]), (20, 0), "{order:?}");
+        assert_eq!((order.len(), order[17]), (20, 0), "{order:?}");
         // It is in the main queue, from where it can be taken, too.
         policy.restore(&mut links, 0);
         policy.insert(&mut links, 1, NO_STAMP);
@@ -261,7 +269,6 @@ mod tests {
         assert_eq!(frame, 0);
         policy.insert(&mut links, 0, stamp);
         let order = evicted(&mut policy, &mut links);
-        // Two of the small queue outlast it, as that isn't longer than its share.
         assert_eq!((order.len(), order[17]), (20, 0), "{order:?}");
         // Once more have left than the main queue has room for, it is a page like any other.
         (0..20).for_each(|frame| policy.insert(&mut links, frame, NO_STAMP));

@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "filling memory that the owner of a region handed over")]
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::ahead_queue;
@@ -13,10 +14,10 @@ use super::retry;
 use super::work::{Fault, Outcome, RetryAfter, Work, answer, page_of};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, wake};
-use crate::pager::memory::page_run::PageRun;
-use crate::pager::memory::page_state::Claim;
+use crate::pager::memory::page_run::{PageRun, Purpose};
+use crate::pager::memory::page_state::{Claim, PresentClaim, Settlement};
 use crate::pager::{DescriptorId, Problem, RegionId};
-use crate::sync_point::{Point, reach};
+use crate::sync_point::{Departure, Point, reach};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
 
 /// Faults in a row on one present page that are suspicious: threads that share a page cause a few.
@@ -24,6 +25,15 @@ const SUSPICIOUS_FAULTS: u8 = 16;
 
 /// Wake-ups for a page without a region, each followed by another fault, before it is reported.
 const STRAYS_BEFORE_REPORT: u32 = 8;
+
+/// The part of some pages around one that has at most `most` of them.
+fn within_run(pages: Range<usize>, page: usize, most: usize) -> Range<usize> {
+    if pages.len() <= most {
+        return pages;
+    }
+    let first = page - page % most;
+    pages.start.max(first)..pages.end.min(first + most)
+}
 
 impl PageFiller {
     /// Looks up a fault, and claims its page if it must be loaded.
@@ -40,6 +50,9 @@ impl PageFiller {
             let protected = matches!(fault.kind, FaultKind::WriteProtected | FaultKind::ReadWriteProtected);
             let segment = match (serving.layout.find(fault.address), serving.layout.find_hole(fault.address))
             {
+                (Some(segment), _) if protected && segment.region.residence.is_some() => {
+                    return Next::Done(self.first_write(context, serving, segment, fault));
+                }
                 (Some(segment), _) | (None, Some(segment)) if protected => {
                     return Next::Done(self.unprotect(context, serving, segment, fault));
                 }
@@ -91,6 +104,9 @@ impl PageFiller {
                     Outcome::Deferred(Work::Fault(Fault { joined: true, ..fault }), RetryAfter::OtherLoad);
                 return Err(if segment.region.shared { again } else { Outcome::Settled });
             }
+            Claim::Present if segment.region.residence.is_some() => {
+                return Err(self.present_with_budget(context, serving, segment, fault));
+            }
             Claim::Present => return Err(self.present(context, serving, segment, fault)),
             Claim::Poisoned => return Err(self.poisoned(context, serving, segment, fault)),
         };
@@ -98,6 +114,7 @@ impl PageFiller {
             let (around, window) = segment.region.fault_around(page);
             let within = segment.pages();
             let around = around.start.max(within.start)..around.end.min(within.end);
+            let around = within_run(around, page, segment.region.max_run());
             let parallel = context.threads.read_ahead > 0 && self.is_slow() && !removed;
             let now = if parallel {
                 ahead_queue::first_chunk(&segment.region, page, &around)
@@ -115,6 +132,9 @@ impl PageFiller {
         }
         let mut run = PageRun::new(segment, pages, removed);
         (run.demand, run.tries) = (Some((page, fault.since)), tries);
+        if fault.is_write {
+            run.purpose = Purpose::Write;
+        }
         Ok(run)
     }
 
@@ -178,6 +198,17 @@ impl PageFiller {
         segment: &Segment,
         fault: Fault,
     ) -> Outcome {
+        self.fill_again(context, serving, segment, fault).0
+    }
+
+    /// The same. Returns whether it put zeros there, too.
+    fn fill_again(
+        &mut self,
+        context: &FillContext,
+        serving: &Attachment,
+        segment: &Segment,
+        fault: Fault,
+    ) -> (Outcome, bool) {
         let (counters, region) = (context.counters(self.thread), &*segment.region);
         let (len, page) = (region.page_size(), segment.page_at(fault.address));
         let address = segment.address_of(page).expect("the address is in the segment");
@@ -187,7 +218,10 @@ impl PageFiller {
         self.suspect.1 = self.suspect.1.saturating_add(1);
         let zeros = match ensure_capacity(&mut self.zeros, len) {
             Ok(zeros) => &zeros[..len],
-            Err(_) => return Outcome::Deferred(Work::Fault(fault), RetryAfter::KernelBusy(Errno::ENOMEM)),
+            Err(_) => {
+                let later = Outcome::Deferred(Work::Fault(fault), RetryAfter::KernelBusy(Errno::ENOMEM));
+                return (later, false);
+            }
         };
         let (uffd, dst) = (&serving.uffd, addr_to_ptr(address));
         let (filled, counter) = if let Some(cache) = &region.cache {
@@ -217,11 +251,14 @@ impl PageFiller {
             (answer(result, len), &counters.zero_fills)
         };
         match filled.1 {
-            None => counter.add(1),
-            Some(errno @ (Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC)) => {
-                return Outcome::Deferred(Work::Fault(fault), RetryAfter::KernelBusy(errno));
+            None => {
+                counter.add(1);
+                return (Outcome::Settled, true);
             }
-            Some(Errno::ESRCH) => return Outcome::TargetGone,
+            Some(errno @ (Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC)) => {
+                return (Outcome::Deferred(Work::Fault(fault), RetryAfter::KernelBusy(errno)), false);
+            }
+            Some(Errno::ESRCH) => return (Outcome::TargetGone, false),
             Some(errno) => {
                 if !fault.joined {
                     counters.duplicates.add(1);
@@ -235,7 +272,70 @@ impl PageFiller {
                 wake(uffd, address..address + len);
             }
         }
-        Outcome::Settled
+        (Outcome::Settled, false)
+    }
+
+    /// The same, where a budget limits how many pages are there: the page may be on its way out, or have left since the
+    /// fault came. One that was taken away otherwise becomes zeros, which its source hasn't.
+    fn present_with_budget(
+        &mut self,
+        context: &FillContext,
+        serving: &Attachment,
+        segment: &Segment,
+        fault: Fault,
+    ) -> Outcome {
+        let (region, page) = (&*segment.region, segment.page_at(fault.address));
+        let address = segment.address_of(page).expect("the address is in the segment");
+        let addresses = address..address + region.page_size();
+        match region.pages.claim_present(page) {
+            PresentClaim::Acquired => {}
+            PresentClaim::Joined => return Outcome::Settled,
+            PresentClaim::Gone => {
+                wake(&serving.uffd, addresses);
+                return Outcome::Settled;
+            }
+        }
+        let (outcome, is_filled) = self.fill_again(context, serving, segment, fault);
+        if let Some(residence) = region.residence.as_ref().filter(|_| is_filled) {
+            residence.set_written(page);
+        }
+        if region.pages.end(page, Settlement::Present) {
+            wake(&serving.uffd, addresses);
+        }
+        outcome
+    }
+
+    /// The first write to a page since it was filled, where a budget has to know of it.
+    fn first_write(
+        &self,
+        context: &FillContext,
+        serving: &Attachment,
+        segment: &Segment,
+        fault: Fault,
+    ) -> Outcome {
+        let (region, page) = (&*segment.region, segment.page_at(fault.address));
+        let address = segment.address_of(page).expect("the address is in the segment");
+        let addresses = address..address + region.page_size();
+        match region.pages.claim_present(page) {
+            PresentClaim::Acquired => {}
+            // Who has it wakes whoever waits for it.
+            PresentClaim::Joined => return Outcome::Settled,
+            // It has left since. The thread that is woken finds it missing.
+            PresentClaim::Gone => {
+                wake(&serving.uffd, addresses);
+                return Outcome::Settled;
+            }
+        }
+        reach(Point::Evict(Departure::FirstWrite), address);
+        // Before the protection is lifted, after which nothing tells of a write.
+        if let Some(residence) = &region.residence {
+            residence.set_written(page);
+        }
+        let outcome = self.unprotect(context, serving, segment, fault);
+        if region.pages.end(page, Settlement::Present) {
+            wake(&serving.uffd, addresses);
+        }
+        outcome
     }
 
     /// Resolves a fault on a page that is poisoned, as far as the pager knows: it came before the poison, or the poison was

@@ -16,7 +16,7 @@ use super::poison::poison;
 use super::work::{FillContent, Outcome, RetryAfter, Work, answer};
 use crate::error::errno_of;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, wake};
-use crate::pager::memory::page_run::PageRun;
+use crate::pager::memory::page_run::{PageRun, Purpose};
 use crate::pager::memory::page_state::{MAX_TRIES, Settlement};
 use crate::pager::target::target_is_gone;
 use crate::pager::trace::event;
@@ -177,6 +177,7 @@ impl PageFiller {
                 }
                 _ => pages,
             };
+            let pages = if run.region.residence.is_some() { alone_if_written(run, pages) } else { pages };
             let (filled, errno, end) = self.fill(serving, run, content, pages << run.region.page_shift);
             let filled = filled >> run.region.page_shift;
             if filled > 0 {
@@ -268,7 +269,7 @@ impl PageFiller {
                     // Such kernels return ENOMEM for an empty pool.
                     return Settlement::Present;
                 }
-                if run.is_early {
+                if run.purpose == Purpose::Ahead {
                     // Poison would stay when the pool has pages again. A fault, or the end of service, finds out.
                     return Settlement::Released;
                 }
@@ -312,7 +313,9 @@ impl PageFiller {
     ) -> (usize, Option<Errno>) {
         let (uffd, dst) = (&serving.uffd, addr_to_ptr(run.address()));
         let mut mode = CopyMode::empty();
-        mode.set(CopyMode::WRITE_PROTECT, run.region.fills_protected());
+        // A page that is about to be written needs no protection that tells of it.
+        let is_written = run.region.residence.is_some() && run.is_written(run.pages().start);
+        mode.set(CopyMode::WRITE_PROTECT, run.region.fills_protected() && !is_written);
         let source = match content {
             FillContent::Zero if !run.region.fills_protected() => {
                 // SAFETY: the caller who added the region vouches for what its pages come to hold; the kernel makes
@@ -389,4 +392,9 @@ impl PageFiller {
         counters.bytes.add((pages << run.region.page_shift) as u64);
         counters.prefetched.add((pages - usize::from(asked)) as u64);
     }
+}
+/// How many of the next pages to fill at once, so that one that is about to be written is filled by itself.
+fn alone_if_written(run: &PageRun, pages: usize) -> usize {
+    let next = run.pages().start;
+    (next..next + pages).position(|page| run.is_written(page)).map_or(pages, |before| before.max(1))
 }

@@ -1,7 +1,9 @@
 //! The content of a run: read from the source, kept while its fill is deferred, retried.
 
-use std::io;
+#![expect(unsafe_code, reason = "bytes of pages that rest in a staging area")]
+
 use std::time::Instant;
+use std::{io, slice};
 
 use memmap2::MmapMut;
 
@@ -9,8 +11,9 @@ use super::buffers::{Aside, ensure_capacity};
 use super::context::FillContext;
 use super::filler::{Next, PageFiller};
 use super::work::{FillContent, Outcome, RetryAfter, Work};
+use crate::pager::evict::residence::{Content, Residence};
 use crate::pager::memory::descriptor::Descriptor;
-use crate::pager::memory::page_run::PageRun;
+use crate::pager::memory::page_run::{PageRun, Purpose};
 use crate::pager::memory::page_state::MAX_TRIES;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::trace::span;
@@ -52,6 +55,7 @@ impl PageFiller {
         if attempts > 0 && !self.is_wanted(descriptor, &run) {
             return self.drop_run(context, descriptor, run);
         }
+        run.reserve();
         match self.content(context, &run) {
             Ok(content) => {
                 if let (FillContent::Outside(bytes), true) = (&content, descriptor.tells_changes) {
@@ -71,7 +75,7 @@ impl PageFiller {
         let later = |run| {
             Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::KernelBusy(Errno::ENOMEM)))
         };
-        if run.is_early {
+        if run.purpose == Purpose::Ahead {
             return later(run);
         }
         if run.pages().len() > 1 {
@@ -95,8 +99,18 @@ impl PageFiller {
             return Ok(FillContent::File);
         }
         let _in_source = run.enter_source();
+        if run.removed {
+            return Ok(Self::zeros(run));
+        }
+        if let Some(residence) = region
+            .residence
+            .as_ref()
+            .filter(|residence| run.pages().any(|page| residence.content(page) != Content::Source))
+        {
+            return self.content_that_left(context, run, residence);
+        }
         // The source's `zeros` may be slow: the waiting thread would wait for it, too.
-        if run.removed || run.demand.is_none() && known_zeros(region, offset) >= len as u64 {
+        if run.demand.is_none() && known_zeros(region, offset) >= len as u64 {
             return Ok(Self::zeros(run));
         }
         if region.cache.is_none() {
@@ -130,6 +144,59 @@ impl PageFiller {
         Ok(FillContent::Buffer)
     }
 
+    /// The content of a run of which some pages were in memory before.
+    fn content_that_left(
+        &mut self,
+        context: &FillContext,
+        run: &PageRun,
+        residence: &Residence,
+    ) -> Result<FillContent, NoContent> {
+        let (region, pages, len) = (&*run.region, run.pages(), run.len());
+        if len == region.page_size() && residence.content(pages.start) == Content::Staged {
+            return Ok(FillContent::Outside(residence.staged(pages.start).cast_const().cast()));
+        }
+        self.set_reading(context, region);
+        let buffer = ensure_capacity(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
+        let mut at = pages.start;
+        let read = loop {
+            if at == pages.end {
+                break Ok(());
+            }
+            let content = residence.content(at);
+            let end = (at..pages.end).find(|page| residence.content(*page) != content).unwrap_or(pages.end);
+            let bytes = (at - pages.start) << region.page_shift..(end - pages.start) << region.page_shift;
+            let bytes = &mut buffer[bytes];
+            let read = match content {
+                Content::Staged => {
+                    // SAFETY: the pages rest there, one after the other, as long as the run has their claims.
+                    let rest = unsafe { slice::from_raw_parts(residence.staged(at), bytes.len()) };
+                    bytes.copy_from_slice(rest);
+                    Ok(())
+                }
+                Content::Spill => residence.read_spilled(at, bytes),
+                Content::Source => catch_panic(|| {
+                    let offset = region.offset_of(at);
+                    if region.source.read(offset, bytes)? == PageData::Zero {
+                        bytes.fill(0);
+                    }
+                    let within = region.within_source(offset, bytes.len());
+                    bytes[within..].fill(0);
+                    Ok(())
+                }),
+            };
+            if read.is_err() {
+                break read;
+            }
+            at = end;
+        };
+        if let Some(place) = self.place {
+            context.activities.set_at_work(place, true);
+        }
+        read?;
+        context.counters(self.thread).source_reads.add(1);
+        Ok(FillContent::Buffer)
+    }
+
     /// A run of zeros.
     fn zeros(run: &PageRun) -> FillContent {
         let region = &*run.region;
@@ -151,7 +218,7 @@ impl PageFiller {
         error: io::Error,
     ) -> Next {
         context.counters(self.thread).source_errors.add(1);
-        if run.is_early {
+        if run.purpose == Purpose::Ahead {
             return Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::OtherLoad));
         }
         // Retry the faulting page alone: its neighbours may be what the source can't deliver.

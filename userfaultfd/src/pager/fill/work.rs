@@ -15,6 +15,8 @@ use crate::{Errno, FaultKind};
 pub(crate) struct Fault {
     pub(crate) address: usize,
     pub(crate) kind: FaultKind,
+    /// Whether the access was a write.
+    pub(crate) is_write: bool,
     /// The thread that faulted, or 0.
     pub(crate) thread: i32,
     /// When it was read.

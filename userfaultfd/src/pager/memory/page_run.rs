@@ -11,6 +11,17 @@ use super::page_state::Settlement;
 use super::served::ServedRegion;
 use crate::sync_point::{Point, reach};
 
+/// What a run is filled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// A thread, or a caller, needs it.
+    Access,
+    /// A thread is about to write to the page that it needs.
+    Write,
+    /// No thread needs it yet, so that it is left missing where its source fails.
+    Ahead,
+}
+
 /// A run of pages of a region that one thread has claimed. The first `done` of them are settled; dropping the run
 /// releases the others.
 #[derive(Debug)]
@@ -29,8 +40,10 @@ pub(crate) struct PageRun {
     pub(crate) tries: u8,
     /// Number of failed reads of its source.
     pub(crate) attempts: u32,
-    /// No fault needs it, so that it stays missing if its source fails.
-    pub(crate) is_early: bool,
+    /// What it is filled for.
+    pub(crate) purpose: Purpose,
+    /// Whether a budget has room for it.
+    is_reserved: bool,
 }
 
 /// Nested reads that are noted for each thread: a source may itself fault on memory of another pager, hardly deeper.
@@ -87,7 +100,8 @@ impl PageRun {
             removed,
             tries: 0,
             attempts: 0,
-            is_early: false,
+            purpose: Purpose::Access,
+            is_reserved: false,
         }
     }
 
@@ -95,6 +109,7 @@ impl PageRun {
     /// at most `most`. Also returns where to continue the search.
     pub(crate) fn claim(segment: &Segment, pages: Range<usize>, most: usize) -> (Option<Self>, usize) {
         let region = &segment.region;
+        let most = most.min(region.max_run());
         for page in pages.clone() {
             let Some(removed) = region.pages.claim_missing(page) else { continue };
             let end = pages.end.min(page.saturating_add(most)).min(region.together(page).end);
@@ -107,7 +122,7 @@ impl PageRun {
 
     /// The same, ahead of need.
     pub(crate) fn early(mut self) -> Self {
-        self.is_early = true;
+        self.purpose = Purpose::Ahead;
         self
     }
 
@@ -141,11 +156,38 @@ impl PageRun {
         self.demand.map(|(page, _)| page).filter(|page| self.pages().contains(page))
     }
 
+    /// Waits for room for it, where a budget limits its region. Not with a lock held.
+    pub(crate) fn reserve(&mut self) {
+        if let Some(residence) = self.region.residence.as_ref().filter(|_| !self.is_reserved) {
+            residence.reserve(self.pages());
+            self.is_reserved = true;
+        }
+    }
+
+    /// Whether a page is the one that a fault is about to write.
+    pub(crate) fn is_written(&self, page: usize) -> bool {
+        self.purpose == Purpose::Write && self.demand.is_some_and(|(demanded, _)| demanded == page)
+    }
+
     /// Settles the next `pages` pages. Returns whether a fault joined one of them.
     #[must_use]
     pub(crate) fn settle(&mut self, pages: usize, end: Settlement) -> bool {
+        self.settle_as(pages, end, self.removed)
+    }
+
+    /// The same. `is_changed`: what is there isn't what its source has.
+    #[must_use]
+    pub(crate) fn settle_as(&mut self, pages: usize, end: Settlement, is_changed: bool) -> bool {
         let settled = self.pages().start..self.pages().start + pages;
         self.done += pages;
+        if let Some(residence) = &self.region.residence {
+            if end == Settlement::Present {
+                let is_written = |page| is_changed || self.is_written(page);
+                residence.enter(settled.clone(), self.is_reserved, is_written);
+            } else if self.is_reserved {
+                residence.give_back(settled.clone());
+            }
+        }
         settled.fold(false, |joined, page| self.region.pages.end(page, end) | joined)
     }
 
@@ -213,7 +255,8 @@ impl PageRun {
             removed: self.removed,
             tries: self.tries,
             attempts: self.attempts,
-            is_early: self.is_early,
+            purpose: self.purpose,
+            is_reserved: self.is_reserved,
         };
         let (one, others) = (part(page..page + 1), [part(pages.start..page), part(page + 1..pages.end)]);
         self.count = self.done; // the parts have them now
@@ -224,6 +267,9 @@ impl PageRun {
 
 impl Drop for PageRun {
     fn drop(&mut self) {
+        if let Some(residence) = self.region.residence.as_ref().filter(|_| self.is_reserved) {
+            residence.give_back(self.pages());
+        }
         for page in self.pages() {
             let _joined = self.region.pages.end(page, Settlement::Released);
         }

@@ -40,6 +40,17 @@ pub(crate) enum Claim {
     Poisoned,
 }
 
+/// What a fault finds a page to be that was there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PresentClaim {
+    /// There, and the caller's.
+    Acquired,
+    /// Another thread has it, and knows now that there is one more to wake.
+    Joined,
+    /// Not there any more.
+    Gone,
+}
+
 /// How a load ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Settlement {
@@ -51,6 +62,8 @@ pub(crate) enum Settlement {
     Released,
     /// The same, and the kernel reports the page as present.
     Contested,
+    /// It was there, and has left memory: missing from now on.
+    Left,
 }
 
 /// The states of the pages of a region.
@@ -178,6 +191,29 @@ impl Pages {
         }
     }
 
+    /// Claims a page that is there, to take it away or to note a write to it. Not where another thread has it.
+    pub(crate) fn try_claim_present(&self, page: usize) -> bool {
+        let cell = &self.cells()[page];
+        cell.compare_exchange(PRESENT, PRESENT | LOADING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// The same for a fault: if another thread has the page, that one wakes who waits for it.
+    pub(crate) fn claim_present(&self, page: usize) -> PresentClaim {
+        let cell = &self.cells()[page];
+        let mut state = cell.load(Ordering::Acquire);
+        loop {
+            let (next, claim) = match state {
+                PRESENT => (state | LOADING, PresentClaim::Acquired),
+                _ if state & LOADING != 0 => (state | JOINED, PresentClaim::Joined),
+                _ => return PresentClaim::Gone,
+            };
+            match cell.compare_exchange_weak(state, next, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return claim,
+                Err(now) => state = now,
+            }
+        }
+    }
+
     /// Whether a thread is about to fill a page, with a prospect of success.
     pub(crate) fn is_in_work(&self, page: usize) -> bool {
         let state = self.cells()[page].load(Ordering::Acquire);
@@ -225,6 +261,7 @@ impl Pages {
                 Settlement::Present => PRESENT,
                 Settlement::Poisoned => POISONED,
                 Settlement::Released => missing,
+                Settlement::Left => state & REMOVED,
                 Settlement::Contested if state >> TRIES_SHIFT == MAX_TRIES => missing,
                 Settlement::Contested => missing + (1 << TRIES_SHIFT),
             };
@@ -384,6 +421,57 @@ mod loom_models {
         });
     }
 
+    /// A fault on a page that leaves either comes first, or is woken, or finds it missing.
+    #[test]
+    fn fault_on_a_page_that_leaves_is_woken_or_finds_it_missing() {
+        explore(|pages| {
+            assert!(pages.try_claim_untouched(0, false));
+            assert!(!pages.end(0, Settlement::Present));
+            let other = Arc::clone(pages);
+            let other = thread::spawn(move || other.claim(0));
+            assert!(pages.try_claim_present(0), "nothing else claims a page that is there");
+            let wakes = pages.end(0, Settlement::Left);
+            let claim = other.join().unwrap();
+            assert_eq!(wakes, claim == Claim::Joined, "{claim:?}");
+            assert_ne!(claim, Claim::Poisoned);
+            assert_eq!(pages.present_and_poisoned(), (0, 0));
+        });
+    }
+
+    /// A first write is noted under the claim, so that whoever takes the page away afterwards knows of it; and who notes it
+    /// never does so of a page that has left.
+    #[test]
+    fn first_write_is_known_to_who_takes_the_page_away() {
+        loom::model(|| {
+            let pages = Arc::new((Pages::new(1).unwrap(), UnsafeCell::new(false)));
+            assert!(pages.0.try_claim_untouched(0, false));
+            assert!(!pages.0.end(0, Settlement::Present));
+            let other = Arc::clone(&pages);
+            let writer = thread::spawn(move || {
+                let claim = other.0.claim_present(0);
+                if claim == PresentClaim::Acquired {
+                    // SAFETY: loom reports another access at the same time.
+                    other.1.with_mut(|written| unsafe { *written = true });
+                    let _joined = other.0.end(0, Settlement::Present);
+                }
+                claim
+            });
+            let (mut known, mut wakes) = (None, false);
+            if pages.0.try_claim_present(0) {
+                // SAFETY: as above.
+                known = Some(pages.1.with(|written| unsafe { *written }));
+                wakes = pages.0.end(0, Settlement::Left);
+            }
+            let claim = writer.join().unwrap();
+            match (claim, known) {
+                // It was noted before, or had the claim, so that the page stayed.
+                (PresentClaim::Acquired, known) => assert!(known.is_none_or(|known| known) && !wakes),
+                (PresentClaim::Joined, known) => assert!(known == Some(false) && wakes),
+                (PresentClaim::Gone, known) => assert!(known == Some(false) && !wakes),
+            }
+        });
+    }
+
     /// A thread that sees a page present finds it counted, and what is removed is counted no more.
     #[test]
     fn counts_follow_the_states() {
@@ -423,6 +511,32 @@ mod tests {
         assert_eq!(pages.claim(2), Claim::Poisoned);
         assert_eq!(pages.present_and_poisoned(), (1, 1));
         assert!(pages.is_missing(0));
+    }
+
+    #[test]
+    fn page_that_is_there_is_claimed_to_leave_and_joined_by_faults() {
+        crate::support::require!();
+        let pages = Pages::new(2).unwrap();
+        assert!(!pages.try_claim_present(0));
+        assert_eq!(pages.claim_present(0), PresentClaim::Gone);
+        assert!(pages.try_claim_untouched(0, false));
+        assert!(!pages.try_claim_present(0), "it is being loaded");
+        assert_eq!(pages.claim_present(0), PresentClaim::Joined);
+        assert!(pages.end(0, Settlement::Present));
+        assert_eq!(pages.claim_present(0), PresentClaim::Acquired);
+        assert!(!pages.try_claim_present(0) && !pages.is_missing(0));
+        assert!(!pages.end(0, Settlement::Present));
+        assert!(pages.try_claim_present(0));
+        assert_eq!(pages.claim(0), Claim::Joined);
+        assert!(pages.end(0, Settlement::Left));
+        assert_eq!(pages.present_and_poisoned(), (0, 0));
+        assert_eq!(pages.claim(0), Claim::Acquired { removed: false, tries: 0 });
+        // What is removed while it leaves is zero.
+        assert!(!pages.end(0, Settlement::Present));
+        assert!(pages.try_claim_present(0));
+        pages.remove(0..1, false);
+        assert!(!pages.end(0, Settlement::Left));
+        assert_eq!(pages.claim(0), Claim::Acquired { removed: true, tries: 0 });
     }
 
     #[test]

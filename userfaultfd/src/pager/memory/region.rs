@@ -14,6 +14,7 @@ use super::fault_around::{FaultAround, Streams};
 use super::page_cache::Cache;
 use super::page_state::Pages;
 use super::served::{Moved, ServedRegion};
+use crate::pager::evict::residence::Residence;
 use crate::pager::{Error, MissingRange, PageSource, Result};
 use crate::source::call::catch_panic;
 use crate::{FeatureFlags, IoctlFlags, RegisterMode, Support};
@@ -49,6 +50,8 @@ pub struct Region {
     minor: Option<(File, u64)>,
     shared: bool,
     missing: Option<Vec<MissingRange>>,
+    /// Where its pages are, if a budget limits how many are in memory.
+    pub(super) residence: Option<Arc<Residence>>,
 }
 
 impl Region {
@@ -93,6 +96,7 @@ impl Region {
             minor: None,
             shared: false,
             missing: None,
+            residence: None,
         }
     }
 
@@ -183,6 +187,12 @@ impl Region {
     pub fn missing(mut self, missing: impl IntoIterator<Item = MissingRange>) -> Self {
         self.missing = Some(missing.into_iter().collect());
         self
+    }
+
+    /// Limits how many of its pages are in memory. They are filled protected.
+    pub(crate) fn residence(mut self, residence: Arc<Residence>) -> Self {
+        self.residence = Some(residence);
+        self.write_protected()
     }
 
     /// The addresses of the region.
@@ -346,6 +356,7 @@ impl Region {
             around: self.around,
             streams: Streams::new(),
             write_protected: self.write_protected,
+            residence: self.residence,
             lease: Arc::default(),
             held: OnceLock::new(),
             cache,

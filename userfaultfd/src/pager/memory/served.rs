@@ -13,6 +13,7 @@ use super::page_state::Pages;
 use crate::holder::Held;
 use crate::lease::Lease;
 use crate::pager::PageSource;
+use crate::pager::evict::residence::Residence;
 
 /// Pages that lay elsewhere when they were first served, so that their place doesn't give the offset of their content.
 #[derive(Clone, Debug)]
@@ -34,6 +35,8 @@ pub(crate) struct ServedRegion {
     pub(crate) around: FaultAround,
     pub(super) streams: Streams,
     pub(crate) write_protected: bool,
+    /// Where its pages are, if a budget limits how many are in memory.
+    pub(crate) residence: Option<Arc<Residence>>,
     /// Taken while a tracker is active.
     pub(crate) lease: Arc<Lease>,
     /// For memory of this process: the entry by which errors of other users of the memory name this one.
@@ -60,6 +63,11 @@ impl ServedRegion {
     /// protection, which stops zero pages and poison.
     pub(crate) fn fills_protected(&self) -> bool {
         self.write_protected || self.lease.is_taken()
+    }
+
+    /// How many pages may be filled at once.
+    pub(crate) fn max_run(&self) -> usize {
+        self.residence.as_ref().map_or(usize::MAX, |residence| residence.max_run())
     }
 
     /// Whether missing pages are being poisoned, or filled at once: no thread waits for a source any more.
@@ -182,6 +190,7 @@ impl ServedRegion {
             around: self.around,
             streams: Streams::new(),
             write_protected: self.write_protected,
+            residence: None,
             lease: Arc::default(),
             held: OnceLock::new(),
             cache: None,

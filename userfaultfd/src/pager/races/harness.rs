@@ -402,7 +402,7 @@ macro_rules! races {
         const _: fn(Point) = |point| match point {
             $(Point::$point => {})*
             // No points of every fault: see `found` and `control`.
-            Point::BeforeAdopt | Point::AfterAdd | Point::BeforeForeign | Point::BeforeLend | Point::BeforeMap | Point::Watch(_) => {}
+            Point::BeforeAdopt | Point::AfterAdd | Point::BeforeForeign | Point::BeforeLend | Point::BeforeMap | Point::Watch(_) | Point::Evict(_) => {}
         };
         use crate::sync_point::Point;
     };

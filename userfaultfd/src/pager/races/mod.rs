@@ -7,6 +7,7 @@ mod added;
 mod control;
 mod deferred;
 mod detach;
+mod evict;
 mod exit;
 mod finish;
 mod fork;

@@ -25,7 +25,12 @@ fn another(scene: &Scene, point: Point) -> Vec<Reader> {
             wait_until(|| scene.statistics().duplicates > 0)
         }
         // It is there, though the pager is busy with it still.
-        Point::BeforeAdopt | Point::AfterAdd | Point::BeforeForeign | Point::BeforeLend | Point::Watch(_) => {
+        Point::BeforeAdopt
+        | Point::AfterAdd
+        | Point::BeforeForeign
+        | Point::BeforeLend
+        | Point::Watch(_)
+        | Point::Evict(_) => {
             unreachable!("they aren't in the life of a fault")
         }
         Point::AfterFill | Point::BeforeWake => assert_eq!(reader.wait(), Seen::Byte(PAGE as u8 + 1)),

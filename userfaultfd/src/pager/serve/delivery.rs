@@ -505,6 +505,7 @@ mod tests {
         let fault = |thread, micros| Fault {
             address: 0,
             kind: FaultKind::Missing,
+            is_write: false,
             thread,
             since: since + Duration::from_micros(micros),
             joined: false,

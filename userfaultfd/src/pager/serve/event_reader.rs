@@ -10,7 +10,7 @@ use super::vma_events::{self, Change};
 use crate::pager::fill::work::Fault;
 use crate::pager::memory::descriptor::{Attachment, Descriptor};
 use crate::pager::{DescriptorId, Problem, stats};
-use crate::{Event, EventBuffer, FaultKind, Result};
+use crate::{Event, EventBuffer, FaultKind, ReadWrite, Result};
 
 /// What a system call has read.
 #[derive(Clone, Copy, Debug)]
@@ -100,7 +100,7 @@ fn take(
 ) {
     let counters = shared.fill.counters(thread);
     let change = match event {
-        Ok(Event::Pagefault { kind, addr, thread_id, .. }) => {
+        Ok(Event::Pagefault { kind, rw, addr, thread_id }) => {
             let counter = match kind {
                 FaultKind::Missing => &counters.missing_faults,
                 FaultKind::Minor => &counters.minor_faults,
@@ -112,6 +112,7 @@ fn take(
             return faults.push_back(Fault {
                 address: addr.addr(),
                 kind,
+                is_write: rw == ReadWrite::Write,
                 thread: thread_id.as_raw(),
                 since,
                 joined: false,

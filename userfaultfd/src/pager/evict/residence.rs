@@ -1,0 +1,287 @@
+//! Where the pages of a region with a budget are: in memory, in the staging area, in the spill file, or in the source.
+//!
+//! The claim of a page's state is what allows to change its place: a fault that loads it, a first write, the evicting
+//! thread. A page counts as missing once it is in the staging area, and a fault on it finds its content there.
+//!
+//! **What was written** is known exactly. Pages are filled protected, and the fault of the first write sets
+//! [`Place::is_written`] under the claim, before the protection is lifted. So whoever has claimed a page that isn't
+//! written knows that the source, or the spill file, has its content.
+//!
+//! **The staging area** is a second range of addresses as long as the region: a page rests at its own offset there.
+
+#![expect(unsafe_code, reason = "pages of memory that nobody else has while they rest")]
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::budget::{Budget, Member, count};
+use super::policy::NONE;
+use super::write_back;
+use crate::own_mapping::OwnMapping;
+use crate::pager::memory::served::ServedRegion;
+use crate::pager::serve::shared::Shared;
+use crate::pager::{Error, Result};
+use crate::{FeatureFlags, RegisterMode, Support, Uffd, sys};
+
+/// Where a page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place(u32);
+
+/// In the staging area.
+const STAGED: u32 = 1 << 31;
+/// Written since it was filled: what the spill file and the source have of it is outdated.
+const WRITTEN: u32 = 1 << 30;
+/// The spill file has it.
+const SPILLED: u32 = 1 << 29;
+/// It has left memory before.
+const LEFT: u32 = 1 << 28;
+/// The number of its frame, while it has one.
+const FRAME: u32 = LEFT - 1;
+
+impl Place {
+    pub(super) fn is_staged(self) -> bool {
+        self.0 & STAGED != 0
+    }
+
+    pub(super) fn is_written(self) -> bool {
+        self.0 & WRITTEN != 0
+    }
+
+    pub(super) fn frame(self) -> u32 {
+        self.0 & FRAME
+    }
+
+    /// It is moved to the staging area.
+    pub(super) fn staged(self) -> Self {
+        Self(self.0 | STAGED)
+    }
+
+    /// It is in memory, in a frame.
+    pub(super) fn entered(self, frame: u32, is_written: bool) -> Self {
+        let written = if is_written { WRITTEN } else { 0 };
+        Self(self.0 & (WRITTEN | SPILLED | LEFT) | written | frame & FRAME)
+    }
+
+    /// It has left memory. If it was written, the spill file has it now.
+    pub(super) fn left(self) -> Self {
+        let spilled = if self.is_written() { SPILLED } else { self.0 & SPILLED };
+        Self(spilled | LEFT)
+    }
+}
+
+/// Where the content of a page is that isn't in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    Source,
+    Spill,
+    Staged,
+}
+
+/// The places of a region's pages, the staging area, and the spill file.
+pub(crate) struct Residence {
+    budget: Budget,
+    /// Its number among those of the budget. Changed with the budget's frames locked.
+    member: AtomicU32,
+    /// A place and a stamp for each page, mapped where a page was touched.
+    cells: MmapRaw,
+    count: usize,
+    staging: OwnMapping,
+    /// `/proc/self/mem`, where pages can't be moved: they are copied then.
+    pub(super) memory: Option<File>,
+    pub(super) spill: File,
+}
+
+impl Residence {
+    /// For `count` pages of the base size. `moves`: whether pages are moved where the kernel can, since Linux 6.8.
+    pub(crate) fn new(budget: &Budget, count: usize, dir: &Path, moves: bool) -> Result<Self> {
+        budget.check()?;
+        let spill = write_back::create(dir);
+        let spill = spill.map_err(|error| Error::Spill { dir: dir.to_owned(), error })?;
+        let cells: MmapRaw =
+            MmapOptions::new().len(count * size_of::<[AtomicU32; 2]>()).no_reserve_swap().map_anon()?.into();
+        let staging = OwnMapping::new(count * crate::page_size(), None)?;
+        let can_move = moves && Support::probe()?.features().contains(FeatureFlags::MOVE);
+        let memory = if can_move { None } else { Some(File::open("/proc/self/mem")?) };
+        let member = AtomicU32::new(NONE);
+        Ok(Self { budget: budget.clone(), member, cells, count, staging, memory, spill })
+    }
+
+    /// Counts the pages of its region from now on, which is filled by a pager. Not one that was filled yet.
+    pub(crate) fn attach(
+        &self,
+        region: &Arc<ServedRegion>,
+        start: usize,
+        uffd: Arc<Uffd>,
+        shared: &Arc<Shared>,
+    ) -> Result<()> {
+        if self.memory.is_none() {
+            // Pages can be moved to what is registered alone. Nothing there is touched while it is missing.
+            let (staging, len) = (self.staging.as_ptr(), self.count * crate::page_size());
+            let registered = uffd.register_with_mode(staging.cast(), len, RegisterMode::MISSING);
+            registered.map_err(|error| Error::Register { address: staging.addr(), error })?;
+        }
+        let (region, shared) = (Arc::clone(region), Arc::clone(shared));
+        self.budget.attach(Member { region, start, uffd, shared })
+    }
+
+    /// Counts them no longer. No thread of the budget touches the region when this returns.
+    pub(crate) fn detach(&self) {
+        if self.budget.pool().is_here() {
+            self.budget.detach(self);
+        }
+    }
+
+    pub(super) fn member(&self) -> Option<u32> {
+        Some(self.member.load(Ordering::Relaxed)).filter(|member| *member != NONE)
+    }
+
+    pub(super) fn set_member(&self, member: Option<u32>) {
+        self.member.store(member.unwrap_or(NONE), Ordering::Relaxed);
+    }
+
+    fn cell(&self, page: usize) -> &[AtomicU32; 2] {
+        assert!(page < self.count, "page {page} of {}", self.count);
+        // SAFETY: the mapping has as many cells as there are pages.
+        let cell = unsafe { self.cells.as_mut_ptr().cast::<[AtomicU32; 2]>().add(page) };
+        // SAFETY: it is mapped and aligned as long as this is borrowed; nothing but these atomics leads to it.
+        unsafe { &*cell }
+    }
+
+    /// Relaxed, as below: only who has claimed the page changes it, and claims are handed on by its state.
+    pub(super) fn place(&self, page: usize) -> Place {
+        Place(self.cell(page)[0].load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_place(&self, page: usize, place: Place) {
+        self.cell(page)[0].store(place.0, Ordering::Relaxed);
+    }
+
+    pub(super) fn stamp(&self, page: usize) -> u32 {
+        self.cell(page)[1].load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_stamp(&self, page: usize, stamp: u32) {
+        self.cell(page)[1].store(stamp, Ordering::Relaxed);
+    }
+
+    /// Where the content of a missing page is, for the thread that has claimed it.
+    pub(crate) fn content(&self, page: usize) -> Content {
+        match self.place(page) {
+            place if place.is_staged() => Content::Staged,
+            place if place.0 & SPILLED != 0 => Content::Spill,
+            _ => Content::Source,
+        }
+    }
+
+    /// Notes that a page isn't what the source or the spill file has, for the thread that has claimed it.
+    pub(crate) fn set_written(&self, page: usize) {
+        let place = self.place(page);
+        self.set_place(page, Place(place.0 | WRITTEN));
+    }
+
+    /// Reads pages from the spill file.
+    pub(crate) fn read_spilled(&self, page: usize, bytes: &mut [u8]) -> io::Result<()> {
+        self.spill.read_exact_at(bytes, page as u64 * crate::page_size() as u64)
+    }
+
+    /// A page in the staging area. It is there as long as its page is claimed.
+    pub(crate) fn staged(&self, page: usize) -> *mut u8 {
+        assert!(page < self.count, "page {page} of {}", self.count);
+        self.staging.as_ptr().wrapping_add(page * crate::page_size())
+    }
+
+    /// Empties pages of the staging area that the caller has claimed.
+    pub(super) fn empty(&self, pages: &Range<usize>) {
+        let (start, len) = (self.staged(pages.start), pages.len() * crate::page_size());
+        // SAFETY: the pages are this value's, and nobody else looks at them: the caller has their claims.
+        let emptied = unsafe { sys::discard(start, len) };
+        debug_assert!(emptied.is_ok(), "{emptied:?}");
+    }
+
+    /// Pages of one load at most.
+    pub(crate) fn max_run(&self) -> usize {
+        self.budget.pool().max_run()
+    }
+
+    /// How many of some pages take room: those that aren't in the staging area. For the thread that has claimed them.
+    fn uncounted(&self, pages: Range<usize>) -> usize {
+        pages.filter(|page| !self.place(*page).is_staged()).count()
+    }
+
+    /// Reserves room for pages that the caller has claimed, and waits for it. Not with a lock held.
+    pub(crate) fn reserve(&self, pages: Range<usize>) {
+        match self.uncounted(pages) {
+            0 => {}
+            pages => self.budget.pool().reserve(pages),
+        }
+    }
+
+    /// Gives back what was reserved for pages that weren't filled, and are claimed still.
+    pub(crate) fn give_back(&self, pages: Range<usize>) {
+        self.budget.pool().give_back(self.uncounted(pages));
+    }
+
+    /// Notes that pages are in memory, before their claim ends. `was_reserved`: whether there is room for them.
+    pub(crate) fn enter(&self, pages: Range<usize>, was_reserved: bool, is_written: impl Fn(usize) -> bool) {
+        let (pool, new) = (self.budget.pool(), self.uncounted(pages.clone()));
+        let (mut back, mut again) = (0, 0);
+        for page in pages.clone() {
+            let place = self.place(page);
+            if place.is_staged() {
+                self.empty(&(page..page + 1));
+                back += 1;
+            } else if place.0 & LEFT != 0 {
+                again += 1;
+            }
+        }
+        if !was_reserved {
+            pool.charge(new);
+        }
+        let mut frames = pool.lock();
+        let mut has_left = false;
+        for page in pages {
+            has_left |= !frames.enter(self, page, is_written(page));
+        }
+        drop(frames);
+        if has_left {
+            // Its memory ends.
+            pool.give_back(new);
+        }
+        count(&pool.counters.second_chances, back);
+        count(&pool.counters.refaults, again);
+    }
+
+    /// Keeps pages from leaving that are there, and those that come. Waits for those that are about to leave. Returns
+    /// whether that is possible.
+    pub(crate) fn pin(&self, pages: Range<usize>) -> bool {
+        let pool = self.budget.pool();
+        let mut frames = pool.lock();
+        let is_pinned = self.member().is_some_and(|member| frames.pin(pool, member, pages));
+        drop(pool.wait_for_pass(frames));
+        is_pinned
+    }
+
+    /// Ends a pin.
+    pub(crate) fn unpin(&self, pages: &Range<usize>) {
+        if let Some(member) = self.member() {
+            self.budget.pool().lock().unpin(member, pages);
+        }
+    }
+}
+
+impl fmt::Debug for Residence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Residence")
+            .field("budget", &self.budget)
+            .field("count", &self.count)
+            .finish_non_exhaustive()
+    }
+}

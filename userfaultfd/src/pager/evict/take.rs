@@ -1,0 +1,176 @@
+//! The thread that takes pages out of memory.
+//!
+//! ```text
+//!                 victim of the policy                    oldest of the staging area
+//!   in memory ───────────────────────────▶ staging area ───────────────────────────▶ spill file, or source
+//!      ▲                                        │                                            │
+//!      └──────── a fault, without a read ◀──────┴───────────── a fault, with a read ◀────────┘
+//! ```
+//!
+//! Both steps claim the page's state, so that a fault that comes meanwhile joins and is woken at the end of the step.
+//! The thread waits for nothing but the kernel and the spill file's disk: not for a worker, a source, the allocator or
+//! the program. So workers may wait for it.
+
+#![expect(unsafe_code, reason = "moves pages of memory that lazy memory handed over")]
+
+use std::os::unix::fs::FileExt;
+use std::slice;
+
+use super::budget::{BATCH, Frames, Member, Pool, Victim};
+use super::write_back;
+use crate::mapped_vec::{self, MappedVec};
+use crate::pager::memory::descriptor::{addr_to_ptr, wake};
+use crate::pager::memory::page_state::Settlement;
+use crate::sync_point::{Departure, Point, reach};
+use crate::{Errno, MoveMode, sys};
+
+/// Moves of a page that the kernel puts off, before it is left where it is.
+const MAX_MOVES: u32 = 16;
+
+/// Evicts for a budget, until that ends.
+pub(super) fn run(pool: &Pool) {
+    let (mut staged, mut dropped) = (mapped_vec::none(), mapped_vec::none());
+    mapped_vec::reserve::<Victim>(&mut staged, BATCH);
+    mapped_vec::reserve::<Victim>(&mut dropped, BATCH);
+    let mut frames = pool.lock();
+    while !frames.is_stopping {
+        let need = frames.need(pool);
+        frames.choose_to_drop(need.drop, &mut dropped);
+        frames.choose_to_stage(need.stage, &mut staged);
+        if staged.is_empty() && dropped.is_empty() {
+            frames.is_stuck = need.stage > 0 || need.drop > 0;
+            // There is room, or none to be had.
+            pool.room.notify_all();
+            frames = pool.wait_for_work(frames);
+            continue;
+        }
+        frames.is_busy = true;
+        drop(frames);
+        let mut is_through = false;
+        if !dropped.is_empty() {
+            write_back::drop_staged(&mut dropped);
+            write_back::count_spilled(pool, &dropped);
+            is_through |= finish(
+                pool,
+                &mut dropped,
+                |frames, victims| frames.dropped(pool, victims),
+                Settlement::Released,
+            );
+        }
+        if !staged.is_empty() {
+            stage(&mut staged);
+            is_through |= finish(pool, &mut staged, Frames::staged, Settlement::Left);
+        }
+        frames = pool.lock();
+        frames.is_busy = false;
+        frames.passes += 1;
+        frames.is_stuck = !is_through;
+        pool.room.notify_all();
+        if frames.is_stuck {
+            frames = pool.wait_for_work(frames);
+        }
+    }
+}
+
+/// Notes what was done, then ends the claims and wakes the faults that joined them. Returns whether anything was done.
+fn finish(
+    pool: &Pool,
+    victims: &mut MappedVec<Victim>,
+    note: impl FnOnce(&mut Frames, &[Victim]),
+    end: Settlement,
+) -> bool {
+    let mut frames = pool.lock();
+    note(&mut frames, victims);
+    drop(frames);
+    let mut is_through = false;
+    for Victim { member, page, is_done, .. } in victims.iter() {
+        is_through |= is_done;
+        // What didn't get through is what it was.
+        let end = match (end, is_done) {
+            (Settlement::Left, false) => Settlement::Present,
+            (end, _) => end,
+        };
+        let address = member.start + page * crate::page_size();
+        reach(Point::Evict(Departure::AfterLeave), address);
+        if member.region.pages.end(*page, end) {
+            wake(&member.uffd, address..address + crate::page_size());
+        }
+    }
+    victims.clear();
+    is_through
+}
+
+/// Brings pages to the staging area.
+fn stage(victims: &mut [Victim]) {
+    write_back::sort(victims);
+    let mut rest = victims;
+    while let Some(len) = write_back::run_len(rest) {
+        let (run, others) = rest.split_at_mut(len);
+        reach(Point::Evict(Departure::BeforeLeave), run[0].member.start + run[0].page * crate::page_size());
+        if run[0].member.residence().memory.is_some() {
+            run.iter_mut().for_each(|victim| victim.is_done = copy_out(&victim.member, victim.page).is_ok());
+        } else {
+            move_out(run);
+        }
+        rest = others;
+    }
+}
+
+/// Moves neighbouring pages, as far as the kernel does it. What it doesn't move stays: a page that is pinned for I/O, for
+/// example.
+fn move_out(run: &mut [Victim]) {
+    let (mut at, mut most, mut tries) = (0, run.len(), 0);
+    while at < run.len() {
+        let Victim { member, page, .. } = &run[at];
+        let src = member.start + page * crate::page_size();
+        let dst = member.residence().staged(*page);
+        let len = (run.len() - at).min(most) * crate::page_size();
+        // SAFETY: the pages are the lazy memory's, whose content nobody loses: a thread that touches one waits for its
+        // claim, and gets it back. The destination is this residence's, empty, and touched by nobody else.
+        let moved = unsafe { member.uffd.move_pages(addr_to_ptr(src), dst.cast(), len, MoveMode::DONT_WAKE) };
+        let (done, errno) = match moved {
+            Ok(done) => (done, None),
+            Err(error) => (error.progress().unwrap_or(0), error.errno()),
+        };
+        let done = done / crate::page_size();
+        run[at..at + done].iter_mut().for_each(|victim| victim.is_done = true);
+        at += done;
+        if done > 0 || errno.is_none() {
+            (most, tries) = (run.len(), 0);
+        } else if most > 1 {
+            // One of them is in the way.
+            most = 1;
+        } else if errno == Some(Errno::EAGAIN) && tries < MAX_MOVES {
+            tries += 1;
+            std::hint::spin_loop();
+        } else {
+            (at, most, tries) = (at + 1, run.len(), 0);
+        }
+    }
+}
+
+/// The same before Linux 6.8: protects the page, copies and drops it.
+fn copy_out(member: &Member, page: usize) -> Result<(), Errno> {
+    let (residence, len) = (member.residence(), crate::page_size());
+    let Some(memory) = &residence.memory else { return Err(Errno::EINVAL) };
+    let address = member.start + page * len;
+    // A write waits from now on for the claim.
+    member
+        .uffd
+        .write_protect(addr_to_ptr(address), len)
+        .map_err(|error| error.errno().unwrap_or(Errno::EINVAL))?;
+    reach(Point::Evict(Departure::BeforeCopyOut), address);
+    // SAFETY: the page is the residence's, and who has the claim has it alone.
+    let staged = unsafe { slice::from_raw_parts_mut(residence.staged(page), len) };
+    // Read this way the kernel doesn't wait for a page that is missing all the same.
+    let copied = memory.read_exact_at(staged, address as u64);
+    let dropped = copied.map_err(|error| crate::error::errno_of(&error)).and_then(|()| {
+        // SAFETY: the page is the lazy memory's, and its content in the staging area. A thread that touches it from now on
+        // waits for the claim.
+        unsafe { sys::discard(addr_to_ptr(address).cast(), len) }
+    });
+    if dropped.is_err() {
+        residence.empty(&(page..page + 1));
+    }
+    dropped
+}
