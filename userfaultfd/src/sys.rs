@@ -261,6 +261,31 @@ pub(crate) fn is_direct(file: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(flags & libc::O_DIRECT != 0)
 }
 
+/// preadv2(2) with RWF_NOWAIT: reads what is in the page cache. EAGAIN: the first byte isn't. EOPNOTSUPP: the file system
+/// can't tell.
+pub(crate) fn read_cached(file: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
+    let mut into = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    let (low, high) = (offset as libc::c_long, (offset >> 32) as libc::c_long);
+    // 64-bit kernels take the whole offset in the first half.
+    let high = if cfg!(target_pointer_width = "64") { 0 } else { high };
+    // SAFETY: the kernel writes to as many bytes as the vector says, which are borrowed for the call.
+    let read = unsafe {
+        libc::syscall(libc::SYS_preadv2, file.as_raw_fd(), &raw mut into, 1, low, high, libc::RWF_NOWAIT)
+    };
+    usize::try_from(read).map_err(|_| Errno::last())
+}
+
+/// posix_fadvise(2). A length of 0 is up to the end.
+pub(crate) fn advise(file: BorrowedFd<'_>, offset: u64, len: u64, advice: libc::c_int) -> Result<(), Errno> {
+    let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
+    let len = libc::off64_t::try_from(len).map_err(|_| Errno::EOVERFLOW)?;
+    // SAFETY: the system call takes integers and touches no memory.
+    match unsafe { libc::posix_fadvise64(file.as_raw_fd(), offset, len, advice) } {
+        0 => Ok(()),
+        errno => Err(Errno::from_raw(errno)),
+    }
+}
+
 /// fallocate(2): has a range of a file exist, as it is or with zeros. The file gets no longer. Through signals.
 pub(crate) fn allocate(file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<(), Errno> {
     let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;

@@ -153,6 +153,6 @@ pub use self::serve::delivery::Delivery;
 pub use self::stats::{Histogram, Statistics};
 pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};
 pub use crate::source::{
-    BytesSource, ConcatSource, FileSource, LayeredSource, MappedFileSource, MappedRamSource, OverlaySource,
-    PageData, PageSource, RamBlock, SourceBytes, ZeroSource,
+    BytesSource, ConcatSource, FileAdvice, FileSource, LayeredSource, MappedFileSource, MappedRamSource,
+    OverlaySource, PageData, PageSource, RamBlock, SourceBytes, ZeroSource,
 };

@@ -4,14 +4,16 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use memmap2::MmapOptions;
 
 use super::data_ranges::DataRanges;
 use super::{PageData, PageSource, invalid};
+use crate::Errno;
 use crate::sys::{self, FileStamp};
 
 /// A file or a part of it as a source: a regular file or a block device.
@@ -38,7 +40,11 @@ use crate::sys::{self, FileStamp};
 ///   has fewer blocks than bytes; [`sparse`](Self::sparse) forces or prevents that. It opens the file once more, by
 ///   `/proc/self/fd`; where that fails, all is read. Once the file has changed, its holes are read, too.
 /// - **Changes** of the content show in pages that are read afterwards.
-/// - **`O_DIRECT`**: a file opened with it is read in whole blocks, also where its end isn't the end of a block.
+/// - **`O_DIRECT`**: a file opened with it is read in whole blocks, also where its end isn't the end of a block;
+///   [`direct`](Self::direct) opens it so.
+/// - **Zeros** that were read are [`PageData::Zero`], if all that was read is zero: looking takes some nanoseconds where
+///   there is data, and less than copying a page where there is none, which then takes no memory.
+/// - **Small reads of what isn't in the page cache** have the kernel read [more](Self::read_size) around them.
 ///
 /// # System calls on the file itself
 ///
@@ -59,6 +65,28 @@ pub struct FileSource {
     is_device: bool,
     /// Whether only whole blocks can be read.
     is_direct: bool,
+    /// Bytes that are read around what isn't cached.
+    read_size: u64,
+    /// Whether the file system tells what is cached.
+    tells_cached: AtomicBool,
+    /// What it was made of, where `file` was opened anew: closing it would release the process's locks of the file.
+    _given: Option<File>,
+}
+
+/// How a file will be read: advice for the kernel, by posix_fadvise(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FileAdvice {
+    /// As the kernel assumes: `POSIX_FADV_NORMAL`.
+    Normal,
+    /// From its beginning to its end: `POSIX_FADV_SEQUENTIAL`. The kernel reads ahead twice as far.
+    Sequential,
+    /// Here and there: `POSIX_FADV_RANDOM`. The kernel reads nothing ahead.
+    Random,
+    /// Soon, all of it: `POSIX_FADV_WILLNEED`. The kernel begins to read it into the page cache now, without a wait.
+    WillNeed,
+    /// Not again: `POSIX_FADV_DONTNEED`. The kernel drops what is in the page cache now, and was written.
+    DontNeed,
 }
 
 /// The holes of a file, valid until it changes.
@@ -143,6 +171,9 @@ impl Holes {
 /// Bytes of the blocks in which a file with O_DIRECT is read: what devices and file systems ask for at most.
 const BLOCK_BYTES: usize = 4096;
 
+/// Bytes that are read around a page that isn't cached: what the kernel reads around a fault in a mapping by default.
+const READ_BYTES: u64 = 128 << 10;
+
 impl FileSource {
     /// Opens a file for reading.
     ///
@@ -185,6 +216,56 @@ impl FileSource {
         self
     }
 
+    /// Reads past the page cache (`true`), with `O_DIRECT`: for an image that is in memory once, where the pager put it,
+    /// and not twice. Each read then waits for the disk. `false` reads through it. Opens the file once more, by
+    /// `/proc/self/fd`, if it isn't open so.
+    ///
+    /// # Errors
+    ///
+    /// Those of open(2): `EINVAL` where the file system has no such reads.
+    pub fn direct(mut self, direct: bool) -> io::Result<Self> {
+        if direct != self.is_direct {
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let flags = if direct { libc::O_DIRECT } else { 0 };
+            let file = File::options().read(true).custom_flags(flags).open(path)?;
+            let given = std::mem::replace(&mut self.file, file);
+            self._given.get_or_insert(given);
+            self.is_direct = direct;
+        }
+        Ok(self)
+    }
+
+    /// Tells the kernel how this part of the file will be read. The advice holds for all that share the open file
+    /// description.
+    ///
+    /// # Errors
+    ///
+    /// Those of posix_fadvise(2).
+    pub fn advise(self, advice: FileAdvice) -> io::Result<Self> {
+        let advice = match advice {
+            FileAdvice::Normal => libc::POSIX_FADV_NORMAL,
+            FileAdvice::Sequential => libc::POSIX_FADV_SEQUENTIAL,
+            FileAdvice::Random => libc::POSIX_FADV_RANDOM,
+            FileAdvice::WillNeed => libc::POSIX_FADV_WILLNEED,
+            FileAdvice::DontNeed => libc::POSIX_FADV_DONTNEED,
+        };
+        // 0 would be up to the end of the file.
+        if self.len > 0 {
+            sys::advise(self.file.as_fd(), self.start, self.len, advice)?;
+        }
+        Ok(self)
+    }
+
+    /// Bytes that the kernel reads into the page cache around a smaller read that isn't there yet, in a block at a
+    /// multiple of as many. The default is 128 KiB, what the kernel reads around a fault in a mapping. 0 leaves it to the
+    /// kernel, which then reads no more than a page in many an order. Without effect with `O_DIRECT`, and where the file
+    /// system doesn't tell what is cached (tmpfs, where all is).
+    #[must_use]
+    pub fn read_size(mut self, bytes: usize) -> Self {
+        self.read_size = bytes as u64;
+        self
+    }
+
     fn within(file: File, start: u64, len: Option<u64>) -> io::Result<Self> {
         // Reads nothing, and fails where a read would.
         file.read_at(&mut [], 0)?;
@@ -207,7 +288,17 @@ impl FileSource {
         let rest = file_len.checked_sub(start);
         match (len.or(rest), rest) {
             (Some(len), Some(rest)) if len <= rest => {
-                let source = Self { file, start, len, holes: None, is_device, is_direct };
+                let source = Self {
+                    file,
+                    start,
+                    len,
+                    holes: None,
+                    is_device,
+                    is_direct,
+                    read_size: READ_BYTES,
+                    tells_cached: AtomicBool::new(true),
+                    _given: None,
+                };
                 Ok(source.sparse(stamp.allocated < stamp.len))
             }
             _ => {
@@ -257,6 +348,32 @@ impl FileSource {
         Ok(())
     }
 
+    /// Reads through the page cache. What isn't there is read with what is around it.
+    fn read_around(&self, page: &mut [u8], from: u64) -> io::Result<()> {
+        let len = page.len();
+        // Relaxed: a thread that sees it late asks once more.
+        if self.read_size <= len as u64 || !self.tells_cached.load(Ordering::Relaxed) {
+            return self.read_up_to(page, len, from);
+        }
+        let cached = match sys::read_cached(self.file.as_fd(), page, from) {
+            // Also at the end of a file that became shorter, which the read below finds.
+            Ok(cached) => cached,
+            Err(Errno::EAGAIN | Errno::EINTR) => 0,
+            Err(_) => {
+                self.tells_cached.store(false, Ordering::Relaxed);
+                return self.read_up_to(page, len, from);
+            }
+        };
+        if cached < len {
+            let first = (from + cached as u64) / self.read_size * self.read_size;
+            let end = (from + len as u64).next_multiple_of(self.read_size);
+            // Only makes the read below faster, so that its errors are the ones to report.
+            let _ = sys::advise(self.file.as_fd(), first, end - first, libc::POSIX_FADV_WILLNEED);
+            self.read_up_to(&mut page[cached..], len - cached, from + cached as u64)?;
+        }
+        Ok(())
+    }
+
     /// Reads at least `least` bytes, and at most what the buffer has room for.
     fn read_up_to(&self, room: &mut [u8], least: usize, from: u64) -> io::Result<()> {
         let mut done = 0;
@@ -274,6 +391,12 @@ impl FileSource {
     }
 }
 
+/// Whether all bytes are zero. Ends in the first piece that has another.
+fn is_zero(bytes: &[u8]) -> bool {
+    // A fold has no branch inside of it, so that it takes the machine's widest registers.
+    bytes.chunks(256).all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
 impl PageSource for FileSource {
     fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         let rest = self.len.saturating_sub(offset);
@@ -285,7 +408,10 @@ impl PageSource for FileSource {
         if self.is_direct {
             self.read_blocks(page, inside, from)?;
         } else {
-            self.read_up_to(&mut page[..inside], inside, from)?;
+            self.read_around(&mut page[..inside], from)?;
+        }
+        if is_zero(&page[..inside]) {
+            return Ok(PageData::Zero);
         }
         page[inside..].fill(0);
         Ok(PageData::Data)
@@ -308,7 +434,6 @@ impl PageSource for FileSource {
 mod tests {
     use std::io::ErrorKind;
     use std::os::fd::OwnedFd;
-    use std::os::unix::fs::OpenOptionsExt;
     use std::os::unix::net::UnixStream;
     use std::{fs, iter};
 
@@ -345,7 +470,6 @@ mod tests {
             PageData::Data => assert!(page.iter().copied().eq(expected), "{len} bytes at {offset}"),
             PageData::Zero => {
                 assert!(expected.eq(iter::repeat_n(0, len)), "{len} bytes at {offset}");
-                assert!(page.iter().all(|byte| *byte == 0xee), "the buffer of zeros isn't touched");
             }
         }
         fill
@@ -455,7 +579,7 @@ mod tests {
         file.set_len(BLOCK as u64 + 10).unwrap();
         // After a change the hole is read.
         assert_eq!(source.zeros(10), 0);
-        assert_eq!(check(&source, |_| 0, 0, BLOCK), PageData::Data);
+        assert_eq!(check(&source, |_| 0, 0, BLOCK), PageData::Zero);
         let error = source.read(BLOCK as u64, &mut [0; 11]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
     }
@@ -508,7 +632,8 @@ mod tests {
         crate::support::require!();
         let source = FileSource::new(sparse_file()).unwrap().sparse(false);
         for block in 0..6 {
-            assert_eq!(check(&source, sparse_byte, block * BLOCK, BLOCK), PageData::Data, "{block}");
+            check(&source, sparse_byte, block * BLOCK, BLOCK);
+            assert_eq!(source.hole_at((block * BLOCK) as u64, || panic!("it isn't asked for")), 0, "{block}");
         }
         assert_eq!(source.zeros(0), 0);
     }
@@ -645,5 +770,129 @@ mod tests {
         let part = FileSource::range(file, 1000, 8000).unwrap();
         check(&part, |at| byte(1000 + at), 0, 4096);
         check(&part, |at| byte(1000 + at), 4096, 4096);
+    }
+
+    #[test]
+    fn zeros_that_were_read_are_zero_and_a_single_byte_is_data() {
+        require!();
+        let file = File::from(sys::memfd());
+        file.write_all_at(&vec![0; 3 * 4096], 0).unwrap();
+        let source = FileSource::new(file.try_clone().unwrap()).unwrap();
+        for (offset, len) in [(0, 4096), (4096, 8192), (1, 4095), (8192, 4 * 4096), (0, 1), (3, 0)] {
+            assert_eq!(check(&source, |_| 0, offset, len), PageData::Zero, "{len} at {offset}");
+        }
+        assert_eq!(source.zeros(0), 0);
+        for at in [4096, 4351, 4352, 5000, 8191] {
+            file.write_all_at(&[1], at).unwrap();
+            let content = |offset| u8::from(offset as u64 == at);
+            assert_eq!(check(&source, content, 4096, 4096), PageData::Data, "{at}");
+            assert_eq!(check(&source, content, 0, 4096), PageData::Zero, "{at}");
+            file.write_all_at(&[0], at).unwrap();
+        }
+    }
+
+    /// A file of the machine's disk, that nothing else knows, and nothing of which is in the page cache. `None` where the
+    /// kernel doesn't drop it.
+    fn cold_file(len: usize) -> Option<File> {
+        let path = std::env::temp_dir().join(format!("userfaultfd-cold-{}-{len}", std::process::id()));
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        fs::remove_file(path).unwrap();
+        file.write_all_at(&(0..len).map(byte).collect::<Vec<_>>(), 0).unwrap();
+        file.sync_all().unwrap();
+        sys::advise(file.as_fd(), 0, 0, libc::POSIX_FADV_DONTNEED).unwrap();
+        let cached = Cached::new(&file);
+        (0..len).step_by(4096).all(|at| !cached.has(at)).then_some(file)
+    }
+
+    /// Which pages of a file are in the page cache, without a look that reads them: preadv2(2) with RWF_NOWAIT has the
+    /// kernel begin to read what isn't there.
+    struct Cached(memmap2::MmapRaw);
+
+    impl Cached {
+        fn new(file: &File) -> Self {
+            Self(MmapOptions::new().map_raw_read_only(file).unwrap())
+        }
+
+        fn has(&self, offset: usize) -> bool {
+            let page = offset / crate::page_size() * crate::page_size();
+            sys::is_resident(self.0.as_mut_ptr().wrapping_add(page).cast())
+        }
+    }
+
+    #[test]
+    fn a_small_read_of_a_cold_file_reads_what_is_around_it() {
+        require!();
+        const LEN: usize = 1 << 20;
+        let Some(file) = cold_file(LEN) else {
+            crate::support::has(
+                crate::support::test_name!(),
+                "a file system that drops and tells what is cached",
+                false,
+            );
+            return;
+        };
+        let source = FileSource::new(file.try_clone().unwrap()).unwrap().advise(FileAdvice::Random).unwrap();
+        let cached = Cached::new(&file);
+        let is_cached = |at: usize| cached.has(at);
+        // Left to the kernel, which was told to read nothing else.
+        let source = source.read_size(0);
+        check(&source, byte, 304 << 10, 4096);
+        assert!(is_cached(304 << 10) && !is_cached(320 << 10) && !is_cached(288 << 10));
+        let source = source.read_size(128 << 10);
+        check(&source, byte, 600 << 10, 4096);
+        // The kernel reads on while the source returns.
+        let around = (512 << 10..640 << 10).step_by(4096);
+        for at in around {
+            while !is_cached(at) {
+                std::thread::yield_now();
+            }
+        }
+        assert!(!is_cached(448 << 10) && !is_cached(640 << 10));
+        // Across the border of two blocks.
+        check(&source, byte, (768 << 10) - 4096, 8192);
+        for at in (640 << 10..896 << 10).step_by(4096) {
+            while !is_cached(at) {
+                std::thread::yield_now();
+            }
+        }
+        check(&source, byte, 0, LEN);
+    }
+
+    #[test]
+    fn a_file_is_read_past_the_page_cache_if_asked() {
+        require!();
+        let Some(file) = cold_file(300_001) else {
+            crate::support::has(
+                crate::support::test_name!(),
+                "a file system that drops and tells what is cached",
+                false,
+            );
+            return;
+        };
+        let source = FileSource::new(file.try_clone().unwrap()).unwrap().direct(true);
+        let Ok(source) = source else {
+            crate::support::has(crate::support::test_name!(), "O_DIRECT", false);
+            return;
+        };
+        for (offset, len) in [(0, 4096), (8192, 65_536), (298_000, 4096), (1, 5000), (300_000, 4096)] {
+            check(&source, byte, offset, len);
+        }
+        let cached = Cached::new(&file);
+        assert!((0..300_001).step_by(4096).all(|at| !cached.has(at)));
+        // And back.
+        let source = source.direct(false).unwrap();
+        check(&source, byte, 0, 4096);
+        assert!(cached.has(0));
+    }
+
+    #[test]
+    fn advice_of_every_kind_is_taken() {
+        require!();
+        use FileAdvice::{DontNeed, Normal, Random, Sequential, WillNeed};
+        for advice in [Normal, Sequential, Random, WillNeed, DontNeed] {
+            let source = FileSource::range(file(20_000), 1, 10_000).unwrap().advise(advice).unwrap();
+            check(&source, |at| byte(1 + at), 0, 12_000);
+            FileSource::range(file(10), 5, 0).unwrap().advise(advice).unwrap();
+        }
     }
 }

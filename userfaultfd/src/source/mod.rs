@@ -21,7 +21,7 @@ mod overlay;
 mod pieces;
 
 pub use concat::ConcatSource;
-pub use file::FileSource;
+pub use file::{FileAdvice, FileSource};
 pub use layered::LayeredSource;
 pub use mapped::MappedFileSource;
 pub use mapped_ram::{MappedRamSource, RamBlock};
