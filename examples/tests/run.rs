@@ -280,6 +280,20 @@ fn layers_show_each_clone_its_own_memory() {
     assert_eq!(output.out, expected);
 }
 
+#[cfg(feature = "http")]
+#[test]
+fn from_http_reads_by_faults_what_the_server_has() {
+    let output = run(&mut command("from_http"));
+    assert!(output.status.success() && output.err.is_empty(), "{output:?}");
+    let lines: Vec<_> = output.out.lines().collect();
+    let hash = |line: &str, what: &str| line.strip_prefix(what).expect("a checksum")[..16].to_owned();
+    assert_eq!(lines[0], "version: \"1\"");
+    assert_eq!(hash(lines[2], "faults:  "), hash(lines[3], "at once: "));
+    let again: u64 =
+        lines[4].rsplit_once(" bytes, ").unwrap().1.strip_suffix(" of them again").unwrap().parse().unwrap();
+    assert!(again > 0, "{}", output.out);
+}
+
 #[test]
 fn replay_has_filled_what_was_needed_before() {
     let output = run(&mut command("replay"));

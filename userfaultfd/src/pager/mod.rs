@@ -156,3 +156,5 @@ pub use crate::source::{
     BytesSource, ConcatSource, FileAdvice, FileSource, LayeredSource, MappedFileSource, MappedRamSource,
     OverlaySource, PageData, PageSource, RamBlock, SourceBytes, ZeroSource,
 };
+#[cfg(feature = "http")]
+pub use crate::source::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};

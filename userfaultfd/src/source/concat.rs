@@ -92,6 +92,10 @@ impl PageSource for ConcatSource {
         self.0.read(offset, page)
     }
 
+    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.0.read_early(offset, page)
+    }
+
     fn len(&self) -> Option<u64> {
         self.0.len()
     }

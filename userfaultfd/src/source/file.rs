@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use memmap2::MmapOptions;
@@ -67,6 +67,8 @@ pub struct FileSource {
     is_direct: bool,
     /// Bytes that are read around what isn't cached.
     read_size: u64,
+    /// Where the last read ended, cut to a word: a guess.
+    next: AtomicUsize,
     /// Whether the file system tells what is cached.
     tells_cached: AtomicBool,
     /// What it was made of, where `file` was opened anew: closing it would release the process's locks of the file.
@@ -257,7 +259,7 @@ impl FileSource {
     }
 
     /// Bytes that the kernel reads into the page cache around a smaller read that isn't there yet, in a block at a
-    /// multiple of as many. The default is 128 KiB, what the kernel reads around a fault in a mapping. 0 leaves it to the
+    /// multiple of as many, unless it goes on where the last one ended. The default is 128 KiB, what the kernel reads around a fault in a mapping. 0 leaves it to the
     /// kernel, which then reads no more than a page in many an order. Without effect with `O_DIRECT`, and where the file
     /// system doesn't tell what is cached (tmpfs, where all is).
     #[must_use]
@@ -296,6 +298,7 @@ impl FileSource {
                     is_device,
                     is_direct,
                     read_size: READ_BYTES,
+                    next: AtomicUsize::new(usize::MAX),
                     tells_cached: AtomicBool::new(true),
                     _given: None,
                 };
@@ -351,8 +354,10 @@ impl FileSource {
     /// Reads through the page cache. What isn't there is read with what is around it.
     fn read_around(&self, page: &mut [u8], from: u64) -> io::Result<()> {
         let len = page.len();
-        // Relaxed: a thread that sees it late asks once more.
-        if self.read_size <= len as u64 || !self.tells_cached.load(Ordering::Relaxed) {
+        // Relaxed: each is by itself, and a guess. The kernel reads ahead of reads in order, and does it better: a scan of
+        // a cold file takes twice as long where each block is asked for when it is needed.
+        let goes_on = self.next.swap((from + len as u64) as usize, Ordering::Relaxed) == from as usize;
+        if self.read_size <= len as u64 || goes_on || !self.tells_cached.load(Ordering::Relaxed) {
             return self.read_up_to(page, len, from);
         }
         let cached = match sys::read_cached(self.file.as_fd(), page, from) {

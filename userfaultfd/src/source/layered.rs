@@ -137,7 +137,6 @@ impl LayeredSource {
     ///
     /// Of the kind [`InvalidInput`](io::ErrorKind::InvalidInput): it is of memory of another length.
     #[cfg(feature = "snapshot")]
-    #[cfg_attr(docsrs, doc(cfg(feature = "snapshot")))]
     pub fn push_snapshot(&mut self, snapshot: SnapshotReader) -> io::Result<&mut Self> {
         let (snapshot_len, len) = (snapshot.len().unwrap_or_default(), self.pieces.end());
         if snapshot_len != len {
@@ -202,6 +201,10 @@ impl LayeredSource {
 impl PageSource for LayeredSource {
     fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         self.pieces.read(offset, page)
+    }
+
+    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.pieces.read_early(offset, page)
     }
 
     fn len(&self) -> Option<u64> {

@@ -294,6 +294,10 @@ impl PageSource for MappedRamSource {
         self.pieces.read(offset, page)
     }
 
+    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.pieces.read_early(offset, page)
+    }
+
     fn len(&self) -> Option<u64> {
         self.pieces.len()
     }

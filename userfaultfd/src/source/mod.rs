@@ -19,6 +19,8 @@ mod memory;
 mod model;
 mod overlay;
 mod pieces;
+#[cfg(feature = "http")]
+mod remote;
 
 pub use concat::ConcatSource;
 pub use file::{FileAdvice, FileSource};
@@ -27,6 +29,8 @@ pub use mapped::MappedFileSource;
 pub use mapped_ram::{MappedRamSource, RamBlock};
 pub use memory::{BytesSource, ZeroSource};
 pub use overlay::OverlaySource;
+#[cfg(feature = "http")]
+pub use remote::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};
 
 /// What a source has put into the buffer of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,6 +84,16 @@ pub trait PageSource: Send + Sync {
     /// [`RetryPolicy`](crate::pager::RetryPolicy), then ends the fault as the region says, by default with poison: an
     /// access to the page raises SIGBUS. Zeros are never substituted. A panic counts as an error.
     fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData>;
+
+    /// Does the same where no thread waits for the page: ahead of a fault, or in the background. A source whose reads wait
+    /// for each other lets those for faults go first. By default it is [`read`](Self::read).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`read`](Self::read).
+    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.read(offset, page)
+    }
 
     /// Returns the length of the source in bytes, or `None` if it has no end, as a closure or zeros.
     ///
@@ -155,6 +169,10 @@ where
 impl<S: PageSource + ?Sized> PageSource for Arc<S> {
     fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
         (**self).read(offset, page)
+    }
+
+    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        (**self).read_early(offset, page)
     }
 
     fn len(&self) -> Option<u64> {

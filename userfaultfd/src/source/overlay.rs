@@ -98,10 +98,13 @@ impl<S: PageSource> OverlaySource<S> {
         let mut behind = self.patches.range((Bound::Excluded(offset), Bound::Unbounded));
         behind.next().map(|(at, patch)| (*at, patch))
     }
-}
 
-impl<S: PageSource> PageSource for OverlaySource<S> {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+    fn read_by(
+        &self,
+        offset: u64,
+        page: &mut [u8],
+        read: impl FnOnce(&mut [u8]) -> io::Result<PageData>,
+    ) -> io::Result<PageData> {
         let first = self.patch_at(offset).map(|(patch, into)| &patch[into..]);
         if let Some(patch) = first.filter(|patch| patch.len() >= page.len()) {
             page.copy_from_slice(&patch[..page.len()]);
@@ -109,7 +112,7 @@ impl<S: PageSource> PageSource for OverlaySource<S> {
         }
         let end = offset.saturating_add(page.len() as u64);
         let mut next = self.next_patch(offset).filter(|(at, _)| *at < end);
-        let data = self.base.read(offset, page)?;
+        let data = read(page)?;
         if first.is_none() && next.is_none() {
             return Ok(data);
         }
@@ -126,6 +129,16 @@ impl<S: PageSource> PageSource for OverlaySource<S> {
             next = self.next_patch(at).filter(|(at, _)| *at < end);
         }
         Ok(PageData::Data)
+    }
+}
+
+impl<S: PageSource> PageSource for OverlaySource<S> {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.read_by(offset, page, |page| self.base.read(offset, page))
+    }
+
+    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.read_by(offset, page, |page| self.base.read_early(offset, page))
     }
 
     fn len(&self) -> Option<u64> {

@@ -126,10 +126,13 @@ impl Pieces {
             (self.source(piece.origin), piece.from + skipped, rest)
         })
     }
-}
 
-impl PageSource for Pieces {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+    fn read_by(
+        &self,
+        offset: u64,
+        page: &mut [u8],
+        read: impl Fn(&dyn PageSource, u64, &mut [u8]) -> io::Result<PageData>,
+    ) -> io::Result<PageData> {
         let (mut done, mut data) = (0, PageData::Zero);
         for (source, from, rest) in self.from(offset) {
             if done == page.len() {
@@ -137,7 +140,7 @@ impl PageSource for Pieces {
             }
             let end = usize::try_from(rest).map_or(page.len(), |rest| rest.min(page.len() - done) + done);
             let here = match source {
-                Some(source) => source.read(from, &mut page[done..end])?,
+                Some(source) => read(source, from, &mut page[done..end])?,
                 None => PageData::Zero,
             };
             match (data, here) {
@@ -155,6 +158,16 @@ impl PageSource for Pieces {
             page[done..].fill(0);
         }
         Ok(data)
+    }
+}
+
+impl PageSource for Pieces {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.read_by(offset, page, |source, from, bytes| source.read(from, bytes))
+    }
+
+    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.read_by(offset, page, |source, from, bytes| source.read_early(from, bytes))
     }
 
     fn len(&self) -> Option<u64> {

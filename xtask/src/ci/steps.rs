@@ -75,14 +75,19 @@ fn features() -> Result<Outcome, String> {
     if core != CORE {
         return Err(format!("without features the library depends on {}", core.join(", ")));
     }
-    for features in ["", "pager", "tracking", "snapshot"] {
+    for features in ["", "pager", "tracking", "snapshot", "http"] {
         let features = format!("--features={features}");
         run(&["clippy", "--lib", "--tests"], &features, &["--", "--deny=warnings"])?;
     }
     run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
     run(&["test", "--lib"], "--features=snapshot", &["--", "snapshot::"])?;
-    let optional = "--features=pager,tracking,snapshot,tracing,serde";
+    let optional = "--features=pager,tracking,snapshot,tracing,serde,http";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
+    run(&["test", "--test=http"], optional, &[])?;
+    let examples = ["--package=userfaultfd-examples", "--features=http"];
+    execute(&mut cargo(&[&["clippy", "--all-targets"], &examples[..], &["--", "--deny=warnings"]].concat()))?;
+    execute(&mut cargo(&[&["build", "--example=from_http"], &examples[..]].concat()))?;
+    execute(&mut cargo(&[&["test", "--test=run"], &examples[..], &["--", "from_http"]].concat()))?;
     passed(run(&["test", "--lib"], optional, &["--", "pager::"]))
 }
 

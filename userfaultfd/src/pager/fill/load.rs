@@ -129,7 +129,10 @@ impl PageFiller {
             context.activities.set_reading(place, region.id, is_slow);
         }
         let start = Instant::now();
-        let fill = catch_panic(|| region.source.read(offset, &mut buffer[..len]));
+        let fill = catch_panic(|| match run.demand {
+            Some(_) => region.source.read(offset, &mut buffer[..len]),
+            None => region.source.read_early(offset, &mut buffer[..len]),
+        });
         let took = start.elapsed();
         if let Some(place) = place {
             context.activities.set_at_work(place, true);
