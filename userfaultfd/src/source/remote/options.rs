@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// How a remote object is read. The defaults are made for page faults, behind which a thread waits: a retry comes soon, and
-/// a read gives up while somebody may still do something about it.
+/// a read gives up while the program can still react.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteOptions {
     pub(super) connections: usize,
