@@ -71,7 +71,7 @@ pub enum PageData {
 ///   waits for ever.
 /// - Touch the memory that it fills.
 /// - Allocate, if the descriptor reports forks: a forking thread holds the allocator's locks until the pager has read
-///   the event.
+///   the event. A panic allocates, too; so does a snapshot that is read from a chain of more files than are kept open.
 pub trait PageSource: Send + Sync {
     /// Fills `page`, a whole number of the region's pages, with what belongs at byte `offset` of the source.
     ///

@@ -68,6 +68,26 @@ struct Place {
     users: Visitors,
     /// Faults so far: chooses those that are timed.
     faults: AtomicU32,
+    /// Faults that are being resolved.
+    running: AtomicU32,
+}
+
+/// A fault that is being resolved, until this is dropped.
+pub(super) struct Running<'a>(&'a AtomicU32);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl<'a> User<'a> {
+    /// Counts a fault that this thread resolves.
+    pub(super) fn begin_fault(&self) -> Running<'a> {
+        let running = &self.lazy.places[self.place].running;
+        running.fetch_add(1, Ordering::Relaxed);
+        Running(running)
+    }
 }
 
 /// A memory that a thread has entered: it stays until this is dropped.
@@ -179,6 +199,11 @@ impl Lazy {
         let place = shard % USER_COUNTERS;
         self.places[place].users.enter();
         User { lazy: self, place }
+    }
+
+    /// Whether a fault of this memory is being resolved.
+    pub(crate) fn is_resolving(&self) -> bool {
+        self.places.iter().any(|place| place.running.load(Ordering::Relaxed) > 0)
     }
 
     /// Counts the calling thread as a user, unless the memory is gone: then its addresses may belong to another mapping.
@@ -769,8 +794,9 @@ mod tests {
         thread::scope(|scope| {
             let readers: Vec<_> = slow.iter().map(|(_, memory)| scope.spawn(|| memory[0])).collect();
             stops.iter().for_each(|stop| stop.reached_by(1));
-            assert!(table::is_any_running());
+            assert!(slow.iter().all(|(owned, _)| owned.lazy().is_resolving()));
             let (owned, memory) = owned();
+            assert!(!owned.lazy().is_resolving(), "so that its background goes on");
             assert_eq!((memory[0], owned.lazy().statistics().fills), (7, 2));
             drop(stops);
             assert!(readers.into_iter().all(|reader| reader.join().unwrap() == 7));

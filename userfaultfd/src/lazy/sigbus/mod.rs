@@ -13,7 +13,6 @@ mod visitors;
 pub use concat::SignalSafeConcat;
 pub(crate) use memory::{Lazy, Lost};
 pub(crate) use owned::Owned;
-pub(crate) use table::is_any_running;
 
 use std::sync::Arc;
 

@@ -35,9 +35,7 @@ struct Shared {
 
 #[repr(C, align(128))] // no line of the cache, nor the one that is fetched with it, is another shard's
 struct Shard {
-    /// Faults that are being resolved.
-    running: AtomicU32,
-    /// Those of them that search the table.
+    /// Faults that search the table.
     searching: Visitors,
 }
 
@@ -81,30 +79,15 @@ fn shared_or_new() -> Result<&'static Shared, Errno> {
     shared().ok_or(Errno::ENOMEM)
 }
 
-/// A fault that is being resolved.
-struct Running<'a>(&'a Shard);
-
-impl Drop for Running<'_> {
-    fn drop(&mut self) {
-        self.0.running.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 /// Calls `with` with the memory at an address, which stays meanwhile. Returns `None` if there is none.
 /// Async-signal-safe.
 pub(super) fn with_memory_at<T>(address: usize, with: impl FnOnce(&Lazy, usize) -> T) -> Option<T> {
     let shared = shared()?;
     let number = shard_number();
     let shard = &shared.shards[number];
-    shard.running.fetch_add(1, Ordering::Relaxed);
-    let _running = Running(shard);
     let user = shared.enter(shard, address, number)?;
+    let _fault = user.begin_fault();
     Some(with(&user, number))
-}
-
-/// Whether any fault of any memory is being resolved.
-pub(crate) fn is_any_running() -> bool {
-    shared().is_some_and(|shared| shared.shards.iter().any(|shard| shard.running.load(Ordering::Relaxed) > 0))
 }
 
 impl Shared {

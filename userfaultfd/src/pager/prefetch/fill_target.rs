@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::lazy::sigbus::{Lazy, Lost, is_any_running};
+use crate::lazy::sigbus::{Lazy, Lost};
 use crate::lock_order::{RankedMutex, lock, rank};
 use crate::pager::activity::Busy;
 use crate::pager::fill::ahead_queue::CHUNK_BYTES;
@@ -111,7 +111,7 @@ impl Target {
     pub(super) fn busy(&self) -> Busy {
         match self {
             Self::Pager { shared, region, .. } => shared.busy(region.id),
-            Self::Sigbus(_) if is_any_running() => Busy::Yes,
+            Self::Sigbus(lazy) if lazy.is_resolving() => Busy::Yes,
             Self::Sigbus(_) => Busy::No,
         }
     }

@@ -8,6 +8,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use memmap2::MmapMut;
+
 use super::format::{FormatError, Place, SnapshotId};
 use super::layer::{Layer, Stretch};
 use super::writer::SnapshotWriter;
@@ -318,7 +320,8 @@ impl PageSource for SnapshotReader {
         // Pages smaller than where the snapshot was taken.
         let first = offset / block;
         let last = (offset + len).div_ceil(block);
-        let mut bytes = vec![0; ((last - first) * block) as usize];
+        // Mapped: a thread that waits for this read may hold the allocator's locks.
+        let mut bytes = MmapMut::map_anon(((last - first) * block) as usize)?;
         let fill = self.read_whole(first, &mut bytes)?;
         let into = (offset - first * block) as usize;
         page.copy_from_slice(&bytes[into..into + page.len()]);
