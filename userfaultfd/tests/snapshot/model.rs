@@ -8,10 +8,12 @@
 //! `USERFAULTFD_MODEL_SECONDS` says how long it takes (and `USERFAULTFD_TEST_SECONDS` must be more than that), and
 //! `USERFAULTFD_MODEL_SEED` where the random numbers begin.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
@@ -202,13 +204,16 @@ struct Worker<'a> {
     log: BTreeMap<usize, Vec<Operation>>,
     /// When the layout changed: moves, and what was unmapped or mapped anew.
     changes: Vec<Change>,
+    /// What it panicked with. It does nothing since.
+    panicked: Option<Box<dyn Any + Send>>,
 }
 
 impl<'a> Worker<'a> {
     /// Begins with content everywhere.
     fn new(world: &'a World, pages: Range<usize>, random: Random) -> Self {
         let places = (0..pages.end).map(|page| Some(world.at(page).expose_provenance())).collect();
-        let mut worker = Self { world, pages, random, places, log: BTreeMap::new(), changes: Vec::new() };
+        let mut worker =
+            Self { world, pages, random, places, log: BTreeMap::new(), changes: Vec::new(), panicked: None };
         worker.pages.clone().for_each(|page| worker.write(page));
         worker
     }
@@ -254,7 +259,10 @@ impl<'a> Worker<'a> {
             if stop.load(Ordering::SeqCst) {
                 return self;
             }
-            self.round();
+            // The others wait for it at the barrier, also after a panic.
+            if self.panicked.is_none() {
+                self.panicked = panic::catch_unwind(AssertUnwindSafe(|| self.round())).err();
+            }
             round.wait();
         }
     }
@@ -591,7 +599,10 @@ fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(
         round.wait();
         let mut log = Log::default();
         for worker in workers {
-            let Worker { log: pages, changes, .. } = worker.join().unwrap();
+            let Worker { log: pages, changes, panicked, .. } = worker.join().unwrap();
+            if let Some(payload) = panicked {
+                panic::resume_unwind(payload);
+            }
             log.pages.extend(pages);
             log.changes.extend(changes);
         }
