@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fs::{self, File, Permissions};
 use std::io;
+use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -41,6 +42,9 @@ pub(crate) fn set_up(guest: &Guest, plan: &Plan, voice: &Voice) {
             voice.say(Record::Note(format!("{module}: {e}")));
         }
     }
+    if let Err(error) = bring_loopback_up(guest) {
+        voice.say(Record::Note(format!("no loopback network: {error}")));
+    }
     if let Err(reason) = reserve_huge_pages(guest, plan.huge_pages) {
         voice.say(Record::Note(reason));
     }
@@ -66,6 +70,22 @@ fn load(_guest: &Guest, path: &str) -> io::Result<()> {
             e if e.raw_os_error() == Some(libc::EEXIST) => Ok(()),
             e => Err(e),
         },
+    }
+}
+
+/// Sets the interface `lo` up, on which tests and examples connect to themselves: netdevice(7).
+fn bring_loopback_up(_guest: &Guest) -> io::Result<()> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: zeros are a valid value of all fields of the structure.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(*b"lo") {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the kernel reads the name, which ends with NUL, and the flags. The machine is a guest's.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
