@@ -9,9 +9,9 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{env, thread};
 
 use userfaultfd::LazyMemory;
@@ -88,7 +88,7 @@ fn source(bytes: usize) -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let mut destination = Command::new(env::current_exe()?);
     let mut destination = destination.args([DESTINATION, &listener.local_addr()?.to_string()]).spawn()?;
-    let (mut control, _) = listener.accept()?;
+    let mut control = accept(&listener, &mut destination)?;
     control.write_all(&(bytes as u64).to_le_bytes())?;
     machine.send(&control)?;
     println!("source: {} steps, then handed {} bytes over", machine.step, Machine::BYTES);
@@ -115,6 +115,25 @@ fn source(bytes: usize) -> Result<()> {
     }
     println!("source: the program came to what it comes to without moving: {:016x}", moved.sum);
     Ok(())
+}
+
+/// Waits for the first connection, unless the destination ends without one.
+fn accept(listener: &TcpListener, destination: &mut Child) -> Result<TcpStream> {
+    listener.set_nonblocking(true)?;
+    let stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error.into()),
+        }
+        if let Some(status) = destination.try_wait()? {
+            return Err(format!("the destination didn't connect: {status}").into());
+        }
+        thread::sleep(Duration::from_millis(1));
+    };
+    listener.set_nonblocking(false)?;
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 /// Answers requests, each an offset and a length, until the other side closes the connection.
