@@ -36,9 +36,12 @@ pub(crate) enum Point {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
     /// A snapshot begins, and is about to look what has lost its protection.
-    BeforeLook,
+    Look,
     /// Memory is about to be protected.
-    BeforeProtect,
+    Protect,
+    /// All is about to be looked at, to see whether a change of the layout is unread. The address is the first one of the
+    /// memory.
+    Trust,
     /// A tracker is about to look for accesses, perhaps to reset them.
     TrackerStep,
 }

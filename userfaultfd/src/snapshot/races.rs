@@ -62,7 +62,7 @@ fn taken_while(
     let held = Held::default();
     let (actor, actions) = (Arc::new(Mutex::new(None)), Mutex::new(Some((act, then))));
     let (acting, of_action) = (Arc::clone(&actor), Arc::clone(memory));
-    let armed = at(Point::Watch(Moment::BeforeProtect), addresses(memory), move |_| {
+    let armed = at(Point::Watch(Moment::Protect), addresses(memory), move |_| {
         let Some((act, then)) = actions.lock().unwrap().take() else { return };
         let (tell, told) = mpsc::channel();
         let memory = Arc::clone(&of_action);
@@ -202,7 +202,7 @@ fn page_that_lost_its_protection_and_moves_while_a_member_begins_is_saved() {
         assert_eq!(moved.unwrap(), target.len());
         let (actor, of_action) = (Arc::new(Mutex::new(None)), Arc::clone(&memory));
         let acting = Arc::clone(&actor);
-        let armed = at(Point::Watch(Moment::BeforeLook), addresses(&memory), move |_| {
+        let armed = at(Point::Watch(Moment::Look), addresses(&memory), move |_| {
             let (tell, told) = mpsc::channel();
             let memory = Arc::clone(&of_action);
             *acting.lock().unwrap() = Some(thread::spawn(move || {
@@ -217,5 +217,131 @@ fn page_that_lost_its_protection_and_moves_while_a_member_begins_is_saved() {
         actor.lock().unwrap().take().expect("a member began").join().unwrap();
         let held = held.lock().unwrap();
         assert_eq!((held.get(PAGE), held.get(OTHER)), (Some(&Some(0)), Some(&None)));
+    });
+}
+
+/// Another thread of the test that makes changes of the layout, and waits for each.
+#[derive(Clone, Default)]
+struct Actor(Arc<Mutex<Option<Acting>>>);
+
+struct Acting {
+    thread: libc::pid_t,
+    handle: thread::JoinHandle<()>,
+}
+
+impl Actor {
+    /// Begins, and returns when it waits in a system call.
+    fn begin(&self, syscall: libc::c_long, act: impl FnOnce() + Send + 'static) {
+        let (tell, told) = mpsc::channel();
+        let handle = thread::spawn(move || {
+            tell.send(thread_id()).unwrap();
+            act();
+        });
+        let acting = Acting { thread: told.recv().unwrap(), handle };
+        wait_until_in(acting.thread, syscall);
+        *self.0.lock().unwrap() = Some(acting);
+    }
+
+    fn has_begun(&self) -> bool {
+        self.0.lock().unwrap().is_some()
+    }
+
+    fn wait_until_in(&self, syscall: libc::c_long) {
+        wait_until_in(self.0.lock().unwrap().as_ref().expect("it has begun").thread, syscall);
+    }
+
+    fn end(&self) {
+        self.0.lock().unwrap().take().expect("it has begun").handle.join().unwrap();
+    }
+}
+
+/// A page moves while a member begins, before it is protected where it was. Another one is mapped anew, and can't be
+/// protected before both changes are read. The page that has moved is behind what is protected by then.
+#[test]
+fn page_that_moves_behind_what_is_protected_is_saved() {
+    require!(WRITE_PROTECT);
+    if !memory::tells_protection(test_name!()) {
+        return;
+    }
+    child::run_well(test_name!(), || {
+        for memory in each(test_name!()) {
+            number(&memory);
+            let away = Memory::anonymous(1);
+            let to = away.start().expose_provenance();
+            let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+            series.begin(sink(&Held::default(), memory.page())).unwrap().wait().unwrap();
+            [0, PAGE].into_iter().for_each(|page| memory.write(page, 70 + page as u8));
+            let (moves, unmaps) = (Actor::default(), Actor::default());
+            let (of_action, actors) = (Arc::clone(&memory), (moves.clone(), unmaps.clone()));
+            let armed = at(Point::Watch(Moment::Protect), addresses(&memory), move |address| {
+                let memory = Arc::clone(&of_action);
+                if address == memory.at(0).addr() && !actors.0.has_begun() {
+                    actors.0.begin(libc::SYS_mremap, move || {
+                        memory.try_move(0, 1, std::ptr::with_exposed_provenance_mut(to), 0).unwrap();
+                    });
+                } else if address == memory.at(PAGE).addr() && !actors.1.has_begun() {
+                    actors.1.begin(libc::SYS_munmap, move || memory.unmap(PAGE, 1));
+                    map_anew(&of_action);
+                }
+            });
+            let held = Held::default();
+            series.begin(sink(&held, memory.page())).unwrap().wait().unwrap();
+            drop(armed);
+            [moves, unmaps].iter().for_each(Actor::end);
+            let held = held.lock().unwrap();
+            assert_eq!((held[0], held[PAGE], away.read(0)), (Some(70), None, 70));
+        }
+    });
+}
+
+/// A page that was dropped moves over one that isn't saved, and other memory is mapped where it was, all before the move is
+/// read. The kernel tells of each page that it is as it should be, and of the memory that it isn't this one.
+#[test]
+fn page_moved_over_one_that_is_not_saved_is_not_taken_for_it() {
+    require!(WRITE_PROTECT | FeatureFlags::WP_HUGETLBFS_SHMEM);
+    child::run_well(test_name!(), || {
+        const OVER: usize = 39;
+        const UNMAPPED: usize = 50;
+        let memory = Arc::new(Memory::new(Kind::Memfd, PAGES));
+        number(&memory);
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        series.begin(sink(&Held::default(), memory.page())).unwrap().wait().unwrap();
+        number(&memory);
+        let (moves, unmaps) = (Actor::default(), Actor::default());
+        let (first, of_action) = (moves.clone(), Arc::clone(&memory));
+        let dropping = at(Point::Watch(Moment::Protect), addresses(&memory), move |_| {
+            if !first.has_begun() {
+                let memory = Arc::clone(&of_action);
+                first.begin(libc::SYS_madvise, move || {
+                    memory.advise(PAGE, 1, libc::MADV_REMOVE).unwrap();
+                    memory.try_move(PAGE, 1, memory.at(OVER), 0).unwrap();
+                });
+            }
+        });
+        let (first, second, of_action) = (moves.clone(), unmaps.clone(), Arc::clone(&memory));
+        let looks = Mutex::new(0);
+        let trusting = at(Point::Watch(Moment::Trust), addresses(&memory), move |_| {
+            let mut looks = looks.lock().unwrap();
+            *looks += 1;
+            match *looks {
+                // Leaves a hole, so that the removal is read, which is the first that there is.
+                1 => {
+                    let memory = Arc::clone(&of_action);
+                    second.begin(libc::SYS_munmap, move || memory.unmap(UNMAPPED, 1));
+                }
+                2 => {
+                    first.wait_until_in(libc::SYS_mremap);
+                    map_anew(&of_action);
+                }
+                _ => {}
+            }
+        });
+        let held = Held::default();
+        series.begin(sink(&held, memory.page())).unwrap().wait().unwrap();
+        drop((dropping, trusting));
+        [moves, unmaps].iter().for_each(Actor::end);
+        let held = held.lock().unwrap();
+        assert_eq!((held[OVER], held[UNMAPPED], memory.read(PAGE)), (None, None, 99));
+        assert_eq!(held[0], Some(1));
     });
 }

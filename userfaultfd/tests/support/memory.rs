@@ -130,13 +130,18 @@ pub(crate) struct State {
 
 /// Whether this kernel tells of protection in /proc/self/pagemap. If not, says so.
 pub(crate) fn tells_protection(test: &str) -> bool {
+    let protects = super::features().contains(FeatureFlags::PAGEFAULT_FLAG_WP);
+    !protects || super::has(test, "protection in pagemap", kernel_tells_protection())
+}
+
+/// Whether the kernel reports in the page map what is protected (Linux 5.13), for tests that go on without.
+pub(crate) fn kernel_tells_protection() -> bool {
     static TELLS: LazyLock<bool> = LazyLock::new(|| {
         let (uffd, memory) = (super::uffd(FeatureFlags::empty()), Memory::anonymous(1));
         fault::provoke(&uffd, &memory, RegisterMode::WRITE_PROTECT);
         memory.state(0).protected
     });
-    let protects = super::features().contains(FeatureFlags::PAGEFAULT_FLAG_WP);
-    !protects || super::has(test, "protection in pagemap", *TELLS)
+    *TELLS
 }
 
 /// A mapping, unmapped when dropped. Its pages are of [`Memory::page`] bytes.

@@ -36,8 +36,7 @@ impl Copier {
         if !self.look.can_tell() {
             self.unprotected.join(&self.dirty);
         }
-        let first = self.layout.parts().first().map_or(0, |part| part.address);
-        reach(Point::Watch(Moment::BeforeLook), first);
+        reach(Point::Watch(Moment::Look), self.first_address());
         self.look_ahead()?;
         self.protect_ahead()?;
         let (moment, mut all_markers) = (Instant::now(), false);
@@ -57,7 +56,7 @@ impl Copier {
                 break;
             }
             // What looks like one may be a page that was swapped out. That is protected now.
-            all_markers = markers;
+            all_markers = markers && lost.pages > 0;
             check_time(moment)?;
         }
         let wanted = self.dirty.clone();
@@ -141,7 +140,8 @@ impl Copier {
         }
     }
 
-    /// Protects all that isn't.
+    /// Protects all that isn't. A change that is read meanwhile may add pages anywhere, so the search starts over then: what
+    /// stays in `unprotected` isn't looked at before the snapshot's moment, as it may be most of all.
     fn protect_rest(&mut self, moment: Instant) -> Result<()> {
         let mut from = 0;
         while let Some(part) = self.next_unprotected(&mut from) {
@@ -151,6 +151,7 @@ impl Copier {
                 Err(error) if error.is_retryable() => {
                     check_time(moment)?;
                     self.hold_faults()?;
+                    from = 0;
                     thread::yield_now();
                 }
                 Err(error) => return Err(error),
@@ -185,24 +186,31 @@ impl Copier {
     }
 
     /// What of the layout isn't mapped, or isn't registered with this descriptor.
-    fn strays(&self, mapped: &Mapped) -> Result<Vec<Range<usize>>> {
+    pub(crate) fn strays(&self, mapped: &Mapped) -> Result<Vec<Range<usize>>> {
         let mut strays = Vec::new();
-        if mapped.bytes() != self.layout.parts().iter().map(|part| part.len).sum::<usize>() {
+        if mapped.bytes() != self.layout.bytes() {
             let mut holes = self.layout.clone();
             mapped.ranges().iter().for_each(|range| drop(holes.remove(range)));
             strays.extend(holes.parts().iter().map(Part::addresses));
         }
-        for Range { start, end } in mapped.ranges().iter().cloned() {
-            match self.watch.uffd.register_unexplained(
-                pointer(start),
-                end - start,
-                RegisterMode::WRITE_PROTECT,
-            ) {
-                Err(Error::SystemError(Errno::EBUSY | Errno::EINVAL)) => strays.push(start..end),
-                result => drop(result?),
+        for range in mapped.ranges() {
+            // Where nothing is protected nothing is taken for what it isn't, and what was mapped there anew, and is
+            // somebody else's, must not be registered by being asked for.
+            let protected = |part: &Part| !self.unprotected.all(bits_of(part));
+            if self.layout.at(range).iter().any(protected) && !self.is_registered_here(range)? {
+                strays.push(range.clone());
             }
         }
         Ok(strays)
+    }
+
+    /// Whether memory can be registered with this descriptor, as what is registered with it already.
+    fn is_registered_here(&self, range: &Range<usize>) -> Result<bool> {
+        let mode = RegisterMode::WRITE_PROTECT;
+        match self.watch.uffd.register_unexplained(pointer(range.start), range.len(), mode) {
+            Err(Error::SystemError(Errno::EBUSY | Errno::EINVAL)) => Ok(false),
+            result => result.map(|_| true),
+        }
     }
 
     /// Whether a part of a range is registered with another descriptor. What isn't registered is, with this one: another
@@ -215,7 +223,7 @@ impl Copier {
 
     fn protect(&mut self, part: &Part) -> Result<()> {
         let range = part.address..part.address + part.len;
-        reach(Point::Watch(Moment::BeforeProtect), part.address);
+        reach(Point::Watch(Moment::Protect), part.address);
         let armed = match &self.beside {
             // What another tracker has registered there by now isn't touched.
             Some(_) if self.watch.is_held_by_another(&range) && self.is_of_another(&range) => {
@@ -229,20 +237,24 @@ impl Copier {
                 self.unprotected.set(bits_of(part), false);
                 Ok(())
             }
-            // Unmapped, which its event will tell.
-            Err(Error::NotTracked { .. }) if self.is_changing() => Err(Error::SystemError(Errno::EAGAIN)),
-            // Some of it isn't ours any more, and no event tells: before Linux 6.18 any userfaultfd of the process can
-            // end a registration.
+            // Some of it isn't mapped, or isn't ours: all the rest is protected.
             Err(Error::NotTracked { .. }) if part.len > part.page => {
                 let half = (part.len / part.page).div_ceil(2) * part.page;
-                self.protect(&Part { len: half, ..part.clone() })?;
-                self.protect(&Part {
+                let behind = Part {
                     address: part.address + half,
                     offset: part.offset + half,
                     len: part.len - half,
                     page: part.page,
-                })
+                };
+                let first = self.protect(&Part { len: half, ..part.clone() });
+                match first {
+                    Err(error) if !error.is_retryable() => Err(error),
+                    first => first.and(self.protect(&behind)),
+                }
             }
+            // Its event will tell.
+            Err(Error::NotTracked { .. }) if self.is_changing() => Err(Error::SystemError(Errno::EAGAIN)),
+            // No event tells: before Linux 6.18 any userfaultfd of the process can end a registration.
             Err(Error::NotTracked { .. }) => {
                 self.unprotected.set(bits_of(part), false);
                 let gone = self.layout.remove(&(part.address..part.address + part.len));

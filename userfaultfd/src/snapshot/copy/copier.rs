@@ -28,8 +28,9 @@ use crate::owner::InheritedFd;
 use crate::proc_maps::Process;
 use crate::snapshot::options::Removal;
 use crate::sync::AtomicU64;
+use crate::sync_point::{Moment, Point, reach};
 use crate::watch::{Watch, Words, pointer};
-use crate::{Errno, Error, Event, FaultKind, RegisterMode, Result, Uffd, page_size, sys};
+use crate::{Errno, Error, Event, FaultKind, Result, Uffd, page_size, sys};
 
 /// How long pages that can't be read, or aren't protected any more, are looked at again: the event that says why may be
 /// on its way.
@@ -665,8 +666,9 @@ impl Copier {
     /// unprotected pages, and other mappings than before. One that unmaps pages leaves a hole, or memory that isn't
     /// registered with this descriptor.
     pub(crate) fn is_still_ours(&mut self) -> Result<bool> {
+        reach(Point::Watch(Moment::Trust), self.first_address());
         let mapped = self.mappings()?;
-        if mapped.bytes() != self.layout.parts().iter().map(|part| part.len).sum::<usize>() {
+        if mapped.bytes() != self.layout.bytes() {
             return Ok(false);
         }
         // What has lost its protection where nothing was mapped anew was moved away without an event. Where the page table
@@ -675,12 +677,16 @@ impl Copier {
         if may_have_lost && mapped != self.mapped {
             return Ok(false);
         }
+        // The place that a page has left may have been mapped anew.
+        if !self.strays(&mapped)?.is_empty() {
+            return Ok(false);
+        }
         self.mapped = mapped;
-        let kept = self.active.iter().flat_map(|active| &active.kept);
-        Ok(kept.into_iter().all(|Kept { part, .. }| {
-            let mode = RegisterMode::WRITE_PROTECT;
-            self.watch.uffd.register_unexplained(pointer(part.address), part.len, mode).is_ok()
-        }))
+        Ok(true)
+    }
+
+    pub(crate) fn first_address(&self) -> usize {
+        self.layout.parts().first().map_or(0, |part| part.address)
     }
 
     /// The mappings in which all lies. Looked up once for all parts, which may be many.
@@ -880,12 +886,15 @@ impl Copier {
         if self.series {
             return Ok(());
         }
-        self.unprotected.set(bits_of(part), true);
         match self.watch.uffd.remove_write_protection(pointer(part.address), part.len, true) {
-            // It is unmapped, or the layout changes: the next write to it is a fault that lifts it.
-            Err(error) if error.is_retryable() || error.errno() == Some(Errno::ENOENT) => Ok(()),
-            result => result,
+            // The layout changes: the next write to it is a fault that lifts it. Nothing is lifted.
+            Err(error) if error.is_retryable() => return Ok(()),
+            // It is unmapped, or some of it.
+            Err(error) if error.errno() == Some(Errno::ENOENT) => {}
+            result => result?,
         }
+        self.unprotected.set(bits_of(part), true);
+        Ok(())
     }
 }
 

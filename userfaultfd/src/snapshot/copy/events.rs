@@ -144,6 +144,15 @@ impl Copier {
         }
     }
 
+    /// These pages are dropped as soon as the thread runs that drops them. Those that seem as protected then as before stay
+    /// so.
+    fn dropped(&mut self, bits: Range<usize>) {
+        self.dirty.set(bits.clone(), true);
+        for bit in bits.filter(|bit| !self.silent.get(*bit)) {
+            self.unprotected.set(bit..bit + 1, true);
+        }
+    }
+
     /// Where the page table doesn't tell what is protected, other mappings than these are all that tells of a change that
     /// isn't read.
     fn follow_mappings(&mut self) -> Result<()> {
@@ -171,7 +180,7 @@ impl Copier {
                         Removal::Save => self.read_removed(&part)?,
                     }
                     self.removed.set(bits_of(&part), true);
-                    self.changed(bits_of(&part));
+                    self.dropped(bits_of(&part));
                 }
             }
             Event::Unmap { start, end } => {

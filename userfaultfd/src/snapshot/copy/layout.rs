@@ -95,6 +95,10 @@ impl Layout {
         &self.0
     }
 
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.iter().map(|part| part.len).sum()
+    }
+
     /// What lies at these addresses.
     pub(crate) fn at(&self, range: &Range<usize>) -> Vec<Part> {
         self.0.iter().filter_map(|part| part.cut(range)).collect()
