@@ -673,7 +673,13 @@ impl Copier {
         }
         // What has lost its protection where nothing was mapped anew was moved away without an event. Where the page table
         // doesn't tell what is protected, it may have.
-        let may_have_lost = !self.look.can_tell() || self.look_at_all()?.pages > 0;
+        // Likewise of hugetlb memory in which there may be holes.
+        let may_have_holes = |part: &Part| {
+            part.page > page_size()
+                && self.unprotected.next(bits_of(part).start).is_some_and(|bit| bit < bits_of(part).end)
+        };
+        let may_have_holes = self.layout.parts().iter().any(may_have_holes);
+        let may_have_lost = may_have_holes || !self.look.can_tell() || self.look_at_all()?.pages > 0;
         if may_have_lost && mapped != self.mapped {
             return Ok(false);
         }

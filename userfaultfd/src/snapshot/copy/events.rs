@@ -5,10 +5,11 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use super::copier::{Copier, MAX_LAYOUT_TRIES, bits_of};
+use super::layout::Part;
 use super::queue::Payload;
 use crate::error::errno_of;
 use crate::snapshot::options::Removal;
-use crate::{Errno, Error, Event, Result, sys};
+use crate::{Errno, Error, Event, Result, page_size, sys};
 
 impl Copier {
     /// Reads all that there is. Follows changes, and holds faults back.
@@ -145,10 +146,11 @@ impl Copier {
     }
 
     /// These pages are dropped as soon as the thread runs that drops them. Those that seem as protected then as before stay
-    /// so.
-    fn dropped(&mut self, bits: Range<usize>) {
+    /// so, but for hugetlb memory: no look finds holes in it.
+    fn dropped(&mut self, part: &Part) {
+        let bits = bits_of(part);
         self.dirty.set(bits.clone(), true);
-        for bit in bits.filter(|bit| !self.silent.get(*bit)) {
+        for bit in bits.filter(|bit| part.page > page_size() || !self.silent.get(*bit)) {
             self.unprotected.set(bit..bit + 1, true);
         }
     }
@@ -180,7 +182,7 @@ impl Copier {
                         Removal::Save => self.read_removed(&part)?,
                     }
                     self.removed.set(bits_of(&part), true);
-                    self.dropped(bits_of(&part));
+                    self.dropped(&part);
                 }
             }
             Event::Unmap { start, end } => {
