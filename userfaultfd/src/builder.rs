@@ -1,4 +1,4 @@
-//! How a [`Uffd`] is made: opened as asked, then the handshake about features.
+//! The builder of a [`Uffd`]: opening a descriptor, and the handshake about features.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -6,7 +6,7 @@ use crate::open::{self, OpenFlags, OpenWith};
 use crate::uffd::Terms;
 use crate::{Errno, Error, FeatureFlags, IoctlFlags, Result, Support, Uffd, sys};
 
-/// Makes [`Uffd`]s.
+/// Builder for a [`Uffd`].
 ///
 /// ```
 /// use userfaultfd::{FeatureFlags, UffdBuilder};
@@ -29,15 +29,15 @@ pub struct UffdBuilder {
 }
 
 impl Default for UffdBuilder {
-    /// The same as [`UffdBuilder::new`].
+    /// Returns the same as [`UffdBuilder::new`].
     fn default() -> Self {
         Self::new()
     }
 }
 
 impl UffdBuilder {
-    /// A builder that opens by [`OpenWith::Auto`], for faults from user mode only, blocking, not closed on
-    /// exec, and asks for nothing.
+    /// Returns a builder with the defaults: [`OpenWith::Auto`], faults from user mode only, blocking, not closed on exec,
+    /// no features.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -47,42 +47,40 @@ impl UffdBuilder {
         }
     }
 
-    /// Whether the descriptor is closed by execve(2). The default is `false`.
+    /// Sets whether execve(2) closes the descriptor. The default is `false`.
     #[doc(alias = "O_CLOEXEC")]
     pub fn close_on_exec(&mut self, close_on_exec: bool) -> &mut Self {
         self.flags.close_on_exec = close_on_exec;
         self
     }
 
-    /// Whether reading returns at once when there is no event, instead of waiting for one. The default is
-    /// `false`.
+    /// Sets whether reading returns at once when there is no event, instead of waiting for one. The default is `false`.
     ///
-    /// poll(2) and epoll(7) work only on a non-blocking descriptor; on a blocking one they report an error, which is
-    /// taken for "readable". So an event loop or a task of an async runtime, which must never wait in a read, takes
-    /// `true`: with `false` the first read without an event holds up its thread, and all that runs there, without a
-    /// word. [`Uffd::try_read_event`] answers with an error instead.
+    /// poll(2) and epoll(7) work only on a non-blocking descriptor; on a blocking one they report an error, which looks like
+    /// "readable". So set `true` for an event loop or a task of an async runtime: with `false` the first read without an
+    /// event blocks the thread and all that runs on it. [`Uffd::try_read_event`] returns an error instead of blocking.
     #[doc(alias = "O_NONBLOCK")]
     pub fn non_blocking(&mut self, non_blocking: bool) -> &mut Self {
         self.flags.non_blocking = non_blocking;
         self
     }
 
-    /// Whether only faults from user mode are handled. The default is `true`, which needs no rights.
+    /// Sets whether only faults from user mode are delivered. The default is `true`, which needs no right.
     ///
-    /// With `true`, a system call that is given a missing page (read(2) into it, say) fails with `EFAULT`,
-    /// and KVM guests can't run on the memory: a missing page that the guest meets is no fault of a thread, but ends
-    /// `KVM_RUN` with `EFAULT`, or with `KVM_EXIT_INTERNAL_ERROR` (an `InternalError` of VM monitors) where KVM emulates
-    /// the instruction. Neither says why. With `false` such faults are delivered too, which takes
-    /// access to `/dev/userfaultfd`, `CAP_SYS_PTRACE`, or the sysctl `vm.unprivileged_userfaultfd=1`.
+    /// With `true`, a system call on a missing page (such as read(2) into it) fails with `EFAULT`, and KVM guests can't run
+    /// on the memory: when a guest meets a missing page, `KVM_RUN` fails with `EFAULT`, or ends with
+    /// `KVM_EXIT_INTERNAL_ERROR` (an `InternalError` of VM monitors) where KVM emulates the instruction, without a hint at
+    /// the reason. With `false` such faults are delivered, too, which needs access to `/dev/userfaultfd`, `CAP_SYS_PTRACE`,
+    /// or the sysctl `vm.unprivileged_userfaultfd=1`.
     ///
-    /// Before Linux 5.11 there is no such restriction to ask for, and all faults are delivered.
+    /// Linux before 5.11 doesn't know this restriction, and delivers all faults.
     #[doc(alias = "UFFD_USER_MODE_ONLY")]
     pub fn user_mode_only(&mut self, user_mode_only: bool) -> &mut Self {
         self.flags.user_mode_only = user_mode_only;
         self
     }
 
-    /// Features without which no [`Uffd`] is made. Adds to those required before.
+    /// Adds required features: [`create`](Self::create) fails without them.
     ///
     /// A kernel that lacks one makes [`create`](Self::create) fail with
     /// [`UnsupportedFeatures`](Error::UnsupportedFeatures), which names it.
@@ -91,53 +89,53 @@ impl UffdBuilder {
         self
     }
 
-    /// Features that are welcome. Adds to those requested before. [`Uffd::features`] tells which were got.
+    /// Adds requested features: each is enabled where possible. [`Uffd::features`] returns those that were enabled.
     ///
-    /// Left out without an error are those that the kernel lacks, `EVENT_FORK` where this process may not use
-    /// it, and `RWP_ASYNC` where `RWP` isn't asked for.
+    /// Features that the kernel lacks are left out without an error, as are `EVENT_FORK` where this process may not use it,
+    /// and `RWP_ASYNC` without `RWP`.
     pub fn request_features(&mut self, features: FeatureFlags) -> &mut Self {
         self.wanted.requested |= features;
         self
     }
 
-    /// Operations without which no [`Uffd`] is made, or nothing registered. Adds to those required
-    /// before.
+    /// Adds required operations.
     ///
-    /// Operations of the descriptor are looked for by [`create`](Self::create), those of a range by
-    /// [`Uffd::register_with_mode`]; both fail with [`UnsupportedIoctls`](Error::UnsupportedIoctls).
+    /// [`create`](Self::create) checks the operations of the descriptor, [`Uffd::register_with_mode`] those of a range;
+    /// both fail with [`UnsupportedIoctls`](Error::UnsupportedIoctls).
     pub fn require_ioctls(&mut self, ioctls: IoctlFlags) -> &mut Self {
         self.wanted.ioctls |= ioctls;
         self
     }
 
-    /// Which way the descriptor is created. The default is [`OpenWith::Auto`].
+    /// Sets how the descriptor is opened. The default is [`OpenWith::Auto`].
     pub fn open_with(&mut self, open_with: OpenWith) -> &mut Self {
         self.open_with = open_with;
         self
     }
 
-    /// Creates a descriptor and shakes hands about features.
+    /// Creates a userfaultfd, and does the handshake about features.
     ///
     /// # Errors
     ///
-    /// - [`OpenFailed`](Error::OpenFailed), [`OpenDevUserfaultfd`](Error::OpenDevUserfaultfd): no descriptor.
+    /// - [`OpenFailed`](Error::OpenFailed), [`OpenDevUserfaultfd`](Error::OpenDevUserfaultfd): no descriptor could be
+    ///   opened.
     /// - [`UnsupportedFeatures`](Error::UnsupportedFeatures): the kernel lacks a required feature.
     /// - [`FeatureNotPermitted`](Error::FeatureNotPermitted): `EVENT_FORK` is required without
     ///   `CAP_SYS_PTRACE`.
     /// - [`FeatureNeeds`](Error::FeatureNeeds): `RWP_ASYNC` is required without `RWP`.
     /// - [`UnsupportedIoctls`](Error::UnsupportedIoctls): a required operation of the descriptor is missing.
-    /// - [`SystemError`](Error::SystemError): anything else that `UFFDIO_API` may answer.
+    /// - [`SystemError`](Error::SystemError): another errno of `UFFDIO_API`.
     pub fn create(&self) -> Result<Uffd> {
         Ok(self.shake_hands(open::open(self.open_with, self.flags)?)?.made_here())
     }
 
-    /// Like [`create`](Self::create), through a `/dev/userfaultfd` that is already open: for a process that
-    /// can't open it any more, or that was handed it.
+    /// Creates a userfaultfd like [`create`](Self::create), through an open `/dev/userfaultfd`: for a process that can no
+    /// longer open the device, or was passed it.
     ///
     /// # Errors
     ///
-    /// As [`create`](Self::create). A descriptor of something else is [`OpenFailed`](Error::OpenFailed) with
-    /// `ENOTTY`, or with what another device of the kernel's says.
+    /// As [`create`](Self::create). If `device` is something else, [`OpenFailed`](Error::OpenFailed) with `ENOTTY`, or with
+    /// the errno of that device.
     ///
     /// ```no_run
     /// use std::fs::File;
@@ -153,10 +151,10 @@ impl UffdBuilder {
         Ok(self.shake_hands(open::open_from(device.as_fd(), self.flags)?)?.made_here())
     }
 
-    /// Shakes hands on a userfaultfd that was created elsewhere and hasn't done so. What this builder says
-    /// about creating a descriptor has no effect then. On an error the descriptor is closed.
+    /// Does the handshake on a userfaultfd that was created elsewhere. The builder's options about creation have no effect.
+    /// On an error the descriptor is closed.
     ///
-    /// A descriptor whose handshake is done is adopted by `Uffd::from`.
+    /// If the handshake is done already, use `Uffd::from`.
     ///
     /// # Errors
     ///
@@ -175,7 +173,7 @@ impl UffdBuilder {
         Ok(Uffd::new(fd, got))
     }
 
-    /// Finds out what the kernel offers, with a descriptor opened as this builder would.
+    /// Probes what the kernel offers, with a descriptor opened as this builder opens it.
     pub(crate) fn probe(&self) -> Result<Support> {
         // The fewest rights: what the kernel offers doesn't depend on this flag.
         let flags = OpenFlags { user_mode_only: true, ..self.flags };
@@ -184,7 +182,7 @@ impl UffdBuilder {
     }
 }
 
-/// The handshake. Answers with all that the kernel offers, which is more than what was asked for.
+/// Does the handshake. Returns all that the kernel offers, which may be more than was requested.
 fn api(fd: &OwnedFd, features: FeatureFlags) -> Result<Support, Errno> {
     let mut arg = sys::uffdio_api { api: sys::UFFD_API, features: features.bits(), ioctls: 0 };
     sys::api(fd.as_fd(), &mut arg)?;
@@ -194,7 +192,7 @@ fn api(fd: &OwnedFd, features: FeatureFlags) -> Result<Support, Errno> {
     })
 }
 
-/// What a builder was told to get.
+/// The features and operations that a builder requires and requests.
 #[derive(Clone, Copy, Debug, Default)]
 struct Wanted {
     required: FeatureFlags,
@@ -202,11 +200,11 @@ struct Wanted {
     ioctls: IoctlFlags,
 }
 
-/// Gets what is wanted from a kernel, of which only the answers to `api` and `probe` are known here.
+/// Negotiates with a kernel, which is given by the functions `api` and `probe`.
 ///
-/// With nothing requested it asks once, for exactly what is required. A handshake that fails leaves the
-/// descriptor as it was and tells nothing but an errno; one that succeeds can't be repeated. So what the
-/// kernel offers is probed with another descriptor, before asking for what it may lack and after a refusal.
+/// With no requested features it does one handshake, for exactly the required ones. A handshake that fails leaves the
+/// descriptor unchanged and returns only an errno; one that succeeds can't be repeated. So another descriptor probes
+/// what the kernel offers, before a handshake about features that it may lack, and after a refusal.
 fn negotiate(
     wanted: Wanted,
     api: impl Fn(FeatureFlags) -> Result<Support, Errno>,
@@ -269,13 +267,13 @@ fn refusal(errno: Errno, asked: FeatureFlags, probe: impl Fn() -> Result<Support
 }
 
 impl Support {
-    /// Asks the kernel. Opens a descriptor for faults from user mode, which takes the fewest rights, and
-    /// closes it.
+    /// Asks the kernel what it offers, with a descriptor for faults from user mode, which needs the fewest rights, and
+    /// which is closed again.
     ///
     /// # Errors
     ///
-    /// [`OpenFailed`](crate::Error::OpenFailed) when no descriptor can be had; its
-    /// [`reason`](crate::OpenFailure::reason) tells "not built in" from "not permitted".
+    /// [`OpenFailed`](crate::Error::OpenFailed): no descriptor could be opened; its [`reason`](crate::OpenFailure::reason)
+    /// distinguishes "not built in" and "not permitted".
     pub fn probe() -> Result<Self> {
         UffdBuilder::new().close_on_exec(true).probe()
     }

@@ -1,8 +1,8 @@
-//! What can go wrong, and the questions to ask of it.
+//! The error type of the kernel's interface.
 //!
-//! The text of an error, here and in the other layers, is whole: it has the errno, or the text of the error that is its
-//! cause. So `source()` leads nowhere, and printing an error with its chain of causes says nothing twice. What a program
-//! asks is [`errno`](Error::errno), or the variant's fields.
+//! The text of an error, here and in the other layers, is whole: it has the errno, or the text of its cause. So `source()`
+//! returns `None`, and printing an error with its chain of causes repeats nothing. Programs use
+//! [`errno`](Error::errno), or the variant's fields.
 
 use std::io;
 
@@ -14,9 +14,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why an operation failed.
 ///
-/// Three questions answer what a fault handler needs to know, for every variant and on every kernel:
-/// [`errno`](Error::errno), [`progress`](Error::progress) and [`is_retryable`](Error::is_retryable). What
-/// each errno means is told with each method of [`Uffd`](crate::Uffd).
+/// A fault handler needs three methods, which work for every variant and on every kernel: [`errno`](Error::errno),
+/// [`progress`](Error::progress) and [`is_retryable`](Error::is_retryable). The docs of each method of
+/// [`Uffd`](crate::Uffd) give the meaning of each errno.
 ///
 /// ```
 /// use userfaultfd::{Errno, Error};
@@ -39,8 +39,8 @@ pub enum Error {
 
     /// A copy stopped after this many bytes, perhaps 0; go on with the rest.
     ///
-    /// With 0 bytes the memory layout is changing: read the pending events, then try again. After some bytes
-    /// the kernel hides why it stopped; the call for the rest tells.
+    /// With 0 bytes the memory layout is changing: read the pending events, then retry. After some bytes the kernel hides
+    /// the reason; the call for the rest returns it.
     #[error("copying into the range stopped after {0} bytes")]
     PartiallyCopied(usize),
 
@@ -57,8 +57,8 @@ pub enum Error {
     #[error("system call failed: {0}")]
     SystemError(Errno),
 
-    /// The kernel refused to register or unregister a range, or to protect it, and the reason was found. The text tells it,
-    /// and what would work.
+    /// The kernel refused to register or unregister a range, or to protect it, and the reason was found. The text has the
+    /// reason, and what would work.
     ///
     /// Where it can't be found, and for what happens by itself (`EAGAIN`, `ESRCH`, `ENOMEM`; `ENOENT` where nothing is
     /// mapped any more), these operations fail with [`SystemError`](Error::SystemError).
@@ -66,9 +66,9 @@ pub enum Error {
     Refused {
         /// The operation.
         ioctl: IoctlFlags,
-        /// What the kernel said.
+        /// The errno of the kernel.
         errno: Errno,
-        /// What stood in the way.
+        /// The reason.
         refusal: Refusal,
     },
 
@@ -100,7 +100,7 @@ pub enum Error {
     )]
     OpenDevUserfaultfd(io::Error),
 
-    /// No way to create a descriptor worked. The text tells what was tried and what helps.
+    /// No way to create a descriptor worked. The text has each try with its errno, and the remedies.
     #[error(transparent)]
     OpenFailed(OpenFailure),
 
@@ -108,9 +108,9 @@ pub enum Error {
     /// [`require_features`](crate::UffdBuilder::require_features).
     #[error("this kernel lacks the required userfaultfd features {missing}; it offers {supported}")]
     UnsupportedFeatures {
-        /// What was required and isn't there.
+        /// The required features that are missing.
         missing: FeatureFlags,
-        /// What is there.
+        /// The features that the kernel has.
         supported: FeatureFlags,
     },
 
@@ -128,7 +128,7 @@ pub enum Error {
         needs: FeatureFlags,
     },
 
-    /// A descriptor to shake hands with has done so before. The kernel allows that once.
+    /// The handshake of the descriptor is done already. The kernel allows one.
     #[error("the descriptor's handshake is done already; adopt it with Uffd::from")]
     AlreadyHandshaken,
 
@@ -142,12 +142,11 @@ pub enum Error {
     #[error("reading would wait: the descriptor was made without non_blocking(true)")]
     Blocking,
 
-    /// A buffer without room for anything: an [`EventBuffer`](crate::EventBuffer) of size 0, no regions for a
-    /// scan.
+    /// A buffer has no room: an [`EventBuffer`](crate::EventBuffer) of size 0, no regions for a scan.
     #[error("the buffer has no room")]
     EmptyBuffer,
 
-    /// A process that was forked asks something of what its parent made before. It works in the parent alone.
+    /// A forked child uses an object that its parent made before the fork. It works in the parent alone.
     #[error("made before a fork, by the parent process: it works there alone")]
     OtherProcess,
 
@@ -160,7 +159,7 @@ pub enum Error {
         end: usize,
     },
 
-    /// A range to track isn't part of the [`LazyMemory`](crate::LazyMemory) that the tracker is of.
+    /// A range to track isn't part of the [`LazyMemory`](crate::LazyMemory) that the tracker belongs to.
     #[error("{start:#x}..{end:#x} isn't part of the memory that this tracker is of")]
     OtherMemory {
         /// The first address.
@@ -169,8 +168,8 @@ pub enum Error {
         end: usize,
     },
 
-    /// In a tracked range lies memory that isn't registered: something else was mapped there. What was written to it
-    /// isn't known. [`untrack`](crate::DirtyTracker::untrack) the range, and track it again.
+    /// A tracked range has memory that isn't registered: another mapping was made there. Writes to it are unknown.
+    /// [`untrack`](crate::DirtyTracker::untrack) the range, and track it again.
     #[error("memory in {start:#x}..{end:#x} isn't tracked any more: something else was mapped there")]
     NotTracked {
         /// The first address of the range.
@@ -193,9 +192,9 @@ pub enum Error {
         end: usize,
     },
 
-    /// What was accessed since the last answer isn't known: the thread that handles a tracker's faults had to stop, or
-    /// ranges that were taken and not looked at can't be given back. Protection may be off. Make a new tracker, and
-    /// take all of its memory for accessed.
+    /// The accesses since the last report are unknown: the thread that resolves a tracker's faults failed, or ranges that
+    /// were taken and not returned can't be marked again. Protection may be off. Make a new tracker, and treat all of its
+    /// memory as accessed.
     #[error("tracking failed, and what was accessed isn't known: {0}")]
     TrackingFailed(Errno),
 
@@ -203,17 +202,17 @@ pub enum Error {
     /// [`poison`](crate::Uffd::poison), [`zeropage_with`](crate::Uffd::zeropage_with).
     #[error("{ioctl} stopped after {done} bytes: {errno}")]
     Stopped {
-        /// Which operation, as the flag of its ioctl.
+        /// The operation, as the flag of its ioctl.
         ioctl: IoctlFlags,
         /// Bytes done before it stopped.
         done: usize,
-        /// Why. After some bytes this is `EAGAIN`, and the call for the rest tells the reason.
+        /// The errno. After some bytes this is `EAGAIN`, and the call for the rest returns the reason.
         errno: Errno,
     },
 }
 
 impl Error {
-    /// The kernel's error number behind this error, if there is one.
+    /// Returns the kernel's errno behind this error, if there is one.
     #[must_use]
     pub fn errno(&self) -> Option<Errno> {
         match self {
@@ -243,8 +242,8 @@ impl Error {
         }
     }
 
-    /// How many bytes a fill (copy, zeropage, poison, move) did before it stopped; `None` where bytes aren't
-    /// counted, or not told.
+    /// Returns the number of bytes that a fill (copy, zeropage, poison, move) did before it stopped; `None` for operations
+    /// that don't count bytes, and where the kernel doesn't report them.
     ///
     /// Waiters on that part have been woken as asked. To go on, repeat the call for the rest.
     #[must_use]
@@ -258,12 +257,11 @@ impl Error {
         }
     }
 
-    /// Whether the same call, for the part that isn't done, can succeed later with nothing else changed.
+    /// Returns whether a retry of the call, for the part that isn't done, can succeed.
     ///
-    /// That is so for `EAGAIN` (the memory layout is changing, or a fill did a part) and `EINTR`. Between two
-    /// tries let the thread that changes the layout run, and read its event (see "Events" in the [crate
-    /// docs](crate)). Bound the number of tries, since some kernels have a bug that answers `EAGAIN` for
-    /// ever.
+    /// That is so for `EAGAIN` (the memory layout is changing, or a fill did a part) and `EINTR`. Between two retries let
+    /// the thread that changes the layout run, and read its event (see "Events" in the [crate docs](crate)). Bound the
+    /// number of retries, since some kernels have a bug that returns `EAGAIN` for ever.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         matches!(self.errno(), Some(Errno::EAGAIN | Errno::EINTR))
@@ -277,7 +275,7 @@ impl From<Errno> for Error {
 }
 
 impl From<Error> for io::Error {
-    /// Keeps the kind that belongs to the errno, and the error itself as the inner one.
+    /// Converts to the kind of the errno, with the error itself as the inner one.
     fn from(error: Error) -> Self {
         let kind = match &error {
             Error::ReadEof => io::ErrorKind::UnexpectedEof,

@@ -1,4 +1,4 @@
-//! Events, and the buffer that they are read into.
+//! Events, and the buffer into which they are read.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -18,55 +18,55 @@ pub enum ReadWrite {
     Write,
 }
 
-/// Why a fault was delivered. Each is delivered only where the range is registered for it.
+/// The kind of a fault. Each kind is delivered only in ranges that are registered for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FaultKind {
-    /// Nothing is there: fill it, with [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage),
+    /// The page is missing. Fill it with [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage),
     /// [`poison`](Uffd::poison) or [`move_pages`](Uffd::move_pages).
     Missing,
-    /// A write to a write-protected page: lift it, with
+    /// A write to a write-protected page. Lift the protection with
     /// [`remove_write_protection`](Uffd::remove_write_protection). Since Linux 5.7.
     WriteProtected,
-    /// The page cache holds the page, perhaps on a swap device, and this mapping doesn't show it yet or any
-    /// more: map it, with [`continue`](Uffd::continue). Since Linux 5.13.
+    /// The page cache holds the page, perhaps on a swap device, and this mapping doesn't map it yet or any more. Map it with
+    /// [`continue`](Uffd::continue). Since Linux 5.13.
     Minor,
-    /// An access to a read-write-protected page: lift it, with
+    /// An access to a read-write-protected page. Lift the protection with
     /// [`remove_read_write_protection`](Uffd::remove_read_write_protection). Since Linux 7.3.
     ReadWriteProtected,
-    /// A reason that this version of the crate doesn't know: the message's flags as they are.
+    /// A kind that this version of the crate doesn't know, with the message's flags.
     Unknown(u64),
 }
 
-/// What a userfaultfd tells. Faults need an answer; the others are news, and those who caused them go on once
-/// the event is read.
+/// An event read from a userfaultfd. A fault must be resolved; the other events report changes, and the thread that
+/// made the change goes on once the event is read.
 ///
-/// Not `#[non_exhaustive]`, unlike what else the kernel may extend: programs written for 0.9 match all five,
-/// the kernel has added none since 4.11, and one that this version doesn't know is
-/// [`Error::UnrecognizedEvent`], which such a program handles already.
+/// Unlike other types that the kernel may extend, this isn't `#[non_exhaustive]`: programs written for 0.9 match all
+/// five variants, the kernel has added none since 4.11, and an event that this version doesn't know is
+/// [`Error::UnrecognizedEvent`], which such programs handle already.
 #[derive(Debug)]
 pub enum Event {
     /// A thread waits for a page.
     #[doc(alias = "UFFD_EVENT_PAGEFAULT")]
     Pagefault {
-        /// What the page lacks.
+        /// The kind of the fault.
         kind: FaultKind,
-        /// What the thread does.
+        /// The thread's access.
         rw: ReadWrite,
-        /// Where. The first address of the page, of the huge page on hugetlb memory; the very address with
-        /// [`EXACT_ADDRESS`](crate::FeatureFlags::EXACT_ADDRESS), but not on s390x. Kernels before 5.18 were inconsistent, so
+        /// The address: that of the page, of the huge page on hugetlb memory; the exact address with
+        /// [`EXACT_ADDRESS`](crate::FeatureFlags::EXACT_ADDRESS), except on s390x. Kernels before 5.18 were inconsistent, so
         /// round it down.
         addr: *mut c_void,
-        /// Who: the thread id with [`THREAD_ID`](crate::FeatureFlags::THREAD_ID), 0 without.
+        /// The id of the faulting thread with [`THREAD_ID`](crate::FeatureFlags::THREAD_ID), 0 without.
         thread_id: Pid,
     },
     /// The process forked. The child has the same ranges registered, with a userfaultfd of its own.
     ///
-    /// With [`EVENT_FORK`](crate::FeatureFlags::EVENT_FORK). A fork that was interrupted may leave one whose
-    /// operations answer `ESRCH`.
+    /// Needs [`EVENT_FORK`](crate::FeatureFlags::EVENT_FORK). An interrupted fork may leave a userfaultfd whose operations
+    /// fail with `ESRCH`.
     #[doc(alias = "UFFD_EVENT_FORK")]
     Fork {
-        /// The child's.
+        /// The child's userfaultfd.
         uffd: Uffd,
     },
     /// A range was moved and is registered at its new place. With
@@ -80,8 +80,7 @@ pub enum Event {
         /// The old length, in bytes.
         len: usize,
     },
-    /// The pages of a range are about to be dropped; the range stays registered, and what belongs there now
-    /// is zero.
+    /// The pages of a range are about to be dropped. The range stays registered, and zeros belong there from now on.
     ///
     /// With [`EVENT_REMOVE`](crate::FeatureFlags::EVENT_REMOVE): madvise(2) with `MADV_DONTNEED`, `MADV_FREE`
     /// or `MADV_REMOVE`. Holes punched by fallocate(2) and what happens through other mappings is not told.
@@ -227,15 +226,14 @@ fn pointer(address: u64) -> *mut c_void {
     ptr::with_exposed_provenance_mut(address as usize)
 }
 
-/// A buffer that events are read into, many with one system call, and taken out of in one of two orders.
+/// A buffer for events: one system call reads many, and the program takes them out in one of two orders.
 ///
-/// It is allocated once, with room for `size` events, and used again and again. A descriptor that comes with
-/// a fork event is owned by the buffer until the event is taken out, and closed if that never happens.
+/// It is allocated once, with room for `size` events, and reused. The buffer owns the descriptor of a fork event until
+/// the event is taken out, and closes it if that never happens.
 ///
-/// The kernel delivers faults before other events, whatever happened first. So a fault may be for an address
-/// whose removal or unmapping is told later in the same batch: filling it then fails with `EAGAIN` or
-/// `ENOENT`, or puts old data where zeros belong. A handler that asks for events takes them [changes
-/// first](Self::changes_first).
+/// The kernel delivers faults before other events, whatever happened first. So a fault may concern an address whose
+/// removal or unmapping comes later in the same batch: a fill then fails with `EAGAIN` or `ENOENT`, or puts old data
+/// where zeros belong. A handler with events must take them [changes first](Self::changes_first).
 ///
 /// ```
 /// use userfaultfd::{EventBuffer, UffdBuilder};
@@ -265,9 +263,9 @@ pub struct EventBuffer {
 }
 
 impl EventBuffer {
-    /// A buffer with room for `size` events of 32 bytes.
+    /// Returns a buffer with room for `size` events of 32 bytes each.
     ///
-    /// With room for none, reading fails with [`EmptyBuffer`](Error::EmptyBuffer).
+    /// With `size` 0, reading fails with [`EmptyBuffer`](Error::EmptyBuffer).
     #[must_use]
     pub fn new(size: usize) -> Self {
         Self::of(vec![EMPTY; size])
@@ -286,28 +284,28 @@ impl EventBuffer {
         Self { messages: messages.into_boxed_slice(), next: 0, end: 0, terms: Terms::default() }
     }
 
-    /// How many events there is room for.
+    /// Returns the number of events that the buffer has room for.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.messages.len()
     }
 
-    /// How many events were read and not taken out yet.
+    /// Returns the number of events that were read and not taken out yet.
     #[must_use]
     #[inline]
     pub fn len(&self) -> usize {
         self.end - self.next
     }
 
-    /// Whether every event was taken out.
+    /// Returns whether every event was taken out.
     #[must_use]
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.next == self.end
     }
 
-    /// Puts the events that tell of changes (forks, moves, removals, unmappings, unknown ones) before the
-    /// faults, both in the order of delivery.
+    /// Moves changes (forks, moves, removals, unmappings, unknown events) before the faults; within both, the order of
+    /// delivery stays.
     pub fn changes_first(&mut self) -> &mut Self {
         let messages = &mut self.messages[self.next..self.end];
         // Everything before `sorted` is a change. As the kernel delivers faults first, there is one round for
@@ -322,7 +320,7 @@ impl EventBuffer {
         self
     }
 
-    /// Takes the next event out. `None` if there is none left.
+    /// Takes out and returns the next event, or `None` if none is left.
     ///
     /// # Errors
     ///
@@ -337,17 +335,17 @@ impl EventBuffer {
         Some(claim(message, &self.terms))
     }
 
-    /// Takes all events out, one after the other. What is left when the iterator is dropped is dropped with
-    /// it, and descriptors of forks are closed.
+    /// Returns an iterator that takes out all events. Dropping it drops the events that are left, and closes the descriptors
+    /// of forks among them.
     #[inline]
     pub fn drain(&mut self) -> Drain<'_> {
         Drain { buffer: self }
     }
 
-    /// The messages that were read and not taken out yet, as the kernel wrote them: `struct uffd_msg`, 32
-    /// bytes each.
+    /// Returns the messages that were read and not taken out yet, as the kernel wrote them: `struct uffd_msg`, 32 bytes
+    /// each.
     ///
-    /// For what [`Event`] doesn't show. A descriptor in them isn't the reader's to use.
+    /// Use it for fields that [`Event`] doesn't have. The buffer owns the descriptors in the messages.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         self.messages[self.next..self.end].as_flattened()
@@ -403,7 +401,7 @@ impl fmt::Debug for EventBuffer {
     }
 }
 
-/// The events of an [`EventBuffer`], taken out one after the other.
+/// Iterator that takes the events out of an [`EventBuffer`].
 #[derive(Debug)]
 pub struct Drain<'a> {
     buffer: &'a mut EventBuffer,

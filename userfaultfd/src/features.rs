@@ -1,4 +1,4 @@
-//! What a kernel can do, as flags with the release that brought each, and what this one can do.
+//! The features, operations and modes of userfaultfd as flags, each with its release, and what the running kernel has.
 
 use std::fmt;
 
@@ -206,7 +206,7 @@ impl IoctlFlags {
 }
 
 kernel_flags! {
-    /// Which faults of a range are delivered, for
+    /// The kinds of faults for which a range is registered, by
     /// [`Uffd::register_with_mode`](crate::Uffd::register_with_mode).
     ///
     /// Source: `UFFDIO_REGISTER(2const)`.
@@ -228,7 +228,7 @@ kernel_flags! {
     }
 }
 
-/// What the running kernel offers, found out with a throw-away descriptor.
+/// What the running kernel offers, probed with a throw-away descriptor.
 ///
 /// `Display` prints a table of every feature and operation that this crate knows, with the release that
 /// brought it.
@@ -250,13 +250,13 @@ pub struct Support {
 }
 
 impl Support {
-    /// Every feature that the kernel offers. Whether this process may use `EVENT_FORK` is another question.
+    /// Returns every feature that the kernel offers. `EVENT_FORK` may still need a right that this process lacks.
     #[must_use]
     pub fn features(&self) -> FeatureFlags {
         self.features
     }
 
-    /// The operations of a descriptor. Those of a range depend on its memory: registering tells.
+    /// Returns the operations of a descriptor. Those of a range depend on its memory: registering returns them.
     #[must_use]
     pub fn ioctls(&self) -> IoctlFlags {
         self.ioctls

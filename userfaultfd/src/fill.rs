@@ -1,4 +1,4 @@
-//! What resolves a missing or minor fault: copy, zeropage, continue, poison, move.
+//! The operations that resolve missing and minor faults: copy, zeropage, continue, poison, move.
 
 #![expect(unsafe_code, reason = "filling memory behind the compiler's back")]
 
@@ -11,7 +11,7 @@ use crate::uffd::{address, range};
 use crate::{Errno, Error, IoctlFlags, Result, Uffd, sys};
 
 bitflags! {
-    /// How [`Uffd::copy_with`] copies.
+    /// Options of [`Uffd::copy_with`].
     #[derive(Copy, Clone, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
     pub struct CopyMode: u64 {
         /// Leave the waiters asleep, for a [`wake`](Uffd::wake) later.
@@ -25,7 +25,7 @@ bitflags! {
 }
 
 bitflags! {
-    /// How [`Uffd::zeropage_with`] fills.
+    /// Options of [`Uffd::zeropage_with`].
     #[derive(Copy, Clone, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
     pub struct ZeropageMode: u64 {
         /// Leave the waiters asleep, for a [`wake`](Uffd::wake) later.
@@ -35,7 +35,7 @@ bitflags! {
 }
 
 bitflags! {
-    /// How [`Uffd::continue_with`] maps.
+    /// Options of [`Uffd::continue_with`].
     #[derive(Copy, Clone, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
     pub struct ContinueMode: u64 {
         /// Leave the waiters asleep, for a [`wake`](Uffd::wake) later.
@@ -50,7 +50,7 @@ bitflags! {
 }
 
 bitflags! {
-    /// How [`Uffd::move_pages`] moves.
+    /// Options of [`Uffd::move_pages`].
     #[derive(Copy, Clone, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
     pub struct MoveMode: u64 {
         /// Leave the waiters asleep, for a [`wake`](Uffd::wake) later.
@@ -105,7 +105,7 @@ impl Uffd {
         unsafe { self.copy_with(src, dst, len, mode) }
     }
 
-    /// Fills missing pages with a copy of `src`, and wakes who waits for them.
+    /// Fills missing pages with a copy of `src`, and wakes the threads that wait for them.
     ///
     /// Each page appears whole: no thread sees it half-filled. Permissions of the destination don't matter.
     /// On shared memory the page goes into the page cache, so every mapping has it. Write protection that was
@@ -126,7 +126,7 @@ impl Uffd {
     /// changing (read the pending events, then try again) or a later page can't be filled (the call for the
     /// rest tells why). [`CopyFailed`](Error::CopyFailed), with nothing copied, and
     ///
-    /// - `EEXIST`: something is there already: a page, of which the page cache may hold more than is mapped;
+    /// - `EEXIST`: the page is present, perhaps in the page cache without being mapped here;
     ///   since Linux 7.2 a guard marker; on hugetlb memory since a kernel between 6.12 and 6.18 also an
     ///   exhausted pool. [`wake`](Uffd::wake) the range, and escalate if the same fault comes back.
     /// - `ENOENT`: the range isn't mapped, isn't registered, or crosses the end of a mapping.
@@ -196,9 +196,9 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// [`ZeropageFailed`](Error::ZeropageFailed) with the errno of [`zeropage_with`](Self::zeropage_with). After a part
-    /// that is `EAGAIN`, as it is where the memory layout is changing, and how much was done isn't told:
-    /// `zeropage_with` tells it.
+    /// [`ZeropageFailed`](Error::ZeropageFailed) with the errno of [`zeropage_with`](Self::zeropage_with). After a partial
+    /// fill that is `EAGAIN`, as when the memory layout is changing, and the bytes done aren't returned; use `zeropage_with`
+    /// for them.
     ///
     /// # Safety
     ///

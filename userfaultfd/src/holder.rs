@@ -1,8 +1,8 @@
-//! What of this library holds which memory of this process, so that an error can name it.
+//! The parts of this library that hold memory of this process, so that an error can name them.
 //!
-//! The kernel tells that another userfaultfd has registered a range, and not whose. What registers memory of this process
-//! says so here. This is for texts of errors alone, and costs nothing where there is none: an entry that can't be made, or
-//! read at once, is left out.
+//! The kernel reports that another userfaultfd has registered a range, but not whose. So each part of this library that
+//! registers memory of this process makes an entry here. The entries serve texts of errors alone: one that can't be made
+//! or read at once is left out.
 
 #![cfg_attr(
     not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
@@ -17,7 +17,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use crate::owner::{Owner, PerProcess};
 use crate::sync::AtomicU64;
 
-/// What of this library has registered a range, in this process.
+/// The part of this library that has registered a range of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Holder {
@@ -34,7 +34,7 @@ pub enum Holder {
 }
 
 impl fmt::Display for Holder {
-    /// Its name, and what would work.
+    /// The holder's name, and what would work.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::LazyMemory => "a LazyMemory: use its tracker(), snapshot() or series(), or fill() it first",
@@ -53,10 +53,10 @@ struct Entry {
     range: Range<usize>,
 }
 
-/// In the order in which they were made. A forked child has nothing of its parent's.
+/// The entries in the order in which they were made. A forked child drops its parent's.
 static ENTRIES: PerProcess<Mutex<Vec<Entry>>> = PerProcess::new();
 
-/// How often it is tried to change the entries.
+/// Tries to lock the entries: without a wait, since the holder of the lock may itself wait for a fault.
 const MAX_READ_TRIES: usize = 10_000;
 
 fn entries(all: &'static Mutex<Vec<Entry>>) -> Option<MutexGuard<'static, Vec<Entry>>> {
@@ -87,7 +87,7 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Of nothing yet.
+    /// An entry without ranges.
     pub(crate) fn new(owner: Owner, holder: Holder) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self { id: NEXT.fetch_add(1, Ordering::Relaxed), owner, holder }

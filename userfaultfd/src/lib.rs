@@ -1,13 +1,12 @@
-//! Page faults handled in user space: Linux `userfaultfd`, the whole interface, exact and safe where it can
-//! be.
+//! Handle page faults in user space with Linux `userfaultfd`: the whole kernel interface, and a fault engine, trackers
+//! and snapshots above it.
 //!
-//! A range of memory is registered with a [`Uffd`]. When a thread touches a page of it that is missing (or
-//! protected), the kernel puts the thread to sleep and tells the holder of the descriptor, who fills the page
-//! (or lifts the protection), and the thread goes on as if nothing had happened. VM monitors restore
-//! snapshots and migrate guests with it; it pages data that is larger than memory, tracks what was written,
-//! and takes snapshots of running programs.
+//! A program registers a range of memory with a [`Uffd`]. When a thread touches a missing (or protected) page of it, the
+//! kernel suspends the thread and reports the fault to the program's handler. The handler fills the page (or lifts the
+//! protection), and the thread goes on. VM monitors restore snapshots and migrate guests with it; other programs read
+//! data that is larger than memory, track writes, and save their memory while they run.
 //!
-//! One page, one fault, one copy:
+//! Map one page, register it, and resolve its fault by a copy:
 //!
 //! ```
 //! use std::{error::Error, thread};
@@ -53,12 +52,12 @@
 //!
 //! | to do this | use |
 //! | --- | --- |
-//! | memory that is read from a file, or made, as it is touched; data larger than memory | [`LazyMemory`] |
+//! | memory whose pages are read or computed on first access; data larger than memory | [`LazyMemory`] |
 //! | the same for other processes: restoring snapshots, migration, sandboxes | [`pager::Pager`] |
-//! | know which pages a program writes, again and again | [`DirtyTracker`] |
+//! | know which pages a program has written since the last look | [`DirtyTracker`] |
 //! | know which pages are in use | [`AccessTracker`] |
-//! | save what memory holds at one moment, while it goes on being written; save what has changed since | [`Snapshot`], [`snapshot`] |
-//! | anything else, and exactly what the kernel does | [`Uffd`], [`pagemap`] |
+//! | save memory as it is at one moment, while threads go on writing; save the changes since | [`Snapshot`], [`snapshot`] |
+//! | anything else, exactly as the kernel does it | [`Uffd`], [`pagemap`] |
 //!
 //! # Which mode for what
 //!
@@ -67,7 +66,7 @@
 //! | supply content on first access: snapshots, migration, far memory | [`MISSING`] | [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage), [`move_pages`](Uffd::move_pages) |
 //! | the same without a copy, where the handler maps the same memfd or hugetlb file | [`MINOR`] | [`continue`](Uffd::continue) |
 //! | act before a write: live [snapshots](snapshot), dirty tracking with an action | [`WRITE_PROTECT`] | [`remove_write_protection`](Uffd::remove_write_protection) |
-//! | know what was written, cheaply | [`WRITE_PROTECT`] and [`WP_ASYNC`] | nothing: [`DirtyTracker`] tells |
+//! | know what was written, cheaply | [`WRITE_PROTECT`] and [`WP_ASYNC`] | nothing: [`DirtyTracker`] reports it |
 //! | act before any access, or know what is in use | [`READ_WRITE_PROTECT`] and [`RWP`] | [`remove_read_write_protection`](Uffd::remove_read_write_protection) |
 //! | content that is lost for good | any | [`poison`](Uffd::poison) |
 //! | faults resolved in the faulting thread itself | [`SIGBUS`] | a signal handler that fills the page: [`LazyMemory::sigbus`] |
@@ -99,9 +98,9 @@
 //! | | | | shared¹ | 5.14 |
 //! | write to a protected page | `WRITE_PROTECT` | `remove_write_protection` | private anonymous | 5.7 |
 //! | | | | shared¹, hugetlb | 5.19 |
-//! | the same, only noted | `WRITE_PROTECT`, feature `WP_ASYNC` | nothing; `DirtyTracker` tells | these and regular files | 6.7 |
+//! | the same, only noted | `WRITE_PROTECT`, feature `WP_ASYNC` | nothing; `DirtyTracker` reports it | these and regular files | 6.7 |
 //! | access to a protected page | `READ_WRITE_PROTECT`, feature `RWP` | `remove_read_write_protection` | private anonymous, shared¹, hugetlb | 7.3 |
-//! | the same, only noted | `READ_WRITE_PROTECT`, `RWP`, `RWP_ASYNC` | nothing; `AccessTracker` tells | the same | 7.3 |
+//! | the same, only noted | `READ_WRITE_PROTECT`, `RWP`, `RWP_ASYNC` | nothing; `AccessTracker` reports it | the same | 7.3 |
 //!
 //! ¹ memfd, tmpfs, shared anonymous; private mappings of a memfd, too. Not segments of System V.
 //!
@@ -113,12 +112,12 @@
 //!
 //! # Kernels and features
 //!
-//! Every operation up to Linux 7.3 is always there, and the running kernel decides, from 5.10 on. **Ask,
-//! don't compare versions**: distributions carry features back, and an architecture or a CPU may lack one.
+//! The crate always has every operation up to Linux 7.3; the running kernel, from 5.10 on, decides at run time. **Ask the
+//! kernel, don't compare versions**: distributions backport features, and an architecture or a CPU may lack one.
 //!
-//! - [`Support::probe`] tells what the kernel offers, with a throw-away descriptor.
-//! - [`UffdBuilder::require_features`] fails with the names of what is missing;
-//!   [`UffdBuilder::request_features`] takes what there is, and [`Uffd::features`] tells what was got.
+//! - [`Support::probe`] returns what the kernel offers, with a throw-away descriptor.
+//! - [`UffdBuilder::require_features`] makes creation fail with the names of missing features;
+//!   [`UffdBuilder::request_features`] enables those that exist, and [`Uffd::features`] returns the result.
 //! - [`Uffd::register_with_mode`] returns the operations that a range accepts.
 //!
 //! "Not built in", "not permitted" ([`OpenFailure::reason`]) and "not in this kernel"
@@ -143,12 +142,12 @@
 //!
 //! # Rights
 //!
-//! Faults from user mode are everybody's to handle: [`UffdBuilder::user_mode_only`] is `true` unless you say
-//! otherwise. Then a system call that is given a missing page fails with `EFAULT`, as if the page weren't
-//! mapped: read(2) into it, write(2) from it, a futex on it, a KVM guest that runs on it. A handler for
-//! those, too, takes `user_mode_only(false)` and one of: access to `/dev/userfaultfd` (its file permissions
-//! decide; Linux 6.1), the capability `CAP_SYS_PTRACE`, or the sysctl `vm.unprivileged_userfaultfd=1`. The
-//! error tells what was tried and how each was refused. Containers often filter the system call itself.
+//! Every process may handle faults from user mode, and that is the default ([`UffdBuilder::user_mode_only`] is `true`).
+//! Then a system call on a missing page fails with `EFAULT`, as if the page weren't mapped: read(2) into it, write(2)
+//! from it, a futex on it, a KVM guest that runs on it. To handle these faults, too, set `user_mode_only(false)`; it
+//! needs one of: access to `/dev/userfaultfd` (by its file permissions; Linux 6.1), the capability `CAP_SYS_PTRACE`, or
+//! the sysctl `vm.unprivileged_userfaultfd=1`. The error lists each try with its errno, and the remedies. Containers
+//! often filter the system call itself.
 //!
 //! # A fault handler that is right
 //!
@@ -181,37 +180,34 @@
 //! }
 //! ```
 //!
-//! - **Every fault read needs an end**: filled, woken, or poisoned. A message is delivered once, to one
-//!   reader.
-//! - **The same address comes more than once**: for each thread that waits, after each wake without a fill,
-//!   after each signal that a waiting thread takes. Remember what is filled, or let `EEXIST` tell.
-//! - **`EEXIST` doesn't always mean done.** It is also the answer where a marker is in the way (a
-//!   write-protected or poisoned empty page for [`zeropage`](Uffd::zeropage)), and, since a kernel between
-//!   6.12 and 6.18, to a copy into hugetlb memory with an empty pool. If a fault comes back after a wake,
-//!   escalate: waking it again goes on for ever.
+//! - **Resolve every fault that you read**: fill, wake, or poison. A message is delivered once, to one reader.
+//! - **The same address comes more than once**: for each thread that waits, after each wake without a fill, after each
+//!   signal that a waiting thread takes. Remember which pages are filled, or rely on `EEXIST`.
+//! - **`EEXIST` doesn't always mean done.** A marker causes it, too (a write-protected or poisoned empty page for
+//!   [`zeropage`](Uffd::zeropage)), and, since a kernel between 6.12 and 6.18, an empty pool for a copy into hugetlb
+//!   memory. If a fault comes back after a wake, escalate: waking it again would go on for ever.
 //! - **A fill stays inside one mapping.** mprotect(2), a partial unmapping or registration splits one in two;
 //!   a copy across the border is `ENOENT` and copies nothing. Go page by page then.
-//! - **`EAGAIN` after some bytes hides the reason.** [`Error::progress`] tells how far it got; the call for
-//!   the rest tells why.
+//! - **`EAGAIN` after some bytes hides the reason.** [`Error::progress`] returns the bytes done; the call for the rest
+//!   returns the reason.
 //! - **A fault from kernel mode with a signal pending spins** at full load until it is resolved. Keep
 //!   periodic signals away from slow handlers.
 //!
 //! # Events
 //!
-//! With [`EVENT_FORK`], [`EVENT_REMAP`], [`EVENT_REMOVE`] and [`EVENT_UNMAP`] the descriptor also tells of
-//! changes to the address space. The thread that makes the change sleeps until the event is *read*; from
-//! before the change until it runs again, every fill answers `EAGAIN`.
+//! With [`EVENT_FORK`], [`EVENT_REMAP`], [`EVENT_REMOVE`] and [`EVENT_UNMAP`] the descriptor also reports changes of the
+//! address space. The thread that makes the change sleeps until the event is *read*; from before the change until that
+//! thread runs again, every fill fails with `EAGAIN`.
 //!
 //! - **Faults are delivered before events**, whatever happened first; within each, in order. So a fault may
 //!   be for a page whose removal comes later in the same batch: [`EventBuffer::changes_first`].
-//! - REMOVE comes before the pages go, UNMAP after, REMAP after. After a REMOVE the range is still
-//!   registered, and what belongs there is zeros. After an UNMAP it is gone. A moving mremap(2) tells UNMAP
-//!   of what it overwrites, REMAP, and UNMAP of the old range.
+//! - REMOVE comes before the pages go, UNMAP after, REMAP after. After a REMOVE the range is still registered, and zeros
+//!   belong there. After an UNMAP it is gone. A moving mremap(2) sends UNMAP for the range that it overwrites, REMAP, and
+//!   UNMAP for the old range.
 //! - **Without the event the change happens silently**: moved memory is not registered at its new place, and
 //!   a forked child reads zeros where pages are missing.
-//! - Nothing tells of holes that are punched with fallocate(2), of changes through other mappings, of
-//!   execve(2) and exit(2). After the last two, operations answer `ESRCH` and nothing is ever delivered
-//!   again; a pidfd tells of the end.
+//! - No event reports holes that are punched with fallocate(2), changes through other mappings, execve(2) and exit(2).
+//!   After the last two, operations fail with `ESRCH` and no event comes any more; use a pidfd to notice the end.
 //!
 //! # Deadlocks to avoid
 //!
@@ -221,36 +217,34 @@
 //!   the handler uses, and read the source into memory of its own first.
 //! - The handler takes a lock that a faulting thread holds: the allocator's, stdout's, a lazily initialised
 //!   static's.
-//! - A thread forks before the handler of fork events is on its way to read: starting a thread takes locks that
-//!   fork(2) holds until the event is read. Let the handler say that it is there.
+//! - A thread forks before the handler of fork events runs: starting a thread takes locks that fork(2) holds until the
+//!   event is read. Wait until the handler thread has started.
 //! - A handler of fork events allocates, while the forking thread holds the allocator's locks. Reading and
 //!   decoding here allocates nothing.
 //! - One thread retries on `EAGAIN` without reading the event that must be read first.
-//! - `std::process::Command` with `pre_exec` really forks: with EVENT_FORK another thread has to read the
-//!   event.
+//! - `std::process::Command` with `pre_exec` really forks: with EVENT_FORK another thread must read the event.
 //! - The handler locks or populates registered ranges: mlockall(2), `MADV_POPULATE_READ`.
 //!
 //! # Closing the descriptor
 //!
-//! When the last descriptor of a userfaultfd is closed, also by the death of the handler's process,
-//! everything is unregistered and every waiting thread goes on. **What is missing reads as zeros then**, with
-//! no error anywhere. A handler that must not lose data fills what is missing first, [poisons](Uffd::poison)
-//! it, or hands a [duplicate](Uffd::try_clone) over.
+//! When the last descriptor of a userfaultfd is closed, also by the death of the handler's process, the kernel unregisters
+//! everything and every waiting thread goes on. **Missing pages then read as zeros**, with no error anywhere. A handler
+//! that must not lose data first fills the missing pages, [poisons](Uffd::poison) them, or hands a
+//! [duplicate](Uffd::try_clone) over.
 //!
 //! # What is `unsafe`, and why
 //!
-//! [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage), [`move_pages`](Uffd::move_pages) and
-//! [`poison`](Uffd::poison) decide what memory holds without the compiler knowing. A page that a reference
-//! leads to is missing only until it is first touched; what is put there then must be valid for its type, and
-//! a page that was seen must not become another: that only the caller can know. Moving takes pages away from
-//! under references, and poison makes an access through one kill the process.
+//! [`copy`](Uffd::copy), [`zeropage`](Uffd::zeropage), [`move_pages`](Uffd::move_pages) and [`poison`](Uffd::poison) decide
+//! what memory holds, behind the compiler's back. A page behind a reference is missing only until its first access. What
+//! is filled in must be valid for the reference's type, and a page that was seen must not change: only the caller can
+//! know that. Moving takes pages away from under references, and an access through a reference to poison ends the
+//! process.
 //!
-//! Everything else is safe. [`register`](Uffd::register), [`unregister`](Uffd::unregister),
-//! [`wake`](Uffd::wake) and the protections decide when a thread waits, not what it reads. A thread that
-//! waits for ever is a hang, which isn't unsound. After an `unregister` missing pages are what they would
-//! have been without this crate: zeros. [`continue`](Uffd::continue) maps what the page cache of the shared
-//! file holds, which its other mappings may write at any time: mapping a file shared accepts
-//! that. Reading events owns the descriptors that they carry, after making sure that they are the kernel's.
+//! Everything else is safe. [`register`](Uffd::register), [`unregister`](Uffd::unregister), [`wake`](Uffd::wake) and the
+//! protections decide when a thread waits, not what it reads. A thread that waits for ever hangs, which isn't unsound.
+//! After an `unregister` missing pages are zeros, as they would be without this crate. [`continue`](Uffd::continue) maps
+//! pages of a shared file's page cache, which other mappings may write at any time: a program that maps a file shared
+//! accepts that. Events own the descriptors that they carry, after a check that these come from the kernel.
 //!
 //! # What it doesn't do
 //!
@@ -349,7 +343,7 @@ pub use crate::refusal::{MemoryKind, Reason, Refusal};
 pub use crate::snapshot::Snapshot;
 pub use crate::uffd::Uffd;
 
-/// The page size of the system, in bytes: what addresses and lengths are multiples of, except on huge pages.
+/// Returns the page size of the system, in bytes. Addresses and lengths are multiples of it, except on huge pages.
 ///
 /// It isn't 4096 everywhere: arm64 kernels also have 16 KiB or 64 KiB, powerpc64 kernels mostly 64 KiB.
 #[must_use]

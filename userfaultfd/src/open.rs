@@ -1,16 +1,16 @@
-//! How a descriptor comes into being, and what to say when it doesn't.
+//! Opening a userfaultfd, and the error with its remedies when that fails.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::{Errno, Error, Result, sys};
 
-/// Which way a descriptor is created.
+/// How a descriptor is opened.
 ///
-/// All ways end in the same kind of descriptor; they differ in who may use them. The device's file
-/// permissions admit to everything. The system call admits everybody to faults from user mode
-/// ([`user_mode_only`](crate::UffdBuilder::user_mode_only)), and to faults from kernel mode processes with
-/// `CAP_SYS_PTRACE`, or everybody when the sysctl `vm.unprivileged_userfaultfd` is 1.
+/// All ways lead to the same kind of descriptor; they need different rights. Access to the device file permits
+/// everything. The system call permits every process to handle faults from user mode
+/// ([`user_mode_only`](crate::UffdBuilder::user_mode_only)). Faults from kernel mode need `CAP_SYS_PTRACE`, or the
+/// sysctl `vm.unprivileged_userfaultfd=1`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OpenWith {
@@ -47,7 +47,7 @@ impl OpenFlags {
     }
 }
 
-/// Creates a descriptor that hasn't shaken hands yet.
+/// Creates a descriptor, without the handshake.
 pub(crate) fn open(with: OpenWith, flags: OpenFlags) -> Result<OwnedFd> {
     let mut failure = OpenFailure { user_mode_only: flags.user_mode_only, ..OpenFailure::default() };
     if with != OpenWith::Syscall {
@@ -69,7 +69,7 @@ pub(crate) fn open(with: OpenWith, flags: OpenFlags) -> Result<OwnedFd> {
     Err(Error::OpenFailed(failure))
 }
 
-/// Creates a descriptor through a device that the caller has open.
+/// Creates a descriptor through an open device.
 pub(crate) fn open_from(device: BorrowedFd<'_>, flags: OpenFlags) -> Result<OwnedFd> {
     new_from_device(device, flags).map_err(|errno| {
         let user_mode_only = flags.user_mode_only;
@@ -92,9 +92,9 @@ fn new_from_syscall(flags: OpenFlags) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// What was tried to create a descriptor, and how each try was refused.
+/// The tries to create a descriptor, each with its errno.
 ///
-/// `Display` tells it together with what helps:
+/// `Display` prints them together with the remedies:
 ///
 /// ```text
 /// cannot create a userfaultfd
@@ -114,38 +114,38 @@ pub struct OpenFailure {
     user_mode_only: bool,
 }
 
-/// Why no descriptor can be had.
+/// Why no descriptor could be created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OpenRefusal {
-    /// The kernel has no userfaultfd: it is built without `CONFIG_USERFAULTFD`, or a sandbox pretends so.
+    /// The kernel has no userfaultfd: it was built without `CONFIG_USERFAULTFD`, or a sandbox returns `ENOSYS`.
     NotBuiltIn,
-    /// This process may not.
+    /// This process doesn't have the right.
     NotPermitted,
-    /// Something else: too many open files, no memory. The errno tells.
+    /// Another reason, which the errno gives: too many open files, no memory.
     Other,
 }
 
 impl OpenFailure {
-    /// How opening `/dev/userfaultfd`, or its ioctl, was refused. `None` if it wasn't tried.
+    /// Returns the errno of opening `/dev/userfaultfd` or of its ioctl. `None` if it wasn't tried.
     #[must_use]
     pub fn device(&self) -> Option<Errno> {
         self.device_open.or(self.device_ioctl)
     }
 
-    /// How userfaultfd(2) was refused. `None` if it wasn't tried.
+    /// Returns the errno of userfaultfd(2). `None` if it wasn't tried.
     #[must_use]
     pub fn syscall(&self) -> Option<Errno> {
         self.syscall
     }
 
-    /// The errno of the last try.
+    /// Returns the errno of the last try.
     #[must_use]
     pub fn errno(&self) -> Option<Errno> {
         self.syscall.or(self.device())
     }
 
-    /// Whether it is the kernel, the rights, or something else.
+    /// Returns the kind of the reason: the kernel, the rights, or another one.
     #[must_use]
     pub fn reason(&self) -> OpenRefusal {
         match self.errno() {
@@ -155,7 +155,7 @@ impl OpenFailure {
         }
     }
 
-    /// What helps: each line a way of its own.
+    /// Returns an iterator over the remedies, any one of which helps.
     pub fn remedies(&self) -> impl Iterator<Item = &'static str> {
         const DEVICE: &str = "access to the device, from an administrator: setfacl -m u:$USER:rw /dev/userfaultfd \
                               (in a container: --device /dev/userfaultfd)";
@@ -188,7 +188,7 @@ impl OpenFailure {
 impl std::error::Error for OpenFailure {}
 
 impl fmt::Debug for OpenFailure {
-    /// The same as `Display`: this is what a failed `unwrap` or `main` shows, and where the remedies are needed.
+    /// Prints the same as `Display`, since a failed `unwrap` or `main` prints this.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }

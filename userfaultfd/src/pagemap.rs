@@ -1,12 +1,11 @@
-//! What the pages of a process are: written, present, swapped out, accessed (`PAGEMAP_SCAN`, Linux 6.7).
+//! The state of a process's pages: written, present, swapped out, accessed (`PAGEMAP_SCAN`, Linux 6.7).
 //!
-//! A [`Pagemap`] is open for one process. A [`Scan`] says which addresses to look at, which pages to pick and
-//! what to do with them; each call of [`Scan::next_regions`] reports some more of them as [`Region`]s, until
-//! all has been looked at.
+//! A [`Pagemap`] belongs to one process. A [`Scan`] selects addresses and pages, and what to do with them; each call of
+//! [`Scan::next_regions`] returns the next ones as [`Region`]s, until the whole range is scanned.
 //!
-//! Together with [`WP_ASYNC`](crate::FeatureFlags::WP_ASYNC) this is dirty tracking: the kernel notes writes
-//! by itself, and one scan reports the written pages and protects them again, without losing a write in
-//! between.
+//! Together with [`WP_ASYNC`](crate::FeatureFlags::WP_ASYNC) this is dirty tracking: the kernel notes writes itself, and
+//! one scan reports the written pages and protects them again, without losing a write in between. For a ready tracker
+//! see `DirtyTracker`.
 //!
 //! ```
 //! use userfaultfd::pagemap::{Categories, Pagemap, Region, Scan};
@@ -51,7 +50,7 @@ use crate::features::kernel_flags;
 use crate::{Error, Pid, Result, sys};
 
 kernel_flags! {
-    /// What a page can be. Unknown bits, from newer kernels, are kept.
+    /// The categories of a page. Unknown bits, from newer kernels, are kept.
     pub struct Categories {
         /// In a range that is registered for asynchronous write protection.
         #[doc(alias = "PAGE_IS_WPALLOWED")]
@@ -90,7 +89,7 @@ kernel_flags! {
     const _ = !0;
 }
 
-/// Pages that lie side by side and are the same, as far as the scan was told to report.
+/// Adjacent pages that are equal in the categories that the scan reports.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
 pub struct Region(sys::page_region);
@@ -100,13 +99,13 @@ pub struct Region(sys::page_region);
 unsafe impl sys::PageRegion for Region {}
 
 impl Region {
-    /// The addresses, in bytes.
+    /// Returns the addresses, in bytes.
     #[must_use]
     pub fn range(&self) -> Range<usize> {
         self.0.start as usize..self.0.end as usize
     }
 
-    /// What the pages are, of the categories [reported](Scan::report).
+    /// Returns the categories of the pages, among those [reported](Scan::report).
     #[must_use]
     pub fn categories(&self) -> Categories {
         Categories::from_bits_retain(self.0.categories)
@@ -132,7 +131,7 @@ impl fmt::Debug for Region {
 pub struct Pagemap(File);
 
 impl Pagemap {
-    /// Of the calling process.
+    /// Opens the page map of the calling process.
     ///
     /// # Errors
     ///
@@ -141,7 +140,7 @@ impl Pagemap {
         Self::open("/proc/self/pagemap")
     }
 
-    /// Of another process.
+    /// Opens the page map of another process.
     ///
     /// # Errors
     ///
@@ -179,9 +178,9 @@ impl AsFd for Pagemap {
     }
 }
 
-/// What to look at, which pages to pick, and what to do with them.
+/// A scan of a range: which pages to pick, what to report of them, and whether to protect them.
 ///
-/// With nothing said every page of every mapping in the range is picked, and nothing is said of it.
+/// By default every page of every mapping in the range is picked, and no category is reported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scan {
     range: Range<u64>,
@@ -195,7 +194,7 @@ pub struct Scan {
 }
 
 impl Scan {
-    /// Looks at a range of addresses. The start is page-aligned; the end is rounded up to a page.
+    /// Returns a scan of a range of addresses. The start must be page-aligned; the end is rounded up to a page.
     #[must_use]
     pub fn new(range: Range<usize>) -> Self {
         Self {
@@ -210,34 +209,33 @@ impl Scan {
         }
     }
 
-    /// Picks only pages that are all of these. Reports them, too. Adds to what was said before.
+    /// Picks only pages that have all of these categories, and reports these. Adds to earlier calls.
     pub fn all_of(&mut self, categories: Categories) -> &mut Self {
         self.all_of |= categories;
         self.report(categories)
     }
 
-    /// Picks only pages that are one of these at least. Reports them, too. Adds to what was said before.
+    /// Picks only pages that have at least one of these categories, and reports these. Adds to earlier calls.
     pub fn any_of(&mut self, categories: Categories) -> &mut Self {
         self.any_of |= categories;
         self.report(categories)
     }
 
-    /// Picks only pages that are none of these. Adds to what was said before.
+    /// Picks only pages that have none of these categories. Adds to earlier calls.
     pub fn none_of(&mut self, categories: Categories) -> &mut Self {
         self.all_of |= categories;
         self.inverted |= categories;
         self
     }
 
-    /// Reports these of the pages picked. Pages side by side that differ in what is reported are regions of
-    /// their own. Adds to what was said before.
+    /// Reports these categories of the picked pages. Adjacent pages with different reported categories are separate regions.
+    /// Adds to earlier calls.
     pub fn report(&mut self, categories: Categories) -> &mut Self {
         self.report |= categories;
         self
     }
 
-    /// Stops a call after `pages` pages were picked; the next one goes on behind them. 0, the default, is no
-    /// limit.
+    /// Limits each call to `pages` picked pages; the next call goes on behind them. The default is 0: no limit.
     pub fn max_pages(&mut self, pages: usize) -> &mut Self {
         self.max_pages = pages as u64;
         self
@@ -271,15 +269,14 @@ impl Scan {
         self
     }
 
-    /// The addresses that haven't been looked at yet.
+    /// Returns the addresses that aren't scanned yet.
     #[must_use]
     pub fn remaining(&self) -> Range<usize> {
         self.range.start as usize..self.range.end as usize
     }
 
-    /// Looks further: reports the next regions into `regions`, and returns those that it filled. An empty
-    /// slice means that nothing was picked in what was looked at; `None` that everything has been looked at
-    /// before.
+    /// Scans on, writes the next regions into `regions`, and returns those. An empty slice means that no page of the scanned
+    /// part was picked; `None` that the whole range was scanned before.
     ///
     /// With no room in `regions` nothing is reported, but pages are [write-protected](Self::write_protect)
     /// all the same.

@@ -1,4 +1,4 @@
-//! Protection whose faults are delivered: against writes, against any access, and its asynchronous modes.
+//! Protection against writes and against any access, and its asynchronous modes.
 
 use std::ffi::c_void;
 use std::os::fd::AsFd;
@@ -11,7 +11,7 @@ impl Uffd {
     /// [`FaultKind::WriteProtected`](crate::FaultKind::WriteProtected) from now on, until it is lifted.
     ///
     /// The range must be registered for [`WRITE_PROTECT`](crate::RegisterMode::WRITE_PROTECT), all its
-    /// mappings; holes are skipped. Wakes nobody. Reads are free. The protection is this mapping's own:
+    /// mappings; holes are skipped. No thread is woken. Reads don't fault. The protection is this mapping's own:
     /// writes through another mapping or the file aren't delivered. On private anonymous memory it does
     /// nothing to pages that were never touched, unless [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED) is
     /// enabled. It is gone after `MADV_DONTNEED` on private anonymous memory, in a forked child without
@@ -92,10 +92,10 @@ impl Uffd {
         self.write_protect_unexplained(std::ptr::null_mut(), 0).is_err_and(|error| error.is_retryable())
     }
 
-    /// Lifts the protection of [`write_protect`](Self::write_protect), and wakes who waits if `wake`.
+    /// Lifts the protection of [`write_protect`](Self::write_protect), and wakes the waiting threads if `wake`.
     ///
-    /// A thread may be on its way into the fault just then, and wait for what is over: answer each fault that is
-    /// read, also one of a page whose protection was lifted already.
+    /// A thread may be on its way into the fault at that moment, and wait after the protection was lifted: resolve each
+    /// fault that is read, also on a page whose protection was lifted already.
     ///
     /// # Errors
     ///
@@ -174,8 +174,7 @@ impl Uffd {
         self.set_read_write_protection(start, len, sys::UFFDIO_RWPROTECT_MODE_RWP)
     }
 
-    /// Lifts the protection of [`read_write_protect`](Self::read_write_protect), and wakes who waits if
-    /// `wake`.
+    /// Lifts the protection of [`read_write_protect`](Self::read_write_protect), and wakes the waiting threads if `wake`.
     ///
     /// # Errors
     ///
@@ -194,10 +193,10 @@ impl Uffd {
         Ok(sys::read_write_protect(self.as_fd(), &mut arg)?)
     }
 
-    /// Switches asynchronous modes at run time: those in `enable` on, those in `disable` off.
+    /// Switches asynchronous modes on (`enable`) and off (`disable`) at run time.
     ///
-    /// The kernel knows one: [`FeatureFlags::RWP_ASYNC`]. Switching it on wakes every thread that waits on
-    /// this userfaultfd, and they try their access again.
+    /// The kernel has one such mode: [`FeatureFlags::RWP_ASYNC`]. Switching it on wakes every thread that waits on this
+    /// userfaultfd; the threads repeat their access.
     ///
     /// Since Linux 7.3.
     ///

@@ -1,4 +1,4 @@
-//! [`Uffd`]: the descriptor, the ranges registered with it, and what is read from it.
+//! [`Uffd`]: the descriptor, registering ranges, and reading events.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -13,9 +13,9 @@ use crate::{Errno, Error, FeatureFlags, IoctlFlags, Pid, RegisterMode, Result, S
 
 /// A userfaultfd: a descriptor through which page faults of one address space are delivered and resolved.
 ///
-/// Made by [`UffdBuilder`](crate::UffdBuilder), or adopted: `Uffd::from` takes a descriptor that another
-/// process sent or that a parent left. It belongs for ever to the address space of the process that created
-/// it, wherever it is passed to. All methods take `&self` and can be called from any thread.
+/// Create one with [`UffdBuilder`](crate::UffdBuilder), or adopt one: `Uffd::from` takes a descriptor that
+/// another process has sent or a parent has left. A userfaultfd belongs to the address space of the process that
+/// created it, wherever it is passed to. All methods take `&self` and can be called from any thread.
 ///
 /// ```
 /// use std::os::fd::OwnedFd;
@@ -28,9 +28,9 @@ use crate::{Errno, Error, FeatureFlags, IoctlFlags, Pid, RegisterMode, Result, S
 ///
 /// # Closing
 ///
-/// When the last descriptor of a userfaultfd is closed, all its ranges are unregistered and every waiting
-/// thread goes on: **what is missing then reads as zeros**, silently, and so it does when a handler process
-/// dies. Before closing, fill what is missing, [`poison`](Uffd::poison) it, or hand the descriptor over.
+/// When the last descriptor of a userfaultfd is closed, also by the death of its process, the kernel unregisters all
+/// its ranges and every waiting thread goes on: **missing pages then read as zeros**, without any error. Before you
+/// close it, fill the missing pages, [`poison`](Uffd::poison) them, or hand the descriptor over.
 pub struct Uffd {
     fd: OwnedFd,
     terms: Terms,
@@ -98,11 +98,11 @@ impl Uffd {
         Self { terms: self.terms.made_here(), ..self }
     }
 
-    /// The features that are enabled: those required and those requested that there are. An adopted
-    /// descriptor is looked up in `/proc/self/fdinfo`; without `/proc` the answer is empty.
+    /// Returns the enabled features: the required ones, and those of the requested ones that the kernel has. For an
+    /// adopted descriptor they are read from `/proc/self/fdinfo`; without `/proc` the result is empty.
     ///
-    /// What [`set_async`](Self::set_async) switches later doesn't show here. What the kernel offers beyond is
-    /// told by [`Support::probe`].
+    /// Later switches by [`set_async`](Self::set_async) don't show here. [`Support::probe`] returns what the kernel
+    /// offers.
     ///
     /// ```
     /// use userfaultfd::{FeatureFlags, UffdBuilder};
@@ -117,8 +117,8 @@ impl Uffd {
         self.negotiated().features
     }
 
-    /// The operations of the descriptor (API, REGISTER, UNREGISTER, SET_MODE) that this kernel has. Those of
-    /// a range are returned by [`register_with_mode`](Self::register_with_mode).
+    /// Returns the operations of the descriptor (API, REGISTER, UNREGISTER, SET_MODE) that this kernel has.
+    /// [`register_with_mode`](Self::register_with_mode) returns those of a range.
     ///
     /// ```
     /// use userfaultfd::{IoctlFlags, UffdBuilder};
@@ -153,7 +153,7 @@ impl Uffd {
         self.is_own()?.then_some(Process::Own)
     }
 
-    /// Another descriptor of the same userfaultfd, closed on exec. Whichever reads an event first has it.
+    /// Duplicates the descriptor; the duplicate is closed on exec. Each event goes to the first descriptor that reads it.
     ///
     /// # Errors
     ///
@@ -172,8 +172,8 @@ impl Uffd {
         Ok(Self { fd, terms: self.terms })
     }
 
-    /// Whether reading waits for an event: what [`set_nonblocking`](Self::set_nonblocking) switched last, or
-    /// anybody with whom the description is shared.
+    /// Returns whether reading returns at once when there is no event: see [`set_nonblocking`](Self::set_nonblocking),
+    /// which other owners of the description may also have called.
     ///
     /// # Errors
     ///
@@ -217,7 +217,7 @@ impl Uffd {
         self.register_with_mode(start, len, RegisterMode::MISSING)
     }
 
-    /// Has the faults of a range delivered, and returns the operations that the range accepts.
+    /// Registers a range, so that its faults are delivered, and returns the operations that the range accepts.
     ///
     /// The range may span mappings and holes; the mappings that are there now are registered, memory mapped
     /// into a hole later isn't. Pages that are present, or swapped out, stay so and raise no missing fault. The
@@ -227,12 +227,12 @@ impl Uffd {
     /// **Registering again replaces the modes, it doesn't add to them**: a range registered for `MISSING` and
     /// then for `WRITE_PROTECT` is registered for `WRITE_PROTECT` alone. Asking for fewer modes than before
     /// may silently change nothing, though the returned operations are those of the smaller set; since Linux
-    /// 7.3 dropping a protection mode is `EBUSY`. This library keeps no record behind your back, so always
-    /// pass all the modes that the range is to have.
+    /// 7.3 dropping a protection mode is `EBUSY`. This library keeps no record, so always pass all modes that the range
+    /// must have.
     ///
     /// `start` and `len`, in bytes, are multiples of the page size; of the huge page size on hugetlb memory.
     ///
-    /// Since Linux 4.3; each mode as told at [`RegisterMode`].
+    /// Since Linux 4.3; the modes since the releases given at [`RegisterMode`].
     ///
     /// # Errors
     ///
@@ -320,7 +320,7 @@ impl Uffd {
         examine::explained(self, error, &Request::new(ioctl, start, len, modes), || self.process())
     }
 
-    /// Gives the faults of a range back to the kernel, and wakes every thread that waits there.
+    /// Unregisters a range, and wakes every thread that waits there. The kernel resolves later faults itself.
     ///
     /// The kernel itself wakes only waiters of missing faults here; this method wakes all of them, whether it
     /// succeeds or not. Missing pages read as zeros from now on. Protection is lifted; poison stays. Parts
@@ -369,11 +369,10 @@ impl Uffd {
         Ok(unregistered.and(woken)?)
     }
 
-    /// Wakes every thread that waits for a fault in the range to be resolved. They try their access again.
+    /// Wakes every thread that waits for a fault in the range. The threads repeat their access.
     ///
-    /// For fills that were told not to wake, and after an `EEXIST`, where another fill has done the work.
-    /// Only waiters of this userfaultfd are woken. A thread whose fault isn't resolved faults again, with a
-    /// new event.
+    /// Use it after fills that don't wake, and after `EEXIST`, where another fill has done the work. Only waiters of this
+    /// userfaultfd are woken. A thread whose fault isn't resolved faults again, with a new event.
     ///
     /// `start` and `len`, in bytes, are multiples of the page size. The range need be neither registered nor
     /// mapped.
@@ -405,18 +404,18 @@ impl Uffd {
         Ok(sys::wake(self.as_fd(), &mut range(start, len))?)
     }
 
-    /// Looks into why an operation on a range of this process's memory failed, and returns the reason if it can be
-    /// found: the part of the range, what lies there, and what would work.
+    /// Examines why an operation on a range of this process's memory failed, and returns the reason if it can be found: the
+    /// part of the range, the memory there, and what would work.
     ///
     /// [`register_with_mode`](Self::register_with_mode), [`unregister`](Self::unregister),
-    /// [`write_protect`](Self::write_protect) and [`read_write_protect`](Self::read_write_protect) look by themselves,
-    /// and answer with [`Error::Refused`]. Operations that handle faults (fills, wakes, lifting protection) don't, as
-    /// most of what they are refused for is everyday. This is for the rest: call it with the error, the operation and
-    /// its range (of [`move_pages`](Self::move_pages) the destination), right after.
+    /// [`write_protect`](Self::write_protect) and [`read_write_protect`](Self::read_write_protect) do so themselves, and
+    /// return [`Error::Refused`]. Operations that resolve faults (fills, wakes, lifting protection) don't, since their
+    /// refusals are mostly part of normal work. For the others call this right after the failure, with the error, the
+    /// operation and its range (for [`move_pages`](Self::move_pages) the destination).
     ///
-    /// It reads `/proc/self/smaps`, which takes the longer the more memory there is, and the kernel's features by a
-    /// descriptor that it opens and closes. Where the descriptor is an adopted one that may be another process's, before
-    /// Linux 6.8 only what needs no look at mappings is told; [`explain_in`](Self::explain_in) is for these.
+    /// It reads `/proc/self/smaps`, whose time grows with the memory of the process, and probes the kernel's features with a
+    /// descriptor that it opens and closes. For an adopted descriptor, which may belong to another process, it finds before
+    /// Linux 6.8 only reasons that need no look at mappings; use [`explain_in`](Self::explain_in) there.
     ///
     /// ```
     /// use userfaultfd::{IoctlFlags, Reason, UffdBuilder, page_size};
@@ -441,9 +440,8 @@ impl Uffd {
         examine::of(self, error, &Request::new(ioctl, start, len, None), || self.process())
     }
 
-    /// Looks into why an operation failed, like [`explain`](Self::explain), where the memory is that of the process
-    /// `pid`. Takes the right to read that process's memory by ptrace(2), else only what needs no look at mappings is
-    /// told.
+    /// Examines why an operation failed, like [`explain`](Self::explain), on memory of the process `pid`. Without the right
+    /// to read that process's memory by ptrace(2), it finds only reasons that need no look at mappings.
     #[must_use]
     pub fn explain_in(
         &self,
@@ -459,8 +457,8 @@ impl Uffd {
 
     /// Reads one event.
     ///
-    /// Waits for one on a blocking descriptor, through signals. On a non-blocking one `None` means that there
-    /// is none, or that a fault seen by poll(2) was resolved meanwhile.
+    /// On a blocking descriptor it waits for an event, and goes on waiting after signals. On a non-blocking one it returns
+    /// `None` if there is no event, also if a fault that poll(2) has reported was resolved meanwhile.
     ///
     /// **Faults are delivered before other events**, whatever happened first: see "Events" in the [crate
     /// docs](crate). A message is delivered once, to one reader, and the faulting thread waits until it is
@@ -507,7 +505,7 @@ impl Uffd {
         }
     }
 
-    /// Reads one event, like [`read_event`](Self::read_event), and never waits: for event loops and async runtimes.
+    /// Reads one event, like [`read_event`](Self::read_event), but never waits: for event loops and async runtimes.
     ///
     /// # Errors
     ///
@@ -529,7 +527,7 @@ impl Uffd {
         self.read_event()
     }
 
-    /// Reads as many events as are there and fit, like [`read_batch`](Self::read_batch), and never waits.
+    /// Reads as many events as are queued and fit, like [`read_batch`](Self::read_batch), but never waits.
     ///
     /// # Errors
     ///
@@ -544,13 +542,13 @@ impl Uffd {
         if self.is_nonblocking()? { Ok(()) } else { Err(Error::Blocking) }
     }
 
-    /// Reads as many events as are there and fit into the buffer, in one system call, and takes them out in
+    /// Reads as many events as are queued and fit into the buffer, in one system call, and returns an iterator over them in
     /// the order of delivery.
     ///
-    /// Waits for the first on a blocking descriptor, through signals; the iterator of a non-blocking one is
-    /// empty if there is none. An event that can't be decoded is an `Err` item, and the ones behind it are
-    /// good. Dropping the iterator early drops the events that it still had, and closes the descriptors of
-    /// forks among them; [`read_batch`](Self::read_batch) and [`EventBuffer::pop`] lose none.
+    /// On a blocking descriptor it waits for the first event, and goes on waiting after signals; on a non-blocking one the
+    /// iterator may be empty. An event that can't be decoded is an `Err` item; the items behind it are valid. Dropping the
+    /// iterator early drops the remaining events, and closes the descriptors of forks among them;
+    /// [`read_batch`](Self::read_batch) and [`EventBuffer::pop`] lose none.
     ///
     /// # Errors
     ///
@@ -577,17 +575,16 @@ impl Uffd {
         Ok(buf.drain())
     }
 
-    /// Reads as many events as are there and fit behind those that the buffer still holds, in one system
-    /// call, and returns how many were read. See [`EventBuffer`] for taking them out, in the order of
-    /// delivery or changes first.
+    /// Reads as many events as are queued and fit behind those that the buffer still holds, in one system call, and returns
+    /// the number of events read. Take them out of the [`EventBuffer`] in the order of delivery or changes first.
     ///
-    /// Waits for the first on a blocking descriptor, through signals; 0 on a non-blocking one means that
-    /// there is none. A buffer that is full of events not taken out yet is left alone, with 0.
+    /// On a blocking descriptor it waits for the first event, and goes on waiting after signals; on a non-blocking one it
+    /// returns 0 if there is none. It also returns 0, without a read, if the buffer is full.
     ///
     /// # Errors
     ///
-    /// As [`read_event`](Self::read_event), but for events of unknown kind, which are errors when they are
-    /// taken out; also [`EmptyBuffer`](Error::EmptyBuffer). What the buffer holds stays.
+    /// As [`read_event`](Self::read_event), except that an event of an unknown kind is an error when it is taken out; also
+    /// [`EmptyBuffer`](Error::EmptyBuffer). The buffer keeps its events.
     ///
     /// # Examples
     ///
@@ -697,8 +694,8 @@ impl FromRawFd for Uffd {
 
 impl From<OwnedFd> for Uffd {
     /// Adopts a userfaultfd whose handshake is done: one received over a Unix socket, inherited, or fetched
-    /// with pidfd_getfd(2). One whose handshake isn't done belongs to
-    /// [`UffdBuilder::handshake`](crate::UffdBuilder::handshake); operations of anything else fail.
+    /// with pidfd_getfd(2). Use [`UffdBuilder::handshake`](crate::UffdBuilder::handshake) if it isn't done. Operations on a
+    /// descriptor of another kind fail.
     fn from(fd: OwnedFd) -> Self {
         Self::new(fd, Terms::default())
     }

@@ -1,5 +1,5 @@
-//! Why the kernel refused an operation, as a value: which part of the range, the reason, and what would work instead.
-//! It is found by [`examine`].
+//! The reason for which the kernel refused an operation, as a value: the part of the range, the reason, and what would
+//! work instead. [`examine`] finds it.
 
 pub(crate) mod examine;
 
@@ -44,19 +44,19 @@ impl Refusal {
         Self { start: part.start, end: part.end, reason, holder: None }
     }
 
-    /// The addresses that the reason is about: the range of the operation, or a part of it.
+    /// Returns the addresses that the reason concerns: the range of the operation, or a part of it.
     #[must_use]
     pub fn range(&self) -> Range<usize> {
         self.start..self.end
     }
 
-    /// What stood in the way.
+    /// Returns the reason.
     #[must_use]
     pub fn reason(&self) -> Reason {
         self.reason
     }
 
-    /// What of this library has registered it in this process, if it is known to have.
+    /// Returns the part of this library that has registered the memory in this process, if known.
     #[must_use]
     pub fn holder(&self) -> Option<Holder> {
         self.holder
@@ -68,7 +68,7 @@ impl Refusal {
     }
 }
 
-/// What stood in the way of an operation.
+/// The reason for which an operation was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reason {
@@ -141,14 +141,14 @@ pub enum Reason {
     NotUserfaultfd,
     /// The memory is another process's, and the operation works within one.
     OtherProcess,
-    /// The process whose memory it is has ended, or executed another program.
+    /// The process that has the memory has ended, or executed another program.
     ProcessGone,
     /// The process has as many mappings as it may have.
     TooManyMappings {
         /// The limit: `vm.max_map_count`.
         limit: usize,
     },
-    /// Something is there already: a page, or a marker of write protection, poison or a guard.
+    /// The page is present, or has a marker of write protection, poison or a guard.
     Occupied,
     /// The page cache holds no page there.
     NotCached,
@@ -156,7 +156,7 @@ pub enum Reason {
     LayoutChanging,
 }
 
-/// What a mapping is of.
+/// The kind of memory of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MemoryKind {
@@ -324,7 +324,7 @@ impl Refusal {
             Reason::NotUserfaultfd => write!(f, "the descriptor is not a userfaultfd"),
             Reason::OtherProcess => write!(f, "the memory is another process's, where this doesn't work"),
             Reason::ProcessGone => {
-                write!(f, "the process whose memory it is has ended, or executed another program")
+                write!(f, "the process that has the memory has ended, or executed another program")
             }
             Reason::TooManyMappings { limit } => {
                 write!(f, "the process has as many mappings as vm.max_map_count allows: {limit}")
@@ -344,7 +344,7 @@ impl Refusal {
 }
 
 impl fmt::Debug for Refusal {
-    /// The same as `Display`: this is what a failed `unwrap` or `main` shows.
+    /// Prints the same as `Display`, since a failed `unwrap` or `main` prints this.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
