@@ -1,7 +1,8 @@
-//! The thread that runs the program's code: it calls [`on_problem`](crate::pager::PagerBuilder::on_problem), and frees sources.
+//! The reports thread, which runs the program's code: it calls [`on_problem`](crate::pager::PagerBuilder::on_problem), and
+//! frees sources.
 //!
-//! Both may take their time, take any lock, panic, or end the pager. So no other thread does either, and none waits for
-//! this one but for a moment, before a page is poisoned.
+//! Both may block, take any lock, panic, or end the pager. So no other thread does either, and none waits for this one
+//! except briefly before a page is poisoned.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -18,22 +19,22 @@ use crate::pager::memory::served::ServedRegion;
 use crate::pager::trace::event;
 use crate::source::call::message;
 
-/// What is called with each problem.
+/// The function that is called with each problem.
 pub(crate) type OnProblem = Arc<dyn Fn(&Problem) + Send + Sync>;
 
-/// Problems that wait to be reported. What exceeds that is lost, and counted.
+/// Problems that wait to be reported, at most. Further ones are dropped and counted.
 const QUEUE_LEN: usize = 1024;
 
-/// How long a page isn't poisoned so that its problem is reported first: the access that follows may end the process.
-const PATIENCE: Duration = Duration::from_millis(100);
+/// The longest delay of poison, so that its problem is reported first: the access that follows may end the process.
+const MAX_POISON_DELAY: Duration = Duration::from_millis(100);
 
-/// What is to be reported and freed.
+/// The problems to report and the regions to free.
 #[derive(Debug)]
 pub(crate) struct Reports {
     queue: RankedMutex<Queue, { rank::QUEUE }>,
     changed: Condvar,
-    /// Regions that nothing refers to any more. Apart from the queue: it grows in the allocator, which a fork may have
-    /// locked until the threads that report problems read its event.
+    /// Unreferenced regions. Apart from the queue, since it grows in the allocator, which a fork may have locked until the
+    /// workers that report problems read its event.
     freed: RankedMutex<Vec<Arc<ServedRegion>>, { rank::STORE }>,
     /// How many problems were lost.
     lost: AtomicUsize,
@@ -44,10 +45,10 @@ pub(crate) struct Reports {
 struct Queue {
     problems: VecDeque<Problem>,
     some_freed: bool,
-    /// How many problems were posted, and reported.
+    /// Numbers of problems that were posted, and reported.
     posted: u64,
     reported: u64,
-    /// A worker has waited for a report in vain. None does so until all are made.
+    /// A worker has waited for a report in vain. No worker waits until all are made.
     is_late: bool,
     stopped: bool,
 }
@@ -71,7 +72,7 @@ impl Reports {
         }
     }
 
-    /// Has a problem reported. Where there is no room it is lost.
+    /// Posts a problem to be reported. Without room it is dropped.
     pub(crate) fn post(&self, problem: Problem) {
         let mut queue = lock(&self.queue);
         if queue.problems.len() == QUEUE_LEN {
@@ -90,7 +91,7 @@ impl Reports {
         self.lost.load(Ordering::Relaxed) as u64
     }
 
-    /// Waits until the problems that were posted are reported, for a moment at most.
+    /// Waits until the posted problems are reported, at most for [`MAX_POISON_DELAY`].
     pub(crate) fn wait(&self) {
         let mut queue = lock(&self.queue);
         let posted = queue.posted;
@@ -102,14 +103,14 @@ impl Reports {
         queue.is_late = queue.reported < posted;
     }
 
-    /// Has regions freed, each of which is the caller's alone.
+    /// Posts regions to be freed, which the caller alone owns.
     pub(crate) fn free(&self, regions: Vec<Arc<ServedRegion>>) {
         lock(&self.freed).extend(regions);
         lock(&self.queue).some_freed = true;
         self.changed.notify_all();
     }
 
-    /// Has the thread end when nothing is left.
+    /// Makes the thread end when nothing is left.
     pub(crate) fn stop(&self) {
         lock(&self.queue).stopped = true;
         self.changed.notify_all();
@@ -127,7 +128,7 @@ impl Reports {
         }
     }
 
-    /// Reports and frees, until it is stopped.
+    /// Reports and frees until it is stopped.
     pub(crate) fn run(&self, mut reporter: Reporter) {
         loop {
             match self.next() {
@@ -157,7 +158,7 @@ impl Reports {
 /// Where problems are reported: the program's callback, or else standard error.
 pub(crate) struct Reporter {
     on_problem: Option<OnProblem>,
-    /// Which kinds of problems were printed.
+    /// The kinds of problems that were printed.
     printed: [bool; PROBLEM_KINDS],
 }
 
@@ -179,12 +180,12 @@ impl Reporter {
             None => contain(|| self.print(problem)),
         };
         if let Err(panic) = reported {
-            // It has been printed, and further problems come here all the same.
+            // The panic was printed, and further problems come here all the same.
             forget_panic(panic);
         }
     }
 
-    /// Prints the first problem of a kind. That a process ends is none.
+    /// Prints the first problem of each kind, but not the end of a process.
     fn print(&mut self, problem: &Problem) {
         if matches!(problem, Problem::TargetGone { .. })
             || std::mem::replace(&mut self.printed[problem.kind()], true)
@@ -192,7 +193,7 @@ impl Reporter {
             return;
         }
         let line = format!("userfaultfd: {problem} (printed once; PagerBuilder::on_problem gets all)\n");
-        // Not through the standard library: a thread that prints memory which it waits for has its lock.
+        // Not through the standard library: a thread that prints missing memory holds its lock.
         crate::sys::print_error(line.as_bytes());
     }
 }
@@ -201,7 +202,7 @@ fn contain(run: impl FnOnce()) -> Result<(), Box<dyn Any + Send>> {
     panic::catch_unwind(AssertUnwindSafe(run))
 }
 
-/// Frees what a panic has left, which may panic in turn.
+/// Drops the payload of a panic, which may panic in turn.
 fn forget_panic(panic: Box<dyn Any + Send>) {
     if let Err(again) = contain(|| drop(panic)) {
         std::mem::forget(again);

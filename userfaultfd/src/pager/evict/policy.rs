@@ -42,7 +42,7 @@ impl Link {
 /// A policy is told of an access by [`touch`](Self::touch), where the machine notices accesses. Where it doesn't, a victim
 /// rests in a staging area: one that is accessed there is [restored](Self::restore), and that is all the policy learns.
 pub(crate) trait Policy {
-    /// For so many frames.
+    /// Makes a policy for a number of frames.
     fn new(capacity: usize) -> Self;
 
     /// Changes the number of frames.
@@ -136,7 +136,7 @@ pub(crate) struct S3Fifo {
     left: u32,
 }
 
-/// The small queue has one frame of so many.
+/// Frames of which one belongs to the small queue.
 const SMALL_SHARE: usize = 10;
 
 /// Accesses in the small queue that take a page to the main one.

@@ -1,5 +1,5 @@
-//! What every race is made of: memory that a pager serves, a place to stop it, somebody who acts, and readers who tell
-//! what they saw.
+//! The parts of every race: memory that a pager serves, a point where it stops, an act of another thread, and readers
+//! that report what they saw.
 
 #![expect(unsafe_code, reason = "the memory is the test's, and so are its signals")]
 
@@ -236,7 +236,7 @@ impl Scene {
         self.memory.at(page).addr()
     }
 
-    /// Does something with the pager. Not while somebody ends it.
+    /// Calls `with` with the pager. No thread may end it meanwhile.
     pub(super) fn pager<T>(&self, with: impl FnOnce(&Pager) -> T) -> T {
         with(self.pager.lock().unwrap().as_ref().expect("a pager"))
     }
@@ -288,8 +288,8 @@ impl<T> Outcome<T> {
         matches!(self.point, Point::AfterFill | Point::BeforeWake)
     }
 
-    /// Checks what the readers saw that were there before the act: `loading` if it came first. Else they have been
-    /// waked, and see the content or what the act has made of it, whoever is faster.
+    /// Checks what the readers saw that came before the act: `loading` if the act came first. Else they were woken, and see
+    /// the content or what the act has made of it, whichever is faster.
     #[track_caller]
     pub(super) fn readers_saw(&self, loading: Seen) {
         for seen in [Some(self.first), self.second].into_iter().flatten() {

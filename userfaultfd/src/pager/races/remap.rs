@@ -45,7 +45,7 @@ fn there(scene: &Scene, page: usize) -> usize {
     scene.moved.load(Ordering::SeqCst) + page * scene.memory.page()
 }
 
-/// Who comes to the new place while the page is loaded for somebody at the old one.
+/// The readers that come to the new place while the page is loaded for one at the old place.
 fn somebody_there(scene: &Scene, point: Point) -> Vec<Reader> {
     let moved = scene.moved.load(Ordering::SeqCst) != 0;
     if !moved || matches!(point, Point::AfterFill | Point::BeforeWake) {

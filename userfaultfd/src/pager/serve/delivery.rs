@@ -1,4 +1,4 @@
-//! How a fault reaches the thread that answers it.
+//! How a fault reaches the worker that resolves it.
 
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,57 +8,56 @@ use super::binding::Bindings;
 use crate::pager::fill::work::Fault;
 use crate::sys;
 
-/// How faults reach the threads that answer them: most of what a fault takes.
+/// How faults reach the workers that resolve them, which takes most of a fault's latency.
 ///
-/// A thread that sleeps has to be waked, on a virtual machine at tens of microseconds where that is another CPU; what
-/// is to be done then takes about one.
+/// A sleeping worker must be woken, which takes tens of microseconds across CPUs of a virtual machine; the fill itself
+/// takes about one. The [tuning page](crate::pager::tuning) has figures.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Delivery {
-    /// Threads sleep until there is a fault, and one is waked for each. Takes no time while there is none.
+    /// Workers sleep until a fault comes, and the kernel wakes one for each. Takes no CPU time without faults.
     ///
-    /// A thread that has answered a fault gives way first, once, if that brings the next fault: where the faulting
-    /// thread shares its CPU, neither has to be waked then.
+    /// After a fault the worker yields its CPU once, if that brings the next fault: where the faulting thread shares the
+    /// CPU, neither thread must be woken then.
     Sleep,
-    /// A thread that has answered a fault looks for the next one for a moment before it sleeps, at most 100 µs, if
-    /// faults are answered faster that way: it measures what they take, and tries the other way now and then. Never on
-    /// a single CPU.
+    /// After a fault the worker spins for at most 100 µs before it sleeps, if faults are resolved faster that way: it
+    /// measures them, and tries the other way from time to time. On a single CPU it never spins.
     #[default]
     Adaptive,
-    /// A thread that has answered a fault looks for the next one so long before it sleeps. One thread at a time does
-    /// that. Never on a single CPU, where it would keep the faulting thread from running.
+    /// After a fault the worker spins for this duration before it sleeps. One worker at a time spins. On a single CPU none
+    /// does, since it would keep the faulting thread from running.
     Spin(Duration),
-    /// The thread runs on the CPU of the thread that faults, so that no other CPU has to be waked. Best where one
-    /// thread faults, or several that take turns, and each stays on its CPU, as that of a virtual CPU often does: a
-    /// thread that may run elsewhere the kernel moves to an idle CPU when its page is there, as its own is busy with
-    /// this one, and then it is as `Sleep`.
+    /// The worker runs on the CPU of the faulting thread, so that no other CPU must be woken. Best where one thread faults,
+    /// or several in turn, and each is bound to its CPU, as the threads of virtual CPUs often are. An unbound thread is
+    /// moved to an idle CPU by the kernel when its page is filled, since the worker keeps its own CPU busy; then this is as
+    /// `Sleep`.
     ///
-    /// Where another thread keeps the CPU for itself, as one under `SCHED_FIFO` may, the thread runs elsewhere after some
-    /// ten milliseconds, until it has answered 128 more faults.
+    /// Where another thread keeps the CPU for itself, as one under `SCHED_FIFO` may, the worker moves away after some 10 ms,
+    /// until it has resolved 128 more faults.
     ///
-    /// Takes a descriptor with the feature [`THREAD_ID`](crate::FeatureFlags::THREAD_ID), of a process that `/proc`
+    /// Needs a descriptor with the feature [`THREAD_ID`](crate::FeatureFlags::THREAD_ID), of a process that `/proc`
     /// shows; otherwise it is as `Sleep`.
     SameCpu,
 }
 
-/// The longest that is worth spinning for.
+/// The longest spin that pays: then sleeping costs hardly more.
 const LONGEST_SPIN: Duration = Duration::from_micros(100);
 
-/// What takes longer than this is filling for the most part.
-const FILLING: Duration = Duration::from_micros(32);
+/// Duration of a fault beyond which the fill takes most of it, and delivery matters little.
+const MOSTLY_FILL: Duration = Duration::from_micros(32);
 
-/// So many faults later it is looked again where the faulting thread runs.
+/// Faults between two looks at the CPU of the faulting thread: the look is a read of `/proc`.
 const FAULTS_PER_CPU_CHECK: u32 = 128;
 
-/// How long a thread looks for the next fault before it sleeps, and where it runs.
+/// Whether and how long a worker spins before it sleeps, and on which CPU it runs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WaitPolicy {
     delivery: Delivery,
     choice: SpinPolicy,
     way: YieldPolicy,
-    /// Beside which thread it runs, and how many faults of it have come since that was looked at.
+    /// The thread beside which the worker runs, and the number of its faults since the last look at its CPU.
     beside: (i32, u32),
-    /// Who faulted last, or 0, and when that was read.
+    /// The thread that faulted last, or 0, and when its fault was read.
     thread: i32,
     since: Option<Instant>,
 }
@@ -80,7 +79,7 @@ impl WaitPolicy {
         }
     }
 
-    /// How long to look for the next fault.
+    /// How long to spin for the next fault.
     fn budget(&mut self) -> Duration {
         match self.delivery {
             Delivery::Sleep | Delivery::SameCpu => Duration::ZERO,
@@ -90,7 +89,7 @@ impl WaitPolicy {
         }
     }
 
-    /// Looks for the next fault for a moment, unless another worker does. `look` tells whether there was one.
+    /// Spins for the next fault, unless another worker does. `look` returns whether one came.
     pub(crate) fn spin(
         &mut self,
         spinner: &Spinner,
@@ -101,7 +100,7 @@ impl WaitPolicy {
         if budget.is_zero() {
             return false;
         }
-        // Until it is dropped, also if answering what is found panics.
+        // Until it is dropped, also if resolving the fault panics.
         let Some(spinning) = spinner.try_begin() else { return false };
         let start = Instant::now();
         let found = loop {
@@ -120,7 +119,7 @@ impl WaitPolicy {
         found
     }
 
-    /// Whether to let others run on this CPU before it is looked for the next fault.
+    /// Whether to yield the CPU before the next look for a fault.
     pub(crate) fn gives_way(&mut self) -> bool {
         let spins = match self.delivery {
             Delivery::Sleep | Delivery::SameCpu => false,
@@ -130,7 +129,7 @@ impl WaitPolicy {
         !spins && self.since.is_some() && self.way.next()
     }
 
-    /// Others have run, and the next fault was read then, or there was none.
+    /// Notes whether a yield has brought the next fault.
     pub(crate) fn gave_way(&mut self, next: Option<&Fault>) {
         let waited = next.is_some_and(|fault| {
             let took =
@@ -140,7 +139,7 @@ impl WaitPolicy {
         self.way.ended(next.is_some(), waited);
     }
 
-    /// A fault was answered. Goes to where the faulting thread runs, if it is to.
+    /// Notes a resolved fault. With [`Delivery::SameCpu`], moves to the CPU of the faulting thread.
     pub(crate) fn answered(&mut self, fault: &Fault, bindings: &Bindings, place: usize) {
         (self.thread, self.since) = (fault.thread, Some(fault.since));
         if self.delivery != Delivery::SameCpu || fault.thread == 0 {
@@ -160,14 +159,14 @@ impl WaitPolicy {
     }
 }
 
-/// Whether a worker spins, waiting for the next fault. The others sleep.
+/// Whether a worker spins for the next fault. The others sleep.
 ///
-/// Relaxed: two that spin cost time, nothing else, and nothing is read because of it.
+/// Relaxed: two spinning workers cost time, nothing else, and no other data depends on it.
 #[derive(Debug, Default)]
 pub(crate) struct Spinner(AtomicBool);
 
 impl Spinner {
-    /// Begins to spin, if no other worker does.
+    /// Begins to spin, unless another worker does.
     fn try_begin(&self) -> Option<Spinning<'_>> {
         let begun = self.0.compare_exchange(false, true, Ordering::Relaxed, Ordering::Relaxed);
         begun.ok().map(|_| Spinning(&self.0))
@@ -188,47 +187,48 @@ fn is_here(thread: i32) -> bool {
     thread != 0 && sys::own_cpu().is_some_and(|own| sys::last_cpu(thread) == Some(own))
 }
 
-/// Whether to spin or to sleep until the next fault: what has taken less time for each fault. The time between faults is
-/// in both, and wakes that cross CPUs are in one of them.
+/// Decides whether to spin or to sleep until the next fault: the one that took less time for each fault. Both times
+/// include the time between faults; that of sleeping includes wake-ups across CPUs.
 #[derive(Clone, Copy, Debug)]
 struct SpinPolicy {
     spins: bool,
-    /// What was faster when both were tried the last time.
+    /// The policy that was faster at the last comparison.
     prefers_spinning: bool,
-    /// Faults of this run, and how many of them are still to come.
+    /// The faults of this run, and how many of them are left.
     run: u32,
     left: u32,
     began: Option<Instant>,
-    /// Spins of this run in which no fault came.
+    /// Spins of this run without a fault.
     misses: u32,
-    /// What a fault took, sleeping and spinning.
+    /// The time of a fault, sleeping and spinning.
     took: [Duration; 2],
-    /// How long the next run of what is preferred is.
+    /// The length of the next run with the preferred policy.
     next: u32,
 }
 
 impl SpinPolicy {
-    /// So many faults are answered in the other way, to learn whether it is better.
-    const TRIAL: u32 = 32;
+    /// Faults for which the other policy is tried: enough for a stable mean.
+    const TRIAL_FAULTS: u32 = 32;
 
-    /// So many between two trials, which are twice as many each time that the trial has brought nothing new.
-    const RUN: u32 = 8 * Self::TRIAL;
-    const LONGEST_RUN: u32 = 64 * Self::RUN;
+    /// Faults between two trials at first, so that trials are a ninth of all; doubled after each trial without a change.
+    const FIRST_RUN_FAULTS: u32 = 8 * Self::TRIAL_FAULTS;
+    /// Faults between two trials at most, so that a change is noticed within some seconds of faults.
+    const MAX_RUN_FAULTS: u32 = 64 * Self::FIRST_RUN_FAULTS;
 
     fn new() -> Self {
         Self {
             spins: false,
             prefers_spinning: false,
-            run: Self::TRIAL,
-            left: Self::TRIAL,
+            run: Self::TRIAL_FAULTS,
+            left: Self::TRIAL_FAULTS,
             began: None,
             misses: 0,
             took: [LONGEST_SPIN; 2],
-            next: Self::RUN,
+            next: Self::FIRST_RUN_FAULTS,
         }
     }
 
-    /// Whether to spin until the next fault. `is_here` tells whether who faults runs on this CPU.
+    /// Whether to spin until the next fault. `is_here`: whether the faulting thread runs on this CPU.
     fn next(&mut self, now: impl FnOnce() -> Instant, is_here: impl FnOnce() -> bool) -> bool {
         if self.left > 0 && self.began.is_some() {
             self.left -= 1;
@@ -245,61 +245,62 @@ impl SpinPolicy {
         self.spins
     }
 
-    /// After a run: what to do in the next one.
+    /// Decides, after a run, about the next one.
     fn turn(&mut self, is_here: impl FnOnce() -> bool) {
         let [slept, spun] = self.took;
         if self.spins != self.prefers_spinning {
-            // An eighth faster, or it isn't worth the time of a CPU; less of what mostly is filling.
-            let better = slept.saturating_sub(spun) * 8 > spun.min(FILLING);
+            // It must be an eighth faster to be worth a CPU; less where the fill takes most of the time.
+            let better = slept.saturating_sub(spun) * 8 > spun.min(MOSTLY_FILL);
             self.next = if better == self.prefers_spinning {
-                (self.next * 2).min(Self::LONGEST_RUN)
+                (self.next * 2).min(Self::MAX_RUN_FAULTS)
             } else {
-                Self::RUN
+                Self::FIRST_RUN_FAULTS
             };
             self.prefers_spinning = better;
             (self.spins, self.run) = (better, self.next);
         } else if self.spins || !is_here() {
-            // Not where both share a CPU: spinning would drive the other one away, and sleeping take longer after that.
-            (self.spins, self.run) = (!self.spins, Self::TRIAL);
+            // Not where both share a CPU: spinning would drive the other thread away, and sleeping would take longer then.
+            (self.spins, self.run) = (!self.spins, Self::TRIAL_FAULTS);
         }
     }
 
-    /// A spin was for nothing. Soon no more is made.
+    /// Notes a spin without a fault. After a few of them the worker sleeps.
     fn missed(&mut self) {
         self.misses += 1;
-        if self.spins && self.misses > Self::TRIAL / 8 {
+        if self.spins && self.misses > Self::TRIAL_FAULTS / 8 {
             self.took[1] = LONGEST_SPIN;
             (self.spins, self.prefers_spinning) = (false, false);
-            (self.run, self.next) = (self.next, (self.next * 2).min(Self::LONGEST_RUN));
+            (self.run, self.next) = (self.next, (self.next * 2).min(Self::MAX_RUN_FAULTS));
             (self.left, self.began) = (0, None);
         }
     }
 }
 
-/// Whether a thread that has answered a fault gives way to others, once, before it looks for the next one. Where the one
-/// that faults shares its CPU the next fault is there then, and neither has to sleep and be waked, which takes two
+/// Decides whether a worker yields its CPU once after a fault, before it looks for the next one. Where the faulting thread
+/// shares the CPU, the yield brings the next fault, and neither thread must sleep and be woken, which takes two
 /// microseconds.
 ///
-/// But the other one may have the CPU for milliseconds, and a fault of a third on another CPU waits for that, where it
-/// would wake a thread that sleeps.
+/// But the other thread may keep the CPU for milliseconds, and a fault of a third thread on another CPU waits for that,
+/// where it would wake a sleeping worker at once.
 #[derive(Clone, Copy, Debug)]
 struct YieldPolicy {
-    /// So many times it is not done.
+    /// Faults without a yield that are left.
     left: u32,
-    /// So many, if it was for nothing.
+    /// Faults without a yield after one in vain.
     futile: u32,
-    /// So many, if a fault may have waited.
+    /// Faults without a yield after one for which a fault may have waited.
     costly: u32,
 }
 
 impl YieldPolicy {
-    const FUTILE: u32 = 1 << 10;
+    /// Faults without a yield, at most, after yields in vain: their cost is a thousandth then.
+    const MAX_PAUSE_FAULTS: u32 = 1 << 10;
 
-    /// So many faults have to be answered faster to make up for what one may have waited.
-    const COSTLY: RangeInclusive<u32> = 1 << 12..=1 << 20;
+    /// Faults that must be resolved faster to make up for the wait of one.
+    const COSTLY_PAUSE_FAULTS: RangeInclusive<u32> = 1 << 12..=1 << 20;
 
     fn new() -> Self {
-        Self { left: 0, futile: 1, costly: *Self::COSTLY.start() }
+        Self { left: 0, futile: 1, costly: *Self::COSTLY_PAUSE_FAULTS.start() }
     }
 
     fn next(&mut self) -> bool {
@@ -308,16 +309,16 @@ impl YieldPolicy {
         now
     }
 
-    /// It was done, and the next fault was there then or not; that one may have waited for long.
+    /// Notes whether a yield has brought the next fault, and whether that one may have waited for long.
     fn ended(&mut self, found: bool, waited: bool) {
         if waited {
             self.left = self.costly;
-            self.costly = (self.costly * 2).min(*Self::COSTLY.end());
+            self.costly = (self.costly * 2).min(*Self::COSTLY_PAUSE_FAULTS.end());
         } else if found {
             self.futile = 1;
         } else {
             self.left = self.futile;
-            self.futile = (self.futile * 2).min(Self::FUTILE);
+            self.futile = (self.futile * 2).min(Self::MAX_PAUSE_FAULTS);
         }
     }
 }
@@ -335,7 +336,7 @@ mod tests {
         WaitPolicy { delivery, ..WaitPolicy::new(Delivery::Sleep) }
     }
 
-    /// Whether it looked at all.
+    /// Whether it spun at all.
     fn looks(waiting: &mut WaitPolicy, spinner: &Spinner, found: bool) -> bool {
         let mut looked = false;
         waiting.spin(
@@ -367,7 +368,7 @@ mod tests {
         let start = Instant::now();
         assert!(!waiting.spin(&spinner, || false, || false));
         assert!(start.elapsed() >= budget);
-        // Longer than anybody is kept from running.
+        // Longer than a thread is kept from running.
         waiting.delivery = Delivery::Spin(Duration::from_secs(60));
         let mut left = 3;
         assert!(waiting.spin(
@@ -402,7 +403,7 @@ mod tests {
         assert!(looks(&mut waiting(Delivery::Spin(LONGEST_SPIN)), &spinner, true));
     }
 
-    /// How many of so many faults it spins for, if they take so long, sleeping and spinning.
+    /// The number of `faults` faults for which it spins, if they take these times, sleeping and spinning.
     fn spins(choice: &mut SpinPolicy, now: &mut Instant, faults: u32, took: [u64; 2]) -> u32 {
         (0..faults).fold(0, |spins, _| {
             let spin = choice.next(|| *now, || false);
@@ -418,7 +419,7 @@ mod tests {
     fn faster_policy_is_kept_and_the_other_retried_more_rarely() {
         crate::support::require!();
         let (mut choice, mut now) = (SpinPolicy::new(), Instant::now());
-        // A wake of another CPU is dear.
+        // A wake-up of another CPU takes long.
         let spun = spins(&mut choice, &mut now, 10_000, [45, 15]);
         assert!(spun > 9_500, "{spun}");
         // Both threads are on one now.
@@ -426,11 +427,11 @@ mod tests {
         assert!(spun < 18_000, "{spun}");
         let spun = spins(&mut choice, &mut now, 100_000, [8, 15]);
         assert!(spun < 500, "{spun}");
-        // Little is gained: not worth a CPU.
+        // Too little is gained to be worth a CPU.
         assert!(spins(&mut choice, &mut now, 100_000, [16, 15]) < 500);
-        // Faults come so seldom that nobody would wait for them.
+        // Faults come so seldom that spinning doesn't pay.
         assert!(spins(&mut choice, &mut now, 100_000, [1000, 990]) < 500);
-        // Each takes its time, and the wake is in addition.
+        // Each fault takes its time, and the wake-up comes on top.
         let mut choice = SpinPolicy::new();
         assert!(spins(&mut choice, &mut now, 10_000, [255, 225]) > 9_000);
     }
@@ -460,7 +461,7 @@ mod tests {
         assert!(spins(&mut choice, &mut now, 20_000, [45, 15]) > 10_000);
     }
 
-    /// How often of so many faults it gives way, if the next one is there then as told, and has waited.
+    /// The number of yields in `faults` faults, if each brings the next fault or not, and that one has waited.
     fn ways(way: &mut YieldPolicy, faults: u32, found: bool, waited: bool) -> u32 {
         (0..faults).fold(0, |ways, _| {
             let gives = way.next();
@@ -488,7 +489,7 @@ mod tests {
             futile += ways(&mut way, 1, false, false);
         }
         assert_eq!(futile, 100);
-        // Others have the CPU meanwhile.
+        // Other threads have the CPU meanwhile.
         let mut costly = 0;
         for _ in 0..100_000 {
             ways(&mut way, 10, true, false);

@@ -12,7 +12,7 @@ use crate::pager::memory::descriptor::{Attachment, Descriptor};
 use crate::pager::{DescriptorId, Problem, stats};
 use crate::{Event, EventBuffer, FaultKind, ReadWrite, Result};
 
-/// What a system call has read.
+/// The events that one system call has read.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Read {
     Nothing,
@@ -29,13 +29,13 @@ pub(super) struct EventReader {
 }
 
 impl EventReader {
-    /// `None`: there is no memory for buffers of up to `batch` events.
+    /// Makes buffers for up to `batch` events. `None`: there is no memory.
     pub(super) fn try_new(batch: usize) -> Option<Self> {
         Some(Self { many: EventBuffer::try_new(batch)?, one: EventBuffer::try_new(1)? })
     }
 
-    /// Reads a descriptor's events with one system call. `is_slow`: sources keep this worker waiting, which leaves faults to
-    /// the others then. `blocking`: the descriptor was found to be so.
+    /// Reads a descriptor's events with one system call. `is_slow`: sources keep this worker waiting, so it leaves faults to
+    /// other workers. `blocking`: the descriptor was found to block.
     pub(super) fn read(
         &mut self,
         shared: &Shared,
@@ -52,7 +52,7 @@ impl EventReader {
                 serving.uffd.set_nonblocking(true)?;
             }
             let count = serving.uffd.read_batch(buffer)?;
-            // Relaxed: it decides whether a failure is reported once more, and nothing is read because of it.
+            // Relaxed: it decides whether a failure is reported once more, and no other data depends on it.
             if descriptor.read_failed.load(Ordering::Relaxed) {
                 descriptor.read_failed.store(false, Ordering::Relaxed);
             }
@@ -67,8 +67,8 @@ impl EventReader {
                 changes |= !matches!(event, Ok(Event::Pagefault { .. }));
                 take(shared, thread, descriptor, serving, event, faults, since);
             }
-            // A thread that was woken by a fill may have run at once, and faulted again: often the next fault is there by
-            // now, and needs no poll.
+            // A thread that a fill has woken may have faulted again at once: often the next fault is queued by now, and needs
+            // no poll.
             Ok(match count {
                 0 => Read::Nothing,
                 _ if changes => Read::Changes,
@@ -88,7 +88,7 @@ impl EventReader {
     }
 }
 
-/// Takes an event in: a change is applied, a fault is put to those that are to be answered.
+/// Handles an event: applies a change, or adds a fault to those that must be resolved.
 fn take(
     shared: &Shared,
     thread: usize,

@@ -1,4 +1,4 @@
-//! How serving ends: everything filled, everything missing poisoned, or handed over.
+//! The ends of service: missing pages are filled, poisoned, or handed over.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -19,18 +19,19 @@ use crate::pager::memory::unfillable::Unfillable;
 use crate::pager::{DescriptorId, Detached, Progress, Result};
 use crate::{Errno, Uffd};
 
-/// So many bytes are read and filled at once, where nobody waits for a particular page.
+/// Bytes read and filled at once, where no thread waits for a particular page: progress is reported after each.
 const BULK_BYTES: usize = 1 << 20;
 
-/// So often it is tried to fill what nobody else is busy with: the kernel says that something is there.
+/// Rounds without progress for pages that no other thread is filling and that the kernel reports as present.
 const MAX_FUTILE_ROUNDS: usize = 8;
 
-/// How long a call waits for the kernel without any progress: while it lacks memory, or nothing reads its events any
-/// more; and where they are read. A process that is stopped in the middle of a change is a reason to give up.
+/// Durations for which a call waits for the kernel without progress: the short one while the kernel lacks memory or no
+/// thread reads events any more, the long one while they are read. A process that is stopped in the middle of a change
+/// is a reason to give up.
 const SHORT_PATIENCE: Duration = Duration::from_secs(3);
 pub(crate) const LONG_PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long one call waits in all without any progress, whatever number of descriptors and pages it is about.
+/// How long one call waits in all without progress, for any number of descriptors and pages.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
     most: Duration,
@@ -42,32 +43,33 @@ impl Patience {
         Self { most, since: None }
     }
 
-    /// Something was done.
+    /// Notes progress.
     fn renew(&mut self) {
         self.since = None;
     }
 
-    /// Returns whether it is at its end, for a kernel whose events are read or not. It begins with the first call.
+    /// Returns whether it is exhausted, for a kernel whose events are read or not. The first call starts the clock.
     fn is_over(&mut self, events_are_read: bool) -> bool {
         let since = *self.since.get_or_insert_with(Instant::now);
         since.elapsed() >= if events_are_read { self.most } else { self.most.min(SHORT_PATIENCE) }
     }
 }
 
-/// What missing pages get.
+/// What missing pages get at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Drain {
-    /// What belongs there.
+    /// Their content.
     Fill,
-    /// Likewise, if the source delivers it at the first attempt.
+    /// Their content, if the source delivers it at the first attempt.
     FillOnce,
     /// Poison.
     Poison,
 }
 
-/// Covers all missing pages of a descriptor, or of one of its regions. How many pages couldn't be.
+/// Fills or poisons all missing pages of a descriptor, or of one of its regions. Returns the number of pages for which
+/// that failed.
 ///
-/// What was removed needs nothing: once it is given back to the kernel it is zero, as it should be.
+/// Removed pages need nothing: once they are unregistered they are zero, as they should be.
 ///
 /// The pager's threads go on meanwhile.
 pub(crate) fn drain(
@@ -87,7 +89,7 @@ pub(crate) fn drain(
     // Where a run of many pages fails, the next round goes page by page.
     let mut bulk = true;
     let mut rounds = 0;
-    // What the kernel doesn't take isn't read from the source again, unless something else gets on.
+    // Content that the kernel refuses isn't read again, unless other pages make progress.
     let (mut tries_on, mut left_before) = (true, None);
     loop {
         let segments = descriptor.segments(shared.outside_id(), region);
@@ -95,10 +97,10 @@ pub(crate) fn drain(
         if tries_on {
             filler.unmapped = 0;
         }
-        // Changes may have moved what was looked at, so that it is looked at again until nothing is missing.
+        // Changes may have moved pages since the look, so look again until none is missing.
         for segment in &segments {
             let pages = segment.pages();
-            // The pager's threads put nothing off any longer, which might be for hours.
+            // The workers defer nothing any longer, which might be for hours.
             segment.region.set_ending(drain != Drain::Fill);
             if drain == Drain::FillOnce {
                 filler.map_from_file(&shared.fill, descriptor, segment, memory.as_ref());
@@ -127,7 +129,7 @@ pub(crate) fn drain(
                         }
                         progress((done as u64) << segment.region.page_shift);
                     }
-                    // What is lacking for one is lacking for the next, which is tried once.
+                    // What one page lacks the next one lacks, too: it is tried once.
                     Completed::Unresolvable => unable += 1,
                     Completed::Gone => return Ok(0),
                 }
@@ -144,7 +146,7 @@ pub(crate) fn drain(
                 left += 1;
                 let region = &segment.region;
                 if is_in_source(region, page) {
-                    // It is this call that its source waits for.
+                    // The page's source waits for this call.
                     own += 1;
                 } else if region.pages.is_in_work(page) {
                     in_work += 1;
@@ -154,7 +156,7 @@ pub(crate) fn drain(
         if descriptor.lock_shard(shared.outside_id()).is_none() {
             return Ok(0);
         }
-        // Where nothing is mapped any more there is nothing to cover.
+        // Where nothing is mapped any more there is nothing to fill.
         left = left.saturating_sub(filler.unmapped);
         if !tries_on {
             unable = left.saturating_sub(in_work + own);
@@ -165,7 +167,7 @@ pub(crate) fn drain(
             patience.renew();
         }
         tries_on = unable == 0 || bulk || gets_on;
-        // What the pager's threads load is waited for, but not what they can't put in place either.
+        // Wait for loads of the workers, but not for those that they can't install either.
         let is_hopeless = in_work > 0 && {
             let (stuck, for_changes) = shared.retries.stuck_pages(&segments);
             in_work <= stuck && patience.is_over(for_changes && !shared.is_stopping())
@@ -179,7 +181,7 @@ pub(crate) fn drain(
             segments.iter().filter(|_| left > 0).for_each(|segment| segment.region.set_ending(false));
             return Ok(left);
         }
-        // What is left is being loaded by the pager's threads, was removed since, or failed among others.
+        // The rest is loading in workers, was removed since, or failed together with others.
         std::thread::sleep(retry::BUSY_INTERVAL);
         bulk = false;
     }
@@ -187,7 +189,7 @@ pub(crate) fn drain(
 
 enum Completed {
     Yes,
-    /// It can be neither filled nor poisoned.
+    /// Notes that a page can be neither filled nor poisoned.
     Unresolvable,
     Gone,
 }
@@ -225,7 +227,7 @@ fn complete(
                     return Completed::Unresolvable;
                 }
                 let history = history.get_or_insert_with(History::new);
-                // Not parked: what unparks the caller's thread is the caller's.
+                // Not parked: an unpark of the caller's thread is meant for the caller.
                 std::thread::sleep(history.delay(wait, Instant::now()));
                 next = Some(work);
             }
@@ -234,12 +236,12 @@ fn complete(
     Completed::Yes
 }
 
-/// Whether a page has to be filled, or poisoned.
+/// Whether a page must be filled or poisoned.
 fn is_wanted(segment: &Segment, page: usize) -> bool {
     segment.region.pages.is_missing(page) && !segment.region.pages.is_removed(page)
 }
 
-/// Bytes that have to be filled.
+/// Bytes that must be filled.
 pub(crate) fn missing_bytes(segments: &[Segment]) -> u64 {
     let bytes = |segment: &Segment| {
         let missing = segment.pages().filter(|page| is_wanted(segment, *page)).count();
@@ -267,7 +269,7 @@ pub(crate) fn fill(
     let (mut unfilled, mut failed) = (0, Unfillable::default());
     for (descriptor, region) in descriptors {
         unfilled += drain(shared, descriptor, *region, Drain::Fill, patience, &mut |bytes| {
-            // Pages that were removed meanwhile come in addition.
+            // Pages that were removed meanwhile count, too.
             done = (done + bytes).min(total);
             progress(Progress { done, total });
         })?;
@@ -288,9 +290,9 @@ fn regions_of(shared: &Shared, descriptor: &Descriptor, region: Option<u64>) -> 
     segments.iter().chain(&holes).map(|part| part.region.id).collect()
 }
 
-/// Gives a descriptor's memory back to the kernel, unless it has other regions than those that are filled. The caller
-/// keeps others from being added meanwhile. Adds what couldn't be filled and is poisoned. Returns whether the memory stays,
-/// since a tracker is at work there, whose protection faults are the pager's to resolve.
+/// Unregisters a descriptor's memory, unless it has other regions than the filled ones. The caller keeps regions from
+/// being added meanwhile. Adds the pages that couldn't be filled and are poisoned. Returns whether the memory stays,
+/// since a tracker works there, whose protection faults the pager resolves.
 pub(crate) fn give_back(
     shared: &Shared,
     descriptor: &Arc<Descriptor>,
@@ -311,11 +313,11 @@ pub(crate) fn give_back(
     !descriptor.is_closed()
 }
 
-/// So many ranges are given back one by one, of a segment that the kernel doesn't take as a whole.
+/// Ranges that are unregistered one by one, at most, where the kernel refuses a segment as a whole.
 const MAX_PIECES: usize = 1024;
 
-/// Gives faults back to the kernel, mapping by mapping where something else was mapped over a part. `kept` gets what it
-/// doesn't take, which may be registered still. Waiters are woken in any case.
+/// Unregisters a range, mapping by mapping where another mapping was made over a part. `kept` gets the parts that the
+/// kernel refuses, which may still be registered. Waiters are woken in any case.
 pub(crate) fn unregister<'a>(
     uffd: &Uffd,
     parts: impl IntoIterator<Item = &'a Segment>,
@@ -336,13 +338,13 @@ fn unregister_piecewise(uffd: &Uffd, part: &Segment, left: &mut usize, kept: &mu
         (Some(Errno::EINVAL), Some(halves)) if *left > 0 => {
             halves.iter().for_each(|half| unregister_piecewise(uffd, half, left, kept));
         }
-        // Nothing is mapped here, or nothing that can be registered.
+        // Nothing is mapped here, or memory that can't be registered.
         (Some(Errno::EINVAL), None) => {}
         _ => kept(part.clone()),
     }
 }
 
-/// Makes of what was served something to hand over. Whoever waits comes back, to the new owner.
+/// Makes what is handed over of a served descriptor. Waiting threads are woken, and fault again for the new owner.
 pub(crate) fn detached(descriptor: &Descriptor, serving: Attachment) -> Detached {
     for segment in serving.layout.everything() {
         wake(&serving.uffd, segment.start..segment.end);
@@ -355,8 +357,8 @@ pub(crate) fn detached(descriptor: &Descriptor, serving: Attachment) -> Detached
     Detached { descriptor: DescriptorId(descriptor.id), uffd, layout: serving.layout }
 }
 
-/// What the shards have let go of. A thread that has just changed them, or added the descriptor, may have it for a
-/// moment longer.
+/// Takes the value out of its last `Arc`. A thread that has just changed the shards, or added the descriptor, may own
+/// it for a moment longer.
 pub(crate) fn unwrap_last_arc(mut uffd: Arc<Uffd>) -> Uffd {
     loop {
         match Arc::try_unwrap(uffd) {

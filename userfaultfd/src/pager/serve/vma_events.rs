@@ -1,5 +1,5 @@
-//! What the events that tell of changes do to the layout and the states of pages. All of it happens while nobody
-//! fills: see `descriptor`.
+//! What the events of changes do to the layout and the states of pages. All of it happens while no thread fills: see
+//! `descriptor`.
 
 use std::io;
 use std::ops::Range;
@@ -29,7 +29,7 @@ pub(crate) enum Change {
     Unmap(Range<usize>),
 }
 
-/// Applies a change. Whoever waits in memory that has gone is waked, to find that out.
+/// Applies a change. Threads that wait in memory that is gone are woken, to find that out.
 pub(crate) fn apply(
     shared: &Shared,
     counters: &Counters,
@@ -41,7 +41,7 @@ pub(crate) fn apply(
     match change {
         Change::Fork { uffd } => {
             counters.forks.add(1);
-            // As its parent's was made, it may be inherited by programs that this process executes.
+            // Like its parent's descriptor, it may be inheritable by programs that this process executes.
             let set = sys::close_on_exec(uffd.as_fd());
             debug_assert!(set.is_ok(), "{set:?}");
             let copy = copy_patiently(&serving.layout);
@@ -58,9 +58,9 @@ pub(crate) fn apply(
         Change::Remove(range) => {
             counters.removes.add(1);
             for segment in serving.layout.overlapping(&range) {
-                // Of huge pages the kernel removes those that are in the range as a whole.
+                // The kernel removes only huge pages that lie in the range as a whole.
                 let pages = segment.pages_within(&range);
-                // Of shared memory MADV_DONTNEED takes the mapping away, not the page: what is there stays there.
+                // On shared memory MADV_DONTNEED drops the mapping, not the page: present pages stay.
                 segment.region.pages.remove(pages, segment.region.shared);
             }
         }
@@ -121,11 +121,11 @@ pub(crate) fn settle_moves(shared: &Shared, descriptor: &Descriptor) {
     }
 }
 
-/// How long a fork's event waits for memory. Without it the child isn't served, which is reported: the process itself
-/// must be served on.
+/// Duration for which a fork's event waits for memory. Then the child isn't served, which is reported: the parent must be
+/// served on.
 const FORK_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What a fork's child has of its parent.
+/// The part of a parent that the child of a fork has.
 fn copy_patiently(layout: &AddressMap) -> io::Result<Inherited> {
     let start = Instant::now();
     loop {
@@ -138,8 +138,8 @@ fn copy_patiently(layout: &AddressMap) -> io::Result<Inherited> {
     }
 }
 
-/// The states of what a fork's child doesn't share with its parent. Allocates nothing but one mapping: the forking
-/// thread holds the allocator's locks.
+/// The states of pages that the child of a fork doesn't share with its parent. Allocates nothing but one mapping: the
+/// forking thread holds the allocator's locks.
 fn copy_states(layout: &AddressMap) -> io::Result<Room> {
     let segments = || layout.segments().iter().filter(|segment| !segment.region.shared);
     let states = page_state::map(segments().map(|segment| segment.pages().len()).sum::<usize>().max(1))?;
@@ -151,7 +151,7 @@ fn copy_states(layout: &AddressMap) -> io::Result<Room> {
     Ok(states)
 }
 
-/// Begins to serve a fork's child.
+/// Begins to serve the child of a fork.
 pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)> {
     let Fork { uffd, copy, .. } = fork;
     let Inherited { layout, states } = match copy {
@@ -179,7 +179,7 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
     let mut none = mapped_vec::none();
     holes.into_iter().for_each(|hole| child.insert_hole(hole, &mut none));
     child.settle(&mut none);
-    // A child's is as its parent's was made, whatever that was switched to since.
+    // A child's descriptor is as its parent's was made, whatever that was switched to since.
     if let Err(error) = uffd.set_nonblocking(true) {
         return Err((uffd, error.into()));
     }
@@ -187,7 +187,7 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
     let serving = Attachment { uffd: Arc::clone(&uffd), layout: Arc::new(child) };
     match shared.add(serving, Origin { is_child: true, is_own: false, is_lazy: false, was_blocking: false }) {
         Ok(_) => Ok(()),
-        // A worker may have it for a moment.
+        // A worker may own it for a moment.
         Err(error) => Err((unwrap_last_arc(uffd), io::Error::other(error))),
     }
 }

@@ -1,4 +1,4 @@
-//! The threads that read faults and answer them.
+//! The workers: threads that read faults and resolve them.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
@@ -26,22 +26,22 @@ use crate::pager::{DescriptorId, Problem, RegionId};
 use crate::source::call::message;
 use crate::{Errno, Error, Result, sys};
 
-/// So many events are read with one system call.
+/// Events read by one system call: more threads rarely wait at once.
 const EVENTS_PER_READ: usize = 64;
 
-/// So many batches of a descriptor's are answered before others get their turn.
+/// Batches of one descriptor that are resolved before other descriptors get their turn.
 const MAX_BATCHES_PER_DESCRIPTOR: usize = 64;
 
-/// So often it is looked at one descriptor before it is looked at all, while spinning.
+/// While spinning, reads of the last descriptor between two polls of all descriptors.
 const POLLS_PER_EPOLL_CHECK: u32 = 8;
 
-/// The delay until a descriptor is read again that couldn't be read.
-const READ_AGAIN: Duration = Duration::from_millis(100);
+/// The delay before a failed read of a descriptor is retried.
+const REREAD_DELAY: Duration = Duration::from_millis(100);
 
-/// Faults that an added worker answers before it may end.
+/// Faults that an added worker resolves before it may end.
 const TRIAL_FAULTS: u32 = 8;
 
-/// How long an added worker waits for something to do before it ends.
+/// The time without work after which an added worker ends.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -49,31 +49,31 @@ pub(crate) struct Worker {
     shared: Arc<Shared>,
     /// The number of its shards and counters.
     thread: usize,
-    /// Where it is noted what it is doing.
+    /// The place in which it notes what it is doing.
     place: usize,
     is_added: bool,
     filler: PageFiller,
     reader: EventReader,
-    /// Read, and not answered yet. But for the first they are in the backlog.
+    /// Faults that were read and aren't resolved yet. All but the first are in the backlog.
     faults: VecDeque<Fault>,
-    /// Whether the backlog may have something that waits for a change of the layout.
+    /// Whether the backlog may have work that waits for a change of the layout.
     has_changing: bool,
-    /// Changes that were read since any of that got through.
+    /// Changes that were read since such work last succeeded.
     misses: u32,
-    /// Descriptors that this thread has met.
+    /// Descriptors that this worker has used.
     known: DescriptorCache,
-    /// Whose faults are being answered, for when that panics.
+    /// The descriptor whose faults are being resolved, in case that panics.
     current: Option<Token>,
     waiting: WaitPolicy,
 }
 
 impl Worker {
-    /// One that serves from the start.
+    /// Makes a worker of the start.
     pub(crate) fn new(shared: Arc<Shared>, thread: usize, delivery: Delivery) -> Result<Self> {
         Self::with(shared, PageFiller::new(thread), (thread, false), delivery)
     }
 
-    /// One that was added.
+    /// Makes a worker that is added later.
     pub(crate) fn added(
         shared: Arc<Shared>,
         filler: PageFiller,
@@ -89,7 +89,7 @@ impl Worker {
         (place, is_added): (usize, bool),
         delivery: Delivery,
     ) -> Result<Self> {
-        // Others are to have something to do as well.
+        // Other workers should get work, too.
         let batch = (2 * EVENTS_PER_READ / (shared.fill.threads.workers + 1)).max(4);
         filler.begin_to_serve(place);
         filler.prepare().map_err(|error| errno_of(&error))?;
@@ -115,12 +115,12 @@ impl Worker {
         })
     }
 
-    /// Serves until the pager stops. A panic ends what is being done, not the thread.
+    /// Serves until the pager stops. A panic ends the present work, not the thread.
     pub(crate) fn run(mut self) {
         if !self.is_added {
             self.shared.started.arrive();
         } else if !has_heap() {
-            // The source may allocate, and has to be read by threads that can.
+            // The source may allocate, and must be read by threads that can.
             return self.shared.end_worker(self.place, self.thread);
         }
         while let Err(panic) = panic::catch_unwind(AssertUnwindSafe(|| self.serve())) {
@@ -141,8 +141,8 @@ impl Worker {
         lock(self.shared.backlog(self.place))
     }
 
-    /// After a panic: what was claimed is free again, and who waits for it comes back. Who is waked for nothing does
-    /// so, too.
+    /// Recovers after a panic: claimed pages are released, and their waiters are woken, to fault again. A thread that is
+    /// woken in vain faults again, too.
     fn start_anew(&mut self) {
         self.set_at_work(false);
         self.take_back();
@@ -157,9 +157,9 @@ impl Worker {
         self.faults.clear();
         self.has_changing = true;
         self.defer_changing();
-        // It may have been told of what is due.
+        // This worker may have consumed the signal of a due entry.
         self.shared.retries.look();
-        // What the thread was told of once, and hasn't read, it or another is told of again.
+        // Descriptors that epoll has reported once to this worker, and that it hasn't read, must be reported again.
         for descriptor in self.shared.table.all() {
             if let Some(serving) = &*descriptor.lock_shard(self.thread) {
                 self.shared.poll.rearm(&descriptor, serving.uffd.as_fd());
@@ -177,18 +177,18 @@ impl Worker {
 
     fn serve(&mut self) {
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
-        // Whose faults were answered last: the next may be near.
+        // The descriptor of the last fault first: the next fault may be near.
         let mut last = None;
         let mut waits = 0;
         while !self.shared.is_stopping() {
-            // What one takes that then waits for a source nobody else does.
+            // Items that a worker takes before it waits for a source would wait with it.
             let room = if self.filler.is_slow() { 1 } else { events.len() };
             let ready = self.wait(&mut events[..room], last.take());
             waits += 1;
             let is_needed =
                 || self.filler.is_slow() || self.shared.fill.activities.all_others_are_reading(self.place);
             if self.is_added && (ready == 0 || waits > TRIAL_FAULTS && !is_needed()) {
-                // It was woken for what is there still.
+                // It was woken for work that is still there.
                 return self.pass_on(&events[..ready]);
             }
             self.set_at_work(true);
@@ -216,7 +216,7 @@ impl Worker {
         }
     }
 
-    /// Leaves events to the others.
+    /// Leaves events to other workers.
     fn pass_on(&mut self, events: &[libc::epoll_event]) {
         for event in events {
             match Token::of_event(event) {
@@ -232,8 +232,8 @@ impl Worker {
         }
     }
 
-    /// Waits for something to read, on any descriptor. Looks at the `last` one for a moment before it sleeps, and answers
-    /// what it finds there.
+    /// Waits until a descriptor is readable. Spins on the `last` one before it sleeps, and resolves the faults that it finds
+    /// there.
     fn wait(&mut self, events: &mut [libc::epoll_event], last: Option<Token>) -> usize {
         let wait = |shared: &Shared, events: &mut _, timeout| match shared.poll.wait(events, timeout) {
             Ok(ready) => ready,
@@ -272,13 +272,13 @@ impl Worker {
         wait(&self.shared, events, timeout)
     }
 
-    /// The descriptor that an event is about, if it is still served.
+    /// The descriptor of an event of epoll, if it is still served.
     fn find(&mut self, token: Token) -> Option<Arc<Descriptor>> {
         self.known.find(&self.shared.table, token)
     }
 
-    /// Reads a descriptor's events and answers the faults among them, until there are none, or others have waited long
-    /// enough. Whether there were any.
+    /// Reads a descriptor's events and resolves the faults among them, until there are none or other descriptors have waited
+    /// long enough. Returns whether there were any.
     fn answer(&mut self, descriptor: &Arc<Descriptor>, blocking: bool) -> bool {
         let any = self.answer_batches(descriptor, blocking);
         self.defer_changing();
@@ -350,7 +350,7 @@ impl Worker {
         }
     }
 
-    /// Tries what waits for a change of the layout, again and again for [`RETRY_AFTER_CHANGE`](retry::RETRY_AFTER_CHANGE).
+    /// Retries work that waits for a change of the layout, for [`RETRY_AFTER_CHANGE`](retry::RETRY_AFTER_CHANGE).
     fn try_changing(&mut self, descriptor: &Arc<Descriptor>, is_after_change: bool) {
         self.set_at_work(true);
         let (start, mut is_through) = (Instant::now(), false);
@@ -377,7 +377,7 @@ impl Worker {
         }
     }
 
-    /// Keeps what waits for a change of the layout, until the descriptor's events are read.
+    /// Keeps work that waits for a change of the layout, until the descriptor's events are read.
     fn keep_or_defer(&mut self, deferred: Deferred) {
         if deferred.waits_for_change() {
             let mut backlog = self.backlog();
@@ -406,7 +406,7 @@ impl Worker {
         }
     }
 
-    /// A descriptor that can't be read is served no more, unless what it lacks can come.
+    /// Handles a failed read: the descriptor is no longer served, unless the failure can pass.
     fn unreadable(&mut self, descriptor: &Arc<Descriptor>, error: Error) {
         let errno = error.errno();
         let id = DescriptorId(descriptor.id);
@@ -414,7 +414,7 @@ impl Worker {
             self.shared.fill.report(Problem::Read { descriptor: id, error });
         }
         if matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) {
-            self.defer(Deferred::new(descriptor, Work::Read, RetryAfter::Delay(READ_AGAIN), None));
+            self.defer(Deferred::new(descriptor, Work::Read, RetryAfter::Delay(REREAD_DELAY), None));
         } else if let Some(serving) = self.shared.remove(descriptor) {
             // Closing it would show zeros where pages are missing.
             std::mem::forget(Arc::clone(&serving.uffd));
@@ -422,7 +422,7 @@ impl Worker {
         }
     }
 
-    /// Goes on with what was put off and is due, each once.
+    /// Retries the deferred work that is due, each piece once.
     fn resume(&mut self) {
         let now = Instant::now();
         while let Some(Deferred { descriptor, work, history, .. }) = self.shared.retries.next_due(now) {
@@ -440,7 +440,7 @@ impl Worker {
         }
     }
 
-    /// Ends a piece of work, or returns what has to be put off of it.
+    /// Settles a piece of work, or returns the part that must be deferred.
     fn settle(
         &mut self,
         descriptor: &Arc<Descriptor>,
@@ -481,7 +481,7 @@ impl Worker {
         };
         let (region, address) = (RegionId(region), addresses.start);
         self.shared.fill.report(Problem::Stuck { region, address, errno });
-        // Perhaps the memory has gone without a word, as that of a file that is cut off. Who waits finds out.
+        // Perhaps the memory is gone without an event, as that of a truncated file. The waiting thread finds out.
         wake(&serving.uffd, addresses);
     }
 
@@ -498,7 +498,7 @@ impl Worker {
             Put::Entered => {}
             Put::Merged => self.shared.fill.counters(self.thread).duplicates.add(joined.into()),
             Put::NoRoom(Deferred { descriptor, work, .. }) => {
-                // It comes back at once. Not at full speed.
+                // The thread faults again at once. Don't retry at full speed.
                 thread::sleep(retry::NO_MEMORY_DELAY);
                 if let (Work::Read, Some(serving)) = (&work, &*descriptor.lock_shard(self.thread)) {
                     self.shared.poll.rearm(&descriptor, serving.uffd.as_fd());
