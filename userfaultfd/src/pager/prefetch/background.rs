@@ -1,8 +1,8 @@
-//! Filling what nobody has touched yet, without being in the way of those who touch.
+//! Background fills: missing pages are filled while no fault waits.
 //!
-//! A background has one thread, and more while its source is slow. One of them at a time has the turn: it waits until no
-//! fault is being resolved, the limit is met and nothing is paused, takes the next step of the plan, and lets the next
-//! thread have the turn. Sources are read without the turn, or any lock.
+//! A background fill has one thread, and more while its source is slow. One of them at a time has the turn: it waits until
+//! no fault is being resolved, the limit is met and the fill isn't paused, takes the next step of the plan, and passes the
+//! turn on. Sources are read without the turn and without any lock.
 
 use std::fmt;
 use std::ops::Range;
@@ -18,34 +18,34 @@ use crate::pager::activity::{Busy, Reads};
 use crate::pager::serve::thread::Thread;
 use crate::pager::{Failed, Pager, Progress, RegionId, Result};
 
-/// The longest time between two looks whether a fault waits, while fewer than [`STEP_BYTES`] are filled.
+/// The longest interval between looks whether a fault waits, while less than [`STEP_BYTES`] is filled.
 const STEP_TIME: Duration = Duration::from_micros(50);
 
-/// The delay until it is looked again whether a fault waits.
+/// The interval between looks whether a fault still waits.
 const POLL_DELAY: Duration = Duration::from_micros(50);
 
-/// A read of another region's source that takes longer is given way to no more: it takes no CPU.
-const HANGS: Duration = Duration::from_millis(1);
+/// Duration of a read of another region's source beyond which the fill no longer yields to it: such a read takes no CPU.
+const HANGING_READ: Duration = Duration::from_millis(1);
 
-/// The delay until a thread that is paused, or has reached the limit, looks whether the region is still served.
+/// The interval at which a paused or limited thread checks whether the region is still served.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Fills the missing pages of a region while no fault waits to be resolved.
+/// A running background fill of a region's missing pages.
 ///
-/// Before each step it looks whether a fault waits or is being resolved, and lets it go first; but not one that waits for
-/// a slow source of another region. A step is the region's
-/// [`Block`](crate::pager::FaultAround::Block); otherwise 64 KiB, and where reads of the source take longer than some 50 µs, as much as
-/// [`Adaptive`](crate::pager::FaultAround::Adaptive) allows. If the pager has [readers](crate::pager::PagerBuilder::read_ahead_threads), a step is
-/// 1 MiB at most, as for them. Ranges that the source [knows to be zero](crate::pager::PageSource::zeros) are filled without
-/// being read, up to 4 MiB in one step.
+/// Before each step it checks whether a fault waits or is being resolved, and lets the fault go first, except one that
+/// waits for a slow source of another region. A step is the region's [`Block`](crate::pager::FaultAround::Block);
+/// otherwise 64 KiB, or, where reads of the source take longer than some 50 µs, as much as
+/// [`Adaptive`](crate::pager::FaultAround::Adaptive) allows. With
+/// [read-ahead threads](crate::pager::PagerBuilder::read_ahead_threads) a step is 1 MiB at most. Ranges that the source
+/// [knows to be zero](crate::pager::PageSource::zeros) are filled without a read, up to 4 MiB in one step.
 ///
-/// While the source is slow, several steps are read at the same time: four, or as many as the pager has threads, or
-/// readers and one more. They begin in order. The steps of a background, and the sources that they read, keep no other
-/// region waiting.
+/// While the source is slow, several steps are read concurrently: four, or the pager's number of workers, or of
+/// read-ahead threads plus one, whichever is most. They begin in order. A background fill, and the sources that it reads,
+/// hold up no other region.
 ///
-/// Pages that the source doesn't deliver stay missing until they are touched; [`wait`](Self::wait) returns which.
+/// Pages that the source doesn't deliver stay missing until a fault needs them; [`wait`](Self::wait) returns them.
 ///
-/// Dropping it ends it, after the steps that have begun, but for one whose source drops it.
+/// Dropping it stops the fill, and waits for the steps that have begun, except for one whose source drops it.
 ///
 /// ```
 /// use userfaultfd::LazyMemory;
@@ -65,16 +65,16 @@ pub struct BackgroundFill {
     control: Arc<FillControl>,
 }
 
-/// What a [`BackgroundFill`] or a [`WorkingSetReplay`](crate::pager::WorkingSetReplay) has done.
+/// The result of a [`BackgroundFill`] or a [`WorkingSetReplay`](crate::pager::WorkingSetReplay).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FillReport {
-    /// Bytes gone through, present ones included.
+    /// Bytes handled, those of present pages included.
     pub done: u64,
-    /// Bytes to go through. More than `done` if the region isn't served any more.
+    /// Bytes of the whole order. More than `done` if the region is no longer served.
     pub total: u64,
-    /// Pages that couldn't be filled, by address: most often because the source failed. They are missing, unless a fault
-    /// has filled or poisoned them since.
+    /// Pages that couldn't be filled, ordered by address, mostly because the source failed. They are missing, unless a
+    /// fault has filled or poisoned them since.
     pub failed: Vec<Failed>,
 }
 
@@ -85,7 +85,7 @@ struct FillControl {
     /// Held by the thread that waits for its turn, and then takes the next step.
     turn: RankedMutex<Turn, { rank::TURN }>,
     plan: Plan,
-    /// Pages gone through, of how many.
+    /// Pages handled, and the number of pages of the order.
     done: AtomicUsize,
     total: usize,
     /// Pages that couldn't be filled.
@@ -93,7 +93,7 @@ struct FillControl {
     region: RegionId,
     page_shift: u32,
     threads: RankedMutex<Vec<Thread>, { rank::STORE }>,
-    /// Threads at work, and how many there may be.
+    /// Running threads, and their maximum.
     running: AtomicUsize,
     most_threads: usize,
 }
@@ -102,9 +102,9 @@ struct FillControl {
 struct State {
     paused: bool,
     stopped: bool,
-    /// Bytes a second.
+    /// Bytes per second.
     limit: Option<u64>,
-    /// Bytes ahead of the limit at a moment. Not a time, so that another limit changes how long they last.
+    /// Bytes ahead of the limit at a moment. Not a duration, so that a new limit applies to them.
     owed: u128,
     since: Instant,
 }
@@ -113,10 +113,10 @@ struct State {
 #[derive(Debug)]
 struct Turn {
     place: Place,
-    /// Bytes until it is looked again whether a fault waits, and when it was looked last.
+    /// Bytes until the next look whether a fault waits, and the time of the last look.
     left: usize,
     since: Instant,
-    /// The reads of other regions' sources that it last gave way to, and since when.
+    /// The reads of other regions' sources to which it last yielded, and since when.
     reads: Option<(Reads, Instant)>,
 }
 
@@ -140,7 +140,7 @@ impl BackgroundFill {
         Ok(Self { control })
     }
 
-    /// How far it is, of the pages that it is to go through. Those that were there already are among them.
+    /// Returns the progress. Pages that were present already count as done.
     #[must_use]
     pub fn progress(&self) -> Progress {
         let FillControl { done, total, page_shift, .. } = &*self.control;
@@ -158,25 +158,25 @@ impl BackgroundFill {
         Failed::in_bytes(self.control.region, self.control.page_shift, pages)
     }
 
-    /// Whether it has ended: everything was gone through, or the region isn't served any more.
+    /// Returns whether the fill has ended: all pages were handled, or the region is no longer served.
     #[must_use]
     pub fn is_finished(&self) -> bool {
         self.control.running.load(Ordering::Acquire) == 0 || !self.control.owner.is_current()
     }
 
-    /// Stops after the steps that have begun, until it is [resumed](Self::resume).
+    /// Pauses the fill after the steps that have begun, until [`resume`](Self::resume).
     pub fn pause(&self) {
         self.control.change(|state| state.paused = true);
     }
 
-    /// Goes on.
+    /// Resumes a paused fill.
     pub fn resume(&self) {
         self.control.change(|state| state.paused = false);
     }
 
-    /// Limits how many bytes are filled in a second from now on; `None` lifts the limit. Zeros count, too.
+    /// Limits the bytes that are filled per second from now on; `None` lifts the limit. Zeros count, too.
     ///
-    /// What was filled ahead of a limit is made up for at the speed of the new one.
+    /// Bytes that were filled ahead of the old limit are paid off at the new one.
     pub fn limit(&self, bytes_per_second: Option<u64>) {
         self.control.change(|state| {
             state.settle(Instant::now());
@@ -184,7 +184,7 @@ impl BackgroundFill {
         });
     }
 
-    /// Waits until it has ended. If it was paused it is resumed.
+    /// Waits until the fill has ended. Resumes a paused fill.
     pub fn wait(mut self) -> FillReport {
         self.finish()
     }
@@ -227,7 +227,7 @@ impl fmt::Debug for BackgroundFill {
 }
 
 impl State {
-    /// Takes off what the time has paid.
+    /// Subtracts the bytes that the passed time allows.
     fn settle(&mut self, now: Instant) {
         const SECOND: u128 = 1_000_000_000;
         let Some(limit) = self.limit.map(|limit| u128::from(limit.max(1))) else {
@@ -244,7 +244,7 @@ impl State {
         }
     }
 
-    /// How long it takes until the limit is met.
+    /// The delay until the limit is met.
     fn rest(&self, now: Instant) -> Duration {
         let Some(limit) = self.limit.filter(|_| self.owed > 0) else { return Duration::ZERO };
         let whole = nanos((self.owed * 1_000_000_000).div_ceil(u128::from(limit.max(1))));
@@ -257,7 +257,7 @@ fn nanos(nanos: u128) -> Duration {
 }
 
 impl Turn {
-    /// Returns whether to take a step, or to give way to faults.
+    /// Returns whether to take a step, or to yield to faults.
     fn advance_stream(&mut self, busy: Busy, now: Instant) -> bool {
         let Busy::Elsewhere(reads) = busy else {
             self.reads = None;
@@ -278,7 +278,7 @@ impl FillControl {
         self.changed.notify_all();
     }
 
-    /// Waits while it is paused, or ahead of its limit. Returns whether there is a limit; `None`: it ends.
+    /// Waits while the fill is paused or ahead of its limit. Returns whether there is a limit; `None`: the fill ends.
     fn go_on(&self, target: &Target) -> Option<bool> {
         let mut state = lock(&self.state);
         loop {
@@ -299,7 +299,7 @@ impl FillControl {
         lock(&self.state).stopped
     }
 
-    /// Notes how much of a step was filled, for which there is a limit.
+    /// Counts the filled bytes of a step towards the limit.
     fn filled(&self, reserved: usize, filled: usize) {
         if reserved > filled {
             let mut state = lock(&self.state);
@@ -333,7 +333,7 @@ impl FillControl {
         Some(Taken { pages, reserved })
     }
 
-    /// Takes more, up to a page, if what is taken ends where the next step begins. Returns the new end.
+    /// Extends a step, up to a page, if it ends where the next step begins. Returns the new end.
     fn extend(&self, taken: &Range<usize>, to: usize) -> usize {
         let mut turn = lock(&self.turn);
         let Place { range, page } = turn.place;
@@ -368,14 +368,14 @@ impl FillControl {
         })
     }
 
-    /// Whether one more thread may start. It counts from then on.
+    /// Whether one more thread may start. If so, it counts as running.
     fn may_start(&self) -> bool {
         let more = |running| (running < self.most_threads).then_some(running + 1);
         self.running.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
     }
 }
 
-/// Starts a thread, if there may be one more.
+/// Starts one more thread, if the maximum allows it.
 fn start_thread(target: &Arc<Target>, control: &Arc<FillControl>) -> std::io::Result<()> {
     if !control.may_start() {
         return Ok(());
@@ -383,7 +383,7 @@ fn start_thread(target: &Arc<Target>, control: &Arc<FillControl>) -> std::io::Re
     let (target, here) = (Arc::clone(target), Arc::clone(control));
     let started = Thread::spawn(c"uffd-background", move || {
         fill(&target, &here);
-        // The source is let go of before it counts as ended.
+        // The source is dropped before the thread counts as ended.
         drop(target);
         here.running.fetch_sub(1, Ordering::AcqRel);
     });
@@ -428,7 +428,7 @@ fn fill(target: &Arc<Target>, control: &Arc<FillControl>) {
         control.filled(reserved, filled << control.page_shift);
         control.done.fetch_add(pages.end - taken.start, Ordering::AcqRel);
         if hands.is_slow() {
-            // Where there is no thread to be had, those that there are go on.
+            // Where no thread can be created, the running ones go on.
             let _refused = start_thread(target, control);
         } else if !is_first && hands.is_fast() {
             return;
@@ -437,12 +437,12 @@ fn fill(target: &Arc<Target>, control: &Arc<FillControl>) {
 }
 
 impl Pager {
-    /// Fills the missing pages of a region in the background: see [`BackgroundFill`].
+    /// Starts to fill the missing pages of a region in the background: see [`BackgroundFill`].
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](crate::pager::Error::NotServed): the region isn't served any more.
-    /// - [`System`](crate::pager::Error::System): a thread couldn't be had.
+    /// - [`NotServed`](crate::pager::Error::NotServed): the region isn't served.
+    /// - [`System`](crate::pager::Error::System): the thread couldn't be created.
     pub fn background(&self, region: RegionId, order: FillOrder) -> Result<BackgroundFill> {
         BackgroundFill::start(self.target(region)?, order)
     }

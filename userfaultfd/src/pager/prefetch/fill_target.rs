@@ -1,4 +1,4 @@
-//! Where pages are filled without being asked for, one step at a time: in a region of a pager, or in sigbus memory.
+//! The target of a background fill, which is filled a step at a time: a region of a pager, or sigbus memory.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,17 +21,17 @@ use crate::pager::serve::shared::Shared;
 use crate::pager::{Error, Pager, RegionId, Result, RetryPolicy};
 use crate::sys;
 
-/// Bytes of one step, where the source is fast; and that are filled between two looks whether a fault waits.
+/// Bytes of one step where the source is fast, and between two looks whether a fault waits.
 pub(super) const STEP_BYTES: usize = 64 << 10;
 
-/// Reads of a slow source that may go on at the same time in any case. More if the pager has more threads of a kind.
+/// Concurrent reads of a slow source that are always allowed. More if the pager has more threads of a kind.
 const MIN_READS_AT_ONCE: usize = 4;
 
-/// A source is fast again where reads take less than this. [`PageFiller::is_slow`] is above, so that threads don't come and
-/// go all the time.
+/// Duration of a read below which a source is fast again. The limit of [`PageFiller::is_slow`] is higher, so that threads
+/// don't come and go all the time.
 const FAST_READ: Duration = Duration::from_micros(25);
 
-/// Pages that couldn't be filled, in the order in which that was found.
+/// Pages that couldn't be filled, in the order in which they were tried.
 #[derive(Debug, Default)]
 pub(super) struct FailedPages(RankedMutex<Vec<Range<usize>>, { rank::STORE }>);
 
@@ -51,20 +51,20 @@ impl FailedPages {
     }
 }
 
-/// Where pages are filled.
+/// The memory that is filled.
 pub(crate) enum Target {
     Pager { shared: Arc<Shared>, descriptor: Arc<Descriptor>, region: Arc<ServedRegion> },
     Sigbus(Arc<Lazy>),
 }
 
-/// What a thread fills with.
+/// What a thread needs to fill.
 #[expect(clippy::large_enum_variant, reason = "there is one for each thread, on its stack")]
 pub(super) enum Hands<'a> {
     Pager(Lease<'a>),
     Sigbus,
 }
 
-/// What a step did.
+/// The result of a step.
 pub(super) struct Step {
     /// The first page that wasn't looked at.
     pub(super) next: usize,
@@ -97,7 +97,7 @@ impl Target {
         }
     }
 
-    /// Whether there is nothing to fill any more.
+    /// Whether no page is left to fill.
     pub(super) fn is_over(&self) -> bool {
         match self {
             Self::Pager { shared, region, descriptor } => {
@@ -107,7 +107,7 @@ impl Target {
         }
     }
 
-    /// Returns whether a fault waits or is being answered.
+    /// Returns whether a fault waits or is being resolved.
     pub(super) fn busy(&self) -> Busy {
         match self {
             Self::Pager { shared, region, .. } => shared.busy(region.id),
@@ -129,12 +129,12 @@ impl Target {
         (bytes >> region.page_shift).max(1)
     }
 
-    /// Pages from one on that are known to be zero, of which many are filled at once.
+    /// The number of pages from one on that are known to be zero, of which many are filled at once.
     pub(super) fn zeros(&self, page: usize) -> usize {
         fill_batch_len(self.region(), page, 0)
     }
 
-    /// Fills the first missing pages of a range, and notes those that can't be. `None`: the region isn't served any more.
+    /// Fills the first missing pages of a range, and notes those that fail. `None`: the region is no longer served.
     pub(super) fn fill(
         &self,
         hands: &mut Hands<'_>,
@@ -159,13 +159,13 @@ impl Target {
         }
     }
 
-    /// Fills missing pages in the calling thread, without giving way to faults. What the source doesn't deliver, as often
-    /// as it is asked, stays missing.
+    /// Fills missing pages in the calling thread, without yielding to faults. Pages that the source doesn't deliver after
+    /// all retries stay missing.
     pub(crate) fn fill_now(&self, pages: Range<usize>) -> Result<()> {
         let failed = FailedPages::default();
         let retry = match self {
             Self::Pager { shared, .. } => shared.fill.retry,
-            // The source is in memory: it has the page or not.
+            // The source is in memory: a retry can't help.
             Self::Sigbus(_) => RetryPolicy { attempts: 1, delay: Duration::ZERO },
         };
         for attempt in 1.. {
@@ -191,19 +191,19 @@ impl Target {
         Ok(())
     }
 
-    /// How many threads may fill it at the same time.
+    /// The number of threads that may fill it concurrently.
     pub(super) fn most_threads(&self) -> usize {
         match self {
             Self::Pager { shared, .. } => {
                 MIN_READS_AT_ONCE.max(shared.fill.threads.workers).max(shared.fill.threads.read_ahead + 1)
             }
-            // What is to be read the kernel reads, with the read-ahead of mappings.
+            // The kernel reads the source's pages, with the read-ahead of mappings.
             Self::Sigbus(_) => 1,
         }
     }
 }
 
-/// Fills the first missing pages of a range that lie in one place.
+/// Fills the first missing pages of a range that lie in one segment.
 fn step(
     shared: &Shared,
     (descriptor, region): (&Arc<Descriptor>, &Arc<ServedRegion>),
@@ -225,7 +225,7 @@ fn step(
     let (claimed, thread) = (run.pages(), filler.thread);
     let mut load = |run: PageRun| match filler.resume(&shared.fill, descriptor, Work::Load(run.early(), 0)) {
         Outcome::Settled => true,
-        // Who needs it asks for it.
+        // A fault that needs the page reads it again.
         Outcome::Deferred(work, _) => {
             filler.give_up(descriptor, work);
             true
@@ -235,7 +235,7 @@ fn step(
     let mut alive = load(run);
     let states = &region.pages;
     if claimed.len() > 1 {
-        // Among pages that couldn't be had together, one may be what is wrong.
+        // Of pages that failed together, one may be the cause.
         for page in claimed.clone() {
             if !alive {
                 break;
@@ -261,7 +261,7 @@ fn step(
     Some(Step { next, filled })
 }
 
-/// Whether a page is still where it was.
+/// Whether a page is still at its address.
 fn is_there(descriptor: &Descriptor, thread: usize, segment: &Segment, page: usize) -> bool {
     let serving = descriptor.lock_shard(thread);
     let address = segment.address_of(page);
@@ -269,8 +269,8 @@ fn is_there(descriptor: &Descriptor, thread: usize, segment: &Segment, page: usi
     now.is_some_and(|now| Arc::ptr_eq(&now.region, &segment.region) && now.address_of(page) == address)
 }
 
-/// The segment of a region that a page is in, or else the first behind it. `None`: the descriptor isn't served any
-/// more. Nothing is allocated while the layout is locked.
+/// The segment of a region that has a page, or else the first one behind it. `None`: the descriptor is no longer served.
+/// Nothing is allocated while the layout is locked.
 fn segment_from(
     descriptor: &Descriptor,
     thread: usize,
@@ -284,7 +284,7 @@ fn segment_from(
 }
 
 impl Pager {
-    /// A region to fill.
+    /// Returns the target for a region.
     pub(crate) fn target(&self, region: RegionId) -> Result<Target> {
         let descriptor = self.of_region(region)?;
         let segments = descriptor.segments(self.shared.outside_id(), Some(region.0));

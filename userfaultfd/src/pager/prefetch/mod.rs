@@ -1,4 +1,4 @@
-//! Without being asked: reading ahead, filling in the background, and working sets.
+//! Fills without a fault: read-ahead, background fills, and working sets.
 
 pub(crate) mod background;
 pub(crate) mod fill_target;

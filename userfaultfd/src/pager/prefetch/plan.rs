@@ -1,15 +1,15 @@
-//! Which pages a background goes through, in which order.
+//! The plan of a background fill: its pages, in order.
 
 use std::ops::Range;
 
-/// What a background fill fills, in which order.
+/// The pages that a background fill fills, and their order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FillOrder {
-    /// All of it, from the first page on.
+    /// The whole region, from the first page on.
     Ascending,
-    /// These ranges, one after the other, and nothing else. They are in bytes from the start of the region, are
-    /// extended to whole pages, and cut to the region.
+    /// These ranges alone, one after the other, in bytes from the start of the region. They are extended to whole pages
+    /// and cut to the region.
     Ranges(Vec<Range<usize>>),
 }
 
@@ -20,7 +20,7 @@ pub(super) struct Place {
     pub(super) page: usize,
 }
 
-/// Pages to go through, in order.
+/// The pages of a plan, in order.
 pub(crate) struct Plan {
     pub(super) ranges: Vec<Range<usize>>,
     /// Pages of them to leave out.
@@ -41,7 +41,7 @@ impl Plan {
         self.leave_out.is_some_and(|leave_out| leave_out(page))
     }
 
-    /// How many pages.
+    /// The number of pages.
     pub(super) fn pages(&self) -> usize {
         let ranges = self.ranges.iter();
         match self.leave_out {
@@ -50,7 +50,7 @@ impl Plan {
         }
     }
 
-    /// Takes pages of one range, from a place on: to a multiple of `step`, counted from the start of the region.
+    /// Takes pages of one range, from a place on, up to a multiple of `step` from the start of the region.
     pub(super) fn next(&self, place: &mut Place, step: usize) -> Option<Range<usize>> {
         loop {
             let range = self.ranges.get(place.range)?;
@@ -67,7 +67,7 @@ impl Plan {
     }
 }
 
-/// The ranges of pages to go through, in a region of so many.
+/// The ranges of pages of an order, in a region of `pages` pages.
 fn pages_of(order: FillOrder, count: usize, shift: u32) -> Vec<Range<usize>> {
     match order {
         FillOrder::Ascending => std::iter::once(0..count).collect(),

@@ -1,4 +1,4 @@
-//! Reading ahead: where a source is slow and access sequential, several threads read what comes next at the same time.
+//! Read-ahead: where a source is slow and access sequential, several threads read the next pages concurrently.
 
 use std::sync::Arc;
 
@@ -31,7 +31,7 @@ pub(crate) fn read(shared: &Shared, thread: usize) {
             let Some(run) = run else { continue };
             match filler.resume(&shared.fill, &descriptor, Work::Load(run.early(), 0)) {
                 Outcome::Settled => {}
-                // Who needs it asks for it.
+                // A fault that needs the page reads it again.
                 Outcome::Deferred(work, _) => filler.give_up(&descriptor, work),
                 Outcome::TargetGone => shared.retire(&descriptor),
             }

@@ -1,4 +1,4 @@
-//! Which pages faults came for, in which order.
+//! Recording the pages that fault, in order.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,11 +8,11 @@ use crate::pager::memory::fault_log::Mode;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::{Error, Pager, RegionId, Result};
 
-/// Notes in which order the pages of a region are touched for the first time, until it is dropped.
+/// A running record of the order in which the pages of a region are first accessed. Dropping it ends the record.
 ///
-/// It sees faults. What is there already makes none, so begin before the memory is used. Each fault fills its page
-/// alone meanwhile, whatever [`FaultAround`](crate::pager::FaultAround) says, so that the set has what was touched and nothing else:
-/// such a run is slower than others. Noting takes no lock and allocates nothing.
+/// It records faults. A present page doesn't fault, so begin before the memory is used. Meanwhile each fault fills its
+/// page alone, whatever the region's [`FaultAround`](crate::pager::FaultAround), so that the set has exactly the accessed
+/// pages: a recorded run is slower. Recording takes no lock and allocates nothing.
 ///
 /// ```
 /// use userfaultfd::LazyMemory;
@@ -49,7 +49,7 @@ pub struct WorkingSetRecorder {
 }
 
 impl WorkingSetRecorder {
-    /// Begins.
+    /// Begins to record.
     pub(crate) fn start(region: Arc<ServedRegion>) -> Result<Self> {
         if !region.log()?.start(Mode::Exact) {
             return Err(Error::AlreadyRecorded);
@@ -57,7 +57,7 @@ impl WorkingSetRecorder {
         Ok(Self { region })
     }
 
-    /// Ends, and tells what was touched.
+    /// Ends the record, and returns the pages that were accessed.
     #[must_use]
     pub fn finish(self) -> WorkingSet {
         let count = self.region.pages.count();
@@ -79,13 +79,14 @@ impl fmt::Debug for WorkingSetRecorder {
 }
 
 impl Pager {
-    /// Records which pages of a region are touched, in order: see [`WorkingSetRecorder`].
+    /// Starts to record which pages of a region are accessed, in order: see [`WorkingSetRecorder`].
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
-    /// - [`AlreadyRecorded`](Error::AlreadyRecorded): it is recorded already, or a working set is being replayed.
-    /// - [`System`](Error::System): memory couldn't be had.
+    /// - [`NotServed`](Error::NotServed): the region isn't served.
+    /// - [`AlreadyRecorded`](Error::AlreadyRecorded): the region is being recorded already, or a working set is being
+    ///   replayed.
+    /// - [`System`](Error::System): failed to map memory.
     pub fn record(&self, region: RegionId) -> Result<WorkingSetRecorder> {
         WorkingSetRecorder::start(Arc::clone(self.target(region)?.region()))
     }

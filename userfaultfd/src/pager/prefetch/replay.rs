@@ -1,4 +1,4 @@
-//! Filling what was needed the last time, before it is needed.
+//! Filling the pages that an earlier run needed, before they are needed.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -12,17 +12,17 @@ use crate::pager::memory::fault_log::Mode;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::{Error, Pager, RegionId, Result};
 
-/// One page of so many is left out, to see whether it is needed.
-const SAMPLE: usize = 64;
+/// Pages of which one is left out, to see whether it is needed: the sample costs a 64th of the faults.
+const PAGES_PER_SAMPLE: usize = 64;
 
-/// A [`WorkingSet`] that is being filled in about its order, in the [background](BackgroundFill): faults come first.
+/// A running fill of a [`WorkingSet`], in about its order, in the [background](BackgroundFill): faults come first.
 ///
-/// Where the source is slow, several threads do that, as for any [`BackgroundFill`].
+/// Where the source is slow, several threads fill, as for any [`BackgroundFill`].
 ///
-/// One page of 64 is left out, so that it can be seen whether somebody touches it: of a page that is there already
-/// nothing tells that. [`report`](Self::report) says from that how much of the set was filled for nothing.
+/// One page of 64 is left out as a sample: a fault on it shows that the page is needed, which a present page can't show.
+/// From that [`report`](Self::report) estimates how much of the set was filled in vain.
 ///
-/// Dropping it ends it.
+/// Dropping it stops the fill.
 pub struct WorkingSetReplay {
     background: BackgroundFill,
     region: Arc<ServedRegion>,
@@ -30,24 +30,24 @@ pub struct WorkingSetReplay {
     cover: ReplayedRuns,
 }
 
-/// How well a working set fits.
+/// How well a working set matches the accesses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ReplayReport {
-    /// Pages of the set.
+    /// Number of pages of the set.
     pub set_pages: usize,
-    /// Pages of the set for which a fault came: before it was their turn, or since they were left out.
+    /// Number of pages of the set that faulted: before their turn, or since they were left out.
     pub faults_in_set: usize,
-    /// Other pages for which a fault came: the set lacks them.
+    /// Number of other pages that faulted: the set lacks them.
     pub faults_outside: usize,
-    /// Pages of the set that were left out, and not filled together with a neighbour either.
+    /// Number of pages of the set that were left out as a sample, and not filled with a neighbour either.
     pub sampled: usize,
-    /// Pages of these for which a fault came.
+    /// Number of these pages that faulted.
     pub sampled_touched: usize,
 }
 
 impl WorkingSetReplay {
-    /// Begins.
+    /// Begins the replay.
     pub(crate) fn start(target: Target, set: &WorkingSet) -> Result<Self> {
         let region = Arc::clone(target.region());
         let (page_size, pages) = (region.page_size(), region.pages.count());
@@ -69,23 +69,23 @@ impl WorkingSetReplay {
         }
     }
 
-    /// The thread that fills: to pause it, to limit it, to see how far it is.
+    /// Returns the background fill, to pause it, to limit it, or to see its progress.
     #[must_use]
     pub fn background(&self) -> &BackgroundFill {
         &self.background
     }
 
-    /// Waits until all of the set is there that isn't left out.
+    /// Waits until the whole set is filled, but for the pages that are left out.
     pub fn wait(&mut self) -> FillReport {
         self.background.finish()
     }
 
-    /// How well the set fits, so far. Faults are counted as long as the replay isn't dropped.
+    /// Returns how well the set matches so far. Faults are counted until the replay is dropped.
     #[must_use]
     pub fn report(&self) -> ReplayReport {
         let faults: HashSet<usize> = self.region.noted().into_iter().collect();
         let in_set = faults.iter().filter(|page| self.cover.has(**page));
-        // What was filled together with another page tells nothing.
+        // A page that was filled together with another one shows nothing.
         let touched = in_set.clone().filter(|page| is_sampled(**page)).count();
         let untouched =
             self.set.pages().filter(|page| is_sampled(*page) && self.region.pages.is_missing(*page));
@@ -103,7 +103,7 @@ impl WorkingSetReplay {
 
 /// Whether a page is left out.
 fn is_sampled(page: usize) -> bool {
-    (page as u32).wrapping_mul(0x9e37_79b1) >> 16 & (SAMPLE as u32 - 1) == 0
+    (page as u32).wrapping_mul(0x9e37_79b1) >> 16 & (PAGES_PER_SAMPLE as u32 - 1) == 0
 }
 
 impl Drop for WorkingSetReplay {
@@ -122,8 +122,8 @@ impl fmt::Debug for WorkingSetReplay {
 }
 
 impl ReplayReport {
-    /// Which part of the set nobody has needed so far, from 0 to 1: an estimate, from the pages that were left out. Of a
-    /// hundred of them it is right to a tenth. `None` if there are none.
+    /// Returns the estimated share of the set that wasn't needed so far, from 0 to 1, or `None` without sampled pages. With
+    /// a hundred sampled pages it is right to a tenth.
     #[must_use]
     pub fn waste(&self) -> Option<f64> {
         let untouched = self.sampled - self.sampled_touched;
@@ -146,14 +146,14 @@ impl fmt::Display for ReplayReport {
 }
 
 impl Pager {
-    /// Fills a working set that was recorded before: see [`WorkingSetReplay`].
+    /// Starts to fill a recorded working set: see [`WorkingSetReplay`].
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](Error::NotServed): the region isn't served any more.
-    /// - [`OtherWorkingSet`](Error::OtherWorkingSet): the set is of a region of another size, or of other pages.
+    /// - [`NotServed`](Error::NotServed): the region isn't served.
+    /// - [`OtherWorkingSet`](Error::OtherWorkingSet): the set's region has another number of pages, or another page size.
     /// - [`AlreadyRecorded`](Error::AlreadyRecorded): the region is being recorded, or another set replayed.
-    /// - [`System`](Error::System): memory or a thread couldn't be had.
+    /// - [`System`](Error::System): failed to map memory or to create a thread.
     pub fn replay(&self, region: RegionId, set: &WorkingSet) -> Result<WorkingSetReplay> {
         WorkingSetReplay::start(self.target(region)?, set)
     }

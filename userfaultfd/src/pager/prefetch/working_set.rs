@@ -9,12 +9,13 @@ use std::path::Path;
 use crate::PendingFile;
 use crate::pager::{Error, Result};
 
-/// The pages of a region that a program has touched, in the order in which it first did.
+/// The pages of a region that a program has accessed, in the order of the first access.
 ///
-/// A [`WorkingSetRecorder`](crate::pager::WorkingSetRecorder) makes one, and [`Pager::replay`](crate::pager::Pager::replay) fills the pages in that order
-/// at the next start. [`from_pages`](Self::from_pages) makes one of what another tool has found; several are put together
-/// by [`union`](Self::union) and [`intersection`](Self::intersection). One of a region of another size, or of other pages,
-/// is adapted by [`with_region_pages`](Self::with_region_pages) and [`with_page_size`](Self::with_page_size).
+/// A [`WorkingSetRecorder`](crate::pager::WorkingSetRecorder) makes one, and
+/// [`Pager::replay`](crate::pager::Pager::replay) fills the pages in that order at the next start.
+/// [`from_pages`](Self::from_pages) makes one of the pages that another tool has found; [`union`](Self::union) and
+/// [`intersection`](Self::intersection) combine two. [`with_region_pages`](Self::with_region_pages) and
+/// [`with_page_size`](Self::with_page_size) adapt a set to a region of another size or with another page size.
 ///
 /// ```
 /// use userfaultfd::pager::WorkingSet;
@@ -51,8 +52,7 @@ use crate::pager::{Error, Result};
 pub struct WorkingSet {
     page_size: usize,
     region_pages: usize,
-    /// In the order of the first touch. None is empty, none has a page of another one, and none goes on where the one
-    /// before it ends.
+    /// In the order of the first access. None is empty, none overlaps another one, and none continues the one before it.
     runs: Vec<Range<usize>>,
 }
 
@@ -67,8 +67,8 @@ impl WorkingSet {
         Self { page_size, region_pages, runs }
     }
 
-    /// Makes a working set of pages in the order in which they will be needed, of a region of `region_pages` pages of
-    /// `page_size` bytes. A page that comes again is passed over.
+    /// Returns a working set of pages, in the order in which they will be needed, of a region of `region_pages` pages of
+    /// `page_size` bytes. Repeated pages are ignored.
     ///
     /// # Errors
     ///
@@ -101,18 +101,18 @@ impl WorkingSet {
         Ok(set)
     }
 
-    /// Returns the numbers of the pages, counted from the start of the region, in the order of the first touch.
+    /// Returns the numbers of the pages, counted from the start of the region, in the order of the first access.
     pub fn pages(&self) -> impl Iterator<Item = usize> + '_ {
         self.runs.iter().flat_map(Range::clone)
     }
 
-    /// Returns the pages as runs of pages that follow each other, in the order of the first touch.
+    /// Returns the pages as runs of adjacent pages, in the order of the first access.
     #[must_use]
     pub fn runs(&self) -> &[Range<usize>] {
         &self.runs
     }
 
-    /// Returns how many pages the set has.
+    /// Returns the number of pages of the set.
     #[must_use]
     pub fn len(&self) -> usize {
         self.runs.iter().map(Range::len).sum()
@@ -130,7 +130,7 @@ impl WorkingSet {
         self.page_size
     }
 
-    /// Returns how many pages the region has.
+    /// Returns the number of pages of the region.
     #[must_use]
     pub fn region_pages(&self) -> usize {
         self.region_pages
@@ -162,8 +162,8 @@ impl WorkingSet {
         Ok(set)
     }
 
-    /// Returns the set for a region with as many bytes (or less than a page more) in pages of another size, in bytes. A
-    /// larger page is in it if any part of it was.
+    /// Returns the set for the same region with pages of `bytes` bytes; the length is rounded up to whole pages. A larger
+    /// page is in the set if any part of it was.
     ///
     /// # Errors
     ///
@@ -183,8 +183,7 @@ impl WorkingSet {
         Ok(set)
     }
 
-    /// Returns the set for a region of so many pages: without those that it doesn't have. At most as many as fit into the
-    /// address space.
+    /// Returns the set for a region of `pages` pages, without the pages beyond it. `pages` is limited to the address space.
     #[must_use]
     pub fn with_region_pages(&self, pages: usize) -> Self {
         let region_pages = pages.min(usize::MAX / self.page_size);
@@ -195,7 +194,7 @@ impl WorkingSet {
         set
     }
 
-    /// Appends pages that aren't in it.
+    /// Appends the pages that aren't in the set.
     fn push(&mut self, run: Range<usize>) {
         match self.runs.last_mut() {
             Some(last) if last.end == run.start => last.end = run.end,
@@ -203,7 +202,7 @@ impl WorkingSet {
         }
     }
 
-    /// Where it has pages, to be searched.
+    /// The pages of the set, for searches.
     pub(crate) fn cover(&self) -> ReplayedRuns {
         let mut cover = ReplayedRuns::default();
         self.runs.iter().for_each(|run| cover.add(run, drop));
@@ -218,22 +217,22 @@ impl WorkingSet {
         Err(Error::OtherWorkingSet { set: shape(other), region: shape(self) })
     }
 
-    /// Writes it to a file, which replaces the one at `path` when it is complete: a [`PendingFile`].
+    /// Writes the set to a file, which replaces the one at `path` when it is complete: a [`PendingFile`].
     ///
     /// # Errors
     ///
-    /// Those of open(2), write(2) and fsync(2). The old file is as it was then.
+    /// Those of open(2), write(2) and fsync(2); the old file is unchanged.
     pub fn save(&self, path: impl AsRef<Path>) -> io::Result<()> {
         PendingFile::replace(path, &self.encode())
     }
 
-    /// Reads it from a file.
+    /// Reads a set from a file.
     ///
     /// # Errors
     ///
-    /// Those of open(2) and read(2). Of the kind [`InvalidData`](ErrorKind::InvalidData): the file isn't a working set,
-    /// is of a version that isn't known here, or damaged. Of the kind [`OutOfMemory`](ErrorKind::OutOfMemory): there is no
-    /// memory for so many runs.
+    /// Those of open(2) and read(2). Of the kind [`InvalidData`](ErrorKind::InvalidData): the file isn't a working set, has
+    /// an unknown version, or is damaged. Of the kind [`OutOfMemory`](ErrorKind::OutOfMemory): there is no memory for its
+    /// runs.
     pub fn load(path: impl AsRef<Path>) -> io::Result<Self> {
         Self::decode(&fs::read(path)?).map_err(|error| match error {
             Undecoded::Invalid(text) => io::Error::new(ErrorKind::InvalidData, text),
