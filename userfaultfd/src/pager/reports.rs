@@ -36,7 +36,7 @@ pub(crate) struct Reports {
     /// Unreferenced regions. Apart from the queue, since it grows in the allocator, which a fork may have locked until the
     /// workers that report problems read its event.
     freed: RankedMutex<Vec<Arc<ServedRegion>>, { rank::STORE }>,
-    /// How many problems were lost.
+    /// Number of dropped problems.
     lost: AtomicUsize,
 }
 
@@ -85,7 +85,7 @@ impl Reports {
         self.changed.notify_all();
     }
 
-    /// How many problems were lost.
+    /// Number of dropped problems.
     pub(crate) fn lost(&self) -> u64 {
         // Relaxed: a count, which nothing else is read by. No lock: a fork's child asks, too.
         self.lost.load(Ordering::Relaxed) as u64
@@ -99,7 +99,7 @@ impl Reports {
             return;
         }
         let unreported = |queue: &mut Queue| queue.reported < posted && !queue.stopped;
-        queue = queue.wait_timeout_while(&self.changed, PATIENCE, unreported);
+        queue = queue.wait_timeout_while(&self.changed, MAX_POISON_DELAY, unreported);
         queue.is_late = queue.reported < posted;
     }
 

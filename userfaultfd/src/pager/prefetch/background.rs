@@ -265,7 +265,7 @@ impl Turn {
         };
         let since = self.reads.filter(|(before, _)| *before == reads).map_or(now, |(_, since)| since);
         self.reads = Some((reads, since));
-        now.saturating_duration_since(since) >= HANGS
+        now.saturating_duration_since(since) >= HANGING_READ
     }
 }
 
