@@ -1,14 +1,14 @@
-//! Why a snapshot wasn't taken.
+//! The error type of snapshots.
 
 use std::io;
 
 use crate::error::Whole;
 
-/// Why a snapshot wasn't taken. Memory is free and everybody goes on, whatever it is.
+/// The error of a snapshot. After any error protection is lifted, and all writers go on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An operation of the kernel's failed: memory that can't be protected, no descriptor.
+    /// An operation of the kernel failed: the memory can't be protected, or no descriptor could be created.
     #[error(transparent)]
     Kernel(#[from] crate::Error),
 
@@ -24,16 +24,16 @@ pub enum Error {
     #[error("the snapshot was aborted")]
     Aborted,
 
-    /// Another snapshot of this series is still at work.
+    /// Another snapshot of this series is still running.
     #[error("a snapshot of the same memory is still at work")]
     Running,
 
-    /// What is missing of a [`LazyMemory`](crate::LazyMemory) can't be filled.
+    /// Missing pages of a [`LazyMemory`](crate::LazyMemory) couldn't be filled.
     #[cfg(feature = "pager")]
     #[error("missing pages can't be filled before the snapshot: {0}")]
     Fill(crate::pager::Error),
 
-    /// A thread or what it needs can't be had.
+    /// Failed to create a thread, or what it needs.
     #[error("a thread for the snapshot can't be started: {0}")]
     Thread(io::Error),
 }

@@ -1,4 +1,4 @@
-//! Snapshots as their users see them.
+//! The handles of snapshots and series.
 
 use std::fmt;
 use std::fs::File;
@@ -20,21 +20,21 @@ use super::maker::Maker;
 use super::options::Options;
 use super::sink::Sink;
 
-/// Snapshots of the same memory, one after the other: the first holds all of it, each other one what has changed since
-/// the one before began.
+/// A series of snapshots of the same memory: the first holds all of it, each other one the changes since the one before
+/// began.
 ///
-/// Between them memory stays protected, and the first write to a page is a fault that a thread handles, as in the
-/// `Sync` mode of a [`DirtyTracker`](crate::DirtyTracker). A snapshot that failed doesn't count: the next one holds
-/// what it should have held, which is everything as long as none was completed.
+/// Between snapshots memory stays protected, and a thread resolves the fault of the first write to each page, as in the
+/// `Sync` mode of a [`DirtyTracker`](crate::DirtyTracker). A failed snapshot doesn't count: the next one holds its
+/// changes, too; until one is completed, that is all memory.
 ///
 /// The kernel doesn't report what it or a device writes to [pinned memory](crate::dirty#pinned-memory), such as registered
 /// buffers of io_uring, memory for RDMA or a device, the target of an `O_DIRECT` read in flight: declare it with
 /// [`set_always_dirty`](Self::set_always_dirty).
 ///
-/// Dropping it ends the protection; a snapshot that is at work is aborted.
+/// Dropping it ends the protection, and aborts a running snapshot.
 pub struct Series {
     pub(super) maker: Maker,
-    /// What every snapshot holds.
+    /// The ranges that every snapshot holds.
     pub(super) always: Bits,
     /// What the next one holds, since it was in `always`.
     pub(super) revoked: Bits,
@@ -47,9 +47,9 @@ pub struct Series {
 pub(super) struct Last {
     id: SnapshotId,
     folder: PathBuf,
-    /// How many had been completed when it was begun.
+    /// Number of snapshots completed when it began.
     before: u64,
-    /// How many files it stands on.
+    /// Number of files on which it stands.
     below: usize,
 }
 
@@ -58,7 +58,7 @@ impl Series {
     ///
     /// # Errors
     ///
-    /// [`Error::Running`] while the one before is at work: [`wait`](Snapshot::wait) for it. Otherwise as
+    /// [`Error::Running`]: the snapshot before is still running; [`wait`](Snapshot::wait) for it. Otherwise as
     /// [`Snapshot::begin`].
     pub fn begin<S: Sink + 'static>(&mut self, sink: S) -> Result<Snapshot<S>> {
         let mut changed = self.always.clone();
@@ -68,13 +68,14 @@ impl Series {
         Ok(snapshot)
     }
 
-    /// Begins the next snapshot as a file in a directory. Names it by a number greater than those that are there, and
-    /// has it follow the file before, if that was completed, is of this directory and no other snapshot of this series
-    /// was completed since. Otherwise, and after `increments` files that follow a base, it is a base itself, which holds
-    /// everything.
+    /// Begins the next snapshot as a file in a directory.
     ///
-    /// [`Chain::open`](super::Chain::open) finds the files: of one series, so that each wants a directory of its own. The file
-    /// gets its name when it is complete, and replaces none.
+    /// The file's name is a number greater than those in the directory. The file follows the last one of this series, if that
+    /// was completed, is in this directory, and no other snapshot of this series was completed since. Otherwise, and after
+    /// `increments` files that follow a base, it is a new base, which holds everything.
+    ///
+    /// [`Chain::open`](super::Chain::open) finds the files. Use one directory for each series. The file gets its name when
+    /// it is complete, and replaces no other one.
     ///
     /// # Errors
     ///
@@ -109,19 +110,19 @@ impl Series {
         Ok(snapshot)
     }
 
-    /// Has a range count as changed in every snapshot, whatever the kernel reports: for
+    /// Makes a range count as changed in every snapshot, whatever the kernel reports: for
     /// [pinned memory](crate::dirty#pinned-memory), which is written without a fault. With `false`, the next snapshot is the
-    /// last that holds it for that.
+    /// last one that holds it for this reason.
     ///
-    /// The addresses are those of when the series was made; memory that has moved since is meant. The bounds are
+    /// The addresses are those at the creation of the series, also for memory that has moved since. The bounds must be
     /// multiples of the page size, of the huge page size on hugetlb memory.
     ///
-    /// What is written to pinned memory while a snapshot is taken may be in it or not: the next one holds it.
+    /// A write to pinned memory during a snapshot may be in that snapshot or not; it is in the next one.
     ///
     /// # Errors
     ///
-    /// [`Error::Kernel`]: [`NotTracked`](crate::Error::NotTracked), a part isn't of the series; `EINVAL`, a bound lies
-    /// inside a page. Nothing is changed then.
+    /// [`Error::Kernel`] with [`NotTracked`](crate::Error::NotTracked): a part isn't in the series; with `EINVAL`: a bound
+    /// lies inside a page. Nothing was changed.
     pub fn set_always_dirty(&mut self, range: Range<usize>, always: bool) -> Result<()> {
         for bits in self.maker.bits_in(&range)? {
             if !always {
@@ -141,35 +142,35 @@ impl fmt::Debug for Series {
     }
 }
 
-/// How far a snapshot is, and how it went. In bytes.
+/// The progress of a snapshot, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// What the snapshot holds in the end.
+    /// Bytes that the snapshot holds in the end.
     pub total: u64,
-    /// What has been read from memory, or is known without. The sink may be behind by the size of the buffers.
+    /// Bytes read from memory so far, or known without a read. The sink may be behind by the size of the buffers.
     pub saved: u64,
-    /// What of it was read because it was about to be written.
+    /// Bytes of `saved` that were read because a thread was about to write them.
     pub on_write: u64,
-    /// What of it can't be told any more: delivered as [`Content::Gone`](super::Content::Gone).
+    /// Bytes of `saved` that were lost: delivered as [`Content::Gone`](super::Content::Gone).
     pub gone: u64,
-    /// How long writers may have waited when it began: the time in which what was left to protect was protected, and
-    /// nobody was let through.
+    /// The longest time that writers may have waited at the beginning, while the last pages were protected and no write went
+    /// on.
     pub pause: Duration,
 }
 
-/// A snapshot that is complete.
+/// A complete snapshot.
 // A tuple of a closure and something else would be warned of where it isn't used.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Finished<S> {
-    /// The sink, which has taken all.
+    /// The sink, which has got all pages.
     pub sink: S,
-    /// How it went.
+    /// The final progress.
     pub progress: Progress,
 }
 
-/// A snapshot that is being taken.
+/// A running snapshot.
 ///
 /// Dropping it aborts it.
 pub struct Snapshot<S> {
@@ -177,19 +178,19 @@ pub struct Snapshot<S> {
     pub(super) counts: Arc<Counts>,
     pub(super) shared: Arc<Shared>,
     pub(super) sink: Option<JoinHandle<(S, Result<()>)>>,
-    /// Of a snapshot that isn't of a series.
+    /// The maker of a snapshot outside of a series.
     pub(super) maker: Option<Maker>,
 }
 
 impl<S: Sink + 'static> Snapshot<S> {
-    /// Protects a range of this process's memory against writes and returns. From then on, what every page held at
-    /// this moment is delivered to the sink, while the program goes on.
+    /// Begins a snapshot of a range of this process's memory: protects it against writes and returns. From then on the content
+    /// of each page at this moment is delivered to the sink, while the program goes on.
     ///
-    /// This takes the kernel some 80 ns for each page, small or huge. Other threads write on while most is protected:
-    /// they wait only for [the rest](Progress::pause), what they wrote meanwhile.
+    /// Protection takes some 80 ns for each page, small or huge. Other threads go on writing during most of it, and wait only
+    /// while the pages that they wrote meanwhile are protected ([`Progress::pause`]).
     ///
-    /// The bounds are multiples of the page size, of the huge page size on hugetlb memory. See the
-    /// [module](super) for what can be relied on.
+    /// The bounds must be multiples of the page size, of the huge page size on hugetlb memory. The [module](super) says what
+    /// the snapshot promises.
     ///
     /// # Errors
     ///
@@ -197,8 +198,8 @@ impl<S: Sink + 'static> Snapshot<S> {
     ///   takes Linux 5.7, shared and hugetlb memory 5.19, files can't be protected), no descriptor, another
     ///   userfaultfd has it (`EBUSY`; the text names the holder if it is of this process), no `/proc`, a layout that
     ///   changes for 20 seconds without a pause (`EAGAIN`; of another process, or before Linux 5.13).
-    /// - [`Error::Sink`]: the sink can't begin.
-    /// - [`Error::Thread`]: no threads.
+    /// - [`Error::Sink`]: the sink failed to begin.
+    /// - [`Error::Thread`]: failed to create a thread.
     ///
     /// # Examples
     ///

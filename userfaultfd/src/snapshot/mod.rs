@@ -1,14 +1,14 @@
-//! What memory held at one moment, saved while the program goes on writing.
+//! Snapshots: the content of memory at one moment, saved while the program goes on writing.
 //!
-//! [`Snapshot::begin`] protects memory against writes and returns. A thread then reads it page by page and hands what
-//! it read to a [`Sink`] on another thread. When the program is about to write to a page that isn't saved yet, that
-//! page is read first, at once, and then the write goes on.
+//! [`Snapshot::begin`] protects memory against writes and returns. Then a thread reads it page by page and passes the
+//! pages to a [`Sink`] on another thread. When the program writes to a page that isn't saved yet, the thread reads that
+//! page first, and then the write goes on.
 //!
-//! - A [`SnapshotWriter`] is the sink that writes a file, a [`SnapshotReader`] reads it: as a
+//! - A [`SnapshotWriter`] is a sink that writes a file. A [`SnapshotReader`] reads the file: it is a
 //!   [`PageSource`](crate::pager::PageSource), from which [`LazyMemory`](crate::LazyMemory) and a
-//!   [`Pager`](crate::pager::Pager) restore memory page by page as it is touched.
+//!   [`Pager`](crate::pager::Pager) restore memory page by page on first access.
 //! - [`LazyMemory::snapshot`](crate::LazyMemory::snapshot) saves memory that is being restored.
-//! - A [`Series`] takes one snapshot after the other of the same memory, each of what has changed since the one before.
+//! - A [`Series`] takes one snapshot after the other of the same memory, each of the changes since the one before.
 //!   [`Series::begin_in`] names and links their files, [`Chain`] finds them.
 //!
 //! ```
@@ -35,32 +35,32 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! # What can be relied on
+//! # What it promises
 //!
-//! - **One moment.** Memory is protected while writers go on, and then what they have written meanwhile while they wait:
-//!   [`Progress::pause`]. No write is let through before all is protected, so what was written after another write is
-//!   in the snapshot only if that one is.
+//! - **One moment.** Most memory is protected while writers go on; then the pages that they have written meanwhile are
+//!   protected while they wait ([`Progress::pause`]). No write goes on before all memory is protected, so a write is in the
+//!   snapshot only if all writes before it are.
 //! - **Each page once.** Each page comes to the sink exactly once, as it was at that moment.
-//! - **A writer waits for the copy of its page** and for nothing else, as long as the sink keeps up. If it doesn't, at
-//!   most [`Options::buffer`] bytes are between memory and it, and writers wait.
-//! - **However it ends**, by an error, a panic of the sink, [`abort`](Snapshot::abort) or by being dropped: protection is
-//!   lifted, and everybody goes on.
-//! - **Nothing wrong is passed off as content.** Where the kernel tells what is protected (Linux 5.13), each page is
-//!   looked at after it was read: one that isn't protected any more is [`Content::Gone`], and counted in
-//!   [`Progress::gone`]. A page is delivered only if the layout was still the known one when it was read, so that a page
-//!   that was moved or mapped in its place isn't taken for it. (On Linux 6.1 private hugetlb pages of another process that
-//!   it still shares with its parent since a fork are gone, too: reading them ends their protection there.)
+//! - **A writer waits only for the copy of its page**, while the sink keeps up. If the sink doesn't, at most
+//!   [`Options::buffer`] bytes are buffered, and writers wait.
+//! - **Every end frees the memory**: after an error, a panic of the sink, [`abort`](Snapshot::abort) or a drop, protection
+//!   is lifted, and all writers go on.
+//! - **No wrong content.** Where the kernel shows protection (Linux 5.13), each page is checked after it was read: one that
+//!   is no longer protected is [`Content::Gone`], and counted in [`Progress::gone`]. A page is delivered only if the layout
+//!   was still the known one when it was read, so that a page that was moved or mapped in its place isn't mistaken for it.
+//!   (On Linux 6.1 private hugetlb pages of another process that are still shared with its parent since a fork are gone,
+//!   too: reading them ends their protection there.)
 //!   Known to fail, once in some thousand members of a [`Series`] whose pages are moved over each other by mremap(2) without a
 //!   pause: a page that is moved, or moved over, at the very moment at which a member begins or is saved may come with other
 //!   content, or be gone.
-//! - **A page that isn't protected when a snapshot of a [`Series`] begins has changed**, whatever has ended its
-//!   protection: a write, a drop, a guard page, `UFFDIO_MOVE`, the merging of equal pages. Looking takes some
-//!   nanoseconds a page from Linux 6.7 on, and some hundred before.
+//! - **A page that isn't protected when a snapshot of a [`Series`] begins counts as changed**, whatever has ended its
+//!   protection: a write, a drop, a guard page, `UFFDIO_MOVE`, the merging of equal pages. The check takes some nanoseconds
+//!   a page since Linux 6.7, and some hundred before.
 //!
-//! A snapshot, and a [`Series`], work in the process that began them. In the child of a fork their methods fail with
+//! A snapshot, and a [`Series`], work in the process that began them. In a forked child their methods fail with
 //! [`Error::OtherProcess`](crate::Error::OtherProcess), and dropping them leaves the parent's alone.
 //!
-//! What the program does to its memory meanwhile:
+//! How changes of the memory during a snapshot show:
 //!
 //! | | |
 //! | --- | --- |
@@ -73,16 +73,16 @@
 //! | a hole punched into the file | zeros are in the snapshot, if the page isn't saved yet; a [`Series`] doesn't notice it |
 //! | guard pages, pages moved away by `UFFDIO_MOVE` | what isn't saved yet is gone |
 //!
-//! Memory may be private anonymous, shared (memfd, tmpfs, shared anonymous) and hugetlb memory that can be read and
-//! written. Reading shared memory that nobody has touched allocates it.
+//! Memory may be private anonymous, shared (memfd, tmpfs, shared anonymous) and hugetlb memory that is readable and
+//! writable. Reading empty shared memory allocates it.
 //!
 //! # What is safe, and why
 //!
-//! All of it. Protection decides when a thread waits and not what it reads. Memory is read by the kernel
-//! (process_vm_readv(2)) and never through a reference, so it may be anything: also memory that other threads write.
+//! All of it is safe. Protection decides when a thread waits, not what it reads. The kernel reads the memory
+//! (process_vm_readv(2)), never a reference of Rust, so other threads may write it meanwhile.
 //!
-//! A snapshot of the memory that the sink, or the threads that take it, work in waits for itself: keep stacks and the
-//! heap out of it, unless the sink writes to neither.
+//! A snapshot of memory that the sink, or the snapshot's own threads, write to waits for itself: leave stacks and the heap
+//! out, unless the sink writes to neither.
 //!
 //! # The file
 //!

@@ -21,23 +21,22 @@ use crate::{FeatureFlags, Pid, Uffd, UffdBuilder, page_size};
 /// Bytes that the walk saves at a time, unless a page is larger.
 const CHUNK_BYTES: usize = 256 << 10;
 
-/// What becomes of pages that the program drops (`MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE`) while they are still to
-/// be saved.
+/// How pages are treated that the program drops (`MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE`) before they are saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Removal {
-    /// They are saved: who drops them, and everybody who writes to a page that is still protected, waits until all of
-    /// the snapshot has been read. So does a thread that moves memory with mremap(2), and now and then one that unmaps it or
-    /// maps something in its place: the kernel tells what it is only to whoever lets it go on. Right whenever what is dropped may have been in use when the snapshot began:
-    /// memory that an allocator gives back.
+    /// They are saved first. The dropping thread, and every thread that writes to a page that is still protected, waits
+    /// until the whole snapshot has been read. So does a thread that moves memory with mremap(2), and sometimes one that
+    /// unmaps memory or maps over it: the kernel names the change only when it lets the thread go on. Right where dropped
+    /// pages may have been in use when the snapshot began, such as memory that an allocator frees.
     #[default]
     Save,
-    /// They are delivered as zeros, and nobody waits. For programs whose dropped pages mean nothing from the moment
-    /// that they decide to drop them: the balloon of a virtual machine.
+    /// They are delivered as zeros, and no thread waits. For programs that no longer need a page once they have decided to
+    /// drop it, such as the balloon of a virtual machine.
     Zero,
 }
 
-/// What a snapshot is of, and how it is taken, where [`Snapshot::begin`] isn't enough.
+/// Options of a snapshot or a series: several ranges, another process, the size of buffers.
 #[derive(Debug)]
 #[must_use]
 pub struct Options {
@@ -82,32 +81,31 @@ impl Options {
         self
     }
 
-    /// What becomes of pages that are dropped meanwhile. The default is [`Removal::Save`].
+    /// Sets how pages that the program drops meanwhile are treated. The default is [`Removal::Save`].
     pub fn removal(mut self, removal: Removal) -> Self {
         self.removal = removal;
         self
     }
 
-    /// Whether only writes from user mode are allowed, as in
-    /// [`UffdBuilder::user_mode_only`]. The default is `true`, which takes no rights, and **a system call that writes
-    /// to a page that isn't saved yet, such as read(2), fails with `EFAULT`**. With `false`, which takes rights, it
-    /// waits like any write.
+    /// Sets whether only writes from user mode are resolved, as [`UffdBuilder::user_mode_only`] does. The default is `true`,
+    /// which needs no right; then **a system call that writes to a page that isn't saved yet, such as read(2), fails with
+    /// `EFAULT`**. With `false`, which needs a [right](crate#rights), it waits like any write.
     pub fn user_mode_only(mut self, user_mode_only: bool) -> Self {
         self.user_mode_only = user_mode_only;
         self
     }
 
-    /// Memory of another process, through a descriptor that was made in it for this alone, with
+    /// Saves memory of another process, through a descriptor that was made in it for this alone, with
     /// [`EVENT_REMOVE`](FeatureFlags::EVENT_REMOVE), [`EVENT_UNMAP`](FeatureFlags::EVENT_UNMAP) and
-    /// [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP), and if there is such a thing with
-    /// [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED). Takes the right to read that memory by ptrace(2).
+    /// [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP), and where the kernel has it with
+    /// [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED). Needs the right to read that memory by ptrace(2).
     pub fn process(mut self, pid: Pid, uffd: Uffd) -> Self {
         self.process = Process::Other(pid);
         self.descriptor = Some(uffd);
         self
     }
 
-    /// Takes one snapshot. See [`Snapshot::begin`].
+    /// Begins one snapshot: see [`Snapshot::begin`].
     ///
     /// # Errors
     ///
@@ -119,11 +117,11 @@ impl Options {
         Ok(snapshot)
     }
 
-    /// For a series of snapshots of the same memory, of which each holds what has changed since the one before.
+    /// Returns a series of snapshots of the same memory, each of which holds the changes since the one before.
     ///
     /// # Errors
     ///
-    /// As [`Snapshot::begin`], but for those of the sink.
+    /// As [`Snapshot::begin`], without those of the sink.
     pub fn series(self) -> Result<Series> {
         let maker = self.maker(true)?;
         let (always, revoked) = (maker.no_bits(), maker.no_bits());
@@ -190,8 +188,8 @@ impl Options {
     }
 }
 
-/// The pages that may be dropped and seem protected all the same: what isn't private anonymous memory, or all if the
-/// kernel doesn't tell what is protected.
+/// The pages that may be dropped and seem protected all the same: all but private anonymous memory, or all where the
+/// kernel doesn't show protection.
 fn silent(watch: &Watch, parts: &[Part], can_tell: bool) -> Result<Bits> {
     let end = parts.iter().map(|part| part.offset + part.len).max().unwrap_or(0);
     let mut silent = Bits::new(end / page_size(), true);

@@ -1,27 +1,27 @@
-//! Where a snapshot goes.
+//! The sink of a snapshot, and what it gets.
 
 use std::io;
 use std::ops::Range;
 
-/// What a snapshot is of: told to the sink before anything else.
+/// The memory that a snapshot holds, passed to the sink first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Geometry {
     /// The ranges of memory in the order in which they lie in the snapshot, one behind the other: the first begins at
     /// offset 0.
     pub regions: Vec<Region>,
-    /// Only what has changed since the snapshot before will be delivered.
+    /// Whether only changes since the snapshot before will be delivered.
     pub incremental: bool,
 }
 
 impl Geometry {
-    /// The length of the snapshot, in bytes.
+    /// Returns the length of the snapshot, in bytes.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.regions.iter().map(Region::len).sum()
     }
 
-    /// Whether it is of nothing.
+    /// Returns whether the snapshot has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -34,39 +34,38 @@ impl Geometry {
 pub struct Region {
     /// The addresses that it had when the snapshot began.
     pub addresses: Range<u64>,
-    /// Bytes of a page: of a huge page on hugetlb memory.
+    /// The page size in bytes: of a huge page on hugetlb memory.
     pub page: u64,
 }
 
 impl Region {
-    /// Bytes of the region.
+    /// Returns the length of the region, in bytes.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.addresses.end - self.addresses.start
     }
 
-    /// Whether it is empty.
+    /// Returns whether the region has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// What some pages held when the snapshot began.
+/// The content of some pages when the snapshot began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Content<'a> {
     /// These bytes.
     Data(&'a [u8]),
-    /// So many zeros.
+    /// This number of bytes of zeros.
     Zero(u64),
-    /// So many bytes that can't be told: they were unmapped, or dropped behind the snapshot's back, before they could
-    /// be saved.
+    /// This number of bytes was lost: the pages were unmapped, or dropped without an event, before they could be saved.
     Gone(u64),
 }
 
 impl Content<'_> {
-    /// How many bytes these are.
+    /// Returns the number of bytes.
     #[must_use]
     pub fn len(&self) -> u64 {
         match self {
@@ -75,20 +74,20 @@ impl Content<'_> {
         }
     }
 
-    /// Whether it is nothing, which is never delivered.
+    /// Returns whether there are no bytes, which is never delivered.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// Takes what a snapshot delivers, on a thread of its own: a [`SnapshotWriter`](super::SnapshotWriter), or a function
-/// of the shape of [`write`](Self::write).
+/// The receiver of a snapshot's pages: a [`SnapshotWriter`](super::SnapshotWriter), or a closure of the shape of
+/// [`write`](Self::write).
 ///
-/// It may take its time: writers of the memory wait when the buffers between are full. **It must not write to memory
-/// that the snapshot is of**: when the buffers are full it would wait for itself.
+/// A thread of its own calls it. It may block: when the buffers are full, writers of the memory wait. **It must not write
+/// to memory that the snapshot saves**: with full buffers it would wait for itself.
 pub trait Sink: Send {
-    /// Called once, first.
+    /// Begins; called once, before all others.
     ///
     /// # Errors
     ///
@@ -98,18 +97,18 @@ pub trait Sink: Send {
         Ok(())
     }
 
-    /// Takes what lies at byte `offset` of the snapshot, whole pages. Each page comes exactly once, in any order.
+    /// Takes whole pages from byte `offset` of the snapshot on. Each page comes exactly once, in any order.
     ///
     /// # Errors
     ///
     /// Any error, or a panic, aborts the snapshot.
     fn write(&mut self, offset: u64, content: Content<'_>) -> io::Result<()>;
 
-    /// Called once, last, if all has been delivered: it is complete.
+    /// Completes the snapshot; called once, after all pages were delivered.
     ///
     /// # Errors
     ///
-    /// Any error is that of the snapshot.
+    /// Any error is the error of the snapshot.
     fn finish(&mut self) -> io::Result<()> {
         Ok(())
     }

@@ -11,7 +11,7 @@ use super::format::{FormatError, SnapshotId};
 use super::layer::{Layer, read_header};
 use super::reader::SnapshotReader;
 
-/// The snapshot files of a directory that stand on one another: a base, which holds everything, and those that follow.
+/// A chain of snapshot files in a directory: a base, which holds everything, and the increments that follow it.
 ///
 /// ```
 /// use userfaultfd::pager::PageSource;
@@ -46,10 +46,10 @@ pub struct Chain {
 const SUFFIX: &[u8] = b".snapshot";
 
 impl Chain {
-    /// Finds the files of a directory and their order, by what each says that it follows. Where there are several
-    /// newest ones, as after a new base was taken, the chain is that whose newest file has the greatest name.
+    /// Finds the files of a directory and their order, by the snapshot that each one follows. Of several chains, as after a
+    /// new base, it takes the one whose newest file has the greatest name.
     ///
-    /// Skips what was [never finished](FormatError::is_unfinished), hidden files, and directories.
+    /// Skips [unfinished](FormatError::is_unfinished) files, hidden files, and directories.
     ///
     /// # Errors
     ///
@@ -89,13 +89,13 @@ impl Chain {
         }
     }
 
-    /// The files, the base first.
+    /// Returns the files, the base first.
     #[must_use]
     pub fn files(&self) -> &[PathBuf] {
         &self.files
     }
 
-    /// Opens the files as one.
+    /// Opens the files as one snapshot.
     ///
     /// # Errors
     ///

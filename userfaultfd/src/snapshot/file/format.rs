@@ -8,14 +8,14 @@ pub(crate) const MAGIC: [u8; 8] = *b"UFFDSNAP";
 pub(crate) const END_MAGIC: [u8; 8] = *b"UFFDSEND";
 pub(crate) const VERSION: u32 = 1;
 
-/// Bytes of the header, and of the footer.
-pub(crate) const HEADER: usize = 64;
-pub(crate) const REGION: usize = 24;
-pub(crate) const EXTENT: usize = 24;
-pub(crate) const CHECKSUM: usize = 4;
+/// Sizes of the parts of a file, in bytes, fixed by the format. The header and the footer have the same.
+pub(crate) const HEADER_BYTES: usize = 64;
+pub(crate) const REGION_BYTES: usize = 24;
+pub(crate) const EXTENT_BYTES: usize = 24;
+pub(crate) const CHECKSUM_BYTES: usize = 4;
 
 /// The logarithm of the largest block to base 2: the page size of no machine is larger.
-const LARGEST_BLOCK: u32 = 20;
+const MAX_BLOCK_LOGARITHM: u32 = 20;
 
 /// Where an extent of zeros or of lost pages has its data: nowhere. Real data never begin in the header.
 const ZERO: u64 = 0;
@@ -151,14 +151,14 @@ impl Footer {
     /// Bytes of the index, if that is a number.
     pub(crate) fn index_len(&self) -> Option<u64> {
         let of = |count: u64, size: usize| count.checked_mul(size as u64);
-        of(self.regions, REGION)?
-            .checked_add(of(self.extents, EXTENT)?)?
-            .checked_add(of(self.checksums, CHECKSUM)?)
+        of(self.regions, REGION_BYTES)?
+            .checked_add(of(self.extents, EXTENT_BYTES)?)?
+            .checked_add(of(self.checksums, CHECKSUM_BYTES)?)
     }
 }
 
 /// Writes numbers one behind the other, and a checksum of all before.
-struct Writer([u8; HEADER], usize);
+struct Writer([u8; HEADER_BYTES], usize);
 
 impl Writer {
     fn put(&mut self, bytes: &[u8]) -> &mut Self {
@@ -167,17 +167,17 @@ impl Writer {
         self
     }
 
-    fn seal(&mut self) -> [u8; HEADER] {
-        let crc = crc32fast::hash(&self.0[..HEADER - 4]);
-        self.1 = HEADER - 4;
+    fn seal(&mut self) -> [u8; HEADER_BYTES] {
+        let crc = crc32fast::hash(&self.0[..HEADER_BYTES - 4]);
+        self.1 = HEADER_BYTES - 4;
         self.put(&crc.to_le_bytes());
         self.0
     }
 }
 
 /// Whether the last four bytes are the checksum of the others.
-fn is_sealed(bytes: &[u8; HEADER]) -> bool {
-    crc32fast::hash(&bytes[..HEADER - 4]).to_le_bytes() == bytes[HEADER - 4..]
+fn is_sealed(bytes: &[u8; HEADER_BYTES]) -> bool {
+    crc32fast::hash(&bytes[..HEADER_BYTES - 4]).to_le_bytes() == bytes[HEADER_BYTES - 4..]
 }
 
 /// The number at an offset.
@@ -194,14 +194,14 @@ fn id_at(bytes: &[u8], at: usize) -> SnapshotId {
 }
 
 impl Header {
-    pub(crate) fn encode(&self) -> [u8; HEADER] {
-        let mut writer = Writer([0; HEADER], 0);
+    pub(crate) fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut writer = Writer([0; HEADER_BYTES], 0);
         writer.put(&MAGIC).put(&VERSION.to_le_bytes()).put(&self.block.trailing_zeros().to_le_bytes());
         writer.put(&self.id.0).put(&self.parent.map_or([0; 16], |parent| parent.0));
         writer.seal()
     }
 
-    pub(crate) fn decode(bytes: &[u8; HEADER]) -> Result<Self, FormatError> {
+    pub(crate) fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, FormatError> {
         if bytes[..8] != MAGIC {
             return Err(FormatError::NotASnapshot);
         }
@@ -212,7 +212,7 @@ impl Header {
             version => return Err(FormatError::UnknownVersion(version)),
         }
         let shift = u32_at(bytes, 12);
-        if !is_sealed(bytes) || !(9..=LARGEST_BLOCK).contains(&shift) {
+        if !is_sealed(bytes) || !(9..=MAX_BLOCK_LOGARITHM).contains(&shift) {
             return Err(FormatError::Damaged("its header"));
         }
         let parent = id_at(bytes, 32);
@@ -222,8 +222,8 @@ impl Header {
 }
 
 impl Footer {
-    pub(crate) fn encode(&self) -> [u8; HEADER] {
-        let mut writer = Writer([0; HEADER], 0);
+    pub(crate) fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut writer = Writer([0; HEADER_BYTES], 0);
         writer.put(&END_MAGIC).put(&self.id.0[..8]);
         for number in [self.index, self.regions, self.extents, self.checksums] {
             writer.put(&number.to_le_bytes());
@@ -232,7 +232,7 @@ impl Footer {
         writer.seal()
     }
 
-    pub(crate) fn decode(bytes: &[u8; HEADER]) -> Result<Self, FormatError> {
+    pub(crate) fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, FormatError> {
         if bytes[..8] != END_MAGIC {
             return Err(FormatError::CutShort);
         }

@@ -6,12 +6,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::format::{
-    CHECKSUM, EXTENT, Footer, FormatError, HEADER, Header, MAGIC, Place, REGION, decode_extent, decode_region,
+    CHECKSUM_BYTES, EXTENT_BYTES, Footer, FormatError, HEADER_BYTES, Header, MAGIC, Place, REGION_BYTES,
+    decode_extent, decode_region,
 };
 use crate::snapshot::sink::Region;
 
 /// Bytes of the index that are read at a time: whole regions, extents, checksums.
-const PIECE: usize = 24 << 10;
+const INDEX_PIECE_BYTES: usize = 24 << 10;
 
 /// Blocks side by side with the same kind of content, and where their checksums are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,23 +67,23 @@ impl Layer {
     pub(crate) fn open(file: File, path: Option<PathBuf>) -> Result<(Self, Vec<Stretch>, u64), FormatError> {
         let size = file.metadata()?.len();
         let header = read_header(&file, size)?;
-        if size < header.block + HEADER as u64 {
+        if size < header.block + HEADER_BYTES as u64 {
             return Err(FormatError::CutShort);
         }
-        let mut bytes = [0; HEADER];
-        file.read_exact_at(&mut bytes, size - HEADER as u64)?;
+        let mut bytes = [0; HEADER_BYTES];
+        file.read_exact_at(&mut bytes, size - HEADER_BYTES as u64)?;
         let footer = Footer::decode(&bytes)?;
         if footer.id != header.id {
             return Err(FormatError::Damaged("its ends are of two snapshots"));
         }
         let len = footer.index_len();
-        if len.and_then(|len| len.checked_add(footer.index)?.checked_add(HEADER as u64)) != Some(size) {
+        if len.and_then(|len| len.checked_add(footer.index)?.checked_add(HEADER_BYTES as u64)) != Some(size) {
             return Err(FormatError::Damaged("its length"));
         }
         check_index(&file, &footer)?;
         let mut at = footer.index;
         let regions: Vec<Region> =
-            read_all(&file, &mut at, footer.regions, REGION, |bytes| Some(decode_region(bytes)))?;
+            read_all(&file, &mut at, footer.regions, REGION_BYTES, |bytes| Some(decode_region(bytes)))?;
         let damaged = || FormatError::Damaged("its index makes no sense");
         let block = header.block;
         let mut len = 0u64;
@@ -93,7 +94,7 @@ impl Layer {
         }
         let (mut next, mut checksums, mut gone) = (0, 0u64, 0u64);
         let mut sound = true;
-        let stretches = read_all(&file, &mut at, footer.extents, EXTENT, |bytes| {
+        let stretches = read_all(&file, &mut at, footer.extents, EXTENT_BYTES, |bytes| {
             let extent = decode_extent(bytes);
             let end = extent.first.checked_add(extent.blocks).filter(|end| *end <= len / block);
             let gap = extent.first > next && header.parent.is_none();
@@ -129,13 +130,13 @@ impl Layer {
 
     /// Whether blocks of data of the file have their checksums, of which this is the first.
     pub(super) fn are_whole(&self, file: &File, first: u64, bytes: &[u8]) -> io::Result<bool> {
-        let (block, mut at) = (self.header.block as usize, self.checksums_at + first * CHECKSUM as u64);
-        let mut checksums = [0; CHECKSUM << 8];
+        let (block, mut at) = (self.header.block as usize, self.checksums_at + first * CHECKSUM_BYTES as u64);
+        let mut checksums = [0; CHECKSUM_BYTES << 8];
         for bytes in bytes.chunks(block << 8) {
-            let checksums = &mut checksums[..bytes.len() / block * CHECKSUM];
+            let checksums = &mut checksums[..bytes.len() / block * CHECKSUM_BYTES];
             file.read_exact_at(checksums, at)?;
             at += checksums.len() as u64;
-            let mut blocks = bytes.chunks_exact(block).zip(checksums.chunks_exact(CHECKSUM));
+            let mut blocks = bytes.chunks_exact(block).zip(checksums.chunks_exact(CHECKSUM_BYTES));
             if !blocks.all(|(bytes, checksum)| crc32fast::hash(bytes).to_le_bytes() == *checksum) {
                 return Ok(false);
             }
@@ -156,17 +157,17 @@ impl Layer {
     }
 }
 
-/// The header of a file of so many bytes. One that was begun and not finished is cut short, also one in which nothing
-/// has been written yet, or whose beginning didn't come to the disk.
+/// Reads the header of a file of `size` bytes. An unfinished file counts as cut short, also if nothing was written yet, or
+/// its beginning didn't reach the disk.
 pub(crate) fn read_header(file: &File, size: u64) -> Result<Header, FormatError> {
-    let mut bytes = [0; HEADER];
-    let len = HEADER.min(usize::try_from(size).unwrap_or(HEADER));
+    let mut bytes = [0; HEADER_BYTES];
+    let len = HEADER_BYTES.min(usize::try_from(size).unwrap_or(HEADER_BYTES));
     file.read_exact_at(&mut bytes[..len], 0)?;
     let begun = bytes[..len].iter().all(|byte| *byte == 0) || MAGIC.starts_with(&bytes[..len.min(8)]);
-    if begun && (len < HEADER || bytes[0] == 0) {
+    if begun && (len < HEADER_BYTES || bytes[0] == 0) {
         return Err(FormatError::CutShort);
     }
-    if len < HEADER {
+    if len < HEADER_BYTES {
         return Err(FormatError::NotASnapshot);
     }
     Header::decode(&bytes)
@@ -175,10 +176,10 @@ pub(crate) fn read_header(file: &File, size: u64) -> Result<Header, FormatError>
 /// Compares the index with its checksum before any of it is believed.
 fn check_index(file: &File, footer: &Footer) -> Result<(), FormatError> {
     let mut hasher = crc32fast::Hasher::new();
-    let mut bytes = [0; PIECE];
+    let mut bytes = [0; INDEX_PIECE_BYTES];
     let (mut at, end) = (footer.index, footer.index + footer.index_len().unwrap_or(0));
     while at < end {
-        let len = PIECE.min(usize::try_from(end - at).unwrap_or(PIECE));
+        let len = INDEX_PIECE_BYTES.min(usize::try_from(end - at).unwrap_or(INDEX_PIECE_BYTES));
         file.read_exact_at(&mut bytes[..len], at)?;
         hasher.update(&bytes[..len]);
         at += len as u64;
@@ -186,7 +187,7 @@ fn check_index(file: &File, footer: &Footer) -> Result<(), FormatError> {
     if hasher.finalize() == footer.index_crc { Ok(()) } else { Err(FormatError::Damaged("its index")) }
 }
 
-/// Reads so many things of so many bytes, until one makes no sense. Room is made for what is there, piece by piece.
+/// Reads `count` items of `size` bytes, up to an invalid one. Memory is allocated piece by piece, for items that exist.
 fn read_all<T>(
     file: &File,
     at: &mut u64,
@@ -194,10 +195,10 @@ fn read_all<T>(
     size: usize,
     mut decode: impl FnMut(&[u8]) -> Option<T>,
 ) -> Result<Vec<T>, FormatError> {
-    let mut bytes = [0; PIECE];
+    let mut bytes = [0; INDEX_PIECE_BYTES];
     let (mut all, mut left) = (Vec::new(), count);
     while left > 0 {
-        let some = usize::try_from(left).unwrap_or(usize::MAX).min(PIECE / size);
+        let some = usize::try_from(left).unwrap_or(usize::MAX).min(INDEX_PIECE_BYTES / size);
         file.read_exact_at(&mut bytes[..some * size], *at)?;
         all.try_reserve(some).map_err(|_| io::Error::from(ErrorKind::OutOfMemory))?;
         for bytes in bytes[..some * size].chunks_exact(size) {

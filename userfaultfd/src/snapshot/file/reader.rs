@@ -1,4 +1,4 @@
-//! Reading snapshot files: at once, or page by page as they are needed.
+//! Reading snapshot files: as a whole, or page by page.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -16,14 +16,15 @@ use super::writer::SnapshotWriter;
 use crate::snapshot::sink::{Content, Geometry, Region, Sink};
 use crate::source::{PageData, PageSource};
 
-/// The number of files of a chain that are kept open. Others are opened when they are read, as many again at a time.
-const OPEN: usize = 64;
+/// Files of a chain that are kept open; as many others are open while they are read: far below the usual limit of 1024
+/// descriptors.
+const MAX_OPEN_FILES: usize = 64;
 
-/// Bytes that are merged at a time.
-const PIECE: u64 = 1 << 20;
+/// Bytes that are merged at a time: large enough for sequential writes.
+const MERGE_BYTES: u64 = 1 << 20;
 
-/// A snapshot that is read from its file, or from a chain of files that stand on one another: a [`PageSource`], from
-/// which a pager restores memory as it is touched.
+/// A snapshot in a file, or in a chain of files that stand on one another: a [`PageSource`], from which a pager restores
+/// memory on first access.
 ///
 /// Opening a file reads and checks all but the pages themselves. Each page is checked when it is read, so a damaged one
 /// is an error of that page, and never wrong bytes.
@@ -64,11 +65,11 @@ impl SnapshotReader {
         Ok(Self { layers: vec![layer], index, len, opened: Mutex::default() })
     }
 
-    /// Puts an incremental snapshot on top of the one that it follows, with what that one follows already in place.
+    /// Puts this incremental snapshot on top of the one that it follows, which must stand on its own parent already.
     ///
     /// # Errors
     ///
-    /// [`FormatError::WrongParent`]: it is another one, or of memory of another size.
+    /// [`FormatError::WrongParent`]: `parent` isn't the snapshot that this one follows, or holds memory of another size.
     pub fn on(mut self, parent: SnapshotReader) -> Result<Self, FormatError> {
         let (found, expected, block) = (parent.id(), self.base().header.parent, self.block());
         if expected != Some(found) || self.len != parent.len || block != parent.block() {
@@ -79,7 +80,7 @@ impl SnapshotReader {
             parent.index.into_iter().map(|stretch| Stretch { layer: stretch.layer + above, ..stretch });
         self.index = overlay(self.index, below, block)?;
         self.layers.extend(parent.layers);
-        for layer in self.layers.iter_mut().skip(OPEN) {
+        for layer in self.layers.iter_mut().skip(MAX_OPEN_FILES) {
             layer.file.take_if(|_| layer.path.is_some());
         }
         Ok(self)
@@ -97,45 +98,44 @@ impl SnapshotReader {
         self.layers.last().expect("there is one")
     }
 
-    /// The name of the snapshot.
+    /// Returns the id of the snapshot.
     #[must_use]
     pub fn id(&self) -> SnapshotId {
         self.top().header.id
     }
 
-    /// The snapshot that it follows, if it holds only what has changed since.
+    /// Returns the id of the snapshot that it follows, if it is incremental.
     #[must_use]
     pub fn parent(&self) -> Option<SnapshotId> {
         self.top().header.parent
     }
 
-    /// The ranges of memory, in the order in which they lie in the snapshot.
+    /// Returns the ranges of memory, in the order in which they lie in the snapshot.
     #[must_use]
     pub fn regions(&self) -> &[Region] {
         &self.top().regions
     }
 
-    /// Bytes of data in this file: without zeros, and what is in the snapshot that it follows.
+    /// Returns the bytes of data in this file alone, without zeros.
     #[must_use]
     pub fn data_len(&self) -> u64 {
         self.top().checksums * self.block()
     }
 
-    /// Bytes of pages in this file that could not be told; reading them is an error.
+    /// Returns the bytes of lost pages in this file; reading them is an error.
     #[must_use]
     pub fn gone_len(&self) -> u64 {
         self.top().gone
     }
 
-    /// The parts of the memory that it holds, and those that it follows if they are in place: ranges of offsets in the
-    /// snapshot, in order. Also those of zeros, and of pages that could not be told. What is missing is as in the snapshot
-    /// that the lowest one follows.
+    /// Returns an iterator over the parts that this snapshot and the ones below it hold, with zeros and lost pages: ranges of
+    /// offsets in the snapshot, ordered. Other parts are as in the snapshot that the lowest one follows.
     pub fn extents(&self) -> impl Iterator<Item = std::ops::Range<u64>> {
         let block = self.block();
         self.index.iter().map(move |stretch| stretch.first * block..stretch.end() * block)
     }
 
-    /// Reads all of it, what it holds and what of those that it follows it shows, to find what is damaged.
+    /// Reads all content, also that of the snapshots below which this one shows, and checks it for damage.
     ///
     /// # Errors
     ///
@@ -154,14 +154,14 @@ impl SnapshotReader {
         Ok(())
     }
 
-    /// Writes what this snapshot and those that it follows hold to one file, which replaces the one at `path` when it is
-    /// complete. It has the name of this snapshot, so those that follow this one stand on it; it holds everything, or
-    /// what has changed since the snapshot that the lowest one follows. The files that it takes the place of can be
-    /// removed then.
+    /// Merges this snapshot and the ones below it into one file, which replaces the one at `path` when it is complete.
+    ///
+    /// The file has the id of this snapshot, so that its successors stand on it. It holds everything, or the changes since the
+    /// snapshot that the lowest one follows. The merged files can be removed afterwards.
     ///
     /// # Errors
     ///
-    /// Those of writing the file; of the kind [`InvalidData`](io::ErrorKind::InvalidData), a page is damaged.
+    /// Those of writing the file. Of the kind [`InvalidData`](io::ErrorKind::InvalidData): a page is damaged.
     pub fn merge(&self, path: impl AsRef<Path>) -> io::Result<()> {
         let parent = self.base().header.parent;
         let mut writer = SnapshotWriter::create(path)?.named(self.id(), parent, self.block() as usize);
@@ -175,7 +175,7 @@ impl SnapshotReader {
                 writer.write(offset, if zero { Content::Zero(len) } else { Content::Gone(len) })?;
                 continue;
             };
-            let piece = PIECE / block;
+            let piece = MERGE_BYTES / block;
             for first in (0..stretch.blocks).step_by(piece as usize) {
                 bytes.resize((piece.min(stretch.blocks - first) * block) as usize, 0);
                 self.read_data(stretch, data, first, &mut bytes).map_err(into_io)?;
@@ -218,7 +218,7 @@ impl SnapshotReader {
             opened.push_front(found);
         } else {
             let file = Arc::new(self.layers[layer as usize].open_again()?);
-            opened.truncate(OPEN - 1);
+            opened.truncate(MAX_OPEN_FILES - 1);
             opened.push_front((layer, file));
         }
         Ok(Arc::clone(&opened[0].1))

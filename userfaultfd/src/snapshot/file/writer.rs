@@ -6,14 +6,14 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use super::chain::next_path;
-use super::format::{Extent, Footer, HEADER, Header, Place, SnapshotId, encode_index};
+use super::format::{Extent, Footer, HEADER_BYTES, Header, Place, SnapshotId, encode_index};
 use crate::pending_file::FinalName;
 use crate::snapshot::sink::{Content, Geometry, Sink};
 use crate::{PendingFile, page_size, sys};
 
-/// Writes a snapshot as a file that [`SnapshotReader`](crate::snapshot::SnapshotReader) reads: a [`Sink`].
+/// A [`Sink`] that writes a snapshot as a file for [`SnapshotReader`](crate::snapshot::SnapshotReader).
 ///
-/// It writes from the beginning to the end without going back, so a pipe or a socket will do. Pages of zeros take no
+/// It writes from the beginning to the end without a seek, so a pipe or a socket works, too. Pages of zeros take no
 /// room. The [module](crate::snapshot) describes the format.
 pub struct SnapshotWriter<W: Write> {
     out: W,
@@ -38,9 +38,10 @@ struct Pending<W> {
 }
 
 impl SnapshotWriter<BufWriter<File>> {
-    /// Writes a file, which replaces the one at `path` when the snapshot is complete: a
-    /// [`PendingFile`]. Memory that is restored from the old one meanwhile goes on being restored from it, and a
-    /// snapshot that fails leaves the old one as it was.
+    /// Returns a writer of a file, which replaces the one at `path` when the snapshot is complete: a [`PendingFile`].
+    ///
+    /// Memory that is being restored from the old file goes on reading the old file. A failed snapshot leaves the old file
+    /// unchanged.
     ///
     /// # Errors
     ///
@@ -49,7 +50,7 @@ impl SnapshotWriter<BufWriter<File>> {
         Self::of_file(PendingFile::create(path)?)
     }
 
-    /// Writes the next file of a series in a directory, which replaces none.
+    /// Returns a writer of the next file of a series in a directory, which replaces none.
     pub(crate) fn create_next(directory: &Path) -> io::Result<Self> {
         Self::of_file(PendingFile::create_new(directory, next_path)?)
     }
@@ -62,7 +63,7 @@ impl SnapshotWriter<BufWriter<File>> {
 }
 
 impl<W: Write> SnapshotWriter<W> {
-    /// Writes to anything. Small pieces are written, too: a file wants a [`BufWriter`].
+    /// Returns a writer to any stream. It writes small pieces, too: wrap a file into a [`BufWriter`].
     ///
     /// # Errors
     ///
@@ -84,19 +85,19 @@ impl<W: Write> SnapshotWriter<W> {
         })
     }
 
-    /// Says which snapshot an incremental one follows: the one before of the same [`Series`](crate::snapshot::Series).
+    /// Sets the snapshot that an incremental one follows: the one before in the same [`Series`](crate::snapshot::Series).
     #[must_use]
     pub fn follows(mut self, parent: SnapshotId) -> Self {
         self.parent = Some(parent);
         self
     }
 
-    /// Has another name than a new one, follows another snapshot, and blocks of another size.
+    /// Sets the id, the snapshot that it follows, and the block size, for a merged file.
     pub(crate) fn named(self, id: SnapshotId, parent: Option<SnapshotId>, block: usize) -> Self {
         Self { id, parent, block, zeros: vec![0; block].into(), ..self }
     }
 
-    /// The name of the snapshot, for [`follows`](Self::follows) of the next one.
+    /// Returns the id of the snapshot, for [`follows`](Self::follows) of the next one.
     #[must_use]
     pub fn id(&self) -> SnapshotId {
         self.id
@@ -108,7 +109,7 @@ impl<W: Write> SnapshotWriter<W> {
         self.written
     }
 
-    /// What it writes to.
+    /// Returns the stream to which it writes.
     #[must_use]
     pub fn into_inner(self) -> W {
         self.out
@@ -147,7 +148,7 @@ impl<W: Write + Send> Sink for SnapshotWriter<W> {
         }
         let header = Header { block: self.block as u64, id: self.id, parent: self.parent }.encode();
         self.put(&header)?;
-        let rest = self.block - HEADER;
+        let rest = self.block - HEADER_BYTES;
         let zeros = std::mem::take(&mut self.zeros);
         let padded = self.put(&zeros[..rest]);
         self.zeros = zeros;
