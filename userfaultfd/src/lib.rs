@@ -315,7 +315,7 @@ pub mod source;
 #[expect(dead_code, unsafe_code, reason = "it has what the tests of the kernel need")]
 mod support;
 mod sync;
-#[cfg(any(feature = "pager", feature = "snapshot"))]
+#[cfg(any(feature = "pager", feature = "tracking", feature = "snapshot"))]
 mod sync_point;
 mod sys;
 mod uffd;

@@ -87,6 +87,7 @@ impl Uffd {
     }
 
     /// Whether the kernel knows of a change of the layout that isn't read yet, or whose thread hasn't run since.
+    #[cfg(any(feature = "pager", feature = "snapshot"))]
     pub(crate) fn is_layout_changing(&self) -> bool {
         // It says so before it says that an empty range is none.
         self.write_protect_unexplained(std::ptr::null_mut(), 0).is_err_and(|error| error.is_retryable())
