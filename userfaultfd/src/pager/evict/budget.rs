@@ -38,7 +38,7 @@ const STAGED_SHARE: usize = 8;
 const HIGH_SHARE: usize = 64;
 const LOW_SHARE: usize = 32;
 
-/// The staging area is short of its target by one page in so many before it is filled up.
+/// The staging area is short of its target by one page in this number before it is filled up.
 const STAGE_SLACK: usize = 4;
 
 /// Pages that the evicting thread has in hand at a time, of each kind.

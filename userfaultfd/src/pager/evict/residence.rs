@@ -4,7 +4,7 @@
 //! thread. A page counts as missing once it is in the staging area, and a fault on it finds its content there.
 //!
 //! **What was written** is known exactly. Pages are filled protected, and the fault of the first write sets
-//! [`Place::is_written`] under the claim, before the protection is lifted. So whoever has claimed a page that isn't
+//! [`Place::is_written`] under the claim, before the protection is lifted. So the thread that has claimed a page that isn't
 //! written knows that the source, or the spill file, has its content.
 //!
 //! **The staging area** is a second range of addresses as long as the region: a page rests at its own offset there.

@@ -438,8 +438,8 @@ mod loom_models {
         });
     }
 
-    /// A first write is noted under the claim, so that whoever takes the page away afterwards knows of it; and who notes it
-    /// never does so of a page that has left.
+    /// A first write is noted under the claim, so that the thread that takes the page away afterwards knows of it; and no
+    /// write is noted of a page that has left.
     #[test]
     fn first_write_is_known_to_who_takes_the_page_away() {
         loom::model(|| {

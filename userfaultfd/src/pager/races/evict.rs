@@ -100,7 +100,7 @@ fn push_out<T>(memory: &LazyMemory, from: usize, happened: &mpsc::Receiver<T>) -
     unreachable!("it goes on")
 }
 
-/// Reads so many other pages that a page which was read before leaves.
+/// Reads enough other pages for a page that was read before to leave.
 fn read_others(memory: &LazyMemory) {
     for number in (8..PAGES).chain(8..PAGES) {
         assert_eq!(Cell::of(memory, number).read(), number as u8);
