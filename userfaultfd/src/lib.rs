@@ -132,7 +132,7 @@
 //! | `tracking` | yes | [`DirtyTracker`], [`AccessTracker`], [`dirty`] | memmap2 |
 //! | `snapshot` | yes | [`Snapshot`], [`snapshot`], [`source`] | crc32fast, memmap2 |
 //! | `tracing` | no | spans and events of the pager; enables `pager` | tracing |
-//! | `http` | no | [`source::HttpSource`]; enables `pager` | ureq |
+//! | `http` | no | `source::HttpSource`; enables `pager` | ureq |
 //! | `serde` | no | missing ranges can be serialised; enables `pager` | serde |
 //! | `bindgen` | no | raw bindings generated at build time, see `userfaultfd-sys` | bindgen |
 //!

@@ -11,7 +11,7 @@
 #![expect(unsafe_code, reason = "system calls")]
 
 use std::ffi::{CStr, CString};
-use std::io::Write;
+use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -276,13 +276,14 @@ pub(crate) fn read_cached(file: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) 
 }
 
 /// posix_fadvise(2). A length of 0 is up to the end.
-pub(crate) fn advise(file: BorrowedFd<'_>, offset: u64, len: u64, advice: libc::c_int) -> Result<(), Errno> {
-    let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
-    let len = libc::off64_t::try_from(len).map_err(|_| Errno::EOVERFLOW)?;
+pub(crate) fn advise(file: BorrowedFd<'_>, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+    let too_large = |_| io::Error::from_raw_os_error(libc::EOVERFLOW);
+    let offset = libc::off64_t::try_from(offset).map_err(too_large)?;
+    let len = libc::off64_t::try_from(len).map_err(too_large)?;
     // SAFETY: the system call takes integers and touches no memory.
     match unsafe { libc::posix_fadvise64(file.as_raw_fd(), offset, len, advice) } {
         0 => Ok(()),
-        errno => Err(Errno::from_raw(errno)),
+        errno => Err(io::Error::from_raw_os_error(errno)),
     }
 }
 
