@@ -285,28 +285,70 @@ fn grown_part_of_mapping_shows_what_kernel_would() {
     }
 }
 
+/// Maps private anonymous memory where the kernel puts nothing of its own accord, so that there is room to grow.
+fn map_with_room(pages: usize) -> *mut libc::c_void {
+    const FREE: *mut libc::c_void = std::ptr::without_provenance_mut(0x2000_0000);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: the kernel takes the address if it is free, and another one if not.
+    let start = unsafe { libc::mmap(FREE, pages * page(), libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    assert_ne!(start, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+    start
+}
+
+fn grow(start: *mut libc::c_void, from: usize, to: usize) {
+    // SAFETY: the memory is the test's, and no reference leads to it.
+    let grown = unsafe { libc::mremap(start, from * page(), to * page(), 0) };
+    assert_eq!(grown, start, "{}", std::io::Error::last_os_error());
+}
+
 #[test]
 fn unaccessed_growth_is_unregistered_with_region() {
-    require!(FeatureFlags::EVENT_REMAP | FeatureFlags::EVENT_UNMAP);
-    for finish in [false, true] {
-        // Alone: another test might map something where this one grows.
-        child::run_well(test_name!(), || {
-            let memory = Memory::new(Kind::Anonymous, 8);
-            let pager = Pager::new().unwrap();
-            let start = memory.start().expose_provenance();
-            let added = serve(&pager, uffd(CHANGES), Region::new(start, 4 * page(), Pages::new(page())));
-            memory.unmap(4, 4);
-            // SAFETY: the memory is the test's, and no reference leads to it.
-            let grown = unsafe { libc::mremap(memory.start(), 4 * page(), 8 * page(), 0) };
-            assert_eq!(grown, memory.start());
+    require!(FeatureFlags::EVENT_REMAP);
+    child::run_well(test_name!(), || {
+        for finish in [false, true] {
+            let (start, pager) = (map_with_room(4), Pager::new().unwrap());
+            let address = start.expose_provenance();
+            let see = |number: usize| crate::reader::read(address + number * page());
+            let region = Region::new(address, 4 * page(), Pages::new(page()));
+            let added = serve(&pager, uffd(FeatureFlags::EVENT_REMAP), region);
+            // The second growth is the one that no access adopts.
+            grow(start, 4, 8);
+            assert_eq!(see(5), Seen::ZERO);
+            grow(start, 8, 12);
             if finish {
                 pager.finish_region(added.regions[0], |_| {}).unwrap();
             } else {
                 pager.remove_region(added.regions[0]).unwrap();
             }
-            let seen = [4, 7].map(|number| crate::reader::read(grown.addr() + number * page()));
-            assert_eq!(seen, [Seen::ZERO; 2]);
-        });
+            assert_eq!([4, 8, 11].map(see), [Seen::ZERO; 3]);
+            drop(pager);
+            // SAFETY: no reference leads to the memory.
+            assert_eq!(unsafe { libc::munmap(start, 12 * page()) }, 0);
+        }
+    });
+}
+
+/// What lies behind a region in the same mapping is another region's, and no growth.
+#[test]
+fn adjoining_region_stays_when_one_ends() {
+    require!();
+    for finish in [false, true] {
+        let (memory, source) = (Memory::anonymous(8), Pages::new(page()));
+        let pager = Pager::new().unwrap();
+        let part = |first: usize| {
+            let start = memory.at(first).expose_provenance();
+            Region::new(start, 4 * page(), source.clone()).offset((first * page()) as u64)
+        };
+        let added = serve(&pager, uffd(FeatureFlags::empty()), part(0));
+        // SAFETY: only raw pointers lead to the memory of tests.
+        unsafe { pager.add_own_region(added.descriptor, part(4)) }.unwrap();
+        if finish {
+            pager.finish_region(added.regions[0], |_| {}).unwrap();
+        } else {
+            pager.remove_region(added.regions[0]).unwrap();
+        }
+        let seen = [4, 7].map(|number| crate::reader::read(memory.at(number).addr()));
+        assert_eq!(seen, [content(4), content(7)]);
     }
 }
 

@@ -47,8 +47,8 @@ pub(crate) fn adopt_all(descriptor: &Descriptor, serving: &mut Attachment, regio
     }
     let mut last = 0;
     let next = |serving: &Attachment, last: usize| {
-        let mut of_it = serving.layout.segments().iter().filter(|segment| segment.region.id == region);
-        of_it.find(|segment| segment.end > last).map(|segment| segment.end)
+        let of_it = serving.layout.everything().filter(|part| part.region.id == region);
+        of_it.map(|part| part.end).filter(|end| *end > last).min()
     };
     while let Some(end) = next(serving, last) {
         adopt(serving, end);
@@ -59,6 +59,10 @@ pub(crate) fn adopt_all(descriptor: &Descriptor, serving: &mut Attachment, regio
 /// Adds the whole growth of a region's mapping as a hole if it has an address. Returns whether it has. No region may be
 /// about to be added: it would be taken for growth.
 fn adopt(serving: &mut Attachment, address: usize) -> bool {
+    // Another region, or a hole, may adjoin the region.
+    if serving.layout.find(address).is_some() || serving.layout.find_hole(address).is_some() {
+        return false;
+    }
     let Some(before) = serving.layout.before(address).cloned() else { return false };
     let (page, end) = (before.region.page_size(), before.end);
     if before.region.followed == Some(end) {
