@@ -297,7 +297,7 @@ impl Uffd {
         self.continue_with(start, len, mode)
     }
 
-    /// Resolves minor faults: maps what the page cache holds, and wakes who waits for it. Returns the bytes
+    /// Resolves minor faults: maps what the page cache holds, and wakes the threads that wait for it. Returns the bytes
     /// mapped.
     ///
     /// The content is what was written through another mapping or the file; it is visible before the pages
@@ -437,7 +437,7 @@ impl Uffd {
         outcome(result, arg.updated).map_err(stopped(IoctlFlags::POISON))
     }
 
-    /// Fills missing pages by moving others there, without a copy, and wakes who waits for them. Returns the
+    /// Fills missing pages by moving others there, without a copy, and wakes the threads that wait for them. Returns the
     /// bytes moved.
     ///
     /// The source becomes a hole: zeros where it isn't registered, missing where it is. Write protection of

@@ -30,7 +30,7 @@ use crate::traces::Trace;
 /// Pages of all data: 256 MiB of 4 KiB.
 const PAGES: usize = 1 << 16;
 
-/// Memory as a share of the data: one page of so many.
+/// Memory as a share of the data: one page of this number.
 const SHARES: [usize; 2] = [4, 10];
 
 type Replay = fn(&Trace, usize, usize) -> Outcome;

@@ -33,7 +33,7 @@ use crate::owner::Owner;
 use crate::sync_point::{Point, reach};
 use crate::{Errno, FeatureFlags, Uffd, mapped_vec};
 
-/// Who adds a descriptor, and so what memory it may have.
+/// The caller that adds a descriptor, and so what memory it may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Adder {
     /// A program, for memory of another process.

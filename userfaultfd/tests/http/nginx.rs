@@ -49,7 +49,7 @@ fn start(directory: &std::path::Path, port: u16) -> Option<Nginx> {
     None
 }
 
-/// Waits until somebody listens: an answer to a request.
+/// Waits until the server answers a request.
 fn wait_until_up(port: u16, server: &mut Nginx) {
     loop {
         if let Some(status) = server.0.try_wait().unwrap() {

@@ -1,4 +1,4 @@
-//! Memory with a limit: what leaves comes back, whoever reads and writes meanwhile.
+//! Memory with a limit: what leaves comes back, whatever other threads read and write.
 
 use std::fs;
 use std::io::{self, ErrorKind};

@@ -155,7 +155,7 @@ impl Residence {
         unsafe { &*cell }
     }
 
-    /// Relaxed, as below: only who has claimed the page changes it, and claims are handed on by its state.
+    /// Relaxed, as below: only the thread that has claimed the page changes it, and claims are handed on by its state.
     pub(super) fn place(&self, page: usize) -> Place {
         Place(self.cell(page)[0].load(Ordering::Relaxed))
     }

@@ -12,7 +12,7 @@ use super::budget::{Pool, Victim, count};
 use crate::pager::{Problem, RegionId};
 use crate::sync_point::{Departure, Point, reach};
 
-/// A file of a folder that has no name there, and goes with the last who has it open.
+/// Creates a file without a name in a directory. It is gone when its last descriptor is closed.
 pub(super) fn create(dir: &Path) -> io::Result<File> {
     let options = || {
         let mut options = OpenOptions::new();

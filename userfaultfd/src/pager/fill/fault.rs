@@ -318,7 +318,7 @@ impl PageFiller {
         let addresses = address..address + region.page_size();
         match region.pages.claim_present(page) {
             PresentClaim::Acquired => {}
-            // Who has it wakes whoever waits for it.
+            // The thread that has claimed it wakes those that wait for it.
             PresentClaim::Joined => return Outcome::Settled,
             // It has left since. The thread that is woken finds it missing.
             PresentClaim::Gone => {

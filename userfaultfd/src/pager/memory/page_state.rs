@@ -197,7 +197,7 @@ impl Pages {
         cell.compare_exchange(PRESENT, PRESENT | LOADING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    /// The same for a fault: if another thread has the page, that one wakes who waits for it.
+    /// The same for a fault: if another thread has the page, that thread wakes those that wait for it.
     pub(crate) fn claim_present(&self, page: usize) -> PresentClaim {
         let cell = &self.cells()[page];
         let mut state = cell.load(Ordering::Acquire);

@@ -133,7 +133,7 @@ impl Table {
         }
     }
 
-    /// The number of the last change. Who has seen it finds the table as it was after that change, or later.
+    /// The number of the last change. A thread that has seen it finds the table as it was after that change, or later.
     pub(crate) fn version(&self) -> u32 {
         self.version.load(Ordering::Acquire)
     }

@@ -1,7 +1,7 @@
 //! The moment of a snapshot: all is protected, and no write was let through meanwhile.
 //!
 //! The kernel takes some 80 ns to protect a page, which makes 80 ms of 4 GiB. So as not to hold up writers for so long,
-//! memory is protected ahead, while whoever writes to it goes on at once, and for the moment itself there is only left
+//! memory is protected ahead, while writers go on at once, and for the moment itself there is only left
 //! what was written since: as live migration copies memory while its machine runs on, and stops it for the rest.
 
 use std::ops::Range;
@@ -194,8 +194,8 @@ impl Copier {
             strays.extend(holes.parts().iter().map(Part::addresses));
         }
         for range in mapped.ranges() {
-            // Where nothing is protected nothing is taken for what it isn't, and what was mapped there anew, and is
-            // somebody else's, must not be registered by being asked for.
+            // Where nothing is protected, no page can be taken for another one. And memory that the program has mapped
+            // there since must not be registered by this question.
             let protected = |part: &Part| !self.unprotected.all(bits_of(part));
             if self.layout.at(range).iter().any(protected) && !self.is_registered_here(range)? {
                 strays.push(range.clone());

@@ -1,4 +1,4 @@
-//! Working through much memory a piece at a time: whoever writes to it meanwhile waits for one piece at most.
+//! Working through much memory a piece at a time: a writer waits for one piece at most.
 
 use std::time::{Duration, Instant};
 
