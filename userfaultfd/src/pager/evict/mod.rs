@@ -7,7 +7,9 @@
 //! in.
 
 pub(crate) mod budget;
+mod frames;
 mod policy;
+mod pool;
 pub(crate) mod residence;
 mod take;
 mod write_back;

@@ -22,8 +22,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
-use super::budget::{Budget, Member, count};
+use super::budget::Budget;
+use super::frames::Member;
 use super::policy::NONE;
+use super::pool::count;
 use super::write_back;
 use crate::own_mapping::OwnMapping;
 use crate::pager::memory::served::ServedRegion;

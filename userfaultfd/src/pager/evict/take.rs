@@ -16,7 +16,8 @@
 use std::os::unix::fs::FileExt;
 use std::slice;
 
-use super::budget::{BATCH, Frames, Member, Pool, Victim};
+use super::frames::{BATCH, Frames, Member, Victim};
+use super::pool::Pool;
 use super::write_back;
 use crate::mapped_vec::{self, MappedVec};
 use crate::pager::memory::descriptor::{addr_to_ptr, wake};

@@ -8,7 +8,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{io, process, slice};
 
-use super::budget::{Pool, Victim, count};
+use super::frames::Victim;
+use super::pool::{Pool, count};
 use crate::pager::{Problem, RegionId};
 use crate::sync_point::{Departure, Point, reach};
 

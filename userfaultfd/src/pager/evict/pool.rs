@@ -1,0 +1,203 @@
+//! How many pages are resident, who may add to them, and who waits.
+//!
+//! Room is reserved before content is loaded, so that what is in flight counts.
+
+use std::sync::Condvar;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::frames::{Frames, Need};
+use super::residence::Residence;
+use crate::lock_order::{LockGuard, RankedMutex, lock, rank};
+use crate::owner::Owner;
+use crate::sync::AtomicU64;
+
+/// Pages that one fault fills at most, of a budget without an end: 2 MiB of 4 KiB.
+const MAX_RUN_PAGES: usize = 512;
+
+/// Pages of a budget for each that one fault may fill.
+const RUN_SHARE: usize = 8;
+
+/// The delay until the evicting thread looks again whether what couldn't leave can.
+const STUCK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What the evicting thread and all others share.
+pub(super) struct Pool {
+    owner: Option<Owner>,
+    /// In pages.
+    limit: AtomicUsize,
+    /// Pages that are in frames, or in flight to one.
+    resident: AtomicUsize,
+    /// The number of resident pages at which the evicting thread has to be woken.
+    wake_at: AtomicUsize,
+    frames: RankedMutex<Frames, { rank::QUEUE }>,
+    /// The evicting thread waits for something to do.
+    work: Condvar,
+    /// Others wait for room, or until the evicting thread has nothing in hand.
+    pub(super) room: Condvar,
+    pub(super) counters: Counters,
+}
+
+#[derive(Default)]
+pub(super) struct Counters {
+    pub(super) evictions: AtomicU64,
+    pub(super) refaults: AtomicU64,
+    pub(super) second_chances: AtomicU64,
+    pub(super) spilled: AtomicU64,
+    pub(super) unwritten: AtomicU64,
+    pub(super) waits: AtomicU64,
+    pub(super) waited_ns: AtomicU64,
+}
+
+pub(super) fn count(counter: &AtomicU64, more: usize) {
+    counter.fetch_add(more as u64, Ordering::Relaxed);
+}
+
+impl Pool {
+    /// A pool for some pages.
+    pub(super) fn new(pages: usize) -> Self {
+        Self {
+            owner: Owner::current().ok(),
+            limit: AtomicUsize::new(pages),
+            resident: AtomicUsize::new(0),
+            wake_at: AtomicUsize::new(0),
+            frames: RankedMutex::new(Frames::new(pages)),
+            work: Condvar::new(),
+            room: Condvar::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Changes how many pages it is for.
+    pub(super) fn resize(&self, pages: usize) {
+        let mut frames = self.lock();
+        self.limit.store(pages, Ordering::SeqCst);
+        frames.resize(pages);
+        frames.is_stuck = false;
+        self.work.notify_one();
+        self.room.notify_all();
+    }
+
+    /// Counts a region no longer: see [`Budget::detach`](super::budget::Budget::detach).
+    pub(super) fn part_with(&self, residence: &Residence) {
+        let mut frames = self.lock();
+        // From now on nothing of it becomes a victim, nor gets a frame.
+        let Some(slot) = residence.member() else { return };
+        residence.set_member(None);
+        frames = self.wait_for_pass(frames);
+        let (member, given_up) = frames.leave(slot);
+        self.uncharge(given_up);
+        frames.is_stuck = false;
+        self.room.notify_all();
+        drop(frames);
+        drop(member);
+    }
+
+    /// Pages that are resident, with those in flight.
+    pub(super) fn resident(&self) -> usize {
+        self.resident.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn lock(&self) -> LockGuard<'_, Frames> {
+        lock(&self.frames)
+    }
+
+    /// Whether this is the process that made it: a fork's child may find it locked for ever.
+    pub(super) fn is_here(&self) -> bool {
+        self.owner.is_some_and(|owner| owner.is_current())
+    }
+
+    pub(super) fn limit(&self) -> usize {
+        self.limit.load(Ordering::SeqCst)
+    }
+
+    /// Waits until the evicting thread has nothing in hand that it has chosen before.
+    pub(super) fn wait_for_pass<'a>(&self, frames: LockGuard<'a, Frames>) -> LockGuard<'a, Frames> {
+        let passes = frames.passes;
+        let waits = |frames: &mut Frames| frames.is_busy && frames.passes == passes;
+        frames.wait_while(&self.room, waits)
+    }
+
+    /// Pages that one fault fills at most.
+    pub(super) fn max_run(&self) -> usize {
+        (self.limit() / RUN_SHARE).clamp(1, MAX_RUN_PAGES)
+    }
+
+    /// Reserves room for some pages, and waits for it as long as others can leave. Not with a lock held.
+    pub(super) fn reserve(&self, pages: usize) {
+        let now = self.resident.fetch_add(pages, Ordering::SeqCst) + pages;
+        if now >= self.wake_at.load(Ordering::SeqCst) {
+            // Under the lock: it may be about to wait.
+            let _frames = self.lock();
+            self.work.notify_one();
+        }
+        if now > self.limit() {
+            self.uncharge(pages);
+            self.wait_for_room(pages);
+        }
+    }
+
+    #[cold]
+    fn wait_for_room(&self, pages: usize) {
+        let since = Instant::now();
+        let mut frames = self.lock();
+        frames.waiting += 1;
+        loop {
+            let now = self.resident.fetch_add(pages, Ordering::SeqCst) + pages;
+            // Nothing is waited for that can't leave: the thread that would let it may be this one, or wait for it.
+            // Nor more than is ever made free: the budget has become smaller since the pages were claimed.
+            if now <= self.limit() || pages > self.max_run() || !frames.may_shrink() {
+                break;
+            }
+            self.uncharge(pages);
+            // Also where another thread has taken the room that was made.
+            self.work.notify_one();
+            frames = frames.wait(&self.room);
+        }
+        frames.waiting -= 1;
+        drop(frames);
+        count(&self.counters.waits, 1);
+        count(&self.counters.waited_ns, since.elapsed().as_nanos() as usize);
+    }
+
+    /// Takes room without waiting for it.
+    pub(super) fn charge(&self, pages: usize) {
+        self.resident.fetch_add(pages, Ordering::SeqCst);
+    }
+
+    pub(super) fn uncharge(&self, pages: usize) {
+        self.resident.fetch_sub(pages, Ordering::SeqCst);
+    }
+
+    /// Gives up room that was reserved and isn't needed, for which another thread may wait.
+    pub(super) fn give_back(&self, pages: usize) {
+        if pages > 0 {
+            let frames = self.lock();
+            self.uncharge(pages);
+            if frames.waiting > 0 {
+                self.room.notify_all();
+            }
+        }
+    }
+
+    /// Waits until there may be something to do for the evicting thread, or for no reason; with a timeout, while it is
+    /// stuck.
+    pub(super) fn wait_for_work<'a>(&self, mut frames: LockGuard<'a, Frames>) -> LockGuard<'a, Frames> {
+        if frames.is_stuck {
+            return frames.wait_timeout(&self.work, STUCK_INTERVAL);
+        }
+        self.wake_at.store(frames.wake_at(self), Ordering::SeqCst);
+        // Either this sees what was reserved before, or the thread that reserves sees when to wake this.
+        if frames.need(self) == Need::default() {
+            frames = frames.wait(&self.work);
+        }
+        self.wake_at.store(usize::MAX, Ordering::SeqCst);
+        frames
+    }
+
+    /// Stops the evicting thread.
+    pub(super) fn stop(&self) {
+        self.lock().is_stopping = true;
+        self.work.notify_one();
+    }
+}
