@@ -458,7 +458,9 @@ impl Uffd {
     ///   why).
     /// - `EBUSY`: a source page is shared with a child (also after its death, until written again), pinned,
     ///   or part of a large folio that can't be split. madvise(2) with `MADV_DONTFORK` keeps children out.
-    /// - `EEXIST`: something is at the destination: a page, a marker; `src` is `dst`.
+    /// - `EEXIST`: something is at the destination: a page, a marker; `src` is `dst`. Linux 6.18 may also return it, with 0
+    ///   bytes done, **after it has moved** a page out of a transparent huge page. To tell one from the other, move the
+    ///   page back: that succeeds if it had been moved, and is `EEXIST` if the source still has it.
     /// - `ENOENT`: the source has a hole, and [`MoveMode::ALLOW_SRC_HOLES`] isn't set; a range isn't mapped.
     /// - `EINVAL`: one of the rules above is broken, also where the process of the userfaultfd is another,
     ///   alive or gone; unaligned, empty; before 6.8.

@@ -417,6 +417,12 @@ impl LazyMemory {
         WorkingSetReplay::start(self.target()?, set)
     }
 
+    /// Where its pages are, under a budget.
+    #[cfg(test)]
+    pub(crate) fn residence(&self) -> &Arc<crate::pager::evict::residence::Residence> {
+        self.region.residence.as_ref().expect("it has a budget")
+    }
+
     fn check_owner(&self) -> pager::Result<()> {
         if self.memory.is_here() { Ok(()) } else { Err(Error::NotServed) }
     }

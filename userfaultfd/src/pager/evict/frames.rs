@@ -162,6 +162,11 @@ impl Frames {
         (member, given_up)
     }
 
+    #[cfg(test)]
+    pub(super) fn member(&self, slot: u32) -> Option<Arc<Member>> {
+        self.members[slot as usize].clone()
+    }
+
     /// Whether what is resident can become less.
     pub(super) fn may_shrink(&self) -> bool {
         self.used > 0 && !self.is_stuck

@@ -11,5 +11,5 @@ mod frames;
 mod policy;
 mod pool;
 pub(crate) mod residence;
-mod take;
+pub(crate) mod take;
 mod write_back;

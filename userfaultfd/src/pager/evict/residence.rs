@@ -149,6 +149,11 @@ impl Residence {
         self.member.store(member.unwrap_or(NONE), Ordering::Relaxed);
     }
 
+    #[cfg(test)]
+    pub(super) fn as_member(&self) -> Option<Arc<Member>> {
+        self.budget.pool().lock().member(self.member()?)
+    }
+
     fn cell(&self, page: usize) -> &[AtomicU32; 2] {
         assert!(page < self.count, "page {page} of {}", self.count);
         // SAFETY: the mapping has as many cells as there are pages.

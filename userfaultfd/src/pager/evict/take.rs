@@ -145,7 +145,30 @@ fn move_out(run: &mut [Victim]) {
             tries += 1;
             std::hint::spin_loop();
         } else {
+            if errno == Some(Errno::EEXIST) {
+                move_back(&run[at]);
+            }
             (at, most, tries) = (at + 1, run.len(), 0);
+        }
+    }
+}
+
+/// Moves a page back to memory if it is in the staging area after all. Linux 6.18 may answer `EEXIST` and 0 bytes after it
+/// has moved a page out of a transparent huge page. If it hasn't, it answers `EEXIST` here, too, as memory has the page.
+fn move_back(victim: &Victim) {
+    let Victim { member, page, .. } = victim;
+    let (residence, address) = (member.residence(), member.start + page * crate::page_size());
+    // What is moved loses its protection, after which nothing tells of a write.
+    residence.set_written(*page);
+    loop {
+        let (src, dst) = (residence.staged(*page).cast(), addr_to_ptr(address));
+        // SAFETY: the page is the staging area's, where it is this thread's; memory gets back what it had.
+        let moved = unsafe { member.uffd.move_pages(src, dst, crate::page_size(), MoveMode::DONT_WAKE) };
+        match moved.map_err(|error| error.errno()) {
+            // Of a small page that nothing else refers to: not for long.
+            Err(Some(Errno::EAGAIN)) => std::thread::yield_now(),
+            // It is back, or was never away.
+            Ok(_) | Err(_) => return,
         }
     }
 }
@@ -174,4 +197,15 @@ fn copy_out(member: &Member, page: usize) -> Result<(), Errno> {
         residence.empty(&(page..page + 1));
     }
     dropped
+}
+
+/// Moves a page to the staging area behind the back of the evicting thread, which then gets the answer of a kernel that
+/// has moved it and says that it hasn't. Its thread is at [`Departure::BeforeLeave`] with the page.
+#[cfg(test)]
+pub(crate) fn move_unasked(residence: &super::residence::Residence, page: usize) {
+    let member = residence.as_member().expect("it is attached");
+    let (src, dst) = (addr_to_ptr(member.start + page * crate::page_size()), residence.staged(page).cast());
+    // SAFETY: as `move_out`, which is about to do the same.
+    let moved = unsafe { member.uffd.move_pages(src, dst, crate::page_size(), MoveMode::DONT_WAKE) };
+    assert_eq!(moved.map_err(|error| error.errno()), Ok(crate::page_size()));
 }

@@ -345,3 +345,32 @@ fn pages_that_were_removed_by_the_program_are_zeros_wherever_they_are() {
         assert_eq!(cell.read(), 0, "{way:?}");
     }
 }
+
+/// Linux 6.18 may say of a page of a transparent huge page that it is in the way, after it has moved it.
+#[test]
+fn page_that_the_kernel_moves_and_denies_is_not_lost() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::MOVE);
+    for is_written in [false, true] {
+        let budget = Budget::new(BUDGET * page());
+        let memory = memory(Way::Moved, &budget);
+        let cell = Cell::of(&memory, 3);
+        let before = if is_written { 0x83 } else { 3 };
+        if is_written {
+            cell.write(before);
+        } else {
+            assert_eq!(cell.read(), before);
+        }
+        let residence = Arc::clone(memory.residence());
+        let (armed, happened) = once(Departure::BeforeLeave, cell, move || {
+            crate::pager::evict::take::move_unasked(&residence, 3);
+            assert!(!is_resident(cell));
+        });
+        push_out(&memory, 8, &happened);
+        drop(armed);
+        // It is back, and a write to it from now on is one that is noted.
+        assert_eq!((cell.read(), Cell(cell.0 + 1).read()), (before, 3));
+        cell.write(0x99);
+        read_others(&memory);
+        assert_eq!((cell.read(), Cell(cell.0 + 1).read()), (0x99, 3));
+    }
+}
