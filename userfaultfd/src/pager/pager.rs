@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::fill::growth;
 use super::fill::retry::Deferred;
 use super::memory::address_map::{self, AddressMap, Segment};
-use super::memory::descriptor::{Attachment, Descriptor, Origin, addr_to_ptr, wake};
+use super::memory::descriptor::{Attachment, Descriptor, Origin, addr_to_ptr, unwrap_last_arc, wake};
 use super::memory::page_state::Pages;
 use super::memory::unfillable::Unfillable;
 use super::serve::control;
@@ -238,7 +238,7 @@ impl Pager {
             Err(error) => {
                 regions.iter().for_each(|region| self.shared.regions.keep_not(region));
                 // A worker may own it for a moment.
-                Err(Refused { uffd: shutdown::unwrap_last_arc(uffd), error })
+                Err(Refused { uffd: unwrap_last_arc(uffd), error })
             }
         }
     }
@@ -469,7 +469,6 @@ impl Pager {
         may_go: impl Fn(&super::memory::served::ServedRegion) -> bool,
     ) -> Result<()> {
         vma_events::settle_moves(&self.shared, descriptor);
-        // Freed when the shards are free again.
         // Freed when the shards are unlocked again.
         let (mut gone, mut served) = (mapped_vec::none(), false);
         descriptor.with_all_shards(&mut |serving| {
@@ -723,7 +722,7 @@ impl Drop for Pager {
         for descriptor in self.shared.table.all() {
             if let Some(serving) = self.shared.remove(&descriptor) {
                 // Waiting threads go on waiting, instead of reading zeros.
-                let _kept = shutdown::unwrap_last_arc(serving.uffd).into_raw_fd();
+                let _kept = unwrap_last_arc(serving.uffd).into_raw_fd();
             }
         }
     }

@@ -292,3 +292,15 @@ pub(crate) fn wake(uffd: &Uffd, range: Range<usize>) {
     let woken = uffd.wake(addr_to_ptr(range.start), range.len());
     debug_assert!(woken.is_ok(), "waking {range:#x?}: {woken:?}");
 }
+
+/// Takes the value out of its last `Arc`. A thread that has just changed the shards, or added the descriptor, may own
+/// it for a moment longer.
+pub(crate) fn unwrap_last_arc(mut uffd: Arc<Uffd>) -> Uffd {
+    loop {
+        match Arc::try_unwrap(uffd) {
+            Ok(uffd) => return uffd,
+            Err(shared) => uffd = shared,
+        }
+        std::thread::yield_now();
+    }
+}

@@ -12,7 +12,7 @@ use crate::pager::fill::load::fill_batch_len;
 use crate::pager::fill::retry::{self, History};
 use crate::pager::fill::work::{FillContent, Outcome, RetryAfter, Work};
 use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, wake};
+use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, unwrap_last_arc, wake};
 use crate::pager::memory::page_run::{PageRun, is_in_source};
 use crate::pager::memory::page_state::Pages;
 use crate::pager::memory::unfillable::Unfillable;
@@ -355,16 +355,4 @@ pub(crate) fn detached(descriptor: &Descriptor, serving: Attachment) -> Detached
     }
     let uffd = unwrap_last_arc(serving.uffd);
     Detached { descriptor: DescriptorId(descriptor.id), uffd, layout: serving.layout }
-}
-
-/// Takes the value out of its last `Arc`. A thread that has just changed the shards, or added the descriptor, may own
-/// it for a moment longer.
-pub(crate) fn unwrap_last_arc(mut uffd: Arc<Uffd>) -> Uffd {
-    loop {
-        match Arc::try_unwrap(uffd) {
-            Ok(uffd) => return uffd,
-            Err(shared) => uffd = shared,
-        }
-        std::thread::yield_now();
-    }
 }

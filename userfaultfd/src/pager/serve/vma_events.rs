@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 
 use super::mailbox::{Fork, Inherited, Note};
 use super::shared::Shared;
-use super::shutdown::unwrap_last_arc;
 use crate::pager::fill::retry;
 use crate::pager::memory::address_map::{AddressMap, Segment};
-use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, Origin, wake};
+use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, Origin, unwrap_last_arc, wake};
 use crate::pager::memory::page_state::{self, Pages, Room};
 use crate::pager::stats::Counters;
 use crate::pager::trace::event;
