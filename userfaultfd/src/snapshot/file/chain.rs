@@ -1,9 +1,7 @@
 //! The files of a series in a directory.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -41,9 +39,6 @@ pub struct Chain {
     /// From the base on.
     files: Vec<PathBuf>,
 }
-
-/// The end of the names that a series gives.
-const SUFFIX: &[u8] = b".snapshot";
 
 impl Chain {
     /// Finds the files of a directory and their order, by the snapshot that each one follows. Of several chains, as after a
@@ -120,24 +115,4 @@ fn check(path: &Path) -> Result<(SnapshotId, Option<SnapshotId>), FormatError> {
     let header = read_header(&file, size)?;
     Layer::open(file, None)?;
     Ok((header.id, header.parent))
-}
-
-/// The path of the next file of a series in a directory.
-pub(crate) fn next_path(directory: &Path) -> io::Result<PathBuf> {
-    let mut last = 0;
-    for entry in fs::read_dir(directory)? {
-        last = last.max(number_of(&entry?.file_name()).unwrap_or(0));
-    }
-    let next = last.checked_add(1).ok_or_else(|| {
-        io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "a file of the directory has the greatest number that there is",
-        )
-    })?;
-    Ok(directory.join(format!("{next:010}{}", String::from_utf8_lossy(SUFFIX))))
-}
-
-fn number_of(name: &OsStr) -> Option<u64> {
-    let number = name.as_bytes().strip_suffix(SUFFIX)?;
-    std::str::from_utf8(number).ok()?.parse().ok()
 }

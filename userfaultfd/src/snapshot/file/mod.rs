@@ -3,5 +3,6 @@
 pub(crate) mod chain;
 pub(crate) mod format;
 pub(crate) mod layer;
+mod name;
 pub(crate) mod reader;
 pub(crate) mod writer;

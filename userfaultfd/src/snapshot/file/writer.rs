@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-use super::chain::next_path;
 use super::format::{Extent, Footer, HEADER_BYTES, Header, Place, SnapshotId, encode_index};
+use super::name::next_path;
 use crate::pending_file::FinalName;
 use crate::snapshot::sink::{Content, Geometry, Sink};
 use crate::{PendingFile, page_size, sys};
