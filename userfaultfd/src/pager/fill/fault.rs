@@ -16,6 +16,7 @@ use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, wake};
 use crate::pager::memory::page_run::{PageRun, Purpose};
 use crate::pager::memory::page_state::{Claim, PresentClaim, Settlement};
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::{DescriptorId, Problem, RegionId};
 use crate::sync_point::{Departure, Point, reach};
 use crate::{ContinueMode, CopyMode, Errno, FaultKind, ZeropageMode};
@@ -284,25 +285,13 @@ impl PageFiller {
         segment: &Segment,
         fault: Fault,
     ) -> Outcome {
-        let (region, page) = (&*segment.region, segment.page_at(fault.address));
-        let address = segment.address_of(page).expect("the address is in the segment");
-        let addresses = address..address + region.page_size();
-        match region.pages.claim_present(page) {
-            PresentClaim::Acquired => {}
-            PresentClaim::Joined => return Outcome::Settled,
-            PresentClaim::Gone => {
-                wake(&serving.uffd, addresses);
-                return Outcome::Settled;
+        keep_present(serving, segment, fault, |region, page, _| {
+            let (outcome, is_filled) = self.fill_again(context, serving, segment, fault);
+            if let Some(residence) = region.residence.as_ref().filter(|_| is_filled) {
+                residence.set_written(page);
             }
-        }
-        let (outcome, is_filled) = self.fill_again(context, serving, segment, fault);
-        if let Some(residence) = region.residence.as_ref().filter(|_| is_filled) {
-            residence.set_written(page);
-        }
-        if region.pages.end(page, Settlement::Present) {
-            wake(&serving.uffd, addresses);
-        }
-        outcome
+            outcome
+        })
     }
 
     /// The first write to a page since it was filled, where a budget has to know of it.
@@ -313,29 +302,14 @@ impl PageFiller {
         segment: &Segment,
         fault: Fault,
     ) -> Outcome {
-        let (region, page) = (&*segment.region, segment.page_at(fault.address));
-        let address = segment.address_of(page).expect("the address is in the segment");
-        let addresses = address..address + region.page_size();
-        match region.pages.claim_present(page) {
-            PresentClaim::Acquired => {}
-            // The thread that has claimed it wakes those that wait for it.
-            PresentClaim::Joined => return Outcome::Settled,
-            // It has left since. The thread that is woken finds it missing.
-            PresentClaim::Gone => {
-                wake(&serving.uffd, addresses);
-                return Outcome::Settled;
+        keep_present(serving, segment, fault, |region, page, address| {
+            reach(Point::Evict(Departure::FirstWrite), address);
+            // Before the protection is lifted, after which nothing tells of a write.
+            if let Some(residence) = &region.residence {
+                residence.set_written(page);
             }
-        }
-        reach(Point::Evict(Departure::FirstWrite), address);
-        // Before the protection is lifted, after which nothing tells of a write.
-        if let Some(residence) = &region.residence {
-            residence.set_written(page);
-        }
-        let outcome = self.unprotect(context, serving, segment, fault);
-        if region.pages.end(page, Settlement::Present) {
-            wake(&serving.uffd, addresses);
-        }
-        outcome
+            self.unprotect(context, serving, segment, fault)
+        })
     }
 
     /// Resolves a fault on a page that is poisoned, as far as the pager knows: it came before the poison, or the poison was
@@ -397,4 +371,32 @@ impl PageFiller {
         counters.fault_latency.record_since(fault.since);
         Outcome::Settled
     }
+}
+
+/// Resolves a fault on a page that is there and may leave: claims the page, so that it stays, and wakes the threads that
+/// have joined. `resolve` gets its region, its number and its address.
+fn keep_present(
+    serving: &Attachment,
+    segment: &Segment,
+    fault: Fault,
+    resolve: impl FnOnce(&ServedRegion, usize, usize) -> Outcome,
+) -> Outcome {
+    let (region, page) = (&*segment.region, segment.page_at(fault.address));
+    let address = segment.address_of(page).expect("the address is in the segment");
+    let addresses = address..address + region.page_size();
+    match region.pages.claim_present(page) {
+        PresentClaim::Acquired => {}
+        // The thread that has claimed it wakes those that wait for it.
+        PresentClaim::Joined => return Outcome::Settled,
+        // It has left since. The thread that is woken finds it missing.
+        PresentClaim::Gone => {
+            wake(&serving.uffd, addresses);
+            return Outcome::Settled;
+        }
+    }
+    let outcome = resolve(region, page, address);
+    if region.pages.end(page, Settlement::Present) {
+        wake(&serving.uffd, addresses);
+    }
+    outcome
 }
