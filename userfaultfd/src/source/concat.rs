@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 
 use super::pieces::{Origin, Pieces};
-use super::{PageData, PageSource, SourceBytes, invalid};
+use super::{PageSource, invalid};
 
 /// A source made of several sources, one behind the other: the files of an image, a header before its content, data
 /// with gaps.
@@ -88,25 +88,7 @@ impl ConcatSource {
 }
 
 impl PageSource for ConcatSource {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        self.0.read(offset, page)
-    }
-
-    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        self.0.read_early(offset, page)
-    }
-
-    fn len(&self) -> Option<u64> {
-        self.0.len()
-    }
-
-    fn zeros(&self, offset: u64) -> u64 {
-        self.0.zeros(offset)
-    }
-
-    fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
-        self.0.bytes(offset, len)
-    }
+    super::read_through!(self => self.0);
 }
 
 impl fmt::Debug for ConcatSource {
@@ -120,7 +102,7 @@ mod tests {
     use std::io::ErrorKind;
 
     use super::*;
-    use crate::source::{BytesSource, ZeroSource};
+    use crate::source::{BytesSource, PageData, ZeroSource};
 
     /// `len` bytes that depend on their offset, from `first` on.
     fn bytes(first: u8, len: u8) -> BytesSource<Vec<u8>> {

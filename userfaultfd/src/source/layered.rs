@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::data_ranges::meaningful;
 use super::pieces::{Origin, Pieces};
-use super::{FileSource, PageData, PageSource, SourceBytes, invalid};
+use super::{FileSource, PageSource, invalid};
 #[cfg(feature = "snapshot")]
 use crate::snapshot::SnapshotReader;
 
@@ -199,25 +199,7 @@ impl LayeredSource {
 }
 
 impl PageSource for LayeredSource {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        self.pieces.read(offset, page)
-    }
-
-    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        self.pieces.read_early(offset, page)
-    }
-
-    fn len(&self) -> Option<u64> {
-        self.pieces.len()
-    }
-
-    fn zeros(&self, offset: u64) -> u64 {
-        self.pieces.zeros(offset)
-    }
-
-    fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
-        self.pieces.bytes(offset, len)
-    }
+    super::read_through!(self => self.pieces);
 }
 
 impl std::fmt::Debug for LayeredSource {
@@ -236,7 +218,7 @@ mod tests {
 
     use super::*;
     use crate::source::model::{Random, byte, check, check_all};
-    use crate::source::{BytesSource, ZeroSource};
+    use crate::source::{BytesSource, PageData, ZeroSource};
     use crate::support::require;
     use crate::sys;
 

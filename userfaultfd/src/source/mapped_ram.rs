@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::pieces::{Origin, Pieces};
-use super::{FileSource, PageData, PageSource};
+use super::{FileSource, PageSource};
 
 /// The memory of a VM in a file that QEMU (9.0 and later) wrote with `migrate file:PATH` and the capability
 /// `mapped-ram`.
@@ -290,21 +290,7 @@ fn for_each_run(
 }
 
 impl PageSource for MappedRamSource {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        self.pieces.read(offset, page)
-    }
-
-    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        self.pieces.read_early(offset, page)
-    }
-
-    fn len(&self) -> Option<u64> {
-        self.pieces.len()
-    }
-
-    fn zeros(&self, offset: u64) -> u64 {
-        self.pieces.zeros(offset)
-    }
+    super::read_through!(self => self.pieces);
 }
 
 #[cfg(test)]

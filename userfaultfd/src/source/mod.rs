@@ -166,26 +166,34 @@ where
     }
 }
 
+/// Writes the methods of a [`PageSource`] that is another one.
+macro_rules! read_through {
+    ($self:ident => $source:expr) => {
+        fn read(&$self, offset: u64, page: &mut [u8]) -> ::std::io::Result<$crate::source::PageData> {
+            $source.read(offset, page)
+        }
+
+        fn read_early(&$self, offset: u64, page: &mut [u8]) -> ::std::io::Result<$crate::source::PageData> {
+            $source.read_early(offset, page)
+        }
+
+        fn len(&$self) -> Option<u64> {
+            $source.len()
+        }
+
+        fn zeros(&$self, offset: u64) -> u64 {
+            $source.zeros(offset)
+        }
+
+        fn bytes(&$self, offset: u64, len: usize) -> Option<$crate::source::SourceBytes<'_>> {
+            $source.bytes(offset, len)
+        }
+    };
+}
+use read_through;
+
 impl<S: PageSource + ?Sized> PageSource for Arc<S> {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        (**self).read(offset, page)
-    }
-
-    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        (**self).read_early(offset, page)
-    }
-
-    fn len(&self) -> Option<u64> {
-        (**self).len()
-    }
-
-    fn zeros(&self, offset: u64) -> u64 {
-        (**self).zeros(offset)
-    }
-
-    fn bytes(&self, offset: u64, len: usize) -> Option<SourceBytes<'_>> {
-        (**self).bytes(offset, len)
-    }
+    read_through!(self => (**self));
 }
 
 /// An error about the arguments of which a source should be made.
