@@ -18,10 +18,7 @@ use std::{env, io, thread};
 
 use userfaultfd::LazyMemory;
 use userfaultfd::pager::HttpSource;
-use userfaultfd_examples::{Result, progress_bar};
-
-/// How much is hashed between two looks at the clock.
-const PART: usize = 1 << 20;
+use userfaultfd_examples::{HASHED_BYTES, Result, hash_memory};
 
 /// Bytes that the server of this example has.
 const LEN: usize = 8_000_003;
@@ -54,17 +51,6 @@ fn compare(url: &str) -> Result<()> {
     if by_faults == at_once { Ok(()) } else { Err("the memory isn't what the server has".into()) }
 }
 
-/// A page is asked for when the hasher first touches it, or ahead.
-fn hash_memory(memory: &[u8]) -> u64 {
-    let bar = progress_bar("page faults", memory.len());
-    let mut hasher = DefaultHasher::new();
-    for part in memory.chunks(PART) {
-        hasher.write(part);
-        bar.inc(part.len() as u64);
-    }
-    hasher.finish()
-}
-
 /// The object in one request, by another client, padded with zeros to whole pages as the memory is.
 fn hash_object(url: &str, len: usize) -> Result<u64> {
     let response = ureq::get(url).call()?;
@@ -72,7 +58,7 @@ fn hash_object(url: &str, len: usize) -> Result<u64> {
     response.into_body().into_reader().read_to_end(&mut bytes)?;
     bytes.resize(len, 0);
     let mut hasher = DefaultHasher::new();
-    bytes.chunks(PART).for_each(|part| hasher.write(part));
+    bytes.chunks(HASHED_BYTES).for_each(|part| hasher.write(part));
     Ok(hasher.finish())
 }
 

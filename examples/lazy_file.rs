@@ -17,10 +17,7 @@ use std::{env, io};
 
 use userfaultfd::LazyMemory;
 use userfaultfd::pager::FileSource;
-use userfaultfd_examples::{Result, progress_bar};
-
-/// How much is hashed between two looks at the clock.
-const PART: usize = 1 << 20;
+use userfaultfd_examples::{HASHED_BYTES, Result, hash_memory, progress_bar};
 
 fn main() -> ExitCode {
     userfaultfd_examples::run(|| {
@@ -46,24 +43,13 @@ fn compare(path: &Path) -> Result<()> {
     if by_faults == by_reads { Ok(()) } else { Err("the memory isn't what the file holds".into()) }
 }
 
-/// A page is read from the file when the hasher first touches it.
-fn hash_memory(memory: &[u8]) -> u64 {
-    let bar = progress_bar("page faults", memory.len());
-    let mut hasher = DefaultHasher::new();
-    for part in memory.chunks(PART) {
-        hasher.write(part);
-        bar.inc(part.len() as u64);
-    }
-    hasher.finish()
-}
-
 fn hash_file(mut file: File, len: usize) -> io::Result<u64> {
     let bar = progress_bar("read(2)", len);
     let mut hasher = DefaultHasher::new();
-    let mut part = vec![0; PART];
+    let mut part = vec![0; HASHED_BYTES];
     let mut rest = len;
     while rest > 0 {
-        let part = &mut part[..rest.min(PART)];
+        let part = &mut part[..rest.min(HASHED_BYTES)];
         file.read_exact(part)?;
         hasher.write(part);
         bar.inc(part.len() as u64);

@@ -15,6 +15,7 @@ mod handover;
 use std::error::Error;
 use std::fmt;
 use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hasher};
 use std::io;
 use std::os::fd::FromRawFd;
 use std::process::ExitCode;
@@ -90,6 +91,21 @@ pub fn since(features: FeatureFlags) -> String {
 pub fn progress_bar(what: &'static str, bytes: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
     ProgressBar::new(bytes as u64).with_style(style.expect("a template of known words")).with_message(what)
+}
+
+/// How much is hashed between two looks at the clock.
+pub const HASHED_BYTES: usize = 1 << 20;
+
+/// The hash of memory that is touched from its beginning to its end, with a bar of progress.
+#[must_use]
+pub fn hash_memory(memory: &[u8]) -> u64 {
+    let bar = progress_bar("page faults", memory.len());
+    let mut hasher = DefaultHasher::new();
+    for part in memory.chunks(HASHED_BYTES) {
+        hasher.write(part);
+        bar.inc(part.len() as u64);
+    }
+    hasher.finish()
 }
 
 /// A file of `len` bytes that is in memory and nowhere else. It can be mapped more than once.

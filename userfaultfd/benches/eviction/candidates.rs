@@ -2,11 +2,17 @@
 
 use crate::policy::{Link, List, NO_STAMP, NONE, Policy};
 
-/// The oldest leaves.
+/// The page that is at the end of a queue leaves. An access to a page brings it to the front again, or doesn't.
 #[derive(Debug)]
-pub(crate) struct Fifo(List);
+pub(crate) struct Queue<const ACCESS_COUNTS: bool>(List);
 
-impl Policy for Fifo {
+/// The oldest leaves.
+pub(crate) type Fifo = Queue<false>;
+
+/// The page that wasn't accessed for longest leaves.
+pub(crate) type Lru = Queue<true>;
+
+impl<const ACCESS_COUNTS: bool> Policy for Queue<ACCESS_COUNTS> {
     fn new(_capacity: usize) -> Self {
         Self(List::new())
     }
@@ -17,7 +23,12 @@ impl Policy for Fifo {
         self.0.push(links, frame);
     }
 
-    fn touch(&mut self, _links: &mut [Link], _frame: u32) {}
+    fn touch(&mut self, links: &mut [Link], frame: u32) {
+        if ACCESS_COUNTS {
+            self.0.unlink(links, frame);
+            self.0.push(links, frame);
+        }
+    }
 
     fn restore(&mut self, links: &mut [Link], frame: u32) {
         self.0.push(links, frame);
@@ -123,39 +134,6 @@ impl Policy for Sieve {
             self.hand = links[frame as usize].newer;
         }
         self.list.unlink(links, frame);
-    }
-}
-
-/// The page that wasn't accessed for longest leaves.
-#[derive(Debug)]
-pub(crate) struct Lru(List);
-
-impl Policy for Lru {
-    fn new(_capacity: usize) -> Self {
-        Self(List::new())
-    }
-
-    fn resize(&mut self, _capacity: usize) {}
-
-    fn insert(&mut self, links: &mut [Link], frame: u32, _left: u32) {
-        self.0.push(links, frame);
-    }
-
-    fn touch(&mut self, links: &mut [Link], frame: u32) {
-        self.0.unlink(links, frame);
-        self.0.push(links, frame);
-    }
-
-    fn restore(&mut self, links: &mut [Link], frame: u32) {
-        self.0.push(links, frame);
-    }
-
-    fn evict(&mut self, links: &mut [Link]) -> Option<(u32, u32)> {
-        self.0.pop(links).map(|frame| (frame, NO_STAMP))
-    }
-
-    fn remove(&mut self, links: &mut [Link], frame: u32) {
-        self.0.unlink(links, frame);
     }
 }
 

@@ -28,6 +28,19 @@ fn modes() -> impl Iterator<Item = Mode> {
     MODES.into_iter().filter(|mode| *mode == Mode::Sync || features().contains(FeatureFlags::WP_ASYNC))
 }
 
+/// Tries each mode on each kind of memory, in a process of its own: four pages, which the older tracker has.
+fn each_mode(test: &'static str, test_it: impl Fn(Mode, &mut DirtyTracker, &Space)) {
+    child::run_well(test, || {
+        for mode in modes() {
+            space::each(test, 4, |older, space| {
+                space.populate();
+                older.track(space.all()).unwrap();
+                test_it(mode, older, space);
+            });
+        }
+    });
+}
+
 /// What a take tells that isn't of the pages that were mapped anew. Of those it must tell that they aren't tracked.
 #[track_caller]
 fn refused(space: &Space, told: Vec<Result<Range<usize>>>) -> Vec<Range<usize>> {
@@ -59,63 +72,51 @@ fn take(tracker: &mut DirtyTracker) -> Vec<Range<usize>> {
 #[test]
 fn later_tracker_keeps_writes_to_memory_mapped_anew() {
     require!(WRITE_PROTECT);
-    child::run_well(test_name!(), || {
-        for mode in modes() {
-            space::each(test_name!(), 4, |older, space| {
-                space.populate();
-                older.track(space.all()).unwrap();
-                map_anew(space);
-                let mut later = tracker(mode);
-                later.track(space.addresses(ANEW)).unwrap();
-                (0..3).for_each(|page| space.write(page, 2));
-                let mut told = refused(space, older.take().collect());
-                assert_eq!(take(&mut later), first(space, ANEW), "{mode}");
-                ANEW.for_each(|page| space.write(page, 3));
-                // What the older one still has.
-                older.untrack(space.addresses(ANEW)).unwrap();
-                told.extend(take(older));
-                assert_eq!(told, std::slice::from_ref(&space.addresses(0..1)), "{mode}");
-                space.write(3, 2);
-                assert_eq!(take(older), std::slice::from_ref(&space.addresses(3..4)), "{mode}");
-                // And nothing of the later one's ends with it.
-                older.untrack(space.all()).unwrap();
-                assert_eq!(take(&mut later), first(space, ANEW), "{mode}");
-                space.write(2, 4);
-                assert_eq!(take(&mut later), first(space, 2..3), "{mode}");
-            });
-        }
+    each_mode(test_name!(), |mode, older, space| {
+        map_anew(space);
+        let mut later = tracker(mode);
+        later.track(space.addresses(ANEW)).unwrap();
+        (0..3).for_each(|page| space.write(page, 2));
+        let mut told = refused(space, older.take().collect());
+        assert_eq!(take(&mut later), first(space, ANEW), "{mode}");
+        ANEW.for_each(|page| space.write(page, 3));
+        // What the older one still has.
+        older.untrack(space.addresses(ANEW)).unwrap();
+        told.extend(take(older));
+        assert_eq!(told, std::slice::from_ref(&space.addresses(0..1)), "{mode}");
+        space.write(3, 2);
+        assert_eq!(take(older), std::slice::from_ref(&space.addresses(3..4)), "{mode}");
+        // And nothing of the later one's ends with it.
+        older.untrack(space.all()).unwrap();
+        assert_eq!(take(&mut later), first(space, ANEW), "{mode}");
+        space.write(2, 4);
+        assert_eq!(take(&mut later), first(space, 2..3), "{mode}");
     });
 }
 
 #[test]
 fn older_tracker_keeps_newer_registration() {
     require!(WRITE_PROTECT);
-    child::run_well(test_name!(), || {
-        for mode in modes() {
-            space::each(test_name!(), 4, |older, space| {
-                space.populate();
-                older.track(space.all()).unwrap();
-                space.write(2, 2);
-                // It is reset, and stays in the iterator until that is dropped.
-                let mut taking = older.take();
-                assert_eq!(taking.next().unwrap().unwrap(), space.addresses(2..3));
-                space.write(1, 2);
-                map_anew(space);
-                let mut later = tracker(mode);
-                later.track(space.addresses(ANEW)).unwrap();
-                drop(taking);
-                assert!(older.set_always_dirty(space.all(), true).is_err());
-                assert_eq!(take(&mut later), [], "{mode}");
-                // Nor when the later one has ended: it isn't the memory that was tracked.
-                drop(later);
-                ANEW.for_each(|page| space.write(page, 2));
-                refused(space, older.take().collect());
-                older.untrack(space.all()).unwrap();
-                older.track(space.all()).unwrap();
-                space.write(1, 3);
-                assert_eq!(take(older), first(space, 1..2), "{mode}");
-            });
-        }
+    each_mode(test_name!(), |mode, older, space| {
+        space.write(2, 2);
+        // It is reset, and stays in the iterator until that is dropped.
+        let mut taking = older.take();
+        assert_eq!(taking.next().unwrap().unwrap(), space.addresses(2..3));
+        space.write(1, 2);
+        map_anew(space);
+        let mut later = tracker(mode);
+        later.track(space.addresses(ANEW)).unwrap();
+        drop(taking);
+        assert!(older.set_always_dirty(space.all(), true).is_err());
+        assert_eq!(take(&mut later), [], "{mode}");
+        // Nor when the later one has ended: it isn't the memory that was tracked.
+        drop(later);
+        ANEW.for_each(|page| space.write(page, 2));
+        refused(space, older.take().collect());
+        older.untrack(space.all()).unwrap();
+        older.track(space.all()).unwrap();
+        space.write(1, 3);
+        assert_eq!(take(older), first(space, 1..2), "{mode}");
     });
 }
 

@@ -67,6 +67,17 @@ impl Cell {
     }
 }
 
+/// Makes page 3 resident by a read, or by a write. Returns a byte of it, and what that is.
+fn resident_page(memory: &LazyMemory, is_written: bool) -> (Cell, u8) {
+    let cell = Cell::of(memory, 3);
+    if is_written {
+        cell.write(0x83);
+        return (cell, 0x83);
+    }
+    assert_eq!(cell.read(), 3);
+    (cell, 3)
+}
+
 fn is_resident(cell: Cell) -> bool {
     crate::sys::is_resident(std::ptr::with_exposed_provenance_mut(cell.0 - cell.0 % page()))
 }
@@ -154,13 +165,7 @@ fn page_that_is_accessed_while_it_leaves_has_its_content() {
         for writes in [false, true] {
             let budget = Budget::new(BUDGET * page());
             let memory = memory(way, &budget);
-            let cell = Cell::of(&memory, 3);
-            let before = if is_written { 0x83 } else { 3 };
-            if is_written {
-                cell.write(before);
-            } else {
-                assert_eq!(cell.read(), before);
-            }
+            let (cell, before) = resident_page(&memory, is_written);
             let (_armed, happened) = once(point, cell, move || {
                 accesses(cell, move |cell| {
                     let found = cell.read();
@@ -189,12 +194,7 @@ fn write_alone_while_a_page_leaves_isnt_lost() {
     each_point(|way, point, is_written| {
         let budget = Budget::new(BUDGET * page());
         let memory = memory(way, &budget);
-        let cell = Cell::of(&memory, 3);
-        if is_written {
-            cell.write(0x83);
-        } else {
-            assert_eq!(cell.read(), 3);
-        }
+        let (cell, _) = resident_page(&memory, is_written);
         let (_armed, happened) = once(point, cell, move || {
             accesses(cell, |cell| {
                 cell.write(0x99);
@@ -215,13 +215,7 @@ fn page_that_is_pinned_while_it_leaves_is_there() {
     each_point(|way, point, is_written| {
         let budget = Budget::new(BUDGET * page());
         let memory = memory(way, &budget);
-        let cell = Cell::of(&memory, 3);
-        let before = if is_written { 0x83 } else { 3 };
-        if is_written {
-            cell.write(before);
-        } else {
-            assert_eq!(cell.read(), before);
-        }
+        let (cell, before) = resident_page(&memory, is_written);
         let pinning_thread = Arc::new(AtomicU32::new(0));
         let (tell, told) = mpsc::channel();
         let seen = Arc::clone(&pinning_thread);
@@ -261,12 +255,7 @@ fn memory_that_ends_while_its_page_leaves_is_waited_for() {
     each_point(|way, point, is_written| {
         let budget = Budget::new(BUDGET * page());
         let (memory, other) = (memory(way, &budget), memory(way, &budget));
-        let cell = Cell::of(&memory, 3);
-        if is_written {
-            cell.write(0x83);
-        } else {
-            assert_eq!(cell.read(), 3);
-        }
+        let (cell, _) = resident_page(&memory, is_written);
         let (ending_thread, has_ended) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicBool::new(false)));
         let (ending, ended) = (Arc::clone(&ending_thread), Arc::clone(&has_ended));
         let (reached, is_reached) = mpsc::channel();
