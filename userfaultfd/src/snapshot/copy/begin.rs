@@ -4,19 +4,18 @@
 //! memory is protected ahead, while writers go on at once, and for the moment itself there is only left
 //! what was written since: as live migration copies memory while its machine runs on, and stops it for the rest.
 
-use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::active::Active;
 use super::bits::Bits;
-use super::copier::{Active, Copier, bits_of};
+use super::copier::Copier;
 use super::layout::{Mapped, Part};
 use super::shared::Begin;
 use super::slices::Slices;
 use crate::sync_point::{Moment, Point, reach};
-use crate::watch::pointer;
-use crate::{Errno, Error, RegisterMode, Result, page_size};
+use crate::{Errno, Error, Result, page_size};
 
 /// So few pages aren't protected ahead, but at the moment itself.
 const FEW_PAGES: usize = 256;
@@ -30,7 +29,7 @@ const GIVE_UP: Duration = Duration::from_secs(20);
 impl Copier {
     /// Begins a snapshot. At its moment no fault is resolved before all of it is protected: what was written after
     /// another write isn't in the snapshot if that one isn't.
-    pub(crate) fn begin(&mut self, Begin { queue, counts, changed }: Begin) -> Result<()> {
+    pub(super) fn begin(&mut self, Begin { queue, counts, changed }: Begin) -> Result<()> {
         self.dirty.join(&changed);
         self.doubted = 0;
         if !self.look.can_tell() {
@@ -82,7 +81,7 @@ impl Copier {
             while rest.len > 0 {
                 let slice = slices.cut(rest.clone());
                 // At first nothing is protected.
-                if !self.unprotected.all(bits_of(&slice)) {
+                if !self.unprotected.all(slice.bits()) {
                     slices.time(|| self.look_at(&slice))?;
                     self.let_go_on()?;
                 }
@@ -109,7 +108,7 @@ impl Copier {
                 match slices.time(|| self.protect(&part)) {
                     // What can't be now is left for the moment itself.
                     Err(error) if !error.is_retryable() => return Err(error),
-                    _ => from = bits_of(&part).end,
+                    _ => from = part.bits().end,
                 }
                 self.let_go_on()?;
             }
@@ -118,7 +117,7 @@ impl Copier {
     }
 
     /// Lets the threads go on that wait for a fault, while no snapshot is at work.
-    pub(crate) fn let_go_on(&mut self) -> Result<()> {
+    pub(super) fn let_go_on(&mut self) -> Result<()> {
         if self.beside.is_some() {
             self.hold_unread_faults()?;
         } else {
@@ -146,7 +145,7 @@ impl Copier {
         let mut from = 0;
         while let Some(part) = self.next_unprotected(&mut from) {
             match self.protect(&part) {
-                Ok(()) => from = bits_of(&part).end,
+                Ok(()) => from = part.bits().end,
                 // The thread that changes the layout waits until its event is read.
                 Err(error) if error.is_retryable() => {
                     check_time(moment)?;
@@ -185,42 +184,6 @@ impl Copier {
         Ok(false)
     }
 
-    /// What of the layout isn't mapped, or isn't registered with this descriptor.
-    pub(crate) fn strays(&self, mapped: &Mapped) -> Result<Vec<Range<usize>>> {
-        let mut strays = Vec::new();
-        if mapped.bytes() != self.layout.bytes() {
-            let mut holes = self.layout.clone();
-            mapped.ranges().iter().for_each(|range| drop(holes.remove(range)));
-            strays.extend(holes.parts().iter().map(Part::addresses));
-        }
-        for range in mapped.ranges() {
-            // Where nothing is protected, no page can be taken for another one. And memory that the program has mapped
-            // there since must not be registered by this question.
-            let protected = |part: &Part| !self.unprotected.all(bits_of(part));
-            if self.layout.at(range).iter().any(protected) && !self.is_registered_here(range)? {
-                strays.push(range.clone());
-            }
-        }
-        Ok(strays)
-    }
-
-    /// Whether memory can be registered with this descriptor, as what is registered with it already.
-    fn is_registered_here(&self, range: &Range<usize>) -> Result<bool> {
-        let mode = RegisterMode::WRITE_PROTECT;
-        match self.watch.uffd.register_unexplained(pointer(range.start), range.len(), mode) {
-            Err(Error::SystemError(Errno::EBUSY | Errno::EINVAL)) => Ok(false),
-            result => result.map(|_| true),
-        }
-    }
-
-    /// Whether a part of a range is registered with another descriptor. What isn't registered is, with this one: another
-    /// holder may say that it has it still, as a `LazyMemory` does that was filled, which no safe code unmaps.
-    fn is_of_another(&self, range: &Range<usize>) -> bool {
-        let mode = RegisterMode::WRITE_PROTECT;
-        let registered = self.watch.uffd.register_unexplained(pointer(range.start), range.len(), mode);
-        matches!(registered, Err(Error::SystemError(Errno::EBUSY)))
-    }
-
     fn protect(&mut self, part: &Part) -> Result<()> {
         let range = part.address..part.address + part.len;
         reach(Point::Watch(Moment::Protect), part.address);
@@ -234,7 +197,7 @@ impl Copier {
         };
         match armed {
             Ok(()) => {
-                self.unprotected.set(bits_of(part), false);
+                self.unprotected.set(part.bits(), false);
                 Ok(())
             }
             // Some of it isn't mapped, or isn't ours: all the rest is protected.
@@ -256,7 +219,7 @@ impl Copier {
             Err(Error::NotTracked { .. }) if self.is_changing() => Err(Error::SystemError(Errno::EAGAIN)),
             // No event tells: before Linux 6.18 any userfaultfd of the process can end a registration.
             Err(Error::NotTracked { .. }) => {
-                self.unprotected.set(bits_of(part), false);
+                self.unprotected.set(part.bits(), false);
                 let gone = self.layout.remove(&(part.address..part.address + part.len));
                 self.gone(&gone);
                 Ok(())

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use super::copier::{Copier, MAX_LAYOUT_TRIES, bits_of};
+use super::copier::{Copier, MAX_LAYOUT_TRIES};
 use super::layout::Part;
 use super::queue::Payload;
 use crate::error::errno_of;
@@ -13,7 +13,7 @@ use crate::{Errno, Error, Event, Result, page_size, sys};
 
 impl Copier {
     /// Reads all that there is. Follows changes, and holds faults back.
-    pub(crate) fn hold_faults(&mut self) -> Result<()> {
+    pub(super) fn hold_faults(&mut self) -> Result<()> {
         while let Some(event) = self.watch.uffd.read_event()? {
             match event {
                 Event::Pagefault { .. } => self.held.push_back(event),
@@ -56,7 +56,7 @@ impl Copier {
     /// The kernel delivers faults before changes, and drops what a change drops when that was read. So with no fault
     /// unread, something to read is a change. And while the layout changes, nothing is read: the only fault may vanish
     /// before it is, and what is read instead is the change.
-    pub(crate) fn read_events(&mut self) -> Result<()> {
+    pub(super) fn read_events(&mut self) -> Result<()> {
         while self.held.is_empty() && !self.active.as_ref().is_some_and(|active| active.change_waits) {
             let [readable] = sys::wait_readable([self.watch.uffd.as_fd()], 0)?;
             if !readable {
@@ -72,12 +72,12 @@ impl Copier {
     }
 
     /// Whether what is to be read may be a removal before which something is to be saved.
-    pub(crate) fn may_hide_removal(&self) -> bool {
+    pub(super) fn may_hide_removal(&self) -> bool {
         self.saves_first() && self.is_changing()
     }
 
     /// Where faults can't be resolved since the layout changes, its change is to be read.
-    pub(crate) fn find_change(&mut self) -> Result<()> {
+    pub(super) fn find_change(&mut self) -> Result<()> {
         if self.changing == 0 || self.active.as_ref().is_some_and(|active| active.change_waits) {
             return Ok(());
         }
@@ -108,7 +108,7 @@ impl Copier {
     }
 
     /// Reads all that there is, so that nothing is left unread that was made before; faults are held back.
-    pub(crate) fn read_changes(&mut self) -> Result<()> {
+    pub(super) fn read_changes(&mut self) -> Result<()> {
         if let Some(active) = &mut self.active {
             active.change_waits = false;
         }
@@ -116,7 +116,7 @@ impl Copier {
     }
 
     /// Reads the change that waits; the faults before it are held back.
-    pub(crate) fn read_change(&mut self) -> Result<()> {
+    pub(super) fn read_change(&mut self) -> Result<()> {
         while let Some(event) = self.watch.uffd.read_event()? {
             if matches!(event, Event::Pagefault { .. }) {
                 self.held.push_back(event);
@@ -148,7 +148,7 @@ impl Copier {
     /// These pages are dropped as soon as the thread runs that drops them. Those that seem as protected then as before stay
     /// so, but for hugetlb memory: no look finds holes in it.
     fn dropped(&mut self, part: &Part) {
-        let bits = bits_of(part);
+        let bits = part.bits();
         self.dirty.set(bits.clone(), true);
         for bit in bits.filter(|bit| part.page > page_size() || !self.silent.get(*bit)) {
             self.unprotected.set(bit..bit + 1, true);
@@ -176,12 +176,12 @@ impl Copier {
                     match self.removal {
                         Removal::Zero => drop(self.settle(&part, || Payload::Zero)),
                         // It seems as protected after it was dropped as before.
-                        Removal::Save if self.silent.all(bits_of(&part)) => {
+                        Removal::Save if self.silent.all(part.bits()) => {
                             self.gone(std::slice::from_ref(&part));
                         }
                         Removal::Save => self.read_removed(&part)?,
                     }
-                    self.removed.set(bits_of(&part), true);
+                    self.removed.set(part.bits(), true);
                     self.dropped(&part);
                 }
             }
@@ -197,12 +197,12 @@ impl Copier {
                 let (from, to) = (from.addr(), to.addr());
                 for part in self.layout.at(&(from..from + len)) {
                     if let Some(active) = &mut self.active {
-                        active.dropped.set(bits_of(&part), false);
+                        active.dropped.set(part.bits(), false);
                     }
                     // Protection that it has at its new place may have been meant for the page that lay there: nothing
                     // tells any more whether it had lost its own.
                     if self.begins {
-                        self.changed(bits_of(&part));
+                        self.changed(part.bits());
                     }
                 }
                 self.discard(&(from..from + len));

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::page_size;
+
 /// A part of the memory whose pages lie side by side in it and in the snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
@@ -16,6 +18,11 @@ pub(crate) struct Part {
 impl Part {
     pub(super) fn addresses(&self) -> Range<usize> {
         self.address..self.address + self.len
+    }
+
+    /// Its bits: one for each page of the base size.
+    pub(super) fn bits(&self) -> Range<usize> {
+        self.offset / page_size()..(self.offset + self.len) / page_size()
     }
 
     /// What lies at these addresses.
