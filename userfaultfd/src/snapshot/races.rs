@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
-use super::{Content, Options};
+use super::{Content, Error, Options};
 use crate::support::memory::{self, Kind, Memory};
 use crate::support::proc::{thread_id, wait_until_in};
 use crate::support::{child, require, test_name, uffd};
@@ -344,4 +344,24 @@ fn page_moved_over_one_that_is_not_saved_is_not_taken_for_it() {
         assert_eq!((held[OVER], held[UNMAPPED], memory.read(PAGE)), (None, None, 99));
         assert_eq!(held[0], Some(1));
     });
+}
+
+#[test]
+fn panic_while_a_member_begins_ends_the_series_and_lifts_protection() {
+    require!(WRITE_PROTECT);
+    if !memory::tells_protection(test_name!()) {
+        return;
+    }
+    let memory = Memory::anonymous(PAGES);
+    number(&memory);
+    let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+    series.begin(sink(&Held::default(), memory.page())).unwrap().wait().unwrap();
+    memory.write(PAGE, 90);
+    let panics = at(Point::Watch(Moment::Protect), addresses(&memory), |_| panic!("as the test wants it"));
+    let begun = series.begin(sink(&Held::default(), memory.page()));
+    drop(panics);
+    assert!(matches!(begun, Err(Error::Kernel(crate::Error::TrackingFailed(_)))), "{begun:?}");
+    (0..PAGES).for_each(|page| memory.write(page, 91));
+    let next = series.begin(sink(&Held::default(), memory.page()));
+    assert!(next.is_err(), "{next:?}");
 }

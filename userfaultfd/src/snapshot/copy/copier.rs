@@ -76,6 +76,14 @@ impl Drop for Copier {
     fn drop(&mut self) {
         // They are closed now.
         self.shared.inherited.get().into_iter().flatten().for_each(InheritedFd::forget);
+        // After a panic nothing is left waiting: no writer, and nobody who asks for a snapshot.
+        if self.shared.lock().ended.is_none() {
+            if let Some(active) = self.active.take() {
+                active.queue.fail(None);
+            }
+            let freed = self.free();
+            self.shared.end_with(Some(freed.err().and_then(|error| error.errno()).unwrap_or(Errno::ESRCH)));
+        }
     }
 }
 
@@ -127,11 +135,7 @@ impl Copier {
             active.queue.fail(result.as_ref().err().and_then(Error::errno));
         }
         let freed = self.finish();
-        let mut state = self.shared.lock();
-        state.busy = false;
-        state.ended = Some(result.and(freed).err().and_then(|error| error.errno()));
-        drop(state);
-        self.shared.answered.notify_all();
+        self.shared.end_with(result.and(freed).err().and_then(|error| error.errno()));
     }
 
     /// Lifts all protection, and forgets the memory. While the kernel unregisters, nobody may fault in a page.

@@ -142,6 +142,15 @@ impl Shared {
         }
     }
 
+    /// The thread has ended, perhaps by an error.
+    pub(super) fn end_with(&self, errno: Option<Errno>) {
+        let mut state = self.lock();
+        state.busy = false;
+        state.ended = Some(errno);
+        drop(state);
+        self.answered.notify_all();
+    }
+
     /// Has the thread end.
     pub(crate) fn end(&self) {
         self.lock().end = true;
