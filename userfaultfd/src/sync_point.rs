@@ -10,6 +10,9 @@
 pub(crate) enum Point {
     /// A fault was read, and its page claimed.
     AfterRead,
+    /// An asynchronous source has started a load, which it may have answered, and which isn't marked as under way yet. Only
+    /// in the life of faults on such memory.
+    AfterStart,
     /// The content is there, and the kernel is about to be asked.
     BeforeFill,
     /// The content is in the page cache, and the kernel is about to be asked to map it.

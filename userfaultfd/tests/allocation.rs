@@ -15,8 +15,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use userfaultfd::pager::{
-    BytesSource, FaultAround, FileSource, LayeredSource, OverlaySource, PageData, PageSource, Pager, Region,
-    ZeroSource,
+    AsyncSource, BytesSource, FaultAround, FileSource, LayeredSource, OverlaySource, PageData, PageSource,
+    Pager, Region, ThreadedSource, ZeroSource,
 };
 use userfaultfd::{CopyMode, Errno, Error, Event, EventBuffer, FaultKind, FeatureFlags, Uffd, UffdBuilder};
 
@@ -40,12 +40,12 @@ thread_local! {
 static WATCHED: AtomicBool = AtomicBool::new(false);
 static PAGERS: AtomicUsize = AtomicUsize::new(0);
 
-/// Whether this thread answers a pager's faults.
+/// Whether this thread answers a pager's faults, or reads its source.
 fn is_pagers() -> bool {
     let mut name = [0_u8; 16];
     // SAFETY: so many bytes are what a name takes, with the NUL behind it.
     unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
-    name.starts_with(b"uffd-pager\0")
+    name.starts_with(b"uffd-pager\0") || name.starts_with(b"uffd-source\0")
 }
 
 fn count() {
@@ -472,6 +472,8 @@ fn serve_all_quietly(features: FeatureFlags) {
         serve_quietly(BytesSource::new(vec![1; 512 * page()]), around, features);
         serve_quietly(ZeroSource, around, features);
         serve_quietly(layers(), around, features);
+        let threads = ThreadedSource::new(content, 2).unwrap();
+        serve_quietly(AsyncSource::new(threads), around, features);
     }
 }
 

@@ -17,8 +17,6 @@ mod machine;
 mod measure;
 mod options;
 mod picture;
-#[path = "../random/mod.rs"]
-mod random;
 mod rows;
 mod table;
 

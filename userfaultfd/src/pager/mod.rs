@@ -153,8 +153,9 @@ pub use self::serve::delivery::Delivery;
 pub use self::stats::{Histogram, Statistics};
 pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};
 pub use crate::source::{
-    BytesSource, ConcatSource, FileAdvice, FileSource, LayeredSource, MappedFileSource, MappedRamSource,
-    OverlaySource, PageData, PageSource, RamBlock, SourceBytes, ZeroSource,
+    AsyncPageSource, AsyncSource, BytesSource, Completion, ConcatSource, FileAdvice, FileSource,
+    LayeredSource, Loaded, MappedFileSource, MappedRamSource, OverlaySource, PageBuffer, PageData,
+    PageSource, RamBlock, SourceBytes, ThreadedSource, ZeroSource,
 };
 #[cfg(feature = "http")]
 pub use crate::source::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};

@@ -489,6 +489,7 @@ impl Pager {
             gone.extend(replaced);
         });
         drop(gone);
+        self.shared.fill.in_flight.cancel(|_, run| run.region.id == region.0);
         self.shared.mailbox.post(Note::Ended);
         if served { Ok(()) } else { Err(Error::NotServed) }
     }
@@ -670,7 +671,8 @@ impl Pager {
         let mut others = self.threads.drain(..);
         workers.into_iter().for_each(Thread::join);
         self.added.join();
-        // No worker is left for the work that they have deferred.
+        // No worker is left for what sources still answer, nor for the work that they have deferred.
+        self.shared.fill.in_flight.cancel(|_, _| true);
         while let Some(Deferred { descriptor, work, .. }) = self.shared.retries.take_any() {
             self.shared.lease().give_up(&descriptor, work);
         }

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-#[cfg(feature = "pager")]
+mod async_load;
 pub(crate) mod call;
 mod concat;
 mod data_ranges;
@@ -21,7 +21,11 @@ mod overlay;
 mod pieces;
 #[cfg(feature = "http")]
 mod remote;
+mod threaded;
 
+pub use async_load::{AsyncPageSource, AsyncSource, Completion, Loaded, PageBuffer};
+#[cfg(feature = "pager")]
+pub(crate) use async_load::{LoadId, Receiver};
 pub use concat::ConcatSource;
 pub use file::{FileAdvice, FileSource};
 pub use layered::LayeredSource;
@@ -31,6 +35,8 @@ pub use memory::{BytesSource, ZeroSource};
 pub use overlay::OverlaySource;
 #[cfg(feature = "http")]
 pub use remote::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};
+
+pub use threaded::ThreadedSource;
 
 /// What a source has put into the buffer of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -121,6 +127,12 @@ pub trait PageSource: Send + Sync {
         let _ = (offset, len);
         None
     }
+
+    /// Returns the source as one that answers later, if it is such: an [`AsyncSource`]. The pager then starts loads and goes
+    /// on, instead of calling [`read`](Self::read).
+    fn as_async(&self) -> Option<&dyn AsyncPageSource> {
+        None
+    }
 }
 
 /// Bytes of a source that are in memory. Only the kernel reads them.
@@ -187,6 +199,10 @@ macro_rules! read_through {
 
         fn bytes(&$self, offset: u64, len: usize) -> Option<$crate::source::SourceBytes<'_>> {
             $source.bytes(offset, len)
+        }
+
+        fn as_async(&$self) -> Option<&dyn $crate::source::AsyncPageSource> {
+            $source.as_async()
         }
     };
 }

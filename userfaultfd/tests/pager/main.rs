@@ -4,6 +4,7 @@
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 
+mod answers;
 mod bad;
 mod budget;
 mod ends;

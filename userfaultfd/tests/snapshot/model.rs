@@ -23,7 +23,6 @@ use userfaultfd::snapshot::{Content, Error, Geometry, Options, Progress, Removal
 use userfaultfd::{FeatureFlags, MoveMode, RegisterMode};
 
 use crate::support::memory::{self, Kind, Memory};
-use crate::support::random::Random;
 use crate::support::{child, features, page, proc, require, show, test_name, uffd};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
@@ -36,11 +35,24 @@ const MADV_GUARD_REMOVE: libc::c_int = 103;
 /// Bytes of a transparent huge page.
 const HUGE: usize = 2 << 20;
 
-/// Lets a little time pass; now and then others run.
-fn dawdle(random: &mut Random, limit: usize) {
-    (0..random.below(limit * 200)).for_each(|_| std::hint::spin_loop());
-    if random.one_in(12) {
-        thread::yield_now();
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % limit
+    }
+
+    fn one_in(&mut self, limit: usize) -> bool {
+        self.below(limit) == 0
+    }
+
+    /// Lets a little time pass; now and then others run.
+    fn dawdle(&mut self, limit: usize) {
+        (0..self.below(limit * 200)).for_each(|_| std::hint::spin_loop());
+        if self.one_in(12) {
+            thread::yield_now();
+        }
     }
 }
 
@@ -108,12 +120,12 @@ struct Collect {
 
 impl Sink for Collect {
     fn begin(&mut self, _: &Geometry) -> io::Result<()> {
-        dawdle(&mut self.random, 3);
+        self.random.dawdle(3);
         Ok(())
     }
 
     fn write(&mut self, offset: u64, content: Content<'_>) -> io::Result<()> {
-        dawdle(&mut self.random, self.slow);
+        self.random.dawdle(self.slow);
         if self.fails && self.random.one_in(3) {
             return Err(io::Error::other("as it is told to"));
         }
@@ -266,7 +278,7 @@ impl<'a> Worker<'a> {
     fn round(&mut self) {
         for _ in 0..self.random.below(60) {
             self.operate();
-            dawdle(&mut self.random, 3);
+            self.random.dawdle(3);
         }
     }
 
@@ -299,7 +311,7 @@ impl<'a> Worker<'a> {
             730..750 if kind == Kind::Anonymous => {
                 // SAFETY: as above.
                 if unsafe { libc::madvise(at, bytes, MADV_GUARD_INSTALL) } == 0 {
-                    dawdle(&mut self.random, 200);
+                    self.random.dawdle(200);
                     // SAFETY: as above.
                     assert_eq!(unsafe { libc::madvise(at, bytes, MADV_GUARD_REMOVE) }, 0);
                     self.note(all, began, Act::Silent, Some(0));
@@ -480,12 +492,12 @@ impl Takes {
         let sink = Collect {
             held: Arc::clone(&held),
             page: world.memory.page(),
-            random: Random::new(random.next()),
+            random: Random(random.below(1 << 30) as u64),
             slow: [1, 10, 400][random.below(3)],
             fails: random.one_in(10),
         };
         let (fails, aborts) = (sink.fails, random.one_in(20));
-        dawdle(random, 20);
+        random.dawdle(20);
         let before = world.now();
         let begun = match &mut self.series {
             Some(series) => series.begin(sink),
@@ -575,7 +587,7 @@ fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(
     );
     let of_thread = |thread: usize| pages * thread / THREADS..pages * (thread + 1) / THREADS;
     let workers: Vec<_> = (0..THREADS)
-        .map(|thread| Worker::new(world, of_thread(thread), Random::new(random.next())))
+        .map(|thread| Worker::new(world, of_thread(thread), Random(random.below(1 << 30) as u64)))
         .collect();
     let huge = if transparent { proc::smaps(world.addresses(), "AnonHugePages:") / HUGE } else { 0 };
     let series = series.then(|| Takes::options(world, removal, buffer).series().unwrap());
@@ -636,7 +648,7 @@ fn snapshots_match_the_model() {
         let (start, mut totals) = (Instant::now(), Totals::default());
         while start.elapsed() < limit {
             let seed = seed.wrapping_add(totals.lives).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            if let Err(error) = life(test_name!(), Random::new(seed), &mut totals) {
+            if let Err(error) = life(test_name!(), Random(seed), &mut totals) {
                 panic!("life {}: {error}", totals.lives);
             }
         }

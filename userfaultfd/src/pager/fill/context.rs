@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::ahead_queue::AheadQueue;
+use super::in_flight::InFlight;
 use crate::pager::activity::{Activities, ThreadCounts};
 use crate::pager::bell::Bell;
 use crate::pager::reports::Reports;
@@ -21,18 +22,26 @@ pub(crate) struct FillContext {
     pub(crate) activities: Activities,
     /// What faults leave to threads that read ahead.
     pub(crate) ahead: AheadQueue,
+    /// Loads that asynchronous sources will answer.
+    pub(crate) in_flight: Arc<InFlight>,
     pub(crate) counters: ThreadCounters,
     stopping: AtomicBool,
 }
 
 impl FillContext {
-    pub(crate) fn new(threads: ThreadCounts, retry: RetryPolicy, bell: Arc<Bell>) -> Self {
+    pub(crate) fn new(
+        threads: ThreadCounts,
+        retry: RetryPolicy,
+        bell: Arc<Bell>,
+        in_flight: Arc<InFlight>,
+    ) -> Self {
         Self {
             threads,
             retry,
             reports: Reports::new(),
             activities: Activities::new(threads, bell),
             ahead: AheadQueue::new(),
+            in_flight,
             counters: ThreadCounters::new(threads.initial()),
             stopping: AtomicBool::new(false),
         }

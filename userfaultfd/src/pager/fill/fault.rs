@@ -116,7 +116,8 @@ impl PageFiller {
             let within = segment.pages();
             let around = around.start.max(within.start)..around.end.min(within.end);
             let around = within_run(around, page, segment.region.max_run());
-            let parallel = context.threads.read_ahead > 0 && self.is_slow() && !removed;
+            let is_slow = self.is_slow() || segment.region.is_async;
+            let parallel = context.threads.read_ahead > 0 && is_slow && !removed;
             let now = if parallel {
                 ahead_queue::first_chunk(&segment.region, page, &around)
             } else {

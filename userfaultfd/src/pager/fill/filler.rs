@@ -9,9 +9,10 @@ use super::buffers::MAX_SPARE_BUFFERS;
 use super::context::FillContext;
 use super::work::{Fault, FillContent, Outcome, Work, page_of};
 use crate::pager::memory::descriptor::{Descriptor, wake};
-use crate::pager::memory::page_run::PageRun;
+use crate::pager::memory::page_run::{PageRun, Purpose};
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::trace::span;
+use crate::source::LoadId;
 
 /// The next step of a piece of work.
 ///
@@ -103,6 +104,7 @@ impl PageFiller {
             }
             Work::Read => Outcome::Settled,
             Work::Load(run, attempts) => self.run(context, descriptor, Next::Load(run, attempts)),
+            Work::Answered { load, .. } => self.answered_later(context, descriptor, load),
             Work::Install(run, content) => self.run(context, descriptor, Next::Install(run, content)),
         }
     }
@@ -139,15 +141,38 @@ impl PageFiller {
                 }
             }
             Work::Load(run, _) => run.give_up(serving.as_ref()),
+            // Its run is given up by the thread that cancels it.
+            Work::Answered { .. } => {}
             Work::Install(run, content) => {
                 run.give_up(serving.as_ref());
-                self.put_back(content);
+                self.put_back(None, content);
             }
         }
     }
 
+    /// Goes on with a load that a source has answered after it was started.
+    fn answered_later(
+        &mut self,
+        context: &FillContext,
+        descriptor: &Arc<Descriptor>,
+        load: LoadId,
+    ) -> Outcome {
+        // Otherwise it was cancelled.
+        let Some((run, answer)) = context.in_flight.take_queued(load) else { return Outcome::Settled };
+        let is_ahead = run.purpose == Purpose::Ahead;
+        let next = self.answered(context, descriptor, run, answer);
+        match self.run(context, descriptor, next) {
+            // A fault that needs the page reads it again.
+            Outcome::Deferred(work, _) if is_ahead => {
+                self.give_up(descriptor, work);
+                Outcome::Settled
+            }
+            outcome => outcome,
+        }
+    }
+
     /// Takes steps until none is left for now.
-    fn run(&mut self, context: &FillContext, descriptor: &Descriptor, mut next: Next) -> Outcome {
+    fn run(&mut self, context: &FillContext, descriptor: &Arc<Descriptor>, mut next: Next) -> Outcome {
         loop {
             next = match next {
                 Next::Load(run, attempts) => self.load(context, descriptor, run, attempts),

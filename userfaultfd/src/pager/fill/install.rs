@@ -92,19 +92,19 @@ impl PageFiller {
         match left {
             Stop::SliceDone => unreachable!("it was gone on with"),
             Stop::Outdated => {
-                self.put_back(content);
+                self.put_back(Some(context), content);
                 self.drop_run(context, descriptor, run)
             }
             Stop::Settled => {
                 if let Some((_, since)) = run.demand {
                     context.counters(self.thread).fault_latency.record_since(since);
                 }
-                self.put_back(content);
+                self.put_back(Some(context), content);
                 Next::Done(Outcome::Settled)
             }
             Stop::TargetGone => {
                 run.give_up(None);
-                self.put_back(content);
+                self.put_back(Some(context), content);
                 Next::Done(Outcome::TargetGone)
             }
             // At the end of service no thread waits for memory that may never come: since Linux 7.2 ENOMEM also means
@@ -112,7 +112,7 @@ impl PageFiller {
             Stop::KernelBusy(Errno::ENOMEM | Errno::ENOSPC)
                 if run.region.is_ending() && !matches!(content, FillContent::Poison) =>
             {
-                self.put_back(content);
+                self.put_back(Some(context), content);
                 Next::Install(run, FillContent::Poison)
             }
             Stop::KernelBusy(errno) => {
@@ -121,7 +121,7 @@ impl PageFiller {
             Stop::Refused(errno) => {
                 let unreadable = errno == Errno::EFAULT && matches!(content, FillContent::Outside(_));
                 let poison = matches!(content, FillContent::Poison);
-                self.put_back(content);
+                self.put_back(Some(context), content);
                 if unreadable {
                     let attempts = run.attempts;
                     return self.source_failed(context, descriptor, run, attempts, io::Error::from(errno));
@@ -255,7 +255,11 @@ impl PageFiller {
         let again = match content {
             FillContent::Zero => FillContent::Zeros,
             // For huge pages EEXIST also means an empty pool: a page that can be poisoned is empty.
-            FillContent::Buffer | FillContent::Outside(_) | FillContent::Aside(_) | FillContent::Zeros
+            FillContent::Buffer
+            | FillContent::Outside(_)
+            | FillContent::Aside(_)
+            | FillContent::Loaded(_)
+            | FillContent::Zeros
                 if !run.region.zeropage_possible() =>
             {
                 if run.region.shared {
@@ -330,6 +334,7 @@ impl PageFiller {
             },
             FillContent::Outside(bytes) => bytes.wrapping_byte_add(run.done()),
             FillContent::Aside(aside) => aside.bytes()[run.done()..].as_ptr().cast(),
+            FillContent::Loaded(buffer) => buffer[run.done()..].as_ptr().cast(),
             FillContent::Buffer => self.buffer.as_ref().expect("it was filled")[run.done()..].as_ptr().cast(),
         };
         if let Some(cache) = &run.region.cache {
@@ -384,9 +389,11 @@ impl PageFiller {
             FillContent::Zero => &counters.zero_fills,
             _ if run.region.cache.is_some() => &counters.continues,
             FillContent::Zeros => &counters.zero_fills,
-            FillContent::Outside(_) | FillContent::Aside(_) | FillContent::Buffer | FillContent::File => {
-                &counters.fills
-            }
+            FillContent::Outside(_)
+            | FillContent::Aside(_)
+            | FillContent::Loaded(_)
+            | FillContent::Buffer
+            | FillContent::File => &counters.fills,
         };
         counter.add(pages as u64);
         counters.bytes.add((pages << run.region.page_shift) as u64);

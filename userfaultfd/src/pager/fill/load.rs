@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "bytes of pages that rest in a staging area")]
 
+use std::sync::Arc;
 use std::time::Instant;
 use std::{io, slice};
 
@@ -10,6 +11,7 @@ use memmap2::MmapMut;
 use super::buffers::{Aside, ensure_capacity};
 use super::context::FillContext;
 use super::filler::{Next, PageFiller};
+use super::in_flight::{Answer, Started};
 use super::work::{FillContent, Outcome, RetryAfter, Work};
 use crate::pager::evict::residence::{Content, Residence};
 use crate::pager::memory::descriptor::Descriptor;
@@ -19,6 +21,7 @@ use crate::pager::memory::served::ServedRegion;
 use crate::pager::trace::span;
 use crate::pager::{PageData, Problem, RegionId};
 use crate::source::call::catch_panic;
+use crate::source::{Loaded, Receiver};
 use crate::{Errno, sys};
 
 /// Why the content of a run can't be loaded.
@@ -28,6 +31,8 @@ pub(crate) enum NoContent {
     Source(io::Error),
     /// There is no memory for a buffer.
     NoMemory,
+    /// The source is asynchronous: the load must be started.
+    NotYet,
 }
 
 impl From<io::Error> for NoContent {
@@ -46,7 +51,7 @@ impl PageFiller {
     pub(super) fn load(
         &mut self,
         context: &FillContext,
-        descriptor: &Descriptor,
+        descriptor: &Arc<Descriptor>,
         run: PageRun,
         attempts: u32,
     ) -> Next {
@@ -67,6 +72,84 @@ impl PageFiller {
             }
             Err(NoContent::Source(error)) => self.source_failed(context, descriptor, run, attempts, error),
             Err(NoContent::NoMemory) => self.no_memory(descriptor, run, attempts),
+            Err(NoContent::NotYet) => self.start_load(context, descriptor, run, attempts),
+        }
+    }
+
+    /// Starts a load of an asynchronous source.
+    fn start_load(
+        &mut self,
+        context: &FillContext,
+        descriptor: &Arc<Descriptor>,
+        run: PageRun,
+        attempts: u32,
+    ) -> Next {
+        let region = Arc::clone(&run.region);
+        if region.is_ending() {
+            // No answer is waited for any more.
+            return Next::Install(run, FillContent::Poison);
+        }
+        let (offset, is_early) = (region.offset_of(run.pages().start), run.demand.is_none());
+        let _in_source = run.enter_source();
+        span!("start", offset = offset, len = run.len());
+        self.set_reading(context, &region);
+        let start = Instant::now();
+        let started = context.in_flight.start(descriptor, run, |buffer, done| {
+            match region.source.as_async() {
+                Some(source) if is_early => source.start_early(offset, buffer, done),
+                Some(source) => source.start(offset, buffer, done),
+                // It was asynchronous before. Both are dropped, which is an error.
+                None => {}
+            }
+        });
+        if let Some(place) = self.place {
+            context.activities.set_at_work(place, true);
+        }
+        // What keeps this thread waiting is `start` alone.
+        self.pace = (self.pace * 7 + start.elapsed()) / 8;
+        match started {
+            Started::UnderWay => Next::Done(Outcome::Settled),
+            Started::Answered(run, answer) => self.answered(context, descriptor, run, answer),
+            Started::NoMemory(run) => self.no_memory(descriptor, run, attempts),
+            // Fewer pages may do.
+            Started::Full(run) if run.purpose != Purpose::Ahead && run.pages().len() > 1 => {
+                match self.alone(descriptor, run) {
+                    Some(run) => Next::Load(run, attempts),
+                    None => Next::Done(Outcome::Settled),
+                }
+            }
+            Started::Full(run) => {
+                Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::OtherLoad))
+            }
+        }
+    }
+
+    /// The next step when an asynchronous source has answered.
+    pub(super) fn answered(
+        &mut self,
+        context: &FillContext,
+        descriptor: &Descriptor,
+        run: PageRun,
+        answer: Answer,
+    ) -> Next {
+        let counters = context.counters(self.thread);
+        counters.source_latency.record(answer.took);
+        counters.source_reads.add(1);
+        match answer.result {
+            Ok(Loaded::Zero) => {
+                let zeros = Self::zeros(&run);
+                Next::Install(run, zeros)
+            }
+            Ok(Loaded::Data(mut buffer)) => {
+                let offset = run.region.offset_of(run.pages().start);
+                let within = run.region.within_source(offset, buffer.len());
+                buffer[within..].fill(0);
+                Next::Install(run, FillContent::Loaded(buffer.into_mapping()))
+            }
+            Err(error) => {
+                let attempts = run.attempts;
+                self.source_failed(context, descriptor, run, attempts, error)
+            }
         }
     }
 
@@ -120,6 +203,11 @@ impl PageFiller {
                 self.pace = self.pace * 7 / 8;
                 return Ok(FillContent::Outside(bytes.as_ptr()));
             }
+        }
+        // Other threads, of callers and in the background, wait for their content themselves.
+        let may_start = region.poison || !region.is_ending();
+        if region.is_async && self.place.is_some() && may_start {
+            return Err(NoContent::NotYet);
         }
         span!("load", offset = offset, len = len);
         let (place, is_slow) = (self.place, self.is_slow());
@@ -299,10 +387,19 @@ impl PageFiller {
         }
     }
 
-    /// Keeps the buffer of installed content as a spare one.
-    pub(crate) fn put_back(&mut self, content: FillContent) {
-        let FillContent::Aside(aside) = content else { return };
-        let Some(buffer) = aside.into_buffer() else { return };
+    /// Keeps the buffer of installed content as a spare one. That of a load goes back to where loads have theirs from.
+    pub(crate) fn put_back(&mut self, context: Option<&FillContext>, content: FillContent) {
+        let buffer = match content {
+            FillContent::Aside(aside) => aside.into_buffer(),
+            FillContent::Loaded(buffer) => {
+                return match context {
+                    Some(context) => context.in_flight.put_back(buffer),
+                    None => drop(buffer),
+                };
+            }
+            _ => None,
+        };
+        let Some(buffer) = buffer else { return };
         let free = std::iter::once(&mut self.buffer).chain(&mut self.spare).find(|place| place.is_none());
         if let Some(place) = free {
             *place = Some(buffer);

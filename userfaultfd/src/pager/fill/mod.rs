@@ -7,6 +7,7 @@ pub(crate) mod context;
 pub(crate) mod fault;
 pub(crate) mod filler;
 pub(crate) mod growth;
+pub(crate) mod in_flight;
 pub(crate) mod install;
 pub(crate) mod lease;
 pub(crate) mod load;

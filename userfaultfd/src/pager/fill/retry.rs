@@ -251,7 +251,10 @@ impl RetryQueue {
     /// Takes an entry that was due at a moment: one at a time, so that other workers can take the next one.
     pub(crate) fn next_due(&self, now: Instant) -> Option<Deferred> {
         let mut entries = lock(&self.entries);
-        let at = entries.all.iter().position(|entry| entry.is_due(now));
+        let due = |entry: &Deferred| entry.is_due(now);
+        // What threads wait for comes first.
+        let at = entries.all.iter().position(|entry| due(entry) && !entry.work.is_early());
+        let at = at.or_else(|| entries.all.iter().position(due));
         let due = at.map(|at| entries.all.remove(at));
         self.count.store(entries.all.len(), Ordering::Relaxed);
         let next = entries.all.iter().map(|entry| if entry.is_due(now) { now } else { entry.due }).min();

@@ -6,8 +6,11 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use memmap2::MmapMut;
+
 use super::buffers::Aside;
 use crate::pager::memory::page_run::PageRun;
+use crate::source::LoadId;
 use crate::{Errno, FaultKind};
 
 /// A fault that was read.
@@ -41,6 +44,8 @@ pub(crate) enum FillContent {
     Buffer,
     /// Content in a buffer that was kept.
     Aside(Aside),
+    /// Content in the buffer of a load that was answered.
+    Loaded(MmapMut),
     /// Content in the source's own memory, valid while the region lives.
     Outside(*const c_void),
 }
@@ -60,6 +65,8 @@ pub(crate) enum Work {
     Read,
     /// The run's content must be loaded. The source failed this number of times.
     Load(PageRun, u32),
+    /// An asynchronous source has answered a load.
+    Answered { load: LoadId, is_early: bool },
     /// The content is loaded, and must be installed.
     Install(PageRun, FillContent),
 }
@@ -69,6 +76,17 @@ impl Work {
     pub(crate) fn is_ending(&self) -> bool {
         match self {
             Self::Load(run, _) | Self::Install(run, _) => run.region.is_ending(),
+            // It is due at once.
+            Self::Answered { .. } => false,
+            Self::Fault(_) | Self::Stray { .. } | Self::Read => false,
+        }
+    }
+
+    /// Whether no thread waits for it, as far as is known.
+    pub(super) fn is_early(&self) -> bool {
+        match self {
+            Self::Load(run, _) | Self::Install(run, _) => run.demand.is_none(),
+            Self::Answered { is_early, .. } => *is_early,
             Self::Fault(_) | Self::Stray { .. } | Self::Read => false,
         }
     }
@@ -78,7 +96,7 @@ impl Work {
 #[derive(Debug)]
 #[must_use]
 pub(crate) enum Outcome {
-    /// The work is done.
+    /// The work is done, or goes on when a source answers.
     Settled,
     /// The rest must be done later, not before the delay has passed.
     Deferred(Work, RetryAfter),

@@ -43,6 +43,7 @@ pub struct Region {
     source: Arc<dyn PageSource>,
     /// Set by [`ask_source`](Self::ask_source).
     source_len: Option<u64>,
+    is_async: bool,
     offset: u64,
     page_size: usize,
     around: FaultAround,
@@ -89,6 +90,7 @@ impl Region {
             len,
             source: Arc::new(source),
             source_len: None,
+            is_async: false,
             offset: 0,
             page_size: crate::page_size(),
             around: FaultAround::Adaptive { most: DEFAULT_MAX_AROUND_BYTES },
@@ -208,10 +210,11 @@ impl Region {
         modes
     }
 
-    /// Asks the source for its length: once, and while nothing is locked. Turns its panic into an error.
+    /// Asks the source for its length and its kind: once, and while nothing is locked. Turns its panic into an error.
     pub(crate) fn ask_source(&mut self) -> Result<()> {
-        let len = catch_panic(|| Ok(self.source.len()));
-        self.source_len = len.map_err(|error| Error::Source { offset: self.offset, error })?;
+        let asked = catch_panic(|| Ok((self.source.len(), self.source.as_async().is_some())));
+        (self.source_len, self.is_async) =
+            asked.map_err(|error| Error::Source { offset: self.offset, error })?;
         Ok(())
     }
 
@@ -349,6 +352,7 @@ impl Region {
         Ok(ServedRegion {
             id,
             source_len: self.source_len,
+            is_async: self.is_async,
             source: self.source,
             offset: self.offset,
             moved: moved.into(),

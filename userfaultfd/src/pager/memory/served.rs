@@ -28,6 +28,8 @@ pub(crate) struct ServedRegion {
     pub(crate) id: u64,
     pub(crate) source: Arc<dyn PageSource>,
     pub(super) source_len: Option<u64>,
+    /// Whether loads of the source are started, and answered later.
+    pub(crate) is_async: bool,
     pub(crate) offset: u64,
     /// Ordered. Mostly empty.
     pub(super) moved: Box<[Moved]>,
@@ -184,6 +186,7 @@ impl ServedRegion {
             id,
             source: Arc::clone(&self.source),
             source_len: self.source_len,
+            is_async: self.is_async,
             offset: self.offset + ((first as u64) << self.page_shift),
             moved: self.moved_from(first, pages.count()),
             page_shift: self.page_shift,

@@ -46,6 +46,7 @@ races! {
     block: Block,
     minor: Minor,
     hugetlb: Hugetlb,
+    async_load: Async,
 }
 
 races! {
@@ -54,4 +55,5 @@ races! {
     block: Block,
     minor: Minor,
     hugetlb: Hugetlb,
+    async_load: Async,
 }

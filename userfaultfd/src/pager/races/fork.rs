@@ -35,4 +35,5 @@ races! {
     block: Block,
     minor: Minor,
     hugetlb: Hugetlb,
+    async_load: Async,
 }

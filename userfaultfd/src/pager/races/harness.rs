@@ -11,7 +11,9 @@ use std::thread::{self, JoinHandle};
 use std::{iter, mem, ptr};
 
 use crate::pager::serve::shared::Shared;
-use crate::pager::{Added, FaultAround, PageData, PageSource, Pager, Region, Statistics};
+use crate::pager::{
+    Added, AsyncSource, FaultAround, PageData, PageSource, Pager, Region, Statistics, ThreadedSource,
+};
 use crate::support::mapping::Mapping;
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::{self, thread_id, wait_until};
@@ -45,12 +47,14 @@ pub(super) enum Flavour {
     Minor,
     /// Private huge pages.
     Hugetlb,
+    /// Private anonymous memory, page by page, from a source that answers later, in a thread of its own.
+    Async,
 }
 
 impl Flavour {
     fn kind(self) -> Kind {
         match self {
-            Self::Anonymous | Self::Block => Kind::Anonymous,
+            Self::Anonymous | Self::Block | Self::Async => Kind::Anonymous,
             Self::Minor => Kind::Memfd,
             Self::Hugetlb => Kind::PrivateHugetlb,
         }
@@ -75,10 +79,16 @@ impl Flavour {
 
     /// Memory as a region.
     pub(super) fn region(self, memory: &Memory, source: impl PageSource + 'static) -> Region {
-        let region =
-            Region::new(memory.start().expose_provenance(), memory.len(), source).page_size(memory.page());
+        let (start, len) = (memory.start().expose_provenance(), memory.len());
+        let region = match self {
+            Self::Async => {
+                Region::new(start, len, AsyncSource::new(ThreadedSource::new(source, 1).expect("a thread")))
+            }
+            _ => Region::new(start, len, source),
+        };
+        let region = region.page_size(memory.page());
         match self {
-            Self::Anonymous | Self::Hugetlb => region.fault_around(FaultAround::Page),
+            Self::Anonymous | Self::Hugetlb | Self::Async => region.fault_around(FaultAround::Page),
             Self::Block => region.block(3 * memory.page()),
             Self::Minor => {
                 region.fault_around(FaultAround::Page).minor(memory.file().try_clone().unwrap().into(), 0)
@@ -381,15 +391,28 @@ macro_rules! races {
     };
     (@flavours $act:ident; $($kind:ident: $flavour:ident,)*) => {$(
         mod $kind {
-            $crate::pager::races::harness::races! {
-                @points $act; $flavour;
-                after_read: AfterRead,
-                before_fill: BeforeFill,
-                after_fill: AfterFill,
-                before_wake: BeforeWake,
-            }
+            $crate::pager::races::harness::races! { @flavour $act; $flavour }
         }
     )*};
+    (@flavour $act:ident; Async) => {
+        $crate::pager::races::harness::races! {
+            @points $act; Async;
+            after_read: AfterRead,
+            after_start: AfterStart,
+            before_fill: BeforeFill,
+            after_fill: AfterFill,
+            before_wake: BeforeWake,
+        }
+    };
+    (@flavour $act:ident; $flavour:ident) => {
+        $crate::pager::races::harness::races! {
+            @points $act; $flavour;
+            after_read: AfterRead,
+            before_fill: BeforeFill,
+            after_fill: AfterFill,
+            before_wake: BeforeWake,
+        }
+    };
     (@points $act:ident; $flavour:ident; $($name:ident: $point:ident,)*) => {
         $(#[test]
         fn $name() {
@@ -399,8 +422,10 @@ macro_rules! races {
             super::super::$act.race($crate::support::test_name!(), Flavour::$flavour, Point::$point);
         })*
         // A point that is left out is an error here.
+        #[allow(unreachable_patterns, reason = "`AfterStart` is a point of some kinds of memory alone")]
         const _: fn(Point) = |point| match point {
             $(Point::$point => {})*
+            Point::AfterStart => {}
             // No points of every fault: see `found` and `control`.
             Point::BeforeAdopt | Point::AfterAdd | Point::BeforeForeign | Point::BeforeLend | Point::BeforeMap | Point::Watch(_) | Point::Evict(_) => {}
         };

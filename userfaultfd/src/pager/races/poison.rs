@@ -4,6 +4,7 @@ use super::harness::{Act, Flavour, Outcome, PAGE, Scene, Seen, content, nobody, 
 use crate::FeatureFlags;
 use crate::pager::Error;
 use crate::support::features;
+use crate::sync_point::Point;
 
 static DROP: Act<bool> = Act {
     features: FeatureFlags::EVENT_REMOVE,
@@ -35,7 +36,9 @@ fn can_poison() -> bool {
 }
 
 fn check(scene: &Scene, outcome: Outcome<bool>) {
-    outcome.readers_saw(content(PAGE));
+    // A load that isn't started by then never is.
+    let is_started = scene.flavour != Flavour::Async || outcome.point != Point::AfterRead;
+    outcome.readers_saw(if is_started || !outcome.acted { content(PAGE) } else { Seen::POISON });
     let block = if scene.flavour == Flavour::Block { 0..3 } else { PAGE..PAGE + 1 };
     let filled = |page: usize| !outcome.acted || block.contains(&page);
     scene.others_are(|page| if filled(page) { content(page) } else { Seen::POISON });
@@ -47,6 +50,7 @@ races! {
     block: Block,
     minor: Minor,
     hugetlb: Hugetlb,
+    async_load: Async,
 }
 
 races! {
@@ -55,4 +59,5 @@ races! {
     block: Block,
     minor: Minor,
     hugetlb: Hugetlb,
+    async_load: Async,
 }

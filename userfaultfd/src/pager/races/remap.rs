@@ -81,6 +81,7 @@ races! {
     block: Block,
     minor: Minor,
     hugetlb: Hugetlb,
+    async_load: Async,
 }
 
 races! {
@@ -88,4 +89,5 @@ races! {
     anonymous: Anonymous,
     block: Block,
     minor: Minor,
+    async_load: Async,
 }

@@ -21,7 +21,7 @@ static SECOND: Act<()> = Act {
 fn another(scene: &Scene, point: Point) -> Vec<Reader> {
     let reader = Reader::of(scene.at(PAGE));
     match point {
-        Point::AfterRead | Point::BeforeFill | Point::BeforeMap => {
+        Point::AfterRead | Point::AfterStart | Point::BeforeFill | Point::BeforeMap => {
             wait_until(|| scene.statistics().duplicates > 0)
         }
         // It is there, though the pager is busy with it still.
@@ -44,4 +44,5 @@ races! {
     block: Block,
     minor: Minor,
     hugetlb: Hugetlb,
+    async_load: Async,
 }

@@ -27,6 +27,7 @@ races! {
     block: Block,
     minor: Minor,
     hugetlb: Hugetlb,
+    async_load: Async,
 }
 
 races! {
@@ -35,4 +36,5 @@ races! {
     block: Block,
     minor: Minor,
     hugetlb: Hugetlb,
+    async_load: Async,
 }

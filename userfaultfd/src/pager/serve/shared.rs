@@ -22,6 +22,7 @@ use crate::pager::activity::{Busy, ThreadCounts};
 use crate::pager::bell::Bell;
 use crate::pager::fill::context::FillContext;
 use crate::pager::fill::filler::PageFiller;
+use crate::pager::fill::in_flight::InFlight;
 use crate::pager::fill::lease::{FillerPool, Lease};
 use crate::pager::fill::retry::RetryQueue;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, OUTSIDE_SHARDS, Origin};
@@ -35,7 +36,7 @@ pub(crate) struct Shared {
     /// For what isn't done by the threads of the pager.
     fillers: FillerPool,
     /// What workers have put off.
-    pub(crate) retries: RetryQueue,
+    pub(crate) retries: Arc<RetryQueue>,
     /// What workers have taken on and not begun, by their places.
     backlogs: Box<[RankedMutex<Backlog, { rank::LAYOUT }>]>,
     pub(super) bindings: Bindings,
@@ -59,12 +60,14 @@ impl fmt::Debug for Shared {
 
 impl Shared {
     pub(crate) fn new(threads: ThreadCounts, retry: RetryPolicy) -> Result<Self> {
-        let (owner, bell, retries) = (Owner::current()?, Arc::new(Bell::new()?), RetryQueue::new()?);
+        let (owner, bell, retries) =
+            (Owner::current()?, Arc::new(Bell::new()?), Arc::new(RetryQueue::new()?));
+        let in_flight = InFlight::new(owner, Arc::clone(&retries))?;
         let backlogs = iter::repeat_with(|| RankedMutex::new(Backlog::new())).take(threads.places());
         Ok(Self {
             owner,
             inherited: Arc::default(),
-            fill: FillContext::new(threads, retry, Arc::clone(&bell)),
+            fill: FillContext::new(threads, retry, Arc::clone(&bell), in_flight),
             fillers: FillerPool::new(),
             poll: Poll::new(retries.timer())?,
             retries,
@@ -161,6 +164,7 @@ impl Shared {
         may: impl Fn(&Attachment) -> bool,
     ) -> Option<Attachment> {
         let serving = descriptor.close_if(may)?;
+        self.fill.in_flight.cancel(|of, _| of.id == descriptor.id);
         self.poll.remove(serving.uffd.as_fd());
         self.table.note_closed();
         self.mailbox.post(Note::Ended);

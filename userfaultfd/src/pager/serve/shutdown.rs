@@ -102,6 +102,10 @@ pub(crate) fn drain(
             let pages = segment.pages();
             // The workers defer nothing any longer, which might be for hours.
             segment.region.set_ending(drain != Drain::Fill);
+            // Nor for answers of sources.
+            if drain != Drain::Fill {
+                shared.fill.in_flight.cancel(|_, run| Arc::ptr_eq(&run.region, &segment.region));
+            }
             if drain == Drain::FillOnce {
                 filler.map_from_file(&shared.fill, descriptor, segment, memory.as_ref());
             }

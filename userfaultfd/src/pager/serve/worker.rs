@@ -477,7 +477,7 @@ impl Worker {
                 Some(segment) => (segment.region.id, page_of(fault.address)),
                 None => return,
             },
-            Work::Stray { .. } | Work::Read => return,
+            Work::Stray { .. } | Work::Answered { .. } | Work::Read => return,
         };
         let (region, address) = (RegionId(region), addresses.start);
         self.shared.fill.report(Problem::Stuck { region, address, errno });
