@@ -302,6 +302,63 @@ pub(crate) fn allocate(file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<
     }
 }
 
+/// fallocate(2) with FALLOC_FL_PUNCH_HOLE: gives the blocks of a range of a file back, which is a hole from now on. Through
+/// signals.
+pub(crate) fn punch_hole(file: BorrowedFd<'_>, offset: u64, len: u64) -> Result<(), Errno> {
+    let offset = libc::off64_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
+    let len = libc::off64_t::try_from(len).map_err(|_| Errno::EOVERFLOW)?;
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    loop {
+        // SAFETY: the system call takes integers and touches no memory of this process.
+        match Errno::result(unsafe { libc::fallocate64(file.as_raw_fd(), mode, offset, len) }) {
+            Err(Errno::EINTR) => {}
+            done => return done.map(drop),
+        }
+    }
+}
+
+/// What becomes of a byte of a file that is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FileLock {
+    Shared,
+    Exclusive,
+    Unlocked,
+}
+
+/// Locks a byte of a file, below 2 to the power of 31, for an open file description, or changes or ends its lock, without a wait: fcntl(2) with
+/// F_OFD_SETLK, Linux 3.15. Returns whether that could be done: `false` while another description has a lock in the way.
+pub(crate) fn lock_byte(file: BorrowedFd<'_>, byte: u32, lock: FileLock) -> Result<bool, Errno> {
+    /// Not everywhere in `libc`.
+    const F_OFD_SETLK: libc::c_int = 37;
+    // SAFETY: all zeros is such a structure.
+    let mut request: libc::flock = unsafe { std::mem::zeroed() };
+    request.l_type = match lock {
+        FileLock::Shared => libc::F_RDLCK,
+        FileLock::Exclusive => libc::F_WRLCK,
+        FileLock::Unlocked => libc::F_UNLCK,
+    } as _;
+    request.l_whence = libc::SEEK_SET as _;
+    request.l_start = byte as libc::off_t;
+    request.l_len = 1;
+    // SAFETY: the kernel reads the structure, which is borrowed for the call.
+    match check(unsafe { libc::fcntl(file.as_raw_fd(), F_OFD_SETLK, &raw const request) }) {
+        Ok(_) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Lets nobody read a part of a mapping, or lets it be read again: mprotect(2). The part is whole pages of it, but for the
+/// mapping's end. `ENOMEM`: the process has as many mappings as it may.
+#[cfg(any(feature = "pager", feature = "snapshot"))]
+pub(crate) fn set_readable(map: &memmap2::MmapRaw, part: Range<usize>, readable: bool) -> Result<(), Errno> {
+    assert!(part.start <= part.end && part.end <= map.len(), "{part:?} of {}", map.len());
+    let start = map.as_mut_ptr().wrapping_add(part.start);
+    let protection = if readable { libc::PROT_READ } else { libc::PROT_NONE };
+    // SAFETY: the range is that of the mapping, to whose bytes no reference leads, and none of them changes.
+    check(unsafe { libc::mprotect(start.cast(), part.len(), protection) }).map(drop)
+}
+
 /// Waits until one of the descriptors can be read, through signals, or until `timeout` milliseconds are over; -1 is without end.
 /// Tells which can be.
 pub(crate) fn wait_readable<const N: usize>(
@@ -711,6 +768,21 @@ pub(crate) fn futex_wake(number: &AtomicU32) {
     let operation = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
     // SAFETY: the address is a key; no memory is touched.
     unsafe { libc::syscall(libc::SYS_futex, number.as_ptr(), operation, 1) };
+}
+
+/// Waits until a number isn't this one, a wake, or the end of `timeout`, which is less than a second; or for no reason.
+/// The number may lie in a file that other processes have mapped.
+pub(crate) fn futex_wait_shared(number: &AtomicU32, expected: u32, timeout: Duration) {
+    // What this system call takes, whatever the C library's structure is.
+    let time: [libc::c_long; 2] = [0, timeout.subsec_nanos() as libc::c_long];
+    // SAFETY: the kernel reads the number and the time, which are borrowed for the call.
+    unsafe { libc::syscall(libc::SYS_futex, number.as_ptr(), libc::FUTEX_WAIT, expected, time.as_ptr()) };
+}
+
+/// Wakes all threads, of all processes, that wait for a number by [`futex_wait_shared`].
+pub(crate) fn futex_wake_shared(number: &AtomicU32) {
+    // SAFETY: the address is a key; no memory is touched.
+    unsafe { libc::syscall(libc::SYS_futex, number.as_ptr(), libc::FUTEX_WAKE, libc::c_int::MAX) };
 }
 
 /// Waiting for another thread by looking again and again: at once at first, then after sleeping for ever longer, so that

@@ -153,9 +153,10 @@ pub use self::serve::delivery::Delivery;
 pub use self::stats::{Histogram, Statistics};
 pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};
 pub use crate::source::{
-    AsyncPageSource, AsyncSource, BytesSource, Completion, ConcatSource, FileAdvice, FileSource,
-    LayeredSource, Loaded, MappedFileSource, MappedRamSource, OverlaySource, PageBuffer, PageData,
-    PageSource, RamBlock, SourceBytes, ThreadedSource, ZeroSource,
+    AsyncPageSource, AsyncSource, BytesSource, CacheError, CacheStatistics, CachedImage, CachedImageBuilder,
+    ChunkCache, Completion, ConcatSource, FileAdvice, FileSource, LayeredSource, Loaded, MappedFileSource,
+    MappedRamSource, OverlaySource, PageBuffer, PageData, PageSource, RamBlock, SourceBytes, ThreadedSource,
+    ZeroSource,
 };
 #[cfg(feature = "http")]
 pub use crate::source::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};

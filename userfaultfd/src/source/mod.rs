@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 mod async_load;
 pub(crate) mod call;
+mod chunk_cache;
 mod concat;
 mod data_ranges;
 mod file;
@@ -26,6 +27,7 @@ mod threaded;
 pub use async_load::{AsyncPageSource, AsyncSource, Completion, Loaded, PageBuffer};
 #[cfg(feature = "pager")]
 pub(crate) use async_load::{LoadId, Receiver};
+pub use chunk_cache::{CacheError, CacheStatistics, CachedImage, CachedImageBuilder, ChunkCache};
 pub use concat::ConcatSource;
 pub use file::{FileAdvice, FileSource};
 pub use layered::LayeredSource;

@@ -124,6 +124,11 @@ impl PageFiller {
                 self.put_back(Some(context), content);
                 if unreadable {
                     let attempts = run.attempts;
+                    // A cache took its bytes back, for want of room, or its file was cut off: the source is read before
+                    // anything has failed.
+                    if run.mark_unreadable() {
+                        return Next::Load(run, attempts);
+                    }
                     return self.source_failed(context, descriptor, run, attempts, io::Error::from(errno));
                 }
                 let Some(mut run) = self.alone(descriptor, run) else { return Next::Done(Outcome::Settled) };
@@ -400,6 +405,7 @@ impl PageFiller {
         counters.prefetched.add((pages - usize::from(asked)) as u64);
     }
 }
+
 /// How many of the next pages to fill at once, so that one that is about to be written is filled by itself.
 fn alone_if_written(run: &PageRun, pages: usize) -> usize {
     let next = run.pages().start;

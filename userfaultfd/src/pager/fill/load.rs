@@ -196,7 +196,7 @@ impl PageFiller {
         if run.demand.is_none() && known_zeros(region, offset) >= len as u64 {
             return Ok(Self::zeros(run));
         }
-        if region.cache.is_none() {
+        if region.cache.is_none() && !run.is_unreadable() {
             let bytes =
                 catch_panic(|| Ok(region.source.bytes(offset, len).filter(|bytes| bytes.len() == len)))?;
             if let Some(bytes) = bytes {

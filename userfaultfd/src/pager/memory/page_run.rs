@@ -42,9 +42,13 @@ pub(crate) struct PageRun {
     pub(crate) attempts: u32,
     /// What it is filled for.
     pub(crate) purpose: Purpose,
-    /// Whether a budget has room for it.
-    is_reserved: bool,
+    /// [`RESERVED`] and [`UNREADABLE`].
+    marks: u8,
 }
+
+/// Marks of a run: a budget has room for it; the kernel couldn't copy from the source's memory.
+const RESERVED: u8 = 1;
+const UNREADABLE: u8 = 2;
 
 /// Nested reads that are noted for each thread: a source may itself fault on memory of another pager, hardly deeper.
 const MAX_SOURCE_DEPTH: usize = 4;
@@ -101,7 +105,7 @@ impl PageRun {
             tries: 0,
             attempts: 0,
             purpose: Purpose::Access,
-            is_reserved: false,
+            marks: 0,
         }
     }
 
@@ -124,6 +128,18 @@ impl PageRun {
     pub(crate) fn early(mut self) -> Self {
         self.purpose = Purpose::Ahead;
         self
+    }
+
+    /// Whether the source must be read, since the kernel couldn't copy from its memory.
+    pub(crate) fn is_unreadable(&self) -> bool {
+        self.marks & UNREADABLE != 0
+    }
+
+    /// Notes that the kernel couldn't copy from the source's memory. Returns whether that is new.
+    pub(crate) fn mark_unreadable(&mut self) -> bool {
+        let is_new = !self.is_unreadable();
+        self.marks |= UNREADABLE;
+        is_new
     }
 
     /// The pages that aren't settled.
@@ -158,9 +174,9 @@ impl PageRun {
 
     /// Waits for room for it, where a budget limits its region. Not with a lock held.
     pub(crate) fn reserve(&mut self) {
-        if let Some(residence) = self.region.residence.as_ref().filter(|_| !self.is_reserved) {
+        if let Some(residence) = self.region.residence.as_ref().filter(|_| self.marks & RESERVED == 0) {
             residence.reserve(self.pages());
-            self.is_reserved = true;
+            self.marks |= RESERVED;
         }
     }
 
@@ -183,8 +199,8 @@ impl PageRun {
         if let Some(residence) = &self.region.residence {
             if end == Settlement::Present {
                 let is_written = |page| is_changed || self.is_written(page);
-                residence.enter(settled.clone(), self.is_reserved, is_written);
-            } else if self.is_reserved {
+                residence.enter(settled.clone(), self.marks & RESERVED != 0, is_written);
+            } else if self.marks & RESERVED != 0 {
                 residence.give_back(settled.clone());
             }
         }
@@ -256,7 +272,7 @@ impl PageRun {
             tries: self.tries,
             attempts: self.attempts,
             purpose: self.purpose,
-            is_reserved: self.is_reserved,
+            marks: self.marks,
         };
         let (one, others) = (part(page..page + 1), [part(pages.start..page), part(page + 1..pages.end)]);
         self.count = self.done; // the parts have them now
@@ -267,7 +283,7 @@ impl PageRun {
 
 impl Drop for PageRun {
     fn drop(&mut self) {
-        if let Some(residence) = self.region.residence.as_ref().filter(|_| self.is_reserved) {
+        if let Some(residence) = self.region.residence.as_ref().filter(|_| self.marks & RESERVED != 0) {
             residence.give_back(self.pages());
         }
         for page in self.pages() {
