@@ -9,7 +9,7 @@
 //! `USERFAULTFD_MODEL_SEED` where the random numbers begin.
 
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
@@ -107,6 +107,8 @@ struct Taken {
     /// It is of a series, which follows pages that have moved before it began.
     follows: bool,
     held: Held,
+    /// Pages that came with an earlier member of the series.
+    earlier: BTreeSet<usize>,
 }
 
 /// Takes all, slowly now and then, or fails half-way.
@@ -438,14 +440,15 @@ impl Log {
     }
 
     fn tell(&self, taken: &Taken, page: usize) -> String {
-        let Taken { began: (before, after), ended, previous, held, .. } = taken;
+        let Taken { began: (before, after), ended, previous, held, earlier, .. } = taken;
         let near = |operation: &&Operation| operation.ended + 400 > *before && operation.began < ended + 100;
         let near: Vec<_> = self.pages[&page].iter().filter(near).collect();
         let changes = |change: &&Change| change.ended + 400 > *before && change.began < *ended;
         let changes: Vec<_> = self.changes.iter().filter(changes).collect();
         let held = held[&page];
+        let came = if earlier.contains(&page) { "from an earlier one" } else { "delivered with it" };
         format!(
-            "page {page} has {held:?} in the snapshot of {before}..{after}, at work until {ended}, after one until \
+            "page {page} has {held:?}, {came}, in the snapshot of {before}..{after}, at work until {ended}, after one until \
              {previous}: {near:?}, the layout changed {changes:?}"
         )
     }
@@ -530,7 +533,9 @@ impl Takes {
         if (total, gone) != told || saved != total {
             return Err(format!("{saved} of {total}, of them {gone} gone, but delivered were {told:?}"));
         }
+        let mut earlier = BTreeSet::new();
         if self.series.is_some() {
+            earlier.extend(self.chain.keys().filter(|page| !held.contains_key(page)));
             self.chain.extend(held);
             held = self.chain.clone();
         }
@@ -538,7 +543,7 @@ impl Takes {
             return Err(format!("it holds {} pages of {}", held.len(), world.pages));
         }
         let follows = self.series.is_some();
-        self.taken.push(Taken { began: (before, after), ended, previous, follows, held });
+        self.taken.push(Taken { began: (before, after), ended, previous, follows, held, earlier });
         Ok(())
     }
 }
