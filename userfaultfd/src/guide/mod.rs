@@ -1,8 +1,9 @@
-//! Guides: when to use this crate and when not, recipes for usual jobs, and moving from 0.9.
+//! Guides: when to use this crate and when not, recipes for usual jobs, fleets, and moving from 0.9.
 //!
 //! - [When not to use it](when_not_to_use_it): what `mmap`, `fork` and the kernel do better.
 //! - [Cookbook](cookbook): a page for each usual job, with a program that runs in the tests.
 //! - [Tuning](crate::pager::tuning): what a fault costs, and how to have fewer.
+//! - [At scale](at_scale): chunk sizes, caches and starts of many virtual machines, calculated for a fleet.
 //! - [From 0.9](from_0_9): what a program written for userfaultfd 0.8 or 0.9 must change.
 
 /// Recipes for usual jobs.
@@ -48,6 +49,9 @@ pub mod cookbook {
 
 #[doc = include_str!("when_not_to_use_it.md")]
 pub mod when_not_to_use_it {}
+
+#[doc = include_str!("at_scale.md")]
+pub mod at_scale {}
 
 #[doc = include_str!("from_0_9.md")]
 pub mod from_0_9 {}
