@@ -117,7 +117,9 @@ impl Arena {
         let len = spec.pages * spec.page_size;
         let file = match spec.memory {
             Memory::Anonymous => None,
-            Memory::Huge | Memory::HugeMinor | Memory::HugePrivate => Some(huge_file(len)?),
+            Memory::Huge | Memory::HugeMinor | Memory::HugePrivate => {
+                Some(userfaultfd_examples::memfd_with(libc::MFD_HUGETLB, len)?)
+            }
             _ => Some(userfaultfd_examples::memfd(len)?),
         };
         let states = match spec.memory.is_shared() {
@@ -612,20 +614,6 @@ impl Drop for Arena {
         let unmapped = unsafe { libc::munmap(at, windows * len) };
         assert_eq!(unmapped, 0, "munmap: {}", io::Error::last_os_error());
     }
-}
-
-/// A file of huge pages.
-fn huge_file(len: usize) -> io::Result<File> {
-    use std::os::fd::FromRawFd;
-    // SAFETY: the name is a NUL-terminated constant, and nothing else is passed by pointer.
-    let fd = unsafe { libc::memfd_create(c"soak".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB) };
-    if fd == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel made the descriptor for the call above, so nothing else owns it.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(len as u64)?;
-    Ok(file)
 }
 
 /// Words that were read from a page, and whether they can be right.

@@ -114,8 +114,17 @@ pub fn hash_memory(memory: &[u8]) -> u64 {
 ///
 /// Those of memfd_create(2) and ftruncate(2).
 pub fn memfd(len: usize) -> io::Result<File> {
+    memfd_with(0, len)
+}
+
+/// [`memfd`] with flags, as `MFD_HUGETLB`.
+///
+/// # Errors
+///
+/// Those of memfd_create(2) and ftruncate(2).
+pub fn memfd_with(flags: libc::c_uint, len: usize) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated constant, and nothing else is passed by pointer.
-    let fd = unsafe { libc::memfd_create(c"userfaultfd-example".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(c"userfaultfd-example".as_ptr(), libc::MFD_CLOEXEC | flags) };
     if fd == -1 {
         return Err(io::Error::last_os_error());
     }

@@ -6,9 +6,10 @@
 //! that. Protecting costs the kernel something for each page, so a snapshot of memory in transparent huge pages begins
 //! many times faster than one of memory in small pages: both are told.
 
-use std::collections::hash_map::RandomState;
+#[path = "random/mod.rs"]
+mod random;
+
 use std::fs::File;
-use std::hash::{BuildHasher, Hasher};
 use std::io::Write;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -21,6 +22,8 @@ use memmap2::{Advice, MmapMut, MmapRaw};
 use userfaultfd::dirty::{Mode, Options};
 use userfaultfd::snapshot::{Content, Sink};
 use userfaultfd::{DirtyTracker, FeatureFlags, Snapshot, Support, page_size};
+
+use crate::random::Random;
 
 fn main() {
     let args: Vec<_> = std::env::args().skip(1).collect();
@@ -80,29 +83,6 @@ fn summary(mut times: Vec<Duration>) -> [f64; 3] {
     [times[times.len() / 2], times[0], times[times.len() - 1]].map(|time| time.as_secs_f64())
 }
 
-/// Numbers in no order: pages, the same ones in every run, or by lot.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        Self(RandomState::new().build_hasher().finish())
-    }
-
-    /// Numbers in an order that is drawn by lot.
-    fn order<const N: usize>(&mut self) -> [usize; N] {
-        let mut order = std::array::from_fn(|at| at);
-        for last in (1..N).rev() {
-            order.swap(last, self.below(last + 1));
-        }
-        order
-    }
-
-    fn below(&mut self, pages: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % pages
-    }
-}
-
 /// How many times longer one took than the other.
 fn ratio(one: [f64; 3], other: [f64; 3]) -> String {
     format!("{:>8.1} × {:>6.1} ×", one[0] / other[0], one[1] / other[1])
@@ -143,10 +123,10 @@ fn writes(features: FeatureFlags, rounds: usize) {
     } else {
         println!("{:<24}this kernel has none", "soft-dirty");
     }
-    let mut random = Random::new();
+    let mut random = Random::of_this_run();
     for _ in 0..rounds {
         // Those that there are, in an order that is drawn by lot.
-        for at in random.order::<5>() {
+        for at in random.shuffled(5) {
             let Some((memory, way)) = ways.get_mut(at) else { continue };
             (way.protect)();
             way.times.push(time(|| order().for_each(|page| memory.write(page))));
@@ -234,13 +214,13 @@ fn takes(memory: &Memory, rounds: usize) {
     let mut words = vec![0; 8 << 16];
     for (written, name) in [(1, "0.1 %"), (10, "1 %"), (100, "10 %")] {
         let (mut takes, mut reads) = (Vec::new(), Vec::new());
-        let (mut lots, mut random) = (Random::new(), Random(1));
+        let (mut lots, mut random) = (Random::of_this_run(), Random::new(1));
         for _ in 0..rounds {
             // Both look at pages that were just written: who came second would find the kernel's tables in the caches.
-            let seed = random.0;
+            let before = random.clone();
             let mut found = [0; 2];
-            for way in lots.order::<2>() {
-                random.0 = seed;
+            for way in lots.shuffled(2) {
+                random.clone_from(&before);
                 for _ in 0..memory.pages() * written / 1000 {
                     memory.write(random.below(memory.pages()));
                 }
@@ -351,7 +331,7 @@ fn beside_a_writer(memory: &Memory, end: impl FnOnce(Snapshot<Discard>)) -> [Dur
     let (at_work, part) = (Barrier::new(2), AtomicUsize::new(0));
     thread::scope(|scope| {
         let writer = scope.spawn(|| {
-            let (mut random, mut longest) = (Random(7), [Duration::ZERO; 3]);
+            let (mut random, mut longest) = (Random::new(7), [Duration::ZERO; 3]);
             at_work.wait();
             while part.load(Ordering::Relaxed) < 2 {
                 let took = time(|| memory.write(random.below(memory.pages())));

@@ -541,13 +541,8 @@ mod tests {
     #[test]
     fn any_bytes_decode_without_panic() {
         crate::support::require!();
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut random = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state
-        };
+        let mut numbers = crate::support::random::Random::new(1);
+        let mut random = || numbers.next();
         for _ in 0..100_000 {
             let words = [random(), random(), random()];
             // Mostly events that exist.

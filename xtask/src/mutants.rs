@@ -45,7 +45,8 @@ struct Mutant {
     from: String,
     /// What is put in its place.
     to: String,
-    /// What `cargo test --package userfaultfd` is told to run: the tests of which one at least must fail.
+    /// What `cargo test --package userfaultfd` is told to run, `--`, and parts of the names of tests, of which one at least
+    /// must fail.
     test: String,
     /// Why no test can see it. Then the tests must pass.
     invisible: Option<String>,
@@ -65,10 +66,22 @@ impl Mutant {
         }
     }
 
+    /// What cargo is told of the binaries, and the parts of the names of tests.
+    fn target_and_filters(&self) -> (&str, &str) {
+        self.test.split_once(" -- ").unwrap_or((&self.test, ""))
+    }
+
     /// What cargo is told.
-    fn arguments(&self, subcommand: &[&str]) -> Vec<String> {
+    fn arguments(&self, subcommand: &[&str], test: &str) -> Vec<String> {
         let words = subcommand.iter().copied().chain(["--package=userfaultfd", "--quiet"]);
-        words.chain(self.test.split(' ')).map(str::to_owned).collect()
+        words.chain(test.split(' ')).map(str::to_owned).collect()
+    }
+
+    /// The filters that match none of some tests, as `--list` prints them. What is filtered by one would always pass.
+    fn filters_without_tests<'a>(&'a self, listed: &str) -> Vec<&'a str> {
+        let names: Vec<_> = listed.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+        let filters = self.target_and_filters().1.split(' ');
+        filters.filter(|filter| !names.iter().any(|name| name.contains(filter))).collect()
     }
 }
 
@@ -102,6 +115,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     println!("without a fault: {} sets of tests", tests.len());
     for test in tests {
         let mutant = mutants.iter().find(|mutant| mutant.test == test).ok_or("a test of no fault")?;
+        copy.check_filters(mutant)?;
         if copy.judge(mutant)? == Found::Noticed {
             return Err(format!("without a fault this fails: cargo test --package=userfaultfd {test}"));
         }
@@ -191,6 +205,21 @@ impl Copy {
         command
     }
 
+    /// Fails if a filter of a fault matches no test.
+    fn check_filters(&self, mutant: &Mutant) -> Result<(), String> {
+        let (target, _) = mutant.target_and_filters();
+        let mut command = self.cargo(&mutant.arguments(&["test"], &format!("{target} -- --list")));
+        let output =
+            command.stderr(Stdio::inherit()).output().map_err(|e| format!("{}: {e}", display(&command)))?;
+        if !output.status.success() {
+            return Err(format!("{}: {}", display(&command), output.status));
+        }
+        match mutant.filters_without_tests(&String::from_utf8_lossy(&output.stdout))[..] {
+            [] => Ok(()),
+            ref filters => Err(format!("no test's name contains {filters:?}, of `{}`", mutant.test)),
+        }
+    }
+
     /// Puts a fault in, and takes it out.
     fn try_out(&self, mutant: &Mutant) -> Result<Found, String> {
         let original = text(&source(&self.tree), mutant)?;
@@ -204,14 +233,14 @@ impl Copy {
 
     /// Builds, which must work, and runs the tests.
     fn judge(&self, mutant: &Mutant) -> Result<Found, String> {
-        let mut build = self.cargo(&mutant.arguments(&["test", "--no-run"]));
+        let mut build = self.cargo(&mutant.arguments(&["test", "--no-run"], &mutant.test));
         let output = build.output().map_err(|e| format!("{}: {e}", display(&build)))?;
         if !output.status.success() {
             let errors = String::from_utf8_lossy(&output.stderr);
             let first = errors.lines().find(|line| line.starts_with("error"));
             return Err(format!("it doesn't build: {}", first.unwrap_or("no reason given")));
         }
-        let mut test = self.cargo(&mutant.arguments(&["test"]));
+        let mut test = self.cargo(&mutant.arguments(&["test"], &mutant.test));
         test.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         let mut child = test.spawn().map_err(|e| format!("{}: {e}", display(&test)))?;
         // One that doesn't end has been noticed.
@@ -245,14 +274,20 @@ mod tests {
             file: "a.rs".to_owned(),
             from: "a <\n    b".to_owned(),
             to: "a <= b".to_owned(),
-            test: "--lib a::".to_owned(),
+            test: "--lib -- a:: b::".to_owned(),
             invisible: None,
         };
         assert_eq!(mutant.apply("if a <\n    b {}").as_deref(), Ok("if a <= b {}"));
         assert!(mutant.apply("if a < b {}").is_err() && mutant.apply("a <\n    b a <\n    b").is_err());
         assert_eq!(mutant.name(), "a.rs: a < b → a <= b");
-        let arguments = mutant.arguments(&["test", "--no-run"]);
-        assert_eq!(arguments, ["test", "--no-run", "--package=userfaultfd", "--quiet", "--lib", "a::"]);
+        let arguments = mutant.arguments(&["test", "--no-run"], &mutant.test);
+        assert_eq!(
+            arguments,
+            ["test", "--no-run", "--package=userfaultfd", "--quiet", "--lib", "--", "a::", "b::"]
+        );
+        let listed = "a::tests::one: test\nc::b: test\nb::bench: benchmark\n\n2 tests, 1 benchmark\n";
+        assert_eq!(mutant.filters_without_tests(listed), ["b::"]);
+        assert_eq!(mutant.filters_without_tests("b::a::two: test"), [""; 0]);
     }
 
     #[test]
@@ -260,6 +295,7 @@ mod tests {
         for mutant in read().unwrap() {
             assert!(source(tree::root()).join(&mutant.file).is_file(), "{}", mutant.name());
             assert!(mutant.test.starts_with("--"), "{}", mutant.name());
+            assert!(!mutant.target_and_filters().1.is_empty(), "{}", mutant.name());
             assert!(mutant.from != mutant.to && !mutant.from.is_empty(), "{}", mutant.name());
             assert!(mutant.invisible.is_none_or(|reason| reason.len() > 20), "a reason");
         }

@@ -13,6 +13,8 @@ mod picture;
 #[path = "../../src/pager/evict/policy.rs"]
 #[expect(dead_code, reason = "no trace resizes memory")]
 mod policy;
+#[path = "../random/mod.rs"]
+mod random;
 mod replay;
 mod traces;
 

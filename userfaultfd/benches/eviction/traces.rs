@@ -1,38 +1,6 @@
 //! Accesses to pages, in order.
 
-/// Numbers that look random, the same on every run.
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) const fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    pub(crate) fn below(&mut self, end: usize) -> usize {
-        ((u128::from(self.next()) * end as u128) >> 64) as usize
-    }
-
-    /// At least 0 and less than 1.
-    fn fraction(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
-    }
-
-    fn shuffled(&mut self, count: usize) -> Vec<u32> {
-        let mut all: Vec<u32> = (0..count as u32).collect();
-        for end in (1..count).rev() {
-            all.swap(end, self.below(end + 1));
-        }
-        all
-    }
-}
+use crate::random::Random;
 
 /// Pages of which the `n`th most popular is accessed in proportion to `n` to the power of minus `skew`.
 struct Zipf {
@@ -47,7 +15,10 @@ impl Zipf {
             sum += (rank as f64).powf(-skew);
             sum
         });
-        Self { sums: sums.collect(), pages: random.shuffled(count) }
+        Self {
+            sums: sums.collect(),
+            pages: random.shuffled(count).into_iter().map(|page| page as u32).collect(),
+        }
     }
 
     fn next(&self, random: &mut Random) -> u32 {

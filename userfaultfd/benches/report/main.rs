@@ -17,6 +17,8 @@ mod machine;
 mod measure;
 mod options;
 mod picture;
+#[path = "../random/mod.rs"]
+mod random;
 mod rows;
 mod table;
 

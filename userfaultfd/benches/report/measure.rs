@@ -1,8 +1,8 @@
 //! Rounds by turns, and what they come to.
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
 use std::time::{Duration, Instant};
+
+use crate::random::Random;
 
 /// Does one round and tells what came out.
 pub(crate) type Round = Box<dyn FnMut() -> f64>;
@@ -24,7 +24,7 @@ impl Samples {
     pub(crate) fn take(time: Duration, rounds: usize, mut setup: impl FnMut() -> Setup) -> Self {
         let (start, least) = (Instant::now(), if time.is_zero() { 1 } else { SETUPS });
         let mut samples: Vec<Vec<Vec<f64>>> = Vec::new();
-        let mut random = Random::new();
+        let mut random = Random::of_this_run();
         let (mut setups, warm_up) = (0, usize::from(rounds > 1));
         while setups < least || start.elapsed() < time {
             let mut contenders = setup();
@@ -33,7 +33,7 @@ impl Samples {
                 of_contender.push(Vec::with_capacity(rounds));
             }
             for round in 0..rounds {
-                for at in random.order(contenders.len()) {
+                for at in random.shuffled(contenders.len()) {
                     let Some(contender) = &mut contenders[at] else { continue };
                     let value = contender();
                     if round >= warm_up {
@@ -61,31 +61,6 @@ impl Samples {
         Summary::of_setups(
             setups.map(|(first, second)| first.iter().zip(second).map(|(a, b)| a / b).collect()),
         )
-    }
-}
-
-/// Random numbers: xorshift, from a seed that differs from run to run.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        Self(RandomState::new().build_hasher().finish() | 1)
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % end as u64) as usize
-    }
-
-    /// The numbers below `count`, each order being as likely.
-    fn order(&mut self, count: usize) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..count).collect();
-        for last in (1..count).rev() {
-            order.swap(last, self.below(last + 1));
-        }
-        order
     }
 }
 
@@ -139,7 +114,7 @@ pub(crate) fn check() {
     for (values, expected) in known.into_iter().chain([(20, Some(5)), (100, Some(39))]) {
         assert_eq!(outside(values), expected, "{values} values");
     }
-    let mut order = Random::new().order(9);
+    let mut order = Random::of_this_run().shuffled(9);
     order.sort_unstable();
     assert!(order.into_iter().eq(0..9));
 }

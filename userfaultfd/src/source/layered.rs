@@ -217,7 +217,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::source::model::{Random, byte, check, check_all};
+    use crate::source::model::{Random, byte, check, check_all, random_range};
     use crate::source::{BytesSource, PageData, ZeroSource};
     use crate::support::require;
     use crate::sys;
@@ -240,7 +240,7 @@ mod tests {
     fn ranges(random: &mut Random, len: usize, unit: usize) -> Vec<Range<usize>> {
         let (mut ranges, mut at) = (Vec::new(), 0);
         while at < len && ranges.len() < 20 {
-            let found = random.range(len - at, unit);
+            let found = random_range(random, len - at, unit);
             let range = at + found.start..at + found.end;
             at = range.end + random.below(2) * random.below(unit);
             ranges.push(range);
@@ -257,7 +257,7 @@ mod tests {
             let mut random = Random::new(seed);
             let len = (1 + random.below(12)) * page - random.below(2) * random.below(page);
             let mut expected: Vec<u8> = (0..len).map(|at| byte(0, at)).collect();
-            let zeros = random.range(len, page);
+            let zeros = random_range(&mut random, len, page);
             expected[zeros].fill(0);
             let mut source = LayeredSource::new(BytesSource::new(expected.clone())).unwrap();
             let mut forks: Vec<(LayeredSource, Vec<u8>)> = Vec::new();
@@ -269,7 +269,7 @@ mod tests {
                         diff.set_len(len as u64).unwrap();
                         for _ in 0..random.below(6) {
                             // Whole pages, as a VM monitor writes them; some of zeros.
-                            let range = random.range(len, page);
+                            let range = random_range(&mut random, len, page);
                             let range = range.start / page * page..range.end.next_multiple_of(page).min(len);
                             let zero = random.below(4) == 0;
                             let bytes: Vec<u8> =

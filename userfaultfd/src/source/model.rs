@@ -7,34 +7,19 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use super::{PageData, PageSource, SourceBytes};
+pub(super) use crate::support::random::Random;
 use crate::sys;
 
-/// Numbers that look random, the same for the same seed: xorshift.
-pub(super) struct Random(u64);
-
-impl Random {
-    pub(super) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+/// A range within `0..len` that isn't empty, often short, often at a multiple of `unit`.
+pub(super) fn random_range(random: &mut Random, len: usize, unit: usize) -> Range<usize> {
+    let start = random.below(len);
+    let longest = if random.one_in(2) { len } else { 2 * unit };
+    let end = start + 1 + random.below(longest.min(len - start));
+    if random.one_in(3) {
+        return start..end;
     }
-
-    pub(super) fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) as usize % limit
-    }
-
-    /// A range within `0..len` that isn't empty, often short, often at a multiple of `unit`.
-    pub(super) fn range(&mut self, len: usize, unit: usize) -> Range<usize> {
-        let start = self.below(len);
-        let longest = if self.below(2) == 0 { len } else { 2 * unit };
-        let end = start + 1 + self.below(longest.min(len - start));
-        if self.below(3) == 0 {
-            return start..end;
-        }
-        let start = start / unit * unit;
-        start..end.next_multiple_of(unit).min(len)
-    }
+    let start = start / unit * unit;
+    start..end.next_multiple_of(unit).min(len)
 }
 
 /// Bytes that tell where they are, and whose.
@@ -86,7 +71,7 @@ pub(super) fn check_all(source: &impl PageSource, expected: &[u8], random: &mut 
         check(source, expected, start..start + unit);
     }
     for _ in 0..20 {
-        let range = random.range(expected.len() + unit, unit);
+        let range = random_range(random, expected.len() + unit, unit);
         check(source, expected, range);
     }
 }

@@ -179,7 +179,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::source::model::{Random, byte, check, check_all};
+    use crate::source::model::{Random, byte, check, check_all, random_range};
     use crate::source::{BytesSource, ZeroSource};
     use crate::support::require;
 
@@ -191,11 +191,11 @@ mod tests {
             let mut random = Random::new(seed);
             let len = 1 + random.below(3000);
             let mut expected: Vec<u8> = (0..len).map(|at| byte(0, at)).collect();
-            let zeros = random.range(len, 64);
+            let zeros = random_range(&mut random, len, 64);
             expected[zeros].fill(0);
             let mut source = OverlaySource::new(BytesSource::new(expected.clone()));
             for patch in 1..=random.below(30) {
-                let range = random.range(len, 64);
+                let range = random_range(&mut random, len, 64);
                 let range = range.start..range.end.min(range.start + 200);
                 let bytes: Vec<u8> = range.clone().map(|at| byte(patch, at)).collect();
                 expected[range.clone()].copy_from_slice(&bytes);

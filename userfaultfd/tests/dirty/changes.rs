@@ -8,24 +8,10 @@ use userfaultfd::{DirtyTracker, FeatureFlags};
 
 use crate::space::{self, MODES, Space};
 use crate::support::memory::Memory;
+use crate::support::random::Random;
 use crate::support::{has_features, require, test_name};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
-
-/// A generator of numbers, the same for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % limit
-    }
-
-    fn range(&mut self, limit: usize) -> Range<usize> {
-        let (a, b) = (self.below(limit), self.below(limit));
-        a.min(b)..a.max(b) + 1
-    }
-}
 
 fn pages(told: Vec<Range<usize>>) -> BTreeSet<usize> {
     assert!(told.windows(2).all(|two| two[0].end < two[1].start), "in order and merged: {told:?}");
@@ -41,7 +27,7 @@ fn ranges_report_the_pages_that_were_written() {
         // Faults that a thread handles take their time, most of all in an emulated machine.
         let (seeds, steps) = if tracker.mode() == Mode::Sync { (2, 60) } else { (4, 200) };
         for seed in 0..seeds {
-            let mut random = Random(seed);
+            let mut random = Random::new(seed);
             if random.below(2) == 0 {
                 space.populate();
             }

@@ -9,7 +9,7 @@ use userfaultfd::{Errno, Error, FeatureFlags};
 use crate::space::{self, Kind, MODES, Space};
 use crate::support::mapping::Mapping;
 use crate::support::memory::{self, Memory};
-use crate::support::{child, errno, has, has_features, nowhere, page, require, test_name};
+use crate::support::{child, errno, has, has_features, maps, nowhere, page, require, test_name};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
@@ -219,13 +219,8 @@ fn another_tracker_is_made_while_the_heap_is_tracked() {
     child::run_well(test_name!(), || {
         let heap = Box::new(1);
         let at = std::ptr::from_ref(&*heap).addr();
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let bounds = maps.lines().map(|line| line.split([' ', '-']).take(2));
-        let ranges = bounds.map(|ends| ends.map(|end| usize::from_str_radix(end, 16).unwrap()));
-        let heap = ranges.map(|mut ends| ends.next().unwrap()..ends.next().unwrap());
-        let heap = heap.into_iter().find(|range| range.contains(&at)).unwrap();
         let mut tracker = space::tracker(Mode::Async);
-        tracker.track(heap).unwrap();
+        tracker.track(maps::mapping_of(at).unwrap()).unwrap();
         let space = Space::from(Memory::anonymous(4));
         for mode in MODES {
             space::tracker(mode).track(space.all()).unwrap();
@@ -244,11 +239,7 @@ fn vast_reservation_is_tracked_at_no_cost() {
     require!(FeatureFlags::WP_ASYNC);
     child::run_well(test_name!(), || {
         const LEN: usize = 64 << 30;
-        let tables = || {
-            let status = std::fs::read_to_string("/proc/self/status").unwrap();
-            let field = status.lines().find_map(|line| line.strip_prefix("VmPTE:")).unwrap();
-            1024 * field.trim().trim_end_matches(" kB").parse::<usize>().unwrap()
-        };
+        let tables = || maps::status_bytes("VmPTE");
         let rights = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
         let mapping = Mapping::new(LEN / page(), rights, flags, None).unwrap();

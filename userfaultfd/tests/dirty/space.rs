@@ -9,7 +9,7 @@ use userfaultfd::{DirtyTracker, FeatureFlags, RegisterMode};
 
 use crate::support::mapping::{self, Mapping};
 use crate::support::memory::{self, Memory};
-use crate::support::{features, has, has_features, page, uffd};
+use crate::support::{features, has, has_features, maps, page, uffd};
 
 /// What a space is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,19 +190,7 @@ impl From<Memory> for Space {
 
 /// Whether a transparent huge page begins at an address.
 fn is_transparent(address: usize) -> bool {
-    let smaps = std::fs::read("/proc/self/smaps").unwrap();
-    let mut inside = false;
-    for line in String::from_utf8_lossy(&smaps).lines() {
-        if let Some((start, end)) = line.split_once(' ').and_then(|(bounds, _)| bounds.split_once('-')) {
-            let address_of = |text| usize::from_str_radix(text, 16);
-            if let (Ok(start), Ok(end)) = (address_of(start), address_of(end)) {
-                inside = (start..end).contains(&address);
-            }
-        } else if let (true, Some(size)) = (inside, line.strip_prefix("AnonHugePages:")) {
-            return !size.trim().starts_with("0 ");
-        }
-    }
-    false
+    maps::mapping_field(address, "AnonHugePages").is_some_and(|size| !size.starts_with("0 "))
 }
 
 /// Every kind, in an order that finds the simplest failure first.

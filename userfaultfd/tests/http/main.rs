@@ -16,9 +16,10 @@ use std::time::{Duration, Instant};
 use userfaultfd::LazyMemory;
 use userfaultfd::pager::{FaultAround, HttpSource, PageData, PageSource, RemoteError, RemoteOptions};
 
+use crate::support::gate::Gate;
 use crate::support::proc::{thread_id, wait_until_in};
 use crate::support::{page, require};
-use crate::web::{Answer, Gate, Web};
+use crate::web::{Answer, Web};
 
 /// Bytes that tell where they are.
 pub(crate) fn content(len: usize) -> Vec<u8> {
@@ -170,17 +171,17 @@ fn a_read_gives_up_and_tells_the_last_reason() {
     assert!(begun.elapsed() >= Duration::from_millis(100) && remote(&error).is_retryable());
 
     // A server that says nothing.
-    let gate = Arc::new(Gate::default());
-    let held = Arc::clone(&gate);
-    web.answer(move |_, _| Answer::Late(Arc::clone(&held)));
+    let gate = Gate::default();
+    let held = gate.clone();
+    web.answer(move |_, _| Answer::Late(held.clone()));
     let error = source.read(0, &mut [0; 100]).unwrap_err();
     assert!(matches!(remote(&error), RemoteError::GaveUp { .. }), "{error}");
     gate.open();
     let timeout = Duration::from_millis(50);
     let source = open(&web, RemoteOptions::new().request_timeout(timeout).give_up_after(4 * timeout));
-    let gate = Arc::new(Gate::default());
-    let held = Arc::clone(&gate);
-    web.answer(move |_, _| Answer::Late(Arc::clone(&held)));
+    let gate = Gate::default();
+    let held = gate.clone();
+    web.answer(move |_, _| Answer::Late(held.clone()));
     let error = source.read(0, &mut [0; 100]).unwrap_err();
     let RemoteError::GaveUp { last, .. } = remote(&error) else { panic!("{error}") };
     assert_eq!(*last, RemoteError::TimedOut(timeout));
@@ -243,11 +244,11 @@ fn a_slow_answer_has_a_second_request_and_the_first_answer_counts() {
     let web = Web::new(bytes.clone());
     let source = open(&web, RemoteOptions::new());
     (0..20).for_each(|at| check(&source, &bytes, at * 100, 100));
-    let (gate, before) = (Arc::new(Gate::default()), source.statistics());
+    let (gate, before) = (Gate::default(), source.statistics());
     // A second request of these, for which nobody waits, isn't the one that is held up.
     web.wait_for(1 + before.requests as usize);
-    let held = Arc::clone(&gate);
-    web.answer(move |number, _| if number == 0 { Answer::Late(Arc::clone(&held)) } else { Answer::Right });
+    let held = gate.clone();
+    web.answer(move |number, _| if number == 0 { Answer::Late(held.clone()) } else { Answer::Right });
     // Returns, though the first answer never comes.
     check(&source, &bytes, 5000, 100);
     let after = source.statistics();
@@ -255,16 +256,16 @@ fn a_slow_answer_has_a_second_request_and_the_first_answer_counts() {
     assert_eq!(after.requests - before.requests, 2);
     gate.open();
     // Nobody waits for what is read ahead.
-    let gate = Arc::new(Gate::default());
-    let held = Arc::clone(&gate);
-    web.answer(move |_, _| Answer::Late(Arc::clone(&held)));
+    let gate = Gate::default();
+    let held = gate.clone();
+    web.answer(move |_, _| Answer::Late(held.clone()));
     let options = RemoteOptions::new().give_up_after(Duration::from_millis(300));
     web.answer(|_, _| Answer::Right);
     let source = open(&web, options);
     (0..20).for_each(|at| check(&source, &bytes, at * 100, 100));
     let before = source.statistics();
-    let held = Arc::clone(&gate);
-    web.answer(move |_, _| Answer::Late(Arc::clone(&held)));
+    let held = gate.clone();
+    web.answer(move |_, _| Answer::Late(held.clone()));
     source.read_early(5000, &mut [0; 100]).unwrap_err();
     assert_eq!(source.statistics().hedges, before.hedges);
     gate.open();
@@ -294,9 +295,9 @@ fn faults_go_before_reads_ahead_and_neighbours_go_along() {
     let web = Web::new(content(1_000_000));
     let options = RemoteOptions::new().connections(1).hedge(false).merge(1000, 10_000);
     let source = Arc::new(open(&web, options));
-    let gate = Arc::new(Gate::default());
-    let held = Arc::clone(&gate);
-    web.answer(move |number, _| if number == 0 { Answer::Late(Arc::clone(&held)) } else { Answer::Right });
+    let gate = Gate::default();
+    let held = gate.clone();
+    web.answer(move |number, _| if number == 0 { Answer::Late(held.clone()) } else { Answer::Right });
     let mut threads = queue(&source, &[(0, false)]);
     web.wait_for(2);
     let ahead = [(100_000, true), (200_000, true), (200_500, true), (202_000, true), (300_000, true)];
@@ -326,9 +327,9 @@ fn no_more_requests_are_under_way_than_connections() {
     let bytes = content(1_000_000);
     let web = Web::new(bytes.clone());
     let source = open(&web, RemoteOptions::new().connections(3).hedge(false).merge(0, 0));
-    let gate = Arc::new(Gate::default());
-    let held = Arc::clone(&gate);
-    web.answer(move |_, _| Answer::Late(Arc::clone(&held)));
+    let gate = Gate::default();
+    let held = gate.clone();
+    web.answer(move |_, _| Answer::Late(held.clone()));
     thread::scope(|scope| {
         for at in 0..10 {
             let (source, bytes) = (&source, &bytes);

@@ -8,6 +8,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Instant;
 
+use crate::support::gate::Gate;
+
 /// How a request is answered.
 #[derive(Clone)]
 pub(crate) enum Answer {
@@ -27,25 +29,7 @@ pub(crate) enum Answer {
     /// A byte too few, by the length of the body.
     Short,
     /// The right answer, once the gate is open.
-    Late(Arc<Gate>),
-}
-
-/// Holds up answers until it is opened.
-#[derive(Default)]
-pub(crate) struct Gate {
-    open: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl Gate {
-    pub(crate) fn open(&self) {
-        *self.open.lock().unwrap() = true;
-        self.changed.notify_all();
-    }
-
-    fn wait(&self) {
-        drop(self.changed.wait_while(self.open.lock().unwrap(), |open| !*open).unwrap());
-    }
+    Late(Gate),
 }
 
 /// A request as it came.
@@ -155,7 +139,7 @@ impl Web {
     /// Returns whether the connection goes on.
     fn reply(&self, mut stream: &TcpStream, request: &Request, answer: Answer) -> bool {
         if let Answer::Late(gate) = &answer {
-            gate.wait();
+            gate.pass();
         }
         let object = self.object.lock().unwrap();
         let (len, bytes) = (object.bytes.len(), request.bytes.clone());

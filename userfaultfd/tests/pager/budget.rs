@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use userfaultfd::pager::{Budget, Error, FaultAround, FillOrder, PageData, Pager, Problem, RetryPolicy};
 use userfaultfd::{FeatureFlags, LazyBuilder, LazyMemory};
 
+use crate::support::random::Random;
 use crate::support::{child, page, proc, require, test_name};
 
 /// A byte of the source.
@@ -27,18 +28,6 @@ fn content(offset: u64, bytes: &mut [u8]) -> io::Result<PageData> {
 
 fn builder(pages: usize, budget: &Budget) -> LazyBuilder {
     LazyMemory::builder(content).len(pages * page()).budget(budget)
-}
-
-/// Numbers that look random.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) as usize % end
-    }
 }
 
 #[test]
@@ -130,7 +119,7 @@ fn model(seed: u64, steps: usize, prepare: impl FnOnce(LazyBuilder) -> LazyBuild
     let budget = Budget::new(most * page());
     let mut memory = prepare(builder(pages, &budget)).build().unwrap();
     let mut expected: Vec<u8> = (0..pages * page()).map(|at| byte(at as u64)).collect();
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     for step in 0..steps {
         let at = match random.below(4) {
             0 => random.below(expected.len()),
@@ -209,7 +198,7 @@ fn share_pages(prepare: impl FnOnce(LazyBuilder) -> LazyBuilder, steps: usize) {
     thread::scope(|scope| {
         for number in 0..THREADS {
             scope.spawn(move || {
-                let mut random = Random(77 + number as u64);
+                let mut random = Random::new(77 + number as u64);
                 let mut expected = vec![None; pages];
                 for step in 0..steps {
                     let at = if step % 3 == 0 { random.below(pages) } else { random.below(pages / 5) };

@@ -1,6 +1,6 @@
 //! `LazyMemory`: memory of this process that fills itself.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -18,7 +18,7 @@ use crate::support::child;
 use crate::support::mapping::memfd;
 use crate::support::memory::Kind;
 use crate::support::proc::wait_until;
-use crate::support::{hugetlb, page, require, test_name};
+use crate::support::{hugetlb, maps, page, require, test_name};
 
 /// What a type can be used for, checked when this is compiled.
 const _: () = {
@@ -32,9 +32,7 @@ const _: () = {
 };
 
 fn resident() -> usize {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let field = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    1024 * field.trim().trim_end_matches(" kB").parse::<usize>().unwrap()
+    maps::status_bytes("VmRSS")
 }
 
 #[test]
@@ -381,13 +379,7 @@ fn lazy_memory_works_on_huge_pages() {
 
 /// Whether what is mapped at an address is locked.
 fn is_locked(address: usize) -> bool {
-    let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
-    let mut lines = smaps.lines().skip_while(|line| {
-        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
-        let number = |text| usize::from_str_radix(text, 16).ok();
-        !range.is_some_and(|(from, to)| number(from) <= Some(address) && Some(address) < number(to))
-    });
-    lines.find_map(|line| line.strip_prefix("VmFlags:")).unwrap().split_whitespace().any(|flag| flag == "lo")
+    maps::has_flag(address, "lo")
 }
 
 #[test]

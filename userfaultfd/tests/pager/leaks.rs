@@ -9,7 +9,7 @@ use userfaultfd::{FeatureFlags, LazyMemory};
 use crate::scene::{Pages, can_poison, check, region, serve};
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;
-use crate::support::{child, page, require, test_name, uffd};
+use crate::support::{child, maps, page, require, test_name, uffd};
 
 /// What this process has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,10 +29,7 @@ impl Holdings {
         let mut descriptors = BTreeMap::new();
         names.for_each(|name| *descriptors.entry(name).or_default() += 1);
         let threads = fs::read_dir("/proc/self/task").unwrap().count();
-        let status = fs::read_to_string("/proc/self/status").unwrap();
-        let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
-        let mapped = 1024 * size.trim().trim_end_matches(" kB").parse::<usize>().unwrap();
-        Self { descriptors, threads, mapped }
+        Self { descriptors, threads, mapped: maps::status_bytes("VmSize") }
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use userfaultfd::pager::{
@@ -14,6 +14,7 @@ use userfaultfd::{FeatureFlags, LazyMemory, UffdBuilder};
 
 use crate::reader::{Reader, Seen, tell_signals};
 use crate::scene::{Pages, Problems, can_poison, content, eventually, region, see, serve};
+use crate::support::gate::Gate;
 use crate::support::mapping::memfd;
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::wait_until;
@@ -290,15 +291,12 @@ fn unreadable_bytes_are_retried_like_reads() {
 #[test]
 fn slow_report_delays_only_its_waiters() {
     require!();
-    let gate = Arc::new((Mutex::new(false), Condvar::new()));
-    let busy = Arc::new(AtomicUsize::new(0));
+    let gate = Gate::default();
     let source = {
-        let (gate, busy) = (Arc::clone(&gate), Arc::clone(&busy));
+        let gate = gate.clone();
         move |offset: u64, bytes: &mut [u8]| {
             if offset == 0 {
-                busy.fetch_add(1, Ordering::SeqCst);
-                let (open, changed) = &*gate;
-                drop(changed.wait_while(open.lock().unwrap(), |open| !*open).unwrap());
+                gate.pass();
             }
             Pages::new(page()).read(offset, bytes)
         }
@@ -308,7 +306,7 @@ fn slow_report_delays_only_its_waiters() {
     let features = FeatureFlags::EVENT_REMOVE;
     serve(&pager, UffdBuilder::new().require_features(features).create().unwrap(), region(&memory, source));
     let slow = Reader::of(memory.at(0).addr());
-    wait_until(|| busy.load(Ordering::SeqCst) == 1);
+    gate.wait_for_arrival();
     let joined = Reader::of(memory.at(0).addr());
     wait_until(|| pager.statistics().duplicates == 1);
     for page in 1..20 {
@@ -318,9 +316,7 @@ fn slow_report_delays_only_its_waiters() {
         assert_eq!(see(&memory, page), Seen::ZERO);
     }
     assert!(!slow.has_seen() && !joined.has_seen());
-    let (open, changed) = &*gate;
-    *open.lock().unwrap() = true;
-    changed.notify_all();
+    gate.open();
     assert_eq!([slow.wait(), joined.wait()], [content(0); 2]);
 }
 

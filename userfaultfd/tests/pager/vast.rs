@@ -1,22 +1,15 @@
 //! Regions larger than any memory: what they take is what is touched.
 
-use std::fs;
-
 use userfaultfd::FeatureFlags;
 use userfaultfd::pager::{Pager, Region};
 
 use crate::scene::{Pages, eventually, fill, serve};
 use crate::support::mapping::Mapping;
-use crate::support::{child, page, require, test_name, uffd};
+use crate::support::{child, maps, page, require, test_name, uffd};
 
 /// Bytes of memory that this process has, and of its page tables.
 fn resident() -> (usize, usize) {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let field = |name| {
-        let field = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
-        1024 * field.trim().trim_end_matches(" kB").parse::<usize>().unwrap()
-    };
-    (field("VmRSS:"), field("VmPTE:"))
+    (maps::status_bytes("VmRSS"), maps::status_bytes("VmPTE"))
 }
 
 #[test]

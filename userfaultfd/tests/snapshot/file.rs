@@ -14,6 +14,7 @@ use userfaultfd::source::{PageData, PageSource};
 use userfaultfd::{FeatureFlags, RegisterMode};
 
 use crate::image::{addresses, number};
+use crate::support::mapping::memfd;
 use crate::support::memory::{self, Memory};
 use crate::support::{self, child, mounts, page, require, test_name};
 
@@ -66,11 +67,7 @@ impl Drop for Folder {
 
 /// Bytes as an open file.
 pub(crate) fn file(bytes: &[u8]) -> File {
-    // SAFETY: the name is NUL-terminated.
-    let fd = unsafe { libc::memfd_create(c"snapshot".as_ptr(), libc::MFD_CLOEXEC) };
-    assert!(fd >= 0, "{}", io::Error::last_os_error());
-    // SAFETY: it was just made, and nothing else owns it.
-    let file: File = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) };
+    let file = File::from(memfd(0, 0));
     file.write_all_at(bytes, 0).unwrap();
     file
 }

@@ -23,6 +23,7 @@ use userfaultfd::snapshot::{Content, Error, Geometry, Options, Progress, Removal
 use userfaultfd::{FeatureFlags, MoveMode, RegisterMode};
 
 use crate::support::memory::{self, Kind, Memory};
+use crate::support::random::Random;
 use crate::support::{child, features, page, proc, require, show, test_name, uffd};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
@@ -35,24 +36,11 @@ const MADV_GUARD_REMOVE: libc::c_int = 103;
 /// Bytes of a transparent huge page.
 const HUGE: usize = 2 << 20;
 
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % limit
-    }
-
-    fn one_in(&mut self, limit: usize) -> bool {
-        self.below(limit) == 0
-    }
-
-    /// Lets a little time pass; now and then others run.
-    fn dawdle(&mut self, limit: usize) {
-        (0..self.below(limit * 200)).for_each(|_| std::hint::spin_loop());
-        if self.one_in(12) {
-            thread::yield_now();
-        }
+/// Lets a little time pass; now and then others run.
+fn dawdle(random: &mut Random, limit: usize) {
+    (0..random.below(limit * 200)).for_each(|_| std::hint::spin_loop());
+    if random.one_in(12) {
+        thread::yield_now();
     }
 }
 
@@ -122,12 +110,12 @@ struct Collect {
 
 impl Sink for Collect {
     fn begin(&mut self, _: &Geometry) -> io::Result<()> {
-        self.random.dawdle(3);
+        dawdle(&mut self.random, 3);
         Ok(())
     }
 
     fn write(&mut self, offset: u64, content: Content<'_>) -> io::Result<()> {
-        self.random.dawdle(self.slow);
+        dawdle(&mut self.random, self.slow);
         if self.fails && self.random.one_in(3) {
             return Err(io::Error::other("as it is told to"));
         }
@@ -280,7 +268,7 @@ impl<'a> Worker<'a> {
     fn round(&mut self) {
         for _ in 0..self.random.below(60) {
             self.operate();
-            self.random.dawdle(3);
+            dawdle(&mut self.random, 3);
         }
     }
 
@@ -313,7 +301,7 @@ impl<'a> Worker<'a> {
             730..750 if kind == Kind::Anonymous => {
                 // SAFETY: as above.
                 if unsafe { libc::madvise(at, bytes, MADV_GUARD_INSTALL) } == 0 {
-                    self.random.dawdle(200);
+                    dawdle(&mut self.random, 200);
                     // SAFETY: as above.
                     assert_eq!(unsafe { libc::madvise(at, bytes, MADV_GUARD_REMOVE) }, 0);
                     self.note(all, began, Act::Silent, Some(0));
@@ -495,12 +483,12 @@ impl Takes {
         let sink = Collect {
             held: Arc::clone(&held),
             page: world.memory.page(),
-            random: Random(random.below(1 << 30) as u64),
+            random: Random::new(random.next()),
             slow: [1, 10, 400][random.below(3)],
             fails: random.one_in(10),
         };
         let (fails, aborts) = (sink.fails, random.one_in(20));
-        random.dawdle(20);
+        dawdle(random, 20);
         let before = world.now();
         let begun = match &mut self.series {
             Some(series) => series.begin(sink),
@@ -592,7 +580,7 @@ fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(
     );
     let of_thread = |thread: usize| pages * thread / THREADS..pages * (thread + 1) / THREADS;
     let workers: Vec<_> = (0..THREADS)
-        .map(|thread| Worker::new(world, of_thread(thread), Random(random.below(1 << 30) as u64)))
+        .map(|thread| Worker::new(world, of_thread(thread), Random::new(random.next())))
         .collect();
     let huge = if transparent { proc::smaps(world.addresses(), "AnonHugePages:") / HUGE } else { 0 };
     let series = series.then(|| Takes::options(world, removal, buffer).series().unwrap());
@@ -653,7 +641,7 @@ fn snapshots_match_the_model() {
         let (start, mut totals) = (Instant::now(), Totals::default());
         while start.elapsed() < limit {
             let seed = seed.wrapping_add(totals.lives).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            if let Err(error) = life(test_name!(), Random(seed), &mut totals) {
+            if let Err(error) = life(test_name!(), Random::new(seed), &mut totals) {
                 panic!("life {}: {error}", totals.lives);
             }
         }

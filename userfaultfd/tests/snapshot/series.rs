@@ -11,6 +11,7 @@ use userfaultfd::{FeatureFlags, Pid, RegisterMode, Uffd};
 use crate::image::{Image, addresses, content, number};
 use crate::ring::Ring;
 use crate::support::memory::{self, Kind, Memory};
+use crate::support::random::Random;
 use crate::support::{child, features, has, mapping, require, test_name, uffd};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
@@ -143,11 +144,8 @@ fn chain_of_snapshots_equals_memory() {
     let memory = Memory::anonymous(PAGES);
     let mut series = Options::new().range(addresses(&memory)).series().unwrap();
     let mut restored = vec![0xee; PAGES];
-    let mut seed = 1u64;
-    let mut random = move |limit: usize| {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (seed >> 33) as usize % limit
-    };
+    let mut numbers = Random::new(1);
+    let mut random = move |limit: usize| numbers.below(limit);
     for round in 0..60 {
         for _ in 0..random(10) {
             match random(4) {

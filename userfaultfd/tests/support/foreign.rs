@@ -5,6 +5,7 @@ use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
+use super::mapping::memfd;
 use super::raw::{own, pipe};
 
 /// One of each kind, with its name.
@@ -23,8 +24,7 @@ pub(crate) fn descriptors() -> Vec<(&'static str, OwnedFd)> {
         ("an epoll descriptor", own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })),
         // SAFETY: touches no memory.
         ("a timer", own(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_CLOEXEC) })),
-        // SAFETY: the name is NUL-terminated.
-        ("a memfd", own(unsafe { libc::memfd_create(c"foreign".as_ptr(), libc::MFD_CLOEXEC) })),
+        ("a memfd", memfd(0, 0)),
     ];
     // Not every machine has a network.
     descriptors.extend(UdpSocket::bind("127.0.0.1:0").ok().map(|socket| ("a UDP socket", socket.into())));

@@ -89,11 +89,16 @@ pub(crate) fn regular_file(test: &str, pages: usize) -> Option<File> {
     has(test, "regular files", filesystem.f_type as u32 != libc::TMPFS_MAGIC as u32).then_some(file)
 }
 
-/// memfd_create(2), of some pages.
+/// memfd_create(2), of some pages of the base size.
 pub(crate) fn memfd(flags: libc::c_uint, pages: usize) -> OwnedFd {
+    memfd_of_bytes(flags, pages * page())
+}
+
+/// memfd_create(2), of some bytes.
+pub(crate) fn memfd_of_bytes(flags: libc::c_uint, len: usize) -> OwnedFd {
     // SAFETY: the name is NUL-terminated.
     let fd = check(unsafe { libc::memfd_create(c"test".as_ptr(), flags | libc::MFD_CLOEXEC) }).unwrap();
-    sized(fd, pages)
+    sized(fd, len)
 }
 
 /// memfd_secret(2), which libc has not for every architecture. New system calls follow each other alike on all of them.
@@ -103,7 +108,7 @@ const MEMFD_SECRET: libc::c_long = libc::SYS_pidfd_open + (447 - 434);
 pub(crate) fn secret(test: &str, pages: usize) -> Option<OwnedFd> {
     // SAFETY: touches no memory.
     let fd = check(unsafe { libc::syscall(MEMFD_SECRET, libc::O_CLOEXEC) });
-    has(test, "memfd_secret", fd.is_ok()).then(|| sized(fd.unwrap(), pages))
+    has(test, "memfd_secret", fd.is_ok()).then(|| sized(fd.unwrap(), pages * page()))
 }
 
 /// An empty file in shared memory that has room for so many pages. For tests that run alone as the superuser;
@@ -144,11 +149,11 @@ pub(crate) fn system_v(test: &str, pages: usize) -> Option<Mapping> {
     Some(Mapping { start, len })
 }
 
-fn sized(fd: i64, pages: usize) -> OwnedFd {
+fn sized(fd: i64, len: usize) -> OwnedFd {
     // SAFETY: a new descriptor of this process, owned by nothing else.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) };
     // SAFETY: touches no memory.
-    check(unsafe { libc::ftruncate(fd.as_raw_fd(), (pages * page()) as _) }).unwrap();
+    check(unsafe { libc::ftruncate(fd.as_raw_fd(), len as _) }).unwrap();
     fd
 }
 

@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::ptr;
@@ -15,6 +15,7 @@ use userfaultfd::{Errno, FeatureFlags, RegisterMode};
 
 use super::fault;
 use super::hugetlb::{self, HugePages};
+use super::mapping::memfd_of_bytes;
 use super::proc;
 use super::raw::check;
 
@@ -207,8 +208,8 @@ impl Memory {
         let page = kind.page();
         let file = match kind {
             Kind::Anonymous | Kind::SharedAnonymous => None,
-            Kind::Memfd | Kind::PrivateMemfd => Some(memfd(0, pages * page)),
-            Kind::Hugetlb | Kind::PrivateHugetlb => Some(memfd(libc::MFD_HUGETLB, pages * page)),
+            Kind::Memfd | Kind::PrivateMemfd => Some(memfd_of_bytes(0, pages * page)),
+            Kind::Hugetlb | Kind::PrivateHugetlb => Some(memfd_of_bytes(libc::MFD_HUGETLB, pages * page)),
         };
         let sharing = if kind.is_shared() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         let anonymous = if file.is_none() { libc::MAP_ANONYMOUS } else { 0 };
@@ -424,17 +425,6 @@ impl Drop for Memory {
             }
         }
     }
-}
-
-fn memfd(flags: libc::c_uint, len: usize) -> OwnedFd {
-    // SAFETY: the name is NUL-terminated.
-    let fd = unsafe { libc::memfd_create(c"test".as_ptr(), flags | libc::MFD_CLOEXEC) };
-    assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
-    // SAFETY: a new descriptor of this process, owned by nothing else.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: touches no memory.
-    assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), len.try_into().unwrap()) }, 0);
-    fd
 }
 
 fn map(len: usize, flags: libc::c_int, fd: libc::c_int) -> *mut u8 {

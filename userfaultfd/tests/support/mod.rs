@@ -6,13 +6,19 @@ pub(crate) mod fault;
 pub(crate) mod fill;
 pub(crate) mod foreign;
 pub(crate) mod fuse;
+#[allow(dead_code, reason = "those of the kernel hold no thread up")]
+pub(crate) mod gate;
 pub(crate) mod handler;
 pub(crate) mod hugetlb;
 pub(crate) mod lock;
 pub(crate) mod mapping;
+#[allow(dead_code, reason = "those of the kernel ask for none of it")]
+pub(crate) mod maps;
 pub(crate) mod memory;
 pub(crate) mod mounts;
 pub(crate) mod proc;
+#[allow(dead_code, reason = "those of the kernel leave nothing to chance")]
+pub(crate) mod random;
 pub(crate) mod raw;
 pub(crate) mod seccomp;
 pub(crate) mod signal;

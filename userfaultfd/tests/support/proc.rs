@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use userfaultfd::{FeatureFlags, IoctlFlags};
 
+use super::maps::bounds;
+
 /// What the kernel tells of a userfaultfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Fdinfo {
@@ -123,10 +125,9 @@ pub(crate) fn smaps(range: Range<usize>, field: &str) -> usize {
     let text = fs::read_to_string("/proc/self/smaps").unwrap();
     let (mut inside, mut bytes) = (false, 0);
     for line in text.lines() {
-        let word = line.split_whitespace().next().unwrap_or_default();
-        if let Some((start, _)) = word.split_once('-') {
-            inside = usize::from_str_radix(start, 16).is_ok_and(|start| range.contains(&start));
-        } else if inside && word == field {
+        if let Some(mapping) = bounds(line) {
+            inside = range.contains(&mapping.start);
+        } else if inside && line.split_whitespace().next() == Some(field) {
             let size = line.split_whitespace().nth(1).unwrap();
             bytes += 1024 * size.parse::<usize>().unwrap();
         }

@@ -673,13 +673,6 @@ mod tests {
         // So large that huge pages would fit in, wherever it lies.
         let pages = Pages::new(16 << 20).unwrap();
         let start = pages.states.as_ptr().addr();
-        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let mut flags = smaps.lines().skip_while(|line| {
-            let range = line.split(' ').next().unwrap().split_once('-');
-            let number = |text| usize::from_str_radix(text, 16).ok();
-            !range.is_some_and(|(from, to)| number(from) <= Some(start) && Some(start) < number(to))
-        });
-        let flags = flags.find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
-        assert!(flags.split_whitespace().any(|flag| flag == "nh"), "no MADV_NOHUGEPAGE: {flags}");
+        assert!(crate::support::maps::has_flag(start, "nh"), "no MADV_NOHUGEPAGE");
     }
 }

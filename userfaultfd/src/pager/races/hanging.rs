@@ -2,10 +2,9 @@
 
 #![expect(unsafe_code, reason = "the memory is the test's")]
 
-use std::sync::{Arc, Condvar, Mutex};
-
 use super::harness::{Reader, Seen, Stop};
 use crate::pager::{Delivery, FaultAround, PageData, PageSource, Pager, Region, SourceBytes};
+use crate::support::gate::Gate;
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::{wait_for_pending, wait_until};
 use crate::support::{child, page, require, test_name, uffd};
@@ -17,28 +16,6 @@ const HANGS: usize = 0;
 
 /// Pages at which the workers are stopped.
 const STOPS: [usize; 2] = [4, 5];
-
-/// Whether the source is being read, and may go on.
-#[derive(Clone, Default)]
-struct Gate(Arc<(Mutex<(bool, bool)>, Condvar)>);
-
-impl Gate {
-    fn pass(&self) {
-        let mut state = self.0.0.lock().unwrap();
-        state.0 = true;
-        self.0.1.notify_all();
-        drop(self.0.1.wait_while(state, |(_, open)| !*open).unwrap());
-    }
-
-    fn reached(&self) {
-        drop(self.0.1.wait_while(self.0.0.lock().unwrap(), |(reached, _)| !*reached).unwrap());
-    }
-
-    fn open(&self) {
-        self.0.0.lock().unwrap().1 = true;
-        self.0.1.notify_all();
-    }
-}
 
 struct Hanging(Gate, Vec<u8>);
 
@@ -97,7 +74,7 @@ impl Scene {
     /// The first worker takes all on, and hangs. The other one does the rest.
     fn go(self, hanging: &Reader, rest: &[Reader]) {
         self.stops[0].go();
-        self.gate.reached();
+        self.gate.wait_for_arrival();
         self.stops[1].go();
         assert!(rest.iter().chain(&self.readers).all(|reader| reader.wait() == Seen::Byte(7)));
         assert!(!hanging.has_seen());
