@@ -162,6 +162,13 @@ pub(crate) fn fdinfo<T>(fd: RawFd, key: &[u8], parse: impl FnOnce(&[u8]) -> Opti
     }
 }
 
+/// The process of a pidfd. `None`: it has ended, is in another namespace, or the descriptor is something else.
+#[cfg(feature = "pager")]
+pub(crate) fn process_of_pidfd(fd: RawFd) -> Option<Process> {
+    let pid = fdinfo(fd, b"Pid:", |pid| std::str::from_utf8(pid).ok()?.trim().parse().ok())?;
+    (pid > 0).then(|| Process::Other(Pid::from_raw(pid)))
+}
+
 /// Opens a file of `/proc`. Allocates nothing.
 fn open(path: fmt::Arguments<'_>) -> io::Result<File> {
     let mut buffer = [0; 40];

@@ -47,7 +47,7 @@ pub(crate) struct Terms {
     ioctls: IoctlFlags,
     /// What every registration has to offer.
     pub(crate) range_ioctls: IoctlFlags,
-    /// The process that made the descriptor here, so whose memory it is for; 0 where it came from elsewhere.
+    /// The process whose memory it is for: the one that made it, or the one that the caller named; 0 where it isn't known.
     process: u32,
 }
 
@@ -148,9 +148,38 @@ impl Uffd {
         if can_move { sys::is_of_this_process(self.as_fd()) } else { None }
     }
 
-    /// Whose memory it is for, if it is known to be of this process.
+    /// Whose memory it is for, if that is known.
     pub(crate) fn process(&self) -> Option<Process> {
-        self.is_own()?.then_some(Process::Own)
+        let named = i32::try_from(self.terms.process).ok().filter(|pid| *pid > 0);
+        match self.is_own() {
+            Some(true) => Some(Process::Own),
+            // In a fork's child that is its parent, which made it.
+            _ => named.map(|pid| Process::Other(Pid::from_raw(pid))),
+        }
+    }
+
+    /// Sets the process whose memory the descriptor is for, as this process numbers it, for the reasons of errors alone.
+    ///
+    /// A userfaultfd doesn't tell whose it is. So the kernel's refusals on a descriptor that came from another process have
+    /// a reason only where it lies in the arguments, until the process is named here. From then on
+    /// [`register_with_mode`](Self::register_with_mode), the other operations that [`explain`](Self::explain) lists, and a
+    /// [`Pager`](crate::pager::Pager) that serves the descriptor look at `/proc/PID/smaps` after a failure, and return
+    /// [`Error::Refused`]. That takes the right to read the process's memory by ptrace(2); without it errors stay as they
+    /// were. [`Pager::watch`](crate::pager::Pager::watch) learns the process from its pidfd.
+    ///
+    /// ```no_run
+    /// use userfaultfd::{Pid, Uffd};
+    ///
+    /// # fn receive() -> (std::os::fd::OwnedFd, i32, *mut std::ffi::c_void, usize) { unimplemented!() }
+    /// let (descriptor, pid, start, len) = receive();
+    /// let mut uffd = Uffd::from(descriptor);
+    /// uffd.set_process(Pid::from_raw(pid));
+    /// if let Err(error) = uffd.register(start, len) {
+    ///     println!("{error}"); // … 0x7f…000..0x7f…000 is registered with another userfaultfd, for MISSING
+    /// }
+    /// ```
+    pub fn set_process(&mut self, pid: Pid) {
+        self.terms.process = u32::try_from(pid.as_raw()).unwrap_or(0);
     }
 
     /// Duplicates the descriptor; the duplicate is closed on exec. Each event goes to the first descriptor that reads it.
@@ -275,18 +304,18 @@ impl Uffd {
         registered.map_err(|error| self.explained(error, IoctlFlags::REGISTER, start, len, Some(mode)))
     }
 
-    /// The same, where whose memory it is is known.
-    #[cfg(any(feature = "tracking", feature = "snapshot"))]
+    /// The same, where the process that has the memory may be known from elsewhere.
+    #[cfg(any(feature = "pager", feature = "tracking", feature = "snapshot"))]
     pub(crate) fn register_in(
         &self,
-        process: Process,
+        process: Option<Process>,
         start: *mut c_void,
         len: usize,
         mode: RegisterMode,
     ) -> Result<IoctlFlags> {
         self.register_unexplained(start, len, mode).map_err(|error| {
             let request = Request::new(IoctlFlags::REGISTER, start, len, Some(mode));
-            examine::explained(self, error, &request, || Some(process))
+            examine::explained(self, error, &request, || process.or_else(|| self.process()))
         })
     }
 
@@ -404,7 +433,7 @@ impl Uffd {
         Ok(sys::wake(self.as_fd(), &mut range(start, len))?)
     }
 
-    /// Examines why an operation on a range of this process's memory failed, and returns the reason if it can be found: the
+    /// Examines why an operation on a range of memory failed, and returns the reason if it can be found: the
     /// part of the range, the memory there, and what would work.
     ///
     /// [`register_with_mode`](Self::register_with_mode), [`unregister`](Self::unregister),
@@ -414,8 +443,9 @@ impl Uffd {
     /// operation and its range (for [`move_pages`](Self::move_pages) the destination).
     ///
     /// It reads `/proc/self/smaps`, whose time grows with the memory of the process, and probes the kernel's features with a
-    /// descriptor that it opens and closes. For an adopted descriptor, which may belong to another process, it finds before
-    /// Linux 6.8 only reasons that need no look at mappings; use [`explain_in`](Self::explain_in) there.
+    /// descriptor that it opens and closes. For an adopted descriptor, which may belong to another process, it finds
+    /// only reasons that need no look at mappings, unless the process is named by [`set_process`](Self::set_process) or
+    /// [`explain_in`](Self::explain_in); that it is this process, the kernel tells since Linux 6.8.
     ///
     /// ```
     /// use userfaultfd::{IoctlFlags, Reason, UffdBuilder, page_size};

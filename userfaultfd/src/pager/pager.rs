@@ -29,6 +29,7 @@ use crate::holder::{Held, Holder};
 use crate::lease::Lease;
 use crate::lock_order::{RankedMutex, lock, rank};
 use crate::owner::Owner;
+use crate::proc_maps::Process;
 #[cfg(feature = "tracking")]
 use crate::sync_point::{Point, reach};
 use crate::{Errno, FeatureFlags, Uffd, mapped_vec};
@@ -104,7 +105,8 @@ impl Pager {
     /// - [`Overlap`](Error::Overlap), [`EmptyRegion`](Error::EmptyRegion), [`Unaligned`](Error::Unaligned),
     ///   [`PageSize`](Error::PageSize), [`Block`](Error::Block), [`BeyondSource`](Error::BeyondSource): the arguments of a
     ///   region are invalid.
-    /// - [`Register`](Error::Register), [`MissingIoctls`](Error::MissingIoctls): the kernel refused the region.
+    /// - [`Register`](Error::Register), [`MissingIoctls`](Error::MissingIoctls): the kernel refused the region. The error
+    ///   has the reason if the process is known: see [`Uffd::set_process`].
     /// - [`TargetGone`](Error::TargetGone): the process has ended.
     /// - [`OwnMemory`](Error::OwnMemory): the descriptor and so the memory belong to this process; see
     ///   [`add_own`](Self::add_own).
@@ -192,7 +194,7 @@ impl Pager {
         let prepared = prepared.and_then(|mut layout| {
             for region in regions {
                 check_overlap(&layout, &region.range())?;
-                layout.insert(self.register(&uffd, region)?);
+                layout.insert(self.register(&uffd, None, region)?);
             }
             uffd.set_nonblocking(true)?;
             Ok(layout)
@@ -294,7 +296,7 @@ impl Pager {
             Arc::clone(&serving.uffd)
         };
         let _registering = descriptor.begin_registering(self.shared.outside_id());
-        let segment = self.register(&uffd, region)?;
+        let segment = self.register(&uffd, descriptor.process.get().copied(), region)?;
         if descriptor.is_own {
             hold(&segment);
         }
@@ -326,14 +328,14 @@ impl Pager {
     }
 
     /// Checks a region, and registers it.
-    fn register(&self, uffd: &Uffd, region: Region) -> Result<Segment> {
+    fn register(&self, uffd: &Uffd, process: Option<Process>, region: Region) -> Result<Segment> {
         region.check()?;
         let Range { start, end } = region.range();
         if uffd.features().contains(FeatureFlags::SIGBUS) {
             return Err(Error::NoMessages);
         }
         region.check_kernel()?;
-        let offered = uffd.register_with_mode(addr_to_ptr(start), end - start, region.modes());
+        let offered = uffd.register_in(process, addr_to_ptr(start), end - start, region.modes());
         let offered = offered.map_err(|error| match error.errno() {
             Some(Errno::ENOMEM | Errno::ESRCH) if target::target_is_gone(uffd, None) => Error::TargetGone,
             _ => Error::Register { address: start, error },
@@ -566,7 +568,8 @@ impl Pager {
     /// Watches `end`, so that the pager notices the end of a descriptor's process at once instead of within a second.
     ///
     /// `end` is a pidfd, or a socket or pipe whose other end that process alone has open. When it becomes readable or its
-    /// other end is closed, the pager checks whether the process is gone, and goes on serving it if it isn't.
+    /// other end is closed, the pager checks whether the process is gone, and goes on serving it if it isn't. By a pidfd it
+    /// also learns which process that is, for the reasons of later refusals: see [`Uffd::set_process`].
     ///
     /// ```no_run
     /// use std::os::fd::OwnedFd;

@@ -213,7 +213,7 @@ impl Watch {
         let register = || {
             let ioctls = self
                 .uffd
-                .register_in(self.process, pointer(range.start), range.len(), self.modes())
+                .register_in(Some(self.process), pointer(range.start), range.len(), self.modes())
                 .inspect_err(|error| {
                     // The kernel checks the whole range first. `ENOMEM` is the one failure after that: mappings before
                     // the one that couldn't be split are registered then.

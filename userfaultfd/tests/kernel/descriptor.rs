@@ -9,7 +9,7 @@ use userfaultfd::{Event, EventBuffer, Uffd, UffdBuilder};
 
 use crate::support::handler::{Fault, fill};
 use crate::support::memory::Memory;
-use crate::support::raw::{self, check};
+use crate::support::raw;
 use crate::support::{child, has, page, proc, require, test_name};
 
 /// A blocking userfaultfd, and missing memory that is registered with it.
@@ -120,9 +120,7 @@ fn descriptor_is_fetched_from_another_process() {
         });
         let mut number = [0; 4];
         reader.read_exact(&mut number).unwrap();
-        // SAFETY: touches no memory.
-        let process = check(unsafe { libc::syscall(libc::SYS_pidfd_open, child.pid(), 0) }).unwrap();
-        let process = raw::own(process as i32);
+        let process = child.pidfd();
         let number = i32::from_ne_bytes(number);
         // SAFETY: touches no memory.
         let fetched = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };

@@ -413,12 +413,13 @@ fn process_at_limit_of_mappings_is_explained() {
 fn memory_of_another_process_is_examined_there() {
     require!();
     child::run_well(test_name!(), || {
-        // Registered in the child and not here, and the other way round.
-        let memory = Memory::anonymous(3);
+        // Registered in the child and not here, and the other way round; and one is mapped here alone.
+        let memory = Memory::anonymous(4);
         let (here, there) = UnixStream::pair().unwrap();
         let child = child::fork(|| {
             let (uffd, other) = (uffd(FeatureFlags::empty()), self::uffd(FeatureFlags::empty()));
             other.register(memory.at(1), page()).unwrap();
+            memory.unmap(3, 1);
             child::send_fd(&there, uffd.as_fd());
             // Until it is killed.
             loop {
@@ -426,17 +427,17 @@ fn memory_of_another_process_is_examined_there() {
                 unsafe { libc::pause() };
             }
         });
-        let theirs = Uffd::from(child::receive_fd(&here));
+        let mut theirs = Uffd::from(child::receive_fd(&here));
         let own = uffd(FeatureFlags::empty());
         own.register_with_mode(memory.start(), page(), MISSING).unwrap();
 
-        let (start, len) = (memory.start(), memory.len());
+        let (start, len) = (memory.start(), 3 * page());
         bare(theirs.register(start, len), Errno::EBUSY);
         let error = theirs.register(start, len).unwrap_err();
         assert_eq!(theirs.explain(&error, IoctlFlags::REGISTER, start, len), None);
         let pid = Pid::from_raw(child.pid());
-        let refusal = theirs.explain_in(pid, &error, IoctlFlags::REGISTER, start, len).expect("a reason");
-        assert_eq!(refusal.range(), memory.range(1, 1));
+        let found = theirs.explain_in(pid, &error, IoctlFlags::REGISTER, start, len).expect("a reason");
+        assert_eq!(found.range(), memory.range(1, 1));
         let unaligned = reason(theirs.register(start, 1), Errno::EINVAL);
         assert_eq!(unaligned, Reason::Unaligned { page_size: page() });
         if has_features(test_name!(), FeatureFlags::MOVE) {
@@ -449,5 +450,47 @@ fn memory_of_another_process_is_examined_there() {
             let wrong = Reason::WrongMemory { memory: MemoryKind::Anonymous, modes: MINOR };
             assert_eq!(reason(registered, Errno::EINVAL), wrong);
         }
+
+        // From now on the process is known.
+        theirs.set_process(pid);
+        let other = |has| Reason::OtherDescriptor { has };
+        let refused = refusal(theirs.register(start, len), Errno::EBUSY);
+        assert_eq!(
+            (refused.range(), refused.reason(), refused.holder()),
+            (memory.range(1, 1), other(MISSING), None)
+        );
+        let minor = theirs.register_with_mode(start, page(), MINOR);
+        let wrong = Reason::WrongMemory { memory: MemoryKind::Anonymous, modes: MINOR };
+        assert_eq!(reason(minor, Errno::EINVAL), wrong);
+        let unmapped = refusal(theirs.register(memory.at(3), page()), Errno::EINVAL);
+        assert_eq!((unmapped.range(), unmapped.reason()), (memory.range(3, 1), Reason::NotMapped));
+        if features().contains(FeatureFlags::PAGEFAULT_FLAG_WP) {
+            let protected = refusal(theirs.write_protect(start, page()), Errno::ENOENT);
+            assert_eq!((protected.range(), protected.reason()), (memory.range(0, 1), Reason::NotRegistered));
+        }
+        let copy = theirs.try_clone().unwrap();
+        assert_eq!(refusal(copy.register(start, len), Errno::EBUSY).range(), memory.range(1, 1));
+        // Whose mappings can't be read isn't guessed at.
+        let gone = child::fork(|| {});
+        theirs.set_process(Pid::from_raw(gone.pid()));
+        gone.succeed();
+        bare(theirs.register(start, len), Errno::EBUSY);
+    });
+}
+
+/// A fork's child has its parent's descriptors, which are for the parent's memory.
+#[test]
+fn refusal_in_a_forked_child_is_explained_by_the_parent() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(3);
+        let (own, other) = (uffd(FeatureFlags::empty()), self::uffd(FeatureFlags::empty()));
+        other.register(memory.at(2), page()).unwrap();
+        let child = child::fork(|| {
+            let refused = refusal(own.register(memory.start(), memory.len()), Errno::EBUSY);
+            let reason = Reason::OtherDescriptor { has: MISSING };
+            assert_eq!((refused.range(), refused.reason()), (memory.range(2, 1), reason));
+        });
+        child.succeed();
     });
 }

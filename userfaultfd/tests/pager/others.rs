@@ -1,11 +1,12 @@
 //! Memory of other processes: its descriptor inherited, or sent over a socket.
 
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use userfaultfd::pager::{Error, Pager};
-use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
+use userfaultfd::pager::{self, Error, FaultAround, Pager, Region};
+use userfaultfd::{Errno, FeatureFlags, Pid, Reason, RegisterMode, Uffd, UffdBuilder};
 
 use crate::scene::{self, Pages, Problems, byte, region};
 use crate::support::child::{self, Forked};
@@ -98,6 +99,71 @@ fn processes_with_all_kinds_of_descriptors_are_served() {
                 target.process.kill();
             }
         }
+    });
+}
+
+/// The text of a refused region: which part, and why.
+#[track_caller]
+fn refused_part(error: Error, errno: Errno) -> (Range<usize>, Reason) {
+    let text = error.to_string();
+    let Error::Register { error: userfaultfd::Error::Refused { refusal, errno: found, .. }, .. } = error
+    else {
+        panic!("no reason: {error:?}")
+    };
+    assert_eq!(found, errno);
+    assert!(text.contains(&refusal.to_string()), "{text}");
+    (refusal.range(), refusal.reason())
+}
+
+#[test]
+fn refused_region_of_another_process_has_a_reason() {
+    require!();
+    child::run_well(test_name!(), || {
+        // The process has another userfaultfd on the last page, and nothing behind the third.
+        let memory = Memory::anonymous(6);
+        let (here, there) = UnixStream::pair().unwrap();
+        let process = child::fork(|| {
+            let (own, other) = (uffd(FeatureFlags::empty()), uffd(FeatureFlags::empty()));
+            other.register(memory.at(5), page()).unwrap();
+            memory.unmap(3, 1);
+            child::send_fd(&there, own.as_fd());
+            let _until_killed = (&there).read(&mut [0]);
+        });
+        let start = memory.start().expose_provenance();
+        let part = |pages: Range<usize>| {
+            let source = Pages::new(page());
+            let len = pages.len() * page();
+            Region::new(start + pages.start * page(), len, source).fault_around(FaultAround::Page)
+        };
+        let held = (memory.range(5, 1), Reason::OtherDescriptor { has: RegisterMode::MISSING });
+        let descriptor = Uffd::from(child::receive_fd(&here));
+        let pager = Pager::new().unwrap();
+        let pager::Refused { uffd: mut descriptor, error } = pager.add(descriptor, [part(4..6)]).unwrap_err();
+        // It isn't known whose memory it is.
+        let is_bare = |error: &Error| {
+            matches!(error, Error::Register { error: userfaultfd::Error::SystemError(Errno::EBUSY), .. })
+        };
+        assert!(is_bare(&error), "{error:?}");
+
+        descriptor.set_process(Pid::from_raw(process.pid()));
+        let pager::Refused { uffd: descriptor, error } = pager.add(descriptor, [part(4..6)]).unwrap_err();
+        assert_eq!(refused_part(error, Errno::EBUSY), held);
+        drop(pager.add(descriptor.try_clone().unwrap(), [part(0..2)]).unwrap());
+
+        // A pidfd says so, too.
+        let pager = Pager::new().unwrap();
+        let unnamed = Uffd::from(OwnedFd::from(descriptor));
+        let added = pager.add(unnamed, [part(0..2)]).unwrap();
+        let unwatched = pager.add_region(added.descriptor, part(4..6)).unwrap_err();
+        assert!(is_bare(&unwatched), "{unwatched:?}");
+        pager.watch(added.descriptor, process.pidfd()).unwrap();
+        assert_eq!(
+            refused_part(pager.add_region(added.descriptor, part(4..6)).unwrap_err(), Errno::EBUSY),
+            held
+        );
+        let unmapped = pager.add_region(added.descriptor, part(3..4)).unwrap_err();
+        assert_eq!(refused_part(unmapped, Errno::EINVAL), (memory.range(3, 1), Reason::NotMapped));
+        process.kill();
     });
 }
 

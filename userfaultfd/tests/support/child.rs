@@ -96,6 +96,14 @@ impl Forked {
         self.0.expect("not waited for yet")
     }
 
+    /// A pidfd of it.
+    pub(crate) fn pidfd(&self) -> OwnedFd {
+        // SAFETY: touches no memory; the child isn't waited for yet, so the id is its own.
+        let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid(), 0) }).expect("Linux 5.3");
+        // SAFETY: the descriptor is new, and nothing else owns it.
+        unsafe { OwnedFd::from_raw_fd(fd as i32) }
+    }
+
     /// Kills it.
     pub(crate) fn kill(&self) {
         // SAFETY: touches no memory; the child isn't waited for yet, so the id is its own.

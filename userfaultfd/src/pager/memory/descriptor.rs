@@ -15,12 +15,13 @@
 use std::ffi::c_void;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::address_map::{AddressMap, Segment};
 use crate::lock_order::{LockGuard, RankedMutex, lock, rank};
 use crate::owner::NotedFd;
+use crate::proc_maps::Process;
 use crate::{FeatureFlags, Uffd};
 
 /// An address in the descriptor's address space as a pointer, for its operations.
@@ -84,6 +85,8 @@ pub(crate) struct Descriptor {
     inherited: NotedFd,
     /// Whether the last read failed, which was reported.
     pub(crate) read_failed: AtomicBool,
+    /// The process that has the memory, once a pidfd has told: for the reasons of errors.
+    pub(crate) process: OnceLock<Process>,
     /// The descriptors by which the end of the process is noticed. A number is forgotten before it is closed.
     pub(crate) ends: RankedMutex<Vec<(NotedFd, OwnedFd)>, { rank::QUEUE }>,
     closed: AtomicBool,
@@ -122,6 +125,7 @@ impl Descriptor {
             shards,
             inherited,
             read_failed: AtomicBool::new(false),
+            process: OnceLock::new(),
             ends,
             closed,
             registering: AtomicUsize::new(0),

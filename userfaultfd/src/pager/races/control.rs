@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "the memory is the test's, and a process forks")]
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -49,14 +49,6 @@ fn target(
     (process, here, descriptor)
 }
 
-fn pidfd(process: &Forked) -> OwnedFd {
-    // SAFETY: touches no memory.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, process.pid(), 0) };
-    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: it was just opened, and nothing else owns it.
-    unsafe { OwnedFd::from_raw_fd(fd as i32) }
-}
-
 /// Another thread may be looking at what is served just when the process forks.
 #[test]
 fn a_child_closes_its_copies_whatever_was_locked() {
@@ -64,7 +56,7 @@ fn a_child_closes_its_copies_whatever_was_locked() {
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(4);
         let (process, _socket, descriptor) = target(&memory, FeatureFlags::empty(), |_| {});
-        let end = pidfd(&process);
+        let end = process.pidfd();
         let numbers = [descriptor.as_raw_fd(), end.as_raw_fd()];
         // SAFETY: touches no memory.
         let is_open = |number: &i32| unsafe { libc::fcntl(*number, libc::F_GETFD) } != -1;
@@ -214,7 +206,7 @@ fn the_end_of_a_process_is_noticed_at_once_where_something_tells_of_it() {
             assert_eq!(pager.descriptors(), [added.descriptor]);
             drop(there);
             if !socket_tells {
-                pager.watch(added.descriptor, pidfd(&process)).unwrap();
+                pager.watch(added.descriptor, process.pidfd()).unwrap();
             }
             socket.write_all(&[0]).unwrap();
             process.succeed();

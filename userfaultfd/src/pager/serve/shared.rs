@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::iter;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 
@@ -27,6 +27,7 @@ use crate::pager::fill::lease::{FillerPool, Lease};
 use crate::pager::fill::retry::RetryQueue;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, OUTSIDE_SHARDS, Origin};
 use crate::pager::{DescriptorId, Error, Problem, Result, RetryPolicy, Statistics};
+use crate::proc_maps;
 
 pub(crate) struct Shared {
     pub(crate) owner: Owner,
@@ -218,6 +219,10 @@ impl Shared {
     /// Has the control thread look after a process as soon as something can be read from `end`, or it is closed.
     pub(crate) fn watch(&self, descriptor: &Descriptor, end: OwnedFd) -> Result<()> {
         let end = File::from(end);
+        if let Some(process) = proc_maps::process_of_pidfd(end.as_raw_fd()) {
+            // The first one counts: a descriptor's process stays the same.
+            let _known = descriptor.process.set(process);
+        }
         let kind = end.metadata()?.file_type();
         // What is sent over a socket or a pipe tells nothing.
         let events = match () {
