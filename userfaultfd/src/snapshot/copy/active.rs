@@ -2,12 +2,16 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::bits::Bits;
 use super::layout::Part;
 use super::queue::{Buffer, Queue};
 use super::shared::Counts;
+
+/// How long pages that can't be read, or aren't protected any more, are looked at again: the event that says why may be
+/// on its way.
+const DOUBT_TIME: Duration = Duration::from_millis(200);
 
 /// The snapshot that is at work.
 #[derive(Debug)]
@@ -64,6 +68,12 @@ impl Active {
     /// Whether something is still to be saved.
     pub(super) fn is_pending(&self) -> bool {
         !self.kept.is_empty() || self.pending.next(self.cursor).or_else(|| self.pending.next(0)).is_some()
+    }
+
+    /// Whether pages that can't be read, or aren't protected, may still turn out to be there. Begins to measure the time.
+    pub(super) fn may_wait_in_doubt(&mut self) -> bool {
+        let now = Instant::now();
+        now < *self.doubt_until.get_or_insert(now + DOUBT_TIME)
     }
 
     /// Whether a page was read, and isn't delivered yet.

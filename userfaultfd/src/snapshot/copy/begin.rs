@@ -31,7 +31,6 @@ impl Copier {
     /// another write isn't in the snapshot if that one isn't.
     pub(super) fn begin(&mut self, Begin { queue, counts, changed }: Begin) -> Result<()> {
         self.dirty.join(&changed);
-        self.doubted = 0;
         if !self.look.can_tell() {
             self.unprotected.join(&self.dirty);
         }

@@ -63,8 +63,6 @@ pub(crate) struct Copier {
     pub(super) held: VecDeque<Event>,
     /// How often the first of them was refused, since the layout changes. Zero: it waits for a buffer.
     pub(super) changing: u32,
-    /// How often a page that is about to be written was in doubt.
-    pub(super) doubted: u32,
     /// How often what was read couldn't be delivered, since the layout changes.
     pub(super) stalled: u32,
     pub(super) fdinfo: File,
@@ -121,7 +119,6 @@ impl Copier {
             active: None,
             held: VecDeque::with_capacity(64),
             changing: 0,
-            doubted: 0,
             stalled: 0,
             words: Words::default(),
             done: false,

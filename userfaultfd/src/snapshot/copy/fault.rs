@@ -1,5 +1,6 @@
 //! Faults: a page that is about to be written is saved first.
 
+use super::active::Active;
 use super::copier::{Copier, MAX_LAYOUT_TRIES};
 use super::keep::Saved;
 use super::layout::Part;
@@ -84,9 +85,8 @@ impl Copier {
                     self.changing += 1;
                     return Ok(Writable::Later);
                 }
-                // Or it can't be read at all.
-                Saved::Doubt if self.doubted < MAX_LAYOUT_TRIES => {
-                    self.doubted += 1;
+                // Or it can't be read for a moment, or not at all.
+                Saved::Doubt if self.active.as_mut().is_some_and(Active::may_wait_in_doubt) => {
                     self.changing = 0;
                     return Ok(Writable::Again);
                 }

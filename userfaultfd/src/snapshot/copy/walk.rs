@@ -1,16 +1,11 @@
 //! The walk through all pages, in their order.
 
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
 
 use super::copier::{Copier, DOUBT_MS};
 use super::layout::Part;
 use super::queue::{End, Size};
 use crate::{Result, page_size, sys};
-
-/// How long pages that can't be read, or aren't protected any more, are looked at again: the event that says why may be
-/// on its way.
-const DOUBT_TIME: Duration = Duration::from_millis(200);
 
 impl Copier {
     /// Reads the next pages. Returns whether there was something to do.
@@ -79,8 +74,7 @@ impl Copier {
             self.settle_dropped();
         }
         let Some(active) = self.active.as_mut().filter(|active| active.is_pending()) else { return Ok(true) };
-        let now = Instant::now();
-        if now < *active.doubt_until.get_or_insert(now + DOUBT_TIME) {
+        if active.may_wait_in_doubt() {
             let fds = [self.watch.uffd.as_fd(), self.shared.woken.as_fd()];
             sys::wait_readable(fds, DOUBT_MS)?;
             return Ok(true);
