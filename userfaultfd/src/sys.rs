@@ -494,6 +494,11 @@ pub(crate) fn is_appending(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(status_flags(fd)? & libc::O_APPEND != 0)
 }
 
+/// Whether a file is open for writing.
+pub(crate) fn is_writable(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    Ok(status_flags(fd)? & libc::O_ACCMODE != libc::O_RDONLY)
+}
+
 /// fcntl(2) with F_GETFL.
 fn status_flags(fd: BorrowedFd<'_>) -> Result<libc::c_int, Errno> {
     // SAFETY: F_GETFL touches no memory.

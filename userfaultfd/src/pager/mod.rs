@@ -158,5 +158,6 @@ pub use crate::source::{
     MappedRamSource, OverlaySource, PageBuffer, PageData, PageSource, RamBlock, SourceBytes, ThreadedSource,
     ZeroSource,
 };
+pub use crate::source::{FileStore, FnStore, PageStore};
 #[cfg(feature = "http")]
 pub use crate::source::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};

@@ -12,6 +12,8 @@ mod chunk_cache;
 mod concat;
 mod data_ranges;
 mod file;
+#[cfg(feature = "pager")]
+mod file_store;
 mod layered;
 mod mapped;
 mod mapped_ram;
@@ -22,6 +24,8 @@ mod overlay;
 mod pieces;
 #[cfg(feature = "http")]
 mod remote;
+#[cfg(feature = "pager")]
+mod store;
 mod threaded;
 
 pub use async_load::{AsyncPageSource, AsyncSource, Completion, Loaded, PageBuffer};
@@ -30,6 +34,8 @@ pub(crate) use async_load::{LoadId, Receiver};
 pub use chunk_cache::{CacheError, CacheStatistics, CachedImage, CachedImageBuilder, ChunkCache};
 pub use concat::ConcatSource;
 pub use file::{FileAdvice, FileSource};
+#[cfg(feature = "pager")]
+pub use file_store::FileStore;
 pub use layered::LayeredSource;
 pub use mapped::MappedFileSource;
 pub use mapped_ram::{MappedRamSource, RamBlock};
@@ -37,6 +43,8 @@ pub use memory::{BytesSource, ZeroSource};
 pub use overlay::OverlaySource;
 #[cfg(feature = "http")]
 pub use remote::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};
+#[cfg(feature = "pager")]
+pub use store::{FnStore, PageStore};
 
 pub use threaded::ThreadedSource;
 
