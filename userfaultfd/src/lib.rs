@@ -53,6 +53,7 @@
 //! | to do this | use |
 //! | --- | --- |
 //! | memory whose pages are read or computed on first access; data larger than memory | [`LazyMemory`] |
+//! | a file or another store as memory, written back, within a limit | [`PagedMemory`] |
 //! | the same for other processes: restoring snapshots, migration, sandboxes | [`pager::Pager`] |
 //! | know which pages a program has written since the last look | [`DirtyTracker`] |
 //! | know which pages are in use | [`AccessTracker`] |
@@ -128,7 +129,7 @@
 //!
 //! | feature | default | brings | crates |
 //! | --- | --- | --- | --- |
-//! | `pager` | yes | [`LazyMemory`], [`pager`], [`source`] | allocator-api2, crc32fast, memmap2 |
+//! | `pager` | yes | [`LazyMemory`], [`PagedMemory`], [`pager`], [`source`] | allocator-api2, crc32fast, memmap2 |
 //! | `tracking` | yes | [`DirtyTracker`], [`AccessTracker`], [`dirty`] | memmap2 |
 //! | `snapshot` | yes | [`Snapshot`], [`snapshot`], [`source`] | crc32fast, memmap2 |
 //! | `tracing` | no | spans and events of the pager; enables `pager` | tracing |
@@ -334,8 +335,12 @@ pub use crate::features::{FeatureFlags, IoctlFlags, Known, RegisterMode, Support
 pub use crate::fill::{ContinueMode, CopyMode, MoveMode, ZeropageMode};
 pub use crate::holder::Holder;
 #[cfg(feature = "pager")]
-pub use crate::lazy::{LazyBuilder, LazyMemory, Pinned, SigbusBuilder};
+pub use crate::lazy::{
+    CloseError, LazyBuilder, LazyMemory, PagedBuilder, PagedMemory, PagedStatistics, Pinned, SigbusBuilder,
+};
 pub use crate::open::{OpenFailure, OpenRefusal, OpenWith};
+#[cfg(feature = "pager")]
+pub use crate::pager::{FlushError, FlushStep, WriteBack};
 #[cfg(any(feature = "pager", feature = "snapshot"))]
 pub use crate::pending_file::PendingFile;
 pub use crate::refusal::{MemoryKind, Reason, Refusal};

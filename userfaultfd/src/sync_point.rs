@@ -60,6 +60,14 @@ pub(crate) enum Departure {
     BeforeCopyOut,
     /// It rests there, is claimed again, and about to be written to the spill file.
     BeforeWriteBack,
+    /// It is claimed, and about to be copied for its store.
+    BeforeClean,
+    /// It was copied, its claim has ended, and the store is about to be written.
+    BeforeStore,
+    /// The store was written, or has failed, which isn't noted yet.
+    AfterStore,
+    /// The store is about to be synced. The address is the first one of the memory.
+    BeforeSync,
     /// It is in the staging area, or has been dropped from there, and its claim is about to end.
     AfterLeave,
 }

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use super::{LazyMemory, ServedBy};
 use crate::own_mapping::OwnMapping;
 use crate::pager::evict::residence::Residence;
+use crate::pager::evict::store::{BeforeWrite, StoreBacking};
 use crate::pager::{
-    self, Budget, DEFAULT_MAX_AROUND_BYTES, Delivery, Error, FaultAround, PageSource, Pager, PagerBuilder,
-    Problem, Region, RetryPolicy,
+    self, Budget, DEFAULT_MAX_AROUND_BYTES, Delivery, Error, FaultAround, PageSource, PageStore, Pager,
+    PagerBuilder, Problem, Region, RetryPolicy, WriteBack,
 };
 use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 
@@ -150,8 +151,17 @@ pub struct LazyBuilder {
     budget: Option<Budget>,
     /// Where the spill file is made.
     spill: Option<PathBuf>,
+    /// Where written pages go, if not to a spill file.
+    store: Option<StoreOptions>,
     /// Whether pages are moved to the staging area, if the kernel can.
     moves: bool,
+}
+
+/// How written pages go back to the source.
+pub(super) struct StoreOptions {
+    pub(super) store: Arc<dyn PageStore>,
+    pub(super) write_back: WriteBack,
+    pub(super) before_write: Option<BeforeWrite>,
 }
 
 impl LazyBuilder {
@@ -164,6 +174,7 @@ impl LazyBuilder {
             protection: FeatureFlags::WP_ASYNC | FeatureFlags::WP_UNPOPULATED,
             budget: None,
             spill: None,
+            store: None,
             moves: true,
         }
     }
@@ -239,6 +250,12 @@ impl LazyBuilder {
         self
     }
 
+    /// Has written pages go to the source, which is a store, too.
+    pub(super) fn store(mut self, store: StoreOptions) -> Self {
+        self.store = Some(store);
+        self
+    }
+
     /// Has pages copied to the staging area, as before Linux 6.8.
     #[cfg(test)]
     pub(crate) fn copied_out(self) -> Self {
@@ -276,8 +293,8 @@ impl LazyBuilder {
     /// - [`System`](pager::Error::System): failed to map memory or to create a thread; `ENOMEM` with huge pages: too few
     ///   are reserved.
     pub fn build(self) -> pager::Result<LazyMemory> {
-        let Self { shape, pager, own, kernel, protection, budget, spill, moves } = self;
-        let (page_size, budget) = (shape.page_size, budget.as_ref());
+        let Self { shape, pager, own, kernel, protection, budget, spill, store, moves } = self;
+        let (page_size, offset, budget) = (shape.page_size, shape.offset, budget.as_ref());
         let Mapped { memory, mut region, len } = shape.map()?;
         let (mut required, mut requested) = (FeatureFlags::empty(), FeatureFlags::THREAD_ID);
         match budget {
@@ -293,8 +310,20 @@ impl LazyBuilder {
                     return Err(Error::NotWithBudget { option, reason });
                 }
                 required |= FeatureFlags::PAGEFAULT_FLAG_WP;
-                let dir = spill.unwrap_or_else(std::env::temp_dir);
-                let residence = Residence::new(budget, region.range().len() / page_size, &dir, moves)?;
+                let count = region.range().len() / page_size;
+                let residence = match store {
+                    None => {
+                        let dir = spill.unwrap_or_else(std::env::temp_dir);
+                        Residence::with_spill(budget, count, &dir, moves)?
+                    }
+                    Some(StoreOptions { store, write_back, before_write }) => {
+                        if offset % page_size as u64 != 0 {
+                            return Err(Error::UnalignedStore { offset, page_size });
+                        }
+                        let store = StoreBacking::new(store, (offset, len), write_back, before_write)?;
+                        Residence::with_store(budget, count, store, moves)?
+                    }
+                };
                 region = region.residence(Arc::new(residence));
             }
         }

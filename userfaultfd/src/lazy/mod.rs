@@ -1,9 +1,11 @@
 //! [`LazyMemory`]: memory of this process that fills itself.
 
 mod builder;
+mod paged;
 pub(crate) mod sigbus;
 
 pub use self::builder::LazyBuilder;
+pub use self::paged::{CloseError, PagedBuilder, PagedMemory, PagedStatistics};
 pub use self::sigbus::builder::SigbusBuilder;
 use std::fmt;
 use std::io;
@@ -415,6 +417,27 @@ impl LazyMemory {
     /// As [`Pager::replay`].
     pub fn replay(&self, set: &WorkingSet) -> pager::Result<WorkingSetReplay> {
         WorkingSetReplay::start(self.target()?, set)
+    }
+
+    /// Waits until all fills are noted that have been made: a thread that was woken by one may be faster.
+    fn wait_for_fills(&self) {
+        if let ServedBy::Pager(pager, _, region, _) = &self.served {
+            pager.wait_for_fills(*region);
+        }
+    }
+
+    fn region_id(&self) -> Option<RegionId> {
+        match &self.served {
+            ServedBy::Pager(_, _, region, _) => Some(*region),
+            ServedBy::Sigbus(_) => None,
+        }
+    }
+
+    /// Has its pager report a problem.
+    fn report(&self, problem: pager::Problem) {
+        if let ServedBy::Pager(pager, ..) = &self.served {
+            pager.report(problem);
+        }
     }
 
     /// Where its pages are, under a budget.

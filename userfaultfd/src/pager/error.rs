@@ -217,6 +217,15 @@ pub enum Error {
         error: io::Error,
     },
 
+    /// The memory of a store doesn't begin at a whole page of it.
+    #[error("the memory begins at byte {offset:#x} of its store, which is no multiple of {page_size:#x}")]
+    UnalignedStore {
+        /// The offset in the store, in bytes.
+        offset: u64,
+        /// The size of a page, in bytes.
+        page_size: usize,
+    },
+
     /// An operation on the descriptor failed.
     #[error(transparent)]
     Uffd(#[from] crate::Error),
@@ -339,8 +348,8 @@ pub enum Problem {
         /// The message of the panic.
         message: String,
     },
-    /// Written pages of memory with a [budget](super::Budget) couldn't be written to its spill file: a full disk, for
-    /// example. They stay in memory, where they count, and are tried again. Faults don't wait for them, so that more may
+    /// Written pages of memory with a [budget](super::Budget) couldn't be written to its spill file or store: a full disk,
+    /// for example; `TimedOut`: a write of the store takes longer than a second. They stay in memory, where they count, and are tried again. Faults don't wait for them, so that more may
     /// be resident than the budget has.
     WriteBack {
         /// The region.
@@ -352,10 +361,27 @@ pub enum Problem {
         /// Why.
         error: io::Error,
     },
+    /// A [budget](super::Budget) is full of written pages that must stay until a flush:
+    /// [`WriteBack::OnFlush`](crate::WriteBack::OnFlush). Faults don't wait for them, so that more is resident than the
+    /// budget has, until [`PagedMemory::flush`](crate::PagedMemory::flush) is called.
+    BudgetFull {
+        /// The region.
+        region: RegionId,
+        /// Its written pages, in bytes.
+        dirty: usize,
+    },
+    /// A [`PagedMemory`](crate::PagedMemory) was dropped with written pages that may reach the store by a flush alone. Their
+    /// content is gone.
+    Discarded {
+        /// The region.
+        region: RegionId,
+        /// Its written pages, in bytes.
+        dirty: usize,
+    },
 }
 
 /// Number of the variants of [`Problem`].
-pub(crate) const PROBLEM_KINDS: usize = 10;
+pub(crate) const PROBLEM_KINDS: usize = 12;
 
 impl Problem {
     /// The number of its kind.
@@ -371,6 +397,8 @@ impl Problem {
             Self::Fork { .. } => 7,
             Self::Panicked { .. } => 8,
             Self::WriteBack { .. } => 9,
+            Self::BudgetFull { .. } => 10,
+            Self::Discarded { .. } => 11,
         }
     }
 }
@@ -403,11 +431,13 @@ impl fmt::Display for Problem {
             }
             Self::Panicked { message } => write!(f, "a thread of the pager panicked: {message}"),
             Self::WriteBack { address, len, error, .. } => {
-                write!(
-                    f,
-                    "{len:#x} bytes at {address:#x} couldn't be written to the spill file: {}",
-                    Whole(error)
-                )
+                write!(f, "{len:#x} bytes at {address:#x} couldn't be written back: {}", Whole(error))
+            }
+            Self::BudgetFull { dirty, .. } => {
+                write!(f, "the budget is full: {dirty:#x} bytes were written and must stay until a flush")
+            }
+            Self::Discarded { dirty, .. } => {
+                write!(f, "memory was dropped with {dirty:#x} bytes that were written and not flushed")
             }
         }
     }

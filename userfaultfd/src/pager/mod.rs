@@ -135,6 +135,8 @@ pub mod tuning {}
 pub use self::builder::PagerBuilder;
 pub use self::error::{Error, Problem, Refused, Result, RetryPolicy};
 pub use self::evict::budget::{Budget, BudgetStatistics};
+pub use self::evict::flush_error::{FlushError, FlushStep};
+pub use self::evict::store::WriteBack;
 pub use self::handover::Detached;
 pub use self::id::{DescriptorId, RegionId};
 pub use self::memory::fault_around::FaultAround;

@@ -525,6 +525,18 @@ impl Pager {
         Ok(shutdown::detached(&descriptor, serving))
     }
 
+    /// Waits for the fills of a region that the kernel has made: each is made and noted under one shard.
+    pub(crate) fn wait_for_fills(&self, region: RegionId) {
+        if let Ok(descriptor) = self.of_region(region) {
+            descriptor.with_all_shards(&mut |_| {});
+        }
+    }
+
+    /// Has a problem reported.
+    pub(crate) fn report(&self, problem: super::Problem) {
+        self.shared.fill.report(problem);
+    }
+
     /// Has a budget count the pages of a lazy memory's region, which nobody has touched yet.
     pub(crate) fn attach_budget(&self, region: RegionId) -> Result<()> {
         let descriptor = self.of_region(region)?;

@@ -19,9 +19,10 @@ use crate::sync::AtomicU64;
 const MIN_PAGES: usize = 16;
 
 /// Pages of the largest budget: half of what a [`Place`](super::residence::Place) can count.
-const MAX_PAGES: usize = 1 << 27;
+const MAX_PAGES: usize = 1 << 26;
 
-/// A limit for the resident memory of any number of [`LazyMemory`](crate::LazyMemory)s.
+/// A limit for the resident memory of any number of [`LazyMemory`](crate::LazyMemory)s and
+/// [`PagedMemory`](crate::PagedMemory)s.
 ///
 /// Clones are the same budget. When the memories that share it get close to the limit, a thread of the budget takes pages
 /// away from them, those first that don't seem to be needed (S3-FIFO). A page that was written since it was filled goes
@@ -32,8 +33,9 @@ const MAX_PAGES: usize = 1 << 27;
 /// back from there without reading anything; so the budget learns which pages are in use.
 ///
 /// What is resident exceeds the limit by no more than what is in flight at the moment, but where pages can't leave: those
-/// that are [pinned](crate::LazyMemory::pin), and written ones while the file can't be written, which is a
-/// [`Problem::WriteBack`](crate::pager::Problem::WriteBack). A fault doesn't wait for such pages.
+/// that are [pinned](crate::LazyMemory::pin), and written ones while the file or store can't be written, which is a
+/// [`Problem::WriteBack`](crate::pager::Problem::WriteBack), or mustn't ([`Problem::BudgetFull`](crate::pager::Problem)). A
+/// fault doesn't wait for such pages.
 ///
 /// The page cache of a source that reads a file counts for a container, but not for the budget.
 ///
@@ -67,8 +69,14 @@ pub struct BudgetStatistics {
     pub second_chances: u64,
     /// Pages that were written to a spill file before they left.
     pub spilled: u64,
-    /// Times that a page couldn't be written to its spill file, and stayed in memory.
+    /// Pages that were written to the store of a [`PagedMemory`](crate::PagedMemory).
+    pub write_backs: u64,
+    /// Times that a page couldn't be written to its spill file or store, and stayed in memory.
     pub unwritten: u64,
+    /// Bytes that were read from sources.
+    pub bytes_read: u64,
+    /// Bytes that were written to stores.
+    pub bytes_written: u64,
     /// Faults that waited for room.
     pub waits: u64,
     /// How long they waited, altogether.
@@ -128,7 +136,10 @@ impl Budget {
             refaults: get(&counters.refaults),
             second_chances: get(&counters.second_chances),
             spilled: get(&counters.spilled),
+            write_backs: get(&counters.write_backs),
             unwritten: get(&counters.unwritten),
+            bytes_read: get(&counters.bytes_read),
+            bytes_written: get(&counters.bytes_written),
             waits: get(&counters.waits),
             waited: Duration::from_nanos(get(&counters.waited_ns)),
             staged: if pool.is_here() { pool.lock().staged_len() } else { 0 },

@@ -3,16 +3,21 @@
 //! A page that becomes resident takes a frame, by the thread that fills it; it gives the frame up when it has left, by the
 //! thread that evicts.
 
+use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar};
+use std::time::{Duration, Instant};
 
 use super::policy::{Link, List, NO_STAMP, NONE, Policy, S3Fifo};
-use super::pool::{Pool, count};
-use super::residence::Residence;
+use super::pool::Pool;
+use super::residence::{Place, Residence};
+use super::store::{StoreBacking, WriteBack};
 use crate::Uffd;
 use crate::mapped_vec::{self, MappedVec};
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::serve::shared::Shared;
+use crate::pager::{Problem, RegionId};
 
 /// Pages of a budget for each that may rest in the staging area: `benches/eviction` says what others cost.
 const STAGED_SHARE: usize = 8;
@@ -27,6 +32,15 @@ const STAGE_SLACK: usize = 4;
 /// Pages that the evicting thread has in hand at a time, of each kind.
 pub(super) const BATCH: usize = 256;
 
+/// Pages that a caller wants out of memory and that are looked at with the frames locked.
+const REQUEST_PAGES: usize = 4096;
+
+/// Pages that wait to be written to a store, at most. Further ones are found again when they come to leave.
+const QUEUE_PAGES: usize = 1024;
+
+/// How long a store may do nothing before faults don't wait any more for pages that must be written there.
+const STALL: Duration = Duration::from_secs(1);
+
 /// A memory that shares the budget.
 pub(super) struct Member {
     pub(super) region: Arc<ServedRegion>,
@@ -35,6 +49,8 @@ pub(super) struct Member {
     pub(super) uffd: Arc<Uffd>,
     /// For problems.
     pub(super) shared: Arc<Shared>,
+    /// The thread that writes to its store waits for pages.
+    pub(super) write_work: Condvar,
 }
 
 impl Member {
@@ -69,6 +85,52 @@ pub(super) struct Victim {
     pub(super) is_done: bool,
 }
 
+/// A member, and what there is to write to its store.
+struct Slot {
+    member: Arc<Member>,
+    /// Pages that are about to leave and must be written before.
+    queue: MappedVec<usize>,
+    /// Threads that write its pages now.
+    writers: usize,
+    /// The pages that are being written.
+    in_hand: Range<usize>,
+    is_stopping: bool,
+    /// Whether the last pages couldn't be written: nothing waits for the next ones.
+    has_failed: bool,
+    /// Whether it was reported that its pages can't leave.
+    is_reported: bool,
+}
+
+impl Slot {
+    fn store(&self) -> Option<&StoreBacking> {
+        self.member.residence().store()
+    }
+
+    /// Has a page written, if its store may be written now.
+    fn enqueue(&mut self, page: usize) -> bool {
+        let writes = self.store().is_some_and(|store| store.write_back == WriteBack::Any);
+        let has_room = writes && !self.is_stopping && self.queue.len() < self.queue.capacity();
+        if has_room {
+            self.queue.push(page);
+        }
+        has_room
+    }
+
+    fn is_writing(&self) -> bool {
+        !self.has_failed && (self.writers > 0 || !self.queue.is_empty())
+    }
+}
+
+/// Pages that a caller wants out of memory.
+struct Request {
+    number: u64,
+    member: u32,
+    /// Those that are left of it.
+    pages: Range<usize>,
+    /// All of it, for the second way through: from the staging area.
+    again: Option<Range<usize>>,
+}
+
 /// Which pages are resident. Nothing is allocated or freed while this is locked, no memory that is served is touched, and
 /// no system call is made but those that map a vector's next part.
 pub(super) struct Frames {
@@ -80,7 +142,12 @@ pub(super) struct Frames {
     staged: List,
     /// How many frames have a page.
     used: usize,
-    members: MappedVec<Option<Arc<Member>>>,
+    members: MappedVec<Option<Slot>>,
+    requests: MappedVec<Request>,
+    /// The number of the last request.
+    requested: u64,
+    /// When a store was last written, or began to be.
+    write_progress: Instant,
     pins: MappedVec<Pin>,
     pinned: usize,
     /// Threads that wait for room.
@@ -113,6 +180,9 @@ impl Frames {
             staged: List::new(),
             used: 0,
             members: mapped_vec::none(),
+            requests: mapped_vec::none(),
+            requested: 0,
+            write_progress: Instant::now(),
             pins: mapped_vec::none(),
             pinned: 0,
             waiting: 0,
@@ -141,14 +211,31 @@ impl Frames {
                 self.members.len() - 1
             }
         };
+        let mut queue = mapped_vec::none();
+        if member.residence().store().is_some() {
+            match mapped_vec::try_with_room(QUEUE_PAGES) {
+                Some(room) => queue = room,
+                None => return false,
+            }
+        }
         member.residence().set_member(Some(slot as u32));
-        self.members[slot] = Some(member);
+        self.members[slot] = Some(Slot {
+            member,
+            queue,
+            writers: 0,
+            in_hand: 0..0,
+            is_stopping: false,
+            has_failed: false,
+            is_reported: false,
+        });
         true
     }
 
     /// Lets go of a member, of its pins, and of its pages, whose number is returned.
     pub(super) fn leave(&mut self, slot: u32) -> (Option<Arc<Member>>, usize) {
-        let member = self.members[slot as usize].take();
+        // Its queue is a mapping, which may be unmapped here.
+        let member = self.members[slot as usize].take().map(|slot| slot.member);
+        self.requests.retain(|request| request.member != slot);
         self.pins.retain(|pin| pin.member != slot);
         self.pinned = self.pins.iter().map(|pin| pin.pages.len()).sum();
         let mut given_up = 0;
@@ -162,9 +249,14 @@ impl Frames {
         (member, given_up)
     }
 
-    #[cfg(test)]
     pub(super) fn member(&self, slot: u32) -> Option<Arc<Member>> {
-        self.members[slot as usize].clone()
+        self.members[slot as usize].as_ref().map(|slot| Arc::clone(&slot.member))
+    }
+
+    /// The member that a frame's page is of, unless that ends.
+    fn owner(&self, member: u32) -> Option<&Arc<Member>> {
+        let slot = self.members[member as usize].as_ref()?;
+        Some(&slot.member).filter(|member| member.residence().member().is_some())
     }
 
     /// Whether what is resident can become less.
@@ -224,9 +316,8 @@ impl Frames {
             tries -= 1;
             let Some((frame, stamp)) = self.policy.evict(&mut self.links) else { return };
             let Tenant { member, page, .. } = self.tenants[frame as usize];
-            let owner = self.members[member as usize].as_ref();
-            let owner = owner.filter(|member| member.residence().member().is_some());
-            if owner.is_some_and(|member| self.is_pinned(member.residence(), page)) {
+            let owner = self.owner(member);
+            if owner.is_some_and(|member| self.must_stay(member.residence(), page)) {
                 // To where it is met less often.
                 self.policy.restore(&mut self.links, frame);
                 continue;
@@ -248,11 +339,13 @@ impl Frames {
             tries -= 1;
             let Some(frame) = self.staged.pop(&mut self.links) else { return };
             let Tenant { member, page, .. } = self.tenants[frame as usize];
-            let owner = self.members[member as usize].as_ref().filter(|member| {
-                // A fault that has claimed it takes it back.
-                member.residence().member().is_some() && member.region.pages.claim_missing(page).is_some()
-            });
-            match owner {
+            if self.must_be_written(member, page) {
+                self.staged.push(&mut self.links, frame);
+                continue;
+            }
+            let owner = self.owner(member);
+            // A fault that has claimed it takes it back.
+            match owner.filter(|member| member.region.pages.claim_missing(page).is_some()) {
                 Some(member) => {
                     let (member, stamp) = (Arc::clone(member), 0);
                     victims.push(Victim { member, page, frame, stamp, is_done: false });
@@ -260,6 +353,27 @@ impl Frames {
                 None => self.staged.push(&mut self.links, frame),
             }
         }
+    }
+
+    /// Whether a page can't leave: it is pinned, or was written and its store mustn't be.
+    fn must_stay(&self, residence: &Residence, page: usize) -> bool {
+        let is_kept = residence.store().is_some_and(|store| store.write_back == WriteBack::OnFlush);
+        is_kept && residence.place(page).is_dirty() || self.is_pinned(residence, page)
+    }
+
+    /// Whether a page in the staging area must be written to a store before it is dropped, which this sets about. It isn't
+    /// written again as long as it is there, with the frames locked.
+    fn must_be_written(&mut self, member: u32, page: usize) -> bool {
+        let Some(slot) = self.members[member as usize].as_mut() else { return false };
+        let residence = slot.member.residence();
+        let place = residence.place(page);
+        if residence.store().is_none() || !place.is_dirty() {
+            return false;
+        }
+        if place.is_written() && slot.writers == 0 && slot.enqueue(page) {
+            slot.member.write_work.notify_one();
+        }
+        true
     }
 
     fn is_pinned(&self, residence: &Residence, page: usize) -> bool {
@@ -272,10 +386,15 @@ impl Frames {
             let frame = victim.frame;
             if victim.is_done {
                 let residence = victim.member.residence();
-                residence.set_place(victim.page, residence.place(victim.page).staged());
+                let place = residence.change(victim.page, Place::staged);
                 residence.set_stamp(victim.page, victim.stamp);
-                self.tenants[frame as usize].is_staged = true;
+                let Tenant { member, is_staged, .. } = &mut self.tenants[frame as usize];
+                *is_staged = true;
+                let member = *member;
                 self.staged.push(&mut self.links, frame);
+                if place.is_written() {
+                    self.enqueue(member, victim.page);
+                }
             } else {
                 self.policy.restore(&mut self.links, frame);
             }
@@ -288,7 +407,9 @@ impl Frames {
         for victim in victims {
             let (residence, frame) = (victim.member.residence(), victim.frame);
             if victim.is_done {
-                residence.set_place(victim.page, residence.place(victim.page).left());
+                residence.change(victim.page, Place::left);
+                residence.count(|counters| &counters.evictions, 1);
+                residence.resident.fetch_sub(1, Ordering::Relaxed);
                 self.release(frame);
                 left += 1;
             } else {
@@ -296,7 +417,205 @@ impl Frames {
             }
         }
         pool.uncharge(left);
-        count(&pool.counters.evictions, left);
+    }
+
+    /// Has a page written that is about to leave.
+    fn enqueue(&mut self, member: u32, page: usize) {
+        let was_writing = self.is_writing();
+        let Some(slot) = self.members[member as usize].as_mut() else { return };
+        if slot.enqueue(page) {
+            slot.member.write_work.notify_one();
+            if !was_writing {
+                self.write_progress = Instant::now();
+            }
+        }
+    }
+
+    /// Whether any store is being written.
+    fn is_writing(&self) -> bool {
+        self.members.iter().flatten().any(Slot::is_writing)
+    }
+
+    /// Whether a store is being written that hasn't been silent for too long: it's worth waiting for.
+    pub(super) fn waits_for_store(&self) -> bool {
+        self.is_writing() && self.write_progress.elapsed() < STALL
+    }
+
+    /// The next memory of which pages can't leave, and hasn't been reported, with the problem.
+    pub(super) fn next_trouble(&mut self, pool: &Pool) -> Option<(Arc<Member>, Problem)> {
+        let page_size = crate::page_size();
+        let room = pool.limit().saturating_sub(self.pinned + 2 * pool.max_run());
+        for slot in self.members.iter_mut().flatten().filter(|slot| !slot.is_reported) {
+            let (member, dirty) = (&slot.member, slot.member.residence().dirty_count());
+            let region = RegionId(member.region.id);
+            let problem = match slot.store() {
+                Some(store) if store.write_back == WriteBack::OnFlush && dirty > room => {
+                    Problem::BudgetFull { region, dirty: dirty * page_size }
+                }
+                Some(_) if slot.is_writing() => Problem::WriteBack {
+                    region,
+                    address: member.start + slot.in_hand.start * page_size,
+                    len: slot.in_hand.len() * page_size,
+                    error: io::ErrorKind::TimedOut.into(),
+                },
+                _ => continue,
+            };
+            let member = Arc::clone(member);
+            slot.is_reported = true;
+            return Some((member, problem));
+        }
+        None
+    }
+
+    /// Pages leave again.
+    pub(super) fn forget_trouble(&mut self) {
+        self.members.iter_mut().flatten().for_each(|slot| slot.is_reported = false);
+    }
+
+    /// Takes the pages that must be written for a member, which its thread begins to write if there are any. `None`: it must
+    /// end.
+    pub(super) fn take_queue(&mut self, member: u32, pages: &mut Vec<usize>) -> Option<()> {
+        let slot = self.members[member as usize].as_mut().filter(|slot| !slot.is_stopping)?;
+        // As much as there is room for, so that nothing is allocated.
+        let taken = slot.queue.len().min(pages.capacity() - pages.len());
+        pages.extend(slot.queue.drain(..taken));
+        slot.writers += usize::from(taken > 0);
+        Some(())
+    }
+
+    /// Has the thread end that writes for a member.
+    pub(super) fn stop_writer(&mut self, member: u32) {
+        if let Some(slot) = self.members[member as usize].as_mut() {
+            slot.is_stopping = true;
+            slot.queue.clear();
+            slot.member.write_work.notify_one();
+        }
+    }
+
+    /// Whether the thread must end that writes for a member.
+    pub(super) fn is_writer_stopping(&self, member: u32) -> bool {
+        self.members[member as usize].as_ref().is_none_or(|slot| slot.is_stopping)
+    }
+
+    /// A thread begins to write pages of a member.
+    pub(super) fn begin_write(&mut self, member: u32) {
+        if !self.is_writing() {
+            self.write_progress = Instant::now();
+        }
+        if let Some(slot) = self.members[member as usize].as_mut() {
+            slot.writers += 1;
+        }
+    }
+
+    /// These are the ones that it writes next.
+    pub(super) fn write_next(&mut self, member: u32, pages: Range<usize>) {
+        if let Some(slot) = self.members[member as usize].as_mut() {
+            slot.in_hand = pages;
+        }
+    }
+
+    /// They were written, or couldn't be.
+    pub(super) fn written(&mut self, member: u32, is_stored: bool) {
+        self.write_progress = Instant::now();
+        if let Some(slot) = self.members[member as usize].as_mut() {
+            slot.has_failed = !is_stored;
+        }
+    }
+
+    /// The thread has no more to write.
+    pub(super) fn end_write(&mut self, member: u32) {
+        if let Some(slot) = self.members[member as usize].as_mut() {
+            slot.writers -= 1;
+        }
+    }
+
+    /// The frames of a member that have a page, from one frame on: as many as there is room for. Returns where to go on.
+    pub(super) fn pages_of(
+        &self,
+        member: u32,
+        mut frame: usize,
+        pages: &mut Vec<usize>,
+        mut wanted: impl FnMut(usize) -> bool,
+    ) -> Option<usize> {
+        while let Some(tenant) = self.tenants.get(frame) {
+            if pages.len() == pages.capacity() {
+                return Some(frame);
+            }
+            if tenant.member == member && wanted(tenant.page) {
+                pages.push(tenant.page);
+            }
+            frame += 1;
+        }
+        None
+    }
+
+    /// How many frames there are, used or not.
+    pub(super) fn frame_count(&self) -> usize {
+        self.tenants.len()
+    }
+
+    /// Wants pages out of memory. Returns the number of the request; `None` where there is no memory.
+    pub(super) fn request(&mut self, member: u32, pages: Range<usize>) -> Option<u64> {
+        if !mapped_vec::try_reserve(&mut self.requests) {
+            return None;
+        }
+        self.requested += 1;
+        let (number, again) = (self.requested, Some(pages.clone()));
+        self.requests.push(Request { number, member, pages, again });
+        Some(number)
+    }
+
+    pub(super) fn has_requests(&self) -> bool {
+        !self.requests.is_empty()
+    }
+
+    pub(super) fn is_requested(&self, number: u64) -> bool {
+        self.requests.iter().any(|request| request.number == number)
+    }
+
+    /// Claims pages that a caller wants out of memory, those in the staging area once all of them are there.
+    pub(super) fn choose_requested(
+        &mut self,
+        to_stage: &mut MappedVec<Victim>,
+        to_drop: &mut MappedVec<Victim>,
+    ) {
+        let Some(Request { member, pages, again, .. }) = self.requests.first() else { return };
+        let (slot, is_first) = (*member, again.is_some());
+        let next = pages.start..pages.end.min(pages.start + REQUEST_PAGES);
+        let Some(member) = self.owner(slot).cloned() else { return };
+        let (residence, states) = (member.residence(), &member.region.pages);
+        let mut next_page = next.start;
+        while next_page < next.end && to_stage.len() < BATCH && to_drop.len() < BATCH {
+            let page = next_page;
+            next_page += 1;
+            let (place, stamp) = (residence.place(page), NO_STAMP);
+            let frame = place.frame();
+            let tenant = self.tenants.get(frame as usize).filter(|tenant| {
+                (tenant.member, tenant.page, tenant.is_staged) == (slot, page, place.is_staged())
+            });
+            if tenant.is_none() || self.must_stay(residence, page) {
+                continue;
+            }
+            let is_claimed = match place.is_staged() {
+                false => is_first && states.try_claim_present(page),
+                true => {
+                    !is_first && !self.must_be_written(slot, page) && states.claim_missing(page).is_some()
+                }
+            };
+            if is_claimed {
+                self.unlink(frame);
+                let victims = if place.is_staged() { &mut *to_drop } else { &mut *to_stage };
+                victims.push(Victim { member: Arc::clone(&member), page, frame, stamp, is_done: false });
+            }
+        }
+        let Some(Request { pages, again, .. }) = self.requests.first_mut() else { return };
+        pages.start = next_page;
+        if next_page == pages.end {
+            match again.take() {
+                Some(all) => *pages = all,
+                None => drop(self.requests.remove(0)),
+            }
+        }
     }
 
     /// Gives a page that was filled a frame, or puts it back to the others if it was in the staging area. Returns whether
@@ -311,11 +630,12 @@ impl Frames {
             frame
         } else {
             let frame = self.take(member, page);
+            residence.resident.fetch_add(1, Ordering::Relaxed);
             self.policy.insert(&mut self.links, frame, residence.stamp(page));
             frame
         };
         self.tenants[frame as usize] = Tenant { member, page, is_staged: false };
-        residence.set_place(page, place.entered(frame, is_written));
+        residence.change(page, |place| place.entered(frame, is_written));
         true
     }
 

@@ -5,11 +5,18 @@
 //! pages is that isn't in memory. Filling asks it for room before content is loaded, and for content that isn't the
 //! source's; the state of a page is the one that filling knows, and a page on its way out is claimed like one on its way
 //! in.
+//!
+//! Written pages go to a spill file when they leave ([`write_back`]), or to a store before they may ([`clean`], [`writer`]).
 
 pub(crate) mod budget;
+pub(crate) mod clean;
+pub(crate) mod flush_error;
 mod frames;
+mod page_set;
 mod policy;
 mod pool;
 pub(crate) mod residence;
+pub(crate) mod store;
 pub(crate) mod take;
 mod write_back;
+pub(crate) mod writer;

@@ -19,7 +19,7 @@ const MAX_RUN_PAGES: usize = 512;
 const RUN_SHARE: usize = 8;
 
 /// The delay until the evicting thread looks again whether what couldn't leave can.
-const STUCK_INTERVAL: Duration = Duration::from_millis(100);
+pub(super) const STUCK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What the evicting thread and all others share.
 pub(super) struct Pool {
@@ -32,21 +32,25 @@ pub(super) struct Pool {
     wake_at: AtomicUsize,
     frames: RankedMutex<Frames, { rank::QUEUE }>,
     /// The evicting thread waits for something to do.
-    work: Condvar,
+    pub(super) work: Condvar,
     /// Others wait for room, or until the evicting thread has nothing in hand.
     pub(super) room: Condvar,
     pub(super) counters: Counters,
 }
 
 #[derive(Default)]
-pub(super) struct Counters {
-    pub(super) evictions: AtomicU64,
-    pub(super) refaults: AtomicU64,
-    pub(super) second_chances: AtomicU64,
-    pub(super) spilled: AtomicU64,
-    pub(super) unwritten: AtomicU64,
-    pub(super) waits: AtomicU64,
-    pub(super) waited_ns: AtomicU64,
+pub(crate) struct Counters {
+    pub(crate) faults: AtomicU64,
+    pub(crate) evictions: AtomicU64,
+    pub(crate) refaults: AtomicU64,
+    pub(crate) second_chances: AtomicU64,
+    pub(crate) spilled: AtomicU64,
+    pub(crate) unwritten: AtomicU64,
+    pub(crate) write_backs: AtomicU64,
+    pub(crate) bytes_read: AtomicU64,
+    pub(crate) bytes_written: AtomicU64,
+    pub(crate) waits: AtomicU64,
+    pub(crate) waited_ns: AtomicU64,
 }
 
 pub(super) fn count(counter: &AtomicU64, more: usize) {
@@ -123,22 +127,23 @@ impl Pool {
         (self.limit() / RUN_SHARE).clamp(1, MAX_RUN_PAGES)
     }
 
-    /// Reserves room for some pages, and waits for it as long as others can leave. Not with a lock held.
-    pub(super) fn reserve(&self, pages: usize) {
+    /// Reserves room for some pages, and waits for it as long as others can leave. Not with a lock held. Returns how long it
+    /// waited, if it did.
+    pub(super) fn reserve(&self, pages: usize) -> Option<Duration> {
         let now = self.resident.fetch_add(pages, Ordering::SeqCst) + pages;
         if now >= self.wake_at.load(Ordering::SeqCst) {
             // Under the lock: it may be about to wait.
             let _frames = self.lock();
             self.work.notify_one();
         }
-        if now > self.limit() {
+        (now > self.limit()).then(|| {
             self.uncharge(pages);
-            self.wait_for_room(pages);
-        }
+            self.wait_for_room(pages)
+        })
     }
 
     #[cold]
-    fn wait_for_room(&self, pages: usize) {
+    fn wait_for_room(&self, pages: usize) -> Duration {
         let since = Instant::now();
         let mut frames = self.lock();
         frames.waiting += 1;
@@ -155,9 +160,7 @@ impl Pool {
             frames = frames.wait(&self.room);
         }
         frames.waiting -= 1;
-        drop(frames);
-        count(&self.counters.waits, 1);
-        count(&self.counters.waited_ns, since.elapsed().as_nanos() as usize);
+        since.elapsed()
     }
 
     /// Takes room without waiting for it.
@@ -181,14 +184,18 @@ impl Pool {
     }
 
     /// Waits until there may be something to do for the evicting thread, or for no reason; with a timeout, while it is
-    /// stuck.
-    pub(super) fn wait_for_work<'a>(&self, mut frames: LockGuard<'a, Frames>) -> LockGuard<'a, Frames> {
-        if frames.is_stuck {
+    /// stuck, or what it needs is being written to a store.
+    pub(super) fn wait_for_work<'a>(
+        &self,
+        mut frames: LockGuard<'a, Frames>,
+        waits_for_store: bool,
+    ) -> LockGuard<'a, Frames> {
+        if frames.is_stuck || waits_for_store {
             return frames.wait_timeout(&self.work, STUCK_INTERVAL);
         }
         self.wake_at.store(frames.wake_at(self), Ordering::SeqCst);
         // Either this sees what was reserved before, or the thread that reserves sees when to wake this.
-        if frames.need(self) == Need::default() {
+        if frames.need(self) == Need::default() && !frames.has_requests() {
             frames = frames.wait(&self.work);
         }
         self.wake_at.store(usize::MAX, Ordering::SeqCst);

@@ -7,6 +7,9 @@
 //! [`Place::is_written`] under the claim, before the protection is lifted. So the thread that has claimed a page that isn't
 //! written knows that the source, or the spill file, has its content.
 //!
+//! Where written pages go to a store, a copy of a page may be on its way there while the page is in use
+//! ([`clean`](super::clean)): it is dirty until that has ended, and can't be dropped.
+//!
 //! **The staging area** is a second range of addresses as long as the region: a page rests at its own offset there.
 
 #![expect(unsafe_code, reason = "pages of memory that nobody else has while they rest")]
@@ -17,20 +20,22 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar};
 
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::budget::Budget;
 use super::frames::Member;
 use super::policy::NONE;
-use super::pool::count;
+use super::pool::{Counters, Pool, count};
+use super::store::StoreBacking;
 use super::write_back;
 use crate::own_mapping::OwnMapping;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::serve::shared::Shared;
 use crate::pager::{Error, Result};
+use crate::sync::AtomicU64;
 use crate::{FeatureFlags, RegisterMode, Support, Uffd, sys};
 
 /// Where a page is.
@@ -45,8 +50,10 @@ const WRITTEN: u32 = 1 << 30;
 const SPILLED: u32 = 1 << 29;
 /// It has left memory before.
 const LEFT: u32 = 1 << 28;
+/// What it held is being written to the store, from a copy.
+const WRITING: u32 = 1 << 27;
 /// The number of its frame, while it has one.
-const FRAME: u32 = LEFT - 1;
+const FRAME: u32 = WRITING - 1;
 
 impl Place {
     pub(super) fn is_staged(self) -> bool {
@@ -55,6 +62,30 @@ impl Place {
 
     pub(super) fn is_written(self) -> bool {
         self.0 & WRITTEN != 0
+    }
+
+    /// Whether memory alone has its content for certain.
+    pub(super) fn is_dirty(self) -> bool {
+        self.0 & (WRITTEN | WRITING) != 0
+    }
+
+    fn was_here(self) -> bool {
+        self.0 & LEFT != 0
+    }
+
+    /// It was written.
+    pub(super) fn written(self) -> Self {
+        Self(self.0 | WRITTEN)
+    }
+
+    /// What it holds was copied, to be written to the store.
+    pub(super) fn writing(self) -> Self {
+        Self(self.0 & !WRITTEN | WRITING)
+    }
+
+    /// The store has what was copied.
+    pub(super) fn stored(self) -> Self {
+        Self(self.0 & !WRITING)
     }
 
     pub(super) fn frame(self) -> u32 {
@@ -69,11 +100,12 @@ impl Place {
     /// It is in memory, in a frame.
     pub(super) fn entered(self, frame: u32, is_written: bool) -> Self {
         let written = if is_written { WRITTEN } else { 0 };
-        Self(self.0 & (WRITTEN | SPILLED | LEFT) | written | frame & FRAME)
+        Self(self.0 & (WRITTEN | WRITING | SPILLED | LEFT) | written | frame & FRAME)
     }
 
     /// It has left memory. If it was written, the spill file has it now.
     pub(super) fn left(self) -> Self {
+        debug_assert!(self.0 & WRITING == 0, "a page leaves while it is being written");
         let spilled = if self.is_written() { SPILLED } else { self.0 & SPILLED };
         Self(spilled | LEFT)
     }
@@ -98,22 +130,61 @@ pub(crate) struct Residence {
     staging: OwnMapping,
     /// `/proc/self/mem`, where pages can't be moved: they are copied then.
     pub(super) memory: Option<File>,
-    pub(super) spill: File,
+    pub(super) backing: Backing,
+    pub(super) counters: Counters,
+    /// Pages that memory alone has.
+    dirty: AtomicUsize,
+    /// Pages that are in frames.
+    pub(super) resident: AtomicUsize,
+}
+
+/// Where a page goes that was written.
+pub(super) enum Backing {
+    /// To a file of its own, when it leaves.
+    Spill(File),
+    /// To its source, before it leaves.
+    Store(StoreBacking),
 }
 
 impl Residence {
-    /// For `count` pages of the base size. `moves`: whether pages are moved where the kernel can, since Linux 6.8.
-    pub(crate) fn new(budget: &Budget, count: usize, dir: &Path, moves: bool) -> Result<Self> {
+    /// For `count` pages of the base size, whose written ones go to a file. `moves`: whether pages are moved where the kernel
+    /// can, since Linux 6.8.
+    pub(crate) fn with_spill(budget: &Budget, count: usize, dir: &Path, moves: bool) -> Result<Self> {
         budget.check()?;
         let spill = write_back::create(dir);
         let spill = spill.map_err(|error| Error::Spill { dir: dir.to_owned(), error })?;
+        Self::new(budget, count, Backing::Spill(spill), moves)
+    }
+
+    /// The same, whose written pages go to a store.
+    pub(crate) fn with_store(
+        budget: &Budget,
+        count: usize,
+        store: StoreBacking,
+        moves: bool,
+    ) -> Result<Self> {
+        budget.check()?;
+        Self::new(budget, count, Backing::Store(store), moves)
+    }
+
+    fn new(budget: &Budget, count: usize, backing: Backing, moves: bool) -> Result<Self> {
         let cells: MmapRaw =
             MmapOptions::new().len(count * size_of::<[AtomicU32; 2]>()).no_reserve_swap().map_anon()?.into();
         let staging = OwnMapping::new(count * crate::page_size(), None)?;
         let can_move = moves && Support::probe()?.features().contains(FeatureFlags::MOVE);
         let memory = if can_move { None } else { Some(File::open("/proc/self/mem")?) };
-        let member = AtomicU32::new(NONE);
-        Ok(Self { budget: budget.clone(), member, cells, count, staging, memory, spill })
+        Ok(Self {
+            budget: budget.clone(),
+            member: AtomicU32::new(NONE),
+            cells,
+            count,
+            staging,
+            memory,
+            backing,
+            counters: Counters::default(),
+            dirty: AtomicUsize::new(0),
+            resident: AtomicUsize::new(0),
+        })
     }
 
     /// Counts the pages of its region from now on, which is filled by a pager. Not one that was filled yet.
@@ -131,7 +202,8 @@ impl Residence {
             registered.map_err(|error| Error::Register { address: staging.addr(), error })?;
         }
         let (region, shared) = (Arc::clone(region), Arc::clone(shared));
-        self.budget.attach(Member { region, start, uffd, shared })
+        let write_work = Condvar::new();
+        self.budget.attach(Member { region, start, uffd, shared, write_work })
     }
 
     /// Counts them no longer. No thread of the budget touches the region when this returns.
@@ -149,7 +221,6 @@ impl Residence {
         self.member.store(member.unwrap_or(NONE), Ordering::Relaxed);
     }
 
-    #[cfg(test)]
     pub(super) fn as_member(&self) -> Option<Arc<Member>> {
         self.budget.pool().lock().member(self.member()?)
     }
@@ -167,8 +238,56 @@ impl Residence {
         Place(self.cell(page)[0].load(Ordering::Relaxed))
     }
 
-    pub(super) fn set_place(&self, page: usize, place: Place) {
-        self.cell(page)[0].store(place.0, Ordering::Relaxed);
+    /// Changes a place, and returns what it was. In one step: a page that is claimed may be one of which a copy is being
+    /// written, and the end of that changes the place, too, with the frames locked and without the claim.
+    pub(super) fn change(&self, page: usize, change: impl Fn(Place) -> Place) -> Place {
+        let cell = &self.cell(page)[0];
+        let next = |place| Some(change(Place(place)).0);
+        let before = cell.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
+        let before = Place(before.unwrap_or_else(|place| place));
+        match (before.is_dirty(), change(before).is_dirty()) {
+            (false, true) => drop(self.dirty.fetch_add(1, Ordering::Relaxed)),
+            (true, false) => drop(self.dirty.fetch_sub(1, Ordering::Relaxed)),
+            _ => {}
+        }
+        before
+    }
+
+    /// Pages that memory alone has.
+    pub(crate) fn dirty_count(&self) -> usize {
+        self.dirty.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Pages that are in frames.
+    pub(crate) fn resident_count(&self) -> usize {
+        self.resident.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn budget_bytes(&self) -> usize {
+        self.budget.bytes()
+    }
+
+    /// Whether a missing page is in the staging area: a guess, without its claim.
+    pub(crate) fn rests(&self, page: usize) -> bool {
+        self.place(page).is_staged()
+    }
+
+    /// What its pages are written to, if that is its source.
+    pub(crate) fn store(&self) -> Option<&StoreBacking> {
+        match &self.backing {
+            Backing::Store(store) => Some(store),
+            Backing::Spill(_) => None,
+        }
+    }
+
+    /// Counts for this memory, and for all of the budget.
+    pub(super) fn count(&self, of: impl Fn(&Counters) -> &AtomicU64, more: usize) {
+        count(of(&self.counters), more);
+        count(of(&self.budget.pool().counters), more);
     }
 
     pub(super) fn stamp(&self, page: usize) -> u32 {
@@ -190,13 +309,15 @@ impl Residence {
 
     /// Notes that a page isn't what the source or the spill file has, for the thread that has claimed it.
     pub(crate) fn set_written(&self, page: usize) {
-        let place = self.place(page);
-        self.set_place(page, Place(place.0 | WRITTEN));
+        self.change(page, Place::written);
     }
 
     /// Reads pages from the spill file.
     pub(crate) fn read_spilled(&self, page: usize, bytes: &mut [u8]) -> io::Result<()> {
-        self.spill.read_exact_at(bytes, page as u64 * crate::page_size() as u64)
+        match &self.backing {
+            Backing::Spill(spill) => spill.read_exact_at(bytes, page as u64 * crate::page_size() as u64),
+            Backing::Store(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     /// A page in the staging area. It is there as long as its page is claimed.
@@ -213,6 +334,15 @@ impl Residence {
         debug_assert!(emptied.is_ok(), "{emptied:?}");
     }
 
+    pub(super) fn pool(&self) -> &Arc<Pool> {
+        self.budget.pool()
+    }
+
+    /// Counts what was read from the source.
+    pub(crate) fn count_read(&self, bytes: usize) {
+        self.count(|counters| &counters.bytes_read, bytes);
+    }
+
     /// Pages of one load at most.
     pub(crate) fn max_run(&self) -> usize {
         self.budget.pool().max_run()
@@ -224,10 +354,16 @@ impl Residence {
     }
 
     /// Reserves room for pages that the caller has claimed, and waits for it. Not with a lock held.
-    pub(crate) fn reserve(&self, pages: Range<usize>) {
+    pub(crate) fn reserve(&self, pages: Range<usize>, is_fault: bool) {
+        self.count(|counters| &counters.faults, usize::from(is_fault));
         match self.uncounted(pages) {
             0 => {}
-            pages => self.budget.pool().reserve(pages),
+            pages => {
+                if let Some(waited) = self.budget.pool().reserve(pages) {
+                    self.count(|counters| &counters.waits, 1);
+                    self.count(|counters| &counters.waited_ns, waited.as_nanos() as usize);
+                }
+            }
         }
     }
 
@@ -245,7 +381,7 @@ impl Residence {
             if place.is_staged() {
                 self.empty(&(page..page + 1));
                 back += 1;
-            } else if place.0 & LEFT != 0 {
+            } else if place.was_here() {
                 again += 1;
             }
         }
@@ -262,8 +398,8 @@ impl Residence {
             // Its memory ends.
             pool.give_back(new);
         }
-        count(&pool.counters.second_chances, back);
-        count(&pool.counters.refaults, again);
+        self.count(|counters| &counters.second_chances, back);
+        self.count(|counters| &counters.refaults, again);
     }
 
     /// Keeps pages from leaving that are there, and those that come. Waits for those that are about to leave. Returns

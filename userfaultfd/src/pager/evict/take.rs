@@ -16,7 +16,7 @@
 use std::os::unix::fs::FileExt;
 use std::slice;
 
-use super::frames::{BATCH, Frames, Member, Victim};
+use super::frames::{BATCH, Frames, Member, Need, Victim};
 use super::pool::Pool;
 use super::write_back;
 use crate::mapped_vec::{self, MappedVec};
@@ -35,22 +35,39 @@ pub(super) fn run(pool: &Pool) {
     mapped_vec::reserve::<Victim>(&mut dropped, BATCH);
     let mut frames = pool.lock();
     while !frames.is_stopping {
-        let need = frames.need(pool);
+        let (need, is_asked) = (frames.need(pool), frames.has_requests());
+        frames.choose_requested(&mut staged, &mut dropped);
         frames.choose_to_drop(need.drop, &mut dropped);
         frames.choose_to_stage(need.stage, &mut staged);
         if staged.is_empty() && dropped.is_empty() {
-            frames.is_stuck = need.stage > 0 || need.drop > 0;
-            // There is room, or none to be had.
-            pool.room.notify_all();
-            frames = pool.wait_for_work(frames);
+            if is_asked {
+                pool.room.notify_all();
+                continue;
+            }
+            let is_short = need != Need::default();
+            let waits_for_store = is_short && frames.waits_for_store();
+            frames.is_stuck = is_short && !waits_for_store;
+            if !waits_for_store {
+                // There is room, or none to be had.
+                pool.room.notify_all();
+            }
+            if let Some((member, problem)) = frames.is_stuck.then(|| frames.next_trouble(pool)).flatten() {
+                drop(frames);
+                member.shared.fill.report(problem);
+                drop(member);
+                frames = pool.lock();
+                continue;
+            }
+            frames = pool.wait_for_work(frames, waits_for_store);
             continue;
         }
+        frames.forget_trouble();
         frames.is_busy = true;
         drop(frames);
         let mut is_through = false;
         if !dropped.is_empty() {
             write_back::drop_staged(&mut dropped);
-            write_back::count_spilled(pool, &dropped);
+            write_back::count_spilled(&dropped);
             is_through |= finish(
                 pool,
                 &mut dropped,
@@ -68,7 +85,7 @@ pub(super) fn run(pool: &Pool) {
         frames.is_stuck = !is_through;
         pool.room.notify_all();
         if frames.is_stuck {
-            frames = pool.wait_for_work(frames);
+            frames = pool.wait_for_work(frames, false);
         }
     }
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{io, process, slice};
 
 use super::frames::Victim;
-use super::pool::{Pool, count};
+use super::residence::Backing;
 use crate::pager::{Problem, RegionId};
 use crate::sync_point::{Departure, Point, reach};
 
@@ -107,14 +107,21 @@ fn write_part(part: &[Victim]) -> io::Result<()> {
     reach(Point::Evict(Departure::BeforeWriteBack), member.start + page * page_size);
     // SAFETY: so many pages of the staging area are there, and this thread's as long as it has their claims.
     let bytes = unsafe { slice::from_raw_parts(residence.staged(*page), part.len() * page_size) };
-    residence.spill.write_all_at(bytes, (*page * page_size) as u64)
+    match &residence.backing {
+        Backing::Spill(spill) => spill.write_all_at(bytes, (*page * page_size) as u64),
+        // Such pages aren't chosen before they are written.
+        Backing::Store(_) => Err(io::ErrorKind::Unsupported.into()),
+    }
 }
 
 /// Counts what was written of pages that are about to be dropped.
-pub(super) fn count_spilled(pool: &Pool, victims: &[Victim]) {
-    let is_written = |victim: &&Victim| victim.member.residence().place(victim.page).is_written();
-    let spilled = victims.iter().filter(|victim| victim.is_done).filter(is_written).count();
-    let failed = victims.iter().filter(|victim| !victim.is_done).count();
-    count(&pool.counters.spilled, spilled);
-    count(&pool.counters.unwritten, failed);
+pub(super) fn count_spilled(victims: &[Victim]) {
+    for Victim { member, page, is_done, .. } in victims {
+        let residence = member.residence();
+        match (is_done, residence.place(*page).is_written()) {
+            (true, true) => residence.count(|counters| &counters.spilled, 1),
+            (true, false) => {}
+            (false, _) => residence.count(|counters| &counters.unwritten, 1),
+        }
+    }
 }

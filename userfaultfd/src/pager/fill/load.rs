@@ -228,7 +228,11 @@ impl PageFiller {
         self.pace = (self.pace * 7 + took) / 8;
         counters.source_latency.record(took);
         counters.source_reads.add(1);
-        if fill? == PageData::Zero {
+        let fill = fill?;
+        if let Some(residence) = &region.residence {
+            residence.count_read(region.within_source(offset, len));
+        }
+        if fill == PageData::Zero {
             return Ok(Self::zeros(run));
         }
         buffer[region.within_source(offset, len)..len].fill(0);
@@ -271,6 +275,7 @@ impl PageFiller {
                         bytes.fill(0);
                     }
                     let within = region.within_source(offset, bytes.len());
+                    residence.count_read(within);
                     bytes[within..].fill(0);
                     Ok(())
                 }),

@@ -175,7 +175,7 @@ impl PageRun {
     /// Waits for room for it, where a budget limits its region. Not with a lock held.
     pub(crate) fn reserve(&mut self) {
         if let Some(residence) = self.region.residence.as_ref().filter(|_| self.marks & RESERVED == 0) {
-            residence.reserve(self.pages());
+            residence.reserve(self.pages(), self.demand.is_some());
             self.marks |= RESERVED;
         }
     }
