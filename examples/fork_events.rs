@@ -63,7 +63,7 @@ fn fill(uffd: &Uffd, letter: u8) -> Result<()> {
         return Err("another event than a fault".into());
     };
     let content = vec![letter; page_size()];
-    // SAFETY: `content` is a page long, and whoever waits for the page takes any bytes.
+    // SAFETY: `content` is a page long, and the thread that waits for the page takes any bytes.
     unsafe { uffd.copy(content.as_ptr().cast(), addr, page_size(), true)? };
     Ok(())
 }

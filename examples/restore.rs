@@ -44,7 +44,7 @@ fn restore(snapshot: &OsString, socket: &OsString) -> Result<()> {
     }
 
     // If `serve` dies, its descriptor is closed, and this one keeps faults waiting: without it the rest of the memory
-    // would read as zeros. Somebody has to notice.
+    // would read as zeros. This program has to notice.
     thread::spawn(move || {
         let _end = socket.read(&mut [0]);
         eprintln!("the other process has gone, and with it the rest of the memory");

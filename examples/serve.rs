@@ -5,7 +5,7 @@
 //! cargo run --example restore -- SNAPSHOT SOCKET
 //! ```
 //!
-//! SNAPSHOT is any file, SOCKET a path where nothing is yet. Ends after one process, or so many as a third argument
+//! SNAPSHOT is any file, SOCKET a path where nothing is yet. Ends after one process, or as many as a third argument
 //! says. Any kernel; no rights from Linux 5.11 on.
 
 use std::ffi::OsString;

@@ -20,7 +20,7 @@ use crate::content::{Content, WORD};
 use crate::link::{Memory, Piece, Spec};
 use crate::random::Random;
 
-/// Somebody changes the page.
+/// A thread changes the page.
 const LOCKED: u32 = 1 << 0;
 /// Nobody may touch it meanwhile.
 const HIDDEN: u32 = 1 << 1;
@@ -38,10 +38,10 @@ const CHANGES: u32 = 0x3ff << 5;
 /// How often it was written.
 const GENERATION: u32 = 15;
 
-/// So many generations between two looks are looked through.
+/// Generations between two looks that are looked through at most.
 const MOST: u32 = 64;
 
-/// So often a lock is tried.
+/// How often a lock is tried.
 const TRIES: usize = 200;
 
 /// What a state says.
@@ -60,7 +60,7 @@ fn next(state: u32, kind: u32) -> u32 {
 /// How a page is read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum How<'a> {
-    /// So many words of it.
+    /// Words of it.
     Words(usize),
     Whole,
     /// By a system call, which writes it to a file.
@@ -84,7 +84,7 @@ pub(crate) struct Arena {
     pub(crate) may_be_poisoned: AtomicBool,
     /// Whether a pager serves it.
     pub(crate) is_served: AtomicBool,
-    /// Somebody else has mapped something in a hole.
+    /// Another thread has mapped something in a hole.
     is_lost: AtomicBool,
 }
 
@@ -172,7 +172,7 @@ impl Arena {
     }
 
     fn states(&self) -> &[AtomicU32] {
-        // SAFETY: the mapping is so long, and aligned as pages are. Its atomics are good whatever they hold, and nothing
+        // SAFETY: the mapping has this length, and aligned as pages are. Its atomics are good whatever they hold, and nothing
         // else leads to it as long as `self` is there.
         unsafe { std::slice::from_raw_parts(self.states.as_ptr().cast(), self.spec.pages) }
     }

@@ -1,4 +1,4 @@
-//! What every thread of every process is doing, in memory that all share: for whoever looks for threads that hang.
+//! What every thread of every process is doing, in memory that all share: to find threads that hang.
 
 use std::fs::File;
 use std::io;
@@ -155,7 +155,7 @@ impl Board {
     }
 
     pub(crate) fn slots(&self) -> &[Slot] {
-        // SAFETY: the mapping is so long, aligned as pages are, shared, and there as long as `self`. Its atomics are
+        // SAFETY: the mapping has this length, aligned as pages are, shared, and there as long as `self`. Its atomics are
         // good whatever they hold, and nothing else leads to it.
         unsafe { std::slice::from_raw_parts(self.mapping.as_ptr().cast(), self.slots) }
     }

@@ -15,7 +15,7 @@ use userfaultfd_examples::Result;
 /// The first argument of a process that reaches its limits.
 pub(crate) const LIMITS: &str = "--limits";
 
-/// So many pages each memory has.
+/// Pages of each memory.
 const PAGES: usize = 8;
 
 /// Runs such a process, and tells what it found.

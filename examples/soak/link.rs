@@ -65,7 +65,7 @@ pub(crate) struct Spec {
     /// In pages.
     pub(crate) block: usize,
     pub(crate) write_protected: bool,
-    /// Whether nothing ever changes, so that no page is to be read twice.
+    /// Whether nothing ever changes, so that no page may be read twice.
     pub(crate) is_still: bool,
 }
 

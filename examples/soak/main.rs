@@ -46,7 +46,7 @@ use crate::options::Options;
 use crate::random::Random;
 use crate::target::Orders;
 
-/// So many threads a process has at most, with those of its forks' children.
+/// Threads of a process at most, with those of its forks' children.
 const SLOTS: usize = 64;
 
 fn main() -> ExitCode {
@@ -172,7 +172,7 @@ fn quiet_sources() {
 }
 
 impl Soak {
-    /// Everything, for so long.
+    /// Everything, for this time.
     fn run(&self, time: Duration) {
         let end = Instant::now() + time;
         let (done, is_done) = mpsc::channel::<()>();

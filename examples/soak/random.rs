@@ -15,7 +15,7 @@ impl Random {
         mix(self.0)
     }
 
-    /// One of so many numbers, from 0 on.
+    /// A number below `end`.
     pub(crate) fn below(&mut self, end: usize) -> usize {
         (self.next() % end as u64) as usize
     }

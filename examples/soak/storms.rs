@@ -19,7 +19,7 @@ use crate::{limits, remaps};
 /// More threads than anything of a pager has fixed room for.
 const CROWD: usize = 300;
 
-/// So many memories at once: each takes a descriptor, and a process has some 1,000.
+/// Memories at once: each takes a descriptor, and a process has some 1,000.
 const MEMORIES: usize = 150;
 
 /// Tries for some ten seconds, longer than any source is down.
@@ -145,7 +145,7 @@ fn outage(random: &mut Random) -> Result<(), String> {
     (0..READERS).try_for_each(|page| look(&memory, &content, page, random))
 }
 
-/// Each of so many threads does something.
+/// Each of a number of threads does something.
 fn all(threads: usize, act: impl Fn(usize) -> Result<(), String> + Sync) -> Result<(), String> {
     thread::scope(|scope| {
         let run = |index| {

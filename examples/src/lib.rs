@@ -86,7 +86,7 @@ pub fn since(features: FeatureFlags) -> String {
     names.collect::<Vec<_>>().join(", ")
 }
 
-/// A bar of so many bytes on the standard error, if that is a terminal. It goes when it is dropped.
+/// A bar of `bytes` on the standard error, if that is a terminal. It goes when it is dropped.
 #[must_use]
 pub fn progress_bar(what: &'static str, bytes: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
@@ -150,7 +150,7 @@ pub fn huge_page_size() -> Option<usize> {
 ///
 /// # Errors
 ///
-/// `ENOMEM`: so many pages aren't free. `EINVAL`: there are no huge pages of this size.
+/// `ENOMEM`: fewer pages are free. `EINVAL`: there are no huge pages of this size.
 pub fn map_huge(pages: usize, size: usize, reserve: bool) -> io::Result<MmapMut> {
     let mut options = MmapOptions::new();
     options.len(pages * size).huge(Some(size.trailing_zeros() as u8));

@@ -1,4 +1,4 @@
-//! Where the headers lie in a tree that somebody names.
+//! Where the headers lie in a tree that the caller names.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -259,7 +259,7 @@ fn refusal(errno: Errno, asked: FeatureFlags, probe: impl Fn() -> Result<Support
                     Error::AlreadyHandshaken
                 }
             }
-            // No second descriptor is to be had, so the reason can't be told apart.
+            // There is no second descriptor, so the reason can't be told apart.
             Err(_) => Error::SystemError(errno),
         },
         errno => Error::SystemError(errno),

@@ -72,7 +72,7 @@ impl OwnMapping {
     #[inline]
     pub(crate) fn bytes(&self) -> &[u8] {
         self.check();
-        // SAFETY: so many bytes are mapped, initialised by the kernel, and this value's.
+        // SAFETY: this number of bytes is mapped, initialised by the kernel, and this value's.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 

@@ -87,7 +87,7 @@ impl PendingFile {
     /// Without `unnamed` it has a name while it is written, as on filesystems that know no other files.
     fn create_at(path: &Path, unnamed: bool) -> io::Result<Self> {
         let owner = Owner::current()?;
-        // Whoever may not write to the old file doesn't replace it, either.
+        // A user who may not write to the old file doesn't replace it, either.
         let old = match OpenOptions::new().write(true).open(path) {
             Ok(file) => match file.metadata()? {
                 metadata if metadata.is_file() => Some(metadata),
@@ -248,7 +248,7 @@ fn take_over(file: &File, old: &Metadata) -> io::Result<()> {
     let new = file.metadata()?;
     let mut mode = old.mode() & 0o777;
     if new.uid() != old.uid() {
-        // Otherwise it belongs to whoever writes it.
+        // Otherwise it belongs to the user who writes it.
         drop(fchown(file, Some(old.uid()), None));
     }
     if new.gid() != old.gid() && fchown(file, None, Some(old.gid())).is_err() {

@@ -392,7 +392,7 @@ pub(crate) fn read_memory(
     // an address that only the kernel looks at, and it says so where there is nothing.
     let read = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
     let read = usize::try_from(read).map_err(|_| Errno::last())?;
-    // SAFETY: so many bytes of the room the kernel has written.
+    // SAFETY: the kernel has written this number of bytes of the room.
     unsafe { buffer.set_len(read) };
     Ok(read)
 }
@@ -1079,7 +1079,7 @@ unsafe fn interrupted_mask(context: *mut libc::c_void) -> Option<libc::sigset_t>
     let set = unsafe { &raw const (*context.cast::<libc::ucontext_t>()).uc_sigmask };
     // The kernel's set is shorter than the C library's, and other things follow it.
     let len = (SIGNALS / 8) as usize;
-    // SAFETY: both have so many bytes, and are different objects.
+    // SAFETY: both have this number of bytes, and are different objects.
     unsafe { std::ptr::copy_nonoverlapping(set.cast::<u8>(), (&raw mut mask).cast::<u8>(), len) };
     Some(mask)
 }

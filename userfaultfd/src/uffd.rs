@@ -517,7 +517,7 @@ impl Uffd {
     ///     scope.spawn(|| assert_eq!(memory[0], 0));
     ///     if let Some(Event::Pagefault { addr, .. }) = uffd.read_event()? {
     ///         assert_eq!(addr, start);
-    ///         // SAFETY: zero is what the memory holds for whoever refers to it.
+    ///         // SAFETY: zero is what the memory holds for all that refers to it.
     ///         unsafe { uffd.zeropage(start, page, true)? };
     ///     }
     ///     Ok(())

@@ -43,7 +43,7 @@ static PAGERS: AtomicUsize = AtomicUsize::new(0);
 /// Whether this thread answers a pager's faults, or reads its source.
 fn is_pagers() -> bool {
     let mut name = [0_u8; 16];
-    // SAFETY: so many bytes are what a name takes, with the NUL behind it.
+    // SAFETY: a name takes this number of bytes, with the NUL behind it.
     unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
     name.starts_with(b"uffd-pager\0") || name.starts_with(b"uffd-source\0")
 }

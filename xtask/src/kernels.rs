@@ -41,7 +41,7 @@ pub(crate) const USAGE: &str = "\
       --qemu      the emulator to use; else one in PATH, else a fetched one
       --limit     how long a guest may run, instead of what the table says
       --binary    only this test binary, such as `userfaultfd-kernel`; once for each
-      --soak      no tests but the example `soak` for so long, as root; ARGUMENT is for it then
+      --soak      no tests but the example `soak` for this time, as root; ARGUMENT is for it then
       ARGUMENT    for every test binary: part of the names of the tests to run
 ";
 

@@ -34,7 +34,7 @@ pub(crate) enum Need {
     Features(FeatureFlags),
     /// `CAP_SYS_PTRACE`.
     Ptrace,
-    /// Free huge pages, so many.
+    /// A number of free huge pages.
     HugePages(u64),
 }
 
@@ -271,7 +271,7 @@ pub(crate) struct Reserved {
     _lock: Option<File>,
 }
 
-/// Makes sure that so many huge pages are free, as far as this process may.
+/// Makes sure that a number of huge pages are free, as far as this process may.
 pub(crate) fn reserve_huge_pages(pages: u64) -> Reserved {
     let lock = lock_pool();
     let before = fs::read_to_string(POOL).ok();

@@ -23,7 +23,7 @@ pub(crate) enum Loop {
     Blocking,
     /// read(2) again and again. The thread sleeps between the rounds.
     Spinning,
-    /// As `Poll`, and the content takes so long to come.
+    /// As `Poll`, and the content takes this time to come.
     Slow(Duration),
 }
 
@@ -49,7 +49,7 @@ impl Handler {
         Ok(Self { memory, orders: Some(orders), thread: Some(thread) })
     }
 
-    /// Announces so many faults.
+    /// Announces a number of faults.
     pub(crate) fn expect(&self, faults: usize) {
         self.orders.as_ref().expect("not dropped yet").send(faults).expect("a thread");
     }

@@ -54,7 +54,7 @@ pub(crate) const CONTENDERS: &[(&str, Make)] = &[
 /// How long the pager that spins looks for the next fault. They come sooner.
 const SPIN: Duration = Duration::from_micros(200);
 
-/// So many pages of content.
+/// Pages of content.
 pub(crate) fn content(pages: usize) -> Vec<u8> {
     let page = userfaultfd::page_size();
     let mut content = vec![0; pages * page];
@@ -107,7 +107,7 @@ impl Walk {
         Self { order: Arc::clone(&ORDER), next: 0 }
     }
 
-    /// A walk over so many pages.
+    /// A walk over a number of pages.
     pub(crate) fn over(order: &Arc<[u32]>) -> Self {
         Self { order: Arc::clone(order), next: 0 }
     }

@@ -20,7 +20,7 @@ struct Filled {
 }
 
 impl Filled {
-    /// Filled by blocks of so many pages.
+    /// Filled by blocks of this number of pages.
     fn new(pages: usize) -> Self {
         let (uffd, page) = (uffd(true), userfaultfd::page_size());
         let mut memory = MmapMut::map_anon(PAGES * page).expect("memory");

@@ -58,7 +58,7 @@ pub(super) struct Stage {
     messages: Vec<uffd_msg>,
 }
 
-/// Reads and decodes a batch; what the decoding is to be told of.
+/// Reads and decodes a batch; what the decoding is told of.
 type Work = fn(&mut Stage) -> usize;
 
 /// With [`Uffd::read_events`].

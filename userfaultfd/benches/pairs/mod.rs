@@ -59,7 +59,7 @@ pub(crate) const DECODING: &[Case] = &[
     ("all kinds, by hand", || Box::new(decoding::Decoding::new(decoding::all_kinds(), decoding::by_hand))),
 ];
 
-/// How many messages the buffers of both ways have room for. So many that the allocator maps each on its own: else
+/// How many messages the buffers of both ways have room for. Enough that the allocator maps each on its own: else
 /// they would lie differently in cache lines, and the kernel copies faster into one than into the other.
 const ROOM: usize = 8192;
 

@@ -20,7 +20,7 @@ impl Samples {
     /// Has contenders take turns in random order, until the time is over and [`SETUPS`] set-ups were used; without
     /// time, one.
     ///
-    /// A set-up is good for so many rounds. The first of several is for warming up, and not counted.
+    /// Rounds for which a set-up is good. The first of several is for warming up, and not counted.
     pub(crate) fn take(time: Duration, rounds: usize, mut setup: impl FnMut() -> Setup) -> Self {
         let (start, least) = (Instant::now(), if time.is_zero() { 1 } else { SETUPS });
         let mut samples: Vec<Vec<Vec<f64>>> = Vec::new();

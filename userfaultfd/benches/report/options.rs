@@ -61,7 +61,7 @@ impl Options {
         self.rows.is_empty() || self.rows.iter().any(|part| row.contains(part.as_str()))
     }
 
-    /// So many bytes, or less where it is to be quick.
+    /// Bytes, or fewer where `--quick` was given.
     pub(crate) fn bytes(&self, usual: usize) -> usize {
         match (self.test, self.quick) {
             (true, _) => usual / 32,

@@ -41,7 +41,7 @@ impl Unit {
     }
 }
 
-/// What a ratio, or a figure, is to be.
+/// The target of a ratio, or a figure.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Target {
     /// The ratio is at most this.
@@ -116,7 +116,7 @@ pub(crate) struct Section {
     pub(crate) lines: Vec<Line>,
     /// A table of figures with its header, for what isn't compared by pairs.
     pub(crate) matrix: Vec<Vec<String>>,
-    /// What is to be known of it, and what could not be had.
+    /// Remarks on it, and what could not be had.
     pub(crate) notes: Vec<String>,
     /// Figures for the picture of latencies: a name, seconds, whether it is the library's.
     pub(crate) ladder: Vec<(String, Summary, bool)>,

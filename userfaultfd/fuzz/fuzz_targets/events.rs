@@ -105,7 +105,7 @@ fn assert_is(event: userfaultfd::Result<Event>, message: Message<'_>) {
     }
 }
 
-/// What reading so many bytes gives: messages, or an error that is asserted.
+/// What reading a number of bytes gives: messages, or an error that is asserted.
 fn assert_read<T>(result: userfaultfd::Result<T>, read: &[u8]) -> Option<T> {
     let rest = read.len() % MESSAGE;
     let forged = read.chunks_exact(MESSAGE).any(|message| message[0] == 0x13);

@@ -12,7 +12,7 @@ use super::{PageData, PageSource, SourceBytes};
 
 /// The content of memory, by offset, from a source that answers later.
 ///
-/// The pager's threads call [`start`](Self::start), which must return at once. Whoever has the content then calls
+/// The pager's threads call [`start`](Self::start), which must return at once. The thread that has the content then calls
 /// [`Completion::complete`], from any thread, or from within `start`. Up to 4096 loads of a pager are in flight at the same
 /// time; what is beyond that waits. A source that limits its requests should let those of `start` go before those of
 /// [`start_early`](Self::start_early).

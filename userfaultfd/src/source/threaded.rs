@@ -16,7 +16,7 @@ const QUEUE_LEN: usize = 1024;
 /// faults before what is read ahead.
 ///
 /// A pager has threads of its own that read a blocking source, more of them when it is slow. This is for a source that takes
-/// just so many reads at a time, whatever the number of pagers that use it.
+/// just that number of reads at a time, whatever the number of pagers that use it.
 ///
 /// ```
 /// use userfaultfd::LazyMemory;

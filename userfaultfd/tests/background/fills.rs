@@ -197,7 +197,7 @@ fn background_step_is_a_block() {
 fn slow_source_is_read_concurrently_once_a_page() {
     require!();
     const MIB: usize = 1 << 20;
-    // How many threads, how many readers, how much for a fault: so many reads, and how much each.
+    // How many threads, how many readers, how much for a fault: the number of reads, and how much each.
     for (threads, readers, most, at_once, bytes) in
         [(1, 0, 2 * MIB, 4, 2 * MIB), (6, 0, MIB / 2, 6, MIB / 2), (1, 8, 16 * MIB, 9, MIB)]
     {

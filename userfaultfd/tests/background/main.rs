@@ -50,7 +50,7 @@ struct State {
     reads: Vec<Range<usize>>,
     /// The thread of each.
     threads: Vec<ThreadId>,
-    /// So many reads may go on. `None`: all.
+    /// Reads that may go on. `None`: all.
     tickets: Option<usize>,
     /// How many reads wait.
     waiting: usize,

@@ -45,7 +45,7 @@ fn record_has_each_accessed_page_once_in_order() {
         let set = recorder.finish();
         assert!(set.pages().eq([500, 3, 4, 5, 6, 999, 0]), "{set:?}");
         assert_eq!((set.page_size(), set.region_pages()), (page(), 1000));
-        // A page is counted after who waited for it has been waked. Nothing was filled around them.
+        // A page is counted after the thread that waited for it was woken. Nothing was filled around them.
         wait_until(|| memory.statistics().present_pages >= 8);
         assert_eq!(memory.statistics().present_pages, 8);
         // From now on nothing is noted, and more is filled for a fault where access is sequential.

@@ -20,7 +20,7 @@ fn counter(space: &Space, page: usize, writer: usize) -> &AtomicU64 {
     unsafe { &*at }
 }
 
-/// The rule that the kernel's own test has: all takes together cover every write. Whoever copies what each take
+/// The rule that the kernel's own test has: all takes together cover every write. A program that copies what each take
 /// tells has everything in the end.
 #[test]
 fn no_write_is_lost_while_take_loops() {

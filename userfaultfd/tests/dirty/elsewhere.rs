@@ -1,4 +1,4 @@
-//! A descriptor that somebody else reads, who fills missing pages of the same memory: a VM monitor.
+//! A descriptor that another program reads, which fills missing pages of the same memory: a VM monitor.
 
 use std::thread;
 
@@ -81,7 +81,7 @@ fn events_read_elsewhere_are_handed_over() {
         };
         assert!(tracker.resolve(&event).unwrap(), "{event:?}");
         writer.join().unwrap();
-        // What isn't a write to its memory is somebody else's.
+        // What isn't a write to its memory is the other program's.
         let Event::Pagefault { kind, rw, thread_id, .. } = event else { panic!("{event:?}") };
         let addr = std::ptr::without_provenance_mut(16 * crate::support::page());
         assert!(!tracker.resolve(&Event::Pagefault { kind, rw, addr, thread_id }).unwrap());

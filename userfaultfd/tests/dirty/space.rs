@@ -69,7 +69,7 @@ unsafe impl Send for Space {}
 unsafe impl Sync for Space {}
 
 impl Space {
-    /// Maps so many pages. `None`, visibly, where there is no such memory.
+    /// Maps a number of pages. `None`, visibly, where there is no such memory.
     pub(crate) fn new(test: &str, kind: Kind, pages: usize) -> Option<Self> {
         match kind {
             Kind::Of(kind) => Memory::try_new(test, kind, pages).map(Self::from),

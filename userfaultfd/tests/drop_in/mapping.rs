@@ -73,7 +73,7 @@ pub(crate) fn page_size() -> usize {
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// A memfd of so many pages.
+/// A memfd of a number of pages.
 pub(crate) fn memfd(pages: usize) -> std::fs::File {
     use std::os::unix::io::FromRawFd;
     // SAFETY: the name is NUL-terminated.

@@ -8,7 +8,7 @@ use userfaultfd::{Event, FeatureFlags, IoctlFlags, Result, Uffd, UffdBuilder};
 use crate::mapping::{Mapping, page_size};
 use crate::support::{require, test_name};
 
-/// Asks so often while the layout changes, and then gives up.
+/// Retries while the layout changes, before it gives up.
 unsafe fn zeropage(uffd: &Uffd, start: *mut c_void, len: usize, wake: bool, tries: usize) -> Result<usize> {
     for _ in 1..tries {
         // SAFETY: the caller's promises are the same.

@@ -10,7 +10,7 @@ use crate::support::memory::Memory;
 use crate::support::mounts::{self, Device};
 use crate::support::{child, errno, foreign, fuse, has, proc, raw, require, test_name};
 
-/// A pipe that is taken for a userfaultfd, and what is to be read from it.
+/// A pipe that is taken for a userfaultfd, and what is read from it.
 fn pipe(bytes: &[u8]) -> (Uffd, File) {
     let (reader, mut writer) = raw::pipe();
     writer.write_all(bytes).unwrap();
@@ -133,7 +133,7 @@ fn operations_on_anything_else_fail() {
     }
 }
 
-/// A file of FUSE answers every ioctl with what it likes: here a number that is somebody else's descriptor.
+/// A file of FUSE answers every ioctl with what it likes: here a number that is another owner's descriptor.
 #[test]
 fn file_that_answers_like_device_gives_no_descriptor() {
     require!(root);

@@ -29,7 +29,7 @@ fn all(memory: &Memory) -> Range<usize> {
     addresses(memory, 0, memory.pages())
 }
 
-/// What is left of a scan, by so many regions a call.
+/// What is left of a scan, by this number of regions a call.
 fn run(scan: &mut Scan, pagemap: &Pagemap, room: usize) -> Vec<(Range<usize>, Categories)> {
     let mut regions = vec![Region::default(); room];
     let mut found = Vec::new();
@@ -181,13 +181,13 @@ fn categories_are_required_excluded_and_chosen_from() {
     assert_eq!(picked(&|scan| scan.any_of(zero | Categories::SWAPPED)), [1]);
     assert_eq!(picked(&|scan| scan.none_of(present)), [2]);
     assert_eq!(picked(&|scan| scan.all_of(present).any_of(Categories::SWAPPED)), []);
-    // Of what is picked only what is to be reported is, and equal neighbours are one.
+    // Of what is picked only what was asked for is reported, and equal neighbours are one.
     let mut scan = Scan::new(all(&memory));
     let found = run(scan.none_of(Categories::SWAPPED).any_of(present), &pagemap, 3);
     assert_eq!(found, [(addresses(&memory, 0, 2), present)]);
 }
 
-/// The point of scanning and protecting in one step: whoever copies the pages that a scan tells, scan after
+/// The point of scanning and protecting in one step: a program that copies the pages that a scan tells, scan after
 /// scan, has everything in the end.
 #[test]
 fn no_write_falls_between_scanning_and_protecting() {

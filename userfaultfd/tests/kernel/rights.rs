@@ -146,7 +146,7 @@ fn device_that_is_handed_over_works_without_rights() {
     });
 }
 
-/// What the kernel offers is asked with a descriptor that takes no rights, whatever the other one is to be.
+/// What the kernel offers is asked with a descriptor that takes no rights, whatever the other one takes.
 #[test]
 fn features_are_probed_without_rights() {
     require!(root);

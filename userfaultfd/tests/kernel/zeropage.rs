@@ -81,7 +81,7 @@ fn zeros_cannot_be_had_where_a_page_of_the_file_is() {
 }
 
 /// Zeros can't replace the marker of write protection on private memory, which a handler must not take for
-/// "somebody else was faster".
+/// "another thread was faster".
 #[test]
 fn protected_page_that_is_missing_takes_a_copy() {
     require!(FeatureFlags::WP_UNPOPULATED);

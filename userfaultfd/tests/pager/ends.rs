@@ -306,7 +306,7 @@ fn next_pager_continues_after_detach() {
                 uffd = Some(detached.uffd);
             }
         }
-        // Waits until there is somebody again.
+        // Waits until a thread is there again.
         let reader = Reader::of(memory.at(5).addr());
         let pager = Pager::new().unwrap();
         serve(&pager, uffd.unwrap(), region(&memory, source.clone()));

@@ -113,7 +113,7 @@ fn moved_memory_takes_its_content_along() {
         let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
         let region = region(&memory, source.clone()).fault_around(FaultAround::Block(6 * page()));
         serve(&pager, uffd(CHANGES), region);
-        // Pages 2 and 3 go over somebody else's; then what is left of a block is two.
+        // Pages 2 and 3 go over another mapping's; then what is left of a block is two.
         memory.move_over(2, 2, &elsewhere, 0);
         check(&elsewhere, 0, 2);
         check(&memory, 5, 5);

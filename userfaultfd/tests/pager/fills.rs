@@ -276,7 +276,7 @@ fn blocking_descriptors_are_returned_blocking() {
         let pager = Pager::builder().max_threads(1).build().unwrap();
         let added = serve(&pager, uffd, region(&memory, Pages::new(page())));
         check(&memory, 0, 0);
-        // Somebody who shares the description makes it blocking meanwhile. If the pager's thread read it just then, it
+        // Another owner of the description makes it blocking meanwhile. If the pager's thread read it just then, it
         // would stay there until there is something to be read.
         wait_until(|| thread_sleeps("uffd-pager"));
         kept.set_nonblocking(false).unwrap();

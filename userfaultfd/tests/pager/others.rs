@@ -28,7 +28,7 @@ impl Target {
             let mut builder = UffdBuilder::new();
             builder.close_on_exec(true).non_blocking(non_blocking).require_features(features);
             let own = builder.create().unwrap();
-            // Whoever serves it may register it only later.
+            // The pager that serves it may register it only later.
             own.register(memory.start(), memory.len()).unwrap();
             child::send_fd(&there, own.as_fd());
             drop(own);
@@ -286,7 +286,7 @@ fn target_that_is_killed_is_dropped_with_next_fill() {
         assert_eq!(other.read(1), byte(1));
         one.process.kill();
         one.process.wait();
-        // Nothing tells of it, until something is to be filled.
+        // Nothing tells of it until a page is filled.
         pager.finish_region(gone.regions[0], |_| {}).unwrap_err();
         wait_until(|| problems.count("TargetGone") == 1);
         assert_eq!(pager.descriptors(), [stays.descriptor]);

@@ -10,7 +10,7 @@ use std::thread;
 use crate::support::proc::wait_until;
 use crate::support::signal;
 
-/// What somebody saw who read a byte.
+/// What a thread saw that read a byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
     Byte(u8),

@@ -35,7 +35,7 @@ pub(crate) struct Pages {
     reads: Arc<Mutex<Vec<usize>>>,
 }
 
-/// So many reads are noted.
+/// Reads that are noted at most.
 const NOTED: usize = 1 << 16;
 
 impl Pages {

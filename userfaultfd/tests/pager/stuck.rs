@@ -33,7 +33,7 @@ fn pages_filled_elsewhere_stay_and_waiters_wake() {
             fill(&other, &memory, 2, 92);
             check(&memory, 3, 3);
             assert_eq!((memory.read(1), memory.read(2)), (91, 92));
-            // Waked, not filled.
+            // Woken, not filled.
             pager.finish(|_| {}).unwrap();
             assert_eq!((memory.read(1), memory.read(2)), (91, 92), "{memory:?}");
             for page in [0, 3, 4, 5] {

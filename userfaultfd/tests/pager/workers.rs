@@ -29,7 +29,7 @@ fn threads() -> usize {
     names().filter(|name| name.starts_with("uffd-")).count()
 }
 
-/// A source each of whose reads waits until so many go on at the same time, once.
+/// A source each of whose reads waits until a number of them go on at the same time, once.
 struct Together {
     wanted: usize,
     reading: Mutex<usize>,

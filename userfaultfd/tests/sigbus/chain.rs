@@ -56,7 +56,7 @@ extern "C" fn with_information(_: libc::c_int, info: *mut libc::siginfo_t, conte
     CODE.store(information.si_code, Ordering::SeqCst);
     ADDRESS.store(address, Ordering::SeqCst);
     note();
-    // One that somebody sent has no address.
+    // One that a process sent has no address.
     if information.si_code > 0 {
         repair(address);
     }

@@ -24,7 +24,7 @@ fn locked<T>(call: impl FnOnce() -> T) -> T {
     }
     let touch = TOUCH.swap(ptr::null_mut(), Ordering::Relaxed);
     if !touch.is_null() {
-        // SAFETY: whoever set it has the memory there.
+        // SAFETY: the test that set it has the memory there.
         TOUCHED.store(unsafe { touch.read_volatile() }, Ordering::Relaxed);
     }
     let result = call();
@@ -84,7 +84,7 @@ static HANDLED: AtomicUsize = AtomicUsize::new(0);
 extern "C" fn touch(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let page = TOUCH.swap(ptr::null_mut(), Ordering::SeqCst);
     if !page.is_null() {
-        // SAFETY: whoever set it has the memory there.
+        // SAFETY: the test that set it has the memory there.
         TOUCHED.store(unsafe { page.read_volatile() }, Ordering::SeqCst);
     }
     HANDLED.fetch_add(1, Ordering::SeqCst);

@@ -26,7 +26,7 @@ fn byte(offset: usize) -> u8 {
     (offset.wrapping_mul(0x9e37_79b1) >> 11) as u8 | 1
 }
 
-/// Memory with so many pages of content, one page a fault.
+/// Memory with a number of pages of content, one page a fault.
 fn lazy(pages: usize) -> LazyMemory {
     builder(pages).build().unwrap()
 }

@@ -13,7 +13,7 @@ use crate::support::{child, page, proc, require, test_name};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
-/// Memory of every small kind, of so many pages that the walk doesn't reach the end while the sink takes nothing.
+/// Memory of every small kind, of enough pages that the walk doesn't reach the end while the sink takes nothing.
 fn each(test: &str) -> impl Iterator<Item = Memory> {
     let pages = 8 * (256 << 10) / page();
     memory::each_of(test, &memory::Kind::SMALL, RegisterMode::WRITE_PROTECT, pages)

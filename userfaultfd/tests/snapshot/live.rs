@@ -90,7 +90,7 @@ fn pages_about_to_be_written_come_first() {
     assert!(place(pages - 2) <= 4, "{order:?}");
 }
 
-/// With a sink that takes nothing, so many writes go on as there are buffers; the next one waits.
+/// With a sink that takes nothing, as many writes go on as there are buffers; the next one waits.
 #[test]
 fn writers_wait_for_a_sink_that_is_behind() {
     require!(WRITE_PROTECT);

@@ -25,7 +25,7 @@ fn each(test: &str, pages: usize) -> impl Iterator<Item = Memory> {
         .inspect(|memory| println!("{memory:?}"))
 }
 
-/// Of so many pages that the walk doesn't reach the end while the sink takes nothing.
+/// Of enough pages that the walk doesn't reach the end while the sink takes nothing.
 const MANY: usize = 8 * (256 << 10) / 4096;
 
 fn take(series: &mut Series) -> Image {
@@ -226,7 +226,7 @@ fn pages_written_after_a_drop_and_unmapped_are_gone() {
                     tell.send(proc::thread_id()).unwrap();
                     if unmap { memory.unmap(MANY - 5, 1) } else { map_anew(memory, MANY - 5, 1) }
                 });
-                // Whoever unmaps it doesn't wait. Whoever maps something in its place does: it may go at any time.
+                // A thread that unmaps it doesn't wait. One that maps something in its place does: it may go at any time.
                 match unmap {
                     true => changing.join().unwrap(),
                     false => proc::wait_until_in(told.recv().unwrap(), libc::SYS_mmap),

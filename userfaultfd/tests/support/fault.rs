@@ -42,7 +42,7 @@ impl Faults<'_> {
         assert!(event.is_none(), "{event:?}");
     }
 
-    /// Waits until so many of the threads sleep in a fault. A fault is told a moment before its thread sleeps, and
+    /// Waits until a number of the threads sleep in a fault. A fault is told a moment before its thread sleeps, and
     /// one that is resolved in that moment takes no wake.
     pub(crate) fn wait_for_sleepers(&self, count: usize) {
         proc::wait_until(|| self.sleepers() == count);

@@ -111,7 +111,7 @@ pub(crate) fn secret(test: &str, pages: usize) -> Option<OwnedFd> {
     has(test, "memfd_secret", fd.is_ok()).then(|| sized(fd.unwrap(), pages * page()))
 }
 
-/// An empty file in shared memory that has room for so many pages. For tests that run alone as the superuser;
+/// An empty file in shared memory that has room for a number of pages. For tests that run alone as the superuser;
 /// the file system hides the temporary files from them.
 pub(crate) fn file_with_room_for(test: &str, pages: usize) -> Option<File> {
     let own = mounts::own();

@@ -151,7 +151,7 @@ pub(crate) struct Memory {
     start: *mut u8,
     pages: usize,
     file: Option<OwnedFd>,
-    /// Pages that are unmapped already: somebody else may have mapped something there since.
+    /// Pages that are unmapped already: another thread may have mapped something there since.
     unmapped: Mutex<Vec<Range<usize>>>,
     /// Given back after the memory is unmapped.
     huge_pages: Option<HugePages>,
@@ -296,7 +296,7 @@ impl Memory {
         State { present: entry >> 63 & 1 == 1, protected: entry >> 57 & 1 == 1 }
     }
 
-    /// Reads the first byte of a page. Waits there if the page is missing and somebody handles its faults.
+    /// Reads the first byte of a page. Waits there if the page is missing and its faults are handled.
     pub(crate) fn read(&self, page: usize) -> u8 {
         assert!(page < self.pages);
         // SAFETY: inside the mapping, which lives as long as self and is only accessed by raw pointers.

@@ -34,7 +34,7 @@ use std::time::Duration;
 use userfaultfd::{Errno, Error, FeatureFlags, Support, Uffd, UffdBuilder};
 
 /// Names a mask of features, in hexadecimal, that the running kernel must offer: exactly those. A test that
-/// is skipped for one of them fails then. Set by whoever knows which kernel runs.
+/// is skipped for one of them fails then. Set where it is known which kernel runs.
 pub(crate) const EXPECTED_FEATURES: &str = "USERFAULTFD_EXPECT_FEATURES";
 
 /// Names needs beside features that must be met, by commas: `root`, `hugetlb`, … A test that is skipped for
@@ -184,7 +184,7 @@ enum Watch {
     Done,
 }
 
-/// So many times longer than a test may run it may wait for others.
+/// It may wait for others this number of times longer than a test may run.
 const PATIENCE: u32 = 10;
 
 std::thread_local! {
@@ -211,7 +211,7 @@ impl Drop for Pause {
     }
 }
 
-/// Whether it was as it is to be changed from.
+/// Whether it was as expected before the change.
 fn change((watch, changed): &(Mutex<Watch>, Condvar), from: Watch, to: Watch) -> bool {
     let mut watch = watch.lock().unwrap();
     let is_so = *watch == from;

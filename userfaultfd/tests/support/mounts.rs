@@ -24,7 +24,7 @@ pub(crate) enum Device {
 pub(crate) fn own() -> bool {
     // SAFETY: touches no memory.
     let unshared = check(unsafe { libc::unshare(libc::CLONE_NEWNS) });
-    // What is mounted from now on is to be seen here alone.
+    // What is mounted from now on must be seen here alone.
     unshared.is_ok() && mount(c"none", c"/", None, libc::MS_REC | libc::MS_PRIVATE)
 }
 

@@ -64,7 +64,7 @@ impl Guest {
     pub(crate) fn power_off(self) -> ! {
         // SAFETY: touches no memory.
         unsafe { libc::sync() };
-        // SAFETY: touches no memory. Nothing in this machine is to be kept.
+        // SAFETY: touches no memory. Nothing in this machine must be kept.
         unsafe { libc::reboot(libc::RB_POWER_OFF) };
         // Where the machine has no way to power off, the host does it at the time limit.
         loop {

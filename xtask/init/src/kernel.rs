@@ -1,4 +1,4 @@
-//! What the running kernel says of itself, asked without the library that is to be tested.
+//! What the running kernel says of itself, asked without the library under test.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::{fs, io};

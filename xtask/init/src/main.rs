@@ -1,7 +1,7 @@
 //! Process 1 of a guest of `cargo xtask kernels`: sets the machine up, runs the test binaries, tells what came of it
 //! and powers off.
 //!
-//! Nothing of that may happen on a machine that somebody uses. So everything that touches the machine takes a
+//! Nothing of that may happen on a machine that people use. So everything that touches the machine takes a
 //! [`Guest`], which is had only by process 1 of a machine that has just been started from our own file system.
 
 mod guest;

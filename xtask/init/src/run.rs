@@ -115,7 +115,7 @@ fn show_threads(process: u32, voice: &Voice) {
 /// Waits for processes whose parents ended before them.
 fn reap() {
     let mut status = 0;
-    // SAFETY: the status is borrowed for the call. No child of this process that somebody waits for is left.
+    // SAFETY: the status is borrowed for the call. No child of this process that a thread waits for is left.
     while unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) } > 0 {}
 }
 

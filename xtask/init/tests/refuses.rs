@@ -1,4 +1,4 @@
-//! Started on a machine that somebody uses, it changes nothing.
+//! Started on a machine that people use, it changes nothing.
 
 use std::fs;
 use std::io::Write;

@@ -42,7 +42,7 @@ fn is_met(need: &str, features: u64, may_watch_forks: bool) -> Result<bool, Stri
     Ok(match need {
         "root" => is_root(&text("/proc/self/status")),
         "CAP_SYS_PTRACE" => may_watch_forks,
-        // Whoever may change the pool gets the few pages that a test needs.
+        // A user who may change the pool gets the few pages that a test needs.
         "hugetlb" => opens("/proc/sys/vm/nr_hugepages", false),
         // The first line is the head of the table.
         "swap" => text("/proc/swaps").lines().count() > 1,

@@ -35,7 +35,7 @@ pub(crate) struct Rust {
     debian: Option<Rc<Debian>>,
 }
 
-/// How a target's standard library is to be had.
+/// How a target's standard library can be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Library {
     Prebuilt,

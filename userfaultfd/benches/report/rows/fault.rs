@@ -16,7 +16,7 @@ const UPSTREAM: &str = "userfaultfd 0.9, its example's loop";
 /// The same, with a CPU for each thread.
 const UPSTREAM_OTHER: &str = "userfaultfd 0.9, other CPU";
 
-/// Ours, theirs, and what the ratio is to be.
+/// Ours, theirs, and the target of the ratio.
 const PAIRS: &[(&str, &str, Target)] = &[
     ("pager, default", "bare poll and read", Target::AtMost(1.0)),
     ("pager, default", UPSTREAM, Target::AtMost(1.0)),

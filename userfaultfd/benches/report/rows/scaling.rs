@@ -16,7 +16,7 @@ use crate::table::{Line, Section, Target, Unit};
 /// How many threads fault, on how many descriptors.
 const CASES: &[(usize, usize)] = &[(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 4), (8, 8)];
 
-/// So many pages each thread touches, of those of its descriptor.
+/// Pages that each thread touches, of those of its descriptor.
 const PART: usize = 1024;
 
 /// All pages of a descriptor.

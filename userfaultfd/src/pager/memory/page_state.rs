@@ -503,7 +503,7 @@ mod tests {
         assert_eq!(pages.claim(1), Claim::Acquired { removed: false, tries: 0 });
         assert_eq!(pages.claim(1), Claim::Joined);
         assert!(!pages.try_claim_untouched(1, false));
-        assert!(pages.end(1, Settlement::Present), "somebody joined");
+        assert!(pages.end(1, Settlement::Present), "a fault joined");
         assert_eq!(pages.claim(1), Claim::Present);
         assert_eq!(pages.present_and_poisoned(), (1, 0));
         assert!(pages.try_claim_untouched(2, false));

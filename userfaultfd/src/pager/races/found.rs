@@ -270,7 +270,7 @@ fn deferred_work_of_an_ending_region_lets_events_be_read() {
         let (go, may_go) = mpsc::channel();
         let may_go = Mutex::new(may_go);
         let _armed = at(Point::BeforeFill, memory.at(1).addr()..memory.at(2).addr(), move |_| {
-            // Only the first two times somebody is there.
+            // Only the first two times a thread waits there.
             if reached.send(()).is_ok() {
                 let _nobody = may_go.lock().unwrap().recv();
             }

@@ -357,7 +357,7 @@ impl<T: Debug + Send + 'static> Act<T> {
             tell_signals();
             let Some(scene) = Scene::new(test, flavour, self.features) else { return };
             let (scene, addresses) = (Arc::new(scene), 0..usize::MAX);
-            // There is somebody to be waked in the end only where a second fault joined the load.
+            // In the end a thread must be woken only where a second fault joined the load.
             let load = (point == Point::BeforeWake).then(|| Stop::at(Point::BeforeFill, addresses.clone()));
             let stop = Stop::at(point, addresses);
             let first = Reader::of(scene.at(PAGE));
