@@ -27,6 +27,9 @@ impl PageSet {
 
     /// Takes pages out.
     pub(super) fn remove(&mut self, pages: &Range<usize>) {
+        if pages.is_empty() {
+            return;
+        }
         while let Some((&start, &end)) = self.0.range(..pages.end).next_back() {
             if end <= pages.start {
                 break;

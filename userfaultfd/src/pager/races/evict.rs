@@ -43,11 +43,15 @@ fn memory(way: Way, budget: &Budget) -> LazyMemory {
 
 /// What a test does to a page of memory: by raw pointers, as other threads do it at the same time.
 #[derive(Clone, Copy, Debug)]
-struct Cell(usize);
+pub(super) struct Cell(usize);
 
 impl Cell {
     fn of(memory: &LazyMemory, page_number: usize) -> Self {
-        Self(memory.as_raw_slice().cast::<u8>().expose_provenance() + page_number * page() + 9)
+        Self::at(memory.as_raw_slice(), page_number)
+    }
+
+    pub(super) fn at(memory: *mut [u8], page_number: usize) -> Self {
+        Self(memory.cast::<u8>().expose_provenance() + page_number * page() + 9)
     }
 
     fn atomic(self) -> &'static std::sync::atomic::AtomicU8 {
@@ -58,11 +62,11 @@ impl Cell {
         }
     }
 
-    fn read(self) -> u8 {
+    pub(super) fn read(self) -> u8 {
         self.atomic().load(Ordering::Relaxed)
     }
 
-    fn write(self, byte: u8) {
+    pub(super) fn write(self, byte: u8) {
         self.atomic().store(byte, Ordering::Relaxed);
     }
 }
@@ -78,12 +82,12 @@ fn resident_page(memory: &LazyMemory, is_written: bool) -> (Cell, u8) {
     (cell, 3)
 }
 
-fn is_resident(cell: Cell) -> bool {
+pub(super) fn is_resident(cell: Cell) -> bool {
     crate::sys::is_resident(std::ptr::with_exposed_provenance_mut(cell.0 - cell.0 % page()))
 }
 
 /// Does something once when a page is at a point, and returns what came of it.
-fn once<T: Send + 'static>(
+pub(super) fn once<T: Send + 'static>(
     point: Departure,
     cell: Cell,
     act: impl Fn() -> T + Send + Sync + 'static,
@@ -119,7 +123,7 @@ fn read_others(memory: &LazyMemory) {
 }
 
 /// A thread that accesses a page, and is in the fault of it by now, or through.
-fn accesses(cell: Cell, access: impl FnOnce(Cell) -> u8 + Send + 'static) -> JoinHandle<u8> {
+pub(super) fn accesses(cell: Cell, access: impl FnOnce(Cell) -> u8 + Send + 'static) -> JoinHandle<u8> {
     let thread = Arc::new(AtomicU32::new(0));
     let told = Arc::clone(&thread);
     let access = thread::spawn(move || {

@@ -21,4 +21,5 @@ pub(crate) mod real_time;
 mod remap;
 mod remove;
 mod second;
+mod store;
 mod unmap;
