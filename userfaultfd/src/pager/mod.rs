@@ -163,3 +163,5 @@ pub use crate::source::{
 pub use crate::source::{FileStore, FnStore, PageStore};
 #[cfg(feature = "http")]
 pub use crate::source::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};
+#[cfg(feature = "zstd")]
+pub use crate::source::{SeekableZstd, SeekableZstdBuilder, SeekableZstdWriter, ZstdError};

@@ -27,6 +27,8 @@ mod remote;
 #[cfg(feature = "pager")]
 mod store;
 mod threaded;
+#[cfg(feature = "zstd")]
+mod zstd;
 
 pub use async_load::{AsyncPageSource, AsyncSource, Completion, Loaded, PageBuffer};
 #[cfg(feature = "pager")]
@@ -45,8 +47,9 @@ pub use overlay::OverlaySource;
 pub use remote::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};
 #[cfg(feature = "pager")]
 pub use store::{FnStore, PageStore};
-
 pub use threaded::ThreadedSource;
+#[cfg(feature = "zstd")]
+pub use zstd::{SeekableZstd, SeekableZstdBuilder, SeekableZstdWriter, ZstdError};
 
 /// What a source has put into the buffer of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -81,14 +81,14 @@ fn features() -> Result<Outcome, String> {
     }
     run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
     run(&["test", "--lib"], "--features=snapshot", &["--", "snapshot::"])?;
-    let optional = "--features=pager,tracking,snapshot,tracing,serde,http";
+    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
     run(&["test", "--test=http"], optional, &[])?;
     let examples = ["--package=userfaultfd-examples", "--features=http"];
     execute(&mut cargo(&[&["clippy", "--all-targets"], &examples[..], &["--", "--deny=warnings"]].concat()))?;
     execute(&mut cargo(&[&["build", "--example=from_http"], &examples[..]].concat()))?;
     execute(&mut cargo(&[&["test", "--test=run"], &examples[..], &["--", "from_http"]].concat()))?;
-    passed(run(&["test", "--lib"], optional, &["--", "pager::"]))
+    passed(run(&["test", "--lib"], optional, &["--", "pager::", "source::zstd::"]))
 }
 
 fn doc() -> Result<Outcome, String> {
