@@ -346,6 +346,51 @@ fn page_moved_over_one_that_is_not_saved_is_not_taken_for_it() {
     });
 }
 
+/// A page moves over one that isn't saved, while an earlier change waits to be read, and other memory is mapped where it was.
+/// The first change that is read doesn't tell of that.
+#[test]
+fn page_moved_behind_another_change_is_not_taken_for_the_one_below() {
+    require!(WRITE_PROTECT);
+    if !memory::tells_protection(test_name!()) {
+        return;
+    }
+    child::run_well(test_name!(), || {
+        const OVER: usize = 39;
+        const DROPPED: usize = 50;
+        for memory in each(test_name!()) {
+            let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+            number(&memory);
+            series.begin(sink(&Held::default(), memory.page())).unwrap().wait().unwrap();
+            number(&memory);
+            let (drops, moves) = (Actor::default(), Actor::default());
+            let (first, of_action) = (drops.clone(), Arc::clone(&memory));
+            let dropping = at(Point::Watch(Moment::Protect), addresses(&memory), move |_| {
+                if !first.has_begun() {
+                    let memory = Arc::clone(&of_action);
+                    let drop = move || memory.advise(DROPPED, 1, libc::MADV_DONTNEED).unwrap();
+                    first.begin(libc::SYS_madvise, drop);
+                }
+            });
+            let (second, of_action) = (moves.clone(), Arc::clone(&memory));
+            let trusting = at(Point::Watch(Moment::Trust), addresses(&memory), move |_| {
+                if !second.has_begun() {
+                    let memory = Arc::clone(&of_action);
+                    let shift = move || memory.try_move(PAGE, 1, memory.at(OVER), 0).unwrap();
+                    second.begin(libc::SYS_mremap, shift);
+                    map_anew(&of_action);
+                }
+            });
+            let held = Held::default();
+            series.begin(sink(&held, memory.page())).unwrap().wait().unwrap();
+            drop((dropping, trusting));
+            [drops, moves].iter().for_each(Actor::end);
+            let held = held.lock().unwrap();
+            assert_eq!((held[OVER], held[PAGE], held[0]), (None, Some(PAGE as u8 + 1), Some(1)));
+            assert_eq!(memory.read(PAGE), 99);
+        }
+    });
+}
+
 #[test]
 fn panic_while_a_member_begins_ends_the_series_and_lifts_protection() {
     require!(WRITE_PROTECT);

@@ -309,7 +309,13 @@ impl<'a> Worker<'a> {
             }
             750..780 if kind == Kind::Anonymous && features().contains(FeatureFlags::MOVE) => {
                 let (target, uffd) = (Memory::anonymous(1), uffd(FeatureFlags::MOVE));
-                uffd.register(target.start(), page()).unwrap();
+                // Where a page has left a hole, the snapshot may have registered what is mapped there now: it can't ask
+                // otherwise whether memory is its own.
+                match uffd.register(target.start(), page()) {
+                    Ok(_) => {}
+                    Err(userfaultfd::Error::SystemError(userfaultfd::Errno::EBUSY)) => return,
+                    Err(error) => panic!("{error}"),
+                }
                 // SAFETY: nobody borrows the page. It fails where a fork shares it, or it isn't there.
                 let moved = unsafe { uffd.move_pages(at, target.start(), page(), MoveMode::empty()) };
                 // Linux 6.18 answers EEXIST now and then after it has moved a page out of a huge one.

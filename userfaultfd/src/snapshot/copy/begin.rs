@@ -51,6 +51,7 @@ impl Copier {
             let is_found = lost.pages == 0 || markers && all_markers;
             if is_found && self.mappings()?.bytes() == mapped.bytes() && self.is_where_it_was(&mapped)? {
                 self.mapped = mapped;
+                self.suspects = false;
                 break;
             }
             // What looks like one may be a page that was swapped out. That is protected now.

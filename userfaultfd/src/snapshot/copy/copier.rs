@@ -56,6 +56,8 @@ pub(crate) struct Copier {
     pub(super) removed: Bits,
     /// The mappings in which all lay when a snapshot began, or when the layout was last looked at.
     pub(super) mapped: Mapped,
+    /// A page wasn't protected, in other mappings than those, while a change of the layout waited to be read.
+    pub(super) suspects: bool,
     /// Pages that may go and seem protected all the same.
     pub(super) silent: Bits,
     pub(super) active: Option<Active>,
@@ -115,6 +117,7 @@ impl Copier {
             begins: false,
             removed: Bits::new(pages, false),
             mapped: Mapped::default(),
+            suspects: false,
             silent,
             active: None,
             held: VecDeque::with_capacity(64),

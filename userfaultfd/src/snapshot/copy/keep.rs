@@ -150,7 +150,9 @@ impl Copier {
         if self.active.as_ref().is_none_or(|active| active.kept.is_empty()) {
             return Ok(true);
         }
-        if self.is_changing() && !(look && self.is_still_ours()?) {
+        if !self.is_changing() {
+            self.suspects = false;
+        } else if !(look && self.is_still_ours()?) {
             return Ok(false);
         }
         self.stalled = 0;

@@ -15,6 +15,8 @@ pub(super) struct Lost {
     pub(super) pages: usize,
     /// Those of them that can't be protected: guard pages, poisoned pages.
     pub(super) markers: usize,
+    /// Pages that weren't known to be unprotected, with those that may go at any time.
+    pub(super) found: usize,
 }
 
 impl Copier {
@@ -40,8 +42,15 @@ impl Copier {
                 && self.unprotected.next(part.bits().start).is_some_and(|bit| bit < part.bits().end)
         };
         let may_have_holes = self.layout.parts().iter().any(may_have_holes);
-        let may_have_lost = may_have_holes || !self.look.can_tell() || self.look_at_all()?.pages > 0;
-        if may_have_lost && mapped != self.mapped {
+        let is_as_known = mapped == self.mapped;
+        if may_have_holes || !self.look.can_tell() {
+            return Ok(is_as_known && self.strays(&mapped)?.is_empty());
+        }
+        // The page that isn't protected may be of memory that was mapped where another one has left. From now on it is known,
+        // and so found by no look.
+        self.suspects |= self.look_at_all()?.found > 0;
+        self.suspects &= !is_as_known;
+        if self.suspects {
             return Ok(false);
         }
         // The place that a page has left may have been mapped anew.
@@ -69,9 +78,10 @@ impl Copier {
     pub(super) fn look_at_all(&mut self) -> Result<Lost> {
         let mut lost = Lost::default();
         for part in self.layout.parts().to_vec() {
-            let Lost { pages, markers } = self.look_at(&part)?;
+            let Lost { pages, markers, found } = self.look_at(&part)?;
             lost.pages += pages;
             lost.markers += markers;
+            lost.found += found;
         }
         Ok(lost)
     }
@@ -92,10 +102,12 @@ impl Copier {
             self.words.read(&self.watch.pagemap, &range)?;
             // What was removed about when the snapshot began may go at any time.
             let expected = |bit| self.active.as_ref().is_some_and(|active| active.removed.get(bit));
-            let known = |bit| self.unprotected.get(bit) || expected(bit);
-            for index in (0..range.len() / page_size()).filter(|index| !known(first + index)) {
-                lost.pages += 1;
-                lost.markers += usize::from(self.words.get(index).is_marker());
+            for index in (0..range.len() / page_size()).filter(|index| !self.unprotected.get(first + index)) {
+                lost.found += 1;
+                if !expected(first + index) {
+                    lost.pages += 1;
+                    lost.markers += usize::from(self.words.get(index).is_marker());
+                }
             }
             self.changed(first..first + range.len() / page_size());
         }
