@@ -36,9 +36,13 @@ fn can_poison() -> bool {
 }
 
 fn check(scene: &Scene, outcome: Outcome<bool>) {
-    // A load that isn't started by then never is.
-    let is_started = scene.flavour != Flavour::Async || outcome.point != Point::AfterRead;
-    outcome.readers_saw(if is_started || !outcome.acted { content(PAGE) } else { Seen::POISON });
+    // A load that isn't started by then never is, and one that isn't answered isn't waited for.
+    let is_async = scene.flavour == Flavour::Async && outcome.acted;
+    outcome.readers_saw(match outcome.point {
+        Point::AfterRead if is_async => Seen::POISON,
+        Point::AfterStart if is_async && outcome.first == Seen::POISON => Seen::POISON,
+        _ => content(PAGE),
+    });
     let block = if scene.flavour == Flavour::Block { 0..3 } else { PAGE..PAGE + 1 };
     let filled = |page: usize| !outcome.acted || block.contains(&page);
     scene.others_are(|page| if filled(page) { content(page) } else { Seen::POISON });
