@@ -5,6 +5,8 @@
 //! (`CAP_SYS_PTRACE`, `hugetlb`), as for the tests of the library. `USERFAULTFD_EXAMPLES` names the directory of
 //! the built examples, where it isn't the one beside this test's.
 
+#[cfg(feature = "object-store")]
+mod from_s3;
 mod support;
 
 use std::collections::HashMap;
@@ -292,6 +294,15 @@ fn from_http_reads_by_faults_what_the_server_has() {
     let again: u64 =
         lines[4].rsplit_once(" bytes, ").unwrap().1.strip_suffix(" of them again").unwrap().parse().unwrap();
     assert!(again > 0, "{}", output.out);
+}
+
+#[cfg(feature = "tokio")]
+#[test]
+fn async_source_has_many_loads_in_flight() {
+    let output = run(&mut command("async_source"));
+    assert!(output.status.success() && output.err.is_empty(), "{output:?}");
+    let most = output.out.lines().nth(1).and_then(|line| line.split_once(' ')).unwrap().0;
+    assert!(most.parse::<usize>().unwrap() > 8, "{}", output.out);
 }
 
 #[test]

@@ -134,6 +134,8 @@
 //! | `snapshot` | yes | [`Snapshot`], [`snapshot`], [`source`] | crc32fast, memmap2 |
 //! | `tracing` | no | spans and events of the pager; enables `pager` | tracing |
 //! | `http` | no | `source::HttpSource`; enables `pager` | ureq |
+//! | `tokio` | no | `source::TokioSource`; enables `pager` | tokio |
+//! | `object-store` | no | `source::ObjectSource`; enables `tokio` | object_store |
 //! | `serde` | no | missing ranges can be serialised; enables `pager` | serde |
 //! | `bindgen` | no | raw bindings generated at build time, see `userfaultfd-sys` | bindgen |
 //!

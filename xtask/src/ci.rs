@@ -4,6 +4,7 @@ mod bare;
 mod deny;
 mod host;
 mod require;
+mod servers;
 mod step;
 mod steps;
 mod targets;

@@ -154,6 +154,8 @@ pub use self::progress::{Failed, Progress};
 pub use self::serve::delivery::Delivery;
 pub use self::stats::{Histogram, Statistics};
 pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};
+#[cfg(feature = "tokio")]
+pub use crate::source::TokioSource;
 pub use crate::source::{
     AsyncPageSource, AsyncSource, BytesSource, CacheError, CacheStatistics, CachedImage, CachedImageBuilder,
     ChunkCache, Completion, ConcatSource, FileAdvice, FileSource, LayeredSource, Loaded, MappedFileSource,
@@ -162,6 +164,10 @@ pub use crate::source::{
 };
 pub use crate::source::{FileStore, FnStore, PageStore};
 #[cfg(feature = "http")]
-pub use crate::source::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};
+pub use crate::source::{HttpSource, HttpSourceBuilder};
+#[cfg(feature = "object-store")]
+pub use crate::source::{ObjectSource, ObjectSourceBuilder};
+#[cfg(any(feature = "http", feature = "object-store"))]
+pub use crate::source::{RemoteError, RemoteOptions, RemoteStatistics};
 #[cfg(feature = "zstd")]
 pub use crate::source::{SeekableZstd, SeekableZstdBuilder, SeekableZstdWriter, ZstdError};

@@ -22,11 +22,13 @@ mod memory;
 mod model;
 mod overlay;
 mod pieces;
-#[cfg(feature = "http")]
+#[cfg(any(feature = "http", feature = "object-store"))]
 mod remote;
 #[cfg(feature = "pager")]
 mod store;
 mod threaded;
+#[cfg(feature = "tokio")]
+mod tokio;
 #[cfg(feature = "zstd")]
 mod zstd;
 
@@ -44,9 +46,16 @@ pub use mapped_ram::{MappedRamSource, RamBlock};
 pub use memory::{BytesSource, ZeroSource};
 pub use overlay::OverlaySource;
 #[cfg(feature = "http")]
-pub use remote::{HttpSource, HttpSourceBuilder, RemoteError, RemoteOptions, RemoteStatistics};
+pub use remote::{HttpSource, HttpSourceBuilder};
+#[cfg(feature = "object-store")]
+pub use remote::{ObjectSource, ObjectSourceBuilder};
+#[cfg(any(feature = "http", feature = "object-store"))]
+pub use remote::{RemoteError, RemoteOptions, RemoteStatistics};
 #[cfg(feature = "pager")]
 pub use store::{FnStore, PageStore};
+#[cfg(feature = "tokio")]
+pub use tokio::TokioSource;
+
 pub use threaded::ThreadedSource;
 #[cfg(feature = "zstd")]
 pub use zstd::{SeekableZstd, SeekableZstdBuilder, SeekableZstdWriter, ZstdError};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use super::step::{Outcome, Step};
-use super::{bare, deny, require, targets, test, words};
+use super::{bare, deny, require, servers, targets, test, words};
 use crate::command::{cargo, execute, output};
 use crate::public_api::{self, Checked};
 use crate::{bindings, libclang, tree};
@@ -81,13 +81,18 @@ fn features() -> Result<Outcome, String> {
     }
     run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
     run(&["test", "--lib"], "--features=snapshot", &["--", "snapshot::"])?;
-    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd";
+    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,object-store";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
-    run(&["test", "--test=http"], optional, &[])?;
-    let examples = ["--package=userfaultfd-examples", "--features=http"];
+    run(&["test", "--test=http", "--test=tokio", "--test=object"], optional, &[])?;
+    let examples = ["--package=userfaultfd-examples", "--features=http,tokio,object-store"];
     execute(&mut cargo(&[&["clippy", "--all-targets"], &examples[..], &["--", "--deny=warnings"]].concat()))?;
-    execute(&mut cargo(&[&["build", "--example=from_http"], &examples[..]].concat()))?;
-    execute(&mut cargo(&[&["test", "--test=run"], &examples[..], &["--", "from_http"]].concat()))?;
+    let built = ["build", "--example=from_http", "--example=async_source", "--example=from_s3"];
+    execute(&mut cargo(&[&built, &examples[..]].concat()))?;
+    let tests = ["test", "--test=run"];
+    let mut tests = cargo(&[&tests, &examples[..], &["--", "from_http", "async_source", "from_s3"]].concat());
+    // Without it the test says that it was skipped.
+    tests.envs(servers::moto().map(|program| ("USERFAULTFD_TEST_MOTO", program)));
+    execute(&mut tests)?;
     passed(run(&["test", "--lib"], optional, &["--", "pager::", "source::zstd::"]))
 }
 

@@ -6,11 +6,15 @@ mod engine;
 mod error;
 #[cfg(feature = "http")]
 mod http;
+#[cfg(feature = "object-store")]
+mod object;
 mod options;
 
 pub use error::RemoteError;
 #[cfg(feature = "http")]
 pub use http::{HttpSource, HttpSourceBuilder};
+#[cfg(feature = "object-store")]
+pub use object::{ObjectSource, ObjectSourceBuilder};
 pub use options::{RemoteOptions, RemoteStatistics};
 
 /// Locks past the panic of another thread: what is guarded here is whole at every moment.
