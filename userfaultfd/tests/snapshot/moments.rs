@@ -64,7 +64,7 @@ fn memory_mapped_anew_before_snapshot_is_gone() {
         memory.write(5, 99);
         let second = take(&mut series);
         assert_eq!((gone(&second), second.pages()), (vec![4], vec![4, 5]), "{memory:?}");
-        assert_eq!(take(&mut series).pages(), [], "{memory:?}");
+        assert!(take(&mut series).pages().is_empty(), "{memory:?}");
     }
 }
 
@@ -124,7 +124,7 @@ fn unreported_unprotected_pages_have_changed() {
     // They are protected again.
     memory.write(3, 97);
     assert_eq!(take(&mut series).pages(), [3]);
-    assert_eq!(take(&mut series).pages(), []);
+    assert!(take(&mut series).pages().is_empty());
 }
 
 #[test]
