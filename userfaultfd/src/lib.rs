@@ -288,6 +288,8 @@ mod features;
 mod fill;
 #[cfg(all(feature = "pager", feature = "tracking", feature = "snapshot"))]
 pub mod guide;
+#[cfg(feature = "handoff")]
+pub mod handoff;
 mod holder;
 #[cfg(feature = "pager")]
 mod lazy;

@@ -24,6 +24,9 @@ pub(crate) use userfaultfd_sys::*;
 
 use crate::Errno;
 
+#[cfg(feature = "handoff")]
+pub(crate) mod socket;
+
 /// The device that creates descriptors for whom its file permissions admit. Linux 6.1.
 pub(crate) const DEVICE: &CStr = c"/dev/userfaultfd";
 
@@ -357,6 +360,15 @@ pub(crate) fn set_readable(map: &memmap2::MmapRaw, part: Range<usize>, readable:
     let protection = if readable { libc::PROT_READ } else { libc::PROT_NONE };
     // SAFETY: the range is that of the mapping, to whose bytes no reference leads, and none of them changes.
     check(unsafe { libc::mprotect(start.cast(), part.len(), protection) }).map(drop)
+}
+
+/// pidfd_send_signal(2) with SIGKILL. `ESRCH`: the process has ended.
+#[cfg(feature = "pager")]
+pub(crate) fn kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+    let (fd, no_info) = (pidfd.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
+    // SAFETY: the system call takes integers, and no structure.
+    check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, no_info, 0) } as libc::c_int)
+        .map(drop)
 }
 
 /// Waits until one of the descriptors can be read, through signals, or until `timeout` milliseconds are over; -1 is without end.

@@ -128,7 +128,7 @@ impl PagerBuilder {
         let added = Arc::new(worker_pool::Added::new(self.delivery));
         let mut pager = Pager {
             shared: Arc::clone(&shared),
-            adding: RankedMutex::new(()),
+            adding: Arc::new(RankedMutex::new(())),
             threads: Vec::new(),
             added: Arc::clone(&added),
             patience: self.patience,

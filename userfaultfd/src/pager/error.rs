@@ -378,10 +378,18 @@ pub enum Problem {
         /// Its written pages, in bytes.
         dirty: usize,
     },
+    /// A process was killed, since its content can't be had, for the reason that the problem before this one gave: see
+    /// [`OnEnd::Kill`](super::OnEnd::Kill).
+    Killed {
+        /// The descriptor.
+        descriptor: DescriptorId,
+        /// The page that it waited for.
+        address: usize,
+    },
 }
 
 /// Number of the variants of [`Problem`].
-pub(crate) const PROBLEM_KINDS: usize = 12;
+pub(crate) const PROBLEM_KINDS: usize = 13;
 
 impl Problem {
     /// The number of its kind.
@@ -399,6 +407,7 @@ impl Problem {
             Self::WriteBack { .. } => 9,
             Self::BudgetFull { .. } => 10,
             Self::Discarded { .. } => 11,
+            Self::Killed { .. } => 12,
         }
     }
 }
@@ -430,6 +439,12 @@ impl fmt::Display for Problem {
                 write!(f, "a child of {descriptor:?} can't be served: {error}")
             }
             Self::Panicked { message } => write!(f, "a thread of the pager panicked: {message}"),
+            Self::Killed { descriptor, address } => {
+                write!(
+                    f,
+                    "the process of {descriptor:?} was killed: its page at {address:#x} can't be filled"
+                )
+            }
             Self::WriteBack { address, len, error, .. } => {
                 write!(f, "{len:#x} bytes at {address:#x} couldn't be written back: {}", Whole(error))
             }

@@ -36,10 +36,11 @@
 //!    retried ever more rarely.
 //! 6. **A failing or panicking source** is retried according to [`RetryPolicy`]. Then the page is poisoned, so that an
 //!    access raises SIGBUS; Linux before 6.6 has no poison: there the faulting thread waits until the source delivers.
+//!    For a process with another [`OnEnd`] the process is killed, or its thread waits.
 //!    Both are reported to [`on_problem`](PagerBuilder::on_problem). Zeros are never substituted.
 //! 7. **The end is a choice**: [`finish`](Pager::finish) fills all missing pages, [`detach`](Pager::detach) hands over
 //!    the descriptors and the lists of missing pages, and dropping the pager poisons missing pages (before Linux 6.6:
-//!    fills them). Closing a userfaultfd would show zeros instead.
+//!    fills them), or does what [`OnEnd`] says. Closing a userfaultfd would show zeros instead.
 //! 8. **Each region has its own page size** and its own [`FaultAround`].
 //! 9. **[Statistics]** are always counted.
 //!
@@ -117,6 +118,7 @@ mod fill;
 mod handover;
 mod id;
 pub(crate) mod memory;
+pub(crate) mod on_end;
 #[expect(clippy::module_inception, reason = "the room is named after what lives in it")]
 mod pager;
 pub(crate) mod prefetch;
@@ -143,6 +145,7 @@ pub use self::memory::fault_around::FaultAround;
 pub use self::memory::missing_range::MissingRange;
 pub(crate) use self::memory::region::DEFAULT_MAX_AROUND_BYTES;
 pub use self::memory::region::Region;
+pub use self::on_end::OnEnd;
 pub use self::pager::{Added, Pager};
 pub use self::prefetch::background::{BackgroundFill, FillReport};
 pub(crate) use self::prefetch::fill_target::Target;

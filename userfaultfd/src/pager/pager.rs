@@ -11,6 +11,7 @@ use super::memory::address_map::{self, AddressMap, Segment};
 use super::memory::descriptor::{Attachment, Descriptor, Origin, addr_to_ptr, unwrap_last_arc, wake};
 use super::memory::page_state::Pages;
 use super::memory::unfillable::Unfillable;
+use super::on_end::Guest;
 use super::serve::control;
 use super::serve::mailbox::Note;
 use super::serve::shared::Shared;
@@ -19,8 +20,8 @@ use super::serve::thread::Thread;
 use super::serve::vma_events;
 use super::serve::worker_pool;
 use super::{
-    DescriptorId, Detached, Error, MissingRange, PagerBuilder, Progress, Refused, Region, RegionId, Result,
-    Statistics, target,
+    DescriptorId, Detached, Error, MissingRange, OnEnd, PagerBuilder, Progress, Refused, Region, RegionId,
+    Result, Statistics, target,
 };
 #[cfg(feature = "tracking")]
 use crate::RegisterMode;
@@ -60,12 +61,12 @@ pub struct Added {
 /// that was never filled raises SIGBUS. A page that another mapping or write(2) has written to the memory's file isn't
 /// missing (but see [`Region::minor`]). Linux before 6.6 has no poison: there dropping fills missing pages. A descriptor
 /// whose pages can't be filled either stays open while this process lives, so that an access waits.
-/// [`finish`](Self::finish) and [`detach`](Self::detach) are the other ends.
+/// [`finish`](Self::finish) and [`detach`](Self::detach) are the other ends, and [`OnEnd`] what dropping does instead.
 #[derive(Debug)]
 pub struct Pager {
     pub(super) shared: Arc<Shared>,
     /// Held while regions are added, so that two that overlap can't both be accepted.
-    pub(super) adding: RankedMutex<(), { rank::REGION }>,
+    pub(super) adding: Arc<RankedMutex<(), { rank::REGION }>>,
     /// The control thread, the reports thread, then the workers.
     pub(super) threads: Vec<Thread>,
     /// Workers that were added later.
@@ -82,6 +83,30 @@ impl Pager {
     /// [`System`](Error::System): failed to create a thread or a descriptor.
     pub fn new() -> Result<Self> {
         Self::builder().build()
+    }
+
+    /// Another handle to the same pager. Dropping it does nothing; once the pager is dropped, it serves nothing.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn handle(&self) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            adding: Arc::clone(&self.adding),
+            threads: Vec::new(),
+            added: Arc::clone(&self.added),
+            patience: self.patience,
+        }
+    }
+
+    /// Whether a descriptor is served.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn serves(&self, descriptor: DescriptorId) -> bool {
+        self.shared.table.find(descriptor.0).is_some()
+    }
+
+    /// Waits until a descriptor isn't served any more.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn wait_for(&self, descriptor: DescriptorId) {
+        self.shared.table.wait_until_closed(descriptor.0);
     }
 
     /// Returns a builder with the default options.
@@ -112,7 +137,7 @@ impl Pager {
     ///   [`add_own`](Self::add_own).
     /// - [`System`](Error::System): failed to map memory for the states of pages.
     pub fn add(&self, uffd: Uffd, regions: impl IntoIterator<Item = Region>) -> Result<Added, Refused> {
-        self.add_checked(uffd, regions.into_iter().collect(), Adder::Foreign)
+        self.add_checked(uffd, regions.into_iter().collect(), Adder::Foreign, None)
     }
 
     /// Serves memory of this process, or of any.
@@ -150,7 +175,7 @@ impl Pager {
         uffd: Uffd,
         regions: impl IntoIterator<Item = Region>,
     ) -> Result<Added, Refused> {
-        self.add_checked(uffd, regions.into_iter().collect(), Adder::Own)
+        self.add_checked(uffd, regions.into_iter().collect(), Adder::Own, None)
     }
 
     /// As [`add_own`](Self::add_own), for a [`LazyMemory`](crate::LazyMemory), which alone may end the service.
@@ -160,10 +185,27 @@ impl Pager {
     /// As `add_own`.
     #[expect(unsafe_code, reason = "the contract is the caller's")]
     pub(crate) unsafe fn add_lazy(&self, uffd: Uffd, region: Region) -> Result<Added, Refused> {
-        self.add_checked(uffd, vec![region], Adder::Lazy)
+        self.add_checked(uffd, vec![region], Adder::Lazy, None)
     }
 
-    fn add_checked(&self, uffd: Uffd, mut regions: Vec<Region>, adder: Adder) -> Result<Added, Refused> {
+    /// As [`add`](Self::add), for a process whose end is chosen before its first fault is read.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn add_guest(
+        &self,
+        uffd: Uffd,
+        regions: Vec<Region>,
+        guest: Arc<Guest>,
+    ) -> Result<Added, Refused> {
+        self.add_checked(uffd, regions, Adder::Foreign, Some(guest))
+    }
+
+    fn add_checked(
+        &self,
+        uffd: Uffd,
+        mut regions: Vec<Region>,
+        adder: Adder,
+        guest: Option<Arc<Guest>>,
+    ) -> Result<Added, Refused> {
         if let Err(error) = self.shared.check_owner() {
             return Err(Refused { uffd, error });
         }
@@ -177,7 +219,7 @@ impl Pager {
             Ok(is_nonblocking) => !is_nonblocking,
             Err(error) => return Err(Refused { uffd, error: error.into() }),
         };
-        self.add_all(uffd, regions, was_blocking, adder).map_err(|Refused { uffd, error }| {
+        self.add_all(uffd, regions, was_blocking, adder, guest).map_err(|Refused { uffd, error }| {
             let switched = if was_blocking { uffd.set_nonblocking(false) } else { Ok(()) };
             Refused { error: switched.err().map_or(error, Error::from), uffd }
         })
@@ -189,6 +231,7 @@ impl Pager {
         regions: Vec<Region>,
         was_blocking: bool,
         adder: Adder,
+        guest: Option<Arc<Guest>>,
     ) -> Result<Added, Refused> {
         let prepared = AddressMap::try_with_room(regions.len()).ok_or_else(|| Errno::ENOMEM.into());
         let prepared = prepared.and_then(|mut layout| {
@@ -219,7 +262,8 @@ impl Pager {
             _ => {}
         }
         let is_lazy = adder == Adder::Lazy;
-        let origin = Origin { is_child: false, is_own: is_own.unwrap_or(false), is_lazy, was_blocking };
+        let is_own = is_own.unwrap_or(false);
+        let origin = Origin { guest, is_child: false, is_own, is_lazy, was_blocking };
         if origin.is_own {
             layout.segments().iter().for_each(hold);
         }
@@ -607,6 +651,20 @@ impl Pager {
         self.shared.watch(&descriptor, end.into())
     }
 
+    /// Sets what becomes of a descriptor's process when its content can't be had: its source is given up, or the pager is
+    /// dropped. The default is [`OnEnd::Poison`]. Children of its forks have the default again.
+    ///
+    /// `process` is a pidfd, for [`OnEnd::Kill`]. Workers use it as long as the descriptor is served.
+    ///
+    /// # Errors
+    ///
+    /// [`NotServed`](Error::NotServed): the descriptor isn't served.
+    pub fn on_end(&self, descriptor: DescriptorId, on_end: OnEnd, process: Option<OwnedFd>) -> Result<()> {
+        let descriptor = self.shared.table.find(descriptor.0).ok_or(Error::NotServed)?;
+        descriptor.set_guest(Arc::new(Guest::new(on_end, process)));
+        Ok(())
+    }
+
     /// Waits until no descriptor is left: all processes have ended, or all descriptors were removed, and no child of a fork
     /// is about to be served.
     ///
@@ -697,25 +755,32 @@ impl Pager {
         others.for_each(Thread::join);
     }
 
-    /// Poisons the missing pages of a descriptor, or fills them where the kernel can't poison. Returns whether none is
-    /// left, or no process that could see one.
+    /// Ends a descriptor's process as was chosen. By default poisons the missing pages, or fills them where the kernel can't
+    /// poison. Returns whether none is left, or no process that could see one.
     fn drain(&self, descriptor: &Arc<Descriptor>, patience: &mut Patience) -> bool {
         let is_covered = |drain| {
             matches!(shutdown::drain(&self.shared, descriptor, None, drain, patience, &mut |_| {}), Ok(0))
         };
-        [Drain::Poison, Drain::FillOnce].into_iter().any(is_covered)
-            || control::is_gone(descriptor, &self.shared)
+        let is_covered = match descriptor.on_end() {
+            // It was killed before, together with all others.
+            OnEnd::Kill => descriptor.wait_for_end(),
+            OnEnd::Poison => [Drain::Poison, Drain::FillOnce].into_iter().any(is_covered),
+            OnEnd::Finish => [Drain::Fill, Drain::Poison].into_iter().any(is_covered),
+            OnEnd::Leave => false,
+        };
+        is_covered || control::is_gone(descriptor, &self.shared)
     }
 }
 
 impl Drop for Pager {
     fn drop(&mut self) {
+        // A handle, or what is left of a pager that was detached.
+        if self.threads.is_empty() {
+            return;
+        }
         if !self.shared.owner.is_current() {
             self.threads.drain(..).for_each(std::mem::forget);
             return self.shared.abandon(None);
-        }
-        if self.threads.is_empty() {
-            return;
         }
         // While the workers run, which read the events that fills wait for.
         let (mut uncovered, mut patience) = (Vec::new(), Patience::new(self.patience));
@@ -725,6 +790,9 @@ impl Drop for Pager {
             descriptors.retain(|descriptor| !uncovered.contains(&descriptor.id));
             if descriptors.is_empty() {
                 break;
+            }
+            for descriptor in descriptors.iter().filter(|descriptor| descriptor.on_end() == OnEnd::Kill) {
+                descriptor.kill();
             }
             for descriptor in descriptors {
                 if self.drain(&descriptor, &mut patience) {

@@ -15,14 +15,14 @@ use crate::support::proc::wait_until;
 use crate::support::{has_features, page, require, test_name, uffd};
 
 /// A process that reads the pages it is told, and writes what it found.
-struct Target {
-    process: Forked,
-    socket: UnixStream,
+pub(crate) struct Target {
+    pub(crate) process: Forked,
+    pub(crate) socket: UnixStream,
 }
 
 impl Target {
     /// Starts one with a copy of `memory`, and returns the descriptor that it made there.
-    fn start(memory: &Memory, features: FeatureFlags, non_blocking: bool) -> (Self, Uffd) {
+    pub(crate) fn start(memory: &Memory, features: FeatureFlags, non_blocking: bool) -> (Self, Uffd) {
         let (socket, there) = UnixStream::pair().unwrap();
         let process = child::fork(|| {
             let mut builder = UffdBuilder::new();
@@ -46,17 +46,17 @@ impl Target {
         (Self { process, socket }, descriptor)
     }
 
-    fn ask(&mut self, number: u8) {
+    pub(crate) fn ask(&mut self, number: u8) {
         self.socket.write_all(&[number]).unwrap();
     }
 
-    fn answer(&mut self) -> u8 {
+    pub(crate) fn answer(&mut self) -> u8 {
         let mut byte = [0];
         self.socket.read_exact(&mut byte).unwrap();
         byte[0]
     }
 
-    fn read(&mut self, page: u8) -> u8 {
+    pub(crate) fn read(&mut self, page: u8) -> u8 {
         self.ask(page);
         self.answer()
     }

@@ -75,15 +75,15 @@ fn features() -> Result<Outcome, String> {
     if core != CORE {
         return Err(format!("without features the library depends on {}", core.join(", ")));
     }
-    for features in ["", "pager", "tracking", "snapshot", "http"] {
+    for features in ["", "pager", "tracking", "snapshot", "http", "handoff"] {
         let features = format!("--features={features}");
         run(&["clippy", "--lib", "--tests"], &features, &["--", "--deny=warnings"])?;
     }
     run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
     run(&["test", "--lib"], "--features=snapshot", &["--", "snapshot::"])?;
-    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,object-store";
+    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,object-store,handoff";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
-    run(&["test", "--test=http", "--test=tokio", "--test=object"], optional, &[])?;
+    run(&["test", "--test=http", "--test=tokio", "--test=object", "--test=handoff"], optional, &[])?;
     let examples = ["--package=userfaultfd-examples", "--features=http,tokio,object-store"];
     execute(&mut cargo(&[&["clippy", "--all-targets"], &examples[..], &["--", "--deny=warnings"]].concat()))?;
     let built = ["build", "--example=from_http", "--example=async_source", "--example=from_s3"];
@@ -93,7 +93,7 @@ fn features() -> Result<Outcome, String> {
     // Without it the test says that it was skipped.
     tests.envs(servers::moto().map(|program| ("USERFAULTFD_TEST_MOTO", program)));
     execute(&mut tests)?;
-    passed(run(&["test", "--lib"], optional, &["--", "pager::", "source::zstd::"]))
+    passed(run(&["test", "--lib"], optional, &["--", "pager::", "source::zstd::", "handoff::"]))
 }
 
 fn doc() -> Result<Outcome, String> {

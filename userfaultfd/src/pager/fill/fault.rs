@@ -61,6 +61,10 @@ impl PageFiller {
                 (None, Some(hole)) => return Next::Done(self.present(context, serving, hole, fault)),
                 (None, None) => break 'found None,
             };
+            segment.region.count(|tally| match fault.kind {
+                FaultKind::Minor => tally.minor_faults.add(1),
+                _ => tally.missing_faults.add(1),
+            });
             match self.claim(context, descriptor, serving, segment, fault) {
                 Ok(run) => Some(run),
                 Err(done) => return Next::Done(done),

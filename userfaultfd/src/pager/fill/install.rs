@@ -18,6 +18,7 @@ use crate::error::errno_of;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, wake};
 use crate::pager::memory::page_run::{PageRun, Purpose};
 use crate::pager::memory::page_state::{MAX_TRIES, Settlement};
+use crate::pager::stats::{Tallied, Tally};
 use crate::pager::target::target_is_gone;
 use crate::pager::trace::event;
 use crate::pager::{Problem, RegionId};
@@ -151,7 +152,7 @@ impl PageFiller {
                 if !reported {
                     context.report(Problem::Stuck { region, address, errno });
                 }
-                Next::Install(run, FillContent::Poison)
+                Self::unfillable(context, descriptor, run)
             }
         }
     }
@@ -381,25 +382,32 @@ impl PageFiller {
         let counters = context.counters(self.thread);
         let filled = run.pages().start..run.pages().start + pages;
         let asked = run.demanded().is_some_and(|page| filled.contains(&page));
-        let counter = match content {
+        let (counter, tallied): (_, fn(&Tally) -> &Tallied) = match content {
             // The file had these pages.
-            FillContent::Poison if end == Settlement::Present => &counters.continues,
+            FillContent::Poison if end == Settlement::Present => {
+                (&counters.continues, |tally| &tally.continues)
+            }
             FillContent::Poison => {
                 if asked {
                     let (region, address) = (RegionId(run.region.id), run.address());
                     context.report(Problem::Poisoned { region, address });
                 }
+                run.region.count(|tally| tally.poisoned.add(pages));
                 return counters.poisoned.add(pages as u64);
             }
-            FillContent::Zero => &counters.zero_fills,
-            _ if run.region.cache.is_some() => &counters.continues,
-            FillContent::Zeros => &counters.zero_fills,
+            FillContent::Zero => (&counters.zero_fills, |tally| &tally.zero_fills),
+            _ if run.region.cache.is_some() => (&counters.continues, |tally| &tally.continues),
+            FillContent::Zeros => (&counters.zero_fills, |tally| &tally.zero_fills),
             FillContent::Outside(_)
             | FillContent::Aside(_)
             | FillContent::Loaded(_)
             | FillContent::Buffer
-            | FillContent::File => &counters.fills,
+            | FillContent::File => (&counters.fills, |tally| &tally.fills),
         };
+        run.region.count(|tally| {
+            tallied(tally).add(pages);
+            tally.prefetched.add(pages - usize::from(asked));
+        });
         counter.add(pages as u64);
         counters.bytes.add((pages << run.region.page_shift) as u64);
         counters.prefetched.add((pages - usize::from(asked)) as u64);

@@ -19,7 +19,7 @@ use crate::pager::memory::page_run::{PageRun, Purpose};
 use crate::pager::memory::page_state::MAX_TRIES;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::trace::span;
-use crate::pager::{PageData, Problem, RegionId};
+use crate::pager::{DescriptorId, OnEnd, PageData, Problem, RegionId};
 use crate::source::call::catch_panic;
 use crate::source::{Loaded, Receiver};
 use crate::{Errno, sys};
@@ -228,6 +228,7 @@ impl PageFiller {
         self.pace = (self.pace * 7 + took) / 8;
         counters.source_latency.record(took);
         counters.source_reads.add(1);
+        region.count(|tally| tally.source_reads.add(1));
         let fill = fill?;
         if let Some(residence) = &region.residence {
             residence.count_read(region.within_source(offset, len));
@@ -314,6 +315,7 @@ impl PageFiller {
         error: io::Error,
     ) -> Next {
         context.counters(self.thread).source_errors.add(1);
+        run.region.count(|tally| tally.source_errors.add(1));
         if run.purpose == Purpose::Ahead {
             return Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::OtherLoad));
         }
@@ -335,7 +337,23 @@ impl PageFiller {
                 context.reports.wait();
             }
         }
-        Next::Install(run, FillContent::Poison)
+        Self::unfillable(context, descriptor, run)
+    }
+
+    /// The next step of a page whose content can't be had, which was reported: poison, or what the process's end is.
+    pub(super) fn unfillable(context: &FillContext, descriptor: &Descriptor, mut run: PageRun) -> Next {
+        let on_end = descriptor.on_end();
+        if matches!(on_end, OnEnd::Poison | OnEnd::Finish) {
+            return Next::Install(run, FillContent::Poison);
+        }
+        // A page that no thread waits for is no reason to kill.
+        if on_end == OnEnd::Kill && run.demand.is_some() && descriptor.kill() {
+            let (descriptor, address) = (DescriptorId(descriptor.id), run.address());
+            context.report(Problem::Killed { descriptor, address });
+        }
+        run.tries = MAX_TRIES;
+        run.mark_stuck();
+        Next::Done(Outcome::Deferred(Work::Load(run, context.retry.attempts), RetryAfter::LongDelay))
     }
 
     /// Reduces a run to the page that faulted, and releases the others. `None` if no page faulted.

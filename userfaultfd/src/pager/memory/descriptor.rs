@@ -21,6 +21,7 @@ use std::sync::{Arc, OnceLock};
 use super::address_map::{AddressMap, Segment};
 use crate::lock_order::{LockGuard, RankedMutex, lock, rank};
 use crate::owner::NotedFd;
+use crate::pager::on_end::{Guest, OnEnd};
 use crate::proc_maps::Process;
 use crate::{FeatureFlags, Uffd};
 
@@ -57,12 +58,22 @@ impl Attachment {
 }
 
 /// The origin of a descriptor.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Origin {
+    /// The process, if its end is chosen from the first fault on.
+    pub(crate) guest: Option<Arc<Guest>>,
     pub(crate) is_child: bool,
     pub(crate) is_own: bool,
     pub(crate) is_lazy: bool,
     pub(crate) was_blocking: bool,
+}
+
+/// What a closed descriptor leaves behind.
+#[derive(Debug)]
+pub(crate) struct Left {
+    _layout: Option<Attachment>,
+    _ends: Vec<(NotedFd, OwnedFd)>,
+    _guest: Option<Arc<Guest>>,
 }
 
 #[derive(Debug)]
@@ -89,6 +100,8 @@ pub(crate) struct Descriptor {
     pub(crate) process: OnceLock<Process>,
     /// The descriptors by which the end of the process is noticed. A number is forgotten before it is closed.
     pub(crate) ends: RankedMutex<Vec<(NotedFd, OwnedFd)>, { rank::QUEUE }>,
+    /// The process, if its end was chosen. Used under the lock, so that a worker never frees it.
+    guest: RankedMutex<Option<Arc<Guest>>, { rank::QUEUE }>,
     closed: AtomicBool,
     /// Number of regions that are being registered, and aren't in the layout yet.
     registering: AtomicUsize,
@@ -103,7 +116,7 @@ impl Descriptor {
         (id, slot): (u64, u32),
         serving: Attachment,
         (shards, inherited): (usize, NotedFd),
-        Origin { is_child, is_own, is_lazy, was_blocking }: Origin,
+        Origin { guest, is_child, is_own, is_lazy, was_blocking }: Origin,
     ) -> Self {
         const CHANGES: FeatureFlags = FeatureFlags::EVENT_FORK
             .union(FeatureFlags::EVENT_REMAP)
@@ -127,6 +140,7 @@ impl Descriptor {
             read_failed: AtomicBool::new(false),
             process: OnceLock::new(),
             ends,
+            guest: RankedMutex::new(guest),
             closed,
             registering: AtomicUsize::new(0),
             left,
@@ -202,6 +216,28 @@ impl Descriptor {
         closed
     }
 
+    /// Chooses how the process ends.
+    pub(crate) fn set_guest(&self, guest: Arc<Guest>) {
+        let before = lock(&self.guest).replace(guest);
+        drop(before);
+    }
+
+    /// How the process ends when content can't be had.
+    pub(crate) fn on_end(&self) -> OnEnd {
+        lock(&self.guest).as_ref().map_or(OnEnd::Poison, |guest| guest.on_end())
+    }
+
+    /// Kills the process. Returns whether this is the first time.
+    pub(crate) fn kill(&self) -> bool {
+        lock(&self.guest).as_ref().is_some_and(|guest| guest.kill())
+    }
+
+    /// Waits for the end of the process, which was killed. Returns whether it has ended. Not for workers.
+    pub(crate) fn wait_for_end(&self) -> bool {
+        let guest = lock(&self.guest).clone();
+        guest.is_some_and(|guest| guest.wait())
+    }
+
     /// Whether it isn't served any more.
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
@@ -212,9 +248,14 @@ impl Descriptor {
         *lock(&self.left) = Some(serving);
     }
 
-    /// Takes the kept layout, to free it.
-    pub(crate) fn take_deferred_drop(&self) -> Option<Attachment> {
-        lock(&self.left).take()
+    /// Takes what a closed descriptor has left, to free it: the kept layout, and what its process's end was noticed by. Some
+    /// thread may refer to the descriptor itself for as long as it sleeps.
+    pub(crate) fn take_deferred_drop(&self) -> Option<Left> {
+        let layout = lock(&self.left).take();
+        let ends = std::mem::take(&mut *lock(&self.ends));
+        let guest = lock(&self.guest).take();
+        let is_something = layout.is_some() || !ends.is_empty() || guest.is_some();
+        is_something.then_some(Left { _layout: layout, _ends: ends, _guest: guest })
     }
 
     /// The present segments, of one region or all.

@@ -11,10 +11,12 @@ use std::sync::{Arc, OnceLock};
 use memmap2::MmapOptions;
 
 use super::fault_around::{FaultAround, Streams};
+use super::fault_log::Mode;
 use super::page_cache::Cache;
 use super::page_state::Pages;
 use super::served::{Moved, ServedRegion};
 use crate::pager::evict::residence::Residence;
+use crate::pager::stats::Tally;
 use crate::pager::{Error, MissingRange, PageSource, Result};
 use crate::source::call::catch_panic;
 use crate::{FeatureFlags, IoctlFlags, RegisterMode, Support};
@@ -53,6 +55,10 @@ pub struct Region {
     missing: Option<Vec<MissingRange>>,
     /// Where its pages are, if a budget limits how many are in memory.
     pub(super) residence: Option<Arc<Residence>>,
+    /// Counters of its own.
+    tally: Option<Arc<Tally>>,
+    /// Whether its faults are noted from the first on, and how.
+    noting: Option<Mode>,
 }
 
 impl Region {
@@ -99,6 +105,8 @@ impl Region {
             shared: false,
             missing: None,
             residence: None,
+            tally: None,
+            noting: None,
         }
     }
 
@@ -195,6 +203,20 @@ impl Region {
     pub(crate) fn residence(mut self, residence: Arc<Residence>) -> Self {
         self.residence = Some(residence);
         self.write_protected()
+    }
+
+    /// Gives it counters of its own.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn tally(mut self, tally: Arc<Tally>) -> Self {
+        self.tally = Some(tally);
+        self
+    }
+
+    /// Notes its faults from the first on.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn noting(mut self, mode: Option<Mode>) -> Self {
+        self.noting = mode;
+        self
     }
 
     /// The addresses of the region.
@@ -349,7 +371,7 @@ impl Region {
             }
             Some((file, offset)) => Some(Cache::File { file, offset }),
         };
-        Ok(ServedRegion {
+        let served = ServedRegion {
             id,
             source_len: self.source_len,
             is_async: self.is_async,
@@ -369,10 +391,15 @@ impl Region {
             poison: offered.contains(IoctlFlags::POISON),
             pages,
             followed: None,
+            tally: self.tally,
             is_childs: false,
             ending: AtomicBool::new(false),
             log: OnceLock::new(),
-        })
+        };
+        if let Some(mode) = self.noting {
+            served.log()?.start(mode);
+        }
+        Ok(served)
     }
 }
 

@@ -14,6 +14,7 @@ use crate::holder::Held;
 use crate::lease::Lease;
 use crate::pager::PageSource;
 use crate::pager::evict::residence::Residence;
+use crate::pager::stats::Tally;
 
 /// Pages that lay elsewhere when they were first served, so that their place doesn't give the offset of their content.
 #[derive(Clone, Debug)]
@@ -52,6 +53,8 @@ pub(crate) struct ServedRegion {
     pub(crate) pages: Pages,
     /// The region's end, if memory of the same mapping follows that was registered before: that memory is no growth.
     pub(crate) followed: Option<usize>,
+    /// Counters of this region, if it was handed over.
+    pub(crate) tally: Option<Arc<Tally>>,
     /// Whether it belongs to a child of a fork.
     pub(crate) is_childs: bool,
     /// Whether its missing pages must be poisoned, or filled at once.
@@ -79,6 +82,13 @@ impl ServedRegion {
 
     pub(crate) fn set_ending(&self, ending: bool) {
         self.ending.store(ending, Ordering::Relaxed);
+    }
+
+    /// Counts for this region, if it has counters of its own.
+    pub(crate) fn count(&self, count: impl FnOnce(&Tally)) {
+        if let Some(tally) = &self.tally {
+            count(tally);
+        }
     }
 
     /// Whether the kernel can map zero pages: in all memory but hugetlb memory.
@@ -202,6 +212,7 @@ impl ServedRegion {
             poison: self.poison,
             pages,
             followed: self.followed,
+            tally: self.tally.clone(),
             is_childs: true,
             ending: AtomicBool::new(false),
             log: OnceLock::new(),

@@ -57,6 +57,12 @@ impl WorkingSetRecorder {
         Ok(Self { region })
     }
 
+    /// Takes over a record that began with the first fault.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn started(region: Arc<ServedRegion>) -> Self {
+        Self { region }
+    }
+
     /// Ends the record, and returns the pages that were accessed.
     #[must_use]
     pub fn finish(self) -> WorkingSet {

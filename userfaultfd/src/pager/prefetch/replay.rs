@@ -31,7 +31,7 @@ pub struct WorkingSetReplay {
 }
 
 /// How well a working set matches the accesses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ReplayReport {
     /// Number of pages of the set.

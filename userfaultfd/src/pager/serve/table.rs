@@ -149,6 +149,18 @@ impl Table {
         drop(lock(&self.slots).wait_while(&self.changed, some));
     }
 
+    /// Waits until a descriptor isn't served any more.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn wait_until_closed(&self, id: u64) {
+        if !self.owner.is_current() {
+            return;
+        }
+        let is_served = |slots: &mut Slots| {
+            slots.all.iter().flatten().any(|descriptor| descriptor.id == id && !descriptor.is_closed())
+        };
+        drop(lock(&self.slots).wait_while(&self.changed, is_served));
+    }
+
     /// A fork's child is served: the answer of `has_forks` has changed.
     pub(crate) fn note_adopted(&self) {
         // Not between a look at the forks and the sleep that follows.

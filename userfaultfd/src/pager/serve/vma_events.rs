@@ -184,7 +184,8 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
     }
     let uffd = Arc::new(uffd);
     let serving = Attachment { uffd: Arc::clone(&uffd), layout: Arc::new(child) };
-    match shared.add(serving, Origin { is_child: true, is_own: false, is_lazy: false, was_blocking: false }) {
+    let origin = Origin { guest: None, is_child: true, is_own: false, is_lazy: false, was_blocking: false };
+    match shared.add(serving, origin) {
         Ok(_) => Ok(()),
         // A worker may own it for a moment.
         Err(error) => Err((unwrap_last_arc(uffd), io::Error::other(error))),

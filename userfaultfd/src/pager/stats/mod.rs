@@ -4,6 +4,7 @@
 
 mod count;
 mod histogram;
+mod tally;
 mod threads;
 
 use std::fmt;
@@ -14,6 +15,7 @@ use std::time::Instant;
 use count::{COUNTED, Count};
 pub use histogram::Histogram;
 pub(crate) use histogram::HistogramCells;
+pub(crate) use tally::{Tallied, Tally};
 pub(crate) use threads::ThreadCounters;
 
 /// The moment at which a duration begins that will be counted.

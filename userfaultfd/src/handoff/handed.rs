@@ -1,0 +1,182 @@
+//! [`Handoff`]: memory that was handed over.
+
+use std::ops::{Deref, DerefMut};
+use std::os::fd::{IntoRawFd, OwnedFd};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Connection, Credentials, Dialect, MemoryRegion, Process};
+use crate::pager::on_end::Guest;
+use crate::pager::{MissingRange, OnEnd};
+use crate::{Errno, RegisterMode, Uffd};
+
+/// Memory that a monitor has handed over: what is in [`Parts`].
+///
+/// Give it to [`Pager::serve`](crate::pager::Pager::serve), or take it apart by [`into_parts`](Self::into_parts). If it is
+/// dropped, nothing will ever fill the memory: then the process ends as [`on_end`](Self::on_end) says, by default
+/// with [`OnEnd::Kill`].
+#[derive(Debug)]
+#[must_use = "dropping it ends the process that handed it over"]
+pub struct Handoff {
+    parts: Option<Parts>,
+    on_end: OnEnd,
+}
+
+/// What was handed over.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Parts {
+    /// The form of the message.
+    pub dialect: Dialect,
+    /// The userfaultfd. Its handshake is done, and the memory is registered with it.
+    pub userfaultfd: Uffd,
+    /// The ranges of the memory, checked: they are made of whole pages, and none overlaps another one.
+    pub regions: Vec<MemoryRegion>,
+    /// The modes for which the memory is registered, as the message says.
+    pub mode: RegisterMode,
+    /// The files that are the memory: one, or one for each region.
+    pub memfds: Vec<OwnedFd>,
+    /// The process that handed it over.
+    pub process: Process,
+    /// The process that has the memory, if the message says it: in the namespace of the monitor.
+    pub pid: Option<u32>,
+    /// The connection. Its end is the end of the virtual machine. `None` if there is none any more.
+    pub stream: Option<Connection>,
+    /// The missing pages, if a pager has served the memory before. `None`: all are missing.
+    pub missing: Option<Vec<MissingRange>>,
+}
+
+/// What is known of a [`Handoff`], without its descriptors, to be written down or sent to another process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Description {
+    /// The form of the message.
+    pub dialect: Dialect,
+    /// The ranges of the memory.
+    pub regions: Vec<MemoryRegion>,
+    /// The modes for which the memory is registered: the bits of [`RegisterMode`].
+    pub mode: u64,
+    /// The process that handed it over.
+    pub credentials: Credentials,
+    /// The process that has the memory, if the message says it.
+    pub pid: Option<u32>,
+    /// The missing pages, if a pager has served the memory before.
+    pub missing: Option<Vec<MissingRange>>,
+    /// How the process ends.
+    pub on_end: OnEnd,
+}
+
+impl Handoff {
+    pub(crate) fn new(parts: Parts, on_end: OnEnd) -> Self {
+        Self { parts: Some(parts), on_end }
+    }
+
+    /// Sets how the process ends when its memory can't be served. The default is [`OnEnd::Kill`].
+    pub fn set_on_end(&mut self, on_end: OnEnd) {
+        self.on_end = on_end;
+    }
+
+    /// Returns how the process ends when its memory can't be served.
+    #[must_use]
+    pub fn on_end(&self) -> OnEnd {
+        self.on_end
+    }
+
+    /// Takes it apart. From then on dropping the parts doesn't end the process; closing the userfaultfd shows zeros in pages
+    /// that are missing, unless the process has a duplicate itself.
+    #[must_use = "closing the userfaultfd shows zeros in missing pages"]
+    pub fn into_parts(mut self) -> Parts {
+        self.parts.take().expect("it has them until it is taken apart")
+    }
+
+    /// Returns what is known of it, without its descriptors.
+    #[must_use]
+    pub fn description(&self) -> Description {
+        Description {
+            dialect: self.dialect,
+            regions: self.regions.clone(),
+            mode: self.mode.bits(),
+            credentials: self.process.credentials,
+            pid: self.pid,
+            missing: self.missing.clone(),
+            on_end: self.on_end,
+        }
+    }
+
+    /// Returns a hand-over of which the description comes from another process, and the descriptors, too.
+    pub fn from_description(
+        description: Description,
+        userfaultfd: Uffd,
+        memfds: Vec<OwnedFd>,
+        pidfd: Option<OwnedFd>,
+    ) -> Self {
+        let Description { dialect, regions, mode, credentials, pid, missing, on_end } = description;
+        let mode = RegisterMode::from_bits_retain(mode);
+        let process = Process { credentials, pidfd };
+        let parts =
+            Parts { dialect, userfaultfd, regions, mode, memfds, process, pid, stream: None, missing };
+        Self::new(parts, on_end)
+    }
+
+    /// Confirms to the monitor that its memory is served, if the dialect has a confirmation.
+    ///
+    /// [`Pager::serve`](crate::pager::Pager::serve) does it.
+    ///
+    /// # Errors
+    ///
+    /// Those of sendmsg(2). `TimedOut`: the monitor reads nothing for two seconds.
+    pub fn confirm(&self) -> std::io::Result<()> {
+        self.stream.as_ref().map_or(Ok(()), |stream| stream.confirm(self.dialect))
+    }
+}
+
+impl Deref for Handoff {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        self.parts.as_ref().expect("it has them until it is taken apart")
+    }
+}
+
+impl DerefMut for Handoff {
+    fn deref_mut(&mut self) -> &mut Parts {
+        self.parts.as_mut().expect("it has them until it is taken apart")
+    }
+}
+
+impl Drop for Handoff {
+    fn drop(&mut self) {
+        if let Some(Parts { userfaultfd, regions, process, .. }) = self.parts.take() {
+            end(self.on_end, userfaultfd, &regions, &process);
+        }
+    }
+}
+
+/// Ends a process whose memory isn't served by any pager.
+pub(super) fn end(on_end: OnEnd, userfaultfd: Uffd, regions: &[MemoryRegion], process: &Process) {
+    let is_over = match on_end {
+        OnEnd::Kill => process.victim().is_some_and(|pidfd| {
+            let guest = Guest::new(OnEnd::Kill, pidfd.try_clone_to_owned().ok());
+            guest.kill();
+            guest.wait()
+        }),
+        OnEnd::Poison => !regions.is_empty() && regions.iter().all(|region| poison(&userfaultfd, region)),
+        OnEnd::Finish | OnEnd::Leave => false,
+    };
+    if !is_over && process.has_ended() != Some(true) {
+        // Its threads wait as long as this process lives, instead of reading zeros.
+        let _kept = OwnedFd::from(userfaultfd).into_raw_fd();
+    }
+}
+
+/// Poisons a region as a whole. Returns whether all of it is poisoned, or present.
+#[expect(unsafe_code, reason = "poisoning memory that a monitor handed over")]
+fn poison(userfaultfd: &Uffd, region: &MemoryRegion) -> bool {
+    let mut pages = (0..region.len / region.page_size).map(|page| region.address + page * region.page_size);
+    pages.all(|address| {
+        let start = std::ptr::with_exposed_provenance_mut(address);
+        // SAFETY: the memory belongs to another process, which handed it over to be served or poisoned.
+        let poisoned = unsafe { userfaultfd.poison(start, region.page_size, true) };
+        poisoned.map_or_else(|error| error.errno() == Some(Errno::EEXIST), |bytes| bytes == region.page_size)
+    })
+}

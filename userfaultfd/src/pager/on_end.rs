@@ -1,0 +1,84 @@
+//! [`OnEnd`]: how a process ends when its content can't be had any more.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::time::Duration;
+
+use crate::sys;
+
+/// What becomes of a process when its memory can't be served any more.
+///
+/// | | a source is given up | the pager is dropped, by a panic too | refused, or dropped before it was served |
+/// | --- | --- | --- | --- |
+/// | `Kill` | the process is killed | the process is killed | the process is killed |
+/// | `Poison` | the page is poisoned | missing pages are poisoned | all pages are poisoned |
+/// | `Finish` | the page is poisoned | missing pages are filled; those without content are poisoned | as `Leave` |
+/// | `Leave` | the page is retried, rarely | accesses wait | accesses wait |
+///
+/// Poison needs Linux 6.6: see [`Pager`](super::Pager). A program bears it as a SIGBUS. For a virtual machine poison isn't a
+/// clean end: KVM may emulate the instruction that accesses a poisoned page, which makes the access one to a device, and
+/// monitors answer that with zeros. Hence `Kill` is the default for what a monitor hands over (feature `handoff`), and
+/// `Poison` for any other memory.
+///
+/// A killed process ends before its userfaultfd is closed, so that no thread of it sees zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub enum OnEnd {
+    /// Kill the process, with SIGKILL by its pidfd. Without a pidfd, and for this process, it is as `Leave`.
+    Kill,
+    /// Poison pages, so that an access raises SIGBUS.
+    Poison,
+    /// Fill what is missing as long as there is a source.
+    Finish,
+    /// Leave the memory as it is. The userfaultfd stays open as long as this process lives, so that accesses wait.
+    Leave,
+}
+
+/// How long a killed process may take until its userfaultfd is kept open instead of closed.
+pub(crate) const KILL_PATIENCE: Duration = Duration::from_secs(3);
+
+impl OnEnd {
+    const ALL: [Self; 4] = [Self::Kill, Self::Poison, Self::Finish, Self::Leave];
+}
+
+/// A process whose end was chosen.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    /// The number of an [`OnEnd`].
+    on_end: AtomicU8,
+    pidfd: Option<OwnedFd>,
+    /// Whether it was killed.
+    killed: AtomicBool,
+}
+
+impl Guest {
+    pub(crate) fn new(on_end: OnEnd, pidfd: Option<OwnedFd>) -> Self {
+        Self { on_end: AtomicU8::new(on_end as u8), pidfd, killed: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn on_end(&self) -> OnEnd {
+        // Nothing else is read because of it.
+        OnEnd::ALL[usize::from(self.on_end.load(Ordering::Relaxed))]
+    }
+
+    #[cfg(feature = "handoff")]
+    pub(crate) fn set_on_end(&self, on_end: OnEnd) {
+        self.on_end.store(on_end as u8, Ordering::Relaxed);
+    }
+
+    /// Kills the process. Allocates nothing: workers call it. Returns whether this is the first time that it can be killed.
+    pub(crate) fn kill(&self) -> bool {
+        // It fails for a process that has ended, and for one that this process may not signal, which waits then.
+        let is_killed = self.pidfd.as_ref().is_some_and(|pidfd| sys::kill(pidfd.as_fd()).is_ok());
+        is_killed && !self.killed.swap(true, Ordering::Relaxed)
+    }
+
+    /// Waits until the process has ended, which was killed. Returns whether it has.
+    pub(crate) fn wait(&self) -> bool {
+        let timeout = KILL_PATIENCE.as_millis() as libc::c_int;
+        self.pidfd.as_ref().is_some_and(|pidfd| {
+            sys::wait_readable([pidfd.as_fd()], timeout).is_ok_and(|[has_ended]| has_ended)
+        })
+    }
+}
