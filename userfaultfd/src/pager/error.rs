@@ -199,6 +199,13 @@ pub enum Error {
         least: usize,
     },
 
+    /// The fraction of a [budget](super::Budget) isn't more than 0 and at most 1.
+    #[error("{fraction} isn't a fraction of the memory limit: more than 0, at most 1")]
+    Fraction {
+        /// What was asked for.
+        fraction: f64,
+    },
+
     /// Something that memory with a [budget](super::Budget) can't do, or be.
     #[error("{option} doesn't go with a budget: {reason}")]
     NotWithBudget {

@@ -5,21 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::cgroup::Cgroup;
 use super::frames::Member;
-use super::pool::Pool;
+use super::pool::{MIN_PAGES, Pool, pages_of, pages_within};
 use super::residence::Residence;
 use super::take;
 use crate::Errno;
+use crate::error::errno_of;
 use crate::lock_order::{RankedMutex, lock, rank};
 use crate::pager::serve::thread::Thread;
 use crate::pager::{Error, Result};
 use crate::sync::AtomicU64;
-
-/// Pages of the least budget: fewer leave no room for what is in flight.
-const MIN_PAGES: usize = 16;
-
-/// Pages of the largest budget: half of what a [`Place`](super::residence::Place) can count.
-const MAX_PAGES: usize = 1 << 26;
 
 /// A limit for the resident memory of any number of [`LazyMemory`](crate::LazyMemory)s and
 /// [`PagedMemory`](crate::PagedMemory)s.
@@ -95,8 +91,47 @@ impl Budget {
     /// A budget of `bytes` bytes. Memory needs one of 16 pages at least.
     #[must_use]
     pub fn new(bytes: usize) -> Self {
-        let pool = Pool::new(pages_of(bytes));
-        Self(Arc::new(Handle { pool: Arc::new(pool), thread: RankedMutex::default() }))
+        Self::with(pages_of(bytes), None)
+    }
+
+    /// A budget of a fraction of the memory that the container may have, 0 < `fraction` ≤ 1.
+    ///
+    /// The limit is the least of `memory.max` and `memory.high` of the process's memory cgroup and all above it (version 2),
+    /// or of `memory.limit_in_bytes` (version 1); without any, the machine's memory. The rest of the container's memory is for
+    /// everything that isn't in the budget: heap, stacks, page cache.
+    ///
+    /// While memory shares the budget, its thread looks every half second whether the limit has changed. It also looks at the
+    /// time for which threads waited for memory (pressure stall information, Linux 4.20, of the cgroup where it has it, else of
+    /// the machine). If that is more than a tenth of the interval, the budget shrinks by an eighth, at most to a quarter
+    /// of the fraction; without pressure it grows back by a thirty-second each time. It never gets smaller than the least
+    /// budget. [`resize`](Self::resize) holds until the next change.
+    ///
+    /// # Errors
+    ///
+    /// [`Fraction`](Error::Fraction): not in 0 < `fraction` ≤ 1. [`System`](Error::System): `/proc` can't be read.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use userfaultfd::pager::Budget;
+    ///
+    /// let budget = Budget::of_cgroup(0.5)?;
+    /// println!("{budget}");
+    /// # Ok::<(), userfaultfd::pager::Error>(())
+    /// ```
+    pub fn of_cgroup(fraction: f64) -> Result<Self> {
+        if !(fraction > 0.0 && fraction <= 1.0) {
+            return Err(Error::Fraction { fraction });
+        }
+        Ok(Self::with_cgroup(Cgroup::find(fraction).map_err(|error| errno_of(&error))?))
+    }
+
+    pub(super) fn with_cgroup(cgroup: Cgroup) -> Self {
+        Self::with(pages_within(cgroup.bytes()), Some(cgroup))
+    }
+
+    fn with(pages: usize, cgroup: Option<Cgroup>) -> Self {
+        Self(Arc::new(Handle { pool: Arc::new(Pool::new(pages, cgroup)), thread: RankedMutex::default() }))
     }
 
     /// Changes the budget to `bytes` bytes. If more is resident, the thread of the budget evicts what exceeds it.
@@ -174,10 +209,6 @@ impl Budget {
     pub(super) fn detach(&self, residence: &Residence) {
         self.0.pool.part_with(residence);
     }
-}
-
-fn pages_of(bytes: usize) -> usize {
-    (bytes / crate::page_size()).min(MAX_PAGES)
 }
 
 fn check(pages: usize) -> Result<usize> {

@@ -9,6 +9,7 @@
 //! Written pages go to a spill file when they leave ([`write_back`]), or to a store before they may ([`clean`], [`writer`]).
 
 pub(crate) mod budget;
+mod cgroup;
 pub(crate) mod clean;
 pub(crate) mod flush_error;
 mod frames;

@@ -6,11 +6,18 @@ use std::sync::Condvar;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use super::cgroup::{Cgroup, LOOK_INTERVAL};
 use super::frames::{Frames, Need};
 use super::residence::Residence;
 use crate::lock_order::{LockGuard, RankedMutex, lock, rank};
 use crate::owner::Owner;
 use crate::sync::AtomicU64;
+
+/// Pages of the least budget: fewer leave no room for what is in flight.
+pub(super) const MIN_PAGES: usize = 16;
+
+/// Pages of the largest budget: half of what a [`Place`](super::residence::Place) can count.
+const MAX_PAGES: usize = 1 << 26;
 
 /// Pages that one fault fills at most, of a budget without an end: 2 MiB of 4 KiB.
 const MAX_RUN_PAGES: usize = 512;
@@ -36,6 +43,8 @@ pub(super) struct Pool {
     /// Others wait for room, or until the evicting thread has nothing in hand.
     pub(super) room: Condvar,
     pub(super) counters: Counters,
+    /// The limit that it follows. The evicting thread locks it, alone.
+    cgroup: Option<RankedMutex<Cgroup, { rank::QUEUE }>>,
 }
 
 #[derive(Default)]
@@ -53,13 +62,23 @@ pub(crate) struct Counters {
     pub(crate) waited_ns: AtomicU64,
 }
 
+/// Pages of a budget of some bytes.
+pub(super) fn pages_of(bytes: usize) -> usize {
+    (bytes / crate::page_size()).min(MAX_PAGES)
+}
+
+/// The same, but no fewer than those of the least budget.
+pub(super) fn pages_within(bytes: usize) -> usize {
+    pages_of(bytes).max(MIN_PAGES)
+}
+
 pub(super) fn count(counter: &AtomicU64, more: usize) {
     counter.fetch_add(more as u64, Ordering::Relaxed);
 }
 
 impl Pool {
-    /// A pool for some pages.
-    pub(super) fn new(pages: usize) -> Self {
+    /// A pool for some pages, or for what a cgroup leaves.
+    pub(super) fn new(pages: usize, cgroup: Option<Cgroup>) -> Self {
         Self {
             owner: Owner::current().ok(),
             limit: AtomicUsize::new(pages),
@@ -69,6 +88,21 @@ impl Pool {
             work: Condvar::new(),
             room: Condvar::new(),
             counters: Counters::default(),
+            cgroup: cgroup.map(RankedMutex::new),
+        }
+    }
+
+    /// Whether its limit is that of a cgroup.
+    pub(super) fn follows_limit(&self) -> bool {
+        self.cgroup.is_some()
+    }
+
+    /// Looks at that limit.
+    pub(super) fn follow_limit(&self) {
+        let Some(cgroup) = &self.cgroup else { return };
+        let bytes = lock(cgroup).look();
+        if let Some(bytes) = bytes {
+            self.resize(pages_within(bytes));
         }
     }
 
@@ -184,7 +218,7 @@ impl Pool {
     }
 
     /// Waits until there may be something to do for the evicting thread, or for no reason; with a timeout, while it is
-    /// stuck, or what it needs is being written to a store.
+    /// stuck, or what it needs is being written to a store, and where the limit must be looked at.
     pub(super) fn wait_for_work<'a>(
         &self,
         mut frames: LockGuard<'a, Frames>,
@@ -196,7 +230,11 @@ impl Pool {
         self.wake_at.store(frames.wake_at(self), Ordering::SeqCst);
         // Either this sees what was reserved before, or the thread that reserves sees when to wake this.
         if frames.need(self) == Need::default() && !frames.has_requests() {
-            frames = frames.wait(&self.work);
+            frames = if self.follows_limit() {
+                frames.wait_timeout(&self.work, LOOK_INTERVAL)
+            } else {
+                frames.wait(&self.work)
+            };
         }
         self.wake_at.store(usize::MAX, Ordering::SeqCst);
         frames

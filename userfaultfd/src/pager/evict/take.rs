@@ -15,7 +15,9 @@
 
 use std::os::unix::fs::FileExt;
 use std::slice;
+use std::time::Instant;
 
+use super::cgroup::LOOK_INTERVAL;
 use super::frames::{BATCH, Frames, Member, Need, Victim};
 use super::pool::Pool;
 use super::write_back;
@@ -33,8 +35,16 @@ pub(super) fn run(pool: &Pool) {
     let (mut staged, mut dropped) = (mapped_vec::none(), mapped_vec::none());
     mapped_vec::reserve::<Victim>(&mut staged, BATCH);
     mapped_vec::reserve::<Victim>(&mut dropped, BATCH);
+    let mut looked = Instant::now();
     let mut frames = pool.lock();
     while !frames.is_stopping {
+        if pool.follows_limit() && looked.elapsed() >= LOOK_INTERVAL {
+            drop(frames);
+            pool.follow_limit();
+            looked = Instant::now();
+            frames = pool.lock();
+            continue;
+        }
         let (need, is_asked) = (frames.need(pool), frames.has_requests());
         frames.choose_requested(&mut staged, &mut dropped);
         frames.choose_to_drop(need.drop, &mut dropped);
