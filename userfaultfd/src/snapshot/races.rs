@@ -391,6 +391,58 @@ fn page_moved_behind_another_change_is_not_taken_for_the_one_below() {
     });
 }
 
+/// A page was read, and then dropped, before it was known that it was the right one. When that turns out to be uncertain, what
+/// was read is worth nothing, and what is there now is something else, though it seems as protected as before.
+#[test]
+fn page_dropped_after_it_was_read_is_not_read_again() {
+    require!(WRITE_PROTECT | FeatureFlags::WP_HUGETLBFS_SHMEM);
+    child::run_well(test_name!(), || {
+        const DROPPED: usize = 5;
+        const FIRST: usize = 20;
+        const SECOND: usize = 30;
+        const THIRD: usize = 40;
+        let memory = Arc::new(Memory::new(Kind::Memfd, PAGES));
+        number(&memory);
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        series.begin(sink(&Held::default(), memory.page())).unwrap().wait().unwrap();
+        number(&memory);
+        let actors: [Actor; 4] = Default::default();
+        let drop_page = |memory: &Arc<Memory>, page| {
+            let memory = Arc::clone(memory);
+            move || memory.advise(page, 1, libc::MADV_REMOVE).unwrap()
+        };
+        let unmap_page = |memory: &Arc<Memory>, page| {
+            let memory = Arc::clone(memory);
+            move || memory.unmap(page, 1)
+        };
+        let (of, of_action) = (actors.clone(), Arc::clone(&memory));
+        let keeping = at(Point::Watch(Moment::Kept), addresses(&memory), move |_| {
+            if !of[0].has_begun() {
+                of[0].begin(libc::SYS_madvise, drop_page(&of_action, DROPPED));
+                of[1].begin(libc::SYS_munmap, unmap_page(&of_action, FIRST));
+            }
+        });
+        let (of, of_action, looks) = (actors.clone(), Arc::clone(&memory), Mutex::new(0));
+        let trusting = at(Point::Watch(Moment::Trust), addresses(&memory), move |_| {
+            let mut looks = looks.lock().unwrap();
+            *looks += 1;
+            match *looks {
+                // The removal was read, and the unmapping will be.
+                2 => of[2].begin(libc::SYS_madvise, drop_page(&of_action, SECOND)),
+                // Before that removal is read what was kept is to be delivered.
+                4 => of[3].begin(libc::SYS_munmap, unmap_page(&of_action, THIRD)),
+                _ => {}
+            }
+        });
+        let held = Held::default();
+        series.begin(sink(&held, memory.page())).unwrap().wait().unwrap();
+        drop((keeping, trusting));
+        actors.iter().for_each(Actor::end);
+        let held = held.lock().unwrap();
+        assert_eq!((held[DROPPED], held[FIRST], held[0]), (None, None, Some(1)));
+    });
+}
+
 #[test]
 fn panic_while_a_member_begins_ends_the_series_and_lifts_protection() {
     require!(WRITE_PROTECT);

@@ -83,8 +83,9 @@ impl Active {
         self.kept.iter().any(within)
     }
 
-    /// Forgets what was read from some addresses.
-    pub(super) fn discard(&mut self, range: &Range<usize>) {
+    /// Forgets what was read from some addresses. Returns what that was.
+    pub(super) fn discard(&mut self, range: &Range<usize>) -> Vec<Part> {
+        let mut discarded = Vec::new();
         for index in (0..self.kept.len()).rev() {
             let part = &self.kept[index].part;
             if part.address < range.end && part.address + part.len > range.start {
@@ -92,7 +93,9 @@ impl Active {
                 self.pending.set(kept.part.bits(), true);
                 self.queue.give_back(kept.buffer);
                 self.cursor = 0;
+                discarded.push(kept.part);
             }
         }
+        discarded
     }
 }

@@ -132,9 +132,23 @@ impl Copier {
         Ok(())
     }
 
-    fn discard(&mut self, range: &Range<usize>) {
-        if let Some(active) = &mut self.active {
-            active.discard(range);
+    /// Forgets what was read from some addresses. It will be read again, but for pages that were removed since and seem as
+    /// protected as before: their content is lost.
+    pub(super) fn discard(&mut self, range: &Range<usize>) {
+        let Some(active) = &mut self.active else { return };
+        for part in active.discard(range) {
+            for at in (0..part.len).step_by(part.page) {
+                let page = Part {
+                    address: part.address + at,
+                    offset: part.offset + at,
+                    len: part.page,
+                    page: part.page,
+                };
+                let bit = page.bits().start;
+                if self.removed.get(bit) && self.silent.get(bit) {
+                    self.lose(&page);
+                }
+            }
         }
     }
 

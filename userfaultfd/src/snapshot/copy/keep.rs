@@ -9,6 +9,7 @@ use super::copier::{Copier, MAX_LAYOUT_TRIES};
 use super::layout::Part;
 use super::queue::{Item, Payload, Size};
 use crate::proc_maps::Process;
+use crate::sync_point::{Moment, Point, reach};
 use crate::watch::pointer;
 use crate::{Errno, Result, page_size, sys};
 
@@ -60,6 +61,7 @@ impl Copier {
             active.pending.set(bits, false);
             active.doubt_until = None;
             active.kept.push(Kept { part: part.clone(), buffer, on_write });
+            reach(Point::Watch(Moment::Kept), part.address);
             return Ok(Saved::Yes);
         }
         active.queue.give_back(buffer);
@@ -178,9 +180,7 @@ impl Copier {
         if self.deliver(true)? {
             return Ok(true);
         }
-        if let Some(active) = &mut self.active {
-            active.discard(&(0..usize::MAX));
-        }
+        self.discard(&(0..usize::MAX));
         self.read_change()?;
         Ok(false)
     }
