@@ -133,7 +133,9 @@
 //! | `tracking` | yes | [`DirtyTracker`], [`AccessTracker`], [`dirty`] | memmap2 |
 //! | `snapshot` | yes | [`Snapshot`], [`snapshot`], [`source`] | crc32fast, memmap2 |
 //! | `tracing` | no | spans and events of the pager; enables `pager` | tracing |
+//! | `handoff` | no | `handoff`: memory that VM monitors and CRIU hand over; enables `serde` | serde, serde_json |
 //! | `http` | no | `source::HttpSource`; enables `pager` | ureq |
+//! | `zstd` | no | `source::SeekableZstd`; enables `pager`, compiles C | twox-hash, zstd-safe |
 //! | `tokio` | no | `source::TokioSource`; enables `pager` | tokio |
 //! | `object-store` | no | `source::ObjectSource`; enables `tokio` | object_store |
 //! | `serde` | no | missing ranges can be serialised; enables `pager` | serde |

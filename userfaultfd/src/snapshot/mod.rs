@@ -50,9 +50,8 @@
 //!   was still the known one when it was read, so that a page that was moved or mapped in its place isn't mistaken for it.
 //!   (On Linux 6.1 private hugetlb pages of another process that are still shared with its parent since a fork are gone,
 //!   too: reading them ends their protection there.)
-//!   Known to fail, once in some thousand members of a [`Series`] whose pages are moved over each other by mremap(2) without a
-//!   pause: a page that is moved, or moved over, at the very moment at which a member begins or is saved may come with other
-//!   content, or be gone.
+//!   Not covered: one thread moves pages by mremap(2) to a place that another thread's mremap(2) has just left, before that
+//!   returned. The kernel may report the two changes in the other order, and a page may come with the other's content.
 //! - **A page that isn't protected when a snapshot of a [`Series`] begins counts as changed**, whatever has ended its
 //!   protection: a write, a drop, a guard page, `UFFDIO_MOVE`, the merging of equal pages. The check takes some nanoseconds
 //!   a page since Linux 6.7, and some hundred before.

@@ -47,7 +47,7 @@ mod directory;
 mod error;
 mod image;
 mod table;
-#[cfg(test)]
+#[cfg(all(test, feature = "pager"))]
 mod tests;
 
 use std::fmt;

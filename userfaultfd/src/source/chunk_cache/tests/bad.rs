@@ -119,6 +119,10 @@ fn full_disk_keeps_no_content_from_its_readers() {
         check(&image, &bytes, 0..bytes.len());
         check(&image, &bytes, 60 * CHUNK..61 * CHUNK);
         assert!(image.cached() > 8 * CHUNK as u64, "{image:?}");
+        drop((image, cache));
+        // So that its directory can be removed.
+        // SAFETY: the path ends with a NUL, and this process has mounts of its own.
+        assert_eq!(unsafe { libc::umount2(at.as_ptr(), libc::MNT_DETACH) }, 0);
     });
 }
 
