@@ -460,7 +460,11 @@ fn memory_of_another_process_is_examined_there() {
             (memory.range(1, 1), other(MISSING), None)
         );
         let minor = theirs.register_with_mode(start, page(), MINOR);
-        let wrong = Reason::WrongMemory { memory: MemoryKind::Anonymous, modes: MINOR };
+        let wrong = if features().contains(FeatureFlags::MINOR_SHMEM) {
+            Reason::WrongMemory { memory: MemoryKind::Anonymous, modes: MINOR }
+        } else {
+            Reason::KernelLacks(FeatureFlags::MINOR_SHMEM)
+        };
         assert_eq!(reason(minor, Errno::EINVAL), wrong);
         let unmapped = refusal(theirs.register(memory.at(3), page()), Errno::EINVAL);
         assert_eq!((unmapped.range(), unmapped.reason()), (memory.range(3, 1), Reason::NotMapped));
