@@ -26,6 +26,9 @@ fn from_meminfo(name: &str) -> Option<usize> {
     line.split_whitespace().next()?.parse().ok()
 }
 
+/// Tries to have the pool made larger.
+const TRIES: usize = 5;
+
 /// Where the size of the pool stands, for pages of the default size.
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
@@ -44,8 +47,15 @@ pub(crate) fn reserve(test: &str, pages: usize) -> Option<HugePages> {
     if page() != 0 && free < pages {
         let before: usize =
             fs::read_to_string(POOL).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
-        if fs::write(POOL, (before + pages - free).to_string()).is_ok() {
+        // Where memory is in small pieces the kernel may find some of the pages only at another try.
+        for _ in 0..TRIES {
+            if fs::write(POOL, (before + pages - free).to_string()).is_err() {
+                break;
+            }
             BEFORE.store(before, Ordering::SeqCst);
+            if from_meminfo("HugePages_Free:").unwrap_or(0) >= pages {
+                break;
+            }
         }
     }
     let met = page() != 0 && from_meminfo("HugePages_Free:").unwrap_or(0) >= pages;
