@@ -226,10 +226,14 @@ fn pages_written_after_a_drop_and_unmapped_are_gone() {
                     tell.send(proc::thread_id()).unwrap();
                     if unmap { memory.unmap(MANY - 5, 1) } else { map_anew(memory, MANY - 5, 1) }
                 });
-                // A thread that unmaps it doesn't wait. One that maps something in its place does: it may go at any time.
+                // A thread that unmaps it doesn't wait. One that maps something in its place does, until its event is read:
+                // it may be gone when it is looked at.
                 match unmap {
                     true => changing.join().unwrap(),
-                    false => proc::wait_until_in(told.recv().unwrap(), libc::SYS_mmap),
+                    false => {
+                        let thread = told.recv().unwrap();
+                        proc::wait_until(|| proc::is_in(thread, libc::SYS_mmap) != Some(false));
+                    }
                 }
                 image.open();
             });
