@@ -64,7 +64,7 @@ fn restore(bucket: &str) -> Result<()> {
     let statistics = source.statistics();
     println!("restored: in {:.1?}, by {} requests", start.elapsed(), statistics.requests);
 
-    // Somebody writes another image there. What isn't read yet must not be mixed with it.
+    // Another program writes another image there. What isn't read yet must not be mixed with it.
     runtime.block_on(store.put(&path, image(1).into()))?;
     let error = source.read(0, &mut [0; 16]).err();
     let error = error.as_ref().and_then(io::Error::get_ref).and_then(|error| error.downcast_ref());

@@ -35,7 +35,7 @@ fn compare(path: &Path) -> Result<()> {
     println!("by page faults: {by_faults:016x}");
     let by_reads = hash_file(File::open(path)?, memory.len())?;
     println!("by read(2):     {by_reads:016x}");
-    // Who reads a page may go on before it is counted.
+    // A thread that reads a page may go on before it is counted.
     while memory.statistics().missing_pages > 0 {
         thread::yield_now();
     }

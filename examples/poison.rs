@@ -1,4 +1,4 @@
-//! A page whose content can't be had is poisoned: who touches it gets SIGBUS, not zeros and not an endless wait.
+//! A page whose content can't be had is poisoned: a thread that touches it gets SIGBUS, not zeros and not an endless wait.
 //!
 //! The memory is that of a child process, since SIGBUS is the end of it. Linux 6.6; no rights.
 

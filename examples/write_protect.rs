@@ -62,7 +62,7 @@ fn save_before_writes(uffd: &Uffd, start: usize) -> Result<BTreeMap<usize, Vec<u
             return Err("an event that nobody asked for".into());
         };
         let mut copy = vec![0; page_size()];
-        // SAFETY: the mapping outlives this thread. Reading it raises no fault, and who would write to it waits.
+        // SAFETY: the mapping outlives this thread. Reading it raises no fault, and a thread that writes to it waits.
         unsafe { ptr::copy_nonoverlapping(addr.cast(), copy.as_mut_ptr(), copy.len()) };
         let index = (addr.addr() - start) / page_size();
         println!("write to page {index}: saved {} bytes of {}", copy.len(), char::from(copy[0]));

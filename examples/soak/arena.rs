@@ -1,7 +1,7 @@
 //! Memory that a pager fills, and what each of its pages must hold.
 //!
-//! The state of a page says what belongs there, and of which generation it is. Who changes a page locks its state,
-//! and counts the generation up. Who reads takes no lock: it looks at the state before and after. If that is the
+//! The state of a page says what belongs there, and of which generation it is. A thread that changes a page locks its state,
+//! and counts the generation up. A thread that reads takes no lock: it looks at the state before and after. If that is the
 //! same, the page holds exactly what the state says; if not, each word is one that was right at some time between.
 
 use std::fs::File;

@@ -79,7 +79,7 @@ pub(crate) struct Doing {
     pub(crate) state: usize,
 }
 
-/// The page of who is at none.
+/// The page of a thread that is at none.
 pub(crate) const NOWHERE: usize = usize::MAX;
 
 impl Slot {
@@ -92,7 +92,7 @@ impl Slot {
         self.sequence.fetch_or(1, Ordering::Release);
     }
 
-    /// It is at a page now. Who takes the page away sees that.
+    /// It is at a page now. A thread that takes the page away sees that.
     pub(crate) fn at(&self, page: usize) {
         self.page.store(page, Ordering::SeqCst);
     }

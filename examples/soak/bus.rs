@@ -39,7 +39,7 @@ impl Access<'_> {
     }
 }
 
-/// Has poison taken away by who meets it. Any other SIGBUS ends the process.
+/// Has poison taken away by the thread that meets it. Any other SIGBUS ends the process.
 pub(crate) fn install() -> io::Result<()> {
     // SAFETY: all zeros are an action: the default one, no flags, nothing blocked.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };

@@ -1,4 +1,4 @@
-//! What belongs where: every word of memory tells by its value which page it is of, and who put it there.
+//! What belongs where: every word of memory tells by its value which page it is of, and which thread put it there.
 
 use std::io;
 use std::os::unix::fs::FileExt;

@@ -53,7 +53,7 @@ pub(crate) struct Common {
     pub(crate) statistics: Mutex<Statistics>,
 }
 
-/// The pagers of one keeper, for who looks at them meanwhile.
+/// The pagers of one keeper, for threads that look at them meanwhile.
 pub(crate) type Pagers = Mutex<[Option<Arc<Pager>>; 2]>;
 
 struct Served {
@@ -187,7 +187,7 @@ impl<'a> Keeper<'a> {
                             .as_ref()
                             .is_some_and(|s| s.pager == index && s.descriptor == detached.descriptor)
                     };
-                    // Those of forks' children, who have ended, are nobody's.
+                    // Those of forks' children, which have ended, are nobody's.
                     let Some(arena) = self.arenas.iter().position(is_it) else { continue };
                     let served = self.arenas[arena].take().ok_or("no such arena")?;
                     self.go_on(arena, index, served, &arenas[arena], detached)?;

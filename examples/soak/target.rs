@@ -38,9 +38,9 @@ struct Target {
     support: FeatureFlags,
     board: Board,
     arenas: Vec<RwLock<Arena>>,
-    /// Held by who forks, so that the child finds nothing half done.
+    /// Held by a thread that forks, so that the child finds nothing half done.
     changes: RwLock<()>,
-    /// Held by who does what excludes others that do so; and how to reach the keeper.
+    /// Held by a thread that does what excludes others that do so; and how to reach the keeper.
     alone: Mutex<UnixStream>,
     stop: AtomicBool,
     end: Instant,

@@ -372,8 +372,8 @@ impl Uffd {
         }
     }
 
-    /// Poisons missing pages: any access to them raises SIGBUS, or is `EFAULT` from a system call. Wakes who
-    /// waits for them if `wake`. Returns the bytes poisoned.
+    /// Poisons missing pages: any access to them raises SIGBUS, or is `EFAULT` from a system call. Wakes the
+    /// threads that wait for them if `wake`. Returns the bytes poisoned.
     ///
     /// For content that is lost for good: a source that fails, memory with hardware errors. No event is
     /// delivered for a poisoned page. Poison survives [`unregister`](Uffd::unregister); madvise(2) with

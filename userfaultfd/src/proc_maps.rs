@@ -1,6 +1,6 @@
 //! What `/proc` tells of a process: its mappings, what they are of, and how they are registered.
 //!
-//! Reading allocates nothing unless it collects: who asks why an operation was refused may handle the events of a fork,
+//! Reading allocates nothing unless it collects: a thread that asks why an operation was refused may handle the events of a fork,
 //! and the forking thread holds the allocator's locks until its event is read.
 
 #![cfg_attr(

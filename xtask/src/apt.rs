@@ -105,7 +105,7 @@ impl Apt {
         command
     }
 
-    /// Fetches the lists. A suite that can't be had is missed only by those who want what is in it.
+    /// Fetches the lists. A suite that can't be had is missed only where something in it is wanted.
     fn update(&self) -> Result<(), String> {
         eprintln!("fetching lists of packages");
         let mut command = self.command("apt-get");

@@ -236,7 +236,7 @@ fn fuzz(installed: &Installed, runs: u64) -> Result<(), Failure> {
     command.arg(format!("-runs={runs}")).arg(format!("-artifact_prefix={}/", findings.display()));
     // A byte, and messages that fill the largest buffer four times.
     command.args(["-max_len=1025", "-print_final_stats=1"]).arg(&corpus).arg(sources.join("seeds/events"));
-    // Most of the time would go into remembering who allocated what.
+    // Most of the time would go into remembering which code allocated what.
     command.env("ASAN_OPTIONS", "malloc_context_size=2:quarantine_size_mb=4");
     execute(&mut command).map_err(|reason| {
         Failure::Failed(format!("{reason}; inputs that fail are in {}", findings.display()))

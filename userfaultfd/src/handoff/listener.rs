@@ -300,7 +300,7 @@ impl Listener {
         true
     }
 
-    /// Checks who has connected.
+    /// Checks which process has connected.
     fn admit(&mut self, stream: UnixStream) -> Result<Pending, Error> {
         let unknown = Credentials { pid: None, uid: u32::MAX, gid: u32::MAX };
         let failed = |peer, error| Error::Peer { peer, error: PeerError::Socket(error) };

@@ -1,4 +1,4 @@
-//! [`Process`]: who is at the other end of a socket.
+//! [`Process`]: the process at the other end of a socket.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

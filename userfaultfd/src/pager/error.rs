@@ -434,7 +434,7 @@ impl fmt::Display for Problem {
             Self::Unanswered { address, .. } => {
                 write!(
                     f,
-                    "the page at {address:#x} can't be poisoned before Linux 6.6: who accesses it waits"
+                    "the page at {address:#x} can't be poisoned before Linux 6.6: a thread that accesses it waits"
                 )
             }
             Self::NoRegion { address, .. } => {

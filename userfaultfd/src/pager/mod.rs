@@ -100,7 +100,7 @@
 // | `stats`, `trace`, `activity`, `bell`, `reports` | what is counted, traced and reported; what each thread is doing | `stats`, `reports` |
 // | `fill` | HOW a page gets in: claim, load, install, poison, retry. Of the pager it knows its `FillContext` | `filler` |
 // | `evict` | HOW a page gets out again | `policy` |
-// | `serve` | WHO does it: workers and how faults reach them, the control thread, how serving ends; `shared` is what these threads share, a file for each part | `worker`, `control`, `shutdown` |
+// | `serve` | WHICH THREAD does it: workers and how faults reach them, the control thread, how serving ends; `shared` is what these threads share, a file for each part | `worker`, `control`, `shutdown` |
 // | `prefetch` | WITHOUT being asked: reading ahead, filling in the background, working sets | `background`, `read_ahead` |
 // | `pager`, `builder`, `handover`, `error`, `target` | what is public: a pager's life, and what can go wrong | `pager` |
 

@@ -11,7 +11,7 @@ pub(crate) struct Mapping {
     pub(crate) len: usize,
 }
 
-// SAFETY: the memory isn't bound to a thread; those who use it agree on who writes when.
+// SAFETY: the memory isn't bound to a thread; its users agree on which thread writes when.
 unsafe impl Send for Mapping {}
 
 // SAFETY: as for Send.

@@ -1,4 +1,4 @@
-//! What the message of a fault says: where, who, what access, and how often.
+//! What the message of a fault says: where, which thread, what access, and how often.
 
 use userfaultfd::{FaultKind, FeatureFlags, ReadWrite, RegisterMode};
 

@@ -8,7 +8,7 @@ use crate::support::fault::{self, Fault};
 use crate::support::memory::{self, Kind, Memory};
 use crate::support::{errno, page, require, test_name, uffd};
 
-/// Fills some pages with zeros, and wakes who waits for them.
+/// Fills some pages with zeros, and wakes the threads that wait for them.
 fn zeropage(uffd: &Uffd, memory: &Memory, first: usize, pages: usize) -> Result<usize> {
     // SAFETY: the memory is only accessed by raw pointers.
     unsafe { uffd.zeropage(memory.at(first), pages * memory.page(), true) }

@@ -324,7 +324,7 @@ fn fault_read_by_former_owner_is_resolved() {
     uffd.register(memory.start(), memory.len()).unwrap();
     let reader = Reader::of(memory.at(0).addr());
     wait_until(|| matches!(uffd.read_event().unwrap(), Some(userfaultfd::Event::Pagefault { .. })));
-    // Nobody but who has read it knows of it.
+    // Only the thread that has read it knows of it.
     let pager = Pager::new().unwrap();
     serve(&pager, uffd, region(&memory, Pages::new(page())));
     assert_eq!(reader.wait(), content(0));

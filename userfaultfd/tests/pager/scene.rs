@@ -139,12 +139,12 @@ pub(crate) fn content(number: usize) -> Seen {
     Seen::Byte(byte(number))
 }
 
-/// Whether this kernel can poison. Where it can't, who accesses what can't be filled waits.
+/// Whether this kernel can poison. Where it can't, a thread that accesses what can't be filled waits.
 pub(crate) fn can_poison() -> bool {
     features().contains(FeatureFlags::POISON)
 }
 
-/// Checks what is so in the end: who reads a page goes on before the pager has noted that it is there.
+/// Checks what is so in the end: a thread that reads a page goes on before the pager has noted that it is there.
 #[track_caller]
 pub(crate) fn eventually<T: PartialEq + Debug>(now: impl Fn() -> T, expected: T) {
     let start = Instant::now();

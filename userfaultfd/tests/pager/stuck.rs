@@ -211,7 +211,7 @@ fn fills_waiting_for_change_keep_their_content() {
     child::run_well(test_name!(), || {
         let (memory, source) = (Memory::anonymous(8), Pages::new(page()));
         let (here, there) = UnixStream::pair().unwrap();
-        // The one who changes is stopped while it does: the event is read, and it doesn't run on.
+        // The thread that changes is stopped while it does: the event is read, and it doesn't run on.
         let target = child::fork(|| {
             child::send_fd(&there, uffd(FeatureFlags::EVENT_REMOVE).as_fd());
             std::thread::scope(|scope| {

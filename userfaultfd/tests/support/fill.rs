@@ -151,7 +151,7 @@ impl Filler {
                 uffd.zeropage_with(start, len, mode)
             },
             Fill::Continue => uffd.r#continue(start, len, wake).map(|mapped| mapped as usize),
-            // SAFETY: nobody accesses the memory afterwards but those who expect SIGBUS.
+            // SAFETY: nobody accesses the memory afterwards but threads that expect SIGBUS.
             Fill::Poison => unsafe { uffd.poison(start, len, wake) },
             Fill::Move => {
                 let mode = if wake { MoveMode::empty() } else { MoveMode::DONT_WAKE };

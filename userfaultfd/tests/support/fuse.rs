@@ -71,7 +71,7 @@ fn serve(mut device: File, answer: Answer) {
         let mut reply = words(&[16 + body.len() as u32, error as u32]);
         reply.extend_from_slice(unique);
         reply.extend_from_slice(&body);
-        // The one who asked may be gone.
+        // The process that asked may be gone.
         drop(device.write(&reply));
     }
 }

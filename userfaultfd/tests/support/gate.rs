@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-/// Holds up all who pass until it is opened. A copy is the same gate.
+/// Holds up all threads that pass until it is opened. A copy is the same gate.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Gate(Arc<Shared>);
 

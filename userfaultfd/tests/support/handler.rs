@@ -86,7 +86,7 @@ pub(crate) fn while_changing<T: Send>(
     })
 }
 
-/// Fills a missing page with a byte, and wakes who waits for it.
+/// Fills a missing page with a byte, and wakes the threads that wait for it.
 pub(crate) fn fill(uffd: &Uffd, memory: &Memory, page: usize, byte: u8) {
     let content = vec![byte; memory.page()];
     // SAFETY: the content lives on, and the memory is only accessed by raw pointers.
@@ -94,7 +94,7 @@ pub(crate) fn fill(uffd: &Uffd, memory: &Memory, page: usize, byte: u8) {
     assert_eq!(copied.unwrap(), memory.page());
 }
 
-/// Fills missing pages with zeros, and wakes who waits for them.
+/// Fills missing pages with zeros, and wakes the threads that wait for them.
 pub(crate) fn zero(uffd: &Uffd, memory: &Memory, first: usize, pages: usize) {
     let len = pages * memory.page();
     // SAFETY: the memory is only accessed by raw pointers.

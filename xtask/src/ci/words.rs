@@ -18,9 +18,6 @@ const READ: [&str; 8] = [
     "xtask/journal.md",
 ];
 
-/// Where retired words are left. Strike out what you have gone through.
-const LATER: [&str; 1] = ["userfaultfd/src/snapshot/copy"];
-
 /// Words that are retired, as they stand in a sentence, and what to say.
 const RETIRED: [(&str, &str); 8] = [
     ("absent", "missing"),
@@ -39,23 +36,16 @@ pub(super) fn run() -> Result<Outcome, String> {
         find(&tree::root().join(path), &mut files)?;
     }
     files.sort();
-    let (mut found, mut later) = (Vec::new(), [0; LATER.len()]);
+    let mut found = Vec::new();
     for path in &files {
         let text = fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
         let path = path.strip_prefix(tree::root()).unwrap_or(path);
         let retired = retired(&text, path.extension().is_some_and(|extension| extension == "rs"));
-        match LATER.iter().position(|later| path.starts_with(later)) {
-            Some(place) => later[place] += retired.len(),
-            None => found.extend(retired.into_iter().map(|(line, word, instead)| {
-                format!("{}:{line}: \"{word}\": say {instead}", path.display())
-            })),
-        }
-    }
-    for (place, count) in LATER.iter().zip(later) {
-        if count == 0 {
-            return Err(format!("{place} has no retired word any more: strike it out of LATER"));
-        }
-        println!("{place}: {count} left");
+        found.extend(
+            retired
+                .into_iter()
+                .map(|(line, word, instead)| format!("{}:{line}: \"{word}\": say {instead}", path.display())),
+        );
     }
     if found.is_empty() {
         println!("{} files", files.len());

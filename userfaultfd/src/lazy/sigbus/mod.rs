@@ -65,7 +65,7 @@ use crate::pager::{BytesSource, MappedFileSource, PageSource, ZeroSource};
 ///   memory that such a handler fills.
 /// - for each page, while the source is whole, either `zeros` returns at least a page or `bytes` returns its content.
 ///   Pages with a [border](Self::borders) inside are excepted.
-#[expect(unsafe_code, reason = "only who implements it can know")]
+#[expect(unsafe_code, reason = "only its implementation can know")]
 pub unsafe trait SignalSafe: PageSource {
     /// Returns the offsets, in bytes, at which content of different kinds meets. A page with such an offset inside is
     /// [read](PageSource::read) when the memory is built. The default is the end of a source that has one.

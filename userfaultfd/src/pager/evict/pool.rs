@@ -1,4 +1,4 @@
-//! How many pages are resident, who may add to them, and who waits.
+//! How many pages are resident, which threads may add to them, and which wait.
 //!
 //! Room is reserved before content is loaded, so that what is in flight counts.
 

@@ -211,7 +211,7 @@ fn copy_out(member: &Member, page: usize) -> Result<(), Errno> {
         .write_protect(addr_to_ptr(address), len)
         .map_err(|error| error.errno().unwrap_or(Errno::EINVAL))?;
     reach(Point::Evict(Departure::BeforeCopyOut), address);
-    // SAFETY: the page is the residence's, and who has the claim has it alone.
+    // SAFETY: the page is the residence's, and the thread that has the claim has it alone.
     let staged = unsafe { slice::from_raw_parts_mut(residence.staged(page), len) };
     // Read this way the kernel doesn't wait for a page that is missing all the same.
     let copied = memory.read_exact_at(staged, address as u64);

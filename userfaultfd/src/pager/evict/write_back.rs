@@ -105,7 +105,7 @@ fn write_part(part: &[Victim]) -> io::Result<()> {
     let Victim { member, page, .. } = &part[0];
     let (residence, page_size) = (member.residence(), crate::page_size());
     reach(Point::Evict(Departure::BeforeWriteBack), member.start + page * page_size);
-    // SAFETY: so many pages of the staging area are there, and this thread's as long as it has their claims.
+    // SAFETY: these pages of the staging area are there, and this thread's as long as it has their claims.
     let bytes = unsafe { slice::from_raw_parts(residence.staged(*page), part.len() * page_size) };
     match &residence.backing {
         Backing::Spill(spill) => spill.write_all_at(bytes, (*page * page_size) as u64),

@@ -1,4 +1,4 @@
-//! Forks, the ends of processes, and who frees what is left: nothing that the program's code does is in the way, and
+//! Forks, the ends of processes, and which thread frees what is left: nothing that the program's code does is in the way, and
 //! that code runs on the thread for it.
 
 #![expect(unsafe_code, reason = "the memory is the test's, and a process forks")]

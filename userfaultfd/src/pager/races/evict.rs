@@ -267,7 +267,7 @@ fn memory_that_ends_while_its_page_leaves_is_waited_for() {
         let (_armed, _happened) = once(point, cell, move || {
             reached.lock().unwrap().send(()).unwrap();
             wait_until(|| ending.load(Ordering::SeqCst) != 0);
-            // Who ends it waits for this thread, which has the page in hand.
+            // The thread that ends it waits for this one, which has the page in hand.
             proc::wait_until_in(ending.load(Ordering::SeqCst) as libc::pid_t, libc::SYS_futex);
             assert!(!ended.load(Ordering::SeqCst));
         });

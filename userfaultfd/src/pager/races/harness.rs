@@ -202,7 +202,7 @@ impl Drop for Stop {
     }
 }
 
-/// Memory that a pager serves, with who can be told about it.
+/// Memory that a pager serves, with what can be told about it.
 pub(super) struct Scene {
     pub(super) test: &'static str,
     pub(super) flavour: Flavour,
@@ -285,9 +285,9 @@ pub(super) struct Outcome<T> {
     pub(super) point: Point,
     /// What the one saw whose fault it was about.
     pub(super) first: Seen,
-    /// What another saw, who came before the pager went on: at `BeforeWake`, where it takes two.
+    /// What another thread saw, which came before the pager went on: at `BeforeWake`, where it takes two.
     pub(super) second: Option<Seen>,
-    /// What those saw who were started meanwhile.
+    /// What those threads saw that were started meanwhile.
     pub(super) meanwhile: Vec<Seen>,
     pub(super) acted: T,
 }
@@ -309,7 +309,7 @@ impl<T> Outcome<T> {
     }
 }
 
-/// Who comes meanwhile: nobody.
+/// What comes meanwhile: nothing.
 pub(super) fn nobody(_: &Scene, _: Point) -> Vec<Reader> {
     Vec::new()
 }

@@ -1,7 +1,7 @@
 //! Races made to happen: the pager is stopped at a named point of a fault, the other side acts, and the pager goes on.
 //!
-//! Each act has a file, and is tried at each point on memory of each kind, in a process of its own: there who reads what
-//! is gone can tell of the signal, and nothing is left behind.
+//! Each act has a file, and is tried at each point on memory of each kind, in a process of its own: there a thread that
+//! reads what is gone can tell of the signal, and nothing is left behind.
 
 mod added;
 mod control;

@@ -38,7 +38,7 @@ static UNTOLD: Act<bool> = Act {
     check: check_untold,
 };
 
-/// Who faults on a page that was filled and removed again, before the pager has noted that it is there.
+/// A thread that faults on a page that was filled and removed again, before the pager has noted that it is there.
 fn whoever_comes_too_late(scene: &Scene, point: Point) -> Vec<Reader> {
     if point != Point::AfterFill {
         return Vec::new();

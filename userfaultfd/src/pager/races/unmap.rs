@@ -1,4 +1,4 @@
-//! The page is unmapped: who waits for it gets the signal, and the others what is theirs.
+//! The page is unmapped: a thread that waits for it gets the signal, and the others what is theirs.
 
 use super::harness::{Act, NOTHING_MAPPED, Outcome, PAGE, Scene, content, nobody, races, read};
 use crate::FeatureFlags;

@@ -2,7 +2,7 @@
 //!
 //! A page is read, then the kernel is asked whether it is still protected, then whether the layout was still the one
 //! that is known when it was read. Only then it is delivered. A page that is protected need not be the page that it
-//! seems: mremap(2) may have put another one there, or another program may have mapped and protected its own. Whoever
+//! seems: mremap(2) may have put another one there, or another program may have mapped and protected its own. A thread that
 //! changes the layout waits until the event is read, and as long as that is so the kernel says that the layout changes.
 //! So what was read is [kept](super::active) until it doesn't, or until a look at everything shows that nothing is where it
 //! shouldn't be.
@@ -76,7 +76,7 @@ impl Drop for Copier {
     fn drop(&mut self) {
         // They are closed now.
         self.shared.inherited.get().into_iter().flatten().for_each(InheritedFd::forget);
-        // After a panic nothing is left waiting: no writer, and nobody who asks for a snapshot.
+        // After a panic nothing is left waiting: no writer, and no caller that asks for a snapshot.
         if self.shared.lock().ended.is_none() {
             if let Some(active) = self.active.take() {
                 active.queue.fail(None);

@@ -36,7 +36,7 @@ impl Copier {
         Ok(())
     }
 
-    /// Whether something is to be saved before a change of the layout is read, and so made.
+    /// Whether something must be saved before a change of the layout is read, and so made.
     fn saves_first(&self) -> bool {
         let Some(active) = &self.active else { return false };
         self.removal == Removal::Save && !active.draining && active.is_pending()
@@ -51,7 +51,7 @@ impl Copier {
         pending.and_then(|count| count.trim().parse().ok()).ok_or(Error::SystemError(Errno::EPROTO))
     }
 
-    /// Reads what there is, except a change for which something is to be saved first.
+    /// Reads what there is, except a change for which something must be saved first.
     ///
     /// The kernel delivers faults before changes, and drops what a change drops when that was read. So with no fault
     /// unread, something to read is a change. And while the layout changes, nothing is read: the only fault may vanish
@@ -71,18 +71,18 @@ impl Copier {
         Ok(())
     }
 
-    /// Whether what is to be read may be a removal before which something is to be saved.
+    /// Whether what must be read may be a removal before which something must be saved.
     pub(super) fn may_hide_removal(&self) -> bool {
         self.saves_first() && self.is_changing()
     }
 
-    /// Where faults can't be resolved since the layout changes, its change is to be read.
+    /// Where faults can't be resolved since the layout changes, its change must be read.
     pub(super) fn find_change(&mut self) -> Result<()> {
         if self.changing == 0 || self.active.as_ref().is_some_and(|active| active.change_waits) {
             return Ok(());
         }
         let [readable] = sys::wait_readable([self.watch.uffd.as_fd()], 0)?;
-        // Otherwise it was read, and who makes it hasn't run since. Faults that are unread may hide another one: as long
+        // Otherwise it was read, and the thread that makes it hasn't run since. Faults that are unread may hide another one: as long
         // as the one that is held is of a page that isn't known, since it has moved, only that change tells which.
         if readable && (self.unread_faults()? == 0 || self.changing > 2 * MAX_LAYOUT_TRIES) {
             if self.saves_first() {

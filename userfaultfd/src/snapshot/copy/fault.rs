@@ -14,7 +14,7 @@ pub(super) enum Writable {
     Now,
     /// It isn't saved yet.
     Later,
-    /// Whoever writes it has been woken, and finds out.
+    /// The thread that writes it has been woken, and finds out.
     Again,
 }
 

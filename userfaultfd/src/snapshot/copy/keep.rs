@@ -100,8 +100,8 @@ impl Copier {
         Ok(next / page_size())
     }
 
-    /// Reads pages whose removal was read before they were saved, since faults hid it. Whoever removes them has to run
-    /// first.
+    /// Reads pages whose removal was read before they were saved, since faults hid it. The thread that removes them has
+    /// to run first.
     pub(super) fn read_removed(&mut self, part: &Part) -> Result<()> {
         let bits = part.bits();
         let mut from = bits.start;
@@ -202,7 +202,7 @@ impl Copier {
         Ok(true)
     }
 
-    /// Lets pages that have been saved be written freely, unless what is written is to be known.
+    /// Lets pages that have been saved be written freely, unless what is written must be known.
     fn lift(&mut self, part: &Part) -> Result<()> {
         if self.series {
             return Ok(());

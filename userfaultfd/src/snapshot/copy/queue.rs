@@ -74,7 +74,7 @@ pub(crate) struct Queue {
 }
 
 impl Queue {
-    /// With so many buffers of so many bytes: of chunks, of pages.
+    /// With a number of buffers, each of a number of bytes: of chunks, of pages.
     pub(crate) fn new(chunks: (usize, usize), pages: (usize, usize), wake: Arc<UnixStream>) -> Self {
         let buffers = |size, (count, len): (usize, usize)| {
             (0..count).map(|_| Buffer { bytes: Vec::with_capacity(len), size }).collect()

@@ -1,4 +1,4 @@
-//! What the thread that saves pages shares with those who ask something of it.
+//! What the thread that saves pages shares with its callers.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -23,7 +23,7 @@ pub(crate) struct Counts {
     pub(crate) pause_ns: AtomicU64,
 }
 
-/// What the thread and those who ask something of it share.
+/// What the thread and its callers share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) owner: Owner,

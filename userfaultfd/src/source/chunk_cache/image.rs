@@ -1,4 +1,4 @@
-//! An open image: who fetches a chunk, who waits for it, and when its bytes may be used.
+//! An open image: which thread fetches a chunk, which ones wait for it, and when its bytes may be used.
 
 use std::fs::File;
 use std::io;

@@ -14,7 +14,7 @@
 //! A chunk is *empty*, then *unsettled* while its bytes are written, then *data*, or it is *zero*. Its checksum is written
 //! before its state says that it is there, and each process compares the two before it uses a chunk for the first time. So
 //! it doesn't matter in which order a machine that lost its power had written its pages, nor what a foreign program did to
-//! the file: what doesn't match is fetched again. (CRC-32 finds accidents, no attackers: a user who may write to the
+//! the file: what doesn't match is fetched again. (CRC-32 finds accidents, no attackers: a user that may write to the
 //! directory decides what memory holds. [`CachedImageBuilder::verify`] compares what comes from the source with what the
 //! program knows of it.) A process that dies leaves chunks unsettled, which the next one fetches again or gives back.
 //!
@@ -24,7 +24,7 @@
 //! process that fetches it or gives it back, shared for all that use it. The kernel releases them when a process dies, in
 //! whatever way, which no lock in shared memory does by itself; robust futexes would, by the C library's threads alone. flock(2)
 //! has one lock for a file, and POSIX's locks end when any descriptor of the file is closed. Nothing waits in the kernel for
-//! such a lock: who finds one in the way waits by a futex on the state's word for its change, and looks again every 10
+//! such a lock: a thread that finds one in the way waits by a futex on the state's word for its change, and looks again every 10
 //! milliseconds whether the other process is still there. After the [wait limit](CachedImageBuilder::wait_limit) it
 //! reads from the source by itself, so that a process which is stopped keeps no other from its content.
 //!
@@ -104,7 +104,7 @@ const WAIT_LIMIT: Duration = Duration::from_secs(30);
 ///   checksum before it uses it for the first time, and fetches it again if they differ.
 /// - **Forks**: in a child that doesn't execute another program, images read from their sources.
 /// - **Files**: on a local file system that can punch holes (ext4, XFS, Btrfs, tmpfs), since a network file system's
-///   locks and mappings aren't of one host. Who may write to the directory decides what memory holds: a directory to which
+///   locks and mappings aren't of one host. A program that may write to the directory decides what memory holds: a directory to which
 ///   every user may write is refused. Other files in it are left alone.
 ///
 /// Reads of what is there allocate nothing. A fetch allocates, and so does giving chunks back.

@@ -36,7 +36,7 @@ const STATE: usize = 0;
 const CHECKSUM: usize = 4;
 const USED: usize = 8;
 
-/// The byte of the file that all have locked who have the image open. Above those of chunks.
+/// The byte of the file that all processes have locked that have the image open. Above those of chunks.
 const IN_USE_BYTE: u32 = i32::MAX as u32;
 pub(super) const MAX_CHUNKS: u64 = 1 << 26;
 
@@ -204,7 +204,7 @@ impl Table {
         mixed & !3 | 4 | kind
     }
 
-    /// The state of a chunk. Acquire: who sees that it is there sees its checksum, and its bytes, which the kernel has.
+    /// The state of a chunk. Acquire: a thread that sees that it is there sees its checksum, and its bytes, which the kernel has.
     pub(super) fn state(&self, chunk: usize) -> State {
         let word = self.state_word(chunk).load(Ordering::Acquire);
         match [State::Zero, State::Data].into_iter().find(|state| self.word_of(chunk, *state) == word) {
