@@ -7,6 +7,7 @@
 //! many times faster than one of memory in small pages: both are told.
 
 #[path = "random/mod.rs"]
+#[expect(dead_code, reason = "others need the rest")]
 mod random;
 
 use std::fs::File;

@@ -1,6 +1,6 @@
 //! The policies that the library's is compared with.
 
-use crate::policy::{Link, List, NO_STAMP, NONE, Policy};
+use crate::policy::{Link, List, NO_STAMP, NONE, Policy, S3Fifo};
 
 /// The page that is at the end of a queue leaves. An access to a page brings it to the front again, or doesn't.
 #[derive(Debug)]
@@ -21,13 +21,6 @@ impl<const ACCESS_COUNTS: bool> Policy for Queue<ACCESS_COUNTS> {
 
     fn insert(&mut self, links: &mut [Link], frame: u32, _left: u32) {
         self.0.push(links, frame);
-    }
-
-    fn touch(&mut self, links: &mut [Link], frame: u32) {
-        if ACCESS_COUNTS {
-            self.0.unlink(links, frame);
-            self.0.push(links, frame);
-        }
     }
 
     fn restore(&mut self, links: &mut [Link], frame: u32) {
@@ -57,10 +50,6 @@ impl Policy for Clock {
     fn insert(&mut self, links: &mut [Link], frame: u32, _left: u32) {
         links[frame as usize].freq = 0;
         self.0.push(links, frame);
-    }
-
-    fn touch(&mut self, links: &mut [Link], frame: u32) {
-        links[frame as usize].freq = 1;
     }
 
     fn restore(&mut self, links: &mut [Link], frame: u32) {
@@ -102,10 +91,6 @@ impl Policy for Sieve {
         self.list.push(links, frame);
     }
 
-    fn touch(&mut self, links: &mut [Link], frame: u32) {
-        links[frame as usize].freq = 1;
-    }
-
     /// Where it was: behind the hand.
     fn restore(&mut self, links: &mut [Link], frame: u32) {
         links[frame as usize].freq = 0;
@@ -137,9 +122,46 @@ impl Policy for Sieve {
     }
 }
 
+/// A policy that is told of accesses, as where the machine notices them.
+pub(crate) trait Noticing: Policy {
+    /// A resident page was accessed.
+    fn touch(&mut self, links: &mut [Link], frame: u32);
+}
+
+/// Accesses of a page that [`S3Fifo`] counts at most.
+const MAX_FREQ: u8 = 3;
+
+impl Noticing for S3Fifo {
+    fn touch(&mut self, links: &mut [Link], frame: u32) {
+        let freq = &mut links[frame as usize].freq;
+        *freq = (*freq + 1).min(MAX_FREQ);
+    }
+}
+
+impl<const ACCESS_COUNTS: bool> Noticing for Queue<ACCESS_COUNTS> {
+    fn touch(&mut self, links: &mut [Link], frame: u32) {
+        if ACCESS_COUNTS {
+            self.0.unlink(links, frame);
+            self.0.push(links, frame);
+        }
+    }
+}
+
+impl Noticing for Clock {
+    fn touch(&mut self, links: &mut [Link], frame: u32) {
+        links[frame as usize].freq = 1;
+    }
+}
+
+impl Noticing for Sieve {
+    fn touch(&mut self, links: &mut [Link], frame: u32) {
+        links[frame as usize].freq = 1;
+    }
+}
+
 /// Checks that each does what it says: of twenty pages in order, two are accessed.
 pub(crate) fn check() {
-    fn order<P: Policy>() -> Vec<u32> {
+    fn order<P: Noticing>() -> Vec<u32> {
         let (mut policy, mut links) = (P::new(20), vec![Link::new(); 20]);
         (0..20).for_each(|frame| policy.insert(&mut links, frame, NO_STAMP));
         [2, 2, 5, 5].into_iter().for_each(|frame| policy.touch(&mut links, frame));

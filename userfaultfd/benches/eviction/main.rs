@@ -13,6 +13,7 @@ mod picture;
 #[path = "../../src/pager/evict/policy.rs"]
 #[expect(dead_code, reason = "no trace resizes memory")]
 mod policy;
+#[expect(dead_code, reason = "others need the rest")]
 #[path = "../random/mod.rs"]
 mod random;
 mod replay;

@@ -2,6 +2,7 @@
 
 use std::collections::{BinaryHeap, VecDeque};
 
+use crate::candidates::Noticing;
 use crate::policy::{Link, NO_STAMP, NONE, Policy};
 use crate::traces::Trace;
 
@@ -110,7 +111,7 @@ impl<P: Policy> Frames<P> {
 }
 
 /// A policy that is told of every access.
-pub(crate) fn with_accesses<P: Policy>(trace: &Trace, pages: usize, frames: usize) -> Outcome {
+pub(crate) fn with_accesses<P: Noticing>(trace: &Trace, pages: usize, frames: usize) -> Outcome {
     let mut memory = Frames::<P>::new(pages, frames);
     replay(trace, |_, page| {
         if let Some(frame) = memory.frame(page) {

@@ -1,7 +1,5 @@
 //! Numbers that look random.
 
-#![allow(dead_code, reason = "not every benchmark needs all of it")]
-
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 /// A generator, which gives the same numbers for the same seed: splitmix64.

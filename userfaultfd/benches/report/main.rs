@@ -17,6 +17,7 @@ mod machine;
 mod measure;
 mod options;
 mod picture;
+#[expect(dead_code, reason = "others need the rest")]
 #[path = "../random/mod.rs"]
 mod random;
 mod rows;

@@ -15,6 +15,7 @@ use userfaultfd::pager::{
 };
 use userfaultfd::{FeatureFlags, PagedBuilder, PagedMemory};
 
+use crate::support::random::Random;
 use crate::support::{child, page, proc, require, test_name};
 
 /// What a store does when it is written.
@@ -135,18 +136,6 @@ impl Told {
 
     fn has(&self, text: &str) -> bool {
         self.0.lock().unwrap().iter().any(|told| told.contains(text))
-    }
-}
-
-/// Numbers that look random.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) as usize % end
     }
 }
 
@@ -389,7 +378,7 @@ fn model(seed: u64, steps: usize, write_back: WriteBack) {
     let mut memory = memory.on_problem(|_| {}).build().unwrap();
     let mut expected = shelf.all();
     let mut flushed = shelf.all();
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     for step in 0..steps {
         let at = match random.below(4) {
             0 => random.below(expected.len()),
@@ -490,7 +479,7 @@ fn threads_write_while_another_flushes_and_nothing_is_lost() {
             .map(|number| {
                 let memory = &memory;
                 scope.spawn(move || {
-                    let (mut random, mut mine) = (Random(99 + number as u64), vec![None; pages]);
+                    let (mut random, mut mine) = (Random::new(99 + number as u64), vec![None; pages]);
                     for step in 0..steps {
                         let at = random.below(if step % 3 == 0 { pages } else { pages / 8 });
                         let place = at * page() + number * 64;

@@ -1,6 +1,7 @@
 use super::*;
 use crate::RegisterMode;
 use crate::handoff::{MemoryRegion, region};
+use crate::support::random::Random;
 use crate::support::require;
 
 fn regions() -> Vec<MemoryRegion> {
@@ -80,22 +81,10 @@ fn decode<'a>(
     Ok(messages)
 }
 
-/// Numbers that look random and are the same each time.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % end.max(1) as u64) as usize
-    }
-}
-
 #[test]
 fn messages_arrive_whatever_their_parts() {
     require!();
-    let mut random = Random(0x5eed);
+    let mut random = Random::new(0x5eed);
     for dialect in Dialect::ALL.iter().copied() {
         let sent = messages(dialect);
         let bytes: Vec<u8> = sent.iter().flat_map(|message| dialect.encode(message).unwrap()).collect();
@@ -238,7 +227,7 @@ fn endless_messages_meet_the_limit() {
 #[test]
 fn hostile_bytes_are_an_error_or_a_message() {
     require!();
-    let mut random = Random(0xbad_5eed);
+    let mut random = Random::new(0xbad_5eed);
     let (mut accepted, mut refused) = (0, 0);
     for round in 0..4000 {
         let dialect = Dialect::ALL[round % Dialect::ALL.len()];
@@ -251,7 +240,7 @@ fn hostile_bytes_are_an_error_or_a_message() {
             if bytes.is_empty() {
                 break;
             }
-            let at = random.below(bytes.len());
+            let at = random.below(bytes.len().max(1));
             match random.below(4) {
                 0 => bytes[at] = random.below(256) as u8,
                 1 => bytes.insert(at, b"[]{}\",:0-9\\"[random.below(11)]),
@@ -263,7 +252,7 @@ fn hostile_bytes_are_an_error_or_a_message() {
         let mut decoder = Decoder::new(allowed.iter().copied()).limit(4096);
         let mut rest = &bytes[..];
         while !rest.is_empty() {
-            let (part, after) = rest.split_at(1 + random.below(rest.len()));
+            let (part, after) = rest.split_at(1 + random.below(rest.len().max(1)));
             rest = after;
             decoder.push(part);
             match decoder.next_message() {

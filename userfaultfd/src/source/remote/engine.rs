@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{RemoteError, RemoteOptions, RemoteStatistics, lock};
+use crate::source::PageData;
 use crate::source::call::catch_panic;
 
 /// A protocol: how one request is made.
@@ -195,6 +196,24 @@ impl Engine {
             usual: Mutex::default(),
             counters: Counters::default(),
         }))
+    }
+
+    /// Reads a page of an object of `len` bytes: zeros follow its end.
+    pub(super) fn read_page(
+        &self,
+        len: u64,
+        offset: u64,
+        page: &mut [u8],
+        is_early: bool,
+    ) -> io::Result<PageData> {
+        let rest = len.saturating_sub(offset);
+        let inside = usize::try_from(rest).map_or(page.len(), |rest| rest.min(page.len()));
+        if inside == 0 {
+            return Ok(PageData::Zero);
+        }
+        self.read(offset, &mut page[..inside], is_early)?;
+        page[inside..].fill(0);
+        Ok(PageData::Data)
     }
 
     /// Reads bytes, which the object has. `is_early`: no thread waits for them, so faults go first.

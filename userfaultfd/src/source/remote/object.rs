@@ -167,26 +167,15 @@ impl ObjectSource {
     pub fn statistics(&self) -> RemoteStatistics {
         self.engine.statistics()
     }
-
-    fn read_as(&self, offset: u64, page: &mut [u8], is_early: bool) -> io::Result<PageData> {
-        let rest = self.len.saturating_sub(offset);
-        let inside = usize::try_from(rest).map_or(page.len(), |rest| rest.min(page.len()));
-        if inside == 0 {
-            return Ok(PageData::Zero);
-        }
-        self.engine.read(offset, &mut page[..inside], is_early)?;
-        page[inside..].fill(0);
-        Ok(PageData::Data)
-    }
 }
 
 impl PageSource for ObjectSource {
     fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        self.read_as(offset, page, false)
+        self.engine.read_page(self.len, offset, page, false)
     }
 
     fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        self.read_as(offset, page, true)
+        self.engine.read_page(self.len, offset, page, true)
     }
 
     fn len(&self) -> Option<u64> {
