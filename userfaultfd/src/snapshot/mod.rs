@@ -52,6 +52,8 @@
 //!   too: reading them ends their protection there.)
 //!   Not covered: one thread moves pages by mremap(2) to a place that another thread's mremap(2) has just left, before that
 //!   returned. The kernel may report the two changes in the other order, and a page may come with the other's content.
+//!   Nor is a page of shared memory that goes more than two seconds after its removal was read, as where madvise(2) waits
+//!   that long for the file: the kernel tells no more, and the next member of a [`Series`] may not have it.
 //! - **A page that isn't protected when a snapshot of a [`Series`] begins counts as changed**, whatever has ended its
 //!   protection: a write, a drop, a guard page, `UFFDIO_MOVE`, the merging of equal pages. The check takes some nanoseconds
 //!   a page since Linux 6.7, and some hundred before.
@@ -63,7 +65,7 @@
 //!
 //! | | |
 //! | --- | --- |
-//! | it drops pages: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | saved before that, or zeros: [`Removal`]. What is dropped at the very moment at which other memory is unmapped or moved may be gone; so may what is dropped by a call that is under way while the snapshot begins |
+//! | it drops pages: `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | saved before that, or zeros: [`Removal`]. What is dropped at the very moment at which other memory is unmapped or moved may be gone; so may what is dropped by a call that is under way while the snapshot begins. Pages that were dropped of other than private anonymous memory are in every member of a [`Series`] that begins in the next two to four seconds: nothing tells when they go |
 //! | munmap(2), another mapping in its place | what isn't saved yet is gone: the kernel tells too late. What was unmapped before a snapshot of a [`Series`] begins is gone, too, until the end of the series |
 //! | mremap(2) | followed to its new place. It returns when all of the snapshot has been read, unless [`Removal::Zero`]. |
 //! | mprotect(2) to `PROT_NONE` | what isn't saved yet can't be read, and is gone if that lasts |

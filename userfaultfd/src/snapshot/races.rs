@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "the memory is the test's")]
 
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
@@ -12,7 +13,7 @@ use crate::support::proc::{thread_id, wait_until_in};
 use crate::support::{child, require, test_name, uffd};
 use crate::sync_point::tests::at;
 use crate::sync_point::{Moment, Point};
-use crate::{DirtyTracker, FeatureFlags, MoveMode, RegisterMode};
+use crate::{DirtyTracker, FeatureFlags, MoveMode, RegisterMode, UffdBuilder};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
@@ -440,6 +441,56 @@ fn page_dropped_after_it_was_read_is_not_read_again() {
         actors.iter().for_each(Actor::end);
         let held = held.lock().unwrap();
         assert_eq!((held[DROPPED], held[FIRST], held[0]), (None, None, Some(1)));
+    });
+}
+
+/// The removal was read, and the thread that makes it is held up for some members. What it drops then is in the next one,
+/// though it seems as protected as before.
+#[test]
+fn page_dropped_some_members_after_its_removal_was_read_has_changed() {
+    require!(WRITE_PROTECT | FeatureFlags::WP_HUGETLBFS_SHMEM);
+    child::run_well(test_name!(), || {
+        let memory = Arc::new(Memory::new(Kind::Memfd, PAGES));
+        number(&memory);
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        let mut take = || {
+            let held = Held::default();
+            series.begin(sink(&held, memory.page())).unwrap().wait().unwrap();
+            std::mem::take(&mut *held.lock().unwrap())
+        };
+        assert_eq!(take()[PAGE], Some(PAGE as u8 + 1));
+
+        // Holes are punched under the lock of the file, which a write(2) holds while it waits for its source.
+        let builder =
+            UffdBuilder::new().user_mode_only(false).close_on_exec(true).non_blocking(true).create();
+        let Ok(uffd) = builder else {
+            return println!("SKIP {}: needs the right to handle faults of the kernel", test_name!());
+        };
+        let missing = Memory::anonymous(1);
+        uffd.register(missing.start(), missing.len()).unwrap();
+        let drops = Actor::default();
+        let (file, source) = (memory.file().try_clone().unwrap(), missing.start().expose_provenance());
+        let offset = (PAGES - 1) * memory.page();
+        let (tell, told) = mpsc::channel();
+        let writer = thread::spawn(move || {
+            tell.send(thread_id()).unwrap();
+            // SAFETY: the source is mapped until this thread was joined.
+            let written = unsafe {
+                let source = std::ptr::with_exposed_provenance::<std::ffi::c_void>(source);
+                libc::pwrite(file.as_raw_fd(), source, 1, offset as libc::off_t)
+            };
+            assert_eq!(written, 1);
+        });
+        wait_until_in(told.recv().unwrap(), libc::SYS_pwrite64);
+        let of_action = Arc::clone(&memory);
+        drops.begin(libc::SYS_madvise, move || of_action.advise(PAGE, 1, libc::MADV_REMOVE).unwrap());
+        (0..4).for_each(|_| drop(take()));
+
+        // SAFETY: no reference leads to the page.
+        unsafe { uffd.zeropage(missing.start(), missing.len(), true) }.unwrap();
+        writer.join().unwrap();
+        drops.end();
+        assert_eq!((memory.read(PAGE), take().get(PAGE).copied()), (0, Some(Some(0))));
     });
 }
 

@@ -313,7 +313,7 @@ impl<'a> Worker<'a> {
                 // otherwise whether memory is its own.
                 match uffd.register(target.start(), page()) {
                     Ok(_) => {}
-                    Err(userfaultfd::Error::SystemError(userfaultfd::Errno::EBUSY)) => return,
+                    Err(error) if error.errno() == Some(userfaultfd::Errno::EBUSY) => return,
                     Err(error) => panic!("{error}"),
                 }
                 // SAFETY: nobody borrows the page. It fails where a fork shares it, or it isn't there.

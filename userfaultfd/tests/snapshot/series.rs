@@ -129,10 +129,12 @@ fn dropped_pages_have_changed() {
             assert!(delivered.gone.is_empty());
         });
         memory.write(2, 60);
-        // Other memory than private anonymous doesn't tell whether the drop was made before the snapshot began.
-        let again = if memory.kind() == Kind::Anonymous { vec![2] } else { vec![1, 2] };
+        // Other memory than private anonymous doesn't tell whether the drop was made before the snapshot began: for some
+        // seconds it may be made yet.
+        let (again, then) =
+            if memory.kind() == Kind::Anonymous { (vec![2], vec![]) } else { (vec![1, 2], vec![1, 2]) };
         assert_eq!(pages(&take(&mut series), &memory), again, "{memory:?}");
-        assert!(pages(&take(&mut series), &memory).is_empty(), "{memory:?}");
+        assert_eq!(pages(&take(&mut series), &memory), then, "{memory:?}");
     }
 }
 

@@ -63,7 +63,8 @@ impl Copier {
         self.dirty.set(0..wanted.len(), false);
         // What is dropped only now has changed for the next one. Private anonymous memory shows it; other memory seems
         // as protected as before.
-        self.dirty.join_common(&removed, &self.silent);
+        self.late.add(&removed, &self.silent);
+        self.late.join_to(&mut self.dirty);
         // And what can't be protected may change at any time.
         self.dirty.join(&self.unprotected);
         counts.total.store((wanted.count() * page_size()) as u64, Ordering::Relaxed);

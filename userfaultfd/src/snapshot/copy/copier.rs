@@ -16,6 +16,7 @@ use std::thread;
 
 use super::active::Active;
 use super::bits::Bits;
+use super::late::LateRemovals;
 use super::layout::{Layout, Mapped, Part};
 use super::look::ChunkView;
 use super::queue::{End, Size};
@@ -54,6 +55,8 @@ pub(crate) struct Copier {
     pub(super) begins: bool,
     /// Pages whose removal was read since the last snapshot began. They may go at any time.
     pub(super) removed: Bits,
+    /// Those of them, and of some time before, of which nothing will show when they go.
+    pub(super) late: LateRemovals,
     /// The mappings in which all lay when a snapshot began, or when the layout was last looked at.
     pub(super) mapped: Mapped,
     /// A page wasn't protected, in other mappings than those, while a change of the layout waited to be read.
@@ -116,6 +119,7 @@ impl Copier {
             unprotected: Bits::new(pages, true),
             begins: false,
             removed: Bits::new(pages, false),
+            late: LateRemovals::new(pages),
             mapped: Mapped::default(),
             suspects: false,
             silent,

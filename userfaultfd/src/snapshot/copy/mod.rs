@@ -7,6 +7,7 @@ pub(crate) mod copier;
 mod events;
 mod fault;
 mod keep;
+mod late;
 pub(crate) mod layout;
 pub(crate) mod look;
 pub(crate) mod queue;
