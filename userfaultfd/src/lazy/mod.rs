@@ -208,7 +208,8 @@ impl LazyMemory {
     fn populate_pages(&self, pages: Range<usize>) -> io::Result<()> {
         let shift = self.region.page_shift;
         let states = &self.region.pages;
-        if pages.clone().any(|page| states.is_missing(page)) {
+        // A page that another thread has claimed may be on its way out.
+        if pages.clone().any(|page| states.is_missing(page) || states.is_loading(page)) {
             match self.target().and_then(|target| target.fill_now(pages.clone())) {
                 Ok(()) | Err(Error::NotServed) => {}
                 Err(error) => return Err(io::Error::other(error)),

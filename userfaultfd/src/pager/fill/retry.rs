@@ -59,6 +59,10 @@ pub(crate) const NO_MEMORY_DELAY: Duration = Duration::from_millis(1);
 /// The interval between looks whether all changes of the layout are read.
 pub(crate) const CHANGE_INTERVAL: Duration = Duration::from_micros(50);
 
+/// Duration for which a call waits without progress while the kernel lacks memory or is busy, or no thread reads events any
+/// more.
+pub(crate) const SHORT_PATIENCE: Duration = Duration::from_secs(3);
+
 /// The interval between looks whether other threads have settled their work.
 pub(crate) const BUSY_INTERVAL: Duration = Duration::from_millis(1);
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::lazy::sigbus::{Lazy, Lost};
 use crate::lock_order::{RankedMutex, lock, rank};
@@ -11,9 +11,10 @@ use crate::pager::fill::ahead_queue::CHUNK_BYTES;
 use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::lease::Lease;
 use crate::pager::fill::load::fill_batch_len;
+use crate::pager::fill::retry;
 use crate::pager::fill::work::{Outcome, Work};
 use crate::pager::memory::address_map::Segment;
-use crate::pager::memory::descriptor::Descriptor;
+use crate::pager::memory::descriptor::{Descriptor, LOOK_SHARD};
 use crate::pager::memory::fault_around::FaultAround;
 use crate::pager::memory::page_run::PageRun;
 use crate::pager::memory::served::ServedRegion;
@@ -70,6 +71,14 @@ pub(super) struct Step {
     pub(super) next: usize,
     /// Pages that were filled.
     pub(super) filled: usize,
+    /// The source failed for some. Others may not have been filled since the kernel or another thread was busy with them.
+    has_failed: bool,
+}
+
+impl Step {
+    fn nothing(next: usize) -> Self {
+        Self { next, filled: 0, has_failed: false }
+    }
 }
 
 impl Hands<'_> {
@@ -150,10 +159,12 @@ impl Target {
                 let (start, most) = (pages.start, pages.len() << self.region().page_shift);
                 let step = lazy.fill_some(pages, most, Lost::Missing)?;
                 let states = &self.region().pages;
+                let mut has_failed = false;
                 for page in (start..step.next).filter(|page| states.is_failed(*page)) {
                     failed.note(page..page + 1);
+                    has_failed = true;
                 }
-                Some(Step { next: step.next, filled: step.filled })
+                Some(Step { next: step.next, filled: step.filled, has_failed })
             }
             (Self::Pager { .. }, Hands::Sigbus) => unreachable!("hands of another target"),
         }
@@ -168,12 +179,14 @@ impl Target {
             // The source is in memory: a retry can't help.
             Self::Sigbus(_) => RetryPolicy { attempts: 1, delay: Duration::ZERO },
         };
-        for attempt in 1.. {
-            let (mut next, mut hands) = (pages.start, self.hands());
+        let (mut attempt, mut pause, since) = (1, sys::Pause::new(), Instant::now());
+        loop {
+            let (mut next, mut hands, mut has_failed) = (pages.start, self.hands(), false);
             while next < pages.end {
                 let end = pages.end.min(next.saturating_add(self.step(false)));
                 let step = self.fill(&mut hands, next..end, &failed, || false).ok_or(Error::NotServed)?;
                 next = step.next;
+                has_failed |= step.has_failed;
             }
             drop(hands);
             let states = &self.region().pages;
@@ -183,12 +196,33 @@ impl Target {
                     pause.rest();
                 }
             }
-            let missing = |page| states.is_missing(page);
-            let again = !self.is_over() && pages.clone().any(missing);
-            let Some(delay) = retry.delay_after(attempt).filter(|_| again) else { break };
+            let mut missing = pages.clone().filter(|page| states.is_missing(*page)).peekable();
+            if self.is_over() || missing.peek().is_none() {
+                break;
+            }
+            // That was no attempt of the source.
+            if !has_failed
+                && since.elapsed() < retry::SHORT_PATIENCE
+                && missing.any(|page| self.is_mapped(page))
+            {
+                pause.rest();
+                continue;
+            }
+            let Some(delay) = retry.delay_after(attempt) else { break };
+            attempt += 1;
             std::thread::sleep(delay);
         }
         Ok(())
+    }
+
+    /// Whether a page has an address.
+    fn is_mapped(&self, page: usize) -> bool {
+        match self {
+            Self::Pager { descriptor, region, .. } => segment_from(descriptor, LOOK_SHARD, region, page)
+                .flatten()
+                .is_some_and(|segment| segment.pages().contains(&page)),
+            Self::Sigbus(_) => true,
+        }
     }
 
     /// The number of threads that may fill it concurrently.
@@ -214,20 +248,22 @@ fn step(
 ) -> Option<Step> {
     let segment = match segment_from(descriptor, filler.thread, region, pages.start)? {
         Some(segment) => segment,
-        None => return Some(Step { next: pages.end, filled: 0 }),
+        None => return Some(Step::nothing(pages.end)),
     };
     let within = pages.start.max(segment.first)..pages.end.min(segment.pages().end);
     if within.is_empty() {
-        return Some(Step { next: pages.end, filled: 0 });
+        return Some(Step::nothing(pages.end));
     }
     let (run, next) = PageRun::claim(&segment, within, usize::MAX);
-    let Some(run) = run else { return Some(Step { next, filled: 0 }) };
+    let Some(run) = run else { return Some(Step::nothing(next)) };
     let (claimed, thread) = (run.pages(), filler.thread);
+    let mut put_off = false;
     let mut load = |run: PageRun| match filler.resume(&shared.fill, descriptor, Work::Load(run.early(), 0)) {
         Outcome::Settled => true,
         // A fault that needs the page reads it again.
         Outcome::Deferred(work, _) => {
             filler.give_up(descriptor, work);
+            put_off = true;
             true
         }
         Outcome::TargetGone => false,
@@ -254,11 +290,13 @@ fn step(
         return None;
     }
     let is_failed = |page: &usize| states.is_failed(*page) && is_there(descriptor, thread, &segment, *page);
+    let mut has_failed = false;
     for page in claimed.clone().filter(is_failed) {
         failed.note(page..page + 1);
+        has_failed = !put_off;
     }
     let filled = claimed.filter(|page| !states.is_missing(*page)).count();
-    Some(Step { next, filled })
+    Some(Step { next, filled, has_failed })
 }
 
 /// Whether a page is still at its address.

@@ -25,10 +25,8 @@ const BULK_BYTES: usize = 1 << 20;
 /// Rounds without progress for pages that no other thread is filling and that the kernel reports as present.
 const MAX_FUTILE_ROUNDS: usize = 8;
 
-/// Durations for which a call waits for the kernel without progress: the short one while the kernel lacks memory or no
-/// thread reads events any more, the long one while they are read. A process that is stopped in the middle of a change
-/// is a reason to give up.
-const SHORT_PATIENCE: Duration = Duration::from_secs(3);
+/// Duration for which a call waits for the kernel without progress while events are read. A process that is stopped in the
+/// middle of a change is a reason to give up.
 pub(crate) const LONG_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long one call waits in all without progress, for any number of descriptors and pages.
@@ -51,7 +49,7 @@ impl Patience {
     /// Returns whether it is exhausted, for a kernel whose events are read or not. The first call starts the clock.
     fn is_over(&mut self, events_are_read: bool) -> bool {
         let since = *self.since.get_or_insert_with(Instant::now);
-        since.elapsed() >= if events_are_read { self.most } else { self.most.min(SHORT_PATIENCE) }
+        since.elapsed() >= if events_are_read { self.most } else { self.most.min(retry::SHORT_PATIENCE) }
     }
 }
 
