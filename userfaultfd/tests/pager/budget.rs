@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use userfaultfd::pager::{Budget, Error, FaultAround, FillOrder, PageData, Pager, Problem, RetryPolicy};
 use userfaultfd::{FeatureFlags, LazyBuilder, LazyMemory};
 
+use crate::scene;
 use crate::support::random::Random;
 use crate::support::{child, page, proc, require, test_name};
 
@@ -121,23 +122,10 @@ fn model(seed: u64, steps: usize, prepare: impl FnOnce(LazyBuilder) -> LazyBuild
     let mut expected: Vec<u8> = (0..pages * page()).map(|at| byte(at as u64)).collect();
     let mut random = Random::new(seed);
     for step in 0..steps {
-        let at = match random.below(4) {
-            0 => random.below(expected.len()),
-            _ => random.below(expected.len() / 8),
-        };
-        let len = (1 + random.below(3 * page())).min(expected.len() - at);
+        let (at, len) = scene::random_place(&mut random, expected.len());
         let what = random.below(100);
         match what {
-            0..40 => assert_eq!(memory[at], expected[at], "step {step}"),
-            40..65 => {
-                memory[at] = step as u8;
-                expected[at] = step as u8;
-            }
-            65..75 => assert!(memory[at..at + len] == expected[at..at + len], "step {step}"),
-            75..80 => {
-                memory[at..at + len].fill(step as u8);
-                expected[at..at + len].fill(step as u8);
-            }
+            0..80 => scene::access(what, &mut memory, &mut expected, at..at + len, step),
             80..87 => {
                 let mut bytes = vec![0; len];
                 assert_eq!(memory.read_at(at, &mut bytes).unwrap(), len);

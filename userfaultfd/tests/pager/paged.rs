@@ -15,6 +15,7 @@ use userfaultfd::pager::{
 };
 use userfaultfd::{FeatureFlags, PagedBuilder, PagedMemory};
 
+use crate::scene;
 use crate::support::random::Random;
 use crate::support::{child, page, proc, require, test_name};
 
@@ -375,27 +376,15 @@ fn model(seed: u64, steps: usize, write_back: WriteBack) {
     let shelf = Shelf::new(content(pages * page() - 100));
     let budget = Budget::new(most * page());
     let memory = builder(&shelf, &budget).write_back(write_back).threads(2);
-    let mut memory = memory.on_problem(|_| {}).build().unwrap();
+    let mut memory = memory.on_problem(|problem| println!("{problem}")).build().unwrap();
     let mut expected = shelf.all();
     let mut flushed = shelf.all();
     let mut random = Random::new(seed);
     for step in 0..steps {
-        let at = match random.below(4) {
-            0 => random.below(expected.len()),
-            _ => random.below(expected.len() / 8),
-        };
-        let len = (1 + random.below(3 * page())).min(expected.len() - at);
-        match random.below(100) {
-            0..40 => assert_eq!(memory[at], expected[at], "step {step}"),
-            40..65 => {
-                memory[at] = step as u8;
-                expected[at] = step as u8;
-            }
-            65..75 => assert!(memory[at..at + len] == expected[at..at + len], "step {step}"),
-            75..80 => {
-                memory[at..at + len].fill(step as u8);
-                expected[at..at + len].fill(step as u8);
-            }
+        let (at, len) = scene::random_place(&mut random, expected.len());
+        let what = random.below(100);
+        match what {
+            0..80 => scene::access(what, &mut memory, &mut expected, at..at + len, step),
             80..84 => {
                 let bytes = vec![step as u8 ^ 0x55; len];
                 assert_eq!(memory.write_at(at, &bytes).unwrap(), len);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,8 @@ use userfaultfd::{FeatureFlags, Uffd};
 
 use crate::reader::{Seen, read};
 use crate::support::memory::{Kind, Memory};
-use crate::support::{features, has_features};
+use crate::support::random::Random;
+use crate::support::{features, has_features, page};
 
 /// The first byte of a page of the source.
 pub(crate) fn byte(page: usize) -> u8 {
@@ -152,4 +154,27 @@ pub(crate) fn eventually<T: PartialEq + Debug>(now: impl Fn() -> T, expected: T)
         std::thread::yield_now();
     }
     assert_eq!(now(), expected);
+}
+
+/// Where a random program accesses memory next, an eighth of it more often than the rest: the first byte, and how many.
+pub(crate) fn random_place(random: &mut Random, end: usize) -> (usize, usize) {
+    let at = match random.below(4) {
+        0 => random.below(end),
+        _ => random.below(end / 8),
+    };
+    (at, (1 + random.below(3 * page())).min(end - at))
+}
+
+/// What such a program does in 80 of 100 cases: it reads a byte, writes it, reads or writes all in a range.
+pub(crate) fn access(what: usize, memory: &mut [u8], expected: &mut [u8], range: Range<usize>, step: usize) {
+    let at = range.start;
+    match what {
+        0..40 => assert_eq!(memory[at], expected[at], "step {step}"),
+        40..65 => (memory[at], expected[at]) = (step as u8, step as u8),
+        65..75 => assert!(memory[range.clone()] == expected[range], "step {step}"),
+        _ => {
+            memory[range.clone()].fill(step as u8);
+            expected[range].fill(step as u8);
+        }
+    }
 }

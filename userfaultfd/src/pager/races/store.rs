@@ -95,6 +95,15 @@ fn read_others(raw: usize) {
 
 const POINTS: [Departure; 3] = [Departure::BeforeClean, Departure::BeforeStore, Departure::AfterStore];
 
+/// Memory of which a page was written, with its store and budget, and the page.
+fn written(write_back: WriteBack) -> (Shelf, Budget, PagedMemory, Cell) {
+    let (shelf, budget) = (Shelf::new(), Budget::new(BUDGET * page()));
+    let memory = shelf.memory(&budget, write_back);
+    let cell = cell_of(&memory, PAGE);
+    cell.write(0x83);
+    (shelf, budget, memory, cell)
+}
+
 #[test]
 fn write_during_a_flush_is_in_memory_and_in_the_next_flush() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
@@ -102,10 +111,7 @@ fn write_during_a_flush_is_in_memory_and_in_the_next_flush() {
         for point in POINTS {
             for mood in MOODS {
                 let context = format!("{write_back:?} {point:?} {mood:?}");
-                let (shelf, budget) = (Shelf::new(), Budget::new(BUDGET * page()));
-                let memory = shelf.memory(&budget, write_back);
-                let cell = cell_of(&memory, PAGE);
-                cell.write(0x83);
+                let (shelf, _budget, memory, cell) = written(write_back);
                 shelf.set(mood);
                 let (armed, happened) = once(point, cell, move || {
                     accesses(cell, |cell| {
@@ -140,10 +146,7 @@ fn page_is_not_dropped_before_its_store_has_it() {
         for point in [Departure::BeforeStore, Departure::AfterStore] {
             for mood in MOODS {
                 let context = format!("{write_back:?} {point:?} {mood:?}");
-                let (shelf, budget) = (Shelf::new(), Budget::new(BUDGET * page()));
-                let memory = shelf.memory(&budget, write_back);
-                let cell = cell_of(&memory, PAGE);
-                cell.write(0x83);
+                let (shelf, _budget, memory, cell) = written(write_back);
                 shelf.set(mood);
                 let raw = memory.as_raw_slice().cast::<u8>().expose_provenance();
                 let (armed, happened) = once(point, cell, move || {
@@ -169,10 +172,8 @@ fn page_is_not_dropped_before_its_store_has_it() {
 fn page_that_is_pinned_while_it_is_written_stays() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     for point in POINTS {
-        let (shelf, budget) = (Shelf::new(), Budget::new(BUDGET * page()));
-        let memory = Arc::new(shelf.memory(&budget, WriteBack::Any));
-        let cell = cell_of(&memory, PAGE);
-        cell.write(0x83);
+        let (shelf, _budget, memory, cell) = written(WriteBack::Any);
+        let memory = Arc::new(memory);
         let raw = memory.as_raw_slice().cast::<u8>().expose_provenance();
         let pinning = Arc::clone(&memory);
         let (_armed, happened) = once(point, cell, move || {
@@ -193,10 +194,8 @@ fn page_that_is_pinned_while_it_is_written_stays() {
 fn flush_waits_for_another_that_has_its_page_in_hand() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     for point in POINTS {
-        let (shelf, budget) = (Shelf::new(), Budget::new(BUDGET * page()));
-        let memory = Arc::new(shelf.memory(&budget, WriteBack::Any));
-        let cell = cell_of(&memory, PAGE);
-        cell.write(0x83);
+        let (shelf, _budget, memory, cell) = written(WriteBack::Any);
+        let memory = Arc::new(memory);
         let (flushing, its_shelf) = (Arc::clone(&memory), shelf.clone());
         let (_armed, happened) = once(point, cell, move || {
             let (thread_id, flushing, shelf) =
@@ -222,10 +221,7 @@ fn memory_that_ends_while_its_writer_has_a_page_waits_for_it() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     for point in POINTS {
         for mood in MOODS {
-            let (shelf, budget) = (Shelf::new(), Budget::new(BUDGET * page()));
-            let memory = shelf.memory(&budget, WriteBack::Any);
-            let cell = cell_of(&memory, PAGE);
-            cell.write(0x83);
+            let (shelf, budget, memory, cell) = written(WriteBack::Any);
             shelf.set(mood);
             let (ending_thread, has_ended) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicBool::new(false)));
             let (ending, ended) = (Arc::clone(&ending_thread), Arc::clone(&has_ended));

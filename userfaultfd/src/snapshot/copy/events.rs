@@ -136,18 +136,10 @@ impl Copier {
     /// protected as before: their content is lost.
     pub(super) fn discard(&mut self, range: &Range<usize>) {
         let Some(active) = &mut self.active else { return };
-        for part in active.discard(range) {
-            for at in (0..part.len).step_by(part.page) {
-                let page = Part {
-                    address: part.address + at,
-                    offset: part.offset + at,
-                    len: part.page,
-                    page: part.page,
-                };
-                let bit = page.bits().start;
-                if self.removed.get(bit) && self.silent.get(bit) {
-                    self.lose(&page);
-                }
+        for page in active.discard(range).iter().flat_map(Part::pages) {
+            let bit = page.bits().start;
+            if self.removed.get(bit) && self.silent.get(bit) {
+                self.lose(&page);
             }
         }
     }

@@ -81,13 +81,7 @@ impl Copier {
             Saved::Full => part.offset,
             // One page may spoil all.
             Saved::Doubt if part.len > part.page => {
-                for at in (0..part.len).step_by(part.page) {
-                    let page = Part {
-                        address: part.address + at,
-                        offset: part.offset + at,
-                        len: part.page,
-                        page: part.page,
-                    };
+                for page in part.pages() {
                     if self.read(&page, Size::Chunk, false)? == Saved::Full {
                         return Ok(page.bits().start);
                     }

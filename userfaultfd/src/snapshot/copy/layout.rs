@@ -25,6 +25,17 @@ impl Part {
         self.offset / page_size()..(self.offset + self.len) / page_size()
     }
 
+    /// Its pages, one by one.
+    pub(super) fn pages(&self) -> impl Iterator<Item = Part> + use<> {
+        let Part { address, offset, len, page } = *self;
+        (0..len).step_by(page).map(move |at| Part {
+            address: address + at,
+            offset: offset + at,
+            len: page,
+            page,
+        })
+    }
+
     /// What lies at these addresses.
     fn cut(&self, range: &Range<usize>) -> Option<Part> {
         let own = self.addresses();
