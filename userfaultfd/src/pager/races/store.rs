@@ -177,15 +177,25 @@ fn page_that_is_pinned_while_it_is_written_stays() {
         let raw = memory.as_raw_slice().cast::<u8>().expose_provenance();
         let pinning = Arc::clone(&memory);
         let (_armed, happened) = once(point, cell, move || {
-            let pinned = pinning.pin(PAGE * page()..(PAGE + 1) * page()).unwrap();
-            // Not with its page claimed: then room might wait for this thread.
-            if point != Departure::BeforeClean {
+            let (thread_id, pinning) = (Arc::new(AtomicU32::new(0)), Arc::clone(&pinning));
+            let told = Arc::clone(&thread_id);
+            let pins = thread::spawn(move || {
+                told.store(proc::thread_id() as u32, Ordering::SeqCst);
+                let pinned = pinning.pin(PAGE * page()..(PAGE + 1) * page()).unwrap();
                 read_others(raw);
+                assert_eq!((pinned[9], is_resident(cell)), (0x83, true));
+            });
+            wait_until(|| thread_id.load(Ordering::SeqCst) != 0);
+            if point == Departure::BeforeClean {
+                // The page is claimed here: the pin waits until it is known whether the page stays.
+                proc::wait_until_in(thread_id.load(Ordering::SeqCst) as libc::pid_t, libc::SYS_nanosleep);
+            } else {
+                wait_until(|| pins.is_finished());
             }
-            assert_eq!((pinned[9], is_resident(cell)), (0x83, true));
+            pins
         });
         memory.flush().unwrap();
-        happened.recv().unwrap();
+        happened.recv().unwrap().join().unwrap();
         assert_eq!(shelf.byte(PAGE), 0x83, "{point:?}");
     }
 }
