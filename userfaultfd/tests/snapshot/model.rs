@@ -191,6 +191,9 @@ struct Worker<'a> {
     random: Random,
     /// Where its pages are, unless they are gone.
     places: Vec<Option<usize>>,
+    /// Where UFFDIO_MOVE puts pages. It is mapped from the beginning, so that it doesn't lie where the memory has a hole: a
+    /// snapshot couldn't begin while it is registered there.
+    target: Memory,
     log: BTreeMap<usize, Vec<Operation>>,
     /// When the layout changed: moves, and what was unmapped or mapped anew.
     changes: Vec<Change>,
@@ -202,8 +205,16 @@ impl<'a> Worker<'a> {
     /// Begins with content everywhere.
     fn new(world: &'a World, pages: Range<usize>, random: Random) -> Self {
         let places = (0..pages.end).map(|page| Some(world.at(page).expose_provenance())).collect();
-        let mut worker =
-            Self { world, pages, random, places, log: BTreeMap::new(), changes: Vec::new(), panicked: None };
+        let mut worker = Self {
+            world,
+            pages,
+            random,
+            places,
+            target: Memory::anonymous(1),
+            log: BTreeMap::new(),
+            changes: Vec::new(),
+            panicked: None,
+        };
         worker.pages.clone().for_each(|page| worker.write(page));
         worker
     }
@@ -308,18 +319,16 @@ impl<'a> Worker<'a> {
                 }
             }
             750..780 if kind == Kind::Anonymous && features().contains(FeatureFlags::MOVE) => {
-                let (target, uffd) = (Memory::anonymous(1), uffd(FeatureFlags::MOVE));
-                // Where a page has left a hole, the snapshot may have registered what is mapped there now: it can't ask
-                // otherwise whether memory is its own.
-                match uffd.register(target.start(), page()) {
-                    Ok(_) => {}
-                    Err(error) if error.errno() == Some(userfaultfd::Errno::EBUSY) => return,
-                    Err(error) => panic!("{error}"),
-                }
+                let (target, uffd) = (&self.target, uffd(FeatureFlags::MOVE));
+                uffd.register(target.start(), page()).unwrap();
                 // SAFETY: nobody borrows the page. It fails where a fork shares it, or it isn't there.
                 let moved = unsafe { uffd.move_pages(at, target.start(), page(), MoveMode::empty()) };
                 // Linux 6.18 answers EEXIST now and then after it has moved a page out of a huge one.
-                if moved.is_ok() || target.state(0).present {
+                let has_left = moved.is_ok() || target.state(0).present;
+                // A child may keep the descriptor open for a while.
+                uffd.unregister(target.start(), page()).unwrap();
+                target.advise(0, 1, libc::MADV_DONTNEED).unwrap();
+                if has_left {
                     self.note(first..first + 1, began, Act::Silent, Some(0));
                 }
             }
