@@ -201,7 +201,7 @@ impl Listener {
     /// - [`Listen`](Error::Listen): the socket failed; `EMFILE`: this process may open no more files.
     pub fn accept(&mut self) -> Result<Handoff, Error> {
         loop {
-            if let Some(handoff) = self.step(None)? {
+            if let Some(handoff) = self.step(None, &mut [])? {
                 return Ok(handoff);
             }
         }
@@ -215,7 +215,7 @@ impl Listener {
     pub fn accept_timeout(&mut self, timeout: Duration) -> Result<Option<Handoff>, Error> {
         let until = Instant::now() + timeout;
         loop {
-            let handoff = self.step(Some(until))?;
+            let handoff = self.step(Some(until), &mut [])?;
             if handoff.is_some() || until <= Instant::now() {
                 return Ok(handoff);
             }
@@ -228,9 +228,17 @@ impl Listener {
         self.pending.len()
     }
 
-    /// Waits for anything once, and handles it.
-    fn step(&mut self, until: Option<Instant>) -> Result<Option<Handoff>, Error> {
+    /// Waits for anything once, and handles it. `others` are descriptors that are waited for, too.
+    pub(super) fn step(
+        &mut self,
+        until: Option<Instant>,
+        others: &mut [libc::pollfd],
+    ) -> Result<Option<Handoff>, Error> {
+        let poll = |fds: &mut [libc::pollfd], millis| {
+            socket::poll_readable(fds, millis).map_err(|errno| Error::Listen(errno.into()))
+        };
         if let Some(done) = self.done.pop_front() {
+            poll(others, 0)?;
             return done.map(Some);
         }
         let now = Instant::now();
@@ -242,7 +250,11 @@ impl Listener {
         let polled = |fd: BorrowedFd<'_>| libc::pollfd { fd: fd.as_raw_fd(), events: 0, revents: 0 };
         let mut fds: Vec<_> = self.pending.iter().map(|pending| polled(pending.connection.as_fd())).collect();
         fds.push(polled(self.socket.as_fd()));
-        socket::poll_readable(&mut fds, millis).map_err(|errno| Error::Listen(errno.into()))?;
+        let own = fds.len();
+        fds.extend_from_slice(others);
+        poll(&mut fds, millis)?;
+        others.copy_from_slice(&fds[own..]);
+        fds.truncate(own);
         let listens = fds.pop().is_some_and(|fd| fd.revents != 0);
         let mut ready = fds.iter().map(|fd| fd.revents != 0);
         let now = Instant::now();

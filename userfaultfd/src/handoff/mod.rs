@@ -2,7 +2,8 @@
 //!
 //! A monitor that restores a virtual machine lazily registers its memory with a userfaultfd, connects to a Unix socket,
 //! and sends the descriptor with a description of the memory. This module has both ends: [`Listener`] for the handler,
-//! which gives the [`Handoff`] to a pager ([`Pager::serve`](crate::pager::Pager::serve)), and [`send`] for monitors.
+//! which gives the [`Handoff`] to a pager ([`Pager::serve`](crate::pager::Pager::serve)), and [`send`] for monitors. [`Server`]
+//! is the handler's loop: arrivals, messages and ends of any number of virtual machines, in one thread.
 //!
 //! # Dialects
 //!
@@ -45,6 +46,7 @@ mod process;
 mod region;
 mod send;
 mod serve;
+mod server;
 
 pub use self::connection::{Connection, Received};
 pub use self::decoder::Decoder;
@@ -57,4 +59,5 @@ pub use self::process::{Credentials, Process};
 pub use self::region::MemoryRegion;
 pub use self::send::{Offer, receive_memory, send, send_message};
 pub use self::serve::{ProcessRecorder, ProcessReplay, ServeError, ServedProcess, Unserved};
+pub use self::server::{Server, ServerEvent};
 pub use crate::pager::OnEnd;

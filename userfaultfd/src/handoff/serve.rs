@@ -1,11 +1,12 @@
 //! What was handed over, served by a pager.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Connection, Dialect, Handoff, MemoryRegion, Parts, PeerError, Process, Received, region};
+use crate::pager::bell::Bell;
 use crate::pager::memory::fault_log::Mode;
 use crate::pager::on_end::Guest;
 use crate::pager::stats::Tally;
@@ -248,6 +249,16 @@ impl ServedProcess {
     /// Waits until the pager doesn't serve the process any more: it has ended, or was handed over, or the pager is dropped.
     pub fn wait(&self) {
         self.pager.wait_for(self.descriptor);
+    }
+
+    /// Has a bell ring when the pager doesn't serve the process any more, from now on.
+    pub(super) fn ring_at_end(&self, bell: &Arc<Bell>) {
+        self.guest.ring_at_end(Arc::clone(bell));
+    }
+
+    /// The connection, if there is one.
+    pub(super) fn stream(&self) -> Option<BorrowedFd<'_>> {
+        self.stream.as_ref().map(AsFd::as_fd)
     }
 
     /// Sets how the process ends when its memory can't be served any more.

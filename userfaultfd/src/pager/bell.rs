@@ -1,10 +1,10 @@
-//! What wakes the control thread.
+//! What wakes the control thread, and the thread that waits for ends of processes.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::{Errno, sys};
 
-/// An eventfd among what the control thread waits for.
+/// An eventfd among what a thread waits for.
 #[derive(Debug)]
 pub(crate) struct Bell(OwnedFd);
 
@@ -13,7 +13,7 @@ impl Bell {
         sys::eventfd(false).map(Self)
     }
 
-    /// Has the control thread look at what there is. Neither waits nor allocates.
+    /// Has the thread look at what there is. Neither waits nor allocates.
     pub(crate) fn ring(&self) {
         sys::ring(self.0.as_fd());
     }

@@ -110,7 +110,7 @@
 mod concurrency {}
 
 mod activity;
-mod bell;
+pub(crate) mod bell;
 mod builder;
 mod error;
 pub(crate) mod evict;

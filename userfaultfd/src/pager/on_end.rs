@@ -2,8 +2,10 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use crate::pager::bell::Bell;
 use crate::sys;
 
 /// What becomes of a process when its memory can't be served any more.
@@ -50,11 +52,18 @@ pub(crate) struct Guest {
     pidfd: Option<OwnedFd>,
     /// Whether it was killed.
     killed: AtomicBool,
+    /// Rings when it isn't served any more.
+    bell: OnceLock<Arc<Bell>>,
 }
 
 impl Guest {
     pub(crate) fn new(on_end: OnEnd, pidfd: Option<OwnedFd>) -> Self {
-        Self { on_end: AtomicU8::new(on_end as u8), pidfd, killed: AtomicBool::new(false) }
+        Self {
+            on_end: AtomicU8::new(on_end as u8),
+            pidfd,
+            killed: AtomicBool::new(false),
+            bell: OnceLock::new(),
+        }
     }
 
     pub(crate) fn on_end(&self) -> OnEnd {
@@ -65,6 +74,19 @@ impl Guest {
     #[cfg(feature = "handoff")]
     pub(crate) fn set_on_end(&self, on_end: OnEnd) {
         self.on_end.store(on_end as u8, Ordering::Relaxed);
+    }
+
+    /// Has a bell ring when the process isn't served any more: the first that is given.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn ring_at_end(&self, bell: Arc<Bell>) {
+        let _not_the_first = self.bell.set(bell);
+    }
+
+    /// The process isn't served any more. Neither waits nor allocates: workers call it.
+    pub(crate) fn note_end(&self) {
+        if let Some(bell) = self.bell.get() {
+            bell.ring();
+        }
     }
 
     /// Kills the process. Allocates nothing: workers call it. Returns whether this is the first time that it can be killed.

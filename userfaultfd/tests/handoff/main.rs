@@ -9,3 +9,4 @@ mod inherited;
 mod monitor;
 mod peers;
 mod served;
+mod server;

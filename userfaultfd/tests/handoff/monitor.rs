@@ -24,6 +24,7 @@ pub(crate) const HALF: usize = PAGES / 2;
 const REMOVE: u8 = 0x80;
 const EXIT: u8 = 0xff;
 const ADD: u8 = 0xfe;
+const BABBLE: u8 = 0xfd;
 
 /// The byte of a page of the image.
 pub(crate) fn byte(number: usize) -> u8 {
@@ -161,6 +162,12 @@ impl Monitor {
         self.process.succeed();
     }
 
+    /// Has it send what is no message, and waits until it has.
+    pub(crate) fn babble(&mut self) {
+        self.ask(BABBLE);
+        self.answer();
+    }
+
     /// Has it say that its second region is there, too.
     pub(crate) fn add_region(&mut self) {
         self.ask(ADD);
@@ -214,6 +221,7 @@ fn run(
                 (&*stream).read_exact(&mut confirmation).unwrap();
                 command[0] = confirmation[0];
             }
+            BABBLE => (&*stream).write_all(b"[{}]").unwrap(),
             page if page & REMOVE != 0 => remove((page & !REMOVE).into()),
             page => command[0] = read(page.into()),
         }

@@ -238,6 +238,14 @@ impl Descriptor {
         guest.is_some_and(|guest| guest.wait())
     }
 
+    /// It was closed: tells the thread that waits for the process.
+    pub(crate) fn note_end(&self) {
+        // Otherwise it was taken out, which tells, too.
+        if let Some(guest) = &*lock(&self.guest) {
+            guest.note_end();
+        }
+    }
+
     /// Whether it isn't served any more.
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
@@ -254,6 +262,9 @@ impl Descriptor {
         let layout = lock(&self.left).take();
         let ends = std::mem::take(&mut *lock(&self.ends));
         let guest = lock(&self.guest).take();
+        if let Some(guest) = &guest {
+            guest.note_end();
+        }
         let is_something = layout.is_some() || !ends.is_empty() || guest.is_some();
         is_something.then_some(Left { _layout: layout, _ends: ends, _guest: guest })
     }

@@ -168,6 +168,7 @@ impl Shared {
         self.fill.in_flight.cancel(|of, _| of.id == descriptor.id);
         self.poll.remove(serving.uffd.as_fd());
         self.table.note_closed();
+        descriptor.note_end();
         self.mailbox.post(Note::Ended);
         Some(serving)
     }
