@@ -14,6 +14,8 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+#[cfg(feature = "handoff")]
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::{env, process};
 
@@ -391,6 +393,61 @@ fn serve_and_restore_print_usage() {
     for (example, usage) in [
         ("serve", "usage: cargo run --example serve -- SNAPSHOT SOCKET [PROCESSES]\n"),
         ("restore", "usage: cargo run --example restore -- SNAPSHOT SOCKET\n"),
+    ] {
+        for arguments in [&[][..], &["one"], &["one", "two", "three"], &["one", "two", "3", "four"]] {
+            let output = run(command(example).args(arguments));
+            assert_eq!((output.status.code(), &*output.err), (Some(1), usage), "{arguments:?}");
+        }
+    }
+}
+
+#[cfg(feature = "handoff")]
+#[test]
+fn serve_vms_fills_the_memory_of_each_machine() {
+    let directory = Directory::new("serve_vms");
+    let (snapshot, socket) = (directory.snapshot(), directory.0.join("socket"));
+    const MACHINES: usize = 8;
+    let mut serve = start(command("serve_vms").args([&snapshot, &socket]).arg((MACHINES + 1).to_string()));
+    assert_eq!(serve.line(), "serving\n");
+    // One whose memory is longer than the snapshot would sleep for ever: it is killed.
+    let longer = directory.0.join("longer");
+    fs::write(&longer, vec![1; 2_000_000]).unwrap();
+    let refused = run(command("hand_over").args([&longer, &socket]));
+    assert_eq!(refused.status.signal(), Some(libc::SIGKILL), "{refused:?}");
+    // One that differs is noticed, so that the comparison shows something.
+    let other = directory.0.join("other");
+    let mut content = fs::read(&snapshot).unwrap();
+    content[500_000] ^= 1;
+    fs::write(&other, content).unwrap();
+    let different = run(command("hand_over").args([&other, &socket]));
+    assert_eq!(different.status.code(), Some(1), "{different:?}");
+    assert!(different.err.ends_with("isn't as in the snapshot\n"), "{different:?}");
+    let machines: Vec<_> =
+        (0..MACHINES).map(|_| start(command("hand_over").args([&snapshot, &socket]))).collect();
+    for machine in machines {
+        let restored = machine.output();
+        assert!(restored.status.success() && restored.err.is_empty(), "{restored:?}");
+        assert_eq!(restored.out, "restored 1000007 bytes, as they are in the snapshot\n");
+    }
+    let served = serve.output();
+    assert!(served.status.success(), "{served:?}");
+    let pages = 1_000_007_usize.div_ceil(page_size()) * page_size();
+    let ended = format!("faults, {pages} bytes\n");
+    assert_eq!(served.out.matches(&ended).count(), MACHINES, "{}", served.out);
+    // The machine that is refused, and what the pager says of those that end.
+    assert_eq!(served.err.matches("isn't served: ").count(), 1, "{}", served.err);
+    assert!(!socket.exists());
+}
+
+#[cfg(feature = "handoff")]
+#[test]
+fn serve_vms_and_hand_over_print_usage() {
+    for (example, usage) in [
+        (
+            "serve_vms",
+            "usage: cargo run --features handoff --example serve_vms -- SNAPSHOT SOCKET [MACHINES]\n",
+        ),
+        ("hand_over", "usage: cargo run --features handoff --example hand_over -- SNAPSHOT SOCKET\n"),
     ] {
         for arguments in [&[][..], &["one"], &["one", "two", "three"], &["one", "two", "3", "four"]] {
             let output = run(command(example).args(arguments));

@@ -88,11 +88,13 @@ fn features() -> Result<Outcome, String> {
     let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,object-store,handoff";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
     run(&["test", "--test=http", "--test=tokio", "--test=object", "--test=handoff"], optional, &[])?;
-    let examples = ["--package=userfaultfd-examples", "--features=http,tokio,object-store"];
+    let examples = ["--package=userfaultfd-examples", "--features=http,tokio,object-store,handoff"];
     let built = ["build", "--example=from_http", "--example=async_source", "--example=from_s3"];
+    let built = [&built[..], &["--example=serve_vms", "--example=hand_over"]].concat();
     execute(&mut cargo(&[&built, &examples[..]].concat()))?;
     let tests = ["test", "--test=run"];
-    let mut tests = cargo(&[&tests, &examples[..], &["--", "from_http", "async_source", "from_s3"]].concat());
+    let named = ["--", "from_http", "async_source", "from_s3", "serve_vms"];
+    let mut tests = cargo(&[&tests, &examples[..], &named].concat());
     // Without it the test says that it was skipped.
     tests.envs(servers::moto().map(|program| ("USERFAULTFD_TEST_MOTO", program)));
     execute(&mut tests)?;
