@@ -85,9 +85,11 @@ fn features() -> Result<Outcome, String> {
     }
     run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
     run(&["test", "--lib"], "--features=snapshot", &["--", "snapshot::"])?;
-    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,object-store,handoff";
+    let optional =
+        "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,object-store,handoff,cli";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
-    run(&["test", "--test=http", "--test=tokio", "--test=object", "--test=handoff"], optional, &[])?;
+    let tests = ["test", "--test=http", "--test=tokio", "--test=object", "--test=handoff", "--test=cli"];
+    run(&tests, optional, &[])?;
     let examples = ["--package=userfaultfd-examples", "--features=http,tokio,object-store,handoff"];
     let built = ["build", "--example=from_http", "--example=async_source", "--example=from_s3"];
     let built = [&built[..], &["--example=serve_vms", "--example=hand_over"]].concat();

@@ -1,0 +1,21 @@
+//! The command line: the one definition that help, manual pages and completions are made of.
+
+use crate::exit::CODES;
+use crate::{doctor, manual};
+
+/// Linux userfaultfd: page faults handled by a program.
+///
+/// `uffd` says what this kernel and this process can do.
+#[derive(Debug, clap::Parser)]
+#[command(name = "uffd", version, after_help = CODES, after_long_help = CODES)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    Doctor(doctor::Options),
+    Man(manual::Man),
+    Completions(manual::Completions),
+}

@@ -1,0 +1,32 @@
+//! `uffd`: what this machine can do with userfaultfd, and a page-fault handler for virtual machines.
+//!
+//! Each subcommand is a file; the library does the work. Nothing goes to the standard output but what was asked for.
+
+mod cli;
+mod doctor;
+mod exit;
+mod manual;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use self::cli::{Arguments, Command};
+use self::exit::Failure;
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Doctor(options) => doctor::run(&options),
+        Command::Man(options) => manual::man(&options),
+        Command::Completions(options) => manual::completions(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader of a pipe has what it wanted.
+        Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("uffd: {failure}");
+            failure.code()
+        }
+    }
+}
