@@ -1,7 +1,7 @@
 //! A fault loop in a tokio program: each fault is a task that awaits its content.
 //!
 //! ```sh
-//! cargo run --example tokio_loop
+//! cargo run --example tokio_loop --features tokio
 //! ```
 //!
 //! Any kernel; no rights from Linux 5.11 on.
@@ -14,11 +14,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use memmap2::MmapMut;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
-use userfaultfd::{Errno, Error, Event, EventBuffer, Uffd, UffdBuilder, page_size};
+use userfaultfd::{AsyncUffd, Errno, Error, Event, EventBuffer, Uffd, UffdBuilder, page_size};
 use userfaultfd_examples::Result;
 
 /// Pages, each of which a thread of its own touches.
@@ -62,25 +60,21 @@ fn content(number: usize) -> u8 {
 
 /// Resolves faults until every page is there.
 async fn serve(uffd: Uffd, first: usize) -> Result<()> {
-    // SAFETY: a `Uffd` owns one descriptor, which stays the same and open as long as it lives.
-    let uffd = Arc::new(unsafe { AsyncFd::register_with_interest(uffd, Interest::READABLE) }?);
+    let uffd = Arc::new(AsyncUffd::with_tokio(uffd)?);
     let filled = Arc::new(AtomicUsize::new(0));
     let mut events = EventBuffer::new(64);
     let mut tasks = JoinSet::new();
     while filled.load(Ordering::Relaxed) < PAGES {
         tokio::select! {
-            ready = uffd.readable() => {
-                let mut ready = ready?;
-                if ready.get_inner().read_batch(&mut events)? == 0 {
-                    ready.clear_ready();
-                }
+            read = uffd.read_batch(&mut events) => {
+                read?;
                 for event in events.changes_first().drain() {
                     let Event::Pagefault { addr, .. } = event? else { continue };
                     let page = addr.map_addr(|addr| addr & !(page_size() - 1)).expose_provenance();
                     let (uffd, filled) = (Arc::clone(&uffd), Arc::clone(&filled));
                     tasks.spawn(async move {
                         let content = load((page - first) / page_size()).await;
-                        fill(uffd.get_ref(), page, &content).await?;
+                        fill(&uffd, page, &content).await?;
                         filled.fetch_add(1, Ordering::Relaxed);
                         Ok::<_, Error>(())
                     });

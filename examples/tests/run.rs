@@ -706,6 +706,15 @@ fn migrated_program_computes_same_result() {
     );
 }
 
+#[cfg(feature = "async-io")]
+#[test]
+fn async_io_loop_loads_each_page_once() {
+    let output = run(&mut command("async_io_loop"));
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(output.out, "64 threads have read 32 pages\n");
+}
+
+#[cfg(feature = "tokio")]
 #[test]
 fn tokio_loop_resolves_the_fault_of_every_thread() {
     let output = run(&mut command("tokio_loop"));

@@ -142,6 +142,11 @@ pub enum Error {
     #[error("reading would wait: the descriptor was made without non_blocking(true)")]
     Blocking,
 
+    /// The tokio runtime that an [`AsyncUffd`](crate::AsyncUffd) is registered with was shut down.
+    #[cfg(feature = "tokio")]
+    #[error("the tokio runtime that the userfaultfd is registered with was shut down")]
+    RuntimeEnded,
+
     /// A buffer has no room: an [`EventBuffer`](crate::EventBuffer) of size 0, no regions for a scan.
     #[error("the buffer has no room")]
     EmptyBuffer,
@@ -239,6 +244,8 @@ impl Error {
             | Error::ReadEof
             | Error::UnrecognizedEvent(_)
             | Error::UnsupportedIoctls(_) => None,
+            #[cfg(feature = "tokio")]
+            Error::RuntimeEnded => None,
         }
     }
 

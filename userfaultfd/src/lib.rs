@@ -136,8 +136,9 @@
 //! | `handoff` | no | `handoff`: memory that VM monitors and CRIU hand over; enables `serde` | serde, serde_json |
 //! | `http` | no | `source::HttpSource`; enables `pager` | ureq |
 //! | `zstd` | no | `source::SeekableZstd`; enables `pager`, compiles C | twox-hash, zstd-safe |
-//! | `tokio` | no | `source::TokioSource`; enables `pager` | tokio |
-//! | `object-store` | no | `source::ObjectSource`; enables `tokio` | object_store |
+//! | `tokio` | no | `AsyncUffd`, events awaited; with `pager`: `source::TokioSource` | tokio |
+//! | `async-io` | no | `AsyncUffd`, on any executor | async-io |
+//! | `object-store` | no | `source::ObjectSource`; enables `pager` and `tokio` | object_store |
 //! | `serde` | no | missing ranges can be serialised; enables `pager` | serde |
 //! | `bindgen` | no | raw bindings generated at build time, see `userfaultfd-sys` | bindgen |
 //!
@@ -281,6 +282,8 @@
 #[cfg(test)]
 extern crate self as userfaultfd;
 
+#[cfg(any(feature = "tokio", feature = "async-io"))]
+mod async_uffd;
 mod builder;
 #[cfg(feature = "tracking")]
 pub mod dirty;
@@ -332,6 +335,8 @@ mod watch;
 pub use nix::errno::Errno;
 pub use nix::unistd::Pid;
 
+#[cfg(any(feature = "tokio", feature = "async-io"))]
+pub use crate::async_uffd::{AsyncUffd, NotRegistered};
 pub use crate::builder::UffdBuilder;
 #[cfg(feature = "tracking")]
 pub use crate::dirty::{AccessTracker, DirtyTracker};

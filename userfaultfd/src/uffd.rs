@@ -553,7 +553,7 @@ impl Uffd {
     /// # Ok::<(), Error>(())
     /// ```
     pub fn try_read_event(&self) -> Result<Option<Event>> {
-        self.never_waits()?;
+        self.check_nonblocking()?;
         self.read_event()
     }
 
@@ -564,11 +564,11 @@ impl Uffd {
     /// [`Blocking`](Error::Blocking), as [`try_read_event`](Self::try_read_event); else as
     /// [`read_batch`](Self::read_batch).
     pub fn try_read_batch(&self, buf: &mut EventBuffer) -> Result<usize> {
-        self.never_waits()?;
+        self.check_nonblocking()?;
         self.read_batch(buf)
     }
 
-    fn never_waits(&self) -> Result<()> {
+    pub(crate) fn check_nonblocking(&self) -> Result<()> {
         if self.is_nonblocking()? { Ok(()) } else { Err(Error::Blocking) }
     }
 

@@ -16,7 +16,7 @@
 /// | checkpoint a numeric program at each step | [`checkpoints`](cookbook::checkpoints) |
 /// | reset a sandbox to its image | [`sandbox_reset`](cookbook::sandbox_reset) |
 /// | move a process's memory over TCP while it runs | [`migration`](cookbook::migration) |
-/// | resolve faults in a tokio program | [`tokio_loop`](cookbook::tokio_loop) |
+/// | resolve faults in a tokio program, or on another executor | [`tokio_loop`](cookbook::tokio_loop) |
 /// | find the old objects that a mutator has written | [`write_barrier`](cookbook::write_barrier) |
 ///
 /// Recipes that are examples (`other_process`, `migration`, `tokio_loop`) show parts of

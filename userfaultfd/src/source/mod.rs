@@ -27,7 +27,7 @@ mod remote;
 #[cfg(feature = "pager")]
 mod store;
 mod threaded;
-#[cfg(feature = "tokio")]
+#[cfg(all(feature = "pager", feature = "tokio"))]
 mod tokio;
 #[cfg(feature = "zstd")]
 mod zstd;
@@ -53,7 +53,7 @@ pub use remote::{ObjectSource, ObjectSourceBuilder};
 pub use remote::{RemoteError, RemoteOptions, RemoteStatistics};
 #[cfg(feature = "pager")]
 pub use store::{FnStore, PageStore};
-#[cfg(feature = "tokio")]
+#[cfg(all(feature = "pager", feature = "tokio"))]
 pub use tokio::TokioSource;
 
 pub use threaded::ThreadedSource;

@@ -79,24 +79,23 @@ fn features() -> Result<Outcome, String> {
     if core != CORE {
         return Err(format!("without features the library depends on {}", core.join(", ")));
     }
-    for features in ["", "pager", "tracking", "snapshot", "http", "handoff"] {
+    for features in ["", "pager", "tracking", "snapshot", "http", "handoff", "tokio", "async-io"] {
         let features = format!("--features={features}");
         run(&["clippy", "--lib", "--tests"], &features, &["--", "--deny=warnings"])?;
     }
     run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
     run(&["test", "--lib"], "--features=snapshot", &["--", "snapshot::"])?;
     let optional =
-        "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,object-store,handoff,cli";
+        "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,async-io,object-store,handoff,cli";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
-    let tests = ["test", "--test=http", "--test=tokio", "--test=object", "--test=handoff", "--test=cli"];
-    run(&tests, optional, &[])?;
-    let examples = ["--package=userfaultfd-examples", "--features=http,tokio,object-store,handoff"];
-    let built = ["build", "--example=from_http", "--example=async_source", "--example=from_s3"];
-    let built = [&built[..], &["--example=serve_vms", "--example=hand_over"]].concat();
-    execute(&mut cargo(&[&built, &examples[..]].concat()))?;
-    let tests = ["test", "--test=run"];
-    let named = ["--", "from_http", "async_source", "from_s3", "serve_vms"];
-    let mut tests = cargo(&[&tests, &examples[..], &named].concat());
+    let tests = ["http", "async_uffd", "tokio", "object", "handoff", "cli"];
+    let tests: Vec<_> = tests.iter().flat_map(|test| ["--test", test]).collect();
+    run(&[&["test"], &tests[..]].concat(), optional, &[])?;
+    let package = ["--package=userfaultfd-examples", "--features=http,tokio,async-io,object-store,handoff"];
+    let named = ["from_http", "async_source", "from_s3", "serve_vms", "tokio_loop", "async_io_loop"];
+    let built: Vec<_> = named.iter().chain(&["hand_over"]).flat_map(|name| ["--example", name]).collect();
+    execute(&mut cargo(&[&["build"], &package[..], &built].concat()))?;
+    let mut tests = cargo(&[&["test", "--test=run"], &package[..], &["--"], &named[..]].concat());
     // Without it the test says that it was skipped.
     tests.envs(servers::moto().map(|program| ("USERFAULTFD_TEST_MOTO", program)));
     execute(&mut tests)?;
