@@ -72,6 +72,8 @@ pub(crate) enum Departure {
     BeforeSync,
     /// It is in the staging area, or has been dropped from there, and its claim is about to end.
     AfterLeave,
+    /// It was filled without being needed yet, and its claim has ended; that isn't counted yet.
+    AfterPrefetch,
 }
 
 /// The pager is at a point, with the page at an address. Nothing outside of tests.

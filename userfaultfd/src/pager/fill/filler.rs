@@ -55,6 +55,8 @@ pub(crate) struct PageFiller {
     pub(crate) pace: Duration,
     /// Number of pages that turned out to be unmapped.
     pub(crate) unmapped: usize,
+    /// Number of pages that it has put in place, or found there.
+    pub(crate) placed: usize,
 }
 
 impl PageFiller {
@@ -68,6 +70,7 @@ impl PageFiller {
             place: None,
             pace: Duration::ZERO,
             unmapped: 0,
+            placed: 0,
         }
     }
 

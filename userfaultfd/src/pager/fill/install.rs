@@ -192,6 +192,7 @@ impl PageFiller {
             self.count(context, run, content, filled, end);
             event!(TRACE, "filled", address = run.address(), len = filled << run.region.page_shift);
             joined |= run.settle(filled, end);
+            self.placed += if end == Settlement::Present { filled } else { 0 };
             let Some(errno) = errno.filter(|_| filled == 0) else {
                 // After a partial fill the kernel hides the reason; the call for the rest returns it.
                 continue;
@@ -214,6 +215,7 @@ impl PageFiller {
                     if run.demand.is_none() {
                         let end = self.occupied(context, serving, run, content);
                         run.skip(serving, end);
+                        self.placed += usize::from(end == Settlement::Present);
                         continue;
                     }
                     if run.demanded() == Some(run.pages().start) && run.tries + 1 == MAX_TRIES {

@@ -20,6 +20,7 @@ use crate::pager::memory::page_run::PageRun;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::serve::shared::Shared;
 use crate::pager::{Error, Pager, RegionId, Result, RetryPolicy};
+use crate::sync_point::{Departure, Point, reach};
 use crate::sys;
 
 /// Bytes of one step where the source is fast, and between two looks whether a fault waits.
@@ -258,45 +259,59 @@ fn step(
     let Some(run) = run else { return Some(Step::nothing(next)) };
     let (claimed, thread) = (run.pages(), filler.thread);
     let mut put_off = false;
-    let mut load = |run: PageRun| match filler.resume(&shared.fill, descriptor, Work::Load(run.early(), 0)) {
-        Outcome::Settled => true,
-        // A fault that needs the page reads it again.
-        Outcome::Deferred(work, _) => {
-            filler.give_up(descriptor, work);
-            put_off = true;
-            true
-        }
-        Outcome::TargetGone => false,
+    // Returns whether the process is there, and whether all of the run was put in place. Where a budget limits its region it
+    // may have left again since.
+    let mut load = |run: PageRun| {
+        let (placed, pages) = (filler.placed, run.pages().len());
+        let alive = match filler.resume(&shared.fill, descriptor, Work::Load(run.early(), 0)) {
+            Outcome::Settled => true,
+            // A fault that needs the page reads it again.
+            Outcome::Deferred(work, _) => {
+                filler.give_up(descriptor, work);
+                put_off = true;
+                true
+            }
+            Outcome::TargetGone => false,
+        };
+        (alive, filler.placed - placed == pages)
     };
-    let mut alive = load(run);
     let states = &region.pages;
-    if claimed.len() > 1 {
+    let is_failed = |page: usize| states.is_failed(page) && is_there(descriptor, thread, &segment, page);
+    let address = run.address();
+    let (mut alive, is_placed) = load(run);
+    reach(Point::Evict(Departure::AfterPrefetch), address);
+    let (mut filled, mut has_failed) = (if is_placed { claimed.len() } else { 0 }, false);
+    let rest = if is_placed { claimed.end..claimed.end } else { claimed.clone() };
+    for page in rest {
         // Of pages that failed together, one may be the cause.
-        for page in claimed.clone() {
+        let mut is_placed = false;
+        if claimed.len() > 1 {
             if !alive {
                 break;
             }
-            let Some(removed) = states.claim_missing(page) else { continue };
-            let run = PageRun::new(&segment, page..page + 1, removed);
-            if region.is_ending() || shared.is_stopping() || is_stopped() {
-                run.give_up(descriptor.lock_shard(thread).as_ref());
-                return None;
+            match states.claim_missing(page) {
+                Some(removed) => {
+                    let run = PageRun::new(&segment, page..page + 1, removed);
+                    if region.is_ending() || shared.is_stopping() || is_stopped() {
+                        run.give_up(descriptor.lock_shard(thread).as_ref());
+                        return None;
+                    }
+                    (alive, is_placed) = load(run);
+                }
+                None => is_placed = !states.is_poisoned(page),
             }
-            alive = load(run);
         }
+        if !is_placed && is_failed(page) {
+            failed.note(page..page + 1);
+            has_failed = true;
+        }
+        filled += usize::from(is_placed || !states.is_missing(page));
     }
     if !alive {
         shared.retire(descriptor);
         return None;
     }
-    let is_failed = |page: &usize| states.is_failed(*page) && is_there(descriptor, thread, &segment, *page);
-    let mut has_failed = false;
-    for page in claimed.clone().filter(is_failed) {
-        failed.note(page..page + 1);
-        has_failed = !put_off;
-    }
-    let filled = claimed.filter(|page| !states.is_missing(*page)).count();
-    Some(Step { next, filled, has_failed })
+    Some(Step { next, filled, has_failed: has_failed && !put_off })
 }
 
 /// Whether a page is still at its address.

@@ -285,3 +285,22 @@ fn write_before_a_failed_sync_is_synced_by_the_next_flush() {
     memory.flush().unwrap();
     assert_eq!((shelf.byte(0), memory.statistics().dirty), (0x99, 0));
 }
+
+#[test]
+fn page_that_left_again_before_its_prefetch_was_counted_has_not_failed() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let (shelf, budget) = (Shelf::new(), Budget::new(BUDGET * page()));
+    let memory = Arc::new(shelf.memory(&budget, WriteBack::Any));
+    let cell = cell_of(&memory, PAGE);
+    let evicted = Arc::downgrade(&memory);
+    let (_armed, has_left) = once(Departure::AfterPrefetch, cell, move || {
+        let memory = evicted.upgrade().unwrap();
+        memory.evict(PAGE * page()..(PAGE + 1) * page()).unwrap();
+        memory.resident(PAGE * page()..(PAGE + 1) * page())
+    });
+    let report = memory.prefetch(PAGE * page()..(PAGE + 1) * page()).unwrap().wait();
+    assert_eq!(has_left.recv().unwrap(), 0);
+    assert!(report.failed.is_empty(), "{report:?}");
+    assert_eq!(report.done, report.total, "{report:?}");
+    assert_eq!(cell.read(), PAGE as u8);
+}
