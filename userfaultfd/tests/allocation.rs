@@ -15,10 +15,13 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use userfaultfd::pager::{
-    AsyncSource, BytesSource, FaultAround, FileSource, LayeredSource, OverlaySource, PageData, PageSource,
-    Pager, Region, ThreadedSource, ZeroSource,
+    AsyncSource, Budget, BytesSource, FaultAround, FileSource, FileStore, LayeredSource, OverlaySource,
+    PageData, PageSource, Pager, Region, ThreadedSource, ZeroSource,
 };
-use userfaultfd::{CopyMode, Errno, Error, Event, EventBuffer, FaultKind, FeatureFlags, Uffd, UffdBuilder};
+use userfaultfd::{
+    CopyMode, Errno, Error, Event, EventBuffer, FaultKind, FeatureFlags, LazyMemory, PagedMemory, Uffd,
+    UffdBuilder,
+};
 
 use crate::support::child::{self, Forked};
 use crate::support::fault::{during, during_all, each_mode, provoke};
@@ -40,12 +43,12 @@ thread_local! {
 static WATCHED: AtomicBool = AtomicBool::new(false);
 static PAGERS: AtomicUsize = AtomicUsize::new(0);
 
-/// Whether this thread answers a pager's faults, or reads its source.
+/// Whether this thread answers a pager's faults, reads its source, or takes pages away.
 fn is_pagers() -> bool {
     let mut name = [0_u8; 16];
     // SAFETY: a name takes this number of bytes, with the NUL behind it.
     unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
-    name.starts_with(b"uffd-pager\0") || name.starts_with(b"uffd-source\0")
+    [&b"uffd-pager\0"[..], b"uffd-source\0", b"uffd-evict\0"].iter().any(|own| name.starts_with(own))
 }
 
 fn count() {
@@ -490,4 +493,55 @@ fn pager_of_changing_process_is_quiet() {
     if may_watch_forks() {
         child::run_well(test_name!(), || serve_all_quietly(FeatureFlags::EVENT_REMOVE | CHANGES));
     }
+}
+
+/// Pages of memory with a budget, and of the budget.
+const LIMITED: (usize, usize) = (512, 48);
+
+/// Accesses such memory, which was accessed before: some is written, and all of it leaves and comes back.
+fn use_limited(memory: &mut [u8], budget: &Budget) {
+    let mut touch = |page: usize, is_written: bool| {
+        let byte = &mut memory[page * self::page() + 3];
+        if is_written {
+            *byte = page as u8;
+        }
+        black_box(*byte);
+    };
+    // Buffers are made when they are first needed.
+    (0..LIMITED.0).for_each(|page| touch(page, page % 3 == 0));
+    (0..LIMITED.0).for_each(|page| touch(page, false));
+    let before = budget.statistics();
+    with_quiet_pagers(|| {
+        (0..LIMITED.0).for_each(|page| touch(page, page % 2 == 0));
+        (0..LIMITED.0).rev().for_each(|page| touch(page, page % 5 == 0));
+        (0..LIMITED.0).flat_map(|page| [page, page * 7 % LIMITED.0]).for_each(|page| touch(page, false));
+    });
+    let after = budget.statistics();
+    assert!(after.evictions - before.evictions > LIMITED.0 as u64, "{after:?}");
+    assert!(after.refaults > before.refaults, "{after:?}");
+    assert!(after.spilled + after.write_backs > before.spilled + before.write_backs, "{after:?}");
+    (0..LIMITED.0).step_by(2).for_each(|page| assert_eq!(memory[page * self::page() + 3], page as u8));
+}
+
+#[test]
+fn faults_and_evictions_of_memory_with_a_budget_are_quiet() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    child::run_well(test_name!(), || {
+        let (pages, most) = LIMITED;
+        let content = |offset: u64, bytes: &mut [u8]| {
+            bytes.fill((offset >> 12) as u8);
+            Ok(PageData::Data)
+        };
+        for around in [FaultAround::Page, FaultAround::Adaptive { most: 64 * page() }] {
+            let budget = Budget::new(most * page());
+            let memory =
+                LazyMemory::builder(content).len(pages * page()).budget(&budget).fault_around(around);
+            use_limited(&mut memory.threads(2).max_threads(2).build().unwrap(), &budget);
+
+            let (file, budget) = (File::from(memfd(0, pages)), Budget::new(most * page()));
+            let memory =
+                PagedMemory::builder(FileStore::new(file).unwrap()).budget(&budget).fault_around(around);
+            use_limited(&mut memory.threads(2).max_threads(2).build().unwrap(), &budget);
+        }
+    });
 }
