@@ -350,6 +350,51 @@ fn after_a_failed_sync_what_is_in_memory_is_dirty_again() {
     assert_eq!((shelf.durable()[3 * page()], shelf.durable()[8 * page()]), (7, 8));
 }
 
+/// The evicting thread has pages in hand nearly all the time, so that it would have some, too, when the flush marks as dirty
+/// what isn't synced.
+#[test]
+fn pages_on_their_way_out_while_a_sync_fails_are_not_lost() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let (pages, rounds) = (160, 400);
+    let (shelf, budget) = (Shelf::of_pages(pages), Budget::new(16 * page()));
+    let memory = builder(&shelf, &budget).fault_around(FaultAround::Page).threads(2).build().unwrap();
+    shelf.fails_to_sync.store(true, Ordering::SeqCst);
+    let (expected, is_done) = (shelf.all(), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let readers: Vec<_> = (0..2)
+            .map(|reader| {
+                let (memory, expected, is_done) = (&memory, &expected, &is_done);
+                scope.spawn(move || {
+                    let (mut random, mut byte) = (Random::new(7 + reader), [0]);
+                    while !is_done.load(Ordering::SeqCst) {
+                        let at = random.below(pages) * page() + 64;
+                        // An error, and no SIGBUS, if it can't be had.
+                        memory.read_at(at, &mut byte)?;
+                        assert_eq!(byte[0], expected[at], "byte {at:#x}");
+                    }
+                    Ok::<_, io::Error>(())
+                })
+            })
+            .collect();
+        let start = memory.as_raw_slice().cast::<u8>().expose_provenance();
+        let mut random = Random::new(5);
+        for round in 0..rounds {
+            if readers.iter().any(thread::ScopedJoinHandle::is_finished) {
+                break;
+            }
+            for at in (0..8).map(|_| random.below(pages) * page()) {
+                #[expect(unsafe_code, reason = "bytes that no other thread reads")]
+                // SAFETY: a byte of the memory, which outlives this; nothing but atomics accesses it here.
+                let cell = unsafe { &*std::ptr::with_exposed_provenance::<AtomicU8>(start + at) };
+                cell.store(round as u8, Ordering::Relaxed);
+            }
+            assert_eq!(memory.flush().unwrap_err().step(), FlushStep::Sync);
+        }
+        is_done.store(true, Ordering::SeqCst);
+        readers.into_iter().for_each(|reader| reader.join().unwrap().unwrap());
+    });
+}
+
 #[test]
 fn store_that_stalls_is_reported_and_holds_nobody_up_for_ever() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);

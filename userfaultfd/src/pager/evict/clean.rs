@@ -320,14 +320,14 @@ pub(super) fn sync(
     let mut here = Vec::new();
     if let Some(number) = residence.member() {
         let frames = loop {
-            // From then on the evicting thread has no page in hand, and takes none while this has the lock.
-            let frames = pool.wait_for_pass(pool.lock());
+            // From then on the evicting thread has no page in hand: it would drop one that was marked after it was chosen.
+            let frames = pool.pause();
             let count = frames.frame_count();
             if count < here.capacity() {
                 break frames;
             }
             // Room for all of them is made with nothing locked.
-            drop(frames);
+            pool.resume(frames);
             here.reserve(count + 1);
         };
         let rest = frames.pages_of(number, 0, &mut here, |page| unsynced.contains(page));
@@ -335,7 +335,7 @@ pub(super) fn sync(
         for page in &here {
             residence.change(*page, Place::written);
         }
-        drop(frames);
+        pool.resume(frames);
     }
     here.sort_unstable();
     unsynced.ranges().for_each(|pages| turn.lost.insert(pages));

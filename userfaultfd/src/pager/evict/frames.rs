@@ -154,6 +154,8 @@ pub(super) struct Frames {
     pub(super) waiting: usize,
     /// Whether the evicting thread has pages in hand.
     pub(super) is_busy: bool,
+    /// Threads that keep it from taking some: see [`Pool::pause`](super::pool::Pool::pause).
+    pub(super) pauses: usize,
     /// How often it had some.
     pub(super) passes: u64,
     /// Whether it can't get on: nothing that is resident may leave, or can.
@@ -187,6 +189,7 @@ impl Frames {
             pinned: 0,
             waiting: 0,
             is_busy: false,
+            pauses: 0,
             passes: 0,
             is_stuck: false,
             is_stopping: false,

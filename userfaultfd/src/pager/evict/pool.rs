@@ -156,6 +156,19 @@ impl Pool {
         frames.wait_while(&self.room, waits)
     }
 
+    /// Waits until the evicting thread has nothing in hand, and keeps it from taking anything until [`resume`](Self::resume).
+    /// Threads that wait for room wait for that, too: meanwhile nothing is allocated.
+    pub(super) fn pause(&self) -> LockGuard<'_, Frames> {
+        let mut frames = self.lock();
+        frames.pauses += 1;
+        frames.wait_while(&self.room, |frames| frames.is_busy)
+    }
+
+    pub(super) fn resume(&self, mut frames: LockGuard<'_, Frames>) {
+        frames.pauses -= 1;
+        self.work.notify_one();
+    }
+
     /// Pages that one fault fills at most.
     pub(super) fn max_run(&self) -> usize {
         (self.limit() / RUN_SHARE).clamp(1, MAX_RUN_PAGES)

@@ -38,6 +38,10 @@ pub(super) fn run(pool: &Pool) {
     let mut looked = Instant::now();
     let mut frames = pool.lock();
     while !frames.is_stopping {
+        if frames.pauses > 0 {
+            frames = frames.wait(&pool.work);
+            continue;
+        }
         if pool.follows_limit() && looked.elapsed() >= LOOK_INTERVAL {
             drop(frames);
             pool.follow_limit();
