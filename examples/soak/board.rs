@@ -43,6 +43,8 @@ acts! {
     Poisoned: "accesses to poisoned pages",
     Refused: "requests that this kernel refuses",
     Lazy: "LazyMemory",
+    Limited: "memories of ten times their limit",
+    Paged: "stores as memory of ten times its limit",
     Crowd: "crowds that waited for a source",
     Outage: "sources that were down for seconds",
     Remaps: "mappings that grew, shrank and moved",

@@ -21,7 +21,9 @@ use crate::random::Random;
 pub(crate) struct Findings(Mutex<Vec<String>>);
 
 impl Findings {
+    /// Says it at once, too: a poisoned page may end the process.
     pub(crate) fn add(&self, finding: String) {
+        eprintln!("found: {finding}");
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(finding);
     }
 
@@ -42,6 +44,8 @@ pub(crate) struct Expected {
     pub(crate) gone: AtomicU64,
     /// Fills that were put off again and again since the layout went on changing.
     pub(crate) put_off: AtomicU64,
+    /// Written pages that a store didn't take, or mustn't get yet.
+    pub(crate) unwritten: AtomicU64,
 }
 
 /// What the keepers have in common.

@@ -1,7 +1,7 @@
 //! Everything at once, for a while: processes whose threads fault, write, remove, move and fork; sources that stall,
 //! fail and panic; pagers that are handed over, finished and dropped; crowds that wait for a source that is down, signals,
-//! mappings that grow, shrink and move, children that drop what they inherit, memories by the hundred, limits that are
-//! reached. Every page that is read is checked.
+//! mappings that grow, shrink and move, children that drop what they inherit, memories by the hundred, memory of ten times
+//! its limit, stores as memory, limits that are reached. Every page that is read is checked.
 //!
 //! ```sh
 //! cargo run --release --example soak -- --seconds 60
@@ -15,6 +15,7 @@ mod bus;
 mod content;
 mod keeper;
 mod leaks;
+mod limited;
 mod limits;
 mod link;
 mod options;
@@ -336,6 +337,7 @@ impl Soak {
             ("pages poisoned for that", &expected.poisoned),
             ("processes that went", &expected.gone),
             ("pages put off again and again", &expected.put_off),
+            ("written pages that a store didn't take", &expected.unwritten),
         ] {
             println!("{what:<40} {:>12}", count.load(Ordering::Relaxed));
         }

@@ -11,7 +11,7 @@ use crate::board::{Act, Slot};
 use crate::content::{Content, WORD};
 use crate::keeper::Common;
 use crate::random::Random;
-use crate::storms;
+use crate::{limited, storms};
 
 /// Makes memory, reads it from several threads, writes it, fills it, drops it; as long as `goes_on` says.
 pub(crate) fn work(
@@ -34,6 +34,10 @@ pub(crate) fn work(
     while goes_on() {
         if random.one_in(16) {
             storms::strike(slot, &shared, random, kernel)?;
+            continue;
+        }
+        if random.one_in(4) {
+            limited::work(slot, common, random)?;
             continue;
         }
         slot.begin(Act::Lazy, 0);
