@@ -4,6 +4,14 @@
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 
+#[path = "../handoff/monitor.rs"]
+#[expect(dead_code, reason = "it has what the tests of the library need")]
+mod monitor;
+#[path = "../http/web.rs"]
+#[expect(dead_code, reason = "likewise")]
+mod web;
+
 mod doctor;
 mod manual;
 mod program;
+mod serve;

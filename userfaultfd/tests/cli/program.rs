@@ -1,8 +1,10 @@
 //! Running the program.
 
 use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Output, Stdio};
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 
 /// The built program.
 pub(crate) const PATH: &str = env!("CARGO_BIN_EXE_uffd");
@@ -41,4 +43,74 @@ impl From<Output> for Said {
 /// Runs it.
 pub(crate) fn run(arguments: &[&str]) -> Said {
     command(PATH, arguments).output().unwrap().into()
+}
+
+/// The program at work.
+pub(crate) struct Running {
+    child: Child,
+    err: BufReader<ChildStderr>,
+    /// What was read of its standard error.
+    said: String,
+}
+
+impl Running {
+    pub(crate) fn start(arguments: &[&str]) -> Self {
+        let mut command = command(PATH, arguments);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let err = BufReader::new(child.stderr.take().unwrap());
+        Self { child, err, said: String::new() }
+    }
+
+    /// The next line of its standard error.
+    pub(crate) fn line(&mut self) -> String {
+        let from = self.said.len();
+        let read = self.err.read_line(&mut self.said).unwrap();
+        assert_ne!(read, 0, "it has ended: {}", self.said);
+        self.said[from..].trim_end().to_owned()
+    }
+
+    pub(crate) fn signal(&self, signal: libc::c_int) {
+        // SAFETY: touches no memory. The child isn't waited for yet, so the number is its own.
+        assert_eq!(unsafe { libc::kill(self.child.id() as libc::pid_t, signal) }, 0);
+    }
+
+    /// Waits for its end.
+    pub(crate) fn end(mut self) -> Said {
+        self.err.read_to_string(&mut self.said).unwrap();
+        let mut out = String::new();
+        self.child.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+        Said { code: self.child.wait().unwrap().code(), out, err: self.said }
+    }
+}
+
+/// A folder of a test. It goes with its files when it is dropped.
+pub(crate) struct Folder(PathBuf);
+
+impl Folder {
+    pub(crate) fn new(test: &str) -> Self {
+        let name = format!("userfaultfd-cli-{}-{}", std::process::id(), test.replace("::", "-"));
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    /// The path of a file in it.
+    pub(crate) fn path(&self, name: &str) -> String {
+        self.0.join(name).into_os_string().into_string().unwrap()
+    }
+
+    /// A file in it.
+    pub(crate) fn file(&self, name: &str, content: &[u8]) -> String {
+        let path = self.path(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            std::fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
 }

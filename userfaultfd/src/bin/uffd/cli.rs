@@ -1,11 +1,11 @@
 //! The command line: the one definition that help, manual pages and completions are made of.
 
 use crate::exit::CODES;
-use crate::{doctor, manual};
+use crate::{doctor, manual, serve};
 
 /// Linux userfaultfd: page faults handled by a program.
 ///
-/// `uffd` says what this kernel and this process can do.
+/// `uffd` says what this kernel and this process can do, and serves the memory of virtual machines.
 #[derive(Debug, clap::Parser)]
 #[command(name = "uffd", version, after_help = CODES, after_long_help = CODES)]
 pub(crate) struct Arguments {
@@ -16,6 +16,7 @@ pub(crate) struct Arguments {
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
     Doctor(doctor::Options),
+    Serve(serve::Options),
     Man(manual::Man),
     Completions(manual::Completions),
 }

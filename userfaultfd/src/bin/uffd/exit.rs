@@ -10,22 +10,36 @@ Exit codes:
   0  it did what was asked
   1  it failed: the standard error says why, and what helps
   2  the arguments can't be
-  3  this machine or process lacks what is needed";
+  3  this machine or process lacks what is needed
+  4  virtual machines ended since their memory couldn't be had";
 
 /// Why the program ends without having done what was asked.
 #[derive(Debug)]
 pub(crate) enum Failure {
+    /// Something failed. The text says what and why, and what helps where that is known.
+    Failed(String),
     /// The standard output can't be written.
     Output(io::Error),
+    /// Arguments that can't be together.
+    Arguments(&'static str),
     /// Something is needed that isn't here. The text names it.
     Unmet(String),
+    /// A number of virtual machines ended since their memory couldn't be had.
+    Lost(usize),
 }
 
 impl Failure {
+    /// Something failed that concerns `what`: a path, an address.
+    pub(crate) fn of<E: fmt::Display>(what: impl fmt::Display) -> impl FnOnce(E) -> Self {
+        move |error| Self::Failed(format!("{what}: {error}"))
+    }
+
     pub(crate) fn code(&self) -> ExitCode {
         ExitCode::from(match self {
-            Self::Output(_) => 1,
+            Self::Failed(_) | Self::Output(_) => 1,
+            Self::Arguments(_) => 2,
             Self::Unmet(_) => 3,
+            Self::Lost(_) => 4,
         })
     }
 }
@@ -33,8 +47,12 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Failed(text) | Self::Unmet(text) => f.write_str(text),
             Self::Output(error) => write!(f, "the standard output can't be written: {error}"),
-            Self::Unmet(text) => f.write_str(text),
+            Self::Arguments(text) => write!(f, "{text}; `uffd --help` says more"),
+            Self::Lost(machines) => {
+                write!(f, "{machines} virtual machines ended since their memory couldn't be had: see above")
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ mod cli;
 mod doctor;
 mod exit;
 mod manual;
+mod serve;
 
 use std::process::ExitCode;
 
@@ -17,6 +18,7 @@ use self::exit::Failure;
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Doctor(options) => doctor::run(&options),
+        Command::Serve(options) => serve::run(&options),
         Command::Man(options) => manual::man(&options),
         Command::Completions(options) => manual::completions(&options),
     };

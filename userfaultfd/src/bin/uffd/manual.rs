@@ -24,7 +24,7 @@ pub(crate) struct Completions {
 
 /// The names of the subcommands, but for this one: its definition can't have itself.
 fn subcommands() -> clap::builder::PossibleValuesParser {
-    ["doctor", "completions"].into()
+    ["doctor", "serve", "completions"].into()
 }
 
 pub(crate) fn man(options: &Man) -> Result<(), Failure> {

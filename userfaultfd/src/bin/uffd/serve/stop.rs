@@ -1,0 +1,96 @@
+//! The end: signals, and filling what is missing.
+
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc;
+use std::thread;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::low_level::pipe;
+use userfaultfd::handoff::ServedProcess;
+use userfaultfd::pager::{self, Pager};
+
+use super::guests::Guests;
+use crate::exit::Failure;
+
+/// A socket with a byte for each signal that asks this program to end, and a duplicate to wait for it.
+pub(super) fn signals() -> Result<(UnixStream, UnixStream), Failure> {
+    let make = || -> io::Result<_> {
+        let (signals, written) = UnixStream::pair()?;
+        pipe::register(SIGTERM, written.try_clone()?)?;
+        pipe::register(SIGINT, written)?;
+        let stop = signals.try_clone()?;
+        Ok((signals, stop))
+    };
+    make().map_err(Failure::of("signals"))
+}
+
+/// What happens while memory is filled.
+enum Event {
+    Filled(ServedProcess, pager::Result<()>),
+    Signal,
+}
+
+/// Fills all that is missing, one machine after the other, unless a second signal comes. Then drops the pager, which ends
+/// what isn't complete.
+pub(super) fn finish(
+    pager: Pager,
+    processes: impl ExactSizeIterator<Item = ServedProcess>,
+    mut guests: Guests,
+    mut signals: UnixStream,
+) {
+    let count = processes.len();
+    let processes: Vec<_> = processes.inspect(|served| guests.end_record(served)).collect();
+    if count > 0 {
+        eprintln!("filling the memory of {count} virtual machines; a second signal ends them at once");
+    }
+    let (sender, events) = mpsc::channel();
+    let of_signals = sender.clone();
+    thread::spawn(move || {
+        // The first signal is why this thread is here.
+        if signals.read_exact(&mut [0; 2]).is_ok() {
+            let _ended = of_signals.send(Event::Signal);
+        }
+    });
+    thread::spawn(move || {
+        for served in processes {
+            let result = fill(&served);
+            if sender.send(Event::Filled(served, result)).is_err() {
+                return;
+            }
+        }
+    });
+    let mut left = count;
+    while left > 0 {
+        match events.recv() {
+            Ok(Event::Filled(served, result)) => {
+                left -= 1;
+                match result {
+                    Ok(()) => guests.finished(&served),
+                    // It has ended meanwhile.
+                    Err(pager::Error::NotServed) => guests.end(&served),
+                    Err(error) => guests.unfinished(&served, &error),
+                }
+            }
+            Ok(Event::Signal) | Err(mpsc::RecvError) => {
+                eprintln!("{left} virtual machines aren't complete");
+                guests.give_up(left);
+                break;
+            }
+        }
+    }
+    drop(pager);
+}
+
+/// Fills the memory of a machine, with a bar if the standard error is a terminal.
+fn fill(served: &ServedProcess) -> pager::Result<()> {
+    let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    let bar = ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let result = served.finish(|progress| {
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
+    });
+    bar.finish_and_clear();
+    result
+}
