@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use userfaultfd::handoff::{Handoff, Message, ProcessRecorder, ProcessReplay, ServedProcess};
-use userfaultfd::pager::{DescriptorId, PageSource, Pager, WorkingSet};
+use userfaultfd::pager::{self, DescriptorId, PageSource, Pager, WorkingSet};
 
 use crate::exit::Failure;
 
@@ -66,14 +66,19 @@ impl Guests {
                 return None;
             }
         };
+        let replay = self.replay.as_ref().and_then(|set| match served.replay(set) {
+            Ok(replay) => Some(replay),
+            // It has ended at once, which is the next event.
+            Err(pager::Error::NotServed) => None,
+            Err(error) => {
+                eprintln!("vm {number}: the working set isn't filled: {error}");
+                None
+            }
+        });
         let (regions, bytes) =
             served.regions().fold((0, 0), |(regions, bytes), (region, _)| (regions + 1, bytes + region.len));
         let (process, dialect) = (served.process().credentials, served.dialect());
         eprintln!("vm {number}: {process}, {dialect}, {:.1} MiB in {regions} regions", mib(bytes as u64));
-        let replay = self.replay.as_ref().and_then(|set| {
-            let started = served.replay(set);
-            started.inspect_err(|error| eprintln!("vm {number}: the working set isn't filled: {error}")).ok()
-        });
         let guest = Guest { number, since: Instant::now(), recorder, replay };
         self.guests.insert(served.descriptor(), guest);
         Some(served)
