@@ -4,6 +4,7 @@
 //! - [Cookbook](cookbook): a page for each usual job, with a program that runs in the tests.
 //! - [Tuning](crate::pager::tuning): what a fault costs, and how to have fewer.
 //! - [At scale](at_scale): chunk sizes, caches and starts of many virtual machines, calculated for a fleet.
+//! - [The program `uffd`](program): what works here, and why not; a page-fault handler without a line of code.
 //! - [From 0.9](from_0_9): what a program written for userfaultfd 0.8 or 0.9 must change.
 
 /// Recipes for usual jobs.
@@ -52,6 +53,9 @@ pub mod when_not_to_use_it {}
 
 #[doc = include_str!("at_scale.md")]
 pub mod at_scale {}
+
+#[doc = include_str!("program.md")]
+pub mod program {}
 
 #[doc = include_str!("from_0_9.md")]
 pub mod from_0_9 {}

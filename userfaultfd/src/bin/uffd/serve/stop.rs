@@ -28,7 +28,7 @@ pub(super) fn signals() -> Result<(UnixStream, UnixStream), Failure> {
 
 /// What happens while memory is filled.
 enum Event {
-    Filled(ServedProcess, pager::Result<()>),
+    Filled(Box<ServedProcess>, pager::Result<()>),
     Signal,
 }
 
@@ -56,7 +56,7 @@ pub(super) fn finish(
     thread::spawn(move || {
         for served in processes {
             let result = fill(&served);
-            if sender.send(Event::Filled(served, result)).is_err() {
+            if sender.send(Event::Filled(Box::new(served), result)).is_err() {
                 return;
             }
         }
