@@ -6,6 +6,7 @@ use std::os::fd::{IntoRawFd, OwnedFd};
 use serde::{Deserialize, Serialize};
 
 use super::{Connection, Credentials, Dialect, MemoryRegion, Process};
+use crate::owner::Owner;
 use crate::pager::on_end::Guest;
 use crate::pager::{MissingRange, OnEnd};
 use crate::{Errno, RegisterMode, Uffd};
@@ -14,12 +15,14 @@ use crate::{Errno, RegisterMode, Uffd};
 ///
 /// Give it to [`Pager::serve`](crate::pager::Pager::serve), or take it apart by [`into_parts`](Self::into_parts). If it is
 /// dropped, nothing will ever fill the memory: then the process ends as [`on_end`](Self::on_end) says, by default
-/// with [`OnEnd::Kill`].
+/// with [`OnEnd::Kill`]. In a fork's child, dropping it closes the child's copies of the descriptors, and does nothing else.
 #[derive(Debug)]
 #[must_use = "dropping it ends the process that handed it over"]
 pub struct Handoff {
     parts: Option<Parts>,
     on_end: OnEnd,
+    /// `None`: the system had no memory to note it, and a fork's child is taken for the owner.
+    owner: Option<Owner>,
 }
 
 /// What was handed over.
@@ -67,8 +70,18 @@ pub struct Description {
 }
 
 impl Handoff {
-    pub(crate) fn new(parts: Parts, on_end: OnEnd) -> Self {
-        Self { parts: Some(parts), on_end }
+    /// Makes one that belongs to this process.
+    pub(super) fn new(parts: Parts, on_end: OnEnd) -> Self {
+        Self::of(Owner::current().ok(), parts, on_end)
+    }
+
+    /// Makes one that belongs to a process, whose end of it ends the one that handed it over.
+    pub(super) fn of(owner: Option<Owner>, parts: Parts, on_end: OnEnd) -> Self {
+        Self { parts: Some(parts), on_end, owner }
+    }
+
+    pub(super) fn owner(&self) -> Option<Owner> {
+        self.owner
     }
 
     /// Sets how the process ends when its memory can't be served. The default is [`OnEnd::Kill`].
@@ -146,6 +159,10 @@ impl DerefMut for Handoff {
 
 impl Drop for Handoff {
     fn drop(&mut self) {
+        // A child's copies are closed with the parts.
+        if !self.owner.is_none_or(|owner| owner.is_current()) {
+            return;
+        }
         if let Some(Parts { userfaultfd, regions, process, .. }) = self.parts.take() {
             end(self.on_end, userfaultfd, &regions, &process);
         }

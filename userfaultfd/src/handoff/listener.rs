@@ -14,6 +14,7 @@ use super::{
     Connection, Credentials, Decoder, Dialect, Error, Handoff, Message, Parts, PeerError, Process, Received,
     region,
 };
+use crate::owner::Owner;
 use crate::pager::OnEnd;
 use crate::sys::socket;
 
@@ -40,6 +41,9 @@ type Memory = Box<dyn FnMut(&Credentials) -> io::Result<(OwnedFd, u64)> + Send +
 /// [`accept`](Self::accept) reads from all that are connected at the same time, so that a peer that is slow, silent or
 /// malicious keeps no other one waiting.
 ///
+/// It belongs to the process that made it. In a fork's child [`accept`](Self::accept) is an error, and dropping the
+/// listener leaves the socket's file and the peers alone: a program that becomes a daemon makes it afterwards.
+///
 /// ```no_run
 /// use std::sync::Arc;
 /// use userfaultfd::handoff::Listener;
@@ -63,6 +67,7 @@ type Memory = Box<dyn FnMut(&Credentials) -> io::Result<(OwnedFd, u64)> + Send +
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Listener {
+    owner: Owner,
     socket: UnixListener,
     /// The file that was made, with its device and inode.
     file: Option<(PathBuf, u64, u64)>,
@@ -129,6 +134,7 @@ impl Listener {
     fn of(socket: UnixListener) -> Result<Self, Error> {
         socket.set_nonblocking(true).map_err(Error::Listen)?;
         Ok(Self {
+            owner: Owner::current().map_err(|errno| Error::Listen(errno.into()))?,
             socket,
             file: None,
             deadline: Duration::from_secs(5),
@@ -198,7 +204,8 @@ impl Listener {
     /// # Errors
     ///
     /// - [`Peer`](Error::Peer): a peer is refused. All others are served on: call it again.
-    /// - [`Listen`](Error::Listen): the socket failed; `EMFILE`: this process may open no more files.
+    /// - [`Listen`](Error::Listen): the socket failed; `EMFILE`: this process may open no more files; another process made
+    ///   the listener, before a fork.
     pub fn accept(&mut self) -> Result<Handoff, Error> {
         loop {
             if let Some(handoff) = self.step(None, &mut [])? {
@@ -234,6 +241,9 @@ impl Listener {
         until: Option<Instant>,
         others: &mut [libc::pollfd],
     ) -> Result<Option<Handoff>, Error> {
+        if !self.owner.is_current() {
+            return Err(Error::Listen(io::Error::other("another process made the listener, before a fork")));
+        }
         let poll = |fds: &mut [libc::pollfd], millis| {
             socket::poll_readable(fds, millis).map_err(|errno| Error::Listen(errno.into()))
         };
@@ -262,7 +272,9 @@ impl Listener {
             let is_ready = ready.next().unwrap_or(false);
             let result = if is_ready { pending.advance(&mut self.room) } else { Ok(None) };
             match result {
-                Ok(Some(received)) => self.done.push_back(pending.hand_over(received, self.on_end)),
+                Ok(Some(received)) => {
+                    self.done.push_back(pending.hand_over(received, self.on_end, self.owner))
+                }
                 Ok(None) if now.duration_since(pending.since) < self.deadline => self.pending.push(pending),
                 Ok(None) => {
                     let received = pending.connection.received();
@@ -349,7 +361,7 @@ impl Pending {
     }
 
     /// Checks the first message.
-    fn hand_over(self, received: Received, on_end: OnEnd) -> Result<Handoff, Error> {
+    fn hand_over(self, received: Received, on_end: OnEnd, owner: Owner) -> Result<Handoff, Error> {
         let Received { dialect, message, userfaultfd, mut files } = received;
         let (Message::Handoff { regions, mode, pid, .. }, Some(userfaultfd)) = (&message, userfaultfd) else {
             return Err(self.refuse(PeerError::Unexpected { message }, on_end));
@@ -374,7 +386,7 @@ impl Pending {
             stream: Some(connection),
             missing: None,
         };
-        Ok(Handoff::new(parts, on_end))
+        Ok(Handoff::of(Some(owner), parts, on_end))
     }
 
     /// Ends a peer that handed nothing over that can be served.
@@ -407,6 +419,10 @@ impl fmt::Debug for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
+        // A child's copies are closed with the fields.
+        if !self.owner.is_current() {
+            return;
+        }
         for pending in self.pending.drain(..) {
             let received = pending.connection.received();
             let _error = pending.refuse(PeerError::Closed { received }, self.on_end);

@@ -145,7 +145,7 @@ fn serve<S: PageSource + 'static>(
         Ok(made) => made,
         Err(error) => return Err(unserved(handoff, ServeError::Pager(error.into()))),
     };
-    let on_end = handoff.on_end();
+    let (on_end, owner) = (handoff.on_end(), handoff.owner());
     let guest = Arc::new(Guest::new(on_end, pidfd));
     let mut parts = handoff.into_parts();
     let Added { descriptor, regions: ids } =
@@ -153,7 +153,7 @@ fn serve<S: PageSource + 'static>(
             Ok(added) => added,
             Err(Refused { uffd, error }) => {
                 parts.userfaultfd = uffd;
-                return Err(unserved(Handoff::new(parts, on_end), ServeError::Pager(error)));
+                return Err(unserved(Handoff::of(owner, parts, on_end), ServeError::Pager(error)));
             }
         };
     let Parts { dialect, regions, mode, memfds, process, pid, stream, .. } = parts;

@@ -18,7 +18,7 @@ use crate::support::proc::wait_until;
 use crate::support::{page, require, test_name, uffd};
 
 /// sendmsg(2), so that what is wrong can be sent.
-fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+pub(crate) fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
     let mut data = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     let mut control = [0_u64; 64];
     // SAFETY: all zeros is an empty message.
