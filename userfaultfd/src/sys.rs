@@ -362,6 +362,35 @@ pub(crate) fn set_readable(map: &memmap2::MmapRaw, part: Range<usize>, readable:
     check(unsafe { libc::mprotect(start.cast(), part.len(), protection) }).map(drop)
 }
 
+/// Writes bytes to a mapping by process_vm_writev(2). What can't be written, such as pages behind the end of the file, is an
+/// `EFAULT`, and would be a SIGBUS for a thread that wrote it.
+#[cfg(feature = "pager")]
+pub(crate) fn write_mapping(map: &memmap2::MmapRaw, at: usize, mut bytes: &[u8]) -> Result<(), Errno> {
+    assert!(
+        at <= map.len() && bytes.len() <= map.len() - at,
+        "{} bytes at {at} of {}",
+        bytes.len(),
+        map.len()
+    );
+    let mut to = map.as_mut_ptr().wrapping_add(at);
+    // SAFETY: touches no memory.
+    let own = unsafe { libc::getpid() };
+    loop {
+        let local = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        let remote = libc::iovec { iov_base: to.cast(), iov_len: bytes.len() };
+        // SAFETY: the kernel reads the bytes, borrowed for the call, and writes to that many of the mapping, as has been
+        // asserted. No reference leads to them.
+        let written = unsafe { libc::process_vm_writev(own, &local, 1, &remote, 1, 0) };
+        match usize::try_from(written) {
+            Ok(written) if written == bytes.len() => return Ok(()),
+            Ok(0) => return Err(Errno::EFAULT),
+            Ok(written) => (bytes, to) = (&bytes[written..], to.wrapping_add(written)),
+            Err(_) if Errno::last() == Errno::EINTR => {}
+            Err(_) => return Err(Errno::last()),
+        }
+    }
+}
+
 /// pidfd_send_signal(2) with SIGKILL. `ESRCH`: the process has ended.
 #[cfg(feature = "pager")]
 pub(crate) fn kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {

@@ -1,15 +1,13 @@
 //! The page cache of a file, into which the content of a minor region is written.
 
-#![expect(unsafe_code, reason = "writing to the mapping of a hugetlb file")]
-
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use memmap2::MmapRaw;
+use memmap2::{MmapOptions, MmapRaw};
 
-use crate::Errno;
+use crate::{Errno, sys};
 
 /// The page cache of the memory's file: content is written to it, and mapped by CONTINUE.
 pub(crate) enum Cache {
@@ -18,27 +16,36 @@ pub(crate) enum Cache {
 }
 
 impl Cache {
+    /// Makes the page cache of `len` bytes of a file, which is written to by a mapping if write(2) can't. An error of
+    /// process_vm_writev(2): a filter of system calls keeps this process from it.
+    pub(crate) fn new(file: File, offset: u64, len: usize, page_size: usize) -> io::Result<Self> {
+        // hugetlbfs has no write(2), and write(2) to a file opened for appending writes behind its end.
+        if page_size == crate::page_size() && !sys::is_appending(file.as_fd())? {
+            return Ok(Self::File { file, offset });
+        }
+        let mapping = MmapOptions::new().len(len).offset(offset).map_raw(&file)?;
+        sys::write_mapping(&mapping, 0, &[])?;
+        Ok(Self::Mapping { mapping, file, offset })
+    }
+
     /// Makes the page cache hold a range of the region's bytes: present pages stay, missing ones become zero. Behind the
     /// end of the file, where an access raises SIGBUS, the file gets no longer.
     pub(crate) fn allocate(&self, at: usize, len: usize) -> Result<(), Errno> {
         let (Self::File { file, offset } | Self::Mapping { file, offset, .. }) = self;
-        crate::sys::allocate(file.as_fd(), offset + at as u64, len)
+        sys::allocate(file.as_fd(), offset + at as u64, len)
     }
 
-    /// Writes content to a byte of the region.
+    /// Writes content to a byte of the region. `EIO`: the file ends before it. The file may be of a process that means harm.
     pub(crate) fn write(&self, at: usize, content: &[u8]) -> io::Result<()> {
         match self {
             Self::File { file, offset } => file.write_all_at(content, offset + at as u64),
             Self::Mapping { mapping, .. } => {
-                assert!(at + content.len() <= mapping.len(), "within the region");
-                // Where no huge page is left, touching the mapping would be SIGBUS.
+                // Where no huge page is left, writing fails as behind the end of the file.
                 self.allocate(at, content.len())?;
-                // SAFETY: `at` is within the mapping, as has been asserted.
-                let to = unsafe { mapping.as_mut_ptr().add(at) };
-                // SAFETY: `content.len()` bytes from there on are mapped and writable, and the content lies elsewhere.
-                // No reference points to them: the pages are mapped elsewhere only after this.
-                unsafe { to.copy_from_nonoverlapping(content.as_ptr(), content.len()) };
-                Ok(())
+                sys::write_mapping(mapping, at, content).map_err(|errno| match errno {
+                    Errno::EFAULT => Errno::EIO.into(),
+                    errno => errno.into(),
+                })
             }
         }
     }
@@ -49,6 +56,39 @@ mod tests {
     use super::*;
     use crate::support::memory::{Kind, Memory};
     use crate::support::{require, test_name};
+
+    #[test]
+    fn write_behind_the_end_of_the_file_is_an_error() {
+        require!();
+        for kind in [Kind::Memfd, Kind::Hugetlb] {
+            let Some(memory) = Memory::try_new(test_name!(), kind, 3) else { continue };
+            let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(memory.file()));
+            let (page, whole) = (memory.page(), File::from(memory.file().try_clone().unwrap()));
+            // One that is cut off later, and one that was from the start.
+            for cut_before in [false, true] {
+                let file = File::options().read(true).append(true).open(&path).unwrap();
+                let cut = || whole.set_len(page as u64).unwrap();
+                whole.set_len(3 * page as u64).unwrap();
+                if cut_before {
+                    cut();
+                }
+                let cache = Cache::new(file, 0, 3 * page, page).unwrap();
+                assert!(matches!(cache, Cache::Mapping { .. }));
+                cut();
+                cache.write(0, &vec![5; page]).unwrap();
+                // Also of what only begins before the end.
+                for (at, len) in [(2 * page, page), (page, page), (0, 2 * page)] {
+                    // A huge page that is allocated behind the end is there.
+                    match cache.write(at, &vec![6; len]) {
+                        Ok(()) => assert!(kind.is_hugetlb(), "{at}"),
+                        Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}"),
+                    }
+                }
+                cache.write(0, &vec![7; page]).unwrap();
+                assert_eq!(memory.read(0), 7);
+            }
+        }
+    }
 
     #[test]
     fn allocate_keeps_what_the_page_cache_has() {

@@ -4,11 +4,8 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
-
-use memmap2::MmapOptions;
 
 use super::fault_around::{FaultAround, Streams};
 use super::fault_log::Mode;
@@ -156,7 +153,8 @@ impl Region {
     /// that lie in the range as a whole. (On memfd and tmpfs that needs commit 73f37dbcfe17 of Linux 5.19, which 5.18.13 and
     /// 5.15.56 have, too: without it such an access waits until the page is written.)
     ///
-    /// The file must not shrink while it is served. Such memory is always [shared](Self::shared).
+    /// The file should not shrink while it is served: pages behind its end are poisoned. Huge pages, and files opened for
+    /// appending, are written by process_vm_writev(2) of this process to itself. Such memory is always [shared](Self::shared).
     ///
     /// The method is safe, because a shared mapping changes whenever any process writes to the file: the code that made a
     /// reference into such a mapping has vouched for that, and the pager is one more writer. It writes each missing page
@@ -362,15 +360,7 @@ impl Region {
         moved.sort_by_key(|part| part.pages.start);
         // Each page has one place; its first range counts.
         moved.dedup_by(|next, before| next.pages.start < before.pages.end);
-        let cache = match self.minor {
-            None => None,
-            // hugetlbfs has no write(2), and write(2) to a file opened for appending writes behind its end.
-            Some((file, offset)) if page != crate::page_size() || crate::sys::is_appending(file.as_fd())? => {
-                let mapping = MmapOptions::new().len(self.len).offset(offset).map_raw(&file)?;
-                Some(Cache::Mapping { mapping, file, offset })
-            }
-            Some((file, offset)) => Some(Cache::File { file, offset }),
-        };
+        let cache = self.minor.map(|(file, offset)| Cache::new(file, offset, self.len, page)).transpose()?;
         let served = ServedRegion {
             id,
             source_len: self.source_len,
