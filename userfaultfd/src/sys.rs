@@ -267,6 +267,10 @@ pub(crate) fn is_direct(file: BorrowedFd<'_>) -> Result<bool, Errno> {
 /// preadv2(2) with RWF_NOWAIT: reads what is in the page cache. EAGAIN: the first byte isn't. EOPNOTSUPP: the file system
 /// can't tell.
 pub(crate) fn read_cached(file: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
+    read_without_waiting(file, buffer, offset as i64)
+}
+
+fn read_without_waiting(file: BorrowedFd<'_>, buffer: &mut [u8], offset: i64) -> Result<usize, Errno> {
     let mut into = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     let (low, high) = (offset as libc::c_long, (offset >> 32) as libc::c_long);
     // 64-bit kernels take the whole offset in the first half.
@@ -276,6 +280,36 @@ pub(crate) fn read_cached(file: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) 
         libc::syscall(libc::SYS_preadv2, file.as_raw_fd(), &raw mut into, 1, low, high, libc::RWF_NOWAIT)
     };
     usize::try_from(read).map_err(|_| Errno::last())
+}
+
+/// Reads what a userfaultfd has queued, and never waits: `EAGAIN` if that is nothing, also on a descriptor that blocks.
+///
+/// Before Linux 6.10 the descriptor is made non-blocking for each read. Another owner of its description that makes it
+/// blocking again just then lets the read wait.
+#[cfg(feature = "pager")]
+#[inline]
+pub(crate) fn read_now(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
+    /// Where a file has a position: there. A userfaultfd has none, and takes no other value.
+    const HERE: i64 = -1;
+    loop {
+        match read_without_waiting(fd, buf, HERE) {
+            Err(Errno::EINTR) => {}
+            // EOPNOTSUPP: Linux before 6.10. EINVAL: before 4.14, and what read(2) says, too. ENOSYS and EPERM: a filter of
+            // system calls.
+            Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS | Errno::EPERM) => {
+                return read_nonblocking(fd, buf);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// read(2) of a descriptor that is made non-blocking.
+#[cfg(feature = "pager")]
+#[cold]
+fn read_nonblocking(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
+    set_nonblocking(fd, true)?;
+    read(fd, buf)
 }
 
 /// posix_fadvise(2). A length of 0 is up to the end.
@@ -1383,5 +1417,19 @@ mod tests {
         for path in ["/proc/self/exe", "/proc/self/fd", "/"] {
             assert_eq!(has_userfaultfd_name(File::open(path).unwrap().as_raw_fd()), Some(false), "{path}");
         }
+    }
+
+    #[cfg(feature = "pager")]
+    #[test]
+    fn read_of_nothing_never_waits() {
+        crate::support::require!();
+        let uffd = crate::UffdBuilder::new().close_on_exec(true).create().unwrap();
+        let mut bytes = [0; 64];
+        for read in [read_now, read_nonblocking] {
+            set_nonblocking(uffd.as_fd(), false).unwrap();
+            assert_eq!(read(uffd.as_fd(), &mut bytes), Err(Errno::EAGAIN));
+        }
+        // What isn't for a userfaultfd stays an error.
+        assert_eq!(read_now(uffd.as_fd(), &mut bytes[..7]), Err(Errno::EINVAL));
     }
 }

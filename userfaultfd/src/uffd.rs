@@ -636,10 +636,26 @@ impl Uffd {
         buf.receive(self.terms, |messages| self.read_messages(messages))
     }
 
-    /// Reads messages, and makes sure that descriptors in them are from the kernel.
+    /// Does the same, and never waits, also on a blocking descriptor: see [`sys::read_now`].
+    #[cfg(feature = "pager")]
+    #[inline]
+    pub(crate) fn read_batch_now(&self, buf: &mut EventBuffer) -> Result<usize> {
+        buf.receive(self.terms, |messages| {
+            let read = sys::read_now(self.as_fd(), messages.as_flattened_mut());
+            self.check_messages(read, messages)
+        })
+    }
+
     #[inline]
     fn read_messages(&self, messages: &mut [Message]) -> Result<usize> {
-        let read = match sys::read(self.as_fd(), messages.as_flattened_mut()) {
+        let read = sys::read(self.as_fd(), messages.as_flattened_mut());
+        self.check_messages(read, messages)
+    }
+
+    /// Makes sure that descriptors in messages that were read are from the kernel.
+    #[inline]
+    fn check_messages(&self, read: Result<usize, Errno>, messages: &[Message]) -> Result<usize> {
+        let read = match read {
             Ok(read) => read,
             Err(Errno::EAGAIN) => return Ok(0),
             Err(errno) => return Err(errno.into()),

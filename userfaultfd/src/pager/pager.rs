@@ -117,7 +117,8 @@ impl Pager {
     /// Serves memory of another process.
     ///
     /// The descriptor was made in that process, and came over a Unix socket, by fork(2) or with pidfd_getfd(2). Its
-    /// handshake must be done. While it is served, it is non-blocking; no other owner of its description may change that.
+    /// handshake must be done. While it is served, it is non-blocking. Another owner of its description that changes that
+    /// costs time, and before Linux 6.10 may keep the pager waiting.
     ///
     /// The pager registers each region for missing faults and the region's other modes, so the memory need not be
     /// registered before; if it is, then for the same modes. Faults that wait already are resolved. Don't register memory

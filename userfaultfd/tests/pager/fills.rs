@@ -276,13 +276,39 @@ fn blocking_descriptors_are_returned_blocking() {
         let pager = Pager::builder().max_threads(1).build().unwrap();
         let added = serve(&pager, uffd, region(&memory, Pages::new(page())));
         check(&memory, 0, 0);
-        // Another owner of the description makes it blocking meanwhile. If the pager's thread read it just then, it
-        // would stay there until there is something to be read.
+        // Another owner of the description makes it blocking meanwhile. If the pager's thread read it just then, before
+        // Linux 6.10 it would stay there until there is something to be read.
         wait_until(|| thread_sleeps("uffd-pager"));
         kept.set_nonblocking(false).unwrap();
         check(&memory, 1, 1);
         kept.set_nonblocking(true).unwrap();
         let detached = pager.remove(added.descriptor).unwrap();
         assert_eq!(detached.uffd.is_nonblocking().unwrap(), non_blocking);
+    }
+}
+
+#[test]
+fn owner_that_makes_a_descriptor_blocking_stops_no_pager() {
+    require!();
+    // A monitor that means harm has the same description, and one thread of the pager serves all.
+    for features in [FeatureFlags::empty(), FeatureFlags::EVENT_REMOVE] {
+        let memories = [kinds::Memory::anonymous(3), kinds::Memory::anonymous(3)];
+        let uffds = [uffd(features), uffd(features)];
+        let kept = uffds[0].try_clone().unwrap();
+        let pager = Pager::builder().max_threads(1).build().unwrap();
+        // While its fault is handled: the thread reads once more afterwards.
+        let source = move |offset: u64, page: &mut [u8]| {
+            kept.set_nonblocking(false).unwrap();
+            scene::fill(offset as usize / page.len(), page);
+            Ok(PageData::Data)
+        };
+        let [harmful, other] = uffds;
+        let harmful = serve(&pager, harmful, region(&memories[0], source));
+        serve(&pager, other, region(&memories[1], Pages::new(page())));
+        for number in 0..3 {
+            check(&memories[0], number, number);
+            check(&memories[1], number, number);
+        }
+        pager.remove(harmful.descriptor).unwrap();
     }
 }

@@ -48,10 +48,11 @@ impl EventReader {
         let mut result = Ok(Read::Nothing);
         let mut read = |serving: &mut Attachment| -> Result<Read> {
             if blocking {
-                // Another owner of the description has made it so.
+                // Another owner of the description has made it so, and poll(2) reports that as an error without end.
                 serving.uffd.set_nonblocking(true)?;
             }
-            let count = serving.uffd.read_batch(buffer)?;
+            // Another owner may do so at any time, and waiting here would keep the pager's other threads waiting.
+            let count = serving.uffd.read_batch_now(buffer)?;
             // Relaxed: it decides whether a failure is reported once more, and no other data depends on it.
             if descriptor.read_failed.load(Ordering::Relaxed) {
                 descriptor.read_failed.store(false, Ordering::Relaxed);
