@@ -1,12 +1,13 @@
 //! [`OnEnd`]: how a process ends when its content can't be had any more.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::pager::bell::Bell;
-use crate::sys;
+use crate::proc_maps::{self, Process};
+use crate::{Pid, sys};
 
 /// What becomes of a process when its memory can't be served any more.
 ///
@@ -44,6 +45,12 @@ impl OnEnd {
     const ALL: [Self; 4] = [Self::Kill, Self::Poison, Self::Finish, Self::Leave];
 }
 
+/// Whether a pidfd is of this process, which doesn't kill itself.
+pub(crate) fn is_own(pidfd: BorrowedFd<'_>) -> bool {
+    let process = proc_maps::process_of_pidfd(pidfd.as_raw_fd());
+    matches!(process, Some(Process::Other(pid)) if pid == Pid::this())
+}
+
 /// A process whose end was chosen.
 #[derive(Debug)]
 pub(crate) struct Guest {
@@ -60,7 +67,7 @@ impl Guest {
     pub(crate) fn new(on_end: OnEnd, pidfd: Option<OwnedFd>) -> Self {
         Self {
             on_end: AtomicU8::new(on_end as u8),
-            pidfd,
+            pidfd: pidfd.filter(|pidfd| !is_own(pidfd.as_fd())),
             killed: AtomicBool::new(false),
             bell: OnceLock::new(),
         }

@@ -124,3 +124,24 @@ fn dropping_the_pager_ends_each_process_as_chosen() {
         }
     });
 }
+
+#[test]
+fn process_of_the_pager_does_not_kill_itself() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(2);
+        let pager = Pager::new().unwrap();
+        let added = crate::scene::serve(
+            &pager,
+            crate::support::uffd(FeatureFlags::empty()),
+            region(&memory, Pages::new(page())),
+        );
+        // SAFETY: touches no memory.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) };
+        assert!(fd >= 0, "{}", io::Error::last_os_error());
+        // SAFETY: it was just opened, and nothing else owns it.
+        let own = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd as i32) };
+        pager.on_end(added.descriptor, OnEnd::Kill, Some(own)).unwrap();
+        drop(pager);
+    });
+}
