@@ -559,6 +559,15 @@ pub(crate) fn close_on_exec(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) }).map(drop)
 }
 
+/// The number of descriptors that this process may have (RLIMIT_NOFILE).
+#[cfg(feature = "handoff")]
+pub(crate) fn max_descriptors() -> usize {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the structure is borrowed for the call.
+    let asked = check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) });
+    asked.map_or(0, |_| usize::try_from(limit.rlim_cur).unwrap_or(usize::MAX))
+}
+
 /// Whether O_NONBLOCK is set.
 pub(crate) fn is_nonblocking(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(status_flags(fd)? & libc::O_NONBLOCK != 0)

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use super::limits::MAX_DESCRIPTORS;
 use super::{Decoder, Dialect, Message, PeerError};
 use crate::sys::socket;
 use crate::{Errno, Uffd, sys};
@@ -71,6 +70,11 @@ impl Connection {
         self.descriptors.iter().any(|fd| sys::is_userfaultfd(fd.as_fd()))
     }
 
+    /// How many descriptors of the peer no message has taken.
+    pub(super) fn descriptors(&self) -> usize {
+        self.descriptors.len()
+    }
+
     /// Takes a userfaultfd that belongs to no message.
     pub(super) fn take_userfaultfd(&mut self) -> Option<Uffd> {
         let at = self.descriptors.iter().position(|fd| sys::is_userfaultfd(fd.as_fd()))?;
@@ -87,7 +91,7 @@ impl Connection {
     /// - [`Closed`](PeerError::Closed): the peer closed the connection within a message.
     /// - All other kinds of [`PeerError`].
     pub fn receive(&mut self, timeout: Duration) -> Result<Option<Received>, PeerError> {
-        let deadline = Instant::now() + timeout;
+        let deadline = Instant::now().checked_add(timeout);
         let mut room = vec![0; READ_BYTES];
         loop {
             if let Some(received) = self.next_received()? {
@@ -101,11 +105,12 @@ impl Connection {
             if self.read(&mut room)? {
                 continue;
             }
-            let rest = deadline.saturating_duration_since(Instant::now());
-            if rest.is_zero() {
+            let rest = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if rest.is_some_and(|rest| rest.is_zero()) {
                 return Err(PeerError::Deadline { after: timeout, received: self.received });
             }
-            let millis = rest.as_micros().div_ceil(1000).try_into().unwrap_or(libc::c_int::MAX);
+            let millis = rest
+                .map_or(-1, |rest| rest.as_micros().div_ceil(1000).try_into().unwrap_or(libc::c_int::MAX));
             sys::wait_readable([self.socket.as_fd()], millis)
                 .map_err(|errno| PeerError::Socket(errno.into()))?;
         }
@@ -130,9 +135,10 @@ impl Connection {
         if lost {
             return Err(PeerError::DescriptorsLost);
         }
-        if self.descriptors.len() > MAX_DESCRIPTORS {
-            let found = self.descriptors.len();
-            return Err(PeerError::TooManyDescriptors { found, most: MAX_DESCRIPTORS });
+        // A userfaultfd and files.
+        let (found, most) = (self.descriptors.len(), 1 + self.decoder.max_files());
+        if found > most {
+            return Err(PeerError::TooManyDescriptors { found, most });
         }
         self.received += bytes;
         self.decoder.push(&room[..bytes]);

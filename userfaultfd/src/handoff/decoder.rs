@@ -99,6 +99,17 @@ impl Decoder {
         self.dialect = Some(dialect);
     }
 
+    /// The number of descriptors beside a userfaultfd that come with a message at most: of the dialect, or of those that it may be.
+    pub(super) fn max_files(&self) -> usize {
+        let may_be = |dialect: &&Dialect| match self.dialect {
+            None => true,
+            // E2B's messages begin alike, and come with the memory's file.
+            Some(Dialect::Firecracker) => matches!(dialect, Dialect::Firecracker | Dialect::E2b),
+            Some(known) => known == **dialect,
+        };
+        self.allowed.iter().filter(may_be).map(|dialect| dialect.wire().max_files).max().unwrap_or(0)
+    }
+
     /// Whether a dialect is allowed.
     pub(super) fn allows(&self, dialect: Dialect) -> bool {
         self.allowed.contains(&dialect)

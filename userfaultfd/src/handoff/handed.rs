@@ -1,15 +1,15 @@
 //! [`Handoff`]: memory that was handed over.
 
 use std::ops::{Deref, DerefMut};
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
+use super::orphan::Orphan;
 use super::{Connection, Credentials, Dialect, MemoryRegion, Process};
 use crate::owner::Owner;
-use crate::pager::on_end::Guest;
 use crate::pager::{MissingRange, OnEnd};
-use crate::{Errno, RegisterMode, Uffd};
+use crate::{RegisterMode, Uffd};
 
 /// Memory that a monitor has handed over: what is in [`Parts`].
 ///
@@ -164,36 +164,9 @@ impl Drop for Handoff {
             return;
         }
         if let Some(Parts { userfaultfd, regions, process, .. }) = self.parts.take() {
-            end(self.on_end, userfaultfd, &regions, &process);
+            if let Some(orphan) = Orphan::end(self.on_end, userfaultfd, &regions, process) {
+                orphan.wait();
+            }
         }
     }
-}
-
-/// Ends a process whose memory isn't served by any pager.
-pub(super) fn end(on_end: OnEnd, userfaultfd: Uffd, regions: &[MemoryRegion], process: &Process) {
-    let is_over = match on_end {
-        OnEnd::Kill => process.victim().is_some_and(|pidfd| {
-            let guest = Guest::new(OnEnd::Kill, pidfd.try_clone_to_owned().ok());
-            guest.kill();
-            guest.wait()
-        }),
-        OnEnd::Poison => !regions.is_empty() && regions.iter().all(|region| poison(&userfaultfd, region)),
-        OnEnd::Finish | OnEnd::Leave => false,
-    };
-    if !is_over && process.has_ended() != Some(true) {
-        // Its threads wait as long as this process lives, instead of reading zeros.
-        let _kept = OwnedFd::from(userfaultfd).into_raw_fd();
-    }
-}
-
-/// Poisons a region as a whole. Returns whether all of it is poisoned, or present.
-#[expect(unsafe_code, reason = "poisoning memory that a monitor handed over")]
-fn poison(userfaultfd: &Uffd, region: &MemoryRegion) -> bool {
-    let mut pages = (0..region.len / region.page_size).map(|page| region.address + page * region.page_size);
-    pages.all(|address| {
-        let start = std::ptr::with_exposed_provenance_mut(address);
-        // SAFETY: the memory belongs to another process, which handed it over to be served or poisoned.
-        let poisoned = unsafe { userfaultfd.poison(start, region.page_size, true) };
-        poisoned.map_or_else(|error| error.errno() == Some(Errno::EEXIST), |bytes| bytes == region.page_size)
-    })
 }

@@ -1,5 +1,7 @@
 //! How much a peer may send.
 
+use crate::sys;
+
 /// The longest message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limit {
@@ -13,6 +15,14 @@ impl Default for Limit {
     }
 }
 
-/// The most descriptors that a peer may have sent and that no message has taken: a userfaultfd and a backing file for each
-/// region. The kernel sends 253 at most with one message.
-pub(super) const MAX_DESCRIPTORS: usize = 256;
+/// Peers that may be connected without having handed anything over. One that sends nothing has to give way then.
+pub(super) const MAX_PENDING: usize = 256;
+
+/// The part of this process's descriptors that peers may hold together by what they have sent, before a message takes it.
+const DESCRIPTORS_PART: usize = 4;
+
+/// The number of descriptors that peers may hold together, before a message takes them.
+pub(super) fn max_descriptors() -> usize {
+    // Two are a userfaultfd and the memory's file.
+    (sys::max_descriptors() / DESCRIPTORS_PART).max(2)
+}

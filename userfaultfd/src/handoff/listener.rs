@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use std::{env, fmt, fs, io, process};
 
 use super::connection::send_all;
-use super::handed::end;
+use super::limits::{MAX_PENDING, max_descriptors};
+use super::orphan::Orphan;
 use super::{
     Connection, Credentials, Decoder, Dialect, Error, Handoff, Message, Parts, PeerError, Process, Received,
     region,
@@ -18,14 +19,14 @@ use crate::owner::Owner;
 use crate::pager::OnEnd;
 use crate::sys::socket;
 
-/// Peers that may be connected without having handed anything over. One that sends nothing has to give way then.
-const MAX_PENDING: usize = 256;
-
 /// Connections that are accepted before those that wait are looked at again.
 const ACCEPTED_AT_ONCE: usize = 64;
 
 /// Bytes that are read of one peer before another one's turn.
 const READ_BYTES: usize = 64 << 10;
+
+/// How long the listener accepts nobody after this process had no descriptor, or no memory, for a connection.
+const FULL_PAUSE: Duration = Duration::from_millis(100);
 
 /// Descriptors that systemd hands to a service begin with this number.
 const FIRST_INHERITED: RawFd = 3;
@@ -79,6 +80,12 @@ pub struct Listener {
     on_end: OnEnd,
     pending: Vec<Pending>,
     done: VecDeque<Result<Handoff, Error>>,
+    /// Processes that were refused, and haven't ended yet.
+    orphans: Vec<Orphan>,
+    /// When connections are accepted again. Set while this process has no descriptor for one.
+    full_until: Option<Instant>,
+    /// Whether that was reported.
+    is_full: bool,
     room: Vec<u8>,
 }
 
@@ -145,6 +152,9 @@ impl Listener {
             on_end: OnEnd::Kill,
             pending: Vec::new(),
             done: VecDeque::new(),
+            orphans: Vec::new(),
+            full_until: None,
+            is_full: false,
             room: vec![0; READ_BYTES],
         })
     }
@@ -203,9 +213,10 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// - [`Peer`](Error::Peer): a peer is refused. All others are served on: call it again.
-    /// - [`Listen`](Error::Listen): the socket failed; `EMFILE`: this process may open no more files; another process made
-    ///   the listener, before a fork.
+    /// - [`Peer`](Error::Peer): a peer is refused. All others are served on: call it again. With
+    ///   [`Socket`](PeerError::Socket) and `EMFILE` this process may open no more files: the peer waits to be connected until
+    ///   it may. That is reported once.
+    /// - [`Listen`](Error::Listen): the socket failed; or another process made the listener, before a fork.
     pub fn accept(&mut self) -> Result<Handoff, Error> {
         loop {
             if let Some(handoff) = self.step(None, &mut [])? {
@@ -220,10 +231,10 @@ impl Listener {
     ///
     /// Those of [`accept`](Self::accept).
     pub fn accept_timeout(&mut self, timeout: Duration) -> Result<Option<Handoff>, Error> {
-        let until = Instant::now() + timeout;
+        let until = Instant::now().checked_add(timeout);
         loop {
-            let handoff = self.step(Some(until), &mut [])?;
-            if handoff.is_some() || until <= Instant::now() {
+            let handoff = self.step(until, &mut [])?;
+            if handoff.is_some() || until.is_some_and(|until| until <= Instant::now()) {
                 return Ok(handoff);
             }
         }
@@ -252,20 +263,24 @@ impl Listener {
             return done.map(Some);
         }
         let now = Instant::now();
-        let first = self.pending.iter().map(|pending| pending.since + self.deadline).chain(until).min();
-        let millis = first.map_or(-1, |first| {
+        let deadlines = self.pending.iter().filter_map(|pending| pending.since.checked_add(self.deadline));
+        self.full_until = self.full_until.filter(|until| *until > now);
+        let millis = deadlines.chain(until).chain(self.full_until).min().map_or(-1, |first| {
             let rest = first.saturating_duration_since(now);
             rest.as_micros().div_ceil(1000).try_into().unwrap_or(libc::c_int::MAX)
         });
         let polled = |fd: BorrowedFd<'_>| libc::pollfd { fd: fd.as_raw_fd(), events: 0, revents: 0 };
         let mut fds: Vec<_> = self.pending.iter().map(|pending| polled(pending.connection.as_fd())).collect();
-        fds.push(polled(self.socket.as_fd()));
+        fds.extend(self.orphans.iter().filter_map(Orphan::pidfd).map(polled));
+        if self.full_until.is_none() {
+            fds.push(polled(self.socket.as_fd()));
+        }
         let own = fds.len();
         fds.extend_from_slice(others);
         poll(&mut fds, millis)?;
         others.copy_from_slice(&fds[own..]);
         fds.truncate(own);
-        let listens = fds.pop().is_some_and(|fd| fd.revents != 0);
+        let listens = self.full_until.is_none() && fds.pop().is_some_and(|fd| fd.revents != 0);
         let mut ready = fds.iter().map(|fd| fd.revents != 0);
         let now = Instant::now();
         for mut pending in std::mem::take(&mut self.pending) {
@@ -273,17 +288,20 @@ impl Listener {
             let result = if is_ready { pending.advance(&mut self.room) } else { Ok(None) };
             match result {
                 Ok(Some(received)) => {
-                    self.done.push_back(pending.hand_over(received, self.on_end, self.owner))
+                    let done = self.hand_over(pending, received);
+                    self.done.push_back(done);
                 }
                 Ok(None) if now.duration_since(pending.since) < self.deadline => self.pending.push(pending),
                 Ok(None) => {
                     let received = pending.connection.received();
-                    let error = PeerError::Deadline { after: self.deadline, received };
-                    self.done.push_back(Err(pending.refuse(error, self.on_end)));
+                    self.refuse(pending, PeerError::Deadline { after: self.deadline, received });
                 }
-                Err(error) => self.done.push_back(Err(pending.refuse(error, self.on_end))),
+                Err(error) => self.refuse(pending, error),
             }
         }
+        // Those that were polled are the first ones; all of them have a pidfd.
+        self.orphans.retain(|_| !ready.next().unwrap_or(false));
+        self.bound_descriptors();
         if listens {
             self.accept_all()?;
         }
@@ -294,16 +312,27 @@ impl Listener {
     fn accept_all(&mut self) -> Result<(), Error> {
         for _ in 0..ACCEPTED_AT_ONCE {
             match self.socket.accept() {
-                Ok((stream, _)) => match self.admit(stream) {
-                    Ok(pending) => self.pending.push(pending),
-                    Err(error) => self.done.push_back(Err(error)),
-                },
+                Ok((stream, _)) => {
+                    self.is_full = false;
+                    match self.admit(stream) {
+                        Ok(pending) => self.pending.push(pending),
+                        Err(error) => self.done.push_back(Err(error)),
+                    }
+                }
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => break,
                     io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
-                    // One that sends nothing makes room, for the next call.
-                    _ if self.give_way() => break,
-                    _ => return Err(Error::Listen(error)),
+                    _ if !is_shortage(&error) => return Err(Error::Listen(error)),
+                    // One that has much, or sends nothing, makes room for the next call.
+                    _ if self.refuse_largest() || self.give_way() => break,
+                    _ => {
+                        self.full_until = Instant::now().checked_add(FULL_PAUSE);
+                        if !std::mem::replace(&mut self.is_full, true) {
+                            let error = PeerError::Socket(error);
+                            self.done.push_back(Err(Error::Peer { peer: Credentials::UNKNOWN, error }));
+                        }
+                        break;
+                    }
                 },
             }
             if self.pending.len() > MAX_PENDING {
@@ -313,6 +342,28 @@ impl Listener {
         Ok(())
     }
 
+    /// Keeps peers that have handed nothing over from holding too many descriptors of this process, together.
+    fn bound_descriptors(&mut self) {
+        let most = max_descriptors();
+        let held = |pending: &[Pending]| -> usize {
+            pending.iter().map(|pending| pending.connection.descriptors()).sum()
+        };
+        while held(&self.pending) > most && self.refuse_largest() {}
+    }
+
+    /// Refuses the peer that has sent the most descriptors. Returns whether there is one that has sent more than a userfaultfd.
+    fn refuse_largest(&mut self) -> bool {
+        let held = |at: &usize| self.pending[*at].connection.descriptors();
+        // Of several the first.
+        let Some(at) = (0..self.pending.len()).rev().max_by_key(held).filter(|at| held(at) > 1) else {
+            return false;
+        };
+        let (found, most) = (held(&at), max_descriptors());
+        let pending = self.pending.remove(at);
+        self.refuse(pending, PeerError::TooManyDescriptors { found, most });
+        true
+    }
+
     /// Refuses the peer that is connected longest, of those that have sent no userfaultfd. Returns whether there is one.
     fn give_way(&mut self) -> bool {
         let Some(at) = self.pending.iter().position(|pending| !pending.connection.has_userfaultfd()) else {
@@ -320,15 +371,58 @@ impl Listener {
         };
         let error = PeerError::Crowded { connections: self.pending.len() - 1 };
         let pending = self.pending.remove(at);
-        self.done.push_back(Err(pending.refuse(error, self.on_end)));
+        self.refuse(pending, error);
         true
+    }
+
+    /// Checks the first message.
+    fn hand_over(&mut self, pending: Pending, received: Received) -> Result<Handoff, Error> {
+        let peer = pending.process.credentials;
+        let Received { dialect, message, userfaultfd, mut files } = received;
+        let (Message::Handoff { regions, mode, pid, .. }, Some(userfaultfd)) = (&message, userfaultfd) else {
+            self.end(pending);
+            return Err(Error::Peer { peer, error: PeerError::Unexpected { message } });
+        };
+        let Pending { connection, process, memory, .. } = pending;
+        // CRIU's are in its images.
+        let checked = if dialect == Dialect::Criu { Ok(()) } else { region::check(regions) };
+        if let Err(error) = checked {
+            self.orphans.extend(Orphan::end(self.on_end, userfaultfd, &[], process).filter(is_awaited));
+            return Err(Error::Peer { peer, error });
+        }
+        files.extend(memory);
+        let parts = Parts {
+            dialect,
+            userfaultfd,
+            regions: regions.clone(),
+            mode: *mode,
+            memfds: files,
+            process,
+            pid: *pid,
+            stream: Some(connection),
+            missing: None,
+        };
+        Ok(Handoff::of(Some(self.owner), parts, self.on_end))
+    }
+
+    /// Ends a peer that handed nothing over that can be served, and reports it.
+    fn refuse(&mut self, pending: Pending, error: PeerError) {
+        let peer = pending.process.credentials;
+        self.end(pending);
+        self.done.push_back(Err(Error::Peer { peer, error }));
+    }
+
+    fn end(&mut self, mut pending: Pending) {
+        if let Some(userfaultfd) = pending.connection.take_userfaultfd() {
+            let orphan = Orphan::end(self.on_end, userfaultfd, &[], pending.process);
+            self.orphans.extend(orphan.filter(is_awaited));
+        }
     }
 
     /// Checks which process has connected.
     fn admit(&mut self, stream: UnixStream) -> Result<Pending, Error> {
-        let unknown = Credentials { pid: None, uid: u32::MAX, gid: u32::MAX };
         let failed = |peer, error| Error::Peer { peer, error: PeerError::Socket(error) };
-        let process = Process::of_peer(&stream).map_err(|error| failed(unknown, error))?;
+        let process = Process::of_peer(&stream).map_err(|error| failed(Credentials::UNKNOWN, error))?;
         let peer = process.credentials;
         if self.check.as_ref().is_some_and(|check| !check(&peer)) {
             return Err(Error::Peer { peer, error: PeerError::NotAdmitted });
@@ -359,44 +453,17 @@ impl Pending {
             received => Ok(received),
         }
     }
+}
 
-    /// Checks the first message.
-    fn hand_over(self, received: Received, on_end: OnEnd, owner: Owner) -> Result<Handoff, Error> {
-        let Received { dialect, message, userfaultfd, mut files } = received;
-        let (Message::Handoff { regions, mode, pid, .. }, Some(userfaultfd)) = (&message, userfaultfd) else {
-            return Err(self.refuse(PeerError::Unexpected { message }, on_end));
-        };
-        let Self { connection, process, memory, .. } = self;
-        let refused = |error| Error::Peer { peer: process.credentials, error };
-        // CRIU's are in its images.
-        let checked = if dialect == Dialect::Criu { Ok(()) } else { region::check(regions) };
-        if let Err(error) = checked {
-            end(on_end, userfaultfd, &[], &process);
-            return Err(refused(error));
-        }
-        files.extend(memory);
-        let parts = Parts {
-            dialect,
-            userfaultfd,
-            regions: regions.clone(),
-            mode: *mode,
-            memfds: files,
-            process,
-            pid: *pid,
-            stream: Some(connection),
-            missing: None,
-        };
-        Ok(Handoff::of(Some(owner), parts, on_end))
-    }
+/// Whether the end of a process can be noticed. A userfaultfd without that is kept open for ever, as it is dropped.
+fn is_awaited(orphan: &Orphan) -> bool {
+    orphan.pidfd().is_some()
+}
 
-    /// Ends a peer that handed nothing over that can be served.
-    fn refuse(mut self, error: PeerError, on_end: OnEnd) -> Error {
-        let peer = self.process.credentials;
-        if let Some(userfaultfd) = self.connection.take_userfaultfd() {
-            end(on_end, userfaultfd, &[], &self.process);
-        }
-        Error::Peer { peer, error }
-    }
+/// Whether an error of accept(2) is a lack of descriptors or memory, which passes.
+fn is_shortage(error: &io::Error) -> bool {
+    let shortages = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+    error.raw_os_error().is_some_and(|errno| shortages.contains(&errno))
 }
 
 impl AsFd for Listener {
@@ -419,14 +486,15 @@ impl fmt::Debug for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // A child's copies are closed with the fields.
         if !self.owner.is_current() {
-            return;
+            // A child's other copies are closed with the fields.
+            return self.orphans.drain(..).for_each(Orphan::abandon);
         }
-        for pending in self.pending.drain(..) {
-            let received = pending.connection.received();
-            let _error = pending.refuse(PeerError::Closed { received }, self.on_end);
+        for pending in std::mem::take(&mut self.pending) {
+            self.end(pending);
         }
+        // All of them are killed by now.
+        self.orphans.drain(..).for_each(Orphan::wait);
         let Some((path, dev, ino)) = &self.file else { return };
         // Not another handler's, which has taken the place.
         let is_ours = fs::symlink_metadata(path).is_ok_and(|file| (file.dev(), file.ino()) == (*dev, *ino));

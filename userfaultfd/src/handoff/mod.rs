@@ -42,6 +42,7 @@ mod handed;
 mod limits;
 mod listener;
 mod message;
+mod orphan;
 mod process;
 mod region;
 mod send;

@@ -7,6 +7,7 @@ use std::{io, process};
 
 use serde::{Deserialize, Serialize};
 
+use crate::pager::on_end;
 use crate::sys;
 use crate::sys::socket;
 
@@ -23,6 +24,9 @@ pub struct Credentials {
 }
 
 impl Credentials {
+    /// Those of a peer that can't be asked.
+    pub(super) const UNKNOWN: Self = Self { pid: None, uid: u32::MAX, gid: u32::MAX };
+
     /// Reads `SO_PEERCRED`.
     pub(super) fn of_peer(socket: &UnixStream) -> io::Result<Self> {
         let libc::ucred { pid, uid, gid } = socket::peer_credentials(socket.as_fd())?;
@@ -63,7 +67,7 @@ impl Process {
         let credentials = Credentials::of_peer(socket)?;
         let pidfd = socket::peer_pidfd(socket.as_fd()).ok().or_else(|| {
             let opened = socket::open_pidfd(credentials.pid?).ok()?;
-            (!is_hung_up(socket)).then_some(opened)
+            (!socket::is_hung_up(socket.as_fd())).then_some(opened)
         });
         Ok(Self { credentials, pidfd })
     }
@@ -82,11 +86,6 @@ impl Process {
 
     /// The pidfd by which the process may be killed: never this process's.
     pub(super) fn victim(&self) -> Option<BorrowedFd<'_>> {
-        self.pidfd.as_ref().filter(|_| !self.is_this()).map(AsFd::as_fd)
+        self.pidfd.as_ref().map(AsFd::as_fd).filter(|pidfd| !self.is_this() && !on_end::is_own(*pidfd))
     }
-}
-
-/// Whether the other end was closed, and all that was sent is read.
-fn is_hung_up(stream: &UnixStream) -> bool {
-    socket::peek(stream.as_fd()) == Ok(0)
 }

@@ -126,7 +126,7 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`Listen`](Error::Listen): the socket failed; `EMFILE`: this process may open no more files.
+    /// [`Listen`](Error::Listen): the socket failed; or another process made the listener, before a fork.
     pub fn wait(&mut self) -> Result<ServerEvent, Error> {
         loop {
             if let Some(event) = self.step(None)? {
@@ -141,10 +141,10 @@ impl Server {
     ///
     /// Those of [`wait`](Self::wait).
     pub fn wait_timeout(&mut self, timeout: Duration) -> Result<Option<ServerEvent>, Error> {
-        let until = Instant::now() + timeout;
+        let until = Instant::now().checked_add(timeout);
         loop {
-            let event = self.step(Some(until))?;
-            if event.is_some() || until <= Instant::now() {
+            let event = self.step(until)?;
+            if event.is_some() || until.is_some_and(|until| until <= Instant::now()) {
                 return Ok(event);
             }
         }

@@ -194,13 +194,12 @@ pub(crate) fn inherited_listener(fd: RawFd) -> Result<Option<OwnedFd>, Errno> {
     Ok(is_listener.then_some(copy))
 }
 
-/// Looks, without waiting, whether a byte can be read, and leaves it there. 0: the other end was closed.
-pub(crate) fn peek(socket: BorrowedFd<'_>) -> Result<usize, Errno> {
-    let mut byte = 0_u8;
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    // SAFETY: the kernel writes a byte at most, to one that is alive for the call.
-    let seen = unsafe { libc::recv(socket.as_raw_fd(), (&raw mut byte).cast(), 1, flags) };
-    usize::try_from(seen).map_err(|_| Errno::last())
+/// Whether the other end was closed, also where bytes of it are still to be read. Not, if it only sends no more.
+pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
+    let mut polled = libc::pollfd { fd: socket.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: the kernel writes to the structure, which is borrowed for the call.
+    let ready = unsafe { libc::poll(&mut polled, 1, 0) };
+    ready == 1 && polled.revents & libc::POLLHUP != 0
 }
 
 /// Waits until there is room to send, for `timeout` milliseconds at most. A signal may end it early.
@@ -210,5 +209,27 @@ pub(crate) fn wait_writable(socket: BorrowedFd<'_>, timeout: libc::c_int) -> Res
     match check(unsafe { libc::poll(&mut polled, 1, timeout) }) {
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(errno) => Err(errno),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::support::require;
+
+    #[test]
+    fn peer_that_is_gone_is_noticed_behind_unread_bytes() {
+        require!();
+        let (here, mut there) = UnixStream::pair().unwrap();
+        assert!(!is_hung_up(here.as_fd()));
+        there.write_all(b"unread").unwrap();
+        there.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(!is_hung_up(here.as_fd()), "it can still be read from");
+        drop(there);
+        assert!(is_hung_up(here.as_fd()));
     }
 }

@@ -57,7 +57,7 @@ fn refusal_in_a_child_leaves_the_process_alone() {
 }
 
 /// A peer that sends a userfaultfd with the first byte of its message, and ends when it is told.
-fn half(listener: &mut Listener, path: &std::path::Path) -> (Forked, UnixStream) {
+pub(crate) fn half(listener: &mut Listener, path: &std::path::Path) -> (Forked, UnixStream) {
     let (here, there) = UnixStream::pair().unwrap();
     let process = child::fork(|| {
         let stream = UnixStream::connect(path).unwrap();

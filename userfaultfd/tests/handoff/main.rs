@@ -7,6 +7,7 @@ mod support;
 mod ends;
 mod forks;
 mod inherited;
+mod limits;
 mod monitor;
 mod peers;
 mod served;

@@ -55,7 +55,7 @@ fn json(regions: impl Into<Vec<MemoryRegion>>) -> Vec<u8> {
 }
 
 /// A userfaultfd that is registered for a memory.
-fn registered(memory: &Memory) -> Uffd {
+pub(crate) fn registered(memory: &Memory) -> Uffd {
     let uffd = uffd(FeatureFlags::empty());
     uffd.register(memory.start(), memory.len()).unwrap();
     uffd
@@ -212,7 +212,7 @@ fn external_backend() -> Vec<u8> {
 }
 
 /// The next error of a peer.
-fn next_error(listener: &mut Listener) -> PeerError {
+pub(crate) fn next_error(listener: &mut Listener) -> PeerError {
     match listener.accept() {
         Err(Error::Peer { error, .. }) => error,
         other => panic!("{other:?}"),
@@ -236,6 +236,8 @@ fn each_bad_peer_is_an_error_and_nothing_is_left() {
             assert!(!error.to_string().is_empty());
             let status = if wrong.is_killed { libc::SIGKILL } else { 0 };
             assert_eq!(peer.wait(), status, "{}", wrong.name);
+            // Its userfaultfd is closed once it has ended.
+            assert!(listener.accept_timeout(Duration::ZERO).unwrap().is_none());
             assert_eq!((descriptors(), listener.pending()), (before, 0), "after {}", wrong.name);
             let page = number % PAGES;
             assert_eq!(good.read(page), shown(page));
@@ -309,7 +311,7 @@ fn thousand_connections_leave_room_for_a_monitor() {
     });
 }
 
-fn wait_to_be_killed() {
+pub(crate) fn wait_to_be_killed() {
     loop {
         // SAFETY: touches no memory.
         unsafe { libc::pause() };
