@@ -15,3 +15,4 @@ mod doctor;
 mod manual;
 mod program;
 mod serve;
+mod ws;

@@ -39,6 +39,8 @@ fn each_subcommand_has_help_manual_and_completions() {
             assert!(page.code == Some(0) && page.out.contains(&format!("uffd\\-{name}")), "{page:?}");
         }
     }
+    let page = run(&["man", "ws-merge"]);
+    assert!(page.code == Some(0) && page.out.contains("\\-\\-common"), "{page:?}");
 }
 
 #[test]

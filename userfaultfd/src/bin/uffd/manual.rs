@@ -10,7 +10,7 @@ use crate::exit::Failure;
 /// Print a manual page: `uffd man | man -l -`
 #[derive(Debug, clap::Args)]
 pub(crate) struct Man {
-    /// The page of this subcommand, in place of that of the program
+    /// The page of this subcommand, in place of that of the program: `serve`, `ws-merge`
     #[arg(value_parser = subcommands())]
     subcommand: Option<String>,
 }
@@ -24,17 +24,18 @@ pub(crate) struct Completions {
 
 /// The names of the subcommands, but for this one: its definition can't have itself.
 fn subcommands() -> clap::builder::PossibleValuesParser {
-    ["doctor", "serve", "completions"].into()
+    ["doctor", "serve", "ws", "ws-info", "ws-merge", "ws-show", "completions"].into()
 }
 
 pub(crate) fn man(options: &Man) -> Result<(), Failure> {
     let mut command = Arguments::command();
     command.build();
     let page = match &options.subcommand {
-        Some(name) => match command.find_subcommand(name) {
-            Some(found) => clap_mangen::Man::new(found.clone()).title(format!("uffd-{name}")),
-            None => return Err(Failure::Unmet(format!("there is no subcommand {name}"))),
-        },
+        Some(name) => {
+            let found = name.split('-').try_fold(&command, |found, part| found.find_subcommand(part));
+            let found = found.ok_or_else(|| Failure::Failed(format!("there is no subcommand {name}")))?;
+            clap_mangen::Man::new(found.clone()).title(format!("uffd-{name}"))
+        }
         None => clap_mangen::Man::new(command),
     };
     let mut text = Vec::new();
