@@ -9,13 +9,12 @@
     allow(dead_code, reason = "each feature uses a part")
 )]
 
+use crate::lock_order::{RankedMutex, lock, rank, try_lock};
+use crate::owner::{Owner, PerProcess};
+use crate::sync::AtomicU64;
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
-
-use crate::owner::{Owner, PerProcess};
-use crate::sync::AtomicU64;
 
 /// The part of this library that has registered a range of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,24 +53,16 @@ struct Entry {
 }
 
 /// The entries in the order in which they were made. A forked child drops its parent's.
-static ENTRIES: PerProcess<Mutex<Vec<Entry>>> = PerProcess::new();
+static ENTRIES: PerProcess<RankedMutex<Vec<Entry>, { rank::HOLDERS }>> = PerProcess::new();
 
 /// Tries to lock the entries: without a wait, since the holder of the lock may itself wait for a fault.
 const MAX_READ_TRIES: usize = 10_000;
-
-fn entries(all: &'static Mutex<Vec<Entry>>) -> Option<MutexGuard<'static, Vec<Entry>>> {
-    match all.try_lock() {
-        Ok(entries) => Some(entries),
-        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
-    }
-}
 
 /// Changes the entries, unless they stay locked.
 fn change(mut change: impl FnMut(&mut Vec<Entry>)) {
     let Ok(all) = ENTRIES.get() else { return };
     for _ in 0..MAX_READ_TRIES {
-        if let Some(mut entries) = entries(all) {
+        if let Some(mut entries) = try_lock(all) {
             return change(&mut entries);
         }
         std::thread::yield_now();
@@ -106,7 +97,7 @@ impl Held {
     /// Whether another holder has a part of a range. Waits until it can be told.
     pub(crate) fn is_shared(&self, range: &Range<usize>) -> bool {
         let Some(all) = ENTRIES.made() else { return false };
-        let entries = all.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = lock(all);
         let overlaps = |entry: &Entry| entry.range.start < range.end && range.start < entry.range.end;
         entries.iter().any(|entry| entry.id != self.id && overlaps(entry))
     }
@@ -122,7 +113,7 @@ impl Drop for Held {
 
 /// The holder of a part of a range, the latest if there are several. `None` if it isn't known. Allocates nothing.
 pub(crate) fn of(range: &Range<usize>) -> Option<Holder> {
-    let entries = entries(ENTRIES.made()?)?;
+    let entries = try_lock(ENTRIES.made()?)?;
     let overlaps = |entry: &&Entry| entry.range.start < range.end && range.start < entry.range.end;
     entries.iter().rev().find(overlaps).map(|entry| entry.holder)
 }

@@ -300,7 +300,7 @@ mod holder;
 mod lazy;
 #[cfg(any(feature = "pager", feature = "tracking", feature = "snapshot"))]
 mod lease;
-#[cfg(feature = "pager")]
+#[cfg(any(feature = "pager", feature = "tracking", feature = "snapshot"))]
 mod lock_order;
 #[cfg(feature = "pager")]
 mod mapped_vec;

@@ -1,11 +1,11 @@
 //! Locks that know their place in the order in which a thread takes them.
 //!
-//! `pager/CONCURRENCY.md` has the order, with a rank for each lock of a pager. A build with debug assertions checks it: a
+//! `pager/CONCURRENCY.md` has the order, with a rank for each lock of a pager, a tracker and a snapshot. A build with debug assertions checks it: a
 //! thread that takes a lock below one that it holds panics, also where no other thread is there to deadlock with. In a
 //! release build the rank is a parameter of the type, and nothing else is left of it.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 /// The ranks, in the order in which locks are taken.
@@ -22,6 +22,21 @@ pub(crate) mod rank {
     pub(crate) const QUEUE: u8 = 5;
     /// What may be held by a thread that waits for the allocator.
     pub(crate) const STORE: u8 = 6;
+    /// Who holds which memory, for texts of errors.
+    pub(crate) const HOLDERS: u8 = 7;
+
+    // Those of trackers, of which no thread of a pager takes any.
+
+    /// All trackers and snapshots of the process.
+    pub(crate) const WATCHES: u8 = 1;
+    /// That a tracker changes protection.
+    pub(crate) const WORK: u8 = 2;
+    /// That a tracker resolves a fault.
+    pub(crate) const RESOLVING: u8 = 3;
+    /// The bits of a tracked range and the protection of its pages.
+    pub(crate) const BITS: u8 = 4;
+    /// Which ranges a tracker has.
+    pub(crate) const RANGES: u8 = 5;
 }
 
 /// A lock of a rank. Taken by [`lock`].
@@ -45,6 +60,18 @@ pub(crate) fn lock<T, const RANK: u8>(mutex: &RankedMutex<T, RANK>) -> LockGuard
     // Before it waits: a deadlock shows nothing.
     let held = order::enter(RANK, std::ptr::from_ref(mutex).addr());
     LockGuard { guard: mutex.0.lock().unwrap_or_else(PoisonError::into_inner), _held: held }
+}
+
+/// Takes a lock unless another thread has it.
+pub(crate) fn try_lock<T, const RANK: u8>(mutex: &RankedMutex<T, RANK>) -> Option<LockGuard<'_, T>> {
+    let held = order::enter(RANK, std::ptr::from_ref(mutex).addr());
+    match mutex.0.try_lock() {
+        Ok(guard) => Some(LockGuard { guard, _held: held }),
+        Err(TryLockError::Poisoned(poisoned)) => {
+            Some(LockGuard { guard: poisoned.into_inner(), _held: held })
+        }
+        Err(TryLockError::WouldBlock) => None,
+    }
 }
 
 /// A lock that is held until this is dropped.
@@ -122,7 +149,7 @@ mod order {
 
     use super::rank;
 
-    const RANKS: usize = rank::STORE as usize + 1;
+    const RANKS: usize = rank::HOLDERS as usize + 1;
 
     #[derive(Clone, Copy)]
     struct Rank {

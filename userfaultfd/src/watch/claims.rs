@@ -12,20 +12,17 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use super::ranges::{self, Tracked};
 use crate::holder::Held;
+use crate::lock_order::{LockGuard, RankedMutex, lock, rank};
 use crate::owner::PerProcess;
 use crate::proc_maps::Process;
 use crate::{Error, Result};
 
 /// Those that have ever registered a range, in this process.
-static WATCHES: PerProcess<Mutex<Vec<Weak<Claims>>>> = PerProcess::new();
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+static WATCHES: PerProcess<RankedMutex<Vec<Weak<Claims>>, { rank::WATCHES }>> = PerProcess::new();
 
 /// The ranges of a watch.
 #[derive(Debug)]
@@ -33,14 +30,14 @@ pub(crate) struct Claims {
     process: Process,
     /// Replaced as a whole, so that the lock is never held for long, nor while memory is allocated: the thread that
     /// handles faults takes it.
-    ranges: Mutex<Arc<[Tracked]>>,
+    ranges: RankedMutex<Arc<[Tracked]>, { rank::RANGES }>,
     /// A part of the ranges is another watch's.
     has_lost: AtomicBool,
     /// Locked while pages are protected, reset, or given back. The thread that handles faults doesn't take it: a page of
     /// the memory that is needed for that may be protected.
-    at_work: Mutex<()>,
+    at_work: RankedMutex<(), { rank::WORK }>,
     /// Locked while a fault is resolved.
-    resolves: Mutex<()>,
+    resolves: RankedMutex<(), { rank::RESOLVING }>,
     /// For errors that others get.
     held: Held,
 }
@@ -49,10 +46,10 @@ impl Claims {
     pub(super) fn new(process: Process, held: Held) -> Self {
         Self {
             process,
-            ranges: Mutex::new(Arc::new([])),
+            ranges: RankedMutex::new(Arc::new([])),
             has_lost: AtomicBool::new(false),
-            at_work: Mutex::new(()),
-            resolves: Mutex::new(()),
+            at_work: RankedMutex::default(),
+            resolves: RankedMutex::default(),
             held,
         }
     }
@@ -85,12 +82,12 @@ impl Claims {
     }
 
     /// Keeps other watches from taking ranges. To be followed by [`check`](Self::check).
-    pub(super) fn begin_work(&self) -> MutexGuard<'_, ()> {
+    pub(super) fn begin_work(&self) -> LockGuard<'_, ()> {
         lock(&self.at_work)
     }
 
     /// The same, for the thread that handles faults.
-    pub(super) fn begin_resolving(&self) -> MutexGuard<'_, ()> {
+    pub(super) fn begin_resolving(&self) -> LockGuard<'_, ()> {
         lock(&self.resolves)
     }
 

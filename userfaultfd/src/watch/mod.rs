@@ -31,7 +31,7 @@ pub(crate) use self::words::{CHUNK_PAGES, Words, runs};
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, MutexGuard, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 
 use self::claims::Claims;
@@ -39,6 +39,7 @@ use self::ranges::{DirtyBits, Tracked};
 use crate::error::errno_of;
 use crate::holder::{Held, Holder};
 use crate::lease::Lease;
+use crate::lock_order::LockGuard;
 use crate::owner::Owner;
 use crate::pagemap::{Pagemap, Region, Scan};
 use crate::proc_maps::{Mapping, Process};
@@ -132,7 +133,7 @@ impl Watch {
 
     /// Keeps other watches from taking ranges from this one while it protects or resets pages. The parts that they have taken
     /// are reported by [`check_part`](Self::check_part).
-    pub(crate) fn begin_work(&self) -> MutexGuard<'_, ()> {
+    pub(crate) fn begin_work(&self) -> LockGuard<'_, ()> {
         self.claims.begin_work()
     }
 

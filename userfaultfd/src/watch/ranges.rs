@@ -1,10 +1,11 @@
 //! The tracked ranges, ordered by address.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crate::lock_order::{self, LockGuard, RankedMutex, rank};
 use crate::sync::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A tracked range with pages of one size.
 #[derive(Clone, Debug)]
@@ -25,7 +26,7 @@ pub(crate) struct Tracked {
 /// One bit for each page: whether it was written.
 #[derive(Debug)]
 pub(crate) struct DirtyBits {
-    lock: Mutex<()>,
+    lock: RankedMutex<(), { rank::BITS }>,
     start: usize,
     page: usize,
     words: Box<[AtomicU64]>,
@@ -35,13 +36,13 @@ impl DirtyBits {
     pub(crate) fn new(range: &Range<usize>, page: usize) -> Self {
         let words = (range.len() / page).div_ceil(64);
         let words = (0..words).map(|_| AtomicU64::new(0)).collect();
-        Self { lock: Mutex::new(()), start: range.start, page, words }
+        Self { lock: RankedMutex::default(), start: range.start, page, words }
     }
 
     /// A thread that changes a bit and the protection of its page holds this lock for both: if a reset came between the
     /// bit and the lifted protection, the write would be lost.
-    pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
-        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn lock(&self) -> LockGuard<'_, ()> {
+        lock_order::lock(&self.lock)
     }
 
     fn place(&self, address: usize) -> (&AtomicU64, u64) {

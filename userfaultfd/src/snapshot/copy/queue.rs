@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar};
 
 use crate::Errno;
+use crate::lock_order::{LockGuard, RankedMutex, lock, rank};
 use crate::snapshot::sink::Content;
 
 /// What is delivered: where, and what.
@@ -67,7 +68,7 @@ pub(crate) enum End {
 
 #[derive(Debug)]
 pub(crate) struct Queue {
-    state: Mutex<State>,
+    state: RankedMutex<State, { rank::QUEUE }>,
     changed: Condvar,
     /// Wakes the thread that copies.
     wake: Arc<UnixStream>,
@@ -80,12 +81,12 @@ impl Queue {
             (0..count).map(|_| Buffer { bytes: Vec::with_capacity(len), size }).collect()
         };
         let free = [buffers(Size::Chunk, chunks), buffers(Size::Page, pages)];
-        let state = Mutex::new(State { free, ..State::default() });
+        let state = RankedMutex::new(State { free, ..State::default() });
         Self { state, changed: Condvar::new(), wake }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> LockGuard<'_, State> {
+        lock(&self.state)
     }
 
     /// A free buffer, if there is one.
@@ -142,7 +143,7 @@ impl Queue {
             if let Some(end) = state.end {
                 return Err(end);
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = state.wait(&self.changed);
         }
     }
 

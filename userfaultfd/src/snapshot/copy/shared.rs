@@ -4,11 +4,12 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, OnceLock};
 use std::time::Duration;
 
 use super::bits::Bits;
 use super::queue::Queue;
+use crate::lock_order::{LockGuard, RankedMutex, lock, rank};
 use crate::owner::{InheritedFd, Owner, abandon};
 use crate::sync::AtomicU64;
 use crate::{Errno, Error, Result};
@@ -33,7 +34,7 @@ pub(crate) struct Shared {
     pub(crate) woken: UnixStream,
     /// Its other end, which the queue of each snapshot has, too.
     wake: Arc<UnixStream>,
-    state: Mutex<State>,
+    state: RankedMutex<State, { rank::QUEUE }>,
     pub(crate) answered: Condvar,
 }
 
@@ -68,7 +69,7 @@ impl Shared {
         woken.set_nonblocking(true)?;
         wake.set_nonblocking(true)?;
         let (owner, inherited) = (Owner::current()?, OnceLock::new());
-        let (wake, state) = (Arc::new(wake), Mutex::default());
+        let (wake, state) = (Arc::new(wake), RankedMutex::default());
         Ok(Self { owner, inherited, woken, wake, state, answered: Condvar::new() })
     }
 
@@ -88,8 +89,8 @@ impl Shared {
         Arc::clone(&self.wake)
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn lock(&self) -> LockGuard<'_, State> {
+        lock(&self.state)
     }
 
     fn wake(&self) {
@@ -117,7 +118,7 @@ impl Shared {
     /// Waits until no snapshot is at work.
     pub(crate) fn wait_until_idle(&self) {
         let busy = |state: &mut State| state.busy && state.ended.is_none();
-        drop(self.answered.wait_while(self.lock(), busy).unwrap_or_else(PoisonError::into_inner));
+        drop(self.lock().wait_while(&self.answered, busy));
     }
 
     /// Says that the sink of a snapshot is called to begin, or has been.
@@ -138,7 +139,7 @@ impl Shared {
             if let Some(ended) = state.ended {
                 return Err(Error::TrackingFailed(ended.unwrap_or(Errno::ESRCH)));
             }
-            state = self.answered.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = state.wait(&self.answered);
         }
     }
 
