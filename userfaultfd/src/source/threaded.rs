@@ -8,6 +8,7 @@ use std::thread;
 
 use super::call::catch_panic;
 use super::{AsyncPageSource, Completion, Loaded, PageBuffer, PageData, PageSource};
+use crate::owner::Owner;
 
 /// Loads that the queue has room for from the start, of each kind.
 const QUEUE_LEN: usize = 1024;
@@ -29,10 +30,13 @@ const QUEUE_LEN: usize = 1024;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// Dropping it ends its threads as soon as their reads have ended. Loads that wait fail.
+/// Dropping it ends its threads as soon as their reads have ended. Loads that wait fail. In a forked child, which hasn't
+/// got the threads, each load fails.
 pub struct ThreadedSource<S: PageSource + 'static>(Arc<Shared<S>>);
 
 struct Shared<S> {
+    /// Of whom the threads are.
+    owner: Owner,
     source: S,
     queue: Mutex<Queue>,
     arrived: Condvar,
@@ -57,10 +61,11 @@ impl<S: PageSource + 'static> ThreadedSource<S> {
     ///
     /// That of [`thread::Builder::spawn`].
     pub fn new(source: S, threads: usize) -> io::Result<Self> {
+        let owner = Owner::current().map_err(|errno| io::Error::from_raw_os_error(errno as i32))?;
         let room = || VecDeque::with_capacity(QUEUE_LEN);
         let queue = Mutex::new(Queue { faults: room(), early: room(), closed: false });
         // Dropped on an error, which ends the threads that there are.
-        let this = Self(Arc::new(Shared { source, queue, arrived: Condvar::new() }));
+        let this = Self(Arc::new(Shared { owner, source, queue, arrived: Condvar::new() }));
         for _ in 0..threads.max(1) {
             let shared = Arc::clone(&this.0);
             thread::Builder::new().name("uffd-source".into()).spawn(move || shared.run())?;
@@ -71,6 +76,9 @@ impl<S: PageSource + 'static> ThreadedSource<S> {
     /// Returns the number of loads that wait for a thread.
     #[must_use]
     pub fn waiting(&self) -> usize {
+        if !self.0.owner.is_current() {
+            return 0;
+        }
         let queue = self.0.lock();
         queue.faults.len() + queue.early.len()
     }
@@ -87,6 +95,11 @@ impl<S: PageSource> Shared<S> {
     }
 
     fn put(&self, job: Job, is_early: bool) {
+        if !self.owner.is_current() {
+            let text =
+                "the threads of this source are those of the process that made it: make one in each child";
+            return job.done.complete(Err(io::Error::other(text)));
+        }
         let mut queue = self.lock();
         let list = if is_early { &mut queue.early } else { &mut queue.faults };
         list.push_back(job);
@@ -142,6 +155,10 @@ impl<S: PageSource> AsyncPageSource for ThreadedSource<S> {
 
 impl<S: PageSource + 'static> Drop for ThreadedSource<S> {
     fn drop(&mut self) {
+        if !self.0.owner.is_current() {
+            // The lock may be held by a thread that isn't here.
+            return;
+        }
         let mut queue = self.0.lock();
         queue.closed = true;
         let left = (std::mem::take(&mut queue.faults), std::mem::take(&mut queue.early));

@@ -496,3 +496,20 @@ fn threads_of_source_take_faults_before_read_ahead() {
     assert!(answers[4].as_ref().is_err_and(|error| error.to_string().contains("panicked")));
     assert!(answers.iter().filter(|answer| answer.is_ok()).count() == 4);
 }
+
+#[test]
+fn threads_of_a_source_are_not_waited_for_in_a_forked_child() {
+    require!();
+    child::run_well(test_name!(), || {
+        let source = Arc::new(ThreadedSource::new(Pages::new(page()), 2).unwrap());
+        let of_child = Arc::clone(&source);
+        child::fork(move || {
+            let memory = LazyMemory::builder(AsyncSource::new(of_child)).len(4 * page()).build().unwrap();
+            let error = memory.try_populate(0..page()).unwrap_err();
+            assert!(error.to_string().contains("can't be had"), "{error}");
+        })
+        .succeed();
+        let memory = LazyMemory::builder(AsyncSource::new(source)).len(4 * page()).build().unwrap();
+        memory.try_populate(0..page()).unwrap();
+    });
+}
