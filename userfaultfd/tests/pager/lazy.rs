@@ -169,6 +169,9 @@ fn read_at_fails_where_source_fails() {
         assert!(error.to_string().starts_with(&name), "{error}");
     }
     assert_eq!(memory.statistics().poisoned, 0, "it may be tried again");
+    // Each attempt reads its missing pages together, and one by one where there are several.
+    let reads = usize::MAX - away.load(std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(reads, 3 * ((1 + 2) + 1 + (1 + 4)));
     // It recovers with the second try.
     away.store(1, std::sync::atomic::Ordering::SeqCst);
     assert_eq!(memory.read_at(4 * page(), &mut bytes[..page()]).unwrap(), page());

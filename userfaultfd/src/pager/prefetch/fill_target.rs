@@ -12,7 +12,7 @@ use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::lease::Lease;
 use crate::pager::fill::load::fill_batch_len;
 use crate::pager::fill::retry;
-use crate::pager::fill::work::{Outcome, Work};
+use crate::pager::fill::work::{Outcome, RetryAfter, Work};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Descriptor, LOOK_SHARD};
 use crate::pager::memory::fault_around::FaultAround;
@@ -193,7 +193,7 @@ impl Target {
             let states = &self.region().pages;
             for page in pages.clone() {
                 let mut pause = sys::Pause::new();
-                while states.is_loading(page) {
+                while states.is_in_work(page) {
                     pause.rest();
                 }
             }
@@ -266,9 +266,10 @@ fn step(
         let alive = match filler.resume(&shared.fill, descriptor, Work::Load(run.early(), 0)) {
             Outcome::Settled => true,
             // A fault that needs the page reads it again.
-            Outcome::Deferred(work, _) => {
+            Outcome::Deferred(work, retry) => {
+                // A load ahead that waits for nothing but another one is one whose source has failed.
+                put_off |= !(matches!(work, Work::Load(..)) && retry == RetryAfter::OtherLoad);
                 filler.give_up(descriptor, work);
-                put_off = true;
                 true
             }
             Outcome::TargetGone => false,
