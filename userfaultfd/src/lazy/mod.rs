@@ -16,6 +16,7 @@ use std::sync::Arc;
 use crate::dirty::{self, DirtyTracker};
 use crate::lease::Lease;
 use crate::own_mapping::OwnMapping;
+use crate::pager::evict::pins::PinTerm;
 use crate::pager::memory::served;
 use crate::pager::{
     self, BackgroundFill, DescriptorId, Error, FillOrder, MissingRange, PageSource, Pager, Progress,
@@ -196,7 +197,8 @@ impl LazyMemory {
     pub fn try_populate(&self, range: Range<usize>) -> io::Result<()> {
         self.check_owner().map_err(io::Error::other)?;
         // Under a budget part by part, each of which stays until it was looked at.
-        self.parts(self.within(range.start, range.len())).try_for_each(|part| self.pin_for(&part).map(drop))
+        self.parts(self.within(range.start, range.len()))
+            .try_for_each(|part| self.pin_for(&part, PinTerm::Part).map(drop))
     }
 
     /// The pages that some bytes are in.
@@ -257,7 +259,7 @@ impl LazyMemory {
         self.check_owner().map_err(io::Error::other)?;
         let range = self.within(offset, buf.len());
         for part in self.parts(range.clone()) {
-            let _pinned = self.pin_for(&part)?;
+            let _pinned = self.pin_for(&part, PinTerm::Part)?;
             buf[part.start - range.start..part.end - range.start].copy_from_slice(&self[part]);
         }
         Ok(range.len())
@@ -273,10 +275,10 @@ impl LazyMemory {
         self.check_owner().map_err(io::Error::other)?;
         let range = self.within(offset, buf.len());
         for part in self.parts(range.clone()) {
-            let pinned = self.pin_for(&part)?.into_pages();
+            let pinned = self.pin_for(&part, PinTerm::Part)?.into_pages();
             let bytes = &buf[part.start - range.start..part.end - range.start];
             self[part].copy_from_slice(bytes);
-            self.unpin(pinned);
+            self.unpin(pinned, PinTerm::Part);
         }
         Ok(range.len())
     }
@@ -308,15 +310,15 @@ impl LazyMemory {
     /// As [`try_populate`](Self::try_populate); `OutOfMemory`: more than half of the budget would be pinned.
     pub fn pin(&self, range: Range<usize>) -> io::Result<Pinned<'_>> {
         self.check_owner().map_err(io::Error::other)?;
-        self.pin_for(&self.within(range.start, range.len()))
+        self.pin_for(&self.within(range.start, range.len()), PinTerm::Program)
     }
 
     /// Pins and fills a range, which is within the memory.
-    fn pin_for(&self, range: &Range<usize>) -> io::Result<Pinned<'_>> {
+    fn pin_for(&self, range: &Range<usize>, term: PinTerm) -> io::Result<Pinned<'_>> {
         let pages = self.pages_of(range);
-        let mut pinned = Pinned { memory: self, range: range.clone(), pages: None };
+        let mut pinned = Pinned { memory: self, range: range.clone(), pages: None, term };
         if let Some(residence) = &self.region.residence {
-            if !residence.pin(pages.clone()) {
+            if !residence.pin(&pages, term) {
                 let text = "more than half of the budget would be pinned";
                 return Err(io::Error::new(io::ErrorKind::OutOfMemory, text));
             }
@@ -326,9 +328,9 @@ impl LazyMemory {
         Ok(pinned)
     }
 
-    fn unpin(&self, pages: Option<Range<usize>>) {
+    fn unpin(&self, pages: Option<Range<usize>>, term: PinTerm) {
         if let (Some(residence), Some(pages)) = (&self.region.residence, pages) {
-            residence.unpin(&pages);
+            residence.unpin(&pages, term);
         }
     }
 
@@ -676,6 +678,7 @@ pub struct Pinned<'a> {
     range: Range<usize>,
     /// Those that are pinned, under a budget.
     pages: Option<Range<usize>>,
+    term: PinTerm,
 }
 
 impl Pinned<'_> {
@@ -696,7 +699,7 @@ impl Deref for Pinned<'_> {
 impl Drop for Pinned<'_> {
     fn drop(&mut self) {
         if self.memory.memory.is_here() {
-            self.memory.unpin(self.pages.take());
+            self.memory.unpin(self.pages.take(), self.term);
         }
     }
 }

@@ -277,6 +277,32 @@ fn pinned_pages_stay_and_no_more_than_half_can_be() {
 }
 
 #[test]
+fn any_number_of_threads_copies_from_memory_under_a_small_budget() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let budget = Budget::new(24 * page());
+    let memory = builder(500, &budget).build().unwrap();
+    thread::scope(|scope| {
+        let memory = &memory;
+        for thread in 0..12 {
+            scope.spawn(move || {
+                let mut random = Random::new(thread);
+                let mut bytes = vec![0; 6 * page()];
+                for _ in 0..100 {
+                    let at = random.below(494) * page();
+                    assert_eq!(memory.read_at(at, &mut bytes).unwrap(), bytes.len());
+                    assert!(bytes.iter().zip(at..).all(|(found, at)| *found == byte(at as u64)));
+                    memory.try_populate(at..at + 3 * page()).unwrap();
+                }
+            });
+        }
+    });
+    // A pin of the program isn't waited for.
+    let _pinned = memory.pin(0..12 * page()).unwrap();
+    let refused = memory.read_at(100 * page(), &mut [0; 10]).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::OutOfMemory, "{refused}");
+}
+
+#[test]
 fn what_a_budget_excludes_is_refused_by_name() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let budget = Budget::new(64 * page());

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -393,6 +394,36 @@ fn pages_on_their_way_out_while_a_sync_fails_are_not_lost() {
         is_done.store(true, Ordering::SeqCst);
         readers.into_iter().for_each(|reader| reader.join().unwrap().unwrap());
     });
+}
+
+#[test]
+fn pinned_page_stays_dirty_and_writable_by_system_calls_over_flushes() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    for write_back in [WriteBack::Any, WriteBack::OnFlush] {
+        let (shelf, budget) = (Shelf::of_pages(100), Budget::new(64 * page()));
+        let mut memory =
+            builder(&shelf, &budget).write_back(write_back).handle_kernel_faults(false).build().unwrap();
+        memory[3 * page()..5 * page()].fill(7);
+        let raw = memory.as_raw_slice().cast::<u8>().wrapping_add(4 * page());
+        let pinned = memory.pin(4 * page()..5 * page()).unwrap();
+        memory.flush().unwrap();
+        assert_eq!((shelf.durable()[3 * page()], shelf.durable()[4 * page()]), (7, 7));
+        assert_eq!(memory.statistics().dirty, page(), "a device may write to it");
+        #[expect(unsafe_code, reason = "as a device writes to it")]
+        // SAFETY: within the memory; nothing of the page is looked at meanwhile.
+        let read = unsafe { libc::read(zeros().as_raw_fd(), raw.cast(), 100) };
+        assert_eq!(read, 100, "{}", io::Error::last_os_error());
+        memory.flush().unwrap();
+        assert_eq!((shelf.durable()[4 * page()], shelf.durable()[4 * page() + 100]), (0, 7));
+        drop(pinned);
+        memory.flush().unwrap();
+        assert_eq!(memory.statistics().dirty, 0);
+        memory.close().unwrap();
+    }
+}
+
+fn zeros() -> fs::File {
+    fs::File::open("/dev/zero").unwrap()
 }
 
 #[test]

@@ -23,6 +23,7 @@ use std::{slice, thread};
 use super::flush_error::{FlushError, FlushStep};
 use super::frames::Member;
 use super::page_set::ranges_of;
+use super::pins::Pinning;
 use super::residence::{Place, Residence};
 use super::store::{StoreBacking, Turn, WRITE_PAGES};
 use crate::Errno;
@@ -45,6 +46,7 @@ pub(super) struct Written {
 }
 
 /// Whether a page was claimed to be copied.
+#[derive(Clone, Copy)]
 enum ToCopy {
     Present,
     Staged,
@@ -129,10 +131,14 @@ fn write_some(
     let pages = *first..last + 1;
     let address = member.start + pages.start * crate::page_size();
     reach(Point::Evict(Departure::BeforeClean), address);
-    let copied = copy(member, store, turn, &claimed);
+    let mut pinning = Pinning::of(member.residence(), &pages);
+    let copied = copy(member, store, turn, &claimed, &pinning);
     if copied.is_ok() {
+        pinning.update(member.residence());
         for page in pages.clone() {
-            member.residence().change(page, Place::writing);
+            // A device may write to a pinned page at any time, and no fault tells of it: it stays dirty.
+            let change = if pinning.has(page) { Place::writing_on } else { Place::writing };
+            member.residence().change(page, change);
         }
     }
     claimed.iter().for_each(|(page, found)| end(member, *page, found));
@@ -167,17 +173,20 @@ fn write_some(
     next
 }
 
-/// Copies claimed neighbouring pages, which nothing writes from then on without a fault that waits for the claim.
+/// Copies claimed neighbouring pages, which nothing writes from then on without a fault that waits for the claim, but for
+/// those that are pinned: a system call that writes to such a page must not meet its protection.
 fn copy(
     member: &Member,
     store: &StoreBacking,
     turn: &mut Turn,
     claimed: &[(usize, ToCopy)],
+    pinning: &Pinning,
 ) -> io::Result<()> {
     let (page_size, mut at) = (crate::page_size(), 0);
     while let Some((first, found)) = claimed.get(at) {
-        let is_staged = matches!(found, ToCopy::Staged);
-        let alike = |(_, found): &&(usize, ToCopy)| matches!(found, ToCopy::Staged) == is_staged;
+        let kind = |(page, found): &(usize, ToCopy)| (matches!(found, ToCopy::Staged), pinning.has(*page));
+        let (is_staged, is_pinned) = kind(&(*first, *found));
+        let alike = |next: &&(usize, ToCopy)| kind(next) == (is_staged, is_pinned);
         let count = claimed[at..].iter().take_while(alike).count();
         let bytes = &mut turn.buffer[at * page_size..(at + count) * page_size];
         if is_staged {
@@ -186,8 +195,10 @@ fn copy(
             bytes.copy_from_slice(unsafe { slice::from_raw_parts(staged, bytes.len()) });
         } else {
             let address = member.start + first * page_size;
-            let protected = member.uffd.write_protect(addr_to_ptr(address), bytes.len());
-            protected.map_err(|error| io::Error::from(error.errno().unwrap_or(Errno::EINVAL)))?;
+            if !is_pinned {
+                let protected = member.uffd.write_protect(addr_to_ptr(address), bytes.len());
+                protected.map_err(|error| io::Error::from(error.errno().unwrap_or(Errno::EINVAL)))?;
+            }
             store.memory.read_exact_at(bytes, address as u64)?;
         }
         at += count;

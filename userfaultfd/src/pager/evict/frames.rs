@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
+use super::pins::Pins;
 use super::policy::{Link, List, NO_STAMP, NONE, Policy, S3Fifo};
 use super::pool::Pool;
 use super::residence::{Place, Residence};
@@ -65,13 +66,6 @@ struct Tenant {
     member: u32,
     page: usize,
     is_staged: bool,
-}
-
-/// Pages that mustn't leave.
-#[derive(Debug)]
-struct Pin {
-    member: u32,
-    pages: Range<usize>,
 }
 
 /// A page that the evicting thread has claimed.
@@ -148,8 +142,7 @@ pub(super) struct Frames {
     requested: u64,
     /// When a store was last written, or began to be.
     write_progress: Instant,
-    pins: MappedVec<Pin>,
-    pinned: usize,
+    pub(super) pins: Pins,
     /// Threads that wait for room.
     pub(super) waiting: usize,
     /// Whether the evicting thread has pages in hand.
@@ -185,8 +178,7 @@ impl Frames {
             requests: mapped_vec::none(),
             requested: 0,
             write_progress: Instant::now(),
-            pins: mapped_vec::none(),
-            pinned: 0,
+            pins: Pins::new(),
             waiting: 0,
             is_busy: false,
             pauses: 0,
@@ -239,8 +231,7 @@ impl Frames {
         // Its queue is a mapping, which may be unmapped here.
         let member = self.members[slot as usize].take().map(|slot| slot.member);
         self.requests.retain(|request| request.member != slot);
-        self.pins.retain(|pin| pin.member != slot);
-        self.pinned = self.pins.iter().map(|pin| pin.pages.len()).sum();
+        self.pins.leave(slot);
         let mut given_up = 0;
         for frame in 0..self.tenants.len() as u32 {
             if self.tenants[frame as usize].member == slot {
@@ -260,6 +251,13 @@ impl Frames {
     fn owner(&self, member: u32) -> Option<&Arc<Member>> {
         let slot = self.members[member as usize].as_ref()?;
         Some(&slot.member).filter(|member| member.residence().member().is_some())
+    }
+
+    /// The evicting thread has let go of what it had in hand.
+    pub(super) fn end_pass(&mut self, pool: &Pool) {
+        self.is_busy = false;
+        self.passes += 1;
+        pool.room.notify_all();
     }
 
     /// Whether what is resident can become less.
@@ -380,7 +378,7 @@ impl Frames {
     }
 
     fn is_pinned(&self, residence: &Residence, page: usize) -> bool {
-        self.pins.iter().any(|pin| Some(pin.member) == residence.member() && pin.pages.contains(&page))
+        residence.member().is_some_and(|member| self.pins.has(member, page))
     }
 
     /// Notes which pages have come to the staging area, before their claims end; the others stay where they were.
@@ -447,7 +445,7 @@ impl Frames {
     /// The next memory of which pages can't leave, and hasn't been reported, with the problem.
     pub(super) fn next_trouble(&mut self, pool: &Pool) -> Option<(Arc<Member>, Problem)> {
         let page_size = crate::page_size();
-        let room = pool.limit().saturating_sub(self.pinned + 2 * pool.max_run());
+        let room = pool.limit().saturating_sub(self.pins.page_count() + 2 * pool.max_run());
         for slot in self.members.iter_mut().flatten().filter(|slot| !slot.is_reported) {
             let (member, dirty) = (&slot.member, slot.member.residence().dirty_count());
             let region = RegionId(member.region.id);
@@ -576,16 +574,17 @@ impl Frames {
         self.requests.iter().any(|request| request.number == number)
     }
 
-    /// Claims pages that a caller wants out of memory, those in the staging area once all of them are there.
+    /// Claims pages that a caller wants out of memory, those in the staging area once all of them are there. Returns whether
+    /// that was all.
     pub(super) fn choose_requested(
         &mut self,
         to_stage: &mut MappedVec<Victim>,
         to_drop: &mut MappedVec<Victim>,
-    ) {
-        let Some(Request { member, pages, again, .. }) = self.requests.first() else { return };
+    ) -> bool {
+        let Some(Request { member, pages, again, .. }) = self.requests.first() else { return false };
         let (slot, is_first) = (*member, again.is_some());
         let next = pages.start..pages.end.min(pages.start + REQUEST_PAGES);
-        let Some(member) = self.owner(slot).cloned() else { return };
+        let Some(member) = self.owner(slot).cloned() else { return false };
         let (residence, states) = (member.residence(), &member.region.pages);
         let mut next_page = next.start;
         while next_page < next.end && to_stage.len() < BATCH && to_drop.len() < BATCH {
@@ -611,14 +610,17 @@ impl Frames {
                 victims.push(Victim { member: Arc::clone(&member), page, frame, stamp, is_done: false });
             }
         }
-        let Some(Request { pages, again, .. }) = self.requests.first_mut() else { return };
+        let Some(Request { pages, again, .. }) = self.requests.first_mut() else { return false };
         pages.start = next_page;
-        if next_page == pages.end {
-            match again.take() {
-                Some(all) => *pages = all,
-                None => drop(self.requests.remove(0)),
-            }
+        if next_page < pages.end {
+            return false;
         }
+        if let Some(all) = again.take() {
+            *pages = all;
+            return false;
+        }
+        self.requests.remove(0);
+        true
     }
 
     /// Gives a page that was filled a frame, or puts it back to the others if it was in the staging area. Returns whether
@@ -668,27 +670,6 @@ impl Frames {
             self.staged.unlink(&mut self.links, frame);
         } else {
             self.policy.remove(&mut self.links, frame);
-        }
-    }
-
-    /// Pins pages, unless more would be pinned than the limit leaves room beside.
-    pub(super) fn pin(&mut self, pool: &Pool, member: u32, pages: Range<usize>) -> bool {
-        let pinned = self.pinned + pages.len();
-        if pinned > pool.limit() / 2 || !mapped_vec::try_reserve(&mut self.pins) {
-            return false;
-        }
-        self.pinned = pinned;
-        self.pins.push(Pin { member, pages });
-        true
-    }
-
-    /// Ends a pin of these pages.
-    pub(super) fn unpin(&mut self, member: u32, pages: &Range<usize>) {
-        let at = self.pins.iter().position(|pin| pin.member == member && pin.pages == *pages);
-        if let Some(at) = at {
-            self.pins.swap_remove(at);
-            self.pinned -= pages.len();
-            self.is_stuck = false;
         }
     }
 }

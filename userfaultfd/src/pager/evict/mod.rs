@@ -14,6 +14,7 @@ pub(crate) mod clean;
 pub(crate) mod flush_error;
 mod frames;
 mod page_set;
+pub(crate) mod pins;
 mod policy;
 mod pool;
 pub(crate) mod residence;

@@ -22,13 +22,15 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar};
+use std::time::Instant;
 
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::budget::Budget;
 use super::frames::Member;
+use super::pins::{PinTerm, SHORT_PIN_PATIENCE};
 use super::policy::NONE;
-use super::pool::{Counters, Pool, count};
+use super::pool::{Counters, Pool, STUCK_INTERVAL, count};
 use super::store::StoreBacking;
 use super::write_back;
 use crate::own_mapping::OwnMapping;
@@ -81,6 +83,11 @@ impl Place {
     /// What it holds was copied, to be written to the store.
     pub(super) fn writing(self) -> Self {
         Self(self.0 & !WRITTEN | WRITING)
+    }
+
+    /// The same, of a page that may be written meanwhile without a fault.
+    pub(super) fn writing_on(self) -> Self {
+        Self(self.0 | WRITING)
     }
 
     /// The store has what was copied.
@@ -404,18 +411,34 @@ impl Residence {
 
     /// Keeps pages from leaving that are there, and those that come. Waits for those that are about to leave. Returns
     /// whether that is possible.
-    pub(crate) fn pin(&self, pages: Range<usize>) -> bool {
+    pub(crate) fn pin(&self, pages: &Range<usize>, term: PinTerm) -> bool {
         let pool = self.budget.pool();
-        let mut frames = pool.lock();
-        let is_pinned = self.member().is_some_and(|member| frames.pin(pool, member, pages));
+        let (mut frames, since) = (pool.lock(), Instant::now());
+        let is_pinned = loop {
+            let Some(member) = self.member() else { break false };
+            if frames.pins.pin(pool.limit() / 2, member, pages.clone(), term) {
+                break true;
+            }
+            // A part is waited for by another part alone: its thread has no second one.
+            let may_wait = term == PinTerm::Part && frames.pins.has_parts();
+            if !may_wait || since.elapsed() > SHORT_PIN_PATIENCE {
+                break false;
+            }
+            frames = frames.wait_timeout(&pool.room, STUCK_INTERVAL);
+        };
         drop(pool.wait_for_pass(frames));
         is_pinned
     }
 
     /// Ends a pin.
-    pub(crate) fn unpin(&self, pages: &Range<usize>) {
-        if let Some(member) = self.member() {
-            self.budget.pool().lock().unpin(member, pages);
+    pub(crate) fn unpin(&self, pages: &Range<usize>, term: PinTerm) {
+        let (Some(member), pool) = (self.member(), self.budget.pool()) else { return };
+        let mut frames = pool.lock();
+        if frames.pins.unpin(member, pages, term) {
+            frames.is_stuck = false;
+            if term == PinTerm::Part {
+                pool.room.notify_all();
+            }
         }
     }
 }

@@ -50,12 +50,17 @@ pub(super) fn run(pool: &Pool) {
             continue;
         }
         let (need, is_asked) = (frames.need(pool), frames.has_requests());
-        frames.choose_requested(&mut staged, &mut dropped);
+        let is_answered = frames.choose_requested(&mut staged, &mut dropped);
         frames.choose_to_drop(need.drop, &mut dropped);
         frames.choose_to_stage(need.stage, &mut staged);
         if staged.is_empty() && dropped.is_empty() {
-            if is_asked {
+            if is_answered {
                 pool.room.notify_all();
+            }
+            if is_asked {
+                // A large request has others wait for one part of it, not for all.
+                drop(frames);
+                frames = pool.lock();
                 continue;
             }
             let is_short = need != Need::default();
@@ -66,10 +71,13 @@ pub(super) fn run(pool: &Pool) {
                 pool.room.notify_all();
             }
             if let Some((member, problem)) = frames.is_stuck.then(|| frames.next_trouble(pool)).flatten() {
+                // The member doesn't end before this thread has let go of it.
+                frames.is_busy = true;
                 drop(frames);
                 member.shared.fill.report(problem);
                 drop(member);
                 frames = pool.lock();
+                frames.end_pass(pool);
                 continue;
             }
             frames = pool.wait_for_work(frames, waits_for_store);
@@ -94,10 +102,8 @@ pub(super) fn run(pool: &Pool) {
             is_through |= finish(pool, &mut staged, Frames::staged, Settlement::Left);
         }
         frames = pool.lock();
-        frames.is_busy = false;
-        frames.passes += 1;
         frames.is_stuck = !is_through;
-        pool.room.notify_all();
+        frames.end_pass(pool);
         if frames.is_stuck {
             frames = pool.wait_for_work(frames, false);
         }
