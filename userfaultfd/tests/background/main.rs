@@ -64,6 +64,16 @@ struct State {
     at_once: usize,
 }
 
+impl State {
+    /// Asserts that the places of each thread's reads are sorted.
+    fn assert_in_order<T: Ord>(&self, places: &[T]) {
+        for thread in &self.threads {
+            let its = places.iter().zip(&self.threads).filter(|(_, its)| *its == thread);
+            assert!(its.is_sorted_by_key(|(place, _)| place), "{thread:?}: {:?}", self.reads);
+        }
+    }
+}
+
 impl Watched {
     fn new() -> Self {
         Self::default()
@@ -87,10 +97,13 @@ impl Watched {
         let mut sorted = places.clone();
         sorted.sort_unstable();
         assert_eq!(sorted, (0..expected.len()).map(Some).collect::<Vec<_>>(), "{:?}", state.reads);
-        for thread in &state.threads {
-            let its = places.iter().zip(&state.threads).filter(|(_, its)| *its == thread);
-            assert!(its.is_sorted_by_key(|(place, _)| *place), "{thread:?}: {:?}", state.reads);
-        }
+        state.assert_in_order(&places);
+    }
+
+    /// Asserts that each thread has read by address.
+    fn assert_sorted(&self) {
+        let state = self.0.state.lock().unwrap();
+        state.assert_in_order(&state.reads.iter().map(|read| read.start).collect::<Vec<_>>());
     }
 
     /// Waits for something to be so.

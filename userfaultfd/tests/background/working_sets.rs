@@ -1,12 +1,15 @@
 //! What was needed the last time is there before it is needed.
 
 use std::collections::BTreeSet;
-use std::thread;
+use std::sync::{Arc, Mutex};
+use std::{io, thread};
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{BytesSource, Error, FaultAround, FillOrder, WorkingSet};
+use userfaultfd::pager::{BytesSource, Error, FaultAround, FillOrder, PageData, PageSource, WorkingSet};
 
+use crate::support::gate::Gate;
 use crate::support::proc::wait_until;
+use crate::support::random::Random;
 use crate::support::{page, require};
 use crate::{Watched, byte, in_steps, step};
 
@@ -123,13 +126,135 @@ fn set_is_filled_with_neighbours_in_one_read() {
     // By several threads: each takes the next, and they may overtake each other.
     let mut reads = source.reads();
     reads.sort_by_key(|read| read.start);
-    assert_eq!(reads, in_steps([10..14, 499..500, 500..501, 900..901]));
+    assert_eq!(reads, in_steps([10..14, 499..501, 900..901]));
     touch(&memory, touched);
     let report = replay.report();
     assert_eq!((report.set_pages, report.faults_in_set, report.faults_outside), (7, 0, 0));
     assert_eq!((report.sampled, report.waste()), (0, None));
     touch(&memory, [10, 0, 300]);
     assert_eq!(replay.report().faults_outside, 2);
+}
+
+/// A working set in an order that tells nothing, with gaps of a page where those are small enough to be read.
+fn scattered(pages: usize) -> WorkingSet {
+    let stride = if page() <= 32 << 10 { 2 } else { 1 };
+    let mut set: Vec<_> = (0..pages).step_by(stride).collect();
+    let mut random = Random::new(11);
+    (1..set.len()).for_each(|at| set.swap(at, random.next() as usize % (at + 1)));
+    WorkingSet::from_pages(page(), pages, set).unwrap()
+}
+
+#[test]
+fn set_is_replayed_by_address_in_few_long_reads() {
+    require!();
+    let pages = (4 << 20) / page();
+    let set = scattered(pages);
+    let source = Watched::new();
+    source.set(|state| state.slow = true);
+    let memory = LazyMemory::builder(source.clone()).len(pages * page()).fault_around(FaultAround::Page);
+    let memory = memory.build().unwrap();
+    let mut replay = memory.replay(&set).unwrap();
+    let outcome = replay.wait();
+    assert_eq!((outcome.done, outcome.failed.len()), (outcome.total, 0));
+    let (reads, left_out) = (source.reads(), replay.report().sampled);
+    // Reads end at each MiB, and at what is left out. The first one of each thread, to which the source isn't slow yet, ends at
+    // 64 KiB.
+    assert!(left_out <= set.len() / 32, "{left_out} left out");
+    assert!(reads.len() <= 4 + left_out + 4, "{} reads of {} pages: {reads:?}", reads.len(), set.len());
+    let longest = reads.iter().map(ExactSizeIterator::len).max().unwrap();
+    assert!(longest > step() && longest <= (1 << 20) / page(), "{longest} pages");
+    // Each thread takes what is next: by address.
+    let mut read: Vec<_> = reads.into_iter().flatten().collect();
+    source.assert_sorted();
+    read.sort_unstable();
+    assert!(read.windows(2).all(|pages| pages[0] < pages[1]), "no page is read twice");
+    touch(&memory, set.pages());
+    assert_eq!(memory.statistics().faults(), left_out as u64);
+}
+
+#[test]
+fn set_is_replayed_by_as_many_threads_as_the_pager_has() {
+    require!();
+    const THREADS: usize = 9;
+    let pages = 16 * (1 << 20) / page();
+    let set = WorkingSet::from_pages(page(), pages, 0..pages).unwrap();
+    let source = Watched::new();
+    source.set(|state| (state.slow, state.tickets) = (true, Some(0)));
+    let memory = LazyMemory::builder(source.clone()).len(pages * page()).fault_around(FaultAround::Page);
+    let memory = memory.threads(THREADS).build().unwrap();
+    let mut replay = memory.replay(&set).unwrap();
+    // Each that ends brings one more.
+    for reads in 1..THREADS {
+        source.wait_until(|state| state.waiting == reads && state.tickets == Some(0));
+        source.set(|state| state.tickets = Some(1));
+    }
+    source.wait_until(|state| state.waiting == THREADS);
+    source.set(|state| state.tickets = None);
+    assert_eq!(replay.wait().failed, []);
+    source.wait_until(|state| state.at_once == THREADS);
+}
+
+/// What a source is asked for, and whether by a fault.
+#[derive(Debug, PartialEq, Eq)]
+enum Asked {
+    Early,
+    Fault,
+    FaultAnswered,
+}
+
+/// Tells apart what is read for faults, and holds either up.
+#[derive(Clone, Debug, Default)]
+struct Priorities {
+    early: Gate,
+    fault: Gate,
+    asked: Arc<Mutex<Vec<Asked>>>,
+}
+
+impl PageSource for Priorities {
+    fn read(&self, _: u64, buffer: &mut [u8]) -> io::Result<PageData> {
+        self.asked.lock().unwrap().push(Asked::Fault);
+        self.fault.pass();
+        buffer.fill(2);
+        self.asked.lock().unwrap().push(Asked::FaultAnswered);
+        Ok(PageData::Data)
+    }
+
+    fn read_early(&self, _: u64, buffer: &mut [u8]) -> io::Result<PageData> {
+        self.asked.lock().unwrap().push(Asked::Early);
+        self.early.pass();
+        buffer.fill(1);
+        Ok(PageData::Data)
+    }
+}
+
+#[test]
+fn fault_is_read_before_the_rest_of_the_set() {
+    require!();
+    let pages = 8 * (1 << 20) / page();
+    let source = Priorities::default();
+    let memory = LazyMemory::builder(source.clone()).len(pages * page()).fault_around(FaultAround::Page);
+    let memory = memory.threads(2).build().unwrap();
+    let set = WorkingSet::from_pages(page(), pages, 0..pages - 1).unwrap();
+    thread::scope(|scope| {
+        let mut replay = memory.replay(&set).unwrap();
+        source.early.wait_for_arrival();
+        let fault = scope.spawn(|| memory[(pages - 2) * page()]);
+        source.fault.wait_for_arrival();
+        // What had begun ends, and nothing else begins until the fault is resolved.
+        let begun = source.asked.lock().unwrap().len() - 1;
+        source.early.open();
+        wait_until(|| replay.background().progress().done > 0);
+        (0..1000).for_each(|_| thread::yield_now());
+        assert_eq!(source.asked.lock().unwrap().len(), begun + 1);
+        source.fault.open();
+        assert_eq!(fault.join().unwrap(), 2);
+        let outcome = replay.wait();
+        assert_eq!((outcome.done, outcome.failed), (outcome.total, Vec::new()));
+        let asked = source.asked.lock().unwrap();
+        let fault = asked.iter().position(|asked| *asked == Asked::Fault).unwrap();
+        assert_eq!(asked[fault + 1], Asked::FaultAnswered, "{asked:?}");
+        assert!(asked.len() > fault + 2, "{asked:?}");
+    });
 }
 
 #[test]

@@ -203,7 +203,9 @@ fn working_set_covers_all_regions_from_the_first_fault() {
         replay.wait();
         let report = replay.report();
         assert_eq!((report.set_pages, report.faults_outside), (3, 0));
-        assert_eq!(served.statistics().present_pages as usize + report.sampled, 3, "{report}");
+        // With the page between 4 and 6, in one region, where that is little.
+        let filled = if page() <= 32 << 10 { 4 } else { 3 };
+        assert_eq!(served.statistics().present_pages as usize + report.sampled, filled, "{report}");
         assert_eq!([other.read(6), other.read(1), other.read(4)], [shown(6), shown(1), shown(4)]);
         let wrong = set.with_region_pages(PAGES + 1);
         drop(replay);

@@ -325,7 +325,9 @@ impl FillControl {
             std::thread::park_timeout(POLL_DELAY);
             turn.left = 0;
         };
-        let pages = self.plan.next(&mut turn.place, target.step(is_slow && !limited))?;
+        let is_slow = is_slow && !limited;
+        let long = if is_slow { self.plan.read_bytes >> self.page_shift } else { 0 };
+        let pages = self.plan.next(&mut turn.place, target.step(is_slow).max(long))?;
         let bytes = pages.len() << self.page_shift;
         turn.left = turn.left.saturating_sub(bytes);
         let reserved = if limited { bytes } else { 0 };
@@ -338,7 +340,7 @@ impl FillControl {
         let mut turn = lock(&self.turn);
         let Place { range, page } = turn.place;
         let most = self.plan.ranges.get(range).filter(|range| page == taken.end && range.contains(&page));
-        let Some(most) = most.filter(|_| self.plan.leave_out.is_none()) else { return taken.end };
+        let Some(most) = most else { return taken.end };
         turn.place.page = to.min(most.end).max(page);
         turn.place.page
     }

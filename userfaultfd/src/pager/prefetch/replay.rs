@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::background::{BackgroundFill, FillReport};
 use super::fill_target::Target;
 use super::plan::Plan;
-use super::working_set::{ReplayedRuns, WorkingSet};
+use super::working_set::{PageCover, WorkingSet};
 use crate::pager::memory::fault_log::Mode;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::{Error, Pager, RegionId, Result};
@@ -17,7 +17,10 @@ const PAGES_PER_SAMPLE: usize = 64;
 
 /// A running fill of a [`WorkingSet`], in about its order, in the [background](BackgroundFill): faults come first.
 ///
-/// Where the source is slow, several threads fill, as for any [`BackgroundFill`].
+/// The set is read in few, long reads: in chunks of 4 MiB of its order, within a chunk by address. A gap of up to 32 KiB between two
+/// pages of a chunk is read and filled with them, so that more pages may be filled than the set has. Where the source is slow, a read
+/// is as long as 1 MiB, whatever the region's [`FaultAround`](crate::pager::FaultAround), and as many go on at the same time as for
+/// any [`BackgroundFill`].
 ///
 /// One page of 64 is left out as a sample: a fault on it shows that the page is needed, which a present page can't show.
 /// From that [`report`](Self::report) estimates how much of the set was filled in vain.
@@ -27,7 +30,7 @@ pub struct WorkingSetReplay {
     background: BackgroundFill,
     region: Arc<ServedRegion>,
     set: WorkingSet,
-    cover: ReplayedRuns,
+    cover: PageCover,
 }
 
 /// How well a working set matches the accesses.
@@ -60,8 +63,9 @@ impl WorkingSetReplay {
         if !region.log()?.start(Mode::On) {
             return Err(Error::AlreadyRecorded);
         }
-        match BackgroundFill::start_plan(target, Plan::without(set.runs().to_vec(), is_sampled)) {
-            Ok(background) => Ok(Self { background, region, set: set.clone(), cover: set.cover() }),
+        let cover = set.cover();
+        match BackgroundFill::start_plan(target, Plan::of_set(set, &cover, is_sampled)) {
+            Ok(background) => Ok(Self { background, region, set: set.clone(), cover }),
             Err(error) => {
                 region.stop_noting();
                 Err(error)

@@ -83,8 +83,7 @@ impl WorkingSet {
         if region_pages.checked_mul(page_size).is_none() {
             return Err(Error::BeyondRegion { page: region_pages, region_pages: usize::MAX / page_size });
         }
-        let (mut set, mut cover) =
-            (Self { page_size, region_pages, runs: Vec::new() }, ReplayedRuns::default());
+        let (mut set, mut cover) = (Self { page_size, region_pages, runs: Vec::new() }, PageCover::default());
         // Not each page alone, where they follow each other.
         let mut run = 0..0;
         for page in pages {
@@ -143,7 +142,7 @@ impl WorkingSet {
     /// [`OtherWorkingSet`](Error::OtherWorkingSet): it is of a region of another size, or of other pages.
     pub fn union(&self, other: &Self) -> Result<Self> {
         self.check_alike(other)?;
-        let (mut set, mut cover) = (Self { runs: Vec::new(), ..*self }, ReplayedRuns::default());
+        let (mut set, mut cover) = (Self { runs: Vec::new(), ..*self }, PageCover::default());
         for run in self.runs.iter().chain(&other.runs) {
             cover.add(run, |new| set.push(new));
         }
@@ -175,7 +174,7 @@ impl WorkingSet {
             return Err(Error::PageSize { address: 0, page_size: bytes });
         }
         let mut set = Self { page_size: bytes, region_pages, runs: Vec::new() };
-        let mut cover = ReplayedRuns::default();
+        let mut cover = PageCover::default();
         for run in &self.runs {
             let bytes_of = run.start * self.page_size..run.end * self.page_size;
             cover.add(&(bytes_of.start / bytes..bytes_of.end.div_ceil(bytes)), |new| set.push(new));
@@ -203,8 +202,8 @@ impl WorkingSet {
     }
 
     /// The pages of the set, for searches.
-    pub(crate) fn cover(&self) -> ReplayedRuns {
-        let mut cover = ReplayedRuns::default();
+    pub(crate) fn cover(&self) -> PageCover {
+        let mut cover = PageCover::default();
         self.runs.iter().for_each(|run| cover.add(run, drop));
         cover
     }
@@ -323,11 +322,11 @@ impl From<TryReserveError> for Undecoded {
 
 /// Pages, by number.
 #[derive(Debug, Default)]
-pub(crate) struct ReplayedRuns(BTreeMap<usize, usize>);
+pub(crate) struct PageCover(BTreeMap<usize, usize>);
 
-impl ReplayedRuns {
-    /// Adds pages, and tells of those that weren't there.
-    fn add(&mut self, run: &Range<usize>, mut new: impl FnMut(Range<usize>)) {
+impl PageCover {
+    /// Adds pages, and tells of those that weren't there, by number.
+    pub(super) fn add(&mut self, run: &Range<usize>, mut new: impl FnMut(Range<usize>)) {
         if run.is_empty() {
             return;
         }
