@@ -5,10 +5,10 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -17,6 +17,7 @@ use super::error::CacheError;
 use super::image::Image;
 use super::table::{Paths, State, Table};
 use crate::Errno;
+use crate::owner::Owner;
 use crate::sys::{self, FileLock};
 
 /// The file of the directory's own.
@@ -56,7 +57,10 @@ const OVERHEAD_BYTES: u64 = 1 << 20;
 
 /// An open directory.
 pub(super) struct Directory {
+    /// A fork's child has the locks of its parent's files, which keep it from nothing.
+    owner: Owner,
     path: PathBuf,
+    access: Access,
     file: File,
     map: MmapRaw,
     limit: u64,
@@ -64,6 +68,44 @@ pub(super) struct Directory {
     turn: Mutex<()>,
     /// Images that are open by this.
     images: Mutex<Vec<Weak<Image>>>,
+}
+
+/// Which users may read and write the files: those who may in the directory, and never all.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Access {
+    mode: u32,
+    group: u32,
+}
+
+impl Access {
+    const OWNER: u32 = 0o600;
+    const OWNER_AND_GROUP: u32 = 0o660;
+    const OTHERS: u32 = 0o007;
+
+    fn of(directory: &fs::Metadata) -> Self {
+        Self { mode: directory.mode() & Self::OWNER_AND_GROUP | Self::OWNER, group: directory.gid() }
+    }
+
+    /// The permissions with which a file comes into being.
+    pub(super) fn at_first() -> u32 {
+        Self::OWNER
+    }
+
+    /// Gives a file these permissions.
+    pub(super) fn give(self, file: &File) -> io::Result<()> {
+        let found = file.metadata()?;
+        let mode = if found.gid() == self.group { self.mode } else { Self::OWNER };
+        if found.mode() & 0o777 == mode {
+            return Ok(());
+        }
+        match file.set_permissions(fs::Permissions::from_mode(mode)) {
+            // It is another user's, of the same group.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied && found.mode() & Self::OTHERS == 0 => {
+                Ok(())
+            }
+            given => given,
+        }
+    }
 }
 
 /// The lock of a directory, which is held until this is dropped.
@@ -74,7 +116,10 @@ pub(super) struct Locked<'a> {
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        self.directory.lock_file(FileLock::Unlocked);
+        // It is the parent's in a fork's child, too.
+        if self.directory.owner.is_current() {
+            self.directory.lock_file(FileLock::Unlocked);
+        }
     }
 }
 
@@ -97,9 +142,11 @@ impl Directory {
         if metadata.mode() & 0o002 != 0 {
             return Err(CacheError::WritableByAll { path: path.to_owned() });
         }
+        let access = Access::of(&metadata);
+        let owner = Owner::current().map_err(|errno| at("can't open the directory", path)(errno.into()))?;
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NOFOLLOW);
-        let file = options.open(&name).map_err(at("can't open", &name))?;
+        let file = options.mode(Access::at_first()).open(&name).map_err(at("can't open", &name))?;
         let failed = at("can't use", &name);
         let map = || {
             file.set_len(FILE_BYTES as u64)?;
@@ -117,6 +164,7 @@ impl Directory {
             return Err(CacheError::Foreign { path: name });
         }
         let map = map().map_err(failed)?;
+        access.give(&file).map_err(at("can't set the permissions of", &name))?;
         let mut found = [0; 12];
         file.read_exact_at(&mut found, 0).map_err(at("can't read", &name))?;
         if found[..8] != MAGIC {
@@ -127,7 +175,9 @@ impl Directory {
             return Err(CacheError::OtherVersion { path: name, found, known: VERSION });
         }
         // A file that nobody else knows, to see whether chunks can be given back.
-        let trial = File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).open(path);
+        let mut trial = File::options();
+        trial.read(true).write(true).mode(Access::at_first()).custom_flags(libc::O_TMPFILE);
+        let trial = trial.open(path);
         if let Ok(trial) = trial {
             trial.set_len(UNIT_BYTES).map_err(at("can't write in", path))?;
             match sys::punch_hole(trial.as_fd(), 0, UNIT_BYTES) {
@@ -136,16 +186,21 @@ impl Directory {
             }
         }
         let images = Mutex::default();
-        let directory = Self { path: path.to_owned(), file, map, limit, turn: Mutex::new(()), images };
+        let turn = Mutex::new(());
+        let directory = Self { owner, path: path.to_owned(), access, file, map, limit, turn, images };
         {
             let locked = directory.lock()?;
-            directory.recount(&locked, &directory.tables()?);
+            directory.recount(&locked, &directory.images()?);
         }
         Ok(directory)
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    pub(super) fn access(&self) -> Access {
+        self.access
     }
 
     pub(super) fn limit(&self) -> u64 {
@@ -181,6 +236,11 @@ impl Directory {
     }
 
     pub(super) fn lock(&self) -> Result<Locked<'_>, CacheError> {
+        if !self.owner.is_current() {
+            let reason = "another process has opened it, before a fork";
+            let (what, path) = ("can't use the directory", self.path.clone());
+            return Err(CacheError::Io { what, path, error: io::Error::new(ErrorKind::Unsupported, reason) });
+        }
         self.lock_within(LOCK_PATIENCE).ok_or_else(|| CacheError::Locked { path: self.path.clone() })
     }
 
@@ -188,16 +248,27 @@ impl Directory {
         sys::lock_byte(self.file.as_fd(), 0, lock).unwrap_or(false)
     }
 
+    /// `None`: other threads or processes have it for longer, or this is a fork's child.
     fn lock_within(&self, patience: Duration) -> Option<Locked<'_>> {
-        let turn = lock(&self.turn);
+        if !self.owner.is_current() {
+            return None;
+        }
         let (begun, mut pause) = (Instant::now(), sys::Pause::new());
-        while !self.lock_file(FileLock::Exclusive) {
+        let mut turn = None;
+        loop {
+            turn = turn.or_else(|| match self.turn.try_lock() {
+                Ok(turn) => Some(turn),
+                Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            });
+            if turn.is_some() && self.lock_file(FileLock::Exclusive) {
+                return turn.map(|turn| Locked { directory: self, _turn: turn });
+            }
             if begun.elapsed() > patience {
                 return None;
             }
             pause.rest();
         }
-        Some(Locked { directory: self, _turn: turn })
     }
 
     pub(super) fn add(&self, image: &Arc<Image>) {
@@ -206,24 +277,23 @@ impl Directory {
         images.push(Arc::downgrade(image));
     }
 
-    /// The tables of all images. What isn't one is left alone.
-    fn tables(&self) -> Result<Vec<(Paths, Table)>, CacheError> {
+    /// The files of all images.
+    fn images(&self) -> Result<Vec<Paths>, CacheError> {
         let failed =
             |error| CacheError::Io { what: "can't read the directory", path: self.path.clone(), error };
-        let mut tables = Vec::new();
-        for entry in fs::read_dir(&self.path).map_err(failed)? {
-            let Some(paths) = Paths::of_table(&entry.map_err(failed)?.path()) else { continue };
-            if let Ok(Some(table)) = Table::open(&paths.table) {
-                tables.push((paths, table));
-            }
-        }
-        Ok(tables)
+        let entries = fs::read_dir(&self.path).map_err(failed)?;
+        let images =
+            entries.filter_map(|entry| entry.map(|entry| Paths::of_table(&entry.path())).transpose());
+        images.collect::<io::Result<_>>().map_err(failed)
     }
 
-    /// Counts what is used, which a process that died may have left wrong.
-    fn recount(&self, locked: &Locked<'_>, tables: &[(Paths, Table)]) {
-        let used = tables.iter().map(|(_, table)| counted(table)).sum();
-        self.set_used(locked, used);
+    /// Counts what is used, which a process that died may have left wrong. Unless the system lacks what that takes: then
+    /// the number stays.
+    fn recount(&self, locked: &Locked<'_>, images: &[Paths]) {
+        let used = images.iter().map(|paths| Ok(open_table(paths)?.as_ref().map_or(0, counted)));
+        if let Ok(used) = used.sum::<Result<u64, CacheError>>() {
+            self.set_used(locked, used);
+        }
     }
 
     /// Takes room for a chunk, which is empty and whose lock the caller has, and gives others back if necessary: it is
@@ -250,31 +320,32 @@ impl Directory {
     }
 
     /// Ends the room of a chunk that is counted, of which nothing is in its file any more, and whose lock the caller has.
-    pub(super) fn release(&self, table: &Table, chunk: usize, state: State) {
+    /// `false`: the lock couldn't be had in time.
+    pub(super) fn release(&self, table: &Table, chunk: usize, state: State) -> bool {
         // Without the lock it stays unsettled, and counted, until another process finds it.
-        if let Some(locked) = self.lock_within(STORE_PATIENCE) {
-            table.set_state(chunk, state);
-            self.set_used(&locked, self.used().saturating_sub(table.header().chunk_size as u64));
-        }
+        let Some(locked) = self.lock_within(STORE_PATIENCE) else { return false };
+        table.set_state(chunk, state);
+        self.set_used(&locked, self.used().saturating_sub(table.header().chunk_size as u64));
+        true
     }
 
     /// Gives back chunks of at least this number of bytes, because the disk is full. `false`: there are none.
     pub(super) fn make_room(&self, bytes: u64) -> bool {
         self.lock_within(STORE_PATIENCE).is_some_and(|locked| {
-            let tables = self.tables().unwrap_or_default();
-            self.recount(&locked, &tables);
+            let Ok(images) = self.images() else { return false };
+            self.recount(&locked, &images);
             let target = self.used().saturating_sub(bytes);
-            self.evict_to(&locked, &tables, target);
+            self.evict_to(&locked, &images, target);
             self.used() <= target
         })
     }
 
     fn evict(&self, locked: &Locked<'_>, need: u64) -> bool {
-        let Ok(tables) = self.tables() else { return false };
-        self.recount(locked, &tables);
+        let Ok(images) = self.images() else { return false };
+        self.recount(locked, &images);
         let most = self.limit - need;
         if self.used() > most {
-            self.evict_to(locked, &tables, most - most.min(self.limit / SLACK));
+            self.evict_to(locked, &images, most - most.min(self.limit / SLACK));
         }
         let is_enough = self.used() <= most;
         if !is_enough {
@@ -284,12 +355,14 @@ impl Directory {
         is_enough
     }
 
-    /// Gives chunks back, the least valuable first, until at most `target` bytes are used, or none is left that can be.
-    fn evict_to(&self, locked: &Locked<'_>, tables: &[(Paths, Table)], target: u64) {
+    /// Gives chunks back, the least valuable first, until at most `target` bytes are used, or none is left that can be. It has
+    /// the files of one image open at a time.
+    fn evict_to(&self, locked: &Locked<'_>, images: &[Paths], target: u64) {
         let epoch = self.epoch();
-        let images: Vec<Arc<Image>> = lock(&self.images).iter().filter_map(Weak::upgrade).collect();
+        let open: Vec<Arc<Image>> = lock(&self.images).iter().filter_map(Weak::upgrade).collect();
         let mut candidates = Vec::new();
-        for (index, (_, table)) in tables.iter().enumerate() {
+        for (index, paths) in images.iter().enumerate() {
+            let Ok(Some(table)) = open_table(paths) else { continue };
             for chunk in 0..table.chunks() {
                 match table.state(chunk) {
                     State::Unsettled => candidates.push((i64::MIN, index, chunk)),
@@ -301,28 +374,29 @@ impl Directory {
             }
         }
         candidates.sort_unstable();
-        let mut files: Vec<Option<File>> = tables.iter().map(|_| None).collect();
+        let mut opened: Option<(usize, Option<(Table, File)>)> = None;
         for (_, index, chunk) in candidates {
             if self.used() <= target {
                 break;
             }
-            let (paths, table) = &tables[index];
-            let file = match &mut files[index] {
-                Some(file) => file,
-                none => match File::options().write(true).open(&paths.chunks) {
-                    Ok(file) => none.insert(file),
-                    Err(_) => continue,
-                },
-            };
-            let mut own = images.iter().filter(|image| image.is_at(&paths.table));
+            let paths = &images[index];
+            if opened.as_ref().is_none_or(|(opened, _)| *opened != index) {
+                // Those of the image before are closed first.
+                drop(opened.take());
+                opened = Some((index, open_files(paths)));
+            }
+            let Some((_, Some((table, file)))) = &opened else { continue };
+            let mut own = open.iter().filter(|image| image.is_at(&paths.table));
             if own.all(|image| image.give_back(chunk))
                 && punch(table, file, chunk, |state| matches!(state, State::Data | State::Unsettled))
             {
                 self.set_used(locked, self.used().saturating_sub(table.header().chunk_size as u64));
             }
         }
-        for (paths, table) in tables {
-            if !table.is_pinned() && counted(table) == 0 && table.lock_use(FileLock::Exclusive) {
+        drop(opened);
+        for paths in images {
+            let Ok(Some(table)) = open_table(paths) else { continue };
+            if !table.is_pinned() && counted(&table) == 0 && table.lock_use(FileLock::Exclusive) {
                 // What can't be removed is left over, and no error of the read that needed room.
                 drop(remove(paths));
             }
@@ -348,6 +422,23 @@ fn header() -> [u8; 12] {
     bytes[..8].copy_from_slice(&MAGIC);
     bytes[8..12].copy_from_slice(&VERSION.to_ne_bytes());
     bytes
+}
+
+/// Opens the table of an image. `None`: it isn't one, and is left alone. An error: the system lacks what that takes.
+fn open_table(paths: &Paths) -> Result<Option<Table>, CacheError> {
+    let lacks = [libc::EMFILE, libc::ENFILE, libc::ENOMEM].map(Some);
+    match Table::open(&paths.table) {
+        Err(CacheError::Io { what, path, error }) if lacks.contains(&error.raw_os_error()) => {
+            Err(CacheError::Io { what, path, error })
+        }
+        opened => Ok(opened.unwrap_or_default()),
+    }
+}
+
+/// Opens the files of an image whose chunks are given back.
+fn open_files(paths: &Paths) -> Option<(Table, File)> {
+    let table = open_table(paths).ok()??;
+    Some((table, File::options().write(true).open(&paths.chunks).ok()?))
 }
 
 /// Bytes of the limit that the chunks of an image use.

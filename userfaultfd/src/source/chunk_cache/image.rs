@@ -8,16 +8,17 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicIsize, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use memmap2::MmapRaw;
 
 use super::directory::Directory;
+use super::shown::{self, Shown};
 use super::table::{Paths, State, Table};
 use super::{CacheError, CacheStatistics};
-use crate::owner::Owner;
+use crate::owner::{Owner, PerProcess};
 use crate::source::{PageData, PageSource, SourceBytes};
 use crate::sync::AtomicU64;
 use crate::sys::{self, FileLock};
@@ -44,6 +45,8 @@ const CHECK_BYTES: usize = 16 << 10;
 /// How long a thread waits for a chunk before it looks whether the process that fetches it has died.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
+type Source = OnceLock<Box<dyn PageSource>>;
+
 pub(super) struct Options {
     pub(super) make: Make,
     pub(super) verify: Option<Verify>,
@@ -59,14 +62,19 @@ pub(super) struct Image {
     file: File,
     /// `None`: the address space has no room, so that all is read from the file.
     map: Option<MmapRaw>,
+    shown: Mutex<Shown>,
     chunks: Box<[AtomicU32]>,
-    source: OnceLock<Box<dyn PageSource>>,
-    making: Mutex<()>,
+    source: Source,
+    pub(super) making: Mutex<()>,
+    /// The source that a fork's child makes, where its parent had none: it may have inherited `making` locked. Never dropped.
+    childs_source: PerProcess<Source>,
     options: Options,
     buffers: Mutex<Vec<Vec<u8>>>,
     seen_pressure: AtomicU32,
     counters: Counters,
     problem: Mutex<Option<io::Error>>,
+    /// The number of borders up to which chunks are shown. Another one in tests.
+    pub(super) max_borders: AtomicIsize,
 }
 
 #[derive(Default)]
@@ -90,7 +98,7 @@ enum Claim<'a> {
     Zero,
     /// This thread fetches it.
     Fetch(Fetch<'a>),
-    /// Another process takes too long. The cache has no part in this read.
+    /// Another process takes too long, or uses the chunk, which is damaged. The cache has no part in this read.
     Bypass,
 }
 
@@ -111,8 +119,9 @@ struct Fetch<'a> {
 
 impl Drop for Fetch<'_> {
     fn drop(&mut self) {
-        for chunk in self.chunks.clone() {
-            self.image.unlock(chunk);
+        // A source may have forked: the locks are the parent's then.
+        if self.image.owner.is_current() {
+            self.chunks.clone().for_each(|chunk| self.image.unlock(chunk));
         }
     }
 }
@@ -134,7 +143,8 @@ impl Image {
             sys::set_readable(&map, 0..len, false).ok()?;
             Some(map)
         });
-        let chunks = (0..table.chunks()).map(|_| AtomicU32::new(0)).collect();
+        let table_chunks = table.chunks();
+        let chunks = (0..table_chunks).map(|_| AtomicU32::new(0)).collect();
         let image = Arc::new(Self {
             owner,
             name,
@@ -144,13 +154,16 @@ impl Image {
             table,
             file,
             map,
+            shown: Mutex::new(Shown::new(table_chunks)),
             chunks,
-            source: OnceLock::new(),
+            source: Source::new(),
             making: Mutex::new(()),
+            childs_source: PerProcess::new(),
             options,
             buffers: Mutex::default(),
             counters: Counters::default(),
             problem: Mutex::default(),
+            max_borders: AtomicIsize::new(shown::max_borders()),
         });
         image.directory.add(&image);
         Ok(image)
@@ -197,7 +210,8 @@ impl Image {
     }
 
     pub(super) fn take_problem(&self) -> Option<io::Error> {
-        self.problem.lock().unwrap_or_else(PoisonError::into_inner).take()
+        // A fork's child may have inherited it locked.
+        if self.owner.is_current() { lock(&self.problem).take() } else { None }
     }
 
     fn chunk_size(&self) -> usize {
@@ -215,16 +229,28 @@ impl Image {
         if let Some(source) = self.source.get() {
             return Ok(&**source);
         }
-        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(source) = self.source.get() {
-            return Ok(&**source);
+        if !self.owner.is_current() {
+            // Its threads may make several, of which the first counts.
+            let source = self.childs_source.get()?;
+            return match source.get() {
+                Some(source) => Ok(&**source),
+                None => self.make().map(|made| &**source.get_or_init(|| made)),
+            };
         }
+        let _making = lock(&self.making);
+        match self.source.get() {
+            Some(source) => Ok(&**source),
+            None => self.make().map(|made| &**self.source.get_or_init(|| made)),
+        }
+    }
+
+    fn make(&self) -> io::Result<Box<dyn PageSource>> {
         let source = (self.options.make)()?;
         match source.len() {
             Some(found) if found != self.len() => {
                 Err(CacheError::OtherLength { name: self.name.clone(), cached: self.len(), found }.into())
             }
-            _ => Ok(&**self.source.get_or_init(|| source)),
+            _ => Ok(source),
         }
     }
 
@@ -361,6 +387,9 @@ impl Image {
                         if table.lock(chunk, FileLock::Exclusive) {
                             return Settled::Fetch;
                         }
+                        // Another process uses it, and has compared it before it was damaged. That may go on for long.
+                        table.lock(chunk, FileLock::Unlocked);
+                        return Settled::TooLong;
                     }
                     (_, FileLock::Exclusive) => return Settled::Fetch,
                     _ => {}
@@ -391,14 +420,11 @@ impl Image {
 
     /// Lets a chunk, whose lock is shared now, be read here. It is no longer busy.
     fn lease(&self, chunk: usize, readers: u32) {
-        let range = self.bytes_of(chunk);
-        let map = self.map.as_ref();
-        let is_mapped = map.is_some_and(|map| {
-            sys::set_readable(map, range.start as usize..range.end as usize, true).is_ok()
-        });
-        let mapped = if is_mapped { MAPPED } else { 0 };
+        let mut shown = lock(&self.shown);
+        let mapped = if self.show(&mut shown, chunk) { MAPPED } else { 0 };
         // Release: pairs with the acquire of a thread that reads by the lease.
         self.chunks[chunk].store(LEASED | mapped | readers, Ordering::Release);
+        drop(shown);
         sys::futex_wake_shared(&self.chunks[chunk]);
     }
 
@@ -427,18 +453,60 @@ impl Image {
         {
             return false;
         }
-        let range = self.bytes_of(chunk);
         // From here on the kernel can't copy from the mapping what will be a hole: it answers EFAULT, and the page is read.
-        let hidden = self.map.as_ref().filter(|_| seen & MAPPED != 0).is_none_or(|map| {
-            sys::set_readable(map, range.start as usize..range.end as usize, false).is_ok()
-        });
-        if hidden {
+        if self.hide(&mut lock(&self.shown), chunk) {
             self.unlock(chunk);
+            true
         } else {
+            // The kernel has no memory for one more mapping.
             word.store(seen, Ordering::Release);
             sys::futex_wake_shared(word);
+            false
         }
-        hidden
+    }
+
+    /// Lets a chunk be read in the mapping. `false`: that would take too many mappings of the process.
+    fn show(&self, shown: &mut Shown, chunk: usize) -> bool {
+        let range = self.bytes_of(chunk);
+        let Some(map) = &self.map else { return false };
+        let more = shown.change(chunk);
+        if !shown::take_borders(more, self.max_borders.load(Ordering::Relaxed)) {
+            return false;
+        }
+        let done = sys::set_readable(map, range.start as usize..range.end as usize, true).is_ok();
+        if done {
+            shown.set(chunk, true, more);
+        } else {
+            shown::give_borders_back(more);
+        }
+        done
+    }
+
+    /// Keeps a chunk from being read in the mapping. `false`: the kernel can't do so.
+    fn hide(&self, shown: &mut Shown, chunk: usize) -> bool {
+        let range = self.bytes_of(chunk);
+        let Some(map) = self.map.as_ref().filter(|_| shown.is(chunk)) else { return true };
+        let more = -shown.change(chunk);
+        if !shown::take_borders(more, self.max_borders.load(Ordering::Relaxed)) {
+            // In place of one more mapping, one mapping: all chunks are read from the file from now on, until they have come
+            // in once more.
+            if sys::set_readable(map, 0..map.len(), false).is_err() {
+                return false;
+            }
+            self.chunks.iter().for_each(|word| {
+                // Nothing is read because of it that isn't read from the file as well.
+                word.fetch_and(!MAPPED, Ordering::Relaxed);
+            });
+            *shown = Shown::new(self.chunks.len());
+            return true;
+        }
+        let done = sys::set_readable(map, range.start as usize..range.end as usize, false).is_ok();
+        if done {
+            shown.set(chunk, false, more);
+        } else {
+            shown::give_borders_back(more);
+        }
+        done
     }
 
     /// Gives up leases that weren't used lately, if another process has found nothing to give back.
@@ -494,7 +562,7 @@ impl Image {
 
     fn note_problem(&self, error: io::Error) {
         add(&self.counters.not_stored, 1);
-        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        *lock(&self.problem) = Some(error);
     }
 }
 
@@ -554,9 +622,13 @@ impl Fetch<'_> {
             deliver(&buffer[..len]);
         }
         for (chunk, bytes) in self.chunks.clone().zip(buffer[..len].chunks_exact(size)) {
-            image.store(chunk, bytes, found == PageData::Zero);
-            // It was settled by that.
+            let is_kept = image.store(chunk, bytes, found == PageData::Zero);
+            // It is settled by that, in each case.
             self.chunks.start = chunk + 1;
+            if !is_kept {
+                // The next one would wait as long, for the same. They are unlocked when this is dropped.
+                break;
+            }
         }
         lock(&image.buffers).push(buffer);
         Ok(found)
@@ -568,22 +640,25 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Image {
-    /// Keeps a chunk that was fetched, if there is room, and settles it.
-    fn store(&self, chunk: usize, bytes: &[u8], is_zero: bool) {
+    /// Keeps a chunk that was fetched, if there is room, and settles it. `false`: there is no room, or no lock in time.
+    fn store(&self, chunk: usize, bytes: &[u8], is_zero: bool) -> bool {
         let (table, size) = (&self.table, self.chunk_size() as u64);
         let punch = || sys::punch_hole(self.file.as_fd(), chunk as u64 * size, size).is_ok();
         let is_counted = matches!(table.state(chunk), State::Data | State::Unsettled);
         if is_zero || bytes.iter().all(|byte| *byte == 0) {
-            if !is_counted {
+            let is_kept = if is_counted {
+                punch() && self.directory.release(table, chunk, State::Zero)
+            } else {
                 table.set_state(chunk, State::Zero);
-            } else if punch() {
-                self.directory.release(table, chunk, State::Zero);
-            }
-            return self.unlock(chunk);
+                true
+            };
+            self.unlock(chunk);
+            return is_kept;
         }
         if !is_counted && !self.directory.reserve(table, chunk) {
             add(&self.counters.not_stored, 1);
-            return self.unlock(chunk);
+            self.unlock(chunk);
+            return false;
         }
         table.set_state(chunk, State::Unsettled);
         let range = self.bytes_of(chunk);
@@ -597,7 +672,8 @@ impl Image {
             if punch() {
                 self.directory.release(table, chunk, State::Empty);
             }
-            return self.unlock(chunk);
+            self.unlock(chunk);
+            return false;
         }
         table.set_checksum(chunk, crc32fast::hash(bytes));
         table.begin_use(chunk, self.directory.epoch());
@@ -609,6 +685,7 @@ impl Image {
         } else {
             self.unlock(chunk);
         }
+        true
     }
 }
 

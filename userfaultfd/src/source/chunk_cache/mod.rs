@@ -46,6 +46,7 @@
 mod directory;
 mod error;
 mod image;
+mod shown;
 mod table;
 #[cfg(all(test, feature = "pager"))]
 mod tests;
@@ -54,11 +55,11 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::directory::Directory;
+use self::directory::{Access, Directory};
 pub use self::error::CacheError;
 use self::image::{Image, Make, Options, Verify};
 use self::table::{Header, Paths, Table};
@@ -102,10 +103,12 @@ const WAIT_LIMIT: Duration = Duration::from_secs(30);
 ///   deliver what they have fetched and keep nothing ([`CachedImage::statistics`]). All processes should give the same limit.
 /// - **Crashes** of a process at any moment, or of the machine, leave nothing wrong: each process compares a chunk with its
 ///   checksum before it uses it for the first time, and fetches it again if they differ.
-/// - **Forks**: in a child that doesn't execute another program, images read from their sources.
+/// - **Forks**: in a child that doesn't execute another program, images read from their sources, and opening or removing one
+///   is an error. A child that opens the directory itself uses the cache like any other process.
 /// - **Files**: on a local file system that can punch holes (ext4, XFS, Btrfs, tmpfs), since a network file system's
 ///   locks and mappings aren't of one host. A program that may write to the directory decides what memory holds: a directory to which
-///   every user may write is refused. Other files in it are left alone.
+///   every user may write is refused. The cache's files get the permissions of the directory to read and to write, but for
+///   those of all users; also files of former versions do, when they are opened. Other files in it are left alone.
 ///
 /// Reads of what is there allocate nothing. A fetch allocates, and so does giving chunks back.
 #[derive(Clone)]
@@ -260,7 +263,14 @@ impl CachedImageBuilder {
             match (Table::open(&paths.table)?, len) {
                 (Some(table), _) => {
                     self.check(&table, len)?;
-                    let file = open_chunks(&paths, &table, false)?;
+                    let file = open_chunks(&paths, &table)?;
+                    let failed = |path: &PathBuf| {
+                        let path = path.clone();
+                        move |error| CacheError::Io { what: "can't set the permissions of", path, error }
+                    };
+                    let access = self.directory.access();
+                    access.give(table.file()).map_err(failed(&paths.table))?;
+                    access.give(&file).map_err(failed(&paths.chunks))?;
                     table.lock_use(FileLock::Shared);
                     self.directory.tidy(&locked, &table, &file);
                     break (table, file);
@@ -317,8 +327,10 @@ impl CachedImageBuilder {
         // A table without chunks would be damaged, and chunks without a table are nothing.
         let file = open_chunks_as(paths, true)?;
         let failed = |error| CacheError::Io { what: "can't write", path: paths.chunks.clone(), error };
-        file.set_len(0).and_then(|()| file.set_len(len)).map_err(failed)?;
-        Table::create(&paths.table, &header)?;
+        let access = self.directory.access();
+        let made = access.give(&file).and_then(|()| file.set_len(0)).and_then(|()| file.set_len(len));
+        made.map_err(failed)?;
+        Table::create(&paths.table, &header, access)?;
         let what = "it was removed while it was made";
         let table = Table::open(&paths.table)?
             .ok_or_else(|| CacheError::Damaged { path: paths.table.clone(), what })?;
@@ -329,14 +341,15 @@ impl CachedImageBuilder {
 fn open_chunks_as(paths: &Paths, create: bool) -> Result<File, CacheError> {
     let mut options = File::options();
     options.read(true).write(true).create(create).truncate(false).custom_flags(libc::O_NOFOLLOW);
+    options.mode(Access::at_first());
     let path = &paths.chunks;
     let file = options.open(path);
     file.map_err(|error| CacheError::Io { what: "can't open", path: path.clone(), error })
 }
 
 /// Opens the chunks of an image, which must be as long as the image.
-fn open_chunks(paths: &Paths, table: &Table, create: bool) -> Result<File, CacheError> {
-    let file = open_chunks_as(paths, create)?;
+fn open_chunks(paths: &Paths, table: &Table) -> Result<File, CacheError> {
+    let file = open_chunks_as(paths, false)?;
     let is_right = file.metadata().is_ok_and(|file| file.is_file() && file.len() == table.header().len);
     let damaged = CacheError::Damaged { path: paths.chunks.clone(), what: "its length is wrong" };
     if is_right { Ok(file) } else { Err(damaged) }

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
+use super::directory::Access;
 use super::error::CacheError;
 use crate::PendingFile;
 use crate::sys::{self, FileLock};
@@ -136,9 +137,10 @@ pub(super) struct Table {
 
 impl Table {
     /// Makes the table of a new image.
-    pub(super) fn create(path: &Path, header: &Header) -> Result<(), CacheError> {
+    pub(super) fn create(path: &Path, header: &Header, access: Access) -> Result<(), CacheError> {
         let create = || {
             let mut file = PendingFile::create(path)?;
+            access.give(file.file())?;
             file.write_all(&header.encode())?;
             file.file().set_len(header.file_len())?;
             // A mapping of a hole would raise SIGBUS on a full disk.
@@ -169,6 +171,11 @@ impl Table {
         // Within a usize: MAX_CHUNKS.
         let map = MmapOptions::new().len(header.file_len() as usize).map_raw(&file).map_err(failed)?;
         Ok(Some(Self { file, map, header }))
+    }
+
+    /// The file of the table.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     pub(super) fn header(&self) -> &Header {

@@ -287,3 +287,83 @@ fn blocks_that_the_table_does_not_know_are_given_back() {
     check(&image, &bytes, 0..bytes.len());
     assert_eq!(image.statistics().damaged, 64);
 }
+
+#[test]
+fn damaged_chunk_that_another_process_uses_is_read_from_the_source() {
+    require!();
+    let scratch = Scratch::new("damaged-in-use");
+    let bytes = content(1, 4 * CHUNK);
+    let user = open(&scratch.cache(1 << 30), "image", BytesSource::new(bytes.clone()));
+    check(&user, &bytes, 0..bytes.len());
+    let chunks = fs::File::options().write(true).open(scratch.0.join("image.chunks")).unwrap();
+    chunks.write_all_at(&[0xaa; 100], CHUNK as u64 + 10).unwrap();
+    let other = open(&scratch.cache(1 << 30), "image", BytesSource::new(bytes.clone()));
+    check(&other, &bytes, 0..bytes.len());
+    // It is looked at once.
+    let CacheStatistics { fetches, damaged, not_stored, .. } = other.statistics();
+    assert_eq!((fetches, damaged, not_stored), (0, 1, 1));
+    drop(user);
+    check(&other, &bytes, CHUNK..CHUNK + 100);
+    assert_eq!(other.statistics().fetches, 1);
+}
+
+#[test]
+fn many_images_are_counted_with_few_descriptors() {
+    require!();
+    child::run_well(crate::support::test_name!(), || {
+        let scratch = Scratch::new("few-descriptors");
+        let limit = 40 * CHUNK as u64;
+        let cache = scratch.cache(limit);
+        for number in 0..30 {
+            let bytes = content(number, CHUNK);
+            read_all(&open(&cache, &number.to_string(), BytesSource::new(bytes.clone())), &bytes);
+        }
+        let bytes = content(40, 30 * CHUNK);
+        let image = open(&cache, "image", BytesSource::new(bytes.clone()));
+        let few: Vec<_> = (0..3).map(|_| fs::File::open("/dev/null").unwrap()).collect();
+        let full = child::use_up_descriptors();
+        drop(few);
+        for chunk in 0..30 {
+            check(&image, &bytes, chunk * CHUNK..(chunk + 1) * CHUNK);
+            assert!(cache.used() <= limit, "{cache:?}");
+        }
+        assert_eq!(image.statistics().not_stored, 0);
+        drop(full);
+        let used = cache.used();
+        assert_eq!(scratch.cache(limit).used(), used);
+        // Without any descriptor nothing is given back, and the number stays.
+        let full = child::use_up_descriptors();
+        cache.0.make_room(CHUNK as u64);
+        drop(full);
+        assert_eq!(cache.used(), used);
+    });
+}
+
+#[test]
+fn files_are_for_the_users_of_the_directory_alone() {
+    require!();
+    let scratch = Scratch::new("permissions");
+    for (number, (directory, expected)) in
+        [(0o700, 0o600), (0o755, 0o640), (0o750, 0o640), (0o770, 0o660), (0o300, 0o600)]
+            .into_iter()
+            .enumerate()
+    {
+        let path = scratch.0.join(number.to_string());
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(directory)).unwrap();
+        let names = ["userfaultfd-cache", "image.table", "image.chunks"].map(|name| path.join(name));
+        for _ in 0..2 {
+            let cache = ChunkCache::open(&path, 1 << 30);
+            // A directory that may not be read.
+            let Ok(cache) = cache else { break };
+            drop(open(&cache, "image", BytesSource::new(content(1, CHUNK))));
+            for name in &names {
+                let mode = fs::metadata(name).unwrap().permissions().mode() & 0o777;
+                assert_eq!(mode, expected, "{} in {directory:o}: {mode:o}", name.display());
+                // As a former version made it.
+                fs::set_permissions(name, fs::Permissions::from_mode(0o644)).unwrap();
+            }
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+    }
+}

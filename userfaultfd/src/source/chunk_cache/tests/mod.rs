@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::*;
 use crate::source::BytesSource;
 use crate::source::model::{Random, byte, check, check_all, copied};
-use crate::support::require;
+use crate::support::{child, require};
 use crate::{LazyMemory, page_size};
 
 /// A directory of its own, removed when dropped.
@@ -348,4 +348,41 @@ fn names_of_all_kinds_are_files_of_the_directory() {
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name}");
     }
     assert!(cache.remove("/etc/passwd").unwrap() && !cache.remove("/etc/passwd").unwrap());
+}
+
+#[test]
+fn isolated_chunks_leave_mappings_to_the_process() {
+    require!();
+    child::run_well(crate::support::test_name!(), || {
+        const CHUNKS: usize = 400;
+        let scratch = Scratch::new("mappings");
+        let (size, bytes) = (page_size(), content(1, CHUNKS * page_size()));
+        let image = scratch.cache(1 << 30).image("image").chunk_size(size);
+        let image = image.open(BytesSource::new(bytes.clone())).unwrap();
+        image.0.max_borders.store(100, Ordering::Relaxed);
+        let mappings = || {
+            let maps = fs::read_to_string("/proc/self/maps").unwrap();
+            let count = maps.lines().filter(|line| line.ends_with("image.chunks")).count();
+            assert!(count <= 101, "{count} mappings");
+            count
+        };
+        for chunk in (0..CHUNKS).step_by(2) {
+            check(&image, &bytes, chunk * size..chunk * size + 1);
+        }
+        // The first one begins with the image.
+        assert_eq!(mappings(), 100);
+        // In one piece it is one mapping, and giving back a chunk of it makes two more.
+        drop(image);
+        let image = scratch.cache(1 << 30).image("image").chunk_size(size);
+        let image = image.open(BytesSource::new(bytes.clone())).unwrap();
+        image.0.max_borders.store(100, Ordering::Relaxed);
+        read_all(&image, &bytes);
+        assert!(mappings() <= 3);
+        for chunk in (1..CHUNKS).step_by(2) {
+            assert!(image.0.give_back(chunk), "{chunk}");
+            mappings();
+        }
+        read_all(&image, &bytes);
+        assert_eq!(image.cached(), bytes.len() as u64);
+    });
 }

@@ -3,7 +3,7 @@
 
 use std::sync::{Barrier, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::support::child;
@@ -218,4 +218,62 @@ fn random_readers_of_a_cache_that_is_too_small_see_their_images() {
             });
         }
     });
+}
+
+#[test]
+fn forked_child_has_no_part_in_its_parents_directory() {
+    require!();
+    child::run_well(crate::support::test_name!(), || {
+        let scratch = Scratch::new("forked-directory");
+        let (cache, bytes) = (scratch.cache(1 << 30), content(1, 4 * CHUNK));
+        let make = || Ok(BytesSource::new(content(1, 4 * CHUNK)));
+        let image = cache.image("image").chunk_size(CHUNK).open_with(make).unwrap();
+        // As if other threads had them when the process forked.
+        let making = image.0.making.lock().unwrap();
+        let locked = cache.0.lock().unwrap();
+        child::fork(|| {
+            check(&image, &bytes, 0..bytes.len());
+            check(&image, &bytes, 0..bytes.len());
+            let new = cache.image("new").chunk_size(CHUNK).open(unread(CHUNK));
+            assert_eq!(new.unwrap_err().kind(), io::ErrorKind::Unsupported);
+            assert_eq!(cache.remove("image").unwrap_err().kind(), io::ErrorKind::Unsupported);
+            assert!(!cache.0.make_room(0));
+            assert!(image.take_problem().is_none());
+        })
+        .succeed();
+        drop((making, locked));
+        assert_eq!(cache.used(), 0);
+        child::fork(|| {
+            // What the child opens is its own.
+            let image = open(&scratch.cache(1 << 30), "image", BytesSource::new(bytes.clone()));
+            check(&image, &bytes, 0..CHUNK);
+            assert_eq!(image.cached(), CHUNK as u64);
+        })
+        .succeed();
+        check(&image, &bytes, 0..bytes.len());
+        assert_eq!((image.statistics().fetches, cache.used()), (1, 4 * CHUNK as u64));
+    });
+}
+
+#[test]
+fn read_waits_for_the_directory_once() {
+    require!();
+    let scratch = Scratch::new("locked");
+    let (cache, bytes) = (scratch.cache(1 << 30), content(1, 32 * CHUNK));
+    let image = open(&cache, "image", BytesSource::new(bytes.clone()));
+    // Another thread has the lock, and another process.
+    for (round, holder) in [cache.clone(), scratch.cache(1 << 30)].into_iter().enumerate() {
+        let locked = holder.0.lock().unwrap();
+        let start = Instant::now();
+        let first = 16 * round * CHUNK;
+        thread::scope(|scope| {
+            scope.spawn(|| check(&image, &bytes, first..first + 16 * CHUNK));
+        });
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?} for 16 chunks", start.elapsed());
+        drop(locked);
+        let CacheStatistics { fetches, not_stored, .. } = image.statistics();
+        assert_eq!((fetches, not_stored, image.cached()), (round as u64 + 1, round as u64 + 1, 0));
+    }
+    check(&image, &bytes, 0..bytes.len());
+    assert_eq!(image.cached(), bytes.len() as u64);
 }
