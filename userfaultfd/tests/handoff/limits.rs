@@ -26,29 +26,29 @@ fn peers_that_cannot_be_killed_delay_no_other_one() {
     require!(root);
     child::run_well(test_name!(), || {
         let path = path();
-        let (here, there) = UnixStream::pair().unwrap();
-        let mut here = Some(here);
+        // A byte in the first has one of them begin, and in the second end.
+        let pairs = [(); 2].map(|()| UnixStream::pair().unwrap());
+        let (mut here, there): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
         // Of another user than the handler. Each sends a userfaultfd with what no monitor sends.
         let bad = [(); 2].map(|()| {
             child::fork(|| {
                 // It ends with the handler, which can't kill it.
-                drop(here.take());
-                (&there).read_exact(&mut [0]).unwrap();
+                here.clear();
+                (&there[0]).read_exact(&mut [0]).unwrap();
                 let mut stream = UnixStream::connect(&path).unwrap();
                 let memory = Memory::anonymous(1);
                 let uffd = registered(&memory);
                 send(&stream, b"GET / HTTP/1.1", &[uffd.as_fd()]);
                 let _end = stream.read(&mut [0]);
-                (&there).read_exact(&mut [0]).unwrap();
+                (&there[1]).read_exact(&mut [0]).unwrap();
             })
         });
         child::drop_rights();
         // SAFETY: touches no memory. Without it the process's own /proc is root's.
         assert_eq!(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) }, 0);
-        let mut here = here.unwrap();
         let mut listener = Listener::bind(&path).unwrap();
         let before = descriptors();
-        here.write_all(&[0; 2]).unwrap();
+        here[0].write_all(&[0; 2]).unwrap();
         let start = Instant::now();
         for _ in 0..2 {
             assert!(matches!(next_error(&mut listener), PeerError::Unrecognised { .. }));
@@ -64,7 +64,7 @@ fn peers_that_cannot_be_killed_delay_no_other_one() {
         drop((served, pager));
         // Their userfaultfds are open as long as they live, and no longer.
         assert_eq!(descriptors(), before + 4);
-        here.write_all(&[0; 2]).unwrap();
+        here[1].write_all(&[0; 2]).unwrap();
         bad.into_iter().for_each(child::Forked::succeed);
         assert!(listener.accept_timeout(Duration::ZERO).unwrap().is_none());
         assert_eq!(descriptors(), before);
