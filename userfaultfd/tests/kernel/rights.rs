@@ -178,6 +178,8 @@ fn fork_events_take_a_capability() {
     require!();
     let others = support::features().difference(FeatureFlags::EVENT_FORK);
     child::run_well(test_name!(), || {
+        // Before Linux 5.11 the system call asks for rights where the setting says so.
+        let _sysctl = sysctl::lock();
         drop_rights();
         let refused = [
             UffdBuilder::new().require_features(FeatureFlags::EVENT_FORK).create(),
