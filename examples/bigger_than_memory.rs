@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 use userfaultfd::pager::{Budget, FileSource};
 use userfaultfd::{LazyMemory, page_size};
-use userfaultfd_examples::{Result, progress_bar};
+use userfaultfd_examples::{Result, parse_bytes, progress_bar};
 
 const USAGE: &str = "usage: bigger_than_memory [--limit 256M] [--all] FILE";
 
@@ -36,19 +36,6 @@ fn main() -> ExitCode {
         }
         touch(&path.ok_or(USAGE)?, limit, all)
     })
-}
-
-/// A number of bytes: `4096`, `64K`, `256M`, `2G`.
-fn parse_bytes(text: &str) -> Option<usize> {
-    let digits = text.trim_end_matches(['K', 'M', 'G']);
-    let shift = match &text[digits.len()..] {
-        "" => 0,
-        "K" => 10,
-        "M" => 20,
-        "G" => 30,
-        _ => return None,
-    };
-    digits.parse::<usize>().ok()?.checked_mul(1 << shift)
 }
 
 fn touch(path: &Path, limit: usize, all: bool) -> Result<()> {

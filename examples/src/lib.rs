@@ -93,6 +93,20 @@ pub fn progress_bar(what: &'static str, bytes: usize) -> ProgressBar {
     ProgressBar::new(bytes as u64).with_style(style.expect("a template of known words")).with_message(what)
 }
 
+/// A number of bytes: `4096`, `64K`, `256M`, `2G`.
+#[must_use]
+pub fn parse_bytes(text: &str) -> Option<usize> {
+    let digits = text.trim_end_matches(['K', 'M', 'G']);
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        _ => return None,
+    };
+    digits.parse::<usize>().ok()?.checked_mul(1 << shift)
+}
+
 /// How much is hashed between two looks at the clock.
 pub const HASHED_BYTES: usize = 1 << 20;
 

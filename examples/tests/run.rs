@@ -250,6 +250,32 @@ fn bigger_than_memory_touches_every_page_within_its_limit() {
 }
 
 #[test]
+fn store_answers_from_an_index_larger_than_its_limit() {
+    let directory = Directory::new("store");
+    let path = directory.snapshot().with_file_name("index");
+    let need = Need::Features(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let output = run(command("store").args(["--limit", "512K"]).arg(&path));
+    let name = "store_answers_from_an_index_larger_than_its_limit";
+    let Some(output) = output.unless_unmet(name, need) else { return };
+    let len = fs::metadata(&path).unwrap().len() as usize;
+    assert!(len >= 10 * (512 << 10), "{output:?}");
+    assert!(output.out.starts_with(&format!("index: {len} bytes")), "{output:?}");
+    assert!(output.out.contains("as they were put in"), "{output:?}");
+    let line =
+        |name: &str| output.out.lines().find(|line| line.starts_with(name)).expect("a line of its name");
+    let plot = |name: &str| line(name).split('│').nth(1).expect("what is drawn").chars().count();
+    assert_eq!((plot("resident"), plot("misses")), (60, 60), "{output:?}");
+    // Whoever damages the file is found out.
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[len / 2..len / 2 + 64].fill(0xff);
+    fs::write(&path, bytes).unwrap();
+    let output = run(command("store").args(["--limit", "512K", "--keep"]).arg(&path));
+    assert!(!output.status.success(), "{output:?}");
+    let output = run(command("store").arg("--limit"));
+    assert!(!output.status.success() && output.err.contains("usage"), "{output:?}");
+}
+
+#[test]
 fn lazy_file_reads_by_faults_what_the_file_holds() {
     let directory = Directory::new("lazy_file");
     let output = run(command("lazy_file").arg(directory.snapshot()));
