@@ -128,6 +128,12 @@ impl PagedBuilder {
         self.with(|lazy| lazy.handle_kernel_faults(serve))
     }
 
+    /// Has pages copied to the staging area, as before Linux 6.8.
+    #[cfg(test)]
+    pub(crate) fn copied_out(self) -> Self {
+        self.with(LazyBuilder::copied_out)
+    }
+
     /// Maps the memory.
     ///
     /// # Errors

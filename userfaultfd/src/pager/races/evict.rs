@@ -17,12 +17,18 @@ const BUDGET: usize = 16;
 
 /// How pages leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+pub(super) enum Way {
     Moved,
     Copied,
 }
 
 const WAYS: [Way; 2] = [Way::Moved, Way::Copied];
+
+/// The ways that this kernel has.
+pub(super) fn ways(test: &str) -> impl Iterator<Item = Way> {
+    let moves = crate::support::has_features(test, FeatureFlags::MOVE);
+    WAYS.into_iter().filter(move |way| moves || *way == Way::Copied)
+}
 
 /// Memory of which each page has its number in each byte.
 fn memory(way: Way, budget: &Budget) -> LazyMemory {
@@ -143,10 +149,7 @@ const POINTS: [Departure; 4] =
 
 /// Each point that a page passes which leaves this way, written or not.
 fn each_point(test: impl Fn(Way, Departure, bool)) {
-    for way in WAYS {
-        if way == Way::Moved && !crate::support::has_features("each_point", FeatureFlags::MOVE) {
-            continue;
-        }
+    for way in ways("each_point") {
         for point in POINTS {
             for is_written in [false, true] {
                 let passes = match point {
