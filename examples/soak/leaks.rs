@@ -96,6 +96,16 @@ fn trim() {
     }
 }
 
+/// Has the C library give large blocks back as soon as they are freed, whatever lies behind them: it would take them from
+/// its heaps once it has seen some. To be called before there are threads.
+pub(crate) fn map_large_blocks() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets a number of the allocator's.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+    }
+}
+
 /// Huge pages of the default size that nobody has.
 pub(crate) fn free_huge_pages() -> usize {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();

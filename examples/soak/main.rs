@@ -65,6 +65,7 @@ fn main() -> ExitCode {
         }
         _ => {}
     }
+    leaks::map_large_blocks();
     match Options::parse(env::args().skip(1)) {
         Ok(options) => userfaultfd_examples::run(|| soak(&options)),
         Err(problem) => {
