@@ -227,12 +227,14 @@ impl LazyBuilder {
 
     /// Limits how much of the memory is resident, together with all else that shares the budget: see [`Budget`].
     ///
-    /// Pages that weren't written are dropped and read again from the source, which must have the same content then.
+    /// Pages that weren't written are dropped and read again from the source, which must have the same content then: a
+    /// reference to the memory would show it change (see "What is `unsafe`" in the [crate docs](crate)).
     /// Pages that were written go to a [spill file](Self::spill).
     ///
     /// Such memory can't be [filled](LazyMemory::fill), [tracked](LazyMemory::tracker) or saved in a
     /// [snapshot](LazyMemory::snapshot); nor is there any of [huge pages](Self::huge_pages), or in a process that locks what
-    /// it maps. Don't take pages from it by madvise(2), nor lock it. [Pin](LazyMemory::pin) what you give to system calls,
+    /// it maps. Don't take pages from it by madvise(2), nor lock it; mlockall(2) may wait for ever.
+    /// [Pin](LazyMemory::pin) what you give to system calls,
     /// since a page that was touched may have left again. [`read_at`](LazyMemory::read_at) and its like go part by part, so
     /// that an error may come after some of it.
     ///

@@ -98,6 +98,8 @@ pub enum PageData {
 ///   `println!("{}", memory[0])` faults with the lock of the standard output held. A source that takes the same lock
 ///   waits for ever.
 /// - Touch the memory that it fills.
+/// - Deliver other bytes for an offset than it did before, where the memory has a
+///   [budget](crate::LazyBuilder::budget): a page may be read again while the program has a reference to it.
 /// - Allocate, if the descriptor reports forks: a forking thread holds the allocator's locks until the pager has read
 ///   the event. A panic allocates, too; so does a snapshot that is read from a chain of more files than are kept open.
 pub trait PageSource: Send + Sync {

@@ -39,7 +39,8 @@ use super::{AsyncPageSource, Completion, Loaded, PageBuffer};
 /// [`spawn_blocking`](tokio::task::spawn_blocking), in a thread of the program, or on another runtime. What can be seen is refused:
 /// a runtime of one thread, which is the program's ([`new`](Self::new)); and a call that waits for content
 /// ([`fill`](crate::LazyMemory::fill), say) within a task, which ends with an error of the kind
-/// [`Deadlock`](io::ErrorKind::Deadlock). An access isn't seen.
+/// [`Deadlock`](io::ErrorKind::Deadlock). An access isn't seen. In a program whose panics abort, such a call in that
+/// runtime's `spawn_blocking` is refused, too.
 pub struct TokioSource<F> {
     runtime: Handle,
     load: F,

@@ -158,10 +158,7 @@ fn machine_whose_memory_is_longer_is_killed_and_counted() {
         assert_eq!(monitor.process.wait(), libc::SIGKILL);
         server.signal(libc::SIGTERM);
         let said = server.end();
-        assert!(
-            said.code == Some(4) && said.err.contains("uffd: 1 virtual machines ended since"),
-            "{said:?}"
-        );
+        assert!(said.code == Some(4) && said.err.contains("uffd: 1 virtual machine ended since"), "{said:?}");
     });
 }
 
@@ -179,15 +176,12 @@ fn second_signal_ends_machines_that_are_not_complete() {
         web.answer(move |_, _| Answer::Late(late.clone()));
         go(&mut monitor, &mut server, 1);
         server.signal(libc::SIGTERM);
-        assert!(server.line().starts_with("filling the memory of 1 virtual machines"));
+        assert!(server.line().starts_with("filling the memory of 1 virtual machine;"));
         server.signal(libc::SIGTERM);
-        assert_eq!(server.line(), "1 virtual machines aren't complete");
+        assert_eq!(server.line(), "not complete: 1 virtual machine");
         assert_eq!(monitor.process.wait(), libc::SIGKILL);
         let said = server.end();
-        assert!(
-            said.code == Some(4) && said.err.contains("uffd: 1 virtual machines ended since"),
-            "{said:?}"
-        );
+        assert!(said.code == Some(4) && said.err.contains("uffd: 1 virtual machine ended since"), "{said:?}");
         gate.open();
     });
 }

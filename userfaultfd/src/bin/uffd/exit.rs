@@ -51,8 +51,19 @@ impl fmt::Display for Failure {
             Self::Output(error) => write!(f, "the standard output can't be written: {error}"),
             Self::Arguments(text) => write!(f, "{text}; `uffd --help` says more"),
             Self::Lost(machines) => {
-                write!(f, "{machines} virtual machines ended since their memory couldn't be had: see above")
+                let machines = Count(*machines, "virtual machine");
+                write!(f, "{machines} ended since their memory couldn't be had: see above")
             }
         }
+    }
+}
+
+/// A number of things, as it is written.
+pub(crate) struct Count(pub(crate) usize, pub(crate) &'static str);
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(count, thing) = *self;
+        write!(f, "{count} {thing}{}", if count == 1 { "" } else { "s" })
     }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use userfaultfd::handoff::{Handoff, Message, ProcessRecorder, ProcessReplay, ServedProcess};
 use userfaultfd::pager::{self, DescriptorId, PageSource, Pager, WorkingSet};
 
-use crate::exit::Failure;
+use crate::exit::{Count, Failure};
 
 pub(super) struct Guests {
     image: Arc<dyn PageSource>,
@@ -77,8 +77,9 @@ impl Guests {
         });
         let (regions, bytes) =
             served.regions().fold((0, 0), |(regions, bytes), (region, _)| (regions + 1, bytes + region.len));
+        let regions = Count(regions, "region");
         let (process, dialect) = (served.process().credentials, served.dialect());
-        eprintln!("vm {number}: {process}, {dialect}, {:.1} MiB in {regions} regions", mib(bytes as u64));
+        eprintln!("vm {number}: {process}, {dialect}, {:.1} MiB in {regions}", mib(bytes as u64));
         let guest = Guest { number, since: Instant::now(), recorder, replay };
         self.guests.insert(served.descriptor(), guest);
         Some(served)

@@ -12,7 +12,7 @@ use userfaultfd::handoff::ServedProcess;
 use userfaultfd::pager::{self, Pager};
 
 use super::guests::Guests;
-use crate::exit::Failure;
+use crate::exit::{Count, Failure};
 
 /// A socket with a byte for each signal that asks this program to end, and a duplicate to wait for it.
 pub(super) fn signals() -> Result<(UnixStream, UnixStream), Failure> {
@@ -43,7 +43,8 @@ pub(super) fn finish(
     let count = processes.len();
     let processes: Vec<_> = processes.inspect(|served| guests.end_record(served)).collect();
     if count > 0 {
-        eprintln!("filling the memory of {count} virtual machines; a second signal ends them at once");
+        let machines = Count(count, "virtual machine");
+        eprintln!("filling the memory of {machines}; a second signal ends what isn't filled");
     }
     let (sender, events) = mpsc::channel();
     let of_signals = sender.clone();
@@ -74,7 +75,7 @@ pub(super) fn finish(
                 }
             }
             Ok(Event::Signal) | Err(mpsc::RecvError) => {
-                eprintln!("{left} virtual machines aren't complete");
+                eprintln!("not complete: {}", Count(left, "virtual machine"));
                 guests.give_up(left);
                 break;
             }
