@@ -306,7 +306,6 @@ mod holder;
 mod lazy;
 #[cfg(any(feature = "pager", feature = "tracking", feature = "snapshot"))]
 mod lease;
-#[cfg(any(feature = "pager", feature = "tracking", feature = "snapshot"))]
 mod lock_order;
 #[cfg(feature = "pager")]
 mod mapped_vec;

@@ -4,6 +4,11 @@
 //! thread that takes a lock below one that it holds panics, also where no other thread is there to deadlock with. In a
 //! release build the rank is a parameter of the type, and nothing else is left of it.
 
+#![cfg_attr(
+    not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
+    allow(dead_code, reason = "each feature uses a part")
+)]
+
 use std::ops::{Deref, DerefMut};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
