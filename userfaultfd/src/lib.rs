@@ -253,7 +253,7 @@
 //! accepts that. Events own the descriptors that they carry, after a check that these come from the kernel.
 //!
 //! **One thing the compiler can't check.** Memory with a [budget](LazyBuilder::budget), and [`PagedMemory`], drop a page
-//! that nothing has changed, and read it again. A source that delivers other bytes then, such as a file that somebody else
+//! that nothing has changed, and read it again. A source that delivers other bytes then, such as a file that another process
 //! writes meanwhile, changes what a `&[u8]` shows: a `&str` made of it may not be UTF-8 any more. It is the
 //! promise that a mapped file asks for, too. No function is `unsafe` for it, since nearly every source keeps it. Where one
 //! may not, use [`read_at`](LazyMemory::read_at), which copies.
