@@ -201,7 +201,7 @@ impl Budget {
             let pool = Arc::clone(pool);
             *thread = Some(Thread::spawn(c"uffd-evict", move || take::run(&pool))?);
         }
-        if pool.lock().join(Arc::new(member)) { Ok(()) } else { Err(Errno::ENOMEM.into()) }
+        if pool.lock().join(Arc::new(member), pool.limit()) { Ok(()) } else { Err(Errno::ENOMEM.into()) }
     }
 
     /// Counts a region no longer, and lets go of its pages, which stay as they are. The evicting thread has none of them in

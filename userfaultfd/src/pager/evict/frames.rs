@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::pins::Pins;
 use super::policy::{Link, List, NO_STAMP, NONE, Policy, S3Fifo};
-use super::pool::Pool;
+use super::pool::{Pool, RUN_SHARE};
 use super::residence::{Place, Residence};
 use super::store::{StoreBacking, WriteBack};
 use crate::Uffd;
@@ -190,14 +190,25 @@ impl Frames {
 
     pub(super) fn resize(&mut self, limit: usize) {
         self.policy.resize(limit);
+        self.make_room(limit);
+    }
+
+    /// Maps as many frames as there may be. Otherwise the thread that fills a page would wait for a mapping, with this locked,
+    /// where the process has as many as it may. What can't be mapped now is mapped when it is needed.
+    fn make_room(&mut self, limit: usize) {
+        let members = self.members.iter().flatten();
+        let pages: usize = members.map(|slot| slot.member.residence().page_count()).sum();
+        // With what is in flight.
+        let more = pages.min(limit + limit / RUN_SHARE).saturating_sub(self.links.len());
+        let _as_far_as_possible = (self.links.try_reserve_exact(more), self.tenants.try_reserve_exact(more));
     }
 
     pub(super) fn staged_len(&self) -> usize {
         self.staged.len()
     }
 
-    /// Takes a member in. Returns whether there was memory for it.
-    pub(super) fn join(&mut self, member: Arc<Member>) -> bool {
+    /// Takes a member in, of a budget of `limit` pages. Returns whether there was memory for it.
+    pub(super) fn join(&mut self, member: Arc<Member>, limit: usize) -> bool {
         let slot = match self.members.iter().position(Option::is_none) {
             Some(slot) => slot,
             None if !mapped_vec::try_reserve(&mut self.members) => return false,
@@ -223,6 +234,7 @@ impl Frames {
             has_failed: false,
             is_reported: false,
         });
+        self.make_room(limit);
         true
     }
 

@@ -23,7 +23,7 @@ const MAX_PAGES: usize = 1 << 26;
 const MAX_RUN_PAGES: usize = 512;
 
 /// Pages of a budget for each that one fault may fill.
-const RUN_SHARE: usize = 8;
+pub(super) const RUN_SHARE: usize = 8;
 
 /// The delay until the evicting thread looks again whether what couldn't leave can.
 pub(super) const STUCK_INTERVAL: Duration = Duration::from_millis(100);

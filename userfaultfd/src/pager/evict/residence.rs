@@ -260,6 +260,11 @@ impl Residence {
         before
     }
 
+    /// Pages of the region.
+    pub(super) fn page_count(&self) -> usize {
+        self.count
+    }
+
     /// Pages that memory alone has.
     pub(crate) fn dirty_count(&self) -> usize {
         self.dirty.load(Ordering::Relaxed)
