@@ -112,8 +112,9 @@ fn prepare(
         let target = &subject.arch.target;
         if !built.contains_key(target) {
             eprintln!("building the tests for {target}");
-            let mut binaries = binaries::build(&subject.arch, &folder.join("build"), options.soak.is_none())?;
-            if options.soak.is_none() {
+            let wanted = options.soak.is_none().then_some(&options.binaries[..]);
+            let mut binaries = binaries::build(&subject.arch, &folder.join("build"), wanted)?;
+            if binaries.is_whole {
                 binaries.check(&table.short)?;
             }
             binaries.keep(&options.binaries)?;

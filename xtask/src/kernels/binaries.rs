@@ -49,14 +49,18 @@ impl Built {
     }
 }
 
+/// The package of the library.
+const LIBRARY: &str = "userfaultfd";
+
 /// This package and what it is made of: not for guests.
 const NOT_TESTED: [&str; 2] = ["xtask", "guest-init"];
 
 /// Builds the tests of the workspace, its examples, and process 1. For this machine's own architecture that is done by
 /// its own compiler in `folder`, for others where the tool chain has what it needs.
 ///
-/// Without `tests` there are none, and examples alone.
-pub(super) fn build(arch: &Arch, folder: &Path, tests: bool) -> Result<Built, String> {
+/// Without `tests` there are none, and examples alone. Where tests of the library are named, only those are built, which run
+/// no example.
+pub(super) fn build(arch: &Arch, folder: &Path, tests: Option<&[String]>) -> Result<Built, String> {
     let host = host()?;
     let own = arch.target.split('-').next() == host.split('-').next();
     let toolchain = if own { None } else { Some(crate::cross::toolchain(&arch.target)?) };
@@ -65,20 +69,37 @@ pub(super) fn build(arch: &Arch, folder: &Path, tests: bool) -> Result<Built, St
         None => run(&mut own_cargo(&host, folder, subcommand, arguments)),
     };
     let rest = ["--workspace", "--exclude", NOT_TESTED[0], "--exclude", NOT_TESTED[1]];
-    let with_tests = tests;
-    let mut tests = match with_tests {
-        true => build("test", &[&["--no-run", "--tests"], &rest[..]].concat())?,
-        false => Vec::new(),
+    let named = tests.and_then(of_library);
+    let selected = match &named {
+        Some(named) => {
+            let package = ["--package", LIBRARY].into_iter();
+            package.chain(named.iter().flat_map(|name| ["--test", *name])).collect()
+        }
+        None => [&["--tests"], &rest[..]].concat(),
     };
+    let with_tests = tests.is_some();
+    let mut tests =
+        if with_tests { build("test", &[&["--no-run"], &selected[..]].concat())? } else { Vec::new() };
     // A program that the tests of its package run is built, too.
     tests.retain(|binary| binary.is_test);
-    let examples = build("build", &[&["--examples"], &rest[..]].concat())?;
+    let examples = match &named {
+        Some(_) => Vec::new(),
+        None => build("build", &[&["--examples"], &rest[..]].concat())?,
+    };
     let init = build("build", &["--bin", NOT_TESTED[1], "--package", NOT_TESTED[1]])?;
     let init = init.into_iter().next().ok_or("cargo built no process 1")?;
     if with_tests && tests.is_empty() {
         return Err("cargo built no test".to_owned());
     }
-    Ok(Built { init, tests, examples, is_whole: with_tests })
+    Ok(Built { init, tests, examples, is_whole: with_tests && named.is_none() })
+}
+
+/// The test targets of the library that have these names, if there are any names, and none is another's.
+fn of_library(names: &[String]) -> Option<Vec<&str>> {
+    let targets: Option<Vec<_>> =
+        names.iter().map(|name| name.strip_prefix(LIBRARY)?.strip_prefix('-')).collect();
+    let is_one = |target: &&str| *target != "unit" && !target.contains('-');
+    targets.filter(|targets| !targets.is_empty() && targets.iter().all(is_one))
 }
 
 /// The target that this machine's compiler is itself built for.
@@ -146,6 +167,18 @@ impl Binary {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tests_of_the_library_alone_are_built_alone() {
+        let of = |names: &[&str]| {
+            let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+            of_library(&names).map(|targets| targets.join(","))
+        };
+        assert_eq!(of(&["userfaultfd-kernel", "userfaultfd-drop_in"]).as_deref(), Some("kernel,drop_in"));
+        for others in [&[][..], &["userfaultfd-unit"], &["userfaultfd-kernel", "userfaultfd-sys-abi"]] {
+            assert_eq!(of(others), None, "{others:?}");
+        }
+    }
 
     #[test]
     fn programs_are_found_in_cargos_messages() {
