@@ -27,7 +27,7 @@ fn from_meminfo(name: &str) -> Option<usize> {
 }
 
 /// Tries to have the pool made larger.
-const TRIES: usize = 5;
+const TRIES: usize = 20;
 
 /// Where the size of the pool stands, for pages of the default size.
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
@@ -43,22 +43,21 @@ pub(crate) fn reserve(test: &str, pages: usize) -> Option<HugePages> {
     let lock = lock();
     // If it was forked while another test had some, that is none of this process's.
     BEFORE.store(NOTHING, Ordering::SeqCst);
-    let free = from_meminfo("HugePages_Free:").unwrap_or(0);
-    if page() != 0 && free < pages {
-        let before: usize =
-            fs::read_to_string(POOL).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
-        // Where memory is in small pieces the kernel may find some of the pages only at another try.
-        for _ in 0..TRIES {
-            if fs::write(POOL, (before + pages - free).to_string()).is_err() {
-                break;
-            }
-            BEFORE.store(before, Ordering::SeqCst);
-            if from_meminfo("HugePages_Free:").unwrap_or(0) >= pages {
-                break;
-            }
+    let free = || from_meminfo("HugePages_Free:").unwrap_or(0);
+    let size =
+        || fs::read_to_string(POOL).ok().and_then(|text| text.trim().parse::<usize>().ok()).unwrap_or(0);
+    let before = size();
+    // Where memory is in small pieces the kernel may find some of the pages only at another try. And it may give this test
+    // the pages that a process has still which is ending: so each try is for what lacks then.
+    for _ in 0..TRIES {
+        let free = free();
+        if page() == 0 || free >= pages || fs::write(POOL, (size() + pages - free).to_string()).is_err() {
+            break;
         }
+        BEFORE.store(before, Ordering::SeqCst);
+        std::thread::yield_now();
     }
-    let met = page() != 0 && from_meminfo("HugePages_Free:").unwrap_or(0) >= pages;
+    let met = page() != 0 && free() >= pages;
     if !met {
         give_back_all();
     }
