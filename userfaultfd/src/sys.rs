@@ -17,6 +17,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
+#[cfg(feature = "pager")]
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -284,21 +286,28 @@ fn read_without_waiting(file: BorrowedFd<'_>, buffer: &mut [u8], offset: i64) ->
 
 /// Reads what a userfaultfd has queued, and never waits: `EAGAIN` if that is nothing, also on a descriptor that blocks.
 ///
-/// Before Linux 6.10 the descriptor is made non-blocking for each read. Another owner of its description that makes it
-/// blocking again just then lets the read wait.
+/// Before Linux 6.10, which is asked once, the descriptor is made non-blocking for each read. Another owner of its description
+/// that makes it blocking again just then lets the read wait.
 #[cfg(feature = "pager")]
 #[inline]
 pub(crate) fn read_now(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
     /// Where a file has a position: there. A userfaultfd has none, and takes no other value.
     const HERE: i64 = -1;
+    /// Whether the kernel, or a filter, has refused. Relaxed: a thread that doesn't see it asks once more.
+    static IS_REFUSED: AtomicBool = AtomicBool::new(false);
+    if IS_REFUSED.load(Ordering::Relaxed) {
+        return read_nonblocking(fd, buf);
+    }
     loop {
         match read_without_waiting(fd, buf, HERE) {
             Err(Errno::EINTR) => {}
-            // EOPNOTSUPP: Linux before 6.10. EINVAL: before 4.14, and what read(2) says, too. ENOSYS and EPERM: a filter of
-            // system calls.
-            Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS | Errno::EPERM) => {
+            // Linux before 6.10; or a filter of system calls.
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EPERM) => {
+                IS_REFUSED.store(true, Ordering::Relaxed);
                 return read_nonblocking(fd, buf);
             }
+            // Before Linux 4.14; and what read(2) says, too.
+            Err(Errno::EINVAL) => return read_nonblocking(fd, buf),
             result => return result,
         }
     }
@@ -306,7 +315,6 @@ pub(crate) fn read_now(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errn
 
 /// read(2) of a descriptor that is made non-blocking.
 #[cfg(feature = "pager")]
-#[cold]
 fn read_nonblocking(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
     set_nonblocking(fd, true)?;
     read(fd, buf)
