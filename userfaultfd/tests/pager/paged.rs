@@ -422,6 +422,41 @@ fn pinned_page_stays_dirty_and_writable_by_system_calls_over_flushes() {
     }
 }
 
+/// What the library pins while it copies is given to no device.
+#[test]
+fn page_that_others_copy_from_is_clean_after_a_flush() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let (shelf, budget) = (Shelf::of_pages(100), Budget::new(128 * page()));
+    let memory = builder(&shelf, &budget).threads(2).build().unwrap();
+    let raw = memory.as_raw_slice().cast::<u8>().expose_provenance();
+    #[expect(unsafe_code, reason = "a byte that several threads access")]
+    // SAFETY: within the memory, which outlives the threads; the others copy from other pages.
+    let byte = unsafe { &*std::ptr::with_exposed_provenance::<AtomicU8>(raw + 3 * page()) };
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let (memory, is_over) = (&memory, &is_over);
+        for thread in 0..3 {
+            scope.spawn(move || {
+                let mut bytes = vec![0; 8];
+                while !is_over.load(Ordering::Relaxed) {
+                    memory.read_at((4 + thread) * page(), &mut bytes).unwrap();
+                }
+            });
+        }
+        let flushed = |round| {
+            byte.store(round, Ordering::Relaxed);
+            let flushed = memory.flush().map_err(|error| error.to_string());
+            (flushed, shelf.durable()[3 * page()], memory.statistics().dirty)
+        };
+        let wrong = (1..=200)
+            .map(|round| (round, flushed(round)))
+            .find(|(round, found)| *found != (Ok(()), *round, 0));
+        // The threads end first.
+        is_over.store(true, Ordering::Relaxed);
+        assert_eq!(wrong, None);
+    });
+}
+
 fn zeros() -> fs::File {
     fs::File::open("/dev/zero").unwrap()
 }

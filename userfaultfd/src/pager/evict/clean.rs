@@ -130,11 +130,11 @@ fn write_some(
     let (Some((first, _)), Some((last, _))) = (claimed.first(), claimed.last()) else { return next };
     let pages = *first..last + 1;
     let address = member.start + pages.start * crate::page_size();
+    let mut pinning = Pinning::begin(member.residence(), &pages);
     reach(Point::Evict(Departure::BeforeClean), address);
-    let mut pinning = Pinning::of(member.residence(), &pages);
     let copied = copy(member, store, turn, &claimed, &pinning);
+    pinning.end(member.residence());
     if copied.is_ok() {
-        pinning.update(member.residence());
         for page in pages.clone() {
             // A device may write to a pinned page at any time, and no fault tells of it: it stays dirty.
             let change = if pinning.has(page) { Place::writing_on } else { Place::writing };

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
-use super::pins::Pins;
+use super::pins::{PinTerm, Pins};
 use super::policy::{Link, List, NO_STAMP, NONE, Policy, S3Fifo};
 use super::pool::{Pool, RUN_SHARE};
 use super::residence::{Place, Residence};
@@ -88,6 +88,8 @@ struct Slot {
     writers: usize,
     /// The pages that are being written.
     in_hand: Range<usize>,
+    /// The pages that are being copied to be written, and whether the program has pinned any since that began.
+    copied: (Range<usize>, bool),
     is_stopping: bool,
     /// Whether the last pages couldn't be written: nothing waits for the next ones.
     has_failed: bool,
@@ -230,6 +232,7 @@ impl Frames {
             queue,
             writers: 0,
             in_hand: 0..0,
+            copied: (0..0, false),
             is_stopping: false,
             has_failed: false,
             is_reported: false,
@@ -518,6 +521,29 @@ impl Frames {
         if let Some(slot) = self.members[member as usize].as_mut() {
             slot.writers += 1;
         }
+    }
+
+    /// A thread begins to copy these pages of a member.
+    pub(super) fn begin_copy(&mut self, member: u32, pages: Range<usize>) {
+        if let Some(slot) = self.members[member as usize].as_mut() {
+            slot.copied = (pages, false);
+        }
+    }
+
+    /// It has copied them. Returns whether the program has pinned any meanwhile.
+    pub(super) fn end_copy(&mut self, member: u32) -> bool {
+        let slot = self.members[member as usize].as_mut();
+        slot.is_some_and(|slot| std::mem::replace(&mut slot.copied, (0..0, false)).1)
+    }
+
+    /// Pins pages, unless more would be pinned than a half of `limit`.
+    pub(super) fn pin(&mut self, limit: usize, member: u32, pages: &Range<usize>, term: PinTerm) -> bool {
+        let is_pinned = self.pins.pin(limit / 2, member, pages.clone(), term);
+        if let Some(Slot { copied: (copied, is_noted), .. }) = self.members[member as usize].as_mut() {
+            let overlaps = pages.start < copied.end && copied.start < pages.end;
+            *is_noted |= is_pinned && term == PinTerm::Program && overlaps;
+        }
+        is_pinned
     }
 
     /// These are the ones that it writes next.

@@ -1,7 +1,8 @@
 //! Pages that mustn't leave memory, since the program has pinned them.
 //!
-//! A pinned page may be given to system calls and devices, which write to it without a fault from then on. So a page that
-//! was pinned at any time while it was copied for its store counts as dirty still when the store has it.
+//! A page that the program has pinned may be given to system calls and devices, which write to it without a fault from then
+//! on. So a page that was pinned so at any time while it was copied for its store counts as dirty still when the store has
+//! it. What the library pins while it copies from memory is given to nobody.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -36,13 +37,11 @@ pub(super) struct Pins {
     all: MappedVec<Pin>,
     /// Pages that are pinned, those that are so twice counted twice.
     pages: usize,
-    /// How often some were pinned.
-    made: u64,
 }
 
 impl Pins {
     pub(super) fn new() -> Self {
-        Self { all: mapped_vec::none(), pages: 0, made: 0 }
+        Self { all: mapped_vec::none(), pages: 0 }
     }
 
     pub(super) fn page_count(&self) -> usize {
@@ -56,7 +55,6 @@ impl Pins {
             return false;
         }
         self.pages = pinned;
-        self.made += 1;
         self.all.push(Pin { member, pages, term });
         true
     }
@@ -86,31 +84,38 @@ impl Pins {
     pub(super) fn has(&self, member: u32, page: usize) -> bool {
         self.all.iter().any(|pin| pin.member == member && pin.pages.contains(&page))
     }
+
+    /// The pages of a member that the program has pinned.
+    fn of_program(&self, member: u32) -> impl Iterator<Item = &Range<usize>> {
+        let is_one = move |pin: &&Pin| (pin.member, pin.term) == (member, PinTerm::Program);
+        self.all.iter().filter(is_one).map(|pin| &pin.pages)
+    }
 }
 
-/// Which of some neighbouring pages are pinned, or were since this was made.
+/// Which of some neighbouring pages the program has pinned, or had since this was made.
 pub(super) struct Pinning {
     first: usize,
     pages: [bool; WRITE_PAGES],
-    made: u64,
 }
 
 impl Pinning {
-    /// Looks at no more than [`WRITE_PAGES`] pages.
-    pub(super) fn of(residence: &Residence, pages: &Range<usize>) -> Self {
-        let mut pinning = Self { first: pages.start, pages: [false; WRITE_PAGES], made: 0 };
-        let frames = residence.pool().lock();
-        if let Some(member) = residence.member() {
-            pinning.made = frames.pins.made;
-            pages.clone().for_each(|page| pinning.pages[page - pages.start] = frames.pins.has(member, page));
+    /// Looks at no more than [`WRITE_PAGES`] pages, which are about to be copied.
+    pub(super) fn begin(residence: &Residence, pages: &Range<usize>) -> Self {
+        let mut pinning = Self { first: pages.start, pages: [false; WRITE_PAGES] };
+        let mut frames = residence.pool().lock();
+        let Some(member) = residence.member() else { return pinning };
+        for pinned in frames.pins.of_program(member) {
+            let (start, end) = (pinned.start.max(pages.start), pinned.end.min(pages.end));
+            (start..end).for_each(|page| pinning.pages[page - pages.start] = true);
         }
+        frames.begin_copy(member, pages.clone());
         pinning
     }
 
-    /// Looks once more. Pins that were made meanwhile may have ended: all pages count as pinned then.
-    pub(super) fn update(&mut self, residence: &Residence) {
-        let frames = residence.pool().lock();
-        if residence.member().is_some() && frames.pins.made != self.made {
+    /// Looks once more, after they were copied. A pin that was made meanwhile may have ended: then all count as pinned.
+    pub(super) fn end(&mut self, residence: &Residence) {
+        let mut frames = residence.pool().lock();
+        if residence.member().is_some_and(|member| frames.end_copy(member)) {
             self.pages.fill(true);
         }
     }

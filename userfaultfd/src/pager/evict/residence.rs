@@ -421,7 +421,7 @@ impl Residence {
         let (mut frames, since) = (pool.lock(), Instant::now());
         let is_pinned = loop {
             let Some(member) = self.member() else { break false };
-            if frames.pins.pin(pool.limit() / 2, member, pages.clone(), term) {
+            if frames.pin(pool.limit(), member, pages, term) {
                 break true;
             }
             // A part is waited for by another part alone: its thread has no second one.
