@@ -7,34 +7,22 @@
 //!
 //! Touches a thousand pages in random order, all of them with `--all`. Linux 5.7; no rights from Linux 5.11 on.
 
-use std::env;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use userfaultfd::pager::{Budget, FileSource};
 use userfaultfd::{LazyMemory, page_size};
-use userfaultfd_examples::{Result, parse_bytes, progress_bar};
+use userfaultfd_examples::{Result, limit_flag_and_file, progress_bar};
 
 const USAGE: &str = "usage: bigger_than_memory [--limit 256M] [--all] FILE";
 
 fn main() -> ExitCode {
     userfaultfd_examples::run(|| {
-        let (mut limit, mut all, mut path) = (256 << 20, false, None);
-        let mut arguments = env::args_os().skip(1);
-        while let Some(argument) = arguments.next() {
-            match argument.to_str() {
-                Some("--limit") => {
-                    let bytes = arguments.next().and_then(|bytes| parse_bytes(bytes.to_str()?));
-                    limit = bytes.ok_or(USAGE)?;
-                }
-                Some("--all") => all = true,
-                _ => path = Some(PathBuf::from(argument)),
-            }
-        }
-        touch(&path.ok_or(USAGE)?, limit, all)
+        let (limit, all, path) = limit_flag_and_file(256 << 20, "--all").ok_or(USAGE)?;
+        touch(&path, limit, all)
     })
 }
 

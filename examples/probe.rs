@@ -98,29 +98,14 @@ fn explain(error: &Error) -> String {
         Error::OpenDevUserfaultfd(_) => format!("The device can't be opened{errno}."),
         error => format!("{error}{errno}."),
     };
-    let remedies = remedies(error);
-    if !remedies.is_empty() {
+    let mut remedies = error.remedies().peekable();
+    if remedies.peek().is_some() {
         text.push_str(" What helps, any one of:");
     }
     for remedy in remedies {
         text.extend(["\n  - ", remedy]);
     }
     text
-}
-
-fn remedies(error: &Error) -> Vec<&'static str> {
-    match error {
-        Error::OpenFailed(failure) => failure.remedies().collect(),
-        Error::OpenDevUserfaultfd(error) if error.kind() == ErrorKind::PermissionDenied => {
-            vec!["access to the device, from an administrator: setfacl -m u:$USER:rw /dev/userfaultfd"]
-        }
-        Error::OpenDevUserfaultfd(_) => vec!["in a container: --device /dev/userfaultfd"],
-        Error::FeatureNotPermitted(_) => vec![
-            "being root, outside of a user namespace",
-            "the capability alone, from an administrator: setcap cap_sys_ptrace=ep PROGRAM",
-        ],
-        _ => vec![],
-    }
 }
 
 /// The library's table, and what belongs beside it.

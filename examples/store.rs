@@ -8,16 +8,15 @@
 //! Makes the index in FILE, unless `--keep` says that it is there. Checks every answer. Linux 5.7; no rights from Linux
 //! 5.11 on.
 
-use std::env;
 use std::fs::File;
 use std::io::BufWriter;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use fst::{Map, MapBuilder, Streamer};
 use userfaultfd::pager::{Budget, FileSource};
 use userfaultfd::{LazyMemory, page_size};
-use userfaultfd_examples::{Result, parse_bytes, progress_bar};
+use userfaultfd_examples::{Result, limit_flag_and_file, progress_bar};
 
 const USAGE: &str = "usage: store [--limit 1M] [--keep] FILE";
 
@@ -32,19 +31,8 @@ const LOOKUPS: u64 = 600;
 
 fn main() -> ExitCode {
     userfaultfd_examples::run(|| {
-        let (mut limit, mut keep, mut path) = (1 << 20, false, None);
-        let mut arguments = env::args_os().skip(1);
-        while let Some(argument) = arguments.next() {
-            match argument.to_str() {
-                Some("--limit") => {
-                    let bytes = arguments.next().and_then(|bytes| parse_bytes(bytes.to_str()?));
-                    limit = bytes.ok_or(USAGE)?;
-                }
-                Some("--keep") => keep = true,
-                _ => path = Some(PathBuf::from(argument)),
-            }
-        }
-        let (path, keys) = (path.ok_or(USAGE)?, (TIMES * limit / BYTES_A_KEY) as u64);
+        let (limit, keep, path) = limit_flag_and_file(1 << 20, "--keep").ok_or(USAGE)?;
+        let keys = (TIMES * limit / BYTES_A_KEY) as u64;
         if !keep {
             build(&path, keys)?;
         }

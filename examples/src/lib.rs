@@ -12,12 +12,14 @@
 
 mod handover;
 
+use std::env;
 use std::error::Error;
 use std::fmt;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hasher};
 use std::io;
 use std::os::fd::FromRawFd;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -91,6 +93,20 @@ pub fn since(features: FeatureFlags) -> String {
 pub fn progress_bar(what: &'static str, bytes: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
     ProgressBar::new(bytes as u64).with_style(style.expect("a template of known words")).with_message(what)
+}
+
+/// The arguments of an example of memory with a limit: `[--limit BYTES] [FLAG] FILE`. `None`: they are others.
+pub fn limit_flag_and_file(default: usize, flag: &str) -> Option<(usize, bool, PathBuf)> {
+    let (mut limit, mut has_flag, mut path) = (default, false, None);
+    let mut arguments = env::args_os().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.to_str() {
+            Some("--limit") => limit = parse_bytes(arguments.next()?.to_str()?)?,
+            Some(argument) if argument == flag => has_flag = true,
+            _ => path = Some(PathBuf::from(argument)),
+        }
+    }
+    Some((limit, has_flag, path?))
 }
 
 /// A number of bytes: `4096`, `64K`, `256M`, `2G`.

@@ -6,7 +6,7 @@
 
 use std::io;
 
-use crate::open::OpenFailure;
+use crate::open::{self, OpenFailure};
 use crate::{Errno, FeatureFlags, IoctlFlags, Refusal};
 
 /// The result of this crate's operations.
@@ -249,6 +249,24 @@ impl Error {
         }
     }
 
+    /// Returns an iterator over what helps against a refusal to create a userfaultfd, any one of which is enough. Empty for
+    /// every other error.
+    pub fn remedies(&self) -> impl Iterator<Item = &'static str> {
+        let (of_failure, others): (_, &[&str]) = match self {
+            Error::OpenFailed(failure) => (Some(failure.remedies()), &[]),
+            Error::OpenDevUserfaultfd(_) => (None, &[open::DEVICE]),
+            Error::FeatureNotPermitted(_) => (
+                None,
+                &[
+                    "being root, outside of a user namespace",
+                    "the capability CAP_SYS_PTRACE, from an administrator: setcap cap_sys_ptrace=ep PROGRAM",
+                ],
+            ),
+            _ => (None, &[]),
+        };
+        of_failure.into_iter().flatten().chain(others.iter().copied())
+    }
+
     /// Returns the number of bytes that a fill (copy, zeropage, poison, move) did before it stopped; `None` for operations
     /// that don't count bytes, and where the kernel doesn't report them.
     ///
@@ -325,6 +343,17 @@ pub(crate) fn errno_of(error: &io::Error) -> Errno {
 mod tests {
     use super::*;
     use crate::{pager, snapshot};
+
+    #[test]
+    fn remedies_are_those_of_the_refusal() {
+        crate::support::require!();
+        let remedies = |error: Error| error.remedies().collect::<Vec<_>>().join("; ");
+        let denied = io::Error::from_raw_os_error(libc::EACCES);
+        assert!(remedies(Error::OpenDevUserfaultfd(denied)).contains("setfacl"));
+        let fork = Error::FeatureNotPermitted(crate::FeatureFlags::EVENT_FORK);
+        assert!(remedies(fork).contains("CAP_SYS_PTRACE"));
+        assert_eq!(remedies(Error::ReadEof), "");
+    }
 
     /// As `anyhow` and others print an error with `{:#}`.
     fn with_causes(error: &dyn std::error::Error) -> String {

@@ -92,6 +92,10 @@ fn new_from_syscall(flags: OpenFlags) -> Result<OwnedFd, Errno> {
     }
 }
 
+/// What helps where the device can't be opened.
+pub(crate) const DEVICE: &str = "access to the device, from an administrator: setfacl -m u:$USER:rw /dev/userfaultfd \
+                                 (in a container: --device /dev/userfaultfd)";
+
 /// The tries to create a descriptor, each with its errno.
 ///
 /// `Display` prints them together with the remedies:
@@ -155,10 +159,8 @@ impl OpenFailure {
         }
     }
 
-    /// Returns an iterator over the remedies, any one of which helps.
+    /// Returns an iterator over the remedies, any one of which helps: those of [`Error::remedies`](crate::Error::remedies).
     pub fn remedies(&self) -> impl Iterator<Item = &'static str> {
-        const DEVICE: &str = "access to the device, from an administrator: setfacl -m u:$USER:rw /dev/userfaultfd \
-                              (in a container: --device /dev/userfaultfd)";
         let remedies: &[&str] = match (self.reason(), self.user_mode_only) {
             (OpenRefusal::NotBuiltIn, _) => &[
                 "a kernel with CONFIG_USERFAULTFD=y; in a container, a seccomp profile that allows userfaultfd",

@@ -29,7 +29,7 @@ fn check(name: String, refused: Option<Error>) -> Check {
         None => Check::new(Area::Rights, State::Yes, name, ""),
         Some(error) => {
             let mut check = Check::new(Area::Rights, State::No, name, reason(&error));
-            check.remedies = remedies(&error).into_iter().map(str::to_owned).collect();
+            check.remedies = error.remedies().map(str::to_owned).collect();
             check
         }
     }
@@ -51,19 +51,5 @@ fn reason(error: &Error) -> String {
         Error::OpenDevUserfaultfd(_) => format!("the device can't be opened{errno}"),
         Error::FeatureNotPermitted(_) => format!("not permitted{errno}"),
         error => format!("{error}{errno}"),
-    }
-}
-
-fn remedies(error: &Error) -> Vec<&'static str> {
-    match error {
-        Error::OpenFailed(failure) => failure.remedies().collect(),
-        Error::OpenDevUserfaultfd(error) if error.kind() == ErrorKind::PermissionDenied => {
-            vec!["access to the device, from an administrator: setfacl -m u:$USER:rw /dev/userfaultfd"]
-        }
-        Error::OpenDevUserfaultfd(_) => vec!["in a container: --device /dev/userfaultfd"],
-        Error::FeatureNotPermitted(_) => {
-            vec!["root outside of a user namespace, or the capability CAP_SYS_PTRACE"]
-        }
-        _ => vec![],
     }
 }
