@@ -140,7 +140,8 @@ impl PagedMemory {
         self.memory.region.residence.as_ref().expect("paged memory has a budget")
     }
 
-    /// Writes all pages that were written to the store, and syncs it.
+    /// Writes all pages that were written to the store, and syncs it. [Pinned](Self::pin) pages that were written count as
+    /// dirty still afterwards.
     ///
     /// # Errors
     ///
@@ -213,6 +214,9 @@ impl PagedMemory {
     }
 
     /// Keeps a range resident as long as the guard lives: see [`LazyMemory::pin`].
+    ///
+    /// A device, or io_uring, may write to a pinned page at any time, which no fault tells. So a flush writes a pinned page that
+    /// was written once, and leaves it writable and dirty: the next flush writes it again.
     ///
     /// # Errors
     ///
