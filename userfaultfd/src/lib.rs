@@ -139,6 +139,7 @@
 //! | `tokio` | no | `AsyncUffd`, events awaited; with `pager`: `source::TokioSource` | tokio |
 //! | `async-io` | no | `AsyncUffd`, on any executor | async-io |
 //! | `object-store` | no | `source::ObjectSource`; enables `pager` and `tokio` | object_store |
+//! | `vm-memory` | no | `guest`: memory of the crate `vm-memory` served, tracked, saved, its addresses translated; enables `pager` | vm-memory |
 //! | `serde` | no | missing ranges can be serialised; enables `pager` | serde |
 //! | `bindgen` | no | raw bindings generated at build time, see `userfaultfd-sys` | bindgen |
 //!
@@ -297,6 +298,8 @@ mod error;
 mod event;
 mod features;
 mod fill;
+#[cfg(feature = "vm-memory")]
+pub mod guest;
 #[cfg(all(feature = "pager", feature = "tracking", feature = "snapshot"))]
 pub mod guide;
 #[cfg(feature = "handoff")]

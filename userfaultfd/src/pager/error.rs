@@ -112,6 +112,11 @@ pub enum Error {
         error: crate::Error,
     },
 
+    /// Guest memory can't be served so.
+    #[cfg(feature = "vm-memory")]
+    #[error(transparent)]
+    GuestMemory(crate::guest::LayoutError),
+
     /// The descriptor was made with the feature [`SIGBUS`](crate::FeatureFlags::SIGBUS), so the kernel delivers no faults.
     #[error("the descriptor delivers no faults: it was made with the feature SIGBUS")]
     NoMessages,

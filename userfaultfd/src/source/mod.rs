@@ -230,7 +230,7 @@ macro_rules! read_through {
         }
     };
 }
-use read_through;
+pub(crate) use read_through;
 
 impl<S: PageSource + ?Sized> PageSource for Arc<S> {
     read_through!(self => (**self));

@@ -84,14 +84,13 @@ fn features() -> Result<Outcome, String> {
         run(&["clippy", "--lib", "--tests"], &features, &["--", "--deny=warnings"])?;
     }
     // The tests of these take all of them, below.
-    for features in ["http", "handoff", "tokio", "async-io"] {
+    for features in ["http", "handoff", "tokio", "async-io", "vm-memory"] {
         run(&["clippy", "--lib"], &format!("--features={features}"), &["--", "--deny=warnings"])?;
     }
     run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
-    let optional =
-        "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,async-io,object-store,handoff,cli";
+    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,async-io,object-store,handoff,vm-memory,cli";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
-    let tests = ["http", "async_uffd", "tokio", "object", "handoff", "cli"];
+    let tests = ["http", "async_uffd", "tokio", "object", "handoff", "guest_memory", "cli"];
     let tests: Vec<_> = tests.iter().flat_map(|test| ["--test", test]).collect();
     run(&[&["test"], &tests[..]].concat(), optional, &[])?;
     let package = ["--package=userfaultfd-examples", "--features=http,tokio,async-io,object-store,handoff"];
