@@ -144,7 +144,7 @@ pub use self::id::{DescriptorId, RegionId};
 pub use self::memory::fault_around::FaultAround;
 pub use self::memory::missing_range::MissingRange;
 pub(crate) use self::memory::region::DEFAULT_MAX_AROUND_BYTES;
-pub use self::memory::region::Region;
+pub use self::memory::region::{OnRemoval, Region};
 pub use self::on_end::OnEnd;
 pub use self::pager::{Added, Pager};
 pub use self::prefetch::background::{BackgroundFill, FillReport};

@@ -18,6 +18,7 @@ mod on_end;
 mod others;
 mod paged;
 mod reader;
+mod removal;
 mod reports;
 mod scene;
 mod sources;

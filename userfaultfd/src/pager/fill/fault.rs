@@ -109,6 +109,9 @@ impl PageFiller {
                     Outcome::Deferred(Work::Fault(Fault { joined: true, ..fault }), RetryAfter::OtherLoad);
                 return Err(if segment.region.shared { again } else { Outcome::Settled });
             }
+            Claim::Present if segment.region.reloads => {
+                return self.claim_removed(context, serving, segment, fault);
+            }
             Claim::Present if segment.region.residence.is_some() => {
                 return Err(self.present_with_budget(context, serving, segment, fault));
             }
@@ -142,6 +145,74 @@ impl PageFiller {
             run.purpose = Purpose::Write;
         }
         Ok(run)
+    }
+
+    /// Claims a page once more that counts as present, where a page that was removed without an event must be loaded again.
+    ///
+    /// Mostly the page is there, and the thread awake. For shared memory the file tells. For other memory nothing does: the
+    /// thread is woken, and when it comes again and again the page is loaded. If that is there all the same, it stays.
+    fn claim_removed(
+        &mut self,
+        context: &FillContext,
+        serving: &Attachment,
+        segment: &Segment,
+        fault: Fault,
+    ) -> Result<PageRun, Outcome> {
+        let (counters, region) = (context.counters(self.thread), &*segment.region);
+        let (len, page) = (region.page_size(), segment.page_at(fault.address));
+        let address = segment.address_of(page).expect("the address is in the segment");
+        let mut is_gone = None;
+        if region.shared {
+            let mut mode = ContinueMode::empty();
+            mode.set(ContinueMode::WRITE_PROTECT, region.write_protected);
+            let mapped = serving.uffd.continue_with(addr_to_ptr(address), len, mode);
+            match answer(mapped.map(|mapped| mapped as usize), len).1 {
+                None => {
+                    counters.continues.add(1);
+                    return Err(Outcome::Settled);
+                }
+                Some(errno @ (Errno::EAGAIN | Errno::ENOMEM)) => {
+                    return Err(Outcome::Deferred(Work::Fault(fault), RetryAfter::KernelBusy(errno)));
+                }
+                Some(Errno::ESRCH) => return Err(Outcome::TargetGone),
+                Some(Errno::EFAULT) => is_gone = Some(true),
+                // A kernel without CONTINUE.
+                Some(Errno::EINVAL) => {}
+                Some(_) => is_gone = Some(false),
+            }
+        }
+        if !is_gone.unwrap_or_else(|| region.pages.doubt(page)) {
+            if !fault.joined {
+                counters.duplicates.add(1);
+            }
+            reach(Point::BeforeWake, address);
+            wake(&serving.uffd, address..address + len);
+            return Err(Outcome::Settled);
+        }
+        if self.suspect(address) == u8::MAX {
+            let errno = Errno::EEXIST;
+            context.report(Problem::Stuck { region: RegionId(region.id), address, errno });
+            self.suspect.1 = 0;
+        }
+        if !region.pages.claim_again(page) {
+            // Another thread has just done so, or has read of its removal.
+            return Err(Outcome::Deferred(Work::Fault(fault), RetryAfter::OtherLoad));
+        }
+        let mut run = PageRun::new(segment, page..page + 1, true).again();
+        run.demand = Some((page, fault.since));
+        if is_gone.is_some() {
+            run.mark_not_in_file();
+        }
+        Ok(run)
+    }
+
+    /// Counts the faults in a row on one page that is present.
+    fn suspect(&mut self, address: usize) -> u8 {
+        if self.suspect.0 != address {
+            self.suspect = (address, 0);
+        }
+        self.suspect.1 = self.suspect.1.saturating_add(1);
+        self.suspect.1
     }
 
     /// Resolves a fault without a region. Either a region has grown; or its memory is gone since, and the faulting thread
@@ -218,10 +289,7 @@ impl PageFiller {
         let (counters, region) = (context.counters(self.thread), &*segment.region);
         let (len, page) = (region.page_size(), segment.page_at(fault.address));
         let address = segment.address_of(page).expect("the address is in the segment");
-        if self.suspect.0 != address {
-            self.suspect = (address, 0);
-        }
-        self.suspect.1 = self.suspect.1.saturating_add(1);
+        let _count = self.suspect(address);
         let zeros = match ensure_capacity(&mut self.zeros, len) {
             Ok(zeros) => &zeros[..len],
             Err(_) => {

@@ -39,6 +39,8 @@ enum Stop {
     KernelBusy(Errno),
     /// The rest can't be filled.
     Refused(Errno),
+    /// The file doesn't have the next page, which was removed: it must be loaded.
+    NotInFile,
     /// The run has moved, or other content belongs there now.
     Outdated,
     /// The process is gone.
@@ -115,6 +117,11 @@ impl PageFiller {
             {
                 self.put_back(Some(context), content);
                 Next::Install(run, FillContent::Poison)
+            }
+            Stop::NotInFile => {
+                let attempts = run.attempts;
+                run.mark_not_in_file();
+                Next::Load(run, attempts)
             }
             Stop::KernelBusy(errno) => {
                 Next::Done(self.put_aside(run, content, RetryAfter::KernelBusy(errno)))
@@ -207,6 +214,22 @@ impl PageFiller {
                     self.unmapped += 1;
                     run.skip(serving, Settlement::Released);
                 }
+                // It is there, or the file has it: what another mapping or write(2) has made of a removed page.
+                // Private huge pages are left to what comes next, as none may be left for this one.
+                Errno::EEXIST
+                    if run.may_be_there() && (run.region.shared || run.region.zeropage_possible()) =>
+                {
+                    context.counters(self.thread).woken.add(1);
+                    match map_from_file(serving, run) {
+                        None => {
+                            run.skip(serving, Settlement::Present);
+                            self.placed += 1;
+                        }
+                        Some(Errno::ESRCH) => break Stop::TargetGone,
+                        // Removed once more, or, of huge pages, no page is left for it.
+                        Some(errno) => break Stop::KernelBusy(errno),
+                    }
+                }
                 // A page is present, or a marker: of poison, of write protection, which stops ZEROPAGE, or, since Linux
                 // 7.2, of a guard page, which was overwritten before. On hugetlb memory the pool may be empty, too:
                 // ENOMEM up to 6.12, EEXIST in 6.18.
@@ -233,8 +256,12 @@ impl PageFiller {
                 // has run on. ENOMEM: no memory for the page or its table, also of a cgroup, or a tmpfs is full; since
                 // Linux 7.2 the page may lie beyond the end of its file, too. ENOSPC: the file of a minor region.
                 Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC => break Stop::KernelBusy(errno),
+                // EFAULT: the file has no such page. EINVAL: the kernel can't map from it.
+                Errno::EFAULT | Errno::EINVAL if run.is_reload() && matches!(content, FillContent::File) => {
+                    break Stop::NotInFile;
+                }
                 // CONTINUE finds no page in the cache: a hole was punched between the write and the call.
-                Errno::EFAULT if run.region.cache.is_some() && !matches!(content, FillContent::Poison) => {
+                Errno::EFAULT if is_written_to_file(run) && !matches!(content, FillContent::Poison) => {
                     break Stop::KernelBusy(errno);
                 }
                 // EFAULT: the source's own memory can't be read, or, before Linux 7.2, the page lies beyond the end of its
@@ -309,7 +336,7 @@ impl PageFiller {
         len: usize,
     ) -> (usize, Option<Errno>, Settlement) {
         if matches!(content, FillContent::Poison) {
-            return poison(serving, &run.region, run.address(), len);
+            return poison(serving, &run.region, run.address(), len, run.may_be_there());
         }
         let (filled, errno) = self.fill_content(serving, run, content, len);
         (filled, errno, Settlement::Present)
@@ -345,9 +372,10 @@ impl PageFiller {
             FillContent::Loaded(buffer) => buffer[run.done()..].as_ptr().cast(),
             FillContent::Buffer => self.buffer.as_ref().expect("it was filled")[run.done()..].as_ptr().cast(),
         };
-        if let Some(cache) = &run.region.cache {
+        let is_file = matches!(content, FillContent::File);
+        if let Some(cache) = run.region.cache.as_ref().filter(|_| is_written_to_file(run)) {
             let at = run.pages().start << run.region.page_shift;
-            if matches!(content, FillContent::File) {
+            if is_file {
                 if let Err(errno) = cache.allocate(at, len) {
                     return (0, Some(errno));
                 }
@@ -359,6 +387,8 @@ impl PageFiller {
                     return (0, Some(errno_of(&error)));
                 }
             }
+        }
+        if is_file || is_written_to_file(run) {
             reach(Point::BeforeMap, run.address());
             let mut mode = ContinueMode::empty();
             mode.set(ContinueMode::WRITE_PROTECT, run.region.fills_protected());
@@ -398,13 +428,13 @@ impl PageFiller {
                 return counters.poisoned.add(pages as u64);
             }
             FillContent::Zero => (&counters.zero_fills, |tally| &tally.zero_fills),
-            _ if run.region.cache.is_some() => (&counters.continues, |tally| &tally.continues),
+            FillContent::File => (&counters.continues, |tally| &tally.continues),
+            _ if is_written_to_file(run) => (&counters.continues, |tally| &tally.continues),
             FillContent::Zeros => (&counters.zero_fills, |tally| &tally.zero_fills),
             FillContent::Outside(_)
             | FillContent::Aside(_)
             | FillContent::Loaded(_)
-            | FillContent::Buffer
-            | FillContent::File => (&counters.fills, |tally| &tally.fills),
+            | FillContent::Buffer => (&counters.fills, |tally| &tally.fills),
         };
         run.region.count(|tally| {
             tallied(tally).add(pages);
@@ -414,6 +444,28 @@ impl PageFiller {
         counters.bytes.add((pages << run.region.page_shift) as u64);
         counters.prefetched.add((pages - usize::from(asked)) as u64);
     }
+}
+
+/// Whether content gets to a run's pages by the file, in the place of whatever that has. What may be there is copied to the
+/// memory instead, by which the kernel puts it into the file if that doesn't have the page.
+fn is_written_to_file(run: &PageRun) -> bool {
+    run.region.cache.is_some() && !run.may_be_there()
+}
+
+/// Maps the next page of a run from the file, if it isn't mapped. Returns why that isn't possible.
+fn map_from_file(serving: &Attachment, run: &PageRun) -> Option<Errno> {
+    let region = &run.region;
+    if !region.shared {
+        return None;
+    }
+    let mut mode = ContinueMode::empty();
+    mode.set(ContinueMode::WRITE_PROTECT, region.fills_protected());
+    let mapped = serving.uffd.continue_with(addr_to_ptr(run.address()), region.page_size(), mode);
+    // EINVAL: a kernel without it, which maps such a page for an access.
+    mapped
+        .err()
+        .and_then(|error| error.errno())
+        .filter(|errno| !matches!(errno, Errno::EEXIST | Errno::EINVAL))
 }
 
 /// How many of the next pages to fill at once, so that one that is about to be written is filled by itself.

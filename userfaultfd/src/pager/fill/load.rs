@@ -178,11 +178,15 @@ impl PageFiller {
     pub(crate) fn content(&mut self, context: &FillContext, run: &PageRun) -> Result<FillContent, NoContent> {
         let (region, len) = (&*run.region, run.len());
         let offset = region.offset_of(run.pages().start);
-        if run.removed && region.cache.is_some() {
+        let is_from_file = match run.is_reload() {
+            true => region.shared && !run.is_not_in_file(),
+            false => run.removed && region.cache.is_some(),
+        };
+        if is_from_file {
             return Ok(FillContent::File);
         }
         let _in_source = run.enter_source();
-        if run.removed {
+        if run.removed && !run.is_reload() {
             return Ok(Self::zeros(run));
         }
         if let Some(residence) = region

@@ -32,7 +32,7 @@ impl PageFiller {
             if !now.is_some_and(|now| Arc::ptr_eq(&now.region, region) && now.page_at(address) == *page) {
                 return true;
             }
-            let (_, errno, _) = poison(serving, region, address, region.page_size());
+            let (_, errno, _) = poison(serving, region, address, region.page_size(), false);
             matches!(errno, Some(Errno::EAGAIN | Errno::ENOMEM))
         };
         segment.pages().filter(|page| region.pages.is_poisoned(*page)).filter(is_left).count()
@@ -49,7 +49,7 @@ impl PageFiller {
             };
             let now = serving.layout.find(address);
             if now.is_some_and(|now| Arc::ptr_eq(&now.region, region) && now.page_at(address) == page) {
-                let (done, _, end) = poison(serving, region, address, region.page_size());
+                let (done, _, end) = poison(serving, region, address, region.page_size(), false);
                 if done > 0 {
                     context.counters(self.thread).poisoned.add(1);
                     let _joined = region.pages.end(page, end);
@@ -97,7 +97,8 @@ impl PageFiller {
 }
 
 /// Poisons pages, and maps those that are in the memory's file, since another mapping or write(2) has written them. For a
-/// minor region all are poisoned: what its file holds of a page that was never loaded isn't content.
+/// minor region all are poisoned, but those that `may_be_there`: what its file holds of a page that was never loaded isn't
+/// content.
 ///
 /// Handles the first pages of one kind. Returns their bytes, the error on which it stopped, and their new state.
 pub(crate) fn poison(
@@ -105,10 +106,11 @@ pub(crate) fn poison(
     region: &ServedRegion,
     address: usize,
     len: usize,
+    may_be_there: bool,
 ) -> (usize, Option<Errno>, Settlement) {
     let (uffd, dst) = (&serving.uffd, addr_to_ptr(address));
     let mut most = len;
-    if region.cache.is_none() {
+    if region.cache.is_none() || may_be_there {
         let mut mode = ContinueMode::empty();
         mode.set(ContinueMode::WRITE_PROTECT, region.fills_protected());
         let mapped = uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize);

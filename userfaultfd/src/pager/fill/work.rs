@@ -35,8 +35,8 @@ pub(crate) enum FillContent {
     Zero,
     /// Zeros that are copied, where the kernel can't map zero pages.
     Zeros,
-    /// The file's content, and zeros where it has none: the page was removed, and another mapping or write(2) may have
-    /// written the file since.
+    /// The file's content: the page was removed, and another mapping or write(2) may have written the file since. Zeros where
+    /// it has none, unless the source has what belongs there.
     File,
     /// Poison: the content can't be loaded.
     Poison,

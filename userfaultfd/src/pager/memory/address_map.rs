@@ -401,7 +401,8 @@ pub(crate) fn missing(segments: &[Segment], holes: &[Segment]) -> Vec<MissingRan
         let (region, shift) = (&segment.region, segment.region.page_shift);
         let (id, len) = (RegionId(region.id), 1 << shift);
         for page in segment.pages().filter(|page| region.pages.is_missing(*page)) {
-            let offset = (!region.pages.is_removed(page)).then(|| region.offset_of(page));
+            let has_content = region.reloads || !region.pages.is_removed(page);
+            let offset = has_content.then(|| region.offset_of(page));
             let address = segment.start + ((page - segment.first) << shift);
             match missing.last_mut() {
                 Some(last) if last.is_followed_by(id, address, offset) => last.len += len,

@@ -34,7 +34,8 @@ pub(crate) struct PageRun {
     address: usize,
     /// The page that faulted, and when the fault was read. `None` for pages that no fault asked for.
     pub(crate) demand: Option<(usize, Instant)>,
-    /// Zeros belong there, whatever the source has.
+    /// They were removed: zeros belong there, or what the file has, whatever the source has. See
+    /// [`is_reload`](Self::is_reload).
     pub(crate) removed: bool,
     /// Number of times that the kernel has reported the page as present.
     pub(crate) tries: u8,
@@ -42,13 +43,16 @@ pub(crate) struct PageRun {
     pub(crate) attempts: u32,
     /// What it is filled for.
     pub(crate) purpose: Purpose,
-    /// [`RESERVED`] and [`UNREADABLE`].
+    /// [`RESERVED`] and the others.
     marks: u8,
 }
 
-/// Marks of a run: a budget has room for it; the kernel couldn't copy from the source's memory.
+/// Marks of a run: a budget has room for it; the kernel couldn't copy from the source's memory; its page counted as present;
+/// the memory's file doesn't have it.
 const RESERVED: u8 = 1;
 const UNREADABLE: u8 = 2;
+const AGAIN: u8 = 4;
+const NOT_IN_FILE: u8 = 8;
 
 /// Nested reads that are noted for each thread: a source may itself fault on memory of another pager, hardly deeper.
 const MAX_SOURCE_DEPTH: usize = 4;
@@ -142,6 +146,32 @@ impl PageRun {
         is_new
     }
 
+    /// The same, of a page that counted as present, and was removed.
+    pub(crate) fn again(mut self) -> Self {
+        self.marks |= AGAIN;
+        self
+    }
+
+    /// Whether the memory may have its pages, perhaps with other content. What is there stays.
+    pub(crate) fn may_be_there(&self) -> bool {
+        self.marks & AGAIN != 0 || self.is_reload()
+    }
+
+    /// Whether its pages were removed, and show what is there, or else what the source has.
+    pub(crate) fn is_reload(&self) -> bool {
+        self.removed && self.region.reloads
+    }
+
+    /// Whether the file has been found not to have them.
+    pub(crate) fn is_not_in_file(&self) -> bool {
+        self.marks & NOT_IN_FILE != 0
+    }
+
+    /// Notes that it doesn't.
+    pub(crate) fn mark_not_in_file(&mut self) {
+        self.marks |= NOT_IN_FILE;
+    }
+
     /// The pages that aren't settled.
     pub(crate) fn pages(&self) -> Range<usize> {
         self.first + self.done..self.first + self.count
@@ -196,6 +226,8 @@ impl PageRun {
     pub(crate) fn settle_as(&mut self, pages: usize, end: Settlement, is_changed: bool) -> bool {
         let settled = self.pages().start..self.pages().start + pages;
         self.done += pages;
+        let reloads = self.region.reloads && end == Settlement::Present;
+        let end = if reloads { Settlement::Reloaded } else { end };
         if let Some(residence) = &self.region.residence {
             if end == Settlement::Present {
                 let is_written = |page| is_changed || self.is_written(page);
@@ -227,7 +259,8 @@ impl PageRun {
 
     /// Whether a page was removed since the claim, so that the source's content no longer belongs there.
     pub(crate) fn is_outdated(&self) -> bool {
-        !self.removed && self.pages().any(|page| self.region.pages.is_removed(page))
+        let is_changed = !self.removed && !self.region.reloads;
+        is_changed && self.pages().any(|page| self.region.pages.is_removed(page))
     }
 
     /// Forgets the settled pages.

@@ -24,6 +24,10 @@ const JOINED: u8 = 1 << 4;
 /// First bit of the counter of tries: how often the kernel reported the page as present, and a fault came all the same.
 const TRIES_SHIFT: u32 = 5;
 
+/// Faults on a page that counts as present, before it counts as removed where nothing else can tell: as many are mostly
+/// those of threads that have been woken.
+const DOUBTS: u8 = 2;
+
 /// The largest count of tries that fits.
 pub(crate) const MAX_TRIES: u8 = u8::MAX >> TRIES_SHIFT;
 
@@ -56,6 +60,9 @@ pub(crate) enum PresentClaim {
 pub(crate) enum Settlement {
     /// The content is in place.
     Present,
+    /// The same, where removed pages are loaded again: if the page was removed since it was loaded before, that may come to
+    /// pass only now.
+    Reloaded,
     /// The page is poisoned.
     Poisoned,
     /// The page is missing again, and any thread may load it.
@@ -214,6 +221,25 @@ impl Pages {
         }
     }
 
+    /// Notes a fault on a page that counts as present. Returns whether so many have come that it was removed, perhaps.
+    pub(crate) fn doubt(&self, page: usize) -> bool {
+        let cell = &self.cells()[page];
+        let more = |state: u8| {
+            let is_new = state & (PRESENT | LOADING) == PRESENT && state >> TRIES_SHIFT < DOUBTS;
+            is_new.then(|| state + (1 << TRIES_SHIFT))
+        };
+        match cell.fetch_update(Ordering::AcqRel, Ordering::Acquire, more) {
+            Ok(_) => false,
+            Err(state) => state & (PRESENT | LOADING) == PRESENT,
+        }
+    }
+
+    /// Claims a page that counts as present, whatever is doubted of it, to load it again. Not where another thread has it.
+    pub(crate) fn claim_again(&self, page: usize) -> bool {
+        let claimed = |state: u8| (state & (PRESENT | LOADING) == PRESENT).then_some(PRESENT | LOADING);
+        self.cells()[page].fetch_update(Ordering::AcqRel, Ordering::Acquire, claimed).is_ok()
+    }
+
     /// Whether a thread is about to fill a page, with a prospect of success.
     pub(crate) fn is_in_work(&self, page: usize) -> bool {
         let state = self.cells()[page].load(Ordering::Acquire);
@@ -259,6 +285,10 @@ impl Pages {
             let missing = state & !(LOADING | JOINED);
             let next = match end {
                 Settlement::Present => PRESENT,
+                Settlement::Reloaded if missing & REMOVED != 0 || missing >> TRIES_SHIFT != 0 => {
+                    PRESENT | 1 << TRIES_SHIFT
+                }
+                Settlement::Reloaded => PRESENT,
                 Settlement::Poisoned => POISONED,
                 Settlement::Released => missing,
                 Settlement::Left => state & REMOVED,
@@ -279,13 +309,39 @@ impl Pages {
 
     /// Marks pages as removed: from now on zeros belong there. With `keep_present`, present pages stay as they are.
     pub(crate) fn remove(&self, pages: Range<usize>, keep_present: bool) {
+        self.change_all(pages, |state| {
+            let stays = keep_present && state & PRESENT != 0;
+            if stays { state } else { state & (LOADING | JOINED) | REMOVED }
+        });
+    }
+
+    /// The same for memory with a file, which may have the page still, where removed pages are loaded again. One that was
+    /// never loaded stays plainly missing. One that is being loaded for the first time may be removed after that.
+    pub(crate) fn remove_from_file(&self, pages: Range<usize>) {
+        self.change_all(pages, |state| {
+            let more = match state {
+                _ if state & (PRESENT | REMOVED) != 0 => REMOVED,
+                _ if state & LOADING != 0 => 1 << TRIES_SHIFT,
+                _ => 0,
+            };
+            state & (LOADING | JOINED) | more
+        });
+    }
+
+    /// Marks pages as removed that count as present and are doubted: whoever looks next finds out.
+    pub(crate) fn remove_doubted(&self, pages: Range<usize>) {
+        let is_doubted = |state: u8| state & (PRESENT | LOADING) == PRESENT && state >> TRIES_SHIFT > 0;
+        self.change_all(pages, |state| if is_doubted(state) { REMOVED } else { state });
+    }
+
+    fn change_all(&self, pages: Range<usize>, change: impl Fn(u8) -> u8) {
         for cell in &self.cells()[pages] {
             let mut state = cell.load(Ordering::Acquire);
             loop {
-                if keep_present && state & PRESENT != 0 {
+                let next = change(state);
+                if next == state {
                     break;
                 }
-                let next = state & (LOADING | JOINED) | REMOVED;
                 match cell.compare_exchange_weak(state, next, Ordering::AcqRel, Ordering::Acquire) {
                     Ok(_) => break self.count_change(state, next),
                     Err(now) => state = now,
@@ -586,6 +642,44 @@ mod tests {
         pages.remove(0..2, true);
         assert_eq!(pages.claim(0), Claim::Present);
         assert_eq!(pages.claim(1), Claim::Acquired { removed: true, tries: 0 });
+    }
+
+    #[test]
+    fn page_that_a_file_may_have_is_removed_and_doubted_once_it_is_loaded_again() {
+        crate::support::require!();
+        let pages = Pages::new(4).unwrap();
+        for (page, end) in [(0, Settlement::Reloaded), (1, Settlement::Poisoned)] {
+            pages.claim(page);
+            assert!(!pages.end(page, end));
+        }
+        pages.remove_doubted(0..4);
+        assert_eq!(pages.claim(0), Claim::Present, "it was never removed");
+        pages.claim(2);
+        pages.remove_from_file(0..4);
+        assert_eq!(pages.present_and_poisoned(), (0, 0));
+        let claim = |removed| Claim::Acquired { removed, tries: 0 };
+        assert_eq!([0, 1, 3].map(|page| pages.claim(page)), [claim(true), claim(false), claim(false)]);
+        (0..4).for_each(|page| assert!(!pages.end(page, Settlement::Reloaded)));
+        pages.remove_doubted(0..4);
+        let claims = [0, 1, 2, 3].map(|page| pages.claim(page));
+        assert_eq!(claims, [claim(true), Claim::Present, claim(true), Claim::Present], "2 was being loaded");
+    }
+
+    #[test]
+    fn page_that_counts_as_present_is_claimed_again_after_some_doubts() {
+        crate::support::require!();
+        let pages = Pages::new(1).unwrap();
+        assert!(!pages.doubt(0) && !pages.claim_again(0), "it is missing");
+        pages.claim(0);
+        assert!(!pages.doubt(0) && !pages.claim_again(0), "it is loaded");
+        assert!(!pages.end(0, Settlement::Present));
+        let doubts: Vec<_> = (0..4).map(|_| pages.doubt(0)).collect();
+        assert_eq!(doubts, [false, false, true, true]);
+        assert!(pages.claim_again(0) && !pages.claim_again(0));
+        assert_eq!((pages.claim(0), pages.present_and_poisoned()), (Claim::Joined, (1, 0)));
+        assert!(pages.end(0, Settlement::Released), "a fault joined");
+        assert_eq!(pages.claim(0), Claim::Present);
+        assert!(!pages.doubt(0), "nothing is doubted any more");
     }
 
     #[test]

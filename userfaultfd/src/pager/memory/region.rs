@@ -21,6 +21,17 @@ use crate::{FeatureFlags, IoctlFlags, RegisterMode, Support};
 /// Bytes filled for one fault at most by default: more reads no faster from memory, and holds other faults up.
 pub(crate) const DEFAULT_MAX_AROUND_BYTES: usize = 2 << 20;
 
+/// What a page shows after it was removed: see [`Region::on_removal`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum OnRemoval {
+    /// Zeros, as without a pager: for a VM's balloon, and programs that give memory back.
+    #[default]
+    Zero,
+    /// What the source has: for caches that drop pages themselves.
+    Reload,
+}
+
 /// A range of memory that a pager fills from a source.
 ///
 /// Page `i` of the range gets the source's content from byte [`offset`](Self::offset) + `i` × page size on.
@@ -49,6 +60,7 @@ pub struct Region {
     write_protected: bool,
     minor: Option<(File, u64)>,
     shared: bool,
+    on_removal: OnRemoval,
     missing: Option<Vec<MissingRange>>,
     /// Where its pages are, if a budget limits how many are in memory.
     pub(super) residence: Option<Arc<Residence>>,
@@ -100,6 +112,7 @@ impl Region {
             write_protected: false,
             minor: None,
             shared: false,
+            on_removal: OnRemoval::default(),
             missing: None,
             residence: None,
             tally: None,
@@ -148,7 +161,8 @@ impl Region {
     /// The range is registered for [`RegisterMode::MINOR`], too. Existing content of the file is ignored: the pager loads
     /// each page from the source before it is first mapped. Since Linux 5.14; for hugetlb memory 5.13.
     ///
-    /// After a hole is punched, a page shows what the file holds: zeros, unless another mapping or write(2) writes it. That
+    /// After a hole is punched, a page shows what the file holds: zeros (or see [`on_removal`](Self::on_removal)), unless
+    /// another mapping or write(2) writes it. That
     /// includes pages that were never loaded, where the descriptor reports the removal. The kernel removes only huge pages
     /// that lie in the range as a whole. (On memfd and tmpfs that needs commit 73f37dbcfe17 of Linux 5.19, which 5.18.13 and
     /// 5.15.56 have, too: without it such an access waits until the page is written.)
@@ -170,6 +184,49 @@ impl Region {
     /// fill the same pages. By default each fills its own.
     pub fn shared(mut self) -> Self {
         self.shared = true;
+        self
+    }
+
+    /// Sets what a page shows after it was removed: by madvise(2), or by a hole that was punched into its file. The default is
+    /// [`OnRemoval::Zero`].
+    ///
+    /// With [`OnRemoval::Reload`] the memory is a cache whose owner drops pages: what is dropped is read from the source again
+    /// when it is accessed next, and by all that fills missing pages. What was written to it is lost.
+    ///
+    /// ```
+    /// use userfaultfd::pager::{FileSource, OnRemoval, Pager, Region};
+    /// use userfaultfd::{FeatureFlags, UffdBuilder};
+    ///
+    /// let page = userfaultfd::page_size();
+    /// let path = std::env::current_exe()?;
+    /// let mut memory = memmap2::MmapMut::map_anon(4 * page)?;
+    /// let uffd = UffdBuilder::new().require_features(FeatureFlags::EVENT_REMOVE).create()?;
+    /// let region = Region::new(memory.as_ptr().addr(), memory.len(), FileSource::open(&path)?);
+    /// let pager = Pager::new()?;
+    /// // SAFETY: bytes are good whatever they are, and no reference into the memory lives on while it is dropped.
+    /// unsafe { pager.add_own(uffd, [region.on_removal(OnRemoval::Reload)]) }?;
+    ///
+    /// assert_eq!(memory[1..4], *b"ELF");
+    /// memory[1..4].fill(b'.');
+    /// // SAFETY: nothing is borrowed from the memory.
+    /// unsafe { memory.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) }?;
+    /// assert_eq!(memory[1..4], *b"ELF");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// **On shared memory** a page that the file has stays what it is: `MADV_DONTNEED` takes the mapping away, and another
+    /// mapping or write(2) may fill a hole before the pager does. `MADV_REMOVE` and holes remove the page itself.
+    ///
+    /// **Events.** Make the descriptor with [`EVENT_REMOVE`](crate::FeatureFlags::EVENT_REMOVE). Without it, and for holes
+    /// that fallocate(2) punches, of which no event tells, a removed page counts as present until it is accessed: then it is
+    /// loaded all the same, on private memory after a few faults that are woken in vain. But nothing that fills missing pages
+    /// finds it: background fills, [`finish`](crate::pager::Pager::finish), the list of missing ranges.
+    ///
+    /// A removed page is listed as missing with its offset when the memory is handed over, so the next pager must be told
+    /// `Reload`, too. In a list that is passed to [`missing`](Self::missing), pages without an offset count as removed:
+    /// with `Reload` they show what the source has at their place.
+    pub fn on_removal(mut self, on_removal: OnRemoval) -> Self {
+        self.on_removal = on_removal;
         self
     }
 
@@ -377,6 +434,7 @@ impl Region {
             held: OnceLock::new(),
             cache,
             shared: self.shared,
+            reloads: self.on_removal == OnRemoval::Reload,
             zeropage: page == crate::page_size() && !self.write_protected,
             poison: offered.contains(IoctlFlags::POISON),
             pages,

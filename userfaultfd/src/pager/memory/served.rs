@@ -46,6 +46,8 @@ pub(crate) struct ServedRegion {
     pub(crate) held: OnceLock<Held>,
     pub(crate) cache: Option<Cache>,
     pub(crate) shared: bool,
+    /// Whether removed pages show what the source has.
+    pub(crate) reloads: bool,
     /// Whether zero pages can be mapped.
     pub(crate) zeropage: bool,
     /// Whether pages can be poisoned: since Linux 6.6.
@@ -94,6 +96,32 @@ impl ServedRegion {
     /// Whether the kernel can map zero pages: in all memory but hugetlb memory.
     pub(crate) fn zeropage_possible(&self) -> bool {
         self.page_size() == crate::page_size()
+    }
+
+    /// Notes that pages were removed, by what event so ever.
+    ///
+    /// On shared memory MADV_DONTNEED drops the mapping, not the page, and its event is the same as that of MADV_REMOVE. A
+    /// present page stays, or counts as one that the file may have.
+    pub(crate) fn remove(&self, pages: Range<usize>) {
+        if self.reloads && self.shared {
+            self.pages.remove_from_file(pages);
+        } else {
+            self.pages.remove(pages, self.shared);
+        }
+    }
+
+    /// Notes what it doesn't know for certain to be there, before all that is missing is filled or listed.
+    ///
+    /// An event is read before the kernel removes what it tells of. What is loaded again in between is removed, too.
+    pub(crate) fn doubt(&self, pages: Range<usize>) {
+        if self.reloads {
+            self.pages.remove_doubted(pages);
+        }
+    }
+
+    /// Whether a missing page has content, which must be loaded: it isn't one that shows zeros.
+    pub(crate) fn is_wanted(&self, page: usize) -> bool {
+        self.pages.is_missing(page) && (self.reloads || !self.pages.is_removed(page))
     }
 
     pub(crate) fn page_size(&self) -> usize {
@@ -208,6 +236,7 @@ impl ServedRegion {
             held: OnceLock::new(),
             cache: None,
             shared: self.shared,
+            reloads: self.reloads,
             zeropage: self.zeropage,
             poison: self.poison,
             pages,

@@ -277,7 +277,9 @@ fn step(
         (alive, filler.placed - placed == pages)
     };
     let states = &region.pages;
-    let is_failed = |page: usize| states.is_failed(page) && is_there(descriptor, thread, &segment, page);
+    let has_failed_now =
+        |page: usize| region.is_wanted(page) && !states.is_loading(page) && !states.is_poisoned(page);
+    let is_failed = |page: usize| has_failed_now(page) && is_there(descriptor, thread, &segment, page);
     let address = run.address();
     let (mut alive, is_placed) = load(run);
     reach(Point::Evict(Departure::AfterPrefetch), address);

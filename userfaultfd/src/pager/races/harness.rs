@@ -12,7 +12,8 @@ use std::{iter, mem, ptr};
 
 use crate::pager::serve::shared::Shared;
 use crate::pager::{
-    Added, AsyncSource, FaultAround, PageData, PageSource, Pager, Region, Statistics, ThreadedSource,
+    Added, AsyncSource, FaultAround, OnRemoval, PageData, PageSource, Pager, Region, Statistics,
+    ThreadedSource,
 };
 use crate::support::mapping::Mapping;
 use crate::support::memory::{Kind, Memory};
@@ -49,20 +50,24 @@ pub(super) enum Flavour {
     Hugetlb,
     /// Private anonymous memory, page by page, from a source that answers later, in a thread of its own.
     Async,
+    /// Private anonymous memory, page by page, where removed pages are loaded again.
+    Reload,
+    /// A memfd, likewise, filled through the page cache.
+    ReloadMinor,
 }
 
 impl Flavour {
     fn kind(self) -> Kind {
         match self {
-            Self::Anonymous | Self::Block | Self::Async => Kind::Anonymous,
-            Self::Minor => Kind::Memfd,
+            Self::Anonymous | Self::Block | Self::Async | Self::Reload => Kind::Anonymous,
+            Self::Minor | Self::ReloadMinor => Kind::Memfd,
             Self::Hugetlb => Kind::PrivateHugetlb,
         }
     }
 
     fn modes(self) -> RegisterMode {
         match self {
-            Self::Minor => RegisterMode::MISSING | RegisterMode::MINOR,
+            Self::Minor | Self::ReloadMinor => RegisterMode::MISSING | RegisterMode::MINOR,
             _ => RegisterMode::MISSING,
         }
     }
@@ -74,7 +79,11 @@ impl Flavour {
     }
 
     pub(super) fn is_shared(self) -> bool {
-        self == Self::Minor
+        matches!(self, Self::Minor | Self::ReloadMinor)
+    }
+
+    pub(super) fn reloads(self) -> bool {
+        matches!(self, Self::Reload | Self::ReloadMinor)
     }
 
     /// Memory as a region.
@@ -86,11 +95,14 @@ impl Flavour {
             }
             _ => Region::new(start, len, source),
         };
-        let region = region.page_size(memory.page());
+        let on_removal = if self.reloads() { OnRemoval::Reload } else { OnRemoval::Zero };
+        let region = region.page_size(memory.page()).on_removal(on_removal);
         match self {
-            Self::Anonymous | Self::Hugetlb | Self::Async => region.fault_around(FaultAround::Page),
+            Self::Anonymous | Self::Hugetlb | Self::Async | Self::Reload => {
+                region.fault_around(FaultAround::Page)
+            }
             Self::Block => region.block(3 * memory.page()),
-            Self::Minor => {
+            Self::Minor | Self::ReloadMinor => {
                 region.fault_around(FaultAround::Page).minor(memory.file().try_clone().unwrap().into(), 0)
             }
         }

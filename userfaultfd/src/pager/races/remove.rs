@@ -1,6 +1,6 @@
 //! The page is removed by madvise(2): what belongs there is zero from then on.
 
-use super::harness::{Act, Outcome, PAGE, Reader, Scene, Seen, content, nobody, races, read};
+use super::harness::{Act, Flavour, Outcome, PAGE, Reader, Scene, Seen, content, nobody, races, read};
 use crate::FeatureFlags;
 use crate::support::has;
 use crate::support::proc::wait_until;
@@ -14,7 +14,10 @@ static TOLD: Act<bool> = Act {
         if !outcome.acted {
             return;
         }
-        if scene.flavour.is_shared() {
+        if scene.flavour.reloads() {
+            outcome.readers_saw(content(PAGE));
+            assert_eq!(read(scene.at(PAGE)), content(PAGE));
+        } else if scene.flavour.is_shared() {
             // Only the mapping is removed: what the page cache has it has still, also where the kernel put off mapping
             // it because of the removal.
             let file = read(scene.memory.alias().at(PAGE).addr());
@@ -52,7 +55,7 @@ fn check_untold(scene: &Scene, outcome: Outcome<bool>) {
     if !outcome.acted {
         return;
     }
-    let stays = !outcome.was_filled() || scene.flavour.is_shared();
+    let stays = !outcome.was_filled() || scene.flavour.is_shared() || scene.flavour.reloads();
     let expected = if stays { content(PAGE) } else { Seen::ZERO };
     outcome.readers_saw(expected);
     assert!(outcome.meanwhile.iter().all(|seen| *seen == expected), "{outcome:?}");
@@ -62,8 +65,9 @@ fn check_untold(scene: &Scene, outcome: Outcome<bool>) {
 
 fn remove(scene: &Scene) -> bool {
     // Of hugetlb memory since Linux 5.18.
-    let removed = scene.memory.advise(PAGE, 1, libc::MADV_DONTNEED);
-    let need = format!("madvise {} on {:?}", libc::MADV_DONTNEED, scene.memory.kind());
+    let advice = if scene.flavour == Flavour::ReloadMinor { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+    let removed = scene.memory.advise(PAGE, 1, advice);
+    let need = format!("madvise {advice} on {:?}", scene.memory.kind());
     has(scene.test, &need, removed.is_ok())
 }
 
@@ -74,6 +78,8 @@ races! {
     minor: Minor,
     hugetlb: Hugetlb,
     async_load: Async,
+    reload: Reload,
+    reload_minor: ReloadMinor,
 }
 
 races! {
@@ -83,4 +89,6 @@ races! {
     minor: Minor,
     hugetlb: Hugetlb,
     async_load: Async,
+    reload: Reload,
+    reload_minor: ReloadMinor,
 }

@@ -14,10 +14,10 @@ use crate::pager::fill::work::{FillContent, Outcome, RetryAfter, Work};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, addr_to_ptr, unwrap_last_arc, wake};
 use crate::pager::memory::page_run::{PageRun, is_in_source};
-use crate::pager::memory::page_state::Pages;
+use crate::pager::memory::page_state::{Pages, Settlement};
 use crate::pager::memory::unfillable::Unfillable;
 use crate::pager::{DescriptorId, Detached, Progress, Result};
-use crate::{Errno, Uffd};
+use crate::{ContinueMode, Errno, Uffd};
 
 /// Bytes read and filled at once, where no thread waits for a particular page: progress is reported after each.
 const BULK_BYTES: usize = 1 << 20;
@@ -67,7 +67,7 @@ pub(crate) enum Drain {
 /// Fills or poisons all missing pages of a descriptor, or of one of its regions. Returns the number of pages for which
 /// that failed.
 ///
-/// Removed pages need nothing: once they are unregistered they are zero, as they should be.
+/// Removed pages that show zeros need nothing: once they are unregistered they are zero, as they should be.
 ///
 /// The pager's threads go on meanwhile.
 pub(crate) fn drain(
@@ -83,7 +83,9 @@ pub(crate) fn drain(
     // Without it, private mappings of files are filled as any other memory.
     let reads_itself = drain == Drain::FillOnce && descriptor.is_own;
     let memory = reads_itself.then(|| File::open("/proc/self/mem").ok()).flatten();
-    let is_left = |segment: &Segment, page: &usize| is_wanted(segment, *page);
+    let is_left = |segment: &Segment, page: &usize| segment.region.is_wanted(*page);
+    let doubted = descriptor.segments(shared.outside_id(), region);
+    doubted.iter().for_each(|segment| segment.region.doubt(segment.pages()));
     // Where a run of many pages fails, the next round goes page by page.
     let mut bulk = true;
     let mut rounds = 0;
@@ -116,7 +118,7 @@ pub(crate) fn drain(
                 next = after;
                 let run_pages = run.pages();
                 let work = match drain {
-                    _ if run.removed => {
+                    _ if run.removed && !run.is_reload() => {
                         run.give_up(descriptor.lock_shard(shared.outside_id()).as_ref());
                         continue;
                     }
@@ -238,15 +240,10 @@ fn complete(
     Completed::Yes
 }
 
-/// Whether a page must be filled or poisoned.
-fn is_wanted(segment: &Segment, page: usize) -> bool {
-    segment.region.pages.is_missing(page) && !segment.region.pages.is_removed(page)
-}
-
 /// Bytes that must be filled.
 pub(crate) fn missing_bytes(segments: &[Segment]) -> u64 {
     let bytes = |segment: &Segment| {
-        let missing = segment.pages().filter(|page| is_wanted(segment, *page)).count();
+        let missing = segment.pages().filter(|page| segment.region.is_wanted(*page)).count();
         (missing as u64) << segment.region.page_shift
     };
     segments.iter().map(bytes).sum()
@@ -346,8 +343,33 @@ fn unregister_piecewise(uffd: &Uffd, part: &Segment, left: &mut usize, kept: &mu
     }
 }
 
+/// Maps those of the removed pages that the file has still, so that they don't count as missing: the next owner would load
+/// them anew. Where the kernel doesn't say now, they count as present: the next owner finds out when they are accessed.
+fn map_from_shared_file(uffd: &Uffd, segment: &Segment) {
+    let region = &segment.region;
+    region.doubt(segment.pages());
+    if !(region.reloads && region.shared) {
+        return;
+    }
+    for page in segment.pages().filter(|page| region.pages.is_removed(*page)) {
+        let Some(address) = segment.address_of(page).filter(|_| region.pages.claim_missing(page).is_some())
+        else {
+            continue;
+        };
+        let (dst, mut mode) = (addr_to_ptr(address), ContinueMode::empty());
+        mode.set(ContinueMode::WRITE_PROTECT, region.write_protected);
+        let mapped = uffd.continue_with(dst, region.page_size(), mode).map_err(|error| error.errno());
+        let end = match mapped {
+            Err(Some(Errno::EFAULT)) => Settlement::Released,
+            Ok(_) | Err(_) => Settlement::Present,
+        };
+        let _joined = region.pages.end(page, end);
+    }
+}
+
 /// Makes what is handed over of a served descriptor. Waiting threads are woken, and fault again for the new owner.
 pub(crate) fn detached(descriptor: &Descriptor, serving: Attachment) -> Detached {
+    serving.layout.segments().iter().for_each(|segment| map_from_shared_file(&serving.uffd, segment));
     for segment in serving.layout.everything() {
         wake(&serving.uffd, segment.start..segment.end);
     }

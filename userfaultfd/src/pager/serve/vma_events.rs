@@ -59,8 +59,7 @@ pub(crate) fn apply(
             for segment in serving.layout.overlapping(&range) {
                 // The kernel removes only huge pages that lie in the range as a whole.
                 let pages = segment.pages_within(&range);
-                // On shared memory MADV_DONTNEED drops the mapping, not the page: present pages stay.
-                segment.region.pages.remove(pages, segment.region.shared);
+                segment.region.remove(pages);
             }
         }
         Change::Unmap(range) => {
