@@ -25,11 +25,12 @@ mod remaps;
 mod storms;
 mod target;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::panic;
+use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -319,6 +320,7 @@ impl Soak {
                 eprintln!("{pager:?}\n{}", pager.statistics());
             }
         }
+        print_unread_faults();
         for finding in self.common.findings.all() {
             eprintln!("{finding}");
         }
@@ -343,5 +345,20 @@ impl Soak {
             println!("{what:<40} {:>12}", count.load(Ordering::Relaxed));
         }
         println!("{}", self.common.statistics.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// Prints how many faults of each userfaultfd wait: those that weren't read, and all that weren't woken.
+fn print_unread_faults() {
+    let Ok(all) = fs::read_dir("/proc/self/fd") else { return };
+    for entry in all.flatten() {
+        let is_uffd =
+            fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().contains("[userfaultfd]"));
+        let name = entry.file_name();
+        let info = fs::read_to_string(Path::new("/proc/self/fdinfo").join(&name));
+        if let Some(info) = info.ok().filter(|_| is_uffd) {
+            let lines = info.lines().filter(|line| line.starts_with("pending") || line.starts_with("total"));
+            eprintln!("  descriptor {}: {}", name.to_string_lossy(), lines.collect::<Vec<_>>().join(", "));
+        }
     }
 }

@@ -163,6 +163,13 @@ pub(crate) struct Activities {
     bell: Arc<Bell>,
 }
 
+impl fmt::Debug for Activities {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let doing = self.all.iter().map(Activity::look).enumerate();
+        f.debug_map().entries(doing.filter(|(_, doing)| !doing.is_missing())).finish()
+    }
+}
+
 impl Activities {
     pub(crate) fn new(threads: ThreadCounts, bell: Arc<Bell>) -> Self {
         let initial = iter::repeat_with(Activity::idle).take(threads.initial());

@@ -18,7 +18,7 @@ use super::buffers::ensure_capacity;
 use super::retry::{Deferred, Put, RetryQueue};
 use super::work::{RetryAfter, Work};
 use crate::Errno;
-use crate::lock_order::{RankedMutex, lock, rank};
+use crate::lock_order::{RankedMutex, lock, rank, try_lock};
 use crate::mapped_vec::{MappedVec, try_with_room};
 use crate::owner::Owner;
 use crate::pager::memory::descriptor::{Descriptor, LOOK_SHARD};
@@ -342,10 +342,10 @@ impl Receiver for InFlight {
 
 impl fmt::Debug for InFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let loads = lock(&self.loads);
-        f.debug_struct("InFlight")
-            .field("loads", &(loads.slots.len() - loads.free.len()))
-            .field("bytes", &loads.bytes)
-            .finish_non_exhaustive()
+        // The text may be asked for because of a deadlock.
+        let Some(loads) = try_lock(&self.loads) else { return f.write_str("InFlight { locked }") };
+        let (count, bytes) = (loads.slots.len() - loads.free.len(), loads.bytes);
+        drop(loads);
+        f.debug_struct("InFlight").field("loads", &count).field("bytes", &bytes).finish_non_exhaustive()
     }
 }

@@ -9,6 +9,7 @@
 //! each read. So the worker that reads a change takes such work out of the queue and retries it for
 //! [`RETRY_AFTER_CHANGE`], before it reads on; the timer is for changes that no other change follows.
 
+use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -96,7 +97,6 @@ impl RetryPolicy {
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A piece of deferred work.
-#[derive(Debug)]
 pub(crate) struct Deferred {
     pub(crate) descriptor: Arc<Descriptor>,
     pub(crate) work: Work,
@@ -133,6 +133,19 @@ impl History {
                 (waited / 8).clamp(FIRST_DELAY, LONGEST_DELAY)
             }
         }
+    }
+}
+
+impl fmt::Debug for Deferred {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let now = Instant::now();
+        f.debug_struct("Deferred")
+            .field("descriptor", &self.descriptor.id)
+            .field("work", &self.work)
+            .field("wait", &self.wait)
+            .field("deferred", &now.saturating_duration_since(self.history.since))
+            .field("due_in", &self.due.saturating_duration_since(now))
+            .finish()
     }
 }
 

@@ -13,13 +13,14 @@
 //! exceed the number of shards.
 
 use std::ffi::c_void;
+use std::fmt;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::address_map::{AddressMap, Segment};
-use crate::lock_order::{LockGuard, RankedMutex, lock, rank};
+use crate::lock_order::{LockGuard, RankedMutex, lock, rank, try_lock};
 use crate::owner::NotedFd;
 use crate::pager::on_end::{Guest, OnEnd};
 use crate::proc_maps::Process;
@@ -76,7 +77,6 @@ pub(crate) struct Left {
     _guest: Option<Arc<Guest>>,
 }
 
-#[derive(Debug)]
 pub(crate) struct Descriptor {
     /// The number of the descriptor among all that were ever added, and its place in the table: see `table`.
     pub(crate) id: u64,
@@ -329,6 +329,32 @@ impl Descriptor {
             }
         });
         served
+    }
+}
+
+impl fmt::Debug for Descriptor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = f.debug_struct("Descriptor");
+        text.field("id", &self.id)
+            .field("slot", &self.slot)
+            .field("is_child", &self.is_child)
+            .field("is_own", &self.is_own)
+            .field("is_lazy", &self.is_lazy)
+            .field("is_closed", &self.is_closed())
+            .field("read_failed", &self.read_failed);
+        let looks = self.shards.last().expect("there is a shard for looks");
+        // The text may be asked for because of a deadlock.
+        let number =
+            try_lock(&looks.0).map(|serving| serving.as_ref().map(|serving| serving.uffd.as_raw_fd()));
+        match number {
+            None => text.field("layout", &"locked"),
+            Some(None) => &mut text,
+            Some(Some(fd)) => text
+                .field("fd", &fd)
+                .field("segments", &self.segments(LOOK_SHARD, None))
+                .field("holes", &self.holes(LOOK_SHARD, None)),
+        };
+        text.finish_non_exhaustive()
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "atomic bytes in a mapping")]
 
+use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -74,7 +75,6 @@ pub(crate) enum Settlement {
 }
 
 /// The states of the pages of a region.
-#[derive(Debug)]
 pub(crate) struct Pages {
     /// The regions of a forked child share one mapping.
     states: Arc<Room>,
@@ -82,6 +82,32 @@ pub(crate) struct Pages {
     count: usize,
     present: AtomicUsize,
     poisoned: AtomicUsize,
+}
+
+/// Loading pages that the debug text of a region lists.
+const LISTED_PAGES: usize = 16;
+
+impl fmt::Debug for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        struct Loading<'a>(&'a Pages);
+
+        impl fmt::Debug for Loading<'_> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                // Relaxed: it shows a moment, and no other data is read because of it.
+                let is_loading = |cell: &AtomicU8| cell.load(Ordering::Relaxed) & LOADING != 0;
+                let loading = self.0.cells().iter().enumerate().filter(|(_, cell)| is_loading(cell));
+                f.debug_list().entries(loading.map(|(page, _)| page).take(LISTED_PAGES)).finish()
+            }
+        }
+
+        let (present, poisoned) = self.present_and_poisoned();
+        f.debug_struct("Pages")
+            .field("count", &self.count)
+            .field("present", &present)
+            .field("poisoned", &poisoned)
+            .field("loading", &Loading(self))
+            .finish()
+    }
 }
 
 impl Pages {

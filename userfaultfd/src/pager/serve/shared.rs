@@ -55,6 +55,10 @@ impl fmt::Debug for Shared {
             .field("threads", &self.fill.threads)
             .field("retry", &self.fill.retry)
             .field("table", &self.table)
+            .field("activities", &self.fill.activities)
+            .field("in_flight", &self.fill.in_flight)
+            .field("deferred", &self.retries)
+            .field("backlogs", &self.backlogs)
             .finish_non_exhaustive()
     }
 }
