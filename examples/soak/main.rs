@@ -321,6 +321,10 @@ impl Soak {
             }
         }
         print_unread_faults();
+        let process = self.child(process).as_ref().map(Child::id);
+        for process in process.into_iter().flat_map(with_children).chain([std::process::id()]) {
+            print_threads(process);
+        }
         for finding in self.common.findings.all() {
             eprintln!("{finding}");
         }
@@ -360,5 +364,33 @@ fn print_unread_faults() {
             let lines = info.lines().filter(|line| line.starts_with("pending") || line.starts_with("total"));
             eprintln!("  descriptor {}: {}", name.to_string_lossy(), lines.collect::<Vec<_>>().join(", "));
         }
+    }
+}
+
+/// A process and its children.
+fn with_children(process: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let children = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    let children = children.flat_map(|children| {
+        children.split_whitespace().filter_map(|child| child.parse().ok()).collect::<Vec<_>>()
+    });
+    [process].into_iter().chain(children).collect()
+}
+
+/// Prints where in the kernel the threads of a process wait.
+fn print_threads(process: u32) {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{process}/task")) else { return };
+    for task in tasks.flatten() {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let (comm, call, stack) = (read("comm"), read("syscall"), read("stack"));
+        let frames = stack.lines().map(|line| line.trim_start_matches("[<0>] "));
+        let frames = frames.map(|frame| frame.split('+').next().unwrap_or(frame)).collect::<Vec<_>>();
+        eprintln!(
+            "  process {process}, thread {} {}: {} in {}",
+            task.file_name().to_string_lossy(),
+            comm.trim_end(),
+            call.trim_end(),
+            frames.join(" < ")
+        );
     }
 }
