@@ -238,7 +238,9 @@ fn note(member: &Member, pages: &Range<usize>, is_stored: bool) {
     if let Some(number) = residence.member() {
         frames.written(number, is_stored);
     }
-    frames.is_stuck &= !is_stored;
+    if is_stored {
+        frames.set_stuck(false);
+    }
     pool.work.notify_one();
 }
 

@@ -39,6 +39,9 @@ const REQUEST_PAGES: usize = 4096;
 /// Pages that wait to be written to a store, at most. Further ones are found again when they come to leave.
 const QUEUE_PAGES: usize = 1024;
 
+/// Duration for which threads wait for the evicting thread though nothing can leave.
+const STUCK_PATIENCE: Duration = Duration::from_millis(30);
+
 /// How long a store may do nothing before faults don't wait any more for pages that must be written there.
 const STALL: Duration = Duration::from_secs(1);
 
@@ -153,8 +156,8 @@ pub(super) struct Frames {
     pub(super) pauses: usize,
     /// How often it had some.
     pub(super) passes: u64,
-    /// Whether it can't get on: nothing that is resident may leave, or can.
-    pub(super) is_stuck: bool,
+    /// Since when it can't get on: nothing that is resident may leave, or can.
+    stuck_since: Option<Instant>,
     pub(super) is_stopping: bool,
 }
 
@@ -185,7 +188,7 @@ impl Frames {
             is_busy: false,
             pauses: 0,
             passes: 0,
-            is_stuck: false,
+            stuck_since: None,
             is_stopping: false,
         }
     }
@@ -277,7 +280,22 @@ impl Frames {
 
     /// Whether what is resident can become less.
     pub(super) fn may_shrink(&self) -> bool {
-        self.used > 0 && !self.is_stuck
+        self.used > 0 && !self.is_stuck_for_long()
+    }
+
+    /// Notes whether the evicting thread can't get on.
+    pub(super) fn set_stuck(&mut self, is_stuck: bool) {
+        self.stuck_since = is_stuck.then(|| self.stuck_since.unwrap_or_else(Instant::now));
+    }
+
+    pub(super) fn is_stuck(&self) -> bool {
+        self.stuck_since.is_some()
+    }
+
+    /// The same for so long that no thread waits for it any more. Often other threads have the pages for a moment, or a
+    /// change of the layout keeps them: meanwhile threads that didn't wait would fill far more than the limit.
+    pub(super) fn is_stuck_for_long(&self) -> bool {
+        self.stuck_since.is_some_and(|since| since.elapsed() >= STUCK_PATIENCE)
     }
 
     /// The number of resident pages up to which nothing is evicted, and to which then.

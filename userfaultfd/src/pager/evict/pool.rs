@@ -25,7 +25,8 @@ const MAX_RUN_PAGES: usize = 512;
 /// Pages of a budget for each that one fault may fill.
 pub(super) const RUN_SHARE: usize = 8;
 
-/// The delay until the evicting thread looks again whether what couldn't leave can.
+/// The delay until the evicting thread looks again whether what couldn't leave can: while threads wait for that, and later.
+const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 pub(super) const STUCK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What the evicting thread and all others share.
@@ -111,7 +112,7 @@ impl Pool {
         let mut frames = self.lock();
         self.limit.store(pages, Ordering::SeqCst);
         frames.resize(pages);
-        frames.is_stuck = false;
+        frames.set_stuck(false);
         self.work.notify_one();
         self.room.notify_all();
     }
@@ -125,7 +126,7 @@ impl Pool {
         frames = self.wait_for_pass(frames);
         let (member, given_up) = frames.leave(slot);
         self.uncharge(given_up);
-        frames.is_stuck = false;
+        frames.set_stuck(false);
         self.room.notify_all();
         drop(frames);
         drop(member);
@@ -203,7 +204,9 @@ impl Pool {
             }
             self.uncharge(pages);
             // Also where another thread has taken the room that was made.
-            self.work.notify_one();
+            if !frames.is_stuck() {
+                self.work.notify_one();
+            }
             frames = frames.wait(&self.room);
         }
         frames.waiting -= 1;
@@ -237,8 +240,10 @@ impl Pool {
         mut frames: LockGuard<'a, Frames>,
         waits_for_store: bool,
     ) -> LockGuard<'a, Frames> {
-        if frames.is_stuck || waits_for_store {
-            return frames.wait_timeout(&self.work, STUCK_INTERVAL);
+        if frames.is_stuck() || waits_for_store {
+            let is_short = frames.is_stuck() && !frames.is_stuck_for_long();
+            let interval = if is_short { RETRY_INTERVAL } else { STUCK_INTERVAL };
+            return frames.wait_timeout(&self.work, interval);
         }
         self.wake_at.store(frames.wake_at(self), Ordering::SeqCst);
         // Either this sees what was reserved before, or the thread that reserves sees when to wake this.
@@ -257,5 +262,43 @@ impl Pool {
     pub(super) fn stop(&self) {
         self.lock().is_stopping = true;
         self.work.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::pager::{Budget, ZeroSource};
+    use crate::support::proc::wait_until;
+    use crate::support::{page, require};
+    use crate::{FeatureFlags, LazyMemory};
+
+    /// Other threads have the pages that are to leave, as they do for a moment: then threads that need room wait, and don't fill
+    /// more than the limit. They do so if that lasts.
+    #[test]
+    fn thread_waits_for_room_until_nothing_has_left_for_long() {
+        require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+        let budget = Budget::new(MIN_PAGES * page());
+        let memory = LazyMemory::builder(ZeroSource).len(page()).budget(&budget).build().unwrap();
+        assert_eq!(memory[9], 0);
+        let pool = budget.pool();
+        // The evicting thread takes no page: what it has noted stays.
+        drop(pool.pause());
+        pool.charge(MIN_PAGES);
+        thread::scope(|scope| {
+            pool.lock().set_stuck(true);
+            let waiting = scope.spawn(|| pool.reserve(1));
+            wait_until(|| waiting.is_finished() || pool.lock().waiting == 1);
+            assert!(!waiting.is_finished());
+            wait_until(|| pool.lock().is_stuck_for_long());
+            pool.room.notify_all();
+            assert!(waiting.join().unwrap().is_some());
+        });
+        assert_eq!(pool.resident(), MIN_PAGES + 2);
+        pool.give_back(MIN_PAGES + 1);
+        pool.resume(pool.lock());
+        assert_eq!(memory[9], 0);
     }
 }

@@ -440,7 +440,7 @@ impl Residence {
         let (Some(member), pool) = (self.member(), self.budget.pool()) else { return };
         let mut frames = pool.lock();
         if frames.pins.unpin(member, pages, term) {
-            frames.is_stuck = false;
+            frames.set_stuck(false);
             if term == PinTerm::Part {
                 pool.room.notify_all();
             }

@@ -65,12 +65,13 @@ pub(super) fn run(pool: &Pool) {
             }
             let is_short = need != Need::default();
             let waits_for_store = is_short && frames.waits_for_store();
-            frames.is_stuck = is_short && !waits_for_store;
-            if !waits_for_store {
+            frames.set_stuck(is_short && !waits_for_store);
+            let is_stuck = frames.is_stuck_for_long();
+            if is_stuck || !is_short {
                 // There is room, or none to be had.
                 pool.room.notify_all();
             }
-            if let Some((member, problem)) = frames.is_stuck.then(|| frames.next_trouble(pool)).flatten() {
+            if let Some((member, problem)) = is_stuck.then(|| frames.next_trouble(pool)).flatten() {
                 // The member doesn't end before this thread has let go of it.
                 frames.is_busy = true;
                 drop(frames);
@@ -102,9 +103,9 @@ pub(super) fn run(pool: &Pool) {
             is_through |= finish(pool, &mut staged, Frames::staged, Settlement::Left);
         }
         frames = pool.lock();
-        frames.is_stuck = !is_through;
+        frames.set_stuck(!is_through);
         frames.end_pass(pool);
-        if frames.is_stuck {
+        if frames.is_stuck() {
             frames = pool.wait_for_work(frames, false);
         }
     }
