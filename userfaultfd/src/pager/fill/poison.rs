@@ -18,7 +18,7 @@ use crate::{ContinueMode, Errno};
 
 impl PageFiller {
     /// Poisons pages at one address that are poisoned at another: in shared memory each mapping has its own poison. Returns
-    /// the number of pages for which that failed.
+    /// the number of pages for which that failed, and may succeed soon.
     pub(crate) fn poison_here(&self, descriptor: &Descriptor, segment: &Segment) -> usize {
         let region = &segment.region;
         if !region.shared || region.pages.present_and_poisoned().1 == 0 {

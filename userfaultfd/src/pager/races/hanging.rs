@@ -2,11 +2,14 @@
 
 #![expect(unsafe_code, reason = "the memory is the test's")]
 
-use super::harness::{Reader, Seen, Stop};
-use crate::pager::{Delivery, FaultAround, PageData, PageSource, Pager, Region, SourceBytes};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::harness::{Reader, Seen, Stop, start as start_thread, tell_signals};
+use crate::pager::{Delivery, FaultAround, PageData, PageSource, Pager, Region, RetryPolicy, SourceBytes};
 use crate::support::gate::Gate;
 use crate::support::memory::{Kind, Memory};
-use crate::support::proc::{wait_for_pending, wait_until};
+use crate::support::proc::{self, wait_for_pending, wait_until, wait_until_in};
 use crate::support::{child, page, require, test_name, uffd};
 use crate::sync_point::Point;
 use crate::{FeatureFlags, Uffd};
@@ -106,5 +109,63 @@ fn descriptors_that_were_taken_together_with_one_whose_source_hangs_are_read() {
         let hanging = scene.fault(1, HANGS, 1);
         let rest = [scene.fault(2, 1, 1), scene.fault(3, 1, 1)];
         scene.go(&hanging, &rest);
+    });
+}
+
+/// The only worker is stopped, so that a change isn't read, and the kernel refuses to poison for that long.
+#[test]
+fn region_ends_well_where_a_change_keeps_its_poison_away() {
+    require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::POISON);
+    child::run_well(test_name!(), || {
+        const POISONED: usize = 1;
+        tell_signals();
+        let [memory, other] =
+            [(Kind::SharedAnonymous, 3), (Kind::Anonymous, 1)].map(|(kind, pages)| Memory::new(kind, pages));
+        let no_poisoned = |offset: u64, bytes: &mut [u8]| {
+            if offset == (POISONED * page()) as u64 {
+                return Err(std::io::Error::other("a source that fails"));
+            }
+            bytes.fill(7);
+            Ok(PageData::Data)
+        };
+        let region = Region::new(memory.start().expose_provenance(), memory.len(), no_poisoned);
+        let seven = |_: u64, bytes: &mut [u8]| {
+            bytes.fill(7);
+            Ok(PageData::Data)
+        };
+        let others = Region::new(other.start().expose_provenance(), other.len(), seven);
+        let pager = Pager::builder()
+            .threads(1)
+            .max_threads(1)
+            .retry(RetryPolicy { attempts: 1, delay: Duration::ZERO })
+            .on_problem(|_| {})
+            .build()
+            .unwrap();
+        let regions = [region.fault_around(FaultAround::Page).shared(), others];
+        // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
+        let added = unsafe { pager.add_own(uffd(FeatureFlags::EVENT_REMOVE), regions) }.unwrap();
+        for (number, seen) in [(0, Seen::Byte(7)), (POISONED, Seen::POISON), (2, Seen::Byte(7))] {
+            assert_eq!(Reader::of(memory.at(number).addr()).wait(), seen);
+        }
+        let start = other.start().addr();
+        let stop = Stop::at(Point::BeforeFill, start..start + page());
+        let reader = Reader::of(start);
+        stop.reached();
+        let (removed, pager) = (memory.at(2).addr(), Arc::new(pager));
+        let (removing, id) = start_thread(move || {
+            let page_2 = std::ptr::with_exposed_provenance_mut(removed);
+            // SAFETY: the page is the test's.
+            assert_eq!(unsafe { libc::madvise(page_2, page(), libc::MADV_DONTNEED) }, 0);
+        });
+        wait_until_in(id, libc::SYS_madvise);
+        let ended = Arc::clone(&pager);
+        let (ending, id) = start_thread(move || ended.remove_region(added.regions[0]));
+        let before = proc::switches(id);
+        wait_until(|| ending.is_finished() || proc::switches(id) > before + 32);
+        assert!(!ending.is_finished(), "{:?}", ending.join());
+        stop.go();
+        assert!(ending.join().unwrap().is_ok());
+        removing.join().unwrap();
+        assert_eq!(reader.wait(), Seen::Byte(7));
     });
 }

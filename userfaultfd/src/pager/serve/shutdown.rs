@@ -93,7 +93,7 @@ pub(crate) fn drain(
     let (mut tries_on, mut left_before) = (true, None);
     loop {
         let segments = descriptor.segments(shared.outside_id(), region);
-        let (mut left, mut in_work, mut unable, mut own) = (0_usize, 0, 0, 0);
+        let (mut left, mut in_work, mut unable, mut own, mut busy) = (0_usize, 0, 0, 0, 0);
         if tries_on {
             filler.unmapped = 0;
         }
@@ -142,7 +142,7 @@ pub(crate) fn drain(
                     break;
                 }
             }
-            left += filler.poison_here(descriptor, segment);
+            busy += filler.poison_here(descriptor, segment);
             if poison {
                 filler.poison_own(&shared.fill, descriptor, segment);
             }
@@ -160,19 +160,21 @@ pub(crate) fn drain(
         if descriptor.lock_shard(shared.outside_id()).is_none() {
             return Ok(0);
         }
+        left += busy;
         // Where nothing is mapped any more there is nothing to fill.
         left = left.saturating_sub(filler.unmapped);
         if !tries_on {
-            unable = left.saturating_sub(in_work + own);
+            unable = left.saturating_sub(in_work + own + busy);
         }
-        rounds = if in_work > 0 { 0 } else { rounds + 1 };
+        rounds = if in_work + busy > 0 { 0 } else { rounds + 1 };
         let gets_on = left_before.replace(left).is_some_and(|before| left < before);
         if gets_on {
             patience.renew();
         }
         tries_on = unable == 0 || bulk || gets_on;
-        // Wait for loads of the workers, but not for those that they can't install either.
-        let is_hopeless = in_work > 0 && {
+        // Wait for loads of the workers, but not for those that they can't install either; and for the kernel, which refuses
+        // to poison while the layout changes.
+        let is_hopeless = in_work + busy > 0 && {
             let (stuck, for_changes) = shared.retries.stuck_pages(&segments);
             in_work <= stuck && patience.is_over(for_changes && !shared.is_stopping())
         };
