@@ -133,6 +133,7 @@
 //! | `tracking` | yes | [`DirtyTracker`], [`AccessTracker`], [`dirty`] | memmap2 |
 //! | `snapshot` | yes | [`Snapshot`], [`snapshot`], [`source`] | crc32fast, memmap2 |
 //! | `tracing` | no | spans and events of the pager; enables `pager` | tracing |
+//! | `metrics` | no | `pager::MetricsPublisher`: statistics for the facade `metrics`; enables `pager` | metrics |
 //! | `handoff` | no | `handoff`: memory that VM monitors and CRIU hand over; enables `serde` | serde, serde_json |
 //! | `http` | no | `source::HttpSource`; enables `pager` | ureq |
 //! | `zstd` | no | `source::SeekableZstd`; enables `pager`, compiles C | twox-hash, zstd-safe |

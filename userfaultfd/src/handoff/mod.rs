@@ -59,6 +59,8 @@ pub use self::message::Message;
 pub use self::process::{Credentials, Process};
 pub use self::region::MemoryRegion;
 pub use self::send::{Offer, receive_memory, send, send_message};
-pub use self::serve::{ProcessRecorder, ProcessReplay, ServeError, ServedProcess, Unserved};
+pub use self::serve::{
+    ProcessRecorder, ProcessReplay, ProcessStatistics, ServeError, ServedProcess, Unserved,
+};
 pub use self::server::{Server, ServerEvent};
 pub use crate::pager::OnEnd;

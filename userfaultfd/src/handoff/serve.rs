@@ -71,7 +71,7 @@ pub struct ServedProcess {
 }
 
 /// A region that is served.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Memory {
     region: MemoryRegion,
     id: RegionId,
@@ -246,6 +246,12 @@ impl ServedProcess {
         self.pager.serves(self.descriptor)
     }
 
+    /// Returns whether the pager has killed the process, since its content couldn't be had.
+    #[must_use]
+    pub fn was_killed(&self) -> bool {
+        self.guest.was_killed()
+    }
+
     /// Waits until the pager doesn't serve the process any more: it has ended, or was handed over, or the pager is dropped.
     pub fn wait(&self) {
         self.pager.wait_for(self.descriptor);
@@ -279,17 +285,14 @@ impl ServedProcess {
     /// fields are 0.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
-        let mut sum = Statistics::default();
-        for Memory { region, id, tally } in &self.memory {
-            tally.add_to(&mut sum, region.page_size);
-            if let Ok(target) = self.pager.target(*id) {
-                let pages = &target.region().pages;
-                let present = pages.present_and_poisoned().0.min(pages.count());
-                sum.present_pages += present as u64;
-                sum.missing_pages += (pages.count() - present) as u64;
-            }
-        }
-        sum
+        self.memory.iter().map(|memory| memory.statistics(&self.pager)).sum()
+    }
+
+    /// Returns a view of the statistics of the process and of the regions that it has now, for another thread: one that exports
+    /// them, for example.
+    #[must_use]
+    pub fn process_statistics(&self) -> ProcessStatistics {
+        ProcessStatistics { pager: self.pager.handle(), memory: self.memory.clone() }
     }
 
     /// Returns the missing ranges of all regions, ordered by region.
@@ -415,6 +418,41 @@ impl ServedProcess {
         self.memory.push(Memory { region, id, tally });
         self.confirm().map_err(ServeError::Confirm)?;
         Ok(id)
+    }
+}
+
+impl Memory {
+    fn statistics(&self, pager: &Pager) -> Statistics {
+        let mut sum = Statistics::default();
+        self.tally.add_to(&mut sum, self.region.page_size);
+        if let Ok(target) = pager.target(self.id) {
+            let pages = &target.region().pages;
+            let present = pages.present_and_poisoned().0.min(pages.count());
+            sum.present_pages = present as u64;
+            sum.missing_pages = (pages.count() - present) as u64;
+        }
+        sum
+    }
+}
+
+/// The statistics of a process that is served, and of its regions, as they are when they are asked for: see
+/// [`ServedProcess::process_statistics`].
+#[derive(Debug)]
+pub struct ProcessStatistics {
+    pager: Pager,
+    memory: Vec<Memory>,
+}
+
+impl ProcessStatistics {
+    /// Returns those of the process: see [`ServedProcess::statistics`].
+    #[must_use]
+    pub fn total(&self) -> Statistics {
+        self.regions().map(|(_, statistics)| statistics).sum()
+    }
+
+    /// Returns those of each region.
+    pub fn regions(&self) -> impl Iterator<Item = (&MemoryRegion, Statistics)> {
+        self.memory.iter().map(|memory| (&memory.region, memory.statistics(&self.pager)))
     }
 }
 

@@ -7,6 +7,7 @@ use std::fmt;
 use std::iter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::time::{Duration, Instant};
 
 use super::bell::Bell;
 use crate::sync::AtomicU64;
@@ -31,23 +32,31 @@ const REGION: u32 = 32;
 
 /// The word of one thread, which no other thread writes while there is that thread.
 #[repr(align(128))] // no line of the cache, nor the one that is fetched with it, is another thread's
-struct Activity(AtomicU64);
+struct Activity {
+    doing: AtomicU64,
+    /// When the last read of a source began, in nanoseconds from [`Activities::base`].
+    since: AtomicU64,
+}
 
 impl Activity {
+    const fn of(doing: u64) -> Self {
+        Self { doing: AtomicU64::new(doing), since: AtomicU64::new(0) }
+    }
+
     /// The place of a thread that there is.
     const fn idle() -> Self {
-        Self(AtomicU64::new(IDLE))
+        Self::of(IDLE)
     }
 
     /// A place for a worker that may be added.
     const fn missing() -> Self {
-        Self(AtomicU64::new(VACANT))
+        Self::of(VACANT)
     }
 
     // Relaxed: no other memory is read because of what is seen here.
     fn set(&self, bits: u64) {
-        let reads = self.0.load(Ordering::Relaxed) & READS;
-        self.0.store(reads | bits, Ordering::Relaxed);
+        let reads = self.doing.load(Ordering::Relaxed) & READS;
+        self.doing.store(reads | bits, Ordering::Relaxed);
     }
 
     fn set_missing(&self) {
@@ -60,14 +69,14 @@ impl Activity {
 
     /// The thread begins to read the source of a region. Ends with [`set_at_work`](Self::set_at_work).
     fn set_reading(&self, region: u64, is_slow: bool) {
-        let before = self.0.load(Ordering::Relaxed);
+        let before = self.doing.load(Ordering::Relaxed);
         let reads = before.wrapping_add(READ) & READS;
         let slow = if is_slow { SLOW } else { 0 };
-        self.0.store(region << REGION | reads | slow | READING, Ordering::Relaxed);
+        self.doing.store(region << REGION | reads | slow | READING, Ordering::Relaxed);
     }
 
     fn look(&self) -> Doing {
-        Doing(self.0.load(Ordering::Relaxed))
+        Doing(self.doing.load(Ordering::Relaxed))
     }
 }
 
@@ -161,6 +170,8 @@ pub(crate) struct Activities {
     /// Whether the control thread looks after the workers: whether sources keep them waiting.
     watched: AtomicBool,
     bell: Arc<Bell>,
+    /// From when on the beginnings of reads are counted.
+    base: Instant,
 }
 
 impl fmt::Debug for Activities {
@@ -174,7 +185,8 @@ impl Activities {
     pub(crate) fn new(threads: ThreadCounts, bell: Arc<Bell>) -> Self {
         let initial = iter::repeat_with(Activity::idle).take(threads.initial());
         let added = iter::repeat_with(Activity::missing).take(threads.added);
-        Self { threads, all: initial.chain(added).collect(), watched: AtomicBool::new(false), bell }
+        let all = initial.chain(added).collect();
+        Self { threads, all, watched: AtomicBool::new(false), bell, base: Instant::now() }
     }
 
     /// A thread begins to answer faults, or to read ahead for them; or it has ended.
@@ -182,8 +194,10 @@ impl Activities {
         self.all[place].set_at_work(at_work);
     }
 
-    /// A thread begins to read the source of a region.
-    pub(crate) fn set_reading(&self, place: usize, region: u64, is_slow: bool) {
+    /// A thread begins to read the source of a region, at a moment.
+    pub(crate) fn set_reading(&self, place: usize, region: u64, is_slow: bool, at: Instant) {
+        let since = at.saturating_duration_since(self.base).as_nanos();
+        self.all[place].since.store(since as u64, Ordering::Relaxed);
         self.all[place].set_reading(region, is_slow);
         let ThreadCounts { workers, added, .. } = self.threads;
         let is_worker = !(workers..self.threads.initial()).contains(&place);
@@ -201,6 +215,14 @@ impl Activities {
     pub(crate) fn workers(&self) -> impl Iterator<Item = (usize, Doing)> {
         let places = (0..self.threads.workers).chain(self.threads.initial()..self.all.len());
         places.map(|place| (place, self.all[place].look()))
+    }
+
+    /// When the read began that a worker has been in for longest, for figures: a read that has begun at this moment may be
+    /// taken for the one before it.
+    pub(crate) fn oldest_read(&self) -> Option<Instant> {
+        let reading = self.workers().filter(|(_, doing)| doing.is_reading());
+        let since = reading.map(|(place, _)| self.all[place].since.load(Ordering::Relaxed)).min()?;
+        Some(self.base + Duration::from_nanos(since))
     }
 
     /// Whether the control thread looks after the workers.
@@ -301,7 +323,7 @@ mod tests {
     #[test]
     fn the_count_of_reads_spoils_nothing_when_it_is_full() {
         crate::support::require!();
-        let activity = Activity(AtomicU64::new(READS | IDLE));
+        let activity = Activity::of(READS | IDLE);
         activity.set_reading(3, false);
         assert_eq!(format!("{:?}", activity.look()), "in read 0 of region 3");
     }

@@ -118,6 +118,8 @@ mod fill;
 mod handover;
 mod id;
 pub(crate) mod memory;
+#[cfg(feature = "metrics")]
+mod metrics;
 pub(crate) mod on_end;
 #[expect(clippy::module_inception, reason = "the room is named after what lives in it")]
 mod pager;
@@ -145,6 +147,8 @@ pub use self::memory::fault_around::FaultAround;
 pub use self::memory::missing_range::MissingRange;
 pub(crate) use self::memory::region::DEFAULT_MAX_AROUND_BYTES;
 pub use self::memory::region::{OnRemoval, Region};
+#[cfg(feature = "metrics")]
+pub use self::metrics::MetricsPublisher;
 pub use self::on_end::OnEnd;
 pub use self::pager::{Added, Pager};
 pub use self::prefetch::background::{BackgroundFill, FillReport};
@@ -155,7 +159,7 @@ pub use self::prefetch::replay::{ReplayReport, WorkingSetReplay};
 pub use self::prefetch::working_set::WorkingSet;
 pub use self::progress::{Failed, Progress};
 pub use self::serve::delivery::Delivery;
-pub use self::stats::{Histogram, Statistics};
+pub use self::stats::{Histogram, Metric, Statistics};
 pub use crate::lazy::sigbus::{SignalSafe, SignalSafeConcat};
 #[cfg(feature = "tokio")]
 pub use crate::source::TokioSource;

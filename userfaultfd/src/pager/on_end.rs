@@ -103,6 +103,12 @@ impl Guest {
         is_killed && !self.killed.swap(true, Ordering::Relaxed)
     }
 
+    /// Whether it was killed.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn was_killed(&self) -> bool {
+        self.killed.load(Ordering::Relaxed)
+    }
+
     /// Waits until the process has ended, which was killed. Returns whether it has.
     pub(crate) fn wait(&self) -> bool {
         let timeout = KILL_PATIENCE.as_millis() as libc::c_int;

@@ -622,6 +622,15 @@ impl Pager {
         self.shared.statistics()
     }
 
+    /// Returns how long the fault has waited that has waited longest, or `None` if no fault waits. What waits in the kernel
+    /// counts from when a worker reads it, and what is loaded from a source or deferred from when that began.
+    ///
+    /// It is looked up when it is asked for: nothing is counted for it while faults are resolved.
+    #[must_use]
+    pub fn oldest_fault(&self) -> Option<Duration> {
+        self.shared.oldest_fault().map(|since| since.elapsed())
+    }
+
     /// Watches `end`, so that the pager notices the end of a descriptor's process at once instead of within a second.
     ///
     /// `end` is a pidfd, or a socket or pipe whose other end that process alone has open. When it becomes readable or its

@@ -2,7 +2,7 @@
 //!
 //! | what | level | fields |
 //! | --- | --- | --- |
-//! | span `fault` | TRACE | `address`, `kind`, `thread` |
+//! | span `fault` | TRACE | `address`, `kind`, `thread`, and `process` where it is known: of a virtual machine its monitor |
 //! | span `load` | TRACE | `offset`, `len`: a read of the source |
 //! | event `filled` | TRACE | `address`, `len` |
 //! | event `put off` | DEBUG | `work`, `delay` |

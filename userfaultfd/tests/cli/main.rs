@@ -13,6 +13,7 @@ mod web;
 
 mod doctor;
 mod manual;
+mod metrics;
 mod program;
 mod serve;
 mod ws;

@@ -84,11 +84,11 @@ fn features() -> Result<Outcome, String> {
         run(&["clippy", "--lib", "--tests"], &features, &["--", "--deny=warnings"])?;
     }
     // The tests of these take all of them, below.
-    for features in ["http", "handoff", "tokio", "async-io", "vm-memory"] {
+    for features in ["http", "handoff", "tokio", "async-io", "vm-memory", "metrics"] {
         run(&["clippy", "--lib"], &format!("--features={features}"), &["--", "--deny=warnings"])?;
     }
     run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
-    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,async-io,object-store,handoff,vm-memory,cli";
+    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,async-io,object-store,handoff,vm-memory,metrics,cli";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
     let tests = ["http", "async_uffd", "tokio", "object", "handoff", "guest_memory", "cli"];
     let tests: Vec<_> = tests.iter().flat_map(|test| ["--test", test]).collect();
@@ -101,7 +101,11 @@ fn features() -> Result<Outcome, String> {
     // Without it the test says that it was skipped.
     tests.envs(servers::moto().map(|program| ("USERFAULTFD_TEST_MOTO", program)));
     execute(&mut tests)?;
-    passed(run(&["test", "--lib"], optional, &["--", "source::zstd::", "handoff::", "trace::"]))
+    passed(run(
+        &["test", "--lib"],
+        optional,
+        &["--", "source::zstd::", "handoff::", "trace::", "pager::metrics::"],
+    ))
 }
 
 fn doc() -> Result<Outcome, String> {

@@ -1,7 +1,7 @@
 //! The state machine that fills pages for one thread: each step returns the next one.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memmap2::MmapMut;
 
@@ -89,7 +89,7 @@ impl PageFiller {
     /// Notes that this thread begins to read a region's source.
     pub(super) fn set_reading(&self, context: &FillContext, region: &ServedRegion) {
         if let Some(place) = self.place {
-            context.activities.set_reading(place, region.id, self.is_slow());
+            context.activities.set_reading(place, region.id, self.is_slow(), Instant::now());
         }
     }
 
@@ -124,7 +124,8 @@ impl PageFiller {
             "fault",
             address = fault.address,
             kind = tracing::field::debug(fault.kind),
-            thread = fault.thread
+            thread = fault.thread,
+            process = descriptor.process.get().map(tracing::field::display)
         );
         let next = match stray {
             None => self.look_up(context, descriptor, fault),

@@ -247,6 +247,13 @@ impl InFlight {
         Some((run, Answer { result, took }))
     }
 
+    /// When the load began that a thread has waited for longest.
+    pub(crate) fn oldest(&self) -> Option<Instant> {
+        let loads = lock(&self.loads);
+        let waited_for = loads.slots.iter().filter_map(|slot| slot.load.as_ref());
+        waited_for.filter(|load| load.run.demand.is_some()).map(|load| load.since).min()
+    }
+
     /// Gives up loads that are under way or wait for a worker: their pages are missing again, and the threads that wait for them fault again. A
     /// late answer changes nothing.
     pub(crate) fn cancel(&self, which: impl Fn(&Descriptor, &PageRun) -> bool) {

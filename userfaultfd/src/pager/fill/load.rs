@@ -217,10 +217,10 @@ impl PageFiller {
         let (place, is_slow) = (self.place, self.is_slow());
         let buffer = ensure_capacity(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
         let counters = context.counters(self.thread);
-        if let Some(place) = place {
-            context.activities.set_reading(place, region.id, is_slow);
-        }
         let start = Instant::now();
+        if let Some(place) = place {
+            context.activities.set_reading(place, region.id, is_slow, start);
+        }
         let fill = catch_panic(|| match run.demand {
             Some(_) => region.source.read(offset, &mut buffer[..len]),
             None => region.source.read_early(offset, &mut buffer[..len]),

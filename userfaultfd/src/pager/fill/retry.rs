@@ -169,6 +169,12 @@ impl Deferred {
         self.history.delay(self.wait, self.at)
     }
 
+    /// Since when a thread waits for it: when it was first deferred. `None`: none does, as far as is known.
+    pub(crate) fn waited_for_since(&self) -> Option<Instant> {
+        let is_waited_for = !self.work.is_early() && !matches!(self.work, Work::Read);
+        is_waited_for.then_some(self.history.since)
+    }
+
     /// Whether it has waited for so long that the end of its region no longer waits for it.
     pub(crate) fn is_stuck(&self) -> bool {
         let waited = self.at.saturating_duration_since(self.history.since);
@@ -319,6 +325,11 @@ impl RetryQueue {
             for_changes &= inside == 0 || entry.wait == RetryAfter::KernelBusy(Errno::EAGAIN);
         }
         (pages, for_changes)
+    }
+
+    /// Since when a thread waits for the entry that has waited longest.
+    pub(crate) fn oldest(&self) -> Option<Instant> {
+        lock(&self.entries).all.iter().filter_map(Deferred::waited_for_since).min()
     }
 
     /// Takes any entry, once no worker retries them any more.

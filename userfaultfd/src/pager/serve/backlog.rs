@@ -4,6 +4,7 @@
 //! other worker of them; and a source may be fast for long before it hangs.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use super::poll::Token;
 use crate::mapped_vec;
@@ -69,6 +70,12 @@ impl Backlog {
 
     pub(crate) fn next_changing(&mut self) -> Option<Deferred> {
         (!self.changing.is_empty()).then(|| self.changing.remove(0))
+    }
+
+    /// When the fault was read, or the work deferred, that has waited longest.
+    pub(crate) fn oldest(&self) -> Option<Instant> {
+        let faults = self.faults.iter().map(|fault| fault.since);
+        faults.chain(self.changing.iter().filter_map(Deferred::waited_for_since)).min()
     }
 
     /// Takes anything, for others: faults first.

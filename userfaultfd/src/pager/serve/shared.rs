@@ -7,6 +7,7 @@ use std::iter;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::backlog::Backlog;
 use super::binding::Bindings;
@@ -259,6 +260,17 @@ impl Shared {
     pub(crate) fn stop(&self) {
         self.fill.stop();
         self.poll.stop();
+    }
+
+    /// Since when the fault waits that has waited longest, of those that were read. The locks are taken one after the other.
+    pub(crate) fn oldest_fault(&self) -> Option<Instant> {
+        if !self.owner.is_current() {
+            return None;
+        }
+        let backlogs = self.backlogs.iter().filter_map(|backlog| lock(backlog).oldest());
+        let others =
+            [self.retries.oldest(), self.fill.in_flight.oldest(), self.fill.activities.oldest_read()];
+        backlogs.chain(others.into_iter().flatten()).min()
     }
 
     pub(crate) fn statistics(&self) -> Statistics {

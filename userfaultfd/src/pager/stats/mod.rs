@@ -4,6 +4,7 @@
 
 mod count;
 mod histogram;
+mod metric;
 mod tally;
 mod threads;
 
@@ -15,6 +16,7 @@ use std::time::Instant;
 use count::{COUNTED, Count};
 pub use histogram::Histogram;
 pub(crate) use histogram::HistogramCells;
+pub use metric::Metric;
 pub(crate) use tally::{Tallied, Tally};
 pub(crate) use threads::ThreadCounters;
 

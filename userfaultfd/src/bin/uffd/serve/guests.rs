@@ -9,6 +9,7 @@ use std::time::Instant;
 use userfaultfd::handoff::{Handoff, Message, ProcessRecorder, ProcessReplay, ServedProcess};
 use userfaultfd::pager::{self, DescriptorId, PageSource, Pager, WorkingSet};
 
+use super::metrics::{Board, Ending};
 use crate::exit::{Count, Failure};
 
 pub(super) struct Guests {
@@ -21,6 +22,8 @@ pub(super) struct Guests {
     count: usize,
     /// Number of machines that ended since their memory couldn't be had.
     lost: Arc<AtomicUsize>,
+    /// What `--metrics` tells.
+    board: Arc<Board>,
 }
 
 /// A machine.
@@ -41,10 +44,11 @@ impl Guests {
         record: Option<PathBuf>,
         replay: Option<&Path>,
         lost: Arc<AtomicUsize>,
+        board: Arc<Board>,
     ) -> Result<Self, Failure> {
         let load = |path: &Path| WorkingSet::load(path).map_err(Failure::of(path.display()));
         let (replay, record) = (replay.map(load).transpose()?, record.map(|path| (path, None)));
-        Ok(Self { image, record, replay, guests: HashMap::new(), count: 0, lost })
+        Ok(Self { image, record, replay, guests: HashMap::new(), count: 0, lost, board })
     }
 
     /// Serves a machine. One that can't be served is lost.
@@ -62,6 +66,7 @@ impl Guests {
             Ok(served) => served,
             Err(unserved) => {
                 self.lost.fetch_add(1, Ordering::Relaxed);
+                self.board.count(Ending::Unserved, 1);
                 eprintln!("vm {number}: {unserved}");
                 return None;
             }
@@ -80,6 +85,7 @@ impl Guests {
         let regions = Count(regions, "region");
         let (process, dialect) = (served.process().credentials, served.dialect());
         eprintln!("vm {number}: {process}, {dialect}, {:.1} MiB in {regions}", mib(bytes as u64));
+        self.show(number, &served);
         let guest = Guest { number, since: Instant::now(), recorder, replay };
         self.guests.insert(served.descriptor(), guest);
         Some(served)
@@ -99,6 +105,13 @@ impl Guests {
                 Err(error) => eprintln!("vm {number}: memory isn't added: {error}"),
             }
         }
+        self.show(number, served);
+    }
+
+    /// Has the metrics tell of a machine, with the regions that it has now.
+    fn show(&self, number: usize, served: &ServedProcess) {
+        let pid = served.process().credentials.pid.map_or("unknown".to_owned(), |pid| pid.to_string());
+        self.board.put(number, served.process_statistics(), pid);
     }
 
     fn number(&self, served: &ServedProcess) -> usize {
@@ -107,11 +120,13 @@ impl Guests {
 
     /// A machine isn't served any more.
     pub(super) fn end(&mut self, served: &ServedProcess) {
+        self.board.count(if served.was_killed() { Ending::Killed } else { Ending::Ended }, 1);
         self.close(served, "ended");
     }
 
     /// A machine's memory is complete.
     pub(super) fn finished(&mut self, served: &ServedProcess) {
+        self.board.count(Ending::Complete, 1);
         self.close(served, "complete, and goes on by itself,");
     }
 
@@ -124,6 +139,7 @@ impl Guests {
     /// Machines end that aren't complete.
     pub(super) fn give_up(&self, machines: usize) {
         self.lost.fetch_add(machines, Ordering::Relaxed);
+        self.board.count(Ending::Incomplete, machines);
     }
 
     /// Says how it was.
@@ -132,6 +148,7 @@ impl Guests {
         let Some(Guest { number, since, replay, .. }) = self.guests.remove(&served.descriptor()) else {
             return;
         };
+        self.board.remove(number);
         let statistics = served.statistics();
         let (faults, bytes) = (statistics.faults(), mib(statistics.bytes));
         let errors = match (statistics.source_errors, statistics.poisoned) {

@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -12,6 +12,7 @@ use userfaultfd::handoff::ServedProcess;
 use userfaultfd::pager::{self, Pager};
 
 use super::guests::Guests;
+use super::metrics::Metrics;
 use crate::exit::{Count, Failure};
 
 /// A socket with a byte for each signal that asks this program to end, and a duplicate to wait for it.
@@ -35,7 +36,7 @@ enum Event {
 /// Fills all that is missing, one machine after the other, unless a second signal comes. Then drops the pager, which ends
 /// what isn't complete.
 pub(super) fn finish(
-    pager: Pager,
+    (pager, metrics): (Arc<Pager>, Option<Metrics>),
     processes: impl ExactSizeIterator<Item = ServedProcess>,
     mut guests: Guests,
     mut signals: UnixStream,
@@ -80,6 +81,10 @@ pub(super) fn finish(
                 break;
             }
         }
+    }
+    // Its thread has a share of the pager, whose end is here.
+    if let Some(metrics) = metrics {
+        metrics.stop();
     }
     drop(pager);
 }
