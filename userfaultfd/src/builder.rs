@@ -168,6 +168,12 @@ impl UffdBuilder {
         self.shake_hands(fd)
     }
 
+    /// The flags of userfaultfd(2).
+    #[cfg(any(feature = "tracking", feature = "snapshot"))]
+    pub(crate) fn creation_flags(&self) -> libc::c_int {
+        self.flags.bits()
+    }
+
     fn shake_hands(&self, fd: OwnedFd) -> Result<Uffd> {
         let got = negotiate(self.wanted, |features| api(&fd, features), || self.probe())?;
         Ok(Uffd::new(fd, got))

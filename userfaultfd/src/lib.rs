@@ -293,6 +293,8 @@ extern crate self as userfaultfd;
 #[cfg(any(feature = "tokio", feature = "async-io"))]
 mod async_uffd;
 mod builder;
+#[cfg(any(feature = "tracking", feature = "snapshot"))]
+mod create_in;
 #[cfg(feature = "tracking")]
 pub mod dirty;
 mod error;

@@ -32,7 +32,7 @@ pub(crate) struct OpenFlags {
 }
 
 impl OpenFlags {
-    fn bits(self) -> libc::c_int {
+    pub(crate) fn bits(self) -> libc::c_int {
         let mut bits = 0;
         if self.close_on_exec {
             bits |= libc::O_CLOEXEC;

@@ -26,6 +26,8 @@ pub(crate) use userfaultfd_sys::*;
 
 use crate::Errno;
 
+#[cfg(all(target_arch = "x86_64", any(feature = "tracking", feature = "snapshot")))]
+pub(crate) mod ptrace;
 #[cfg(feature = "handoff")]
 pub(crate) mod socket;
 

@@ -16,4 +16,5 @@ mod manual;
 mod metrics;
 mod program;
 mod serve;
+mod track;
 mod ws;

@@ -13,6 +13,7 @@ mod elsewhere;
 mod forked;
 #[cfg(all(feature = "pager", feature = "snapshot"))]
 mod held;
+mod injected;
 mod pinned;
 mod process;
 mod ranges;

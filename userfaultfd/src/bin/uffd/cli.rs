@@ -1,7 +1,7 @@
 //! The command line: the one definition that help, manual pages and completions are made of.
 
 use crate::exit::CODES;
-use crate::{doctor, manual, serve, ws};
+use crate::{doctor, manual, serve, track, ws};
 
 /// Linux userfaultfd: page faults handled by a program.
 ///
@@ -17,6 +17,7 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     Doctor(doctor::Options),
     Serve(serve::Options),
+    Track(track::Options),
     Ws(ws::Options),
     Man(manual::Man),
     Completions(manual::Completions),

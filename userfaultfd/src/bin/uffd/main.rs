@@ -7,6 +7,7 @@ mod doctor;
 mod exit;
 mod manual;
 mod serve;
+mod track;
 mod ws;
 
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Doctor(options) => doctor::run(&options),
         Command::Serve(options) => serve::run(&options),
+        Command::Track(options) => track::run(&options),
         Command::Ws(options) => ws::run(&options),
         Command::Man(options) => manual::man(&options),
         Command::Completions(options) => manual::completions(&options),

@@ -20,6 +20,7 @@ use userfaultfd::pager::{self, OnEnd, Pager, Problem};
 
 use self::guests::Guests;
 use self::metrics::{Board, Ending, Metrics};
+pub(crate) use self::stop::signals;
 use crate::exit::Failure;
 
 /// Serve the memory of virtual machines that are restored from an image

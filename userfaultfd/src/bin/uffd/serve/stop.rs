@@ -16,7 +16,7 @@ use super::metrics::Metrics;
 use crate::exit::{Count, Failure};
 
 /// A socket with a byte for each signal that asks this program to end, and a duplicate to wait for it.
-pub(super) fn signals() -> Result<(UnixStream, UnixStream), Failure> {
+pub(crate) fn signals() -> Result<(UnixStream, UnixStream), Failure> {
     let make = || -> io::Result<_> {
         let (signals, written) = UnixStream::pair()?;
         pipe::register(SIGTERM, written.try_clone()?)?;
