@@ -34,6 +34,7 @@
 //! file, for huge pages, and for a record of what is used.
 
 mod connection;
+mod criu;
 mod decoder;
 mod dialect;
 mod error;
@@ -50,6 +51,7 @@ mod serve;
 mod server;
 
 pub use self::connection::{Connection, Received};
+pub use self::criu::{CriuError, CriuImages, CriuMemory, CriuServed};
 pub use self::decoder::Decoder;
 pub use self::dialect::Dialect;
 pub use self::error::{Error, PeerError};

@@ -380,6 +380,10 @@ impl Pager {
             return Err(Error::NoMessages);
         }
         region.check_kernel()?;
+        if let Some(offered) = region.ioctls_by_owner() {
+            let region = region.serve(self.shared.regions.new_id(), offered)?;
+            return Ok(Segment { start, end, region: Arc::new(region), first: 0 });
+        }
         let offered = uffd.register_in(process, addr_to_ptr(start), end - start, region.modes());
         let offered = offered.map_err(|error| match error.errno() {
             Some(Errno::ENOMEM | Errno::ESRCH) if target::target_is_gone(uffd, None) => Error::TargetGone,

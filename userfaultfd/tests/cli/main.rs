@@ -11,6 +11,7 @@ mod monitor;
 #[expect(dead_code, reason = "likewise")]
 mod web;
 
+mod criu;
 mod doctor;
 mod manual;
 mod metrics;

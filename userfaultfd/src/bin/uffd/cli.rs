@@ -1,7 +1,7 @@
 //! The command line: the one definition that help, manual pages and completions are made of.
 
 use crate::exit::CODES;
-use crate::{doctor, manual, serve, track, ws};
+use crate::{criu, doctor, manual, serve, track, ws};
 
 /// Linux userfaultfd: page faults handled by a program.
 ///
@@ -15,6 +15,7 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
+    CriuLazyPages(criu::Options),
     Doctor(doctor::Options),
     Serve(serve::Options),
     Track(track::Options),

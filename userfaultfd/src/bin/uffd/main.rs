@@ -3,6 +3,7 @@
 //! Each subcommand is a file; the library does the work. Nothing goes to the standard output but what was asked for.
 
 mod cli;
+mod criu;
 mod doctor;
 mod exit;
 mod manual;
@@ -19,6 +20,7 @@ use self::exit::Failure;
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
+        Command::CriuLazyPages(options) => criu::run(&options),
         Command::Doctor(options) => doctor::run(&options),
         Command::Serve(options) => serve::run(&options),
         Command::Track(options) => track::run(&options),

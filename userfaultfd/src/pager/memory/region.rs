@@ -68,6 +68,8 @@ pub struct Region {
     tally: Option<Arc<Tally>>,
     /// Whether its faults are noted from the first on, and how.
     noting: Option<Mode>,
+    /// Whether the memory's owner registers it.
+    registered: bool,
 }
 
 impl Region {
@@ -117,6 +119,7 @@ impl Region {
             residence: None,
             tally: None,
             noting: None,
+            registered: false,
         }
     }
 
@@ -258,6 +261,24 @@ impl Region {
     pub(crate) fn residence(mut self, residence: Arc<Residence>) -> Self {
         self.residence = Some(residence);
         self.write_protected()
+    }
+
+    /// Declares that the memory's owner registers it, perhaps later: the pager doesn't, and fills nothing there until it is touched.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn registered_by_owner(mut self) -> Self {
+        self.registered = true;
+        self
+    }
+
+    /// The operations of memory that its owner registers: private anonymous memory. `None`: it must be registered here.
+    pub(crate) fn ioctls_by_owner(&self) -> Option<IoctlFlags> {
+        let supported = Support::probe().map(|support| support.features());
+        let mut ioctls = IoctlFlags::COPY | IoctlFlags::ZEROPAGE | IoctlFlags::WAKE;
+        ioctls.set(
+            IoctlFlags::POISON,
+            supported.is_ok_and(|supported| supported.contains(FeatureFlags::POISON)),
+        );
+        self.registered.then_some(ioctls)
     }
 
     /// Gives it counters of its own.
