@@ -131,15 +131,16 @@
 //! | --- | --- | --- | --- |
 //! | `pager` | yes | [`LazyMemory`], [`PagedMemory`], [`pager`], [`source`] | allocator-api2, crc32fast, memmap2 |
 //! | `tracking` | yes | [`DirtyTracker`], [`AccessTracker`], [`dirty`] | memmap2 |
-//! | `snapshot` | yes | [`Snapshot`], [`snapshot`], [`source`] | crc32fast, memmap2 |
+//! | `snapshot` | yes | [`Snapshot`], [`snapshot`], [`source`] | blake3, crc32fast, memmap2 |
 //! | `tracing` | no | spans and events of the pager; enables `pager` | tracing |
 //! | `metrics` | no | `pager::MetricsPublisher`: statistics for the facade `metrics`; enables `pager` | metrics |
 //! | `handoff` | no | `handoff`: memory that VM monitors and CRIU hand over; enables `serde` | serde, serde_json |
 //! | `http` | no | `source::HttpSource`; enables `pager` | ureq |
-//! | `zstd` | no | `source::SeekableZstd`; enables `pager`, compiles C | twox-hash, zstd-safe |
+//! | `lz4` | no | snapshot files that LZ4 compresses; enables `snapshot` | lz4_flex |
+//! | `zstd` | no | `source::SeekableZstd`; with `snapshot` files that zstd compresses; enables `pager`, compiles C | twox-hash, zstd-safe |
 //! | `tokio` | no | `AsyncUffd`, events awaited; with `pager`: `source::TokioSource` | tokio |
 //! | `async-io` | no | `AsyncUffd`, on any executor | async-io |
-//! | `object-store` | no | `source::ObjectSource`; enables `pager` and `tokio` | object_store |
+//! | `object-store` | no | `source::ObjectSource`, `source::ObjectWriter`; enables `pager` and `tokio` | object_store |
 //! | `vm-memory` | no | `guest`: memory of the crate `vm-memory` served, tracked, saved, its addresses translated; enables `pager` | vm-memory |
 //! | `serde` | no | missing ranges can be serialised; enables `pager` | serde |
 //! | `bindgen` | no | raw bindings generated at build time, see `userfaultfd-sys` | bindgen |

@@ -87,7 +87,22 @@
 //!
 //! # The file
 //!
-//! All numbers are little-endian; a block is the page size of the machine that wrote it. A reader may have another one.
+//! There are two versions of the format. All numbers are little-endian; a block is the page size of the machine that wrote it. A
+//! reader may have another one.
+//!
+//! | | version 1 | version 2 |
+//! | --- | --- | --- |
+//! | written by | [`SnapshotWriter`] | [`SnapshotWriter::chunks`] |
+//! | unit of a read | a page | a chunk of 64 KiB to 2 MiB of content |
+//! | compressed | no | each chunk by itself, if it becomes smaller |
+//! | checksum | CRC-32 of each page | BLAKE3 of each chunk, and of the index |
+//! | a fault costs | one read of the page and one of its checksum | the read of a chunk, for all pages in it |
+//! | a read allocates | no | yes: not for memory whose descriptor reports forks |
+//! | for | snapshots on a local disk | images that are stored, sent, read over a network |
+//!
+//! [`ImageCopy`] writes either of what other programs have saved, and a raw file of either.
+//!
+//! ## Version 1
 //!
 //! | bytes | |
 //! | --- | --- |
@@ -103,16 +118,16 @@
 //! | 12 | u32: the logarithm of the block size to base 2 |
 //! | 16 | 16 bytes: the id of the snapshot, random |
 //! | 32 | 16 bytes: the id of the one that it follows; zeros if it holds everything |
-//! | 48 | zeros |
+//! | 48 | u32: of version 2 the logarithm of the content of a chunk to base 2; then zeros |
 //! | 60 | u32: CRC-32 of the 60 bytes before |
 //!
 //! | footer, at | |
 //! | --- | --- |
-//! | 0 | `UFFDSEND` |
+//! | 0 | `UFFDSEND`, of version 2 `UFFDSEN2` |
 //! | 8, 48 | the first and the second 8 bytes of the id |
 //! | 16 | u64: where the index begins |
-//! | 24, 32, 40 | u64: how many regions, extents, checksums |
-//! | 56 | u32: CRC-32 of the index |
+//! | 24, 32, 40 | u64: how many regions, extents, checksums; of version 2 how many chunks |
+//! | 56 | u32: CRC-32 of the index; of version 2 zeros |
 //! | 60 | u32: CRC-32 of the 60 bytes before |
 //!
 //! A region is three u64: the addresses where it begins and ends, and the size of its pages. The regions lie in the
@@ -121,12 +136,31 @@
 //! overlap; those of a snapshot that follows none cover all. A checksum is a u32 for each block with content, in the
 //! order of the snapshot: CRC-32 (IEEE 802.3) of the block.
 //!
+//! ## Version 2
+//!
+//! The content of all blocks but those of zeros is one stream, in the order in which they were saved: first those of the
+//! working set, if there is one. A chunk is a part of the stream; all but the last have the same length. Chunks lie in the file side
+//! by side, as they are or compressed, and nothing lies between them.
+//!
+//! | bytes | |
+//! | --- | --- |
+//! | 64 | the header |
+//! | | the chunks |
+//! | 32 | BLAKE3 of all of the index that follows |
+//! | 64 | the header once more, so that a reader that begins with the end needs no other read |
+//! | 24 | three u64: the length of the stream; of its first part, the working set's; of the working set itself, below |
+//! | | regions and extents as in version 1; the content of an extent begins in the stream at its number, less one block |
+//! | 20 each | the chunks: u32, of which the low 24 bits are the bytes that it takes in the file, and the high 8 are 0 as it is, 1 an LZ4 block, 2 a zstd frame; then the first 16 bytes of the BLAKE3 of its content |
+//! | | the working set, as in the file of a [`WorkingSet`](crate::pager::WorkingSet) |
+//! | 64 | the footer, the last bytes of the file |
+//!
 //! A file without its footer was never finished, or is cut short; [`FormatError`] says so, and what else can be wrong.
 
 mod copy;
 mod error;
 mod file;
 mod handle;
+mod image;
 mod maker;
 mod options;
 #[cfg(all(test, feature = "tracking"))]
@@ -135,9 +169,12 @@ mod sink;
 
 pub use self::error::{Error, Result};
 pub use self::file::chain::Chain;
+pub use self::file::chunk_writer::ChunkOptions;
+pub use self::file::codec::Compression;
 pub use self::file::format::{FormatError, SnapshotId};
 pub use self::file::reader::SnapshotReader;
 pub use self::file::writer::SnapshotWriter;
 pub use self::handle::{Finished, Progress, Series, Snapshot};
+pub use self::image::{ImageCopy, ImageFormat, MemoryImage, changed_ranges};
 pub use self::options::{Options, Removal};
 pub use self::sink::{Content, Geometry, Region, Sink};

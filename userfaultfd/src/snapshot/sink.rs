@@ -15,6 +15,12 @@ pub struct Geometry {
 }
 
 impl Geometry {
+    /// Returns the geometry of a snapshot of everything, for a [`Sink`] that the program calls itself.
+    #[must_use]
+    pub fn new(regions: impl IntoIterator<Item = Region>) -> Self {
+        Self { regions: regions.into_iter().collect(), incremental: false }
+    }
+
     /// Returns the length of the snapshot, in bytes.
     #[must_use]
     pub fn len(&self) -> u64 {
@@ -39,6 +45,12 @@ pub struct Region {
 }
 
 impl Region {
+    /// Returns a region: its addresses, and the size of its pages in bytes.
+    #[must_use]
+    pub fn new(addresses: Range<u64>, page: u64) -> Self {
+        Self { addresses, page }
+    }
+
     /// Returns the length of the region, in bytes.
     #[must_use]
     pub fn len(&self) -> u64 {

@@ -397,7 +397,7 @@ impl FileSource {
 }
 
 /// Whether all bytes are zero. Ends in the first piece that has another.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     // A fold has no branch inside of it, so that it takes the machine's widest registers.
     bytes.chunks(256).all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
 }

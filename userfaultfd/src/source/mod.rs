@@ -14,6 +14,8 @@ mod data_ranges;
 mod file;
 #[cfg(feature = "pager")]
 mod file_store;
+#[cfg(any(feature = "zstd", feature = "snapshot"))]
+pub(crate) mod frames;
 mod layered;
 mod mapped;
 mod mapped_ram;
@@ -37,6 +39,7 @@ pub use async_load::{AsyncPageSource, AsyncSource, Completion, Loaded, PageBuffe
 pub(crate) use async_load::{LoadId, Receiver};
 pub use chunk_cache::{CacheError, CacheStatistics, CachedImage, CachedImageBuilder, ChunkCache};
 pub use concat::ConcatSource;
+pub(crate) use file::is_zero;
 pub use file::{FileAdvice, FileSource};
 #[cfg(feature = "pager")]
 pub use file_store::FileStore;
@@ -48,7 +51,7 @@ pub use overlay::OverlaySource;
 #[cfg(feature = "http")]
 pub use remote::{HttpSource, HttpSourceBuilder};
 #[cfg(feature = "object-store")]
-pub use remote::{ObjectSource, ObjectSourceBuilder};
+pub use remote::{ObjectSource, ObjectSourceBuilder, ObjectWriter};
 #[cfg(any(feature = "http", feature = "object-store"))]
 pub use remote::{RemoteError, RemoteOptions, RemoteStatistics};
 #[cfg(feature = "pager")]

@@ -13,6 +13,7 @@ mod web;
 
 mod criu;
 mod doctor;
+mod image;
 mod manual;
 mod metrics;
 mod program;

@@ -143,6 +143,31 @@ fn layers_lie_on_an_image_that_is_cached() {
     });
 }
 
+/// A snapshot file in chunks is served as the memory that it has, from a file and from a server.
+#[test]
+fn machines_are_served_from_a_compressed_image() {
+    require!();
+    child::run_well(test_name!(), || {
+        let folder = Folder::new(test_name!());
+        let socket = folder.path("socket");
+        let (raw, output) = (folder.file("raw", &image(PAGES)), folder.path("output"));
+        let mut all: [_; 2] = monitors(&socket);
+        assert_eq!(run(&["image", "convert", &raw, "-o", &output]).code, Some(0));
+        let web = Web::new(fs::read(&output).unwrap());
+        for (monitor, image) in all.iter_mut().zip([&output, &web.url()]) {
+            let mut server = serve(&socket, image, &[]);
+            go(monitor, &mut server, 1);
+            for number in 0..PAGES {
+                assert_eq!(monitor.read(number), shown(number), "page {number} of {image}");
+            }
+            server.signal(libc::SIGTERM);
+            let said = server.end();
+            assert_eq!(said.code, Some(0), "{said:?}");
+        }
+        all.into_iter().for_each(Monitor::exit);
+    });
+}
+
 #[test]
 fn machine_whose_memory_is_longer_is_killed_and_counted() {
     require!();

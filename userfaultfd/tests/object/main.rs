@@ -5,6 +5,7 @@
 mod support;
 
 mod store;
+mod upload;
 
 use std::fs;
 use std::io::{self, ErrorKind};

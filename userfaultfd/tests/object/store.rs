@@ -12,7 +12,7 @@ use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
     CopyOptions, Error, GetOptions, GetRange, GetResult, ListResult, MultipartUpload, ObjectMeta,
-    ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+    ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
 };
 
 type BoxStream<T> = Pin<Box<dyn Stream<Item = T> + Send>>;
@@ -43,16 +43,73 @@ pub(crate) struct Faulty {
     faults: Mutex<VecDeque<Fault>>,
     /// The ranges that were asked for, and whether for one ETag.
     asked: Mutex<Vec<(Range<u64>, bool)>>,
+    uploads: Arc<Mutex<Uploads>>,
+}
+
+/// What became of uploads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Uploads {
+    /// The lengths of the parts that came.
+    pub(crate) parts: Vec<usize>,
+    pub(crate) completed: usize,
+    pub(crate) aborted: usize,
+    /// The part that fails, counted from 0.
+    pub(crate) fails: Option<usize>,
+}
+
+/// An upload of it.
+#[derive(Debug)]
+struct Parts {
+    upload: Box<dyn MultipartUpload>,
+    uploads: Arc<Mutex<Uploads>>,
+}
+
+#[async_trait::async_trait]
+impl MultipartUpload for Parts {
+    fn put_part(&mut self, data: PutPayload) -> UploadPart {
+        let mut uploads = self.uploads.lock().unwrap();
+        let number = uploads.parts.len();
+        uploads.parts.push(data.content_length());
+        if uploads.fails == Some(number) {
+            let refused = Error::PermissionDenied { path: "part".into(), source: "it fails".into() };
+            return Box::pin(std::future::ready(Err(refused)));
+        }
+        self.upload.put_part(data)
+    }
+
+    async fn complete(&mut self) -> Result<PutResult> {
+        self.uploads.lock().unwrap().completed += 1;
+        self.upload.complete().await
+    }
+
+    async fn abort(&mut self) -> Result<()> {
+        self.uploads.lock().unwrap().aborted += 1;
+        self.upload.abort().await
+    }
 }
 
 impl Faulty {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { inner: InMemory::new(), faults: Mutex::default(), asked: Mutex::default() })
+        Arc::new(Self {
+            inner: InMemory::new(),
+            faults: Mutex::default(),
+            asked: Mutex::default(),
+            uploads: Arc::default(),
+        })
     }
 
     /// How the next requests are answered, each by one.
     pub(crate) fn fail(&self, faults: impl IntoIterator<Item = Fault>) {
         self.faults.lock().unwrap().extend(faults);
+    }
+
+    /// Has a part of the next upload fail.
+    pub(crate) fn fail_part(&self, number: usize) {
+        *self.uploads.lock().unwrap() = Uploads { fails: Some(number), ..Uploads::default() };
+    }
+
+    pub(crate) fn uploads(&self) -> Uploads {
+        self.uploads.lock().unwrap().clone()
     }
 
     pub(crate) fn asked(&self) -> Vec<(Range<u64>, bool)> {
@@ -77,7 +134,8 @@ impl ObjectStore for Faulty {
         location: &Path,
         opts: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
-        self.inner.put_multipart_opts(location, opts).await
+        let upload = self.inner.put_multipart_opts(location, opts).await?;
+        Ok(Box::new(Parts { upload, uploads: Arc::clone(&self.uploads) }))
     }
 
     async fn get_opts(&self, location: &Path, mut options: GetOptions) -> Result<GetResult> {

@@ -211,12 +211,12 @@ fn foreign_files_and_versions_are_refused() {
     assert!(matches!(SnapshotReader::open("/nowhere/at/all"), Err(FormatError::Io(_))));
     let memory = Memory::anonymous(1);
     let mut newer = bytes_of(&memory);
-    newer[8] = 2;
+    newer[8] = 3;
     // With its checksum right again.
     let checksum = crc(&newer[..60]);
     newer[60..64].copy_from_slice(&checksum.to_le_bytes());
     let error = SnapshotReader::new(file(&newer)).unwrap_err();
-    assert!(matches!(error, FormatError::UnknownVersion(2)), "{error:?}");
+    assert!(matches!(error, FormatError::UnknownVersion(3)), "{error:?}");
 }
 
 /// The checksum of the format, by another program than the library's: CRC-32 of IEEE 802.3, bit by bit.

@@ -5,6 +5,8 @@
 mod support;
 
 mod changes;
+mod chunks;
+mod convert;
 mod ends;
 mod file;
 mod forked;

@@ -84,11 +84,11 @@ fn features() -> Result<Outcome, String> {
         run(&["clippy", "--lib", "--tests"], &features, &["--", "--deny=warnings"])?;
     }
     // The tests of these take all of them, below.
-    for features in ["http", "handoff", "tokio", "async-io", "vm-memory", "metrics"] {
+    for features in ["http", "lz4", "handoff", "tokio", "async-io", "vm-memory", "metrics"] {
         run(&["clippy", "--lib"], &format!("--features={features}"), &["--", "--deny=warnings"])?;
     }
     run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
-    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,zstd,tokio,async-io,object-store,handoff,vm-memory,metrics,cli";
+    let optional = "--features=pager,tracking,snapshot,tracing,serde,http,lz4,zstd,tokio,async-io,object-store,handoff,vm-memory,metrics,cli";
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
     let tests = ["http", "async_uffd", "tokio", "object", "handoff", "guest_memory", "cli"];
     let tests: Vec<_> = tests.iter().flat_map(|test| ["--test", test]).collect();
@@ -96,6 +96,8 @@ fn features() -> Result<Outcome, String> {
     let mut command = cargo(&[&["test"], &tests[..], &features].concat());
     // Without it the test says that it was skipped.
     execute(command.envs(servers::criu().map(|program| ("USERFAULTFD_TEST_CRIU", program))))?;
+    // With every way to compress.
+    run(&["test", "--test=snapshot"], optional, &["--", "chunks::", "convert::"])?;
     let package = ["--package=userfaultfd-examples", "--features=http,tokio,async-io,object-store,handoff"];
     let named = ["from_http", "async_source", "from_s3", "serve_vms", "tokio_loop", "async_io_loop"];
     let built: Vec<_> = named.iter().chain(&["hand_over"]).flat_map(|name| ["--example", name]).collect();

@@ -6,6 +6,7 @@ mod cli;
 mod criu;
 mod doctor;
 mod exit;
+mod image;
 mod manual;
 mod serve;
 mod track;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         Command::CriuLazyPages(options) => criu::run(&options),
         Command::Doctor(options) => doctor::run(&options),
         Command::Serve(options) => serve::run(&options),
+        Command::Image(options) => image::run(&options),
         Command::Track(options) => track::run(&options),
         Command::Ws(options) => ws::run(&options),
         Command::Man(options) => manual::man(&options),

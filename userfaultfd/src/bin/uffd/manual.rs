@@ -24,7 +24,22 @@ pub(crate) struct Completions {
 
 /// The names of the subcommands, but for this one: its definition can't have itself.
 fn subcommands() -> clap::builder::PossibleValuesParser {
-    ["doctor", "serve", "ws", "ws-info", "ws-merge", "ws-show", "completions"].into()
+    [
+        "doctor",
+        "serve",
+        "image",
+        "image-convert",
+        "image-verify",
+        "image-info",
+        "image-diff",
+        "image-merge",
+        "ws",
+        "ws-info",
+        "ws-merge",
+        "ws-show",
+        "completions",
+    ]
+    .into()
 }
 
 pub(crate) fn man(options: &Man) -> Result<(), Failure> {

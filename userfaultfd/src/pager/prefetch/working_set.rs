@@ -233,13 +233,18 @@ impl WorkingSet {
     /// an unknown version, or is damaged. Of the kind [`OutOfMemory`](ErrorKind::OutOfMemory): there is no memory for its
     /// runs.
     pub fn load(path: impl AsRef<Path>) -> io::Result<Self> {
-        Self::decode(&fs::read(path)?).map_err(|error| match error {
+        Self::from_bytes(&fs::read(path)?)
+    }
+
+    /// Reads a set from the bytes of a file.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
+        Self::decode(bytes).map_err(|error| match error {
             Undecoded::Invalid(text) => io::Error::new(ErrorKind::InvalidData, text),
             Undecoded::NoMemory => ErrorKind::OutOfMemory.into(),
         })
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend([VERSION, self.page_size.trailing_zeros() as u8]);
         put(&mut bytes, self.region_pages as u64);

@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::format::{FormatError, SnapshotId};
+use super::input::Input;
 use super::layer::{Layer, read_header};
 use super::reader::SnapshotReader;
 
@@ -110,9 +112,8 @@ impl Chain {
 
 /// Opens a file to see that it is whole, and what it follows.
 fn check(path: &Path) -> Result<(SnapshotId, Option<SnapshotId>), FormatError> {
-    let file = File::open(path)?;
-    let size = file.metadata()?.len();
-    let header = read_header(&file, size)?;
-    Layer::open(file, None)?;
+    let input = Input::File(Arc::new(File::open(path)?));
+    let header = read_header(&input)?;
+    Layer::open(input, None)?;
     Ok((header.id, header.parent))
 }

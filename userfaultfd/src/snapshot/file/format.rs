@@ -6,16 +6,28 @@ use crate::snapshot::sink::{Geometry, Region};
 
 pub(crate) const MAGIC: [u8; 8] = *b"UFFDSNAP";
 pub(crate) const END_MAGIC: [u8; 8] = *b"UFFDSEND";
-pub(crate) const VERSION: u32 = 1;
+/// Of files of version 2, so that a reader that begins at the end knows what it reads.
+pub(crate) const END_MAGIC_2: [u8; 8] = *b"UFFDSEN2";
+/// Pages, each with a checksum.
+pub(crate) const VERSION_PAGES: u32 = 1;
+/// Chunks, each compressed and with a checksum.
+pub(crate) const VERSION_CHUNKS: u32 = 2;
 
 /// Sizes of the parts of a file, in bytes, fixed by the format. The header and the footer have the same.
 pub(crate) const HEADER_BYTES: usize = 64;
 pub(crate) const REGION_BYTES: usize = 24;
 pub(crate) const EXTENT_BYTES: usize = 24;
 pub(crate) const CHECKSUM_BYTES: usize = 4;
+pub(crate) const CHUNK_BYTES: usize = 20;
+/// What stands before the regions in the index of version 2: a hash of all behind it, the header once more, three numbers.
+pub(crate) const HASH_BYTES: usize = 32;
+pub(crate) const HEAD_BYTES: usize = HASH_BYTES + HEADER_BYTES + 24;
 
 /// The logarithm of the largest block to base 2: the page size of no machine is larger.
 const MAX_BLOCK_LOGARITHM: u32 = 20;
+
+/// Logarithms of the content of a chunk to base 2: 64 KiB to 2 MiB.
+pub(crate) const CHUNK_LOGARITHMS: std::ops::RangeInclusive<u32> = 16..=21;
 
 /// Where an extent of zeros or of lost pages has its data: nowhere. Real data never begin in the header.
 const ZERO: u64 = 0;
@@ -51,7 +63,7 @@ pub enum FormatError {
     NotASnapshot,
 
     /// It is of a version that this crate doesn't know.
-    #[error("the snapshot file is of version {0}, which isn't known here; {VERSION} is")]
+    #[error("the snapshot file is of version {0}, which isn't known here; 1 and 2 are")]
     UnknownVersion(u32),
 
     /// Its end is missing: writing it never came to an end, or not all of it was copied.
@@ -61,6 +73,10 @@ pub enum FormatError {
     /// Something in it isn't as it was written.
     #[error("the snapshot file is damaged: {0}")]
     Damaged(&'static str),
+
+    /// Its chunks are compressed in a way that this build of the crate can't undo.
+    #[error("the snapshot file is compressed with {0}, which takes this crate's feature `{0}`")]
+    NotBuiltIn(&'static str),
 
     /// It holds what changed since another snapshot, which has to be given to it.
     #[error("the snapshot holds what has changed since {parent}, which is needed, too")]
@@ -134,21 +150,27 @@ pub(crate) struct Header {
     pub(crate) block: u64,
     pub(crate) id: SnapshotId,
     pub(crate) parent: Option<SnapshotId>,
+    /// Bytes of content of a chunk, in version 2: a power of two.
+    pub(crate) chunk: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Footer {
+    /// Whether it is of version 2.
+    pub(crate) has_chunks: bool,
     pub(crate) id: SnapshotId,
     /// Where the index begins: regions, extents, checksums.
     pub(crate) index: u64,
     pub(crate) regions: u64,
     pub(crate) extents: u64,
+    /// Of version 2: chunks.
     pub(crate) checksums: u64,
+    /// Of version 2: 0, since the index has a hash.
     pub(crate) index_crc: u32,
 }
 
 impl Footer {
-    /// Bytes of the index, if that is a number.
+    /// Bytes of the index of version 1, if that is a number.
     pub(crate) fn index_len(&self) -> Option<u64> {
         let of = |count: u64, size: usize| count.checked_mul(size as u64);
         of(self.regions, REGION_BYTES)?
@@ -196,8 +218,10 @@ fn id_at(bytes: &[u8], at: usize) -> SnapshotId {
 impl Header {
     pub(crate) fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut writer = Writer([0; HEADER_BYTES], 0);
-        writer.put(&MAGIC).put(&VERSION.to_le_bytes()).put(&self.block.trailing_zeros().to_le_bytes());
+        let version = if self.chunk.is_some() { VERSION_CHUNKS } else { VERSION_PAGES };
+        writer.put(&MAGIC).put(&version.to_le_bytes()).put(&self.block.trailing_zeros().to_le_bytes());
         writer.put(&self.id.0).put(&self.parent.map_or([0; 16], |parent| parent.0));
+        writer.put(&self.chunk.map_or(0, u64::trailing_zeros).to_le_bytes());
         writer.seal()
     }
 
@@ -206,25 +230,30 @@ impl Header {
             return Err(FormatError::NotASnapshot);
         }
         // Of another version everything behind may mean something else.
-        match u32_at(bytes, 8) {
-            VERSION => {}
-            _ if !is_sealed(bytes) => return Err(FormatError::Damaged("its header")),
-            version => return Err(FormatError::UnknownVersion(version)),
+        if !is_sealed(bytes) {
+            return Err(FormatError::Damaged("its header"));
         }
-        let shift = u32_at(bytes, 12);
-        if !is_sealed(bytes) || !(9..=MAX_BLOCK_LOGARITHM).contains(&shift) {
+        let (shift, chunk) = (u32_at(bytes, 12), u32_at(bytes, 48));
+        let chunk = match u32_at(bytes, 8) {
+            VERSION_PAGES => None,
+            VERSION_CHUNKS if CHUNK_LOGARITHMS.contains(&chunk) && shift <= chunk => Some(1 << chunk),
+            VERSION_CHUNKS => return Err(FormatError::Damaged("its header")),
+            version => return Err(FormatError::UnknownVersion(version)),
+        };
+        if !(9..=MAX_BLOCK_LOGARITHM).contains(&shift) {
             return Err(FormatError::Damaged("its header"));
         }
         let parent = id_at(bytes, 32);
         let parent = (parent.0 != [0; 16]).then_some(parent);
-        Ok(Self { block: 1 << shift, id: id_at(bytes, 16), parent })
+        Ok(Self { block: 1 << shift, id: id_at(bytes, 16), parent, chunk })
     }
 }
 
 impl Footer {
     pub(crate) fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut writer = Writer([0; HEADER_BYTES], 0);
-        writer.put(&END_MAGIC).put(&self.id.0[..8]);
+        let magic = if self.has_chunks { END_MAGIC_2 } else { END_MAGIC };
+        writer.put(&magic).put(&self.id.0[..8]);
         for number in [self.index, self.regions, self.extents, self.checksums] {
             writer.put(&number.to_le_bytes());
         }
@@ -233,7 +262,8 @@ impl Footer {
     }
 
     pub(crate) fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, FormatError> {
-        if bytes[..8] != END_MAGIC {
+        let has_chunks = bytes[..8] == END_MAGIC_2;
+        if !has_chunks && bytes[..8] != END_MAGIC {
             return Err(FormatError::CutShort);
         }
         if !is_sealed(bytes) {
@@ -243,6 +273,7 @@ impl Footer {
         id[..8].copy_from_slice(&bytes[8..16]);
         id[8..].copy_from_slice(&bytes[48..56]);
         Ok(Self {
+            has_chunks,
             id: SnapshotId(id),
             index: u64_at(bytes, 16),
             regions: u64_at(bytes, 24),
@@ -253,9 +284,8 @@ impl Footer {
     }
 }
 
-/// Regions, extents and checksums, as they lie in the index.
-pub(crate) fn encode_index(geometry: &Geometry, extents: &[Extent], checksums: &[u32]) -> Vec<u8> {
-    let mut index = Vec::new();
+/// Regions and extents, as they lie in the index.
+pub(crate) fn encode_index(index: &mut Vec<u8>, geometry: &Geometry, extents: &[Extent]) {
     for region in &geometry.regions {
         for number in [region.addresses.start, region.addresses.end, region.page] {
             index.extend(number.to_le_bytes());
@@ -271,8 +301,45 @@ pub(crate) fn encode_index(geometry: &Geometry, extents: &[Extent], checksums: &
             index.extend(number.to_le_bytes());
         }
     }
-    index.extend(checksums.iter().flat_map(|checksum| checksum.to_le_bytes()));
-    index
+}
+
+/// A chunk as it lies in the index of version 2: how it is compressed and the bytes that it takes, and its hash.
+pub(crate) fn encode_chunk(stored: u32, codec: u8, hash: &[u8; 16]) -> [u8; CHUNK_BYTES] {
+    let mut bytes = [0; CHUNK_BYTES];
+    bytes[..4].copy_from_slice(&(stored | u32::from(codec) << 24).to_le_bytes());
+    bytes[4..].copy_from_slice(hash);
+    bytes
+}
+
+/// The same.
+pub(crate) fn decode_chunk(bytes: &[u8]) -> (u32, u8, [u8; 16]) {
+    let first = u32_at(bytes, 0);
+    (first & 0xff_ffff, (first >> 24) as u8, *bytes[4..].first_chunk().expect("the caller knows the length"))
+}
+
+/// The numbers in front of the regions in the index of version 2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Head {
+    /// Bytes of content of all chunks.
+    pub(crate) content: u64,
+    /// How many of them, from the first on, are the working set's.
+    pub(crate) hot: u64,
+    /// Bytes that the working set itself takes in the index.
+    pub(crate) set: u64,
+}
+
+impl Head {
+    pub(crate) fn encode(&self) -> [u8; 24] {
+        let mut bytes = [0; 24];
+        for (place, number) in bytes.chunks_exact_mut(8).zip([self.content, self.hot, self.set]) {
+            place.copy_from_slice(&number.to_le_bytes());
+        }
+        bytes
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Self {
+        Self { content: u64_at(bytes, 0), hot: u64_at(bytes, 8), set: u64_at(bytes, 16) }
+    }
 }
 
 /// A region as it lies in the index.

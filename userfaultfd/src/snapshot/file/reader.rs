@@ -3,15 +3,15 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::MmapMut;
 
-use super::format::{FormatError, Place, SnapshotId};
-use super::layer::{Layer, Stretch};
+use super::format::{FormatError, Place, SnapshotId, VERSION_CHUNKS, VERSION_PAGES};
+use super::input::Input;
+use super::layer::{Body, Layer, Stretch};
 use super::writer::SnapshotWriter;
 use crate::snapshot::sink::{Content, Geometry, Region, Sink};
 use crate::source::{PageData, PageSource};
@@ -29,6 +29,15 @@ const MERGE_BYTES: u64 = 1 << 20;
 /// Opening a file reads and checks all but the pages themselves. Each page is checked when it is read, so a damaged one
 /// is an error of that page, and never wrong bytes.
 ///
+/// It reads both versions of the [format](crate::snapshot). Of version 2 a page is read with its chunk, and the chunks that
+/// were read last are kept, up to 16 MiB: a page costs the read of its chunk once for all pages of the chunk that are needed soon.
+/// Threads that need a chunk which is being read wait for it. Such a read allocates, and takes locks that no faulting thread
+/// holds: version 1 is for memory whose descriptor reports forks.
+///
+/// [`from_source`](Self::from_source) reads a file where it lies: behind HTTP, in an object store, through a
+/// [`ChunkCache`](crate::source::ChunkCache). Of version 2 one request for the end of the file brings the index, if that has at
+/// most 512 KiB, as that of an image of some GiB.
+///
 /// A page of a chain is found by one search, however many files there are. At most some 128 of them are open at a time:
 /// those of a longer chain are opened again by their path when they are needed, so they must stay where they are.
 pub struct SnapshotReader {
@@ -38,7 +47,7 @@ pub struct SnapshotReader {
     index: Vec<Stretch>,
     len: u64,
     /// Files that were opened again, the last one used first.
-    opened: Mutex<VecDeque<(u32, Arc<File>)>>,
+    opened: Mutex<VecDeque<(u32, Input)>>,
 }
 
 impl SnapshotReader {
@@ -49,7 +58,7 @@ impl SnapshotReader {
     /// [`FormatError`]: it can't be read, is no snapshot, of an unknown version, cut short, or damaged.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, FormatError> {
         let path = std::path::absolute(path)?;
-        Self::of(Layer::open(File::open(&path)?, Some(path))?)
+        Self::of(Layer::open(Input::File(Arc::new(File::open(&path)?)), Some(path))?)
     }
 
     /// Reads an open file.
@@ -58,7 +67,18 @@ impl SnapshotReader {
     ///
     /// As [`open`](Self::open).
     pub fn new(file: File) -> Result<Self, FormatError> {
-        Self::of(Layer::open(file, None)?)
+        Self::of(Layer::open(Input::File(Arc::new(file)), None)?)
+    }
+
+    /// Reads a file that any source has: an object of a web server or of a store. The source stays open, also below others
+    /// in a long chain.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open). [`FormatError::Io`] of the kind [`InvalidInput`](io::ErrorKind::InvalidInput): the source has
+    /// no [length](PageSource::len).
+    pub fn from_source(source: impl PageSource + 'static) -> Result<Self, FormatError> {
+        Self::of(Layer::open(Input::Source(Arc::new(source)), None)?)
     }
 
     fn of((layer, index, len): (Layer, Vec<Stretch>, u64)) -> Result<Self, FormatError> {
@@ -81,7 +101,7 @@ impl SnapshotReader {
         self.index = overlay(self.index, below, block)?;
         self.layers.extend(parent.layers);
         for layer in self.layers.iter_mut().skip(MAX_OPEN_FILES) {
-            layer.file.take_if(|_| layer.path.is_some());
+            layer.input.take_if(|_| layer.path.is_some());
         }
         Ok(self)
     }
@@ -110,6 +130,11 @@ impl SnapshotReader {
         self.top().header.parent
     }
 
+    /// The snapshot that lacks below these.
+    pub(crate) fn needed_parent(&self) -> Option<SnapshotId> {
+        self.base().header.parent
+    }
+
     /// Returns the ranges of memory, in the order in which they lie in the snapshot.
     #[must_use]
     pub fn regions(&self) -> &[Region] {
@@ -119,7 +144,83 @@ impl SnapshotReader {
     /// Returns the bytes of data in this file alone, without zeros.
     #[must_use]
     pub fn data_len(&self) -> u64 {
-        self.top().checksums * self.block()
+        match &self.top().body {
+            Body::Pages { checksums, .. } => checksums * self.block(),
+            Body::Chunks(chunks) => chunks.len,
+        }
+    }
+
+    /// Returns the bytes that these data take in the file: less than [`data_len`](Self::data_len), if they are compressed.
+    #[must_use]
+    pub fn stored_len(&self) -> u64 {
+        match &self.top().body {
+            Body::Pages { .. } => self.data_len(),
+            Body::Chunks(chunks) => chunks.stored_len(),
+        }
+    }
+
+    /// Returns the version of the file's format: 1 or 2.
+    #[must_use]
+    pub fn version(&self) -> u32 {
+        match &self.top().body {
+            Body::Pages { .. } => VERSION_PAGES,
+            Body::Chunks(_) => VERSION_CHUNKS,
+        }
+    }
+
+    /// Returns the bytes of content of a chunk, of version 2.
+    #[must_use]
+    pub fn chunk_size(&self) -> Option<u64> {
+        self.top().header.chunk
+    }
+
+    /// Returns the working set that the file has, whose pages lie in it first: see [`preload`](Self::preload).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`WorkingSet::load`](crate::pager::WorkingSet::load): it isn't one, or is damaged.
+    #[cfg(feature = "pager")]
+    pub fn working_set(&self) -> io::Result<Option<crate::pager::WorkingSet>> {
+        let set = &self.top().set;
+        if set.is_empty() { Ok(None) } else { crate::pager::WorkingSet::from_bytes(set).map(Some) }
+    }
+
+    /// Reads the pages of the file's working set in one long read, and keeps them, as they are stored, until each was
+    /// needed once. Returns how many bytes it has read: 0 without a working set. More than 64 MiB take several reads.
+    ///
+    /// A restore begins with this, and then [replays](crate::pager::Pager::replay) the set:
+    ///
+    /// ```
+    /// use userfaultfd::pager::BytesSource;
+    /// use userfaultfd::pager::WorkingSet;
+    /// use userfaultfd::snapshot::{ChunkOptions, ImageCopy, SnapshotReader, SnapshotWriter};
+    /// use userfaultfd::{LazyMemory, page_size};
+    ///
+    /// // An image with the set that an earlier run has recorded.
+    /// let memory: Vec<u8> = (0..64 * page_size()).map(|at| at as u8 | 1).collect();
+    /// let set = WorkingSet::from_pages(page_size(), 64, [60, 61, 3])?;
+    /// let path = std::env::temp_dir().join(format!("{}.preload", std::process::id()));
+    /// let writer = SnapshotWriter::create(&path)?.chunks(&ChunkOptions::new());
+    /// ImageCopy::new(&BytesSource::new(memory)).working_set(set).write(writer)?;
+    ///
+    /// let image = SnapshotReader::open(&path)?;
+    /// image.preload()?;
+    /// let set = image.working_set()?.expect("it was written");
+    /// let restored = LazyMemory::new(64 * page_size(), image)?;
+    /// restored.replay(&set)?.wait();
+    /// assert_eq!(restored[60 * page_size()], 1);
+    /// # drop(restored);
+    /// # std::fs::remove_file(&path)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the file. What was read is checked when it is needed.
+    pub fn preload(&self) -> io::Result<u64> {
+        let layer = self.top();
+        let Body::Chunks(chunks) = &layer.body else { return Ok(0) };
+        chunks.preload(&self.input(0)?)
     }
 
     /// Returns the bytes of lost pages in this file; reading them is an error.
@@ -144,11 +245,20 @@ impl SnapshotReader {
         if let Some(parent) = self.base().header.parent {
             return Err(FormatError::NeedsParent { parent });
         }
+        for (number, layer) in (0..).zip(&self.layers) {
+            if let Body::Chunks(chunks) = &layer.body {
+                chunks.verify(&self.input(number)?)?;
+            }
+        }
         let mut bytes = vec![0; self.block() as usize];
-        for stretch in &self.index {
+        let is_checked = |stretch: &&Stretch| {
+            let layer = &self.layers[stretch.layer as usize];
+            matches!(layer.body, Body::Chunks(_))
+        };
+        for stretch in self.index.iter().filter(|stretch| !is_checked(stretch)) {
             for block in 0..stretch.blocks {
                 let Place::Data(offset) = stretch.place else { break };
-                self.read_data(stretch, offset, block, &mut bytes)?;
+                self.read_data(stretch, offset, block, &mut bytes, true)?;
             }
         }
         Ok(())
@@ -163,8 +273,17 @@ impl SnapshotReader {
     ///
     /// Those of writing the file. Of the kind [`InvalidData`](io::ErrorKind::InvalidData): a page is damaged.
     pub fn merge(&self, path: impl AsRef<Path>) -> io::Result<()> {
+        self.merge_with(SnapshotWriter::create(path)?).map(drop)
+    }
+
+    /// Does the same by a writer: to any stream, or in [chunks](SnapshotWriter::chunks). Returns the writer.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`merge`](Self::merge).
+    pub fn merge_with<W: Write + Send>(&self, writer: SnapshotWriter<W>) -> io::Result<SnapshotWriter<W>> {
         let parent = self.base().header.parent;
-        let mut writer = SnapshotWriter::create(path)?.named(self.id(), parent, self.block() as usize);
+        let mut writer = writer.named(self.id(), parent, self.block() as usize);
         writer.begin(&Geometry { regions: self.regions().to_vec(), incremental: parent.is_some() })?;
         let block = self.block();
         let mut bytes = Vec::new();
@@ -178,11 +297,12 @@ impl SnapshotReader {
             let piece = MERGE_BYTES / block;
             for first in (0..stretch.blocks).step_by(piece as usize) {
                 bytes.resize((piece.min(stretch.blocks - first) * block) as usize, 0);
-                self.read_data(stretch, data, first, &mut bytes).map_err(into_io)?;
+                self.read_data(stretch, data, first, &mut bytes, true).map_err(into_io)?;
                 writer.write(offset + first * block, Content::Data(&bytes))?;
             }
         }
-        writer.finish()
+        writer.finish()?;
+        Ok(writer)
     }
 
     /// Reads blocks from `block` of a stretch on, whose data begin at `offset`, and checks them.
@@ -192,40 +312,32 @@ impl SnapshotReader {
         offset: u64,
         block: u64,
         bytes: &mut [u8],
+        early: bool,
     ) -> Result<(), FormatError> {
+        let input = self.input(stretch.layer)?;
         let layer = &self.layers[stretch.layer as usize];
-        let at = offset + block * self.block();
-        let opened;
-        let file = match &layer.file {
-            Some(file) => file,
-            None => {
-                opened = self.open_again(stretch.layer)?;
-                &*opened
-            }
-        };
-        file.read_exact_at(bytes, at)?;
-        if layer.are_whole(file, stretch.checksum + block, bytes)? {
-            Ok(())
-        } else {
-            Err(FormatError::Damaged("a page doesn't have its checksum"))
-        }
+        layer.read(&input, offset + block * self.block(), stretch.checksum + block, bytes, early)
     }
 
-    fn open_again(&self, layer: u32) -> io::Result<Arc<File>> {
+    /// The file of a layer, opened again if need be.
+    fn input(&self, layer: u32) -> io::Result<Input> {
+        if let Some(input) = &self.layers[layer as usize].input {
+            return Ok(input.clone());
+        }
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(at) = opened.iter().position(|(of, _)| *of == layer) {
             let found = opened.remove(at).expect("it is there");
             opened.push_front(found);
         } else {
-            let file = Arc::new(self.layers[layer as usize].open_again()?);
+            let input = self.layers[layer as usize].open_again()?;
             opened.truncate(MAX_OPEN_FILES - 1);
-            opened.push_front((layer, file));
+            opened.push_front((layer, input));
         }
-        Ok(Arc::clone(&opened[0].1))
+        Ok(opened[0].1.clone())
     }
 
     /// Fills `bytes`, a whole number of blocks, with those from `first` on.
-    fn read_whole(&self, first: u64, bytes: &mut [u8]) -> io::Result<PageData> {
+    fn read_whole(&self, first: u64, bytes: &mut [u8], early: bool) -> io::Result<PageData> {
         let block = self.block() as usize;
         let (mut at, end) = (first, first + (bytes.len() / block) as u64);
         let mut all_zero = true;
@@ -248,7 +360,7 @@ impl SnapshotReader {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, text));
                 }
                 Some(stretch @ Stretch { place: Place::Data(offset), .. }) => {
-                    self.read_data(stretch, *offset, at - stretch.first, part).map_err(into_io)?;
+                    self.read_data(stretch, *offset, at - stretch.first, part, early).map_err(into_io)?;
                     false
                 }
             };
@@ -310,26 +422,49 @@ fn into_io(error: FormatError) -> io::Error {
     }
 }
 
-impl PageSource for SnapshotReader {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+impl SnapshotReader {
+    fn read_as(&self, offset: u64, page: &mut [u8], early: bool) -> io::Result<PageData> {
         let block = self.block();
         let len = page.len() as u64;
         if offset % block == 0 && len % block == 0 {
-            return self.read_whole(offset / block, page);
+            return self.read_whole(offset / block, page, early);
         }
         // Pages smaller than where the snapshot was taken.
         let first = offset / block;
         let last = (offset + len).div_ceil(block);
         // Mapped: a thread that waits for this read may hold the allocator's locks.
         let mut bytes = MmapMut::map_anon(((last - first) * block) as usize)?;
-        let fill = self.read_whole(first, &mut bytes)?;
+        let fill = self.read_whole(first, &mut bytes, early)?;
         let into = (offset - first * block) as usize;
         page.copy_from_slice(&bytes[into..into + page.len()]);
         Ok(fill)
     }
+}
+
+impl PageSource for SnapshotReader {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.read_as(offset, page, false)
+    }
+
+    fn read_early(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.read_as(offset, page, true)
+    }
 
     fn len(&self) -> Option<u64> {
         Some(self.len)
+    }
+
+    fn zeros(&self, offset: u64) -> u64 {
+        if offset >= self.len {
+            return u64::MAX;
+        }
+        let block = offset / self.block();
+        let found = self.index.get(self.index.partition_point(|stretch| stretch.end() <= block));
+        match found.filter(|stretch| stretch.place == Place::Zero && stretch.first <= block) {
+            Some(stretch) if stretch.end() * self.block() >= self.len => u64::MAX,
+            Some(stretch) => stretch.end() * self.block() - offset,
+            None => 0,
+        }
     }
 }
 

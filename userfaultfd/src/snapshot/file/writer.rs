@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
+use super::chunk_writer::{ChunkOptions, ChunkWriter};
 use super::format::{Extent, Footer, HEADER_BYTES, Header, Place, SnapshotId, encode_index};
 use super::name::next_path;
 use crate::pending_file::FinalName;
@@ -14,7 +15,8 @@ use crate::{PendingFile, page_size, sys};
 /// A [`Sink`] that writes a snapshot as a file for [`SnapshotReader`](crate::snapshot::SnapshotReader).
 ///
 /// It writes from the beginning to the end without a seek, so a pipe or a socket works, too. Pages of zeros take no
-/// room. The [module](crate::snapshot) describes the format.
+/// room. The [module](crate::snapshot) describes the format, and when which of its two versions is better: this writes the
+/// first, or with [`chunks`](Self::chunks) the second.
 pub struct SnapshotWriter<W: Write> {
     out: W,
     /// Of a file that takes its name in the end.
@@ -29,6 +31,8 @@ pub struct SnapshotWriter<W: Write> {
     extents: Vec<Extent>,
     /// With each its block.
     checksums: Vec<(u64, u32)>,
+    /// Of version 2.
+    chunks: Option<ChunkWriter>,
 }
 
 /// A file, and the name that it will take.
@@ -82,7 +86,35 @@ impl<W: Write> SnapshotWriter<W> {
             written: 0,
             extents: Vec::new(),
             checksums: Vec::new(),
+            chunks: None,
         })
+    }
+
+    /// Writes version 2 of the format: chunks, each compressed, if the options say so, and with a checksum. Must be called
+    /// before anything is written.
+    #[must_use]
+    pub fn chunks(self, options: &ChunkOptions) -> Self {
+        let chunks = Some(ChunkWriter::new(options, self.block));
+        Self { chunks, ..self }
+    }
+
+    /// What was written so far is what a working set needs, as it lies in the index.
+    #[cfg(feature = "pager")]
+    pub(crate) fn end_working_set(&mut self, set: Vec<u8>) {
+        if let Some(chunks) = &mut self.chunks {
+            (chunks.hot, chunks.set) = (chunks.content(), set);
+        }
+    }
+
+    /// Whether it writes chunks, which alone can have a working set.
+    #[cfg(feature = "pager")]
+    pub(crate) fn has_chunks(&self) -> bool {
+        self.chunks.is_some()
+    }
+
+    fn header(&self) -> [u8; HEADER_BYTES] {
+        let chunk = self.chunks.as_ref().map(|chunks| chunks.size as u64);
+        Header { block: self.block as u64, id: self.id, parent: self.parent, chunk }.encode()
     }
 
     /// Sets the snapshot that an incremental one follows: the one before in the same [`Series`](crate::snapshot::Series).
@@ -94,7 +126,11 @@ impl<W: Write> SnapshotWriter<W> {
 
     /// Sets the id, the snapshot that it follows, and the block size, for a merged file.
     pub(crate) fn named(self, id: SnapshotId, parent: Option<SnapshotId>, block: usize) -> Self {
-        Self { id, parent, block, zeros: vec![0; block].into(), ..self }
+        let mut chunks = self.chunks;
+        if let Some(chunks) = &mut chunks {
+            chunks.size = chunks.size.max(block);
+        }
+        Self { id, parent, block, zeros: vec![0; block].into(), chunks, ..self }
     }
 
     /// Returns the id of the snapshot, for [`follows`](Self::follows) of the next one.
@@ -146,8 +182,11 @@ impl<W: Write + Send> Sink for SnapshotWriter<W> {
         if self.geometry.replace(geometry.clone()).is_some() {
             return Err(invalid("a writer writes one snapshot"));
         }
-        let header = Header { block: self.block as u64, id: self.id, parent: self.parent }.encode();
+        let header = self.header();
         self.put(&header)?;
+        if self.chunks.is_some() {
+            return Ok(());
+        }
         let rest = self.block - HEADER_BYTES;
         let zeros = std::mem::take(&mut self.zeros);
         let padded = self.put(&zeros[..rest]);
@@ -162,6 +201,12 @@ impl<W: Write + Send> Sink for SnapshotWriter<W> {
                 for (at, bytes) in (first..).zip(bytes.chunks(self.block)) {
                     if *bytes == *self.zeros {
                         self.extend(at, 1, Place::Zero);
+                    } else if let Some(mut chunks) = self.chunks.take() {
+                        // As if the stream began where data of version 1 do.
+                        self.extend(at, 1, Place::Data(chunks.content() + block));
+                        let added = chunks.add(bytes, |stored| self.put(stored));
+                        self.chunks = Some(chunks);
+                        added?;
                     } else {
                         self.extend(at, 1, Place::Data(self.written));
                         self.checksums.push((at, crc32fast::hash(bytes)));
@@ -178,16 +223,29 @@ impl<W: Write + Send> Sink for SnapshotWriter<W> {
     fn finish(&mut self) -> io::Result<()> {
         let Some(geometry) = self.geometry.clone() else { return Err(invalid("the snapshot hasn't begun")) };
         self.extents.sort_unstable_by_key(|extent| extent.first);
-        self.checksums.sort_unstable();
-        let checksums: Vec<u32> = self.checksums.iter().map(|(_, checksum)| *checksum).collect();
-        let index = encode_index(&geometry, &self.extents, &checksums);
+        let (index, checksums) = if let Some(mut chunks) = self.chunks.take() {
+            let ended = chunks.end_chunk(|stored| self.put(stored));
+            self.chunks = Some(chunks);
+            ended?;
+            let header = self.header();
+            let chunks = self.chunks.as_ref().expect("it was just put back");
+            (chunks.index(&header, &geometry, &self.extents), chunks.count())
+        } else {
+            self.checksums.sort_unstable();
+            let mut index = Vec::new();
+            encode_index(&mut index, &geometry, &self.extents);
+            index.extend(self.checksums.iter().flat_map(|(_, checksum)| checksum.to_le_bytes()));
+            (index, self.checksums.len() as u64)
+        };
+        let has_chunks = self.chunks.is_some();
         let footer = Footer {
+            has_chunks,
             id: self.id,
             index: self.written,
             regions: geometry.regions.len() as u64,
             extents: self.extents.len() as u64,
-            checksums: checksums.len() as u64,
-            index_crc: crc32fast::hash(&index),
+            checksums,
+            index_crc: if has_chunks { 0 } else { crc32fast::hash(&index) },
         };
         self.put(&index)?;
         self.put(&footer.encode())?;

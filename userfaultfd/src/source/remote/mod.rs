@@ -8,6 +8,8 @@ mod error;
 mod http;
 #[cfg(feature = "object-store")]
 mod object;
+#[cfg(feature = "object-store")]
+mod object_writer;
 mod options;
 
 pub use error::RemoteError;
@@ -15,6 +17,8 @@ pub use error::RemoteError;
 pub use http::{HttpSource, HttpSourceBuilder};
 #[cfg(feature = "object-store")]
 pub use object::{ObjectSource, ObjectSourceBuilder};
+#[cfg(feature = "object-store")]
+pub use object_writer::ObjectWriter;
 pub use options::{RemoteOptions, RemoteStatistics};
 
 /// Locks past the panic of another thread: what is guarded here is whole at every moment.

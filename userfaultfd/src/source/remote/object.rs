@@ -116,11 +116,7 @@ impl ObjectSourceBuilder {
     pub fn open(self) -> io::Result<ObjectSource> {
         let runtime = match self.runtime {
             Some(handle) => Threads::Programs(handle),
-            None => {
-                let mut runtime = Builder::new_multi_thread();
-                runtime.worker_threads(1).thread_name("uffd-object").enable_all();
-                Threads::Own(Some(runtime.build()?))
-            }
+            None => Threads::own()?,
         };
         let object = Arc::new(Object { store: self.store, path: self.path, runtime });
         let probe =
@@ -197,10 +193,26 @@ impl fmt::Debug for ObjectSource {
 }
 
 /// What runs requests.
-enum Threads {
+pub(super) enum Threads {
     /// Taken when it is dropped.
     Own(Option<Runtime>),
     Programs(Handle),
+}
+
+impl Threads {
+    /// A runtime with one thread.
+    pub(super) fn own() -> io::Result<Self> {
+        let mut runtime = Builder::new_multi_thread();
+        runtime.worker_threads(1).thread_name("uffd-object").enable_all();
+        Ok(Self::Own(Some(runtime.build()?)))
+    }
+
+    pub(super) fn handle(&self) -> Handle {
+        match self {
+            Self::Own(runtime) => runtime.as_ref().expect("it is taken by the drop alone").handle().clone(),
+            Self::Programs(handle) => handle.clone(),
+        }
+    }
 }
 
 impl Drop for Threads {
@@ -241,11 +253,7 @@ impl Object {
             Ok::<_, Error>((meta, range, bytes.to_vec()))
         };
         let run = async { timeout(limit, request).await };
-        let answer = match &self.runtime {
-            Threads::Own(Some(runtime)) => runtime.block_on(run),
-            Threads::Programs(handle) => handle.block_on(run),
-            Threads::Own(None) => return Err(RemoteError::Unusable("the runtime has ended".into())),
-        };
+        let answer = self.runtime.handle().block_on(run);
         let answer = answer.map_err(|_| RemoteError::TimedOut(limit))?;
         let (meta, range, bytes) = answer.map_err(|error| of_store(&error))?;
         Ok(Answer { meta, range, bytes })
@@ -281,7 +289,7 @@ impl Answer {
 }
 
 /// What an error of a store means.
-fn of_store(error: &Error) -> RemoteError {
+pub(super) fn of_store(error: &Error) -> RemoteError {
     match error {
         Error::Precondition { .. } => RemoteError::Changed { was: String::new(), found: "another".into() },
         Error::NotFound { .. } => RemoteError::NotFound { status: 404 },

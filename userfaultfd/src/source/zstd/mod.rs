@@ -1,8 +1,8 @@
 //! Files that zstd compressed in frames, with a table of them at the end: the seekable format of zstd's `contrib`. Ordinary
-//! frames come first, then a skippable frame with the table ([`table`]). Threads share decompressed frames ([`frames`]).
+//! frames come first, then a skippable frame with the table ([`table`]). Threads share
+//! decompressed frames ([`Frames`]).
 
 mod error;
-mod frames;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -15,10 +15,9 @@ use std::sync::{Mutex, PoisonError};
 use zstd_safe::DCtx;
 
 pub use self::error::ZstdError;
-use self::frames::Frames;
 use self::table::Table;
 pub use self::writer::SeekableZstdWriter;
-use super::{PageData, PageSource, file::is_zero, invalid};
+use super::{PageData, PageSource, file::is_zero, frames::Frames, invalid};
 
 /// Bytes of decompressed frames that are kept, unless the program says otherwise.
 const CACHE_BYTES: usize = 16 << 20;

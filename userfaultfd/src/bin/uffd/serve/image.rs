@@ -6,12 +6,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use userfaultfd::pager::{ChunkCache, FileSource, HttpSource, LayeredSource, PageSource};
+use userfaultfd::snapshot::{ImageFormat, MemoryImage};
 
 use crate::exit::Failure;
+use crate::image::{bytes, is_url};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ImageOptions {
-    /// The memory of the machines: a file, or the URL of an object on a web server that answers ranges
+    /// The memory of the machines: a file, the folder of a snapshot of Cloud Hypervisor, or the URL of an object on a web server
+    /// that answers ranges. Snapshot files and those of QEMU's mapped-ram are recognised
     #[arg(long, value_name = "FILE|URL")]
     image: String,
 
@@ -32,26 +35,19 @@ pub(crate) struct ImageOptions {
 /// The longest URL that is the name of an image in the cache.
 const MAX_NAME_BYTES: usize = 200;
 
-/// A number of bytes, perhaps with a letter.
-fn bytes(text: &str) -> Result<u64, String> {
-    let shift = match text.bytes().last() {
-        Some(b'K') => 10,
-        Some(b'M') => 20,
-        Some(b'G') => 30,
-        Some(b'T') => 40,
-        _ => 0,
-    };
-    let number = if shift == 0 { text } else { &text[..text.len() - 1] };
-    let number: u64 = number.parse().map_err(|_| "it isn't a number of bytes, such as 512M".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "it is too large".to_owned())
-}
-
 pub(super) fn open(options: &ImageOptions) -> Result<Arc<dyn PageSource>, Failure> {
     let image = &options.image;
-    let is_url = image.starts_with("http://") || image.starts_with("https://");
+    let is_url = is_url(image);
     let base: Arc<dyn PageSource> = match (&options.cache, is_url) {
-        (None, true) => Arc::new(HttpSource::open(image).map_err(Failure::of(image))?),
-        (None, false) => Arc::new(FileSource::open(image).map_err(Failure::of(image))?),
+        (None, true) => {
+            let source = HttpSource::open(image).map_err(Failure::of(image))?;
+            content(source).map_err(Failure::of(image))?
+        }
+        (None, false) => match ImageFormat::detect(image).map_err(Failure::of(image))? {
+            // Its length may be any.
+            ImageFormat::Raw => Arc::new(FileSource::open(image).map_err(Failure::of(image))?),
+            format => Arc::new(MemoryImage::open_as(image, format).map_err(Failure::of(image))?),
+        },
         (Some(directory), true) => {
             let source = HttpSource::open(image).map_err(Failure::of(image))?;
             let Some(etag) = source.etag() else {
@@ -64,7 +60,8 @@ pub(super) fn open(options: &ImageOptions) -> Result<Arc<dyn PageSource>, Failur
             let cache = ChunkCache::open(directory, options.cache_limit);
             let cache = cache.map_err(Failure::of(directory.display()))?;
             let cached = cache.image(name(image)).identity(identity).open(source);
-            Arc::new(cached.map_err(Failure::of(directory.display()))?)
+            let cached = cached.map_err(Failure::of(directory.display()))?;
+            content(cached).map_err(Failure::of(image))?
         }
         (Some(_), false) => return Err(Failure::Arguments("--cache is for an image that is a URL")),
     };
@@ -77,6 +74,15 @@ pub(super) fn open(options: &ImageOptions) -> Result<Arc<dyn PageSource>, Failur
         pushed.map_err(Failure::of(path.display()))?;
     }
     Ok(Arc::new(layered))
+}
+
+/// What an object has: a snapshot's memory, or its own bytes.
+fn content(source: impl PageSource + 'static) -> io::Result<Arc<dyn PageSource>> {
+    let source = Arc::new(source);
+    match ImageFormat::detect_in(&source)? {
+        ImageFormat::Raw => Ok(source),
+        _ => Ok(Arc::new(MemoryImage::open_source(source)?)),
+    }
 }
 
 /// The name of a URL's image in the cache. If it is too long, its end with a checksum of all: the identity tells apart what has

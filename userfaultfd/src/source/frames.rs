@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Decompressed frames of a limited number of bytes. What several threads need one decompresses, and the others wait.
-pub(super) struct Frames {
+pub(crate) struct Frames {
     limit: usize,
     state: Mutex<State>,
     changed: Condvar,
@@ -42,7 +42,7 @@ impl Drop for Loading<'_> {
 }
 
 impl Frames {
-    pub(super) fn new(limit: usize) -> Self {
+    pub(crate) fn new(limit: usize) -> Self {
         Self { limit, state: Mutex::default(), changed: Condvar::new() }
     }
 
@@ -51,12 +51,12 @@ impl Frames {
     }
 
     /// Returns a frame that is there, without a wait.
-    pub(super) fn find(&self, frame: usize) -> Option<Arc<Vec<u8>>> {
+    pub(crate) fn find(&self, frame: usize) -> Option<Arc<Vec<u8>>> {
         self.lock().find(frame)?.content.clone()
     }
 
     /// Returns a frame, which `load` decompresses if it isn't there.
-    pub(super) fn get(
+    pub(crate) fn get(
         &self,
         frame: usize,
         load: impl FnOnce() -> io::Result<Vec<u8>>,
@@ -77,9 +77,19 @@ impl Frames {
         Ok(content)
     }
 
+    /// Keeps a frame that was loaded beside others, if it isn't there and no thread loads it.
+    #[cfg(feature = "snapshot")]
+    pub(crate) fn insert(&self, frame: usize, content: Arc<Vec<u8>>) {
+        let mut state = self.lock();
+        if state.find(frame).is_none() && content.len() <= self.limit {
+            state.entries.push(Entry { frame, content: None, used: 0 });
+            state.put(frame, content, self.limit);
+        }
+    }
+
     /// Bytes that are kept.
-    #[cfg(test)]
-    pub(super) fn bytes(&self) -> usize {
+    #[cfg(all(test, feature = "zstd"))]
+    pub(crate) fn bytes(&self) -> usize {
         self.lock().bytes
     }
 }
