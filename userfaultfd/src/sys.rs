@@ -1329,6 +1329,26 @@ pub(crate) fn page_size() -> usize {
     usize::try_from(size).expect("every Linux system has a page size")
 }
 
+/// A file in memory that can be sealed, of length 0: memfd_create(2).
+#[cfg(feature = "pager")]
+pub(crate) fn sealable_memfd(name: &CStr) -> Result<OwnedFd, Errno> {
+    // SAFETY: the name ends with a NUL, and the kernel copies it.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    let fd = check(fd)?;
+    // SAFETY: the kernel made the descriptor for this call, so nothing else owns it.
+    Ok(unsafe { own(fd) })
+}
+
+/// Seals a memfd: it keeps its length, and only mappings that exist already can write to it. Linux 5.1.
+#[cfg(feature = "pager")]
+pub(crate) fn seal_as_image(file: BorrowedFd<'_>) -> Result<(), Errno> {
+    /// Not everywhere in `libc`.
+    const F_SEAL_FUTURE_WRITE: libc::c_int = 0x10;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL | F_SEAL_FUTURE_WRITE;
+    // SAFETY: the system call takes integers and touches no memory of this process.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
+}
+
 /// A file that is in memory and nowhere else. It can have holes.
 #[cfg(test)]
 pub(crate) fn memfd() -> OwnedFd {

@@ -147,6 +147,7 @@ pub use self::memory::fault_around::FaultAround;
 pub use self::memory::missing_range::MissingRange;
 pub(crate) use self::memory::region::DEFAULT_MAX_AROUND_BYTES;
 pub use self::memory::region::{OnRemoval, Region};
+pub use self::memory::shared_image::SharedImage;
 #[cfg(feature = "metrics")]
 pub use self::metrics::MetricsPublisher;
 pub use self::on_end::OnEnd;
@@ -173,7 +174,7 @@ pub use crate::source::{FileStore, FnStore, PageStore};
 #[cfg(feature = "http")]
 pub use crate::source::{HttpSource, HttpSourceBuilder};
 #[cfg(feature = "object-store")]
-pub use crate::source::{ObjectSource, ObjectSourceBuilder};
+pub use crate::source::{ObjectSource, ObjectSourceBuilder, ObjectWriter};
 #[cfg(any(feature = "http", feature = "object-store"))]
 pub use crate::source::{RemoteError, RemoteOptions, RemoteStatistics};
 #[cfg(feature = "zstd")]

@@ -21,6 +21,7 @@ mod reader;
 mod removal;
 mod reports;
 mod scene;
+mod shared;
 mod sources;
 mod stuck;
 #[cfg(all(feature = "tracking", feature = "snapshot"))]

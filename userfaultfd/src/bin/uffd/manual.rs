@@ -25,8 +25,10 @@ pub(crate) struct Completions {
 /// The names of the subcommands, but for this one: its definition can't have itself.
 fn subcommands() -> clap::builder::PossibleValuesParser {
     [
+        "criu-lazy-pages",
         "doctor",
         "serve",
+        "track",
         "image",
         "image-convert",
         "image-verify",
@@ -47,7 +49,8 @@ pub(crate) fn man(options: &Man) -> Result<(), Failure> {
     command.build();
     let page = match &options.subcommand {
         Some(name) => {
-            let found = name.split('-').try_fold(&command, |found, part| found.find_subcommand(part));
+            let nested = || name.split('-').try_fold(&command, |found, part| found.find_subcommand(part));
+            let found = command.find_subcommand(name).or_else(nested);
             let found = found.ok_or_else(|| Failure::Failed(format!("there is no subcommand {name}")))?;
             clap_mangen::Man::new(found.clone()).title(format!("uffd-{name}"))
         }

@@ -15,9 +15,11 @@ use super::in_flight::{Answer, Started};
 use super::work::{FillContent, Outcome, RetryAfter, Work};
 use crate::pager::evict::residence::{Content, Residence};
 use crate::pager::memory::descriptor::Descriptor;
+use crate::pager::memory::page_cache::Cache;
 use crate::pager::memory::page_run::{PageRun, Purpose};
 use crate::pager::memory::page_state::MAX_TRIES;
 use crate::pager::memory::served::ServedRegion;
+use crate::pager::memory::shared_image::SharedImage;
 use crate::pager::trace::span;
 use crate::pager::{DescriptorId, OnEnd, PageData, Problem, RegionId};
 use crate::source::call::catch_panic;
@@ -178,6 +180,9 @@ impl PageFiller {
     pub(crate) fn content(&mut self, context: &FillContext, run: &PageRun) -> Result<FillContent, NoContent> {
         let (region, len) = (&*run.region, run.len());
         let offset = region.offset_of(run.pages().start);
+        if let Some((image, first)) = region.cache.as_ref().and_then(Cache::image) {
+            return self.content_of_image(context, run, image, first);
+        }
         let is_from_file = match run.is_reload() {
             true => region.shared && !run.is_not_in_file(),
             false => run.removed && region.cache.is_some(),
@@ -242,6 +247,39 @@ impl PageFiller {
         }
         buffer[region.within_source(offset, len)..len].fill(0);
         Ok(FillContent::Buffer)
+    }
+
+    /// Has the pages of a run be in an image, from which they are mapped then. What was removed from a private mapping shows
+    /// its file again.
+    fn content_of_image(
+        &mut self,
+        context: &FillContext,
+        run: &PageRun,
+        image: &SharedImage,
+        first: usize,
+    ) -> Result<FillContent, NoContent> {
+        let region = &*run.region;
+        let _in_source = run.enter_source();
+        self.set_reading(context, region);
+        let buffer = ensure_capacity(&mut self.buffer, run.len()).map_err(|_| NoContent::NoMemory)?;
+        let pages = first + run.pages().start..first + run.pages().end;
+        let start = Instant::now();
+        let loaded = catch_panic(|| image.load(pages, run.demand.is_none(), buffer));
+        let took = start.elapsed();
+        if let Some(place) = self.place {
+            context.activities.set_at_work(place, true);
+        }
+        self.pace = (self.pace * 7 + took) / 8;
+        let loaded = loaded?;
+        if loaded.reads > 0 {
+            let counters = context.counters(self.thread);
+            counters.source_latency.record(took);
+            counters.source_reads.add(loaded.reads);
+            region.count(|tally| tally.source_reads.add(loaded.reads as usize));
+        }
+        // A page of zeros that no file has takes no memory. If one is there already, a zero page can't be mapped.
+        let maps_zeros = loaded.is_zero && region.zeropage && run.tries == 0;
+        Ok(if maps_zeros { FillContent::Zero } else { FillContent::File })
     }
 
     /// The content of a run of which some pages were in memory before.

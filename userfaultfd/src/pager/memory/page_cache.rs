@@ -4,15 +4,29 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
 
+use super::shared_image::SharedImage;
 use crate::{Errno, sys};
 
 /// The page cache of the memory's file: content is written to it, and mapped by CONTINUE.
 pub(crate) enum Cache {
-    File { file: File, offset: u64 },
-    Mapping { mapping: MmapRaw, file: File, offset: u64 },
+    /// That of an image, which has content before it is mapped: an offset of it.
+    Image {
+        image: Arc<SharedImage>,
+        offset: u64,
+    },
+    File {
+        file: File,
+        offset: u64,
+    },
+    Mapping {
+        mapping: MmapRaw,
+        file: File,
+        offset: u64,
+    },
 }
 
 impl Cache {
@@ -28,10 +42,21 @@ impl Cache {
         Ok(Self::Mapping { mapping, file, offset })
     }
 
+    /// The image, and the number of its page with which the region begins.
+    pub(crate) fn image(&self) -> Option<(&SharedImage, usize)> {
+        match self {
+            Self::Image { image, offset } => Some((image, *offset as usize / crate::page_size())),
+            _ => None,
+        }
+    }
+
     /// Makes the page cache hold a range of the region's bytes: present pages stay, missing ones become zero. Behind the
     /// end of the file, where an access raises SIGBUS, the file gets no longer.
     pub(crate) fn allocate(&self, at: usize, len: usize) -> Result<(), Errno> {
-        let (Self::File { file, offset } | Self::Mapping { file, offset, .. }) = self;
+        let (file, offset) = match self {
+            Self::File { file, offset } | Self::Mapping { file, offset, .. } => (file, offset),
+            Self::Image { image, offset } => (image.file(), offset),
+        };
         sys::allocate(file.as_fd(), offset + at as u64, len)
     }
 
@@ -39,6 +64,8 @@ impl Cache {
     pub(crate) fn write(&self, at: usize, content: &[u8]) -> io::Result<()> {
         match self {
             Self::File { file, offset } => file.write_all_at(content, offset + at as u64),
+            // Zeros where zeros are: all else was written by the image.
+            Self::Image { image, offset } => Ok(image.write(offset + at as u64, content)?),
             Self::Mapping { mapping, .. } => {
                 // Where no huge page is left, writing fails as behind the end of the file.
                 self.allocate(at, content.len())?;

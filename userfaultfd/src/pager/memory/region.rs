@@ -12,6 +12,7 @@ use super::fault_log::Mode;
 use super::page_cache::Cache;
 use super::page_state::Pages;
 use super::served::{Moved, ServedRegion};
+use super::shared_image::SharedImage;
 use crate::pager::evict::residence::Residence;
 use crate::pager::stats::Tally;
 use crate::pager::{Error, MissingRange, PageSource, Result};
@@ -59,6 +60,7 @@ pub struct Region {
     around: FaultAround,
     write_protected: bool,
     minor: Option<(File, u64)>,
+    image: Option<Arc<SharedImage>>,
     shared: bool,
     on_removal: OnRemoval,
     missing: Option<Vec<MissingRange>>,
@@ -113,6 +115,7 @@ impl Region {
             around: FaultAround::Adaptive { most: DEFAULT_MAX_AROUND_BYTES },
             write_protected: false,
             minor: None,
+            image: None,
             shared: false,
             on_removal: OnRemoval::default(),
             missing: None,
@@ -121,6 +124,24 @@ impl Region {
             noting: None,
             registered: false,
         }
+    }
+
+    /// Returns a region of `len` bytes of memory from address `start` on that is a private mapping of an
+    /// [image](SharedImage::file): at the offset of the file that [`offset`](Self::offset) says, by default 0, in whole pages.
+    ///
+    /// Pages that any region of the image has loaded are mapped without a read; others are loaded into the image first. A
+    /// fault maps the pages around it as [`fault_around`](Self::fault_around) says. Writes are to copies that belong to the
+    /// mapping alone. After `MADV_DONTNEED` a page shows the image again, whatever
+    /// [`on_removal`](Self::on_removal) says.
+    ///
+    /// The range is registered for [`RegisterMode::MINOR`], too: the descriptor needs
+    /// [`FeatureFlags::MINOR_SHMEM`] (Linux 5.14). [`minor`](Self::minor) is for memory that changes its file.
+    ///
+    /// Adding it fails with [`Register`](Error::Register) where the mapping is shared, which the kernel refuses for a sealed file, or isn't of
+    /// a memfd, or where the descriptor or the kernel has no such faults.
+    pub fn image(start: usize, len: usize, image: &Arc<SharedImage>) -> Self {
+        let region = Self::new(start, len, Arc::clone(image));
+        Self { image: Some(Arc::clone(image)), ..region }
     }
 
     /// Sets the offset in the source of the first page's content, in bytes. The default is 0.
@@ -300,11 +321,16 @@ impl Region {
         self.start..self.start.saturating_add(self.len)
     }
 
+    /// Whether its content is put into a file, and mapped from there.
+    fn has_cache(&self) -> bool {
+        self.minor.is_some() || self.image.is_some()
+    }
+
     /// The modes for which the region must be registered.
     pub(crate) fn modes(&self) -> RegisterMode {
         let mut modes = RegisterMode::MISSING;
         modes.set(RegisterMode::WRITE_PROTECT, self.write_protected);
-        modes.set(RegisterMode::MINOR, self.minor.is_some());
+        modes.set(RegisterMode::MINOR, self.has_cache());
         modes
     }
 
@@ -363,6 +389,12 @@ impl Region {
             }
             _ => {}
         }
+        if self.image.is_some() {
+            let offset = self.offset;
+            if self.minor.is_some() || page != crate::page_size() || offset % page as u64 != 0 {
+                return Err(Error::FileRange { address: start, len, offset });
+            }
+        }
         if let Some((_, offset)) = self.minor {
             let end = offset.checked_add(len as u64).and_then(|end| i64::try_from(end).ok());
             if end.is_none() || offset % page as u64 != 0 {
@@ -390,7 +422,7 @@ impl Region {
 
     /// Checks for operations that the kernel lacks though it registers the memory for them.
     pub(crate) fn check_kernel(&self) -> Result<()> {
-        if !(self.write_protected && self.minor.is_some()) {
+        if !(self.write_protected && self.has_cache()) {
             return Ok(());
         }
         // CONTINUE maps protected pages since Linux 6.4, like this feature; it has none of its own. Where the process may
@@ -412,7 +444,7 @@ impl Region {
         }
         let mut needed = IoctlFlags::COPY | IoctlFlags::WAKE;
         needed.set(IoctlFlags::WRITE_PROTECT, self.write_protected);
-        needed.set(IoctlFlags::CONTINUE, self.minor.is_some());
+        needed.set(IoctlFlags::CONTINUE, self.has_cache());
         let missing = needed.difference(offered);
         if missing.is_empty() { Ok(()) } else { Err(Error::MissingIoctls { address: self.start, missing }) }
     }
@@ -438,7 +470,12 @@ impl Region {
         moved.sort_by_key(|part| part.pages.start);
         // Each page has one place; its first range counts.
         moved.dedup_by(|next, before| next.pages.start < before.pages.end);
-        let cache = self.minor.map(|(file, offset)| Cache::new(file, offset, self.len, page)).transpose()?;
+        // An image has its content still.
+        let reloads = self.on_removal == OnRemoval::Reload && self.image.is_none();
+        let cache = match self.image {
+            Some(image) => Some(Cache::Image { image, offset: self.offset }),
+            None => self.minor.map(|(file, offset)| Cache::new(file, offset, self.len, page)).transpose()?,
+        };
         let served = ServedRegion {
             id,
             source_len: self.source_len,
@@ -455,7 +492,7 @@ impl Region {
             held: OnceLock::new(),
             cache,
             shared: self.shared,
-            reloads: self.on_removal == OnRemoval::Reload,
+            reloads,
             zeropage: page == crate::page_size() && !self.write_protected,
             poison: offered.contains(IoctlFlags::POISON),
             pages,
