@@ -327,6 +327,8 @@ impl PageFiller {
         match filled.1 {
             None => {
                 counter.add(1);
+                // The page was empty, as it may be any number of times.
+                self.suspect.1 = 0;
                 return (Outcome::Settled, true);
             }
             Some(errno @ (Errno::EAGAIN | Errno::ENOMEM | Errno::ENOSPC)) => {

@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "the memory is the test's")]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::harness::{Reader, Seen, Stop, start as start_thread, tell_signals};
@@ -167,5 +168,50 @@ fn region_ends_well_where_a_change_keeps_its_poison_away() {
         assert!(ending.join().unwrap().is_ok());
         removing.join().unwrap();
         assert_eq!(reader.wait(), Seen::Byte(7));
+    });
+}
+
+/// A page that is removed and read again and again, of which no event tells, and then read by two threads at once.
+#[test]
+fn page_that_was_often_empty_is_not_reported_as_stuck() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = Memory::new(Kind::Anonymous, 2);
+        let at = |number: usize| memory.at(number).addr();
+        let seven = |_: u64, bytes: &mut [u8]| {
+            bytes.fill(7);
+            Ok(PageData::Data)
+        };
+        let uffd = uffd(FeatureFlags::empty());
+        let counted = uffd.try_clone().unwrap();
+        let problems = Arc::new(AtomicUsize::new(0));
+        let told = Arc::clone(&problems);
+        let pager =
+            Pager::builder().threads(1).max_threads(1).delivery(Delivery::Sleep).on_problem(move |_| {
+                told.fetch_add(1, Ordering::SeqCst);
+            });
+        let pager = pager.build().unwrap();
+        let region = Region::new(at(0), memory.len(), seven).fault_around(FaultAround::Page);
+        // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
+        unsafe { pager.add_own(uffd, [region]) }.unwrap();
+        assert_eq!(Reader::of(at(0)).wait(), Seen::Byte(7));
+        for _ in 0..300 {
+            memory.advise(0, 1, libc::MADV_DONTNEED).unwrap();
+            assert_eq!(Reader::of(at(0)).wait(), Seen::Byte(0));
+        }
+        memory.advise(0, 1, libc::MADV_DONTNEED).unwrap();
+        let stop = Stop::at(Point::BeforeFill, at(1)..at(1) + page());
+        let other = Reader::of(at(1));
+        stop.reached();
+        let both = [1, 2].map(|pending| {
+            let reader = Reader::of(at(0));
+            wait_for_pending(&counted, pending);
+            reader
+        });
+        stop.go();
+        assert!(both.iter().all(|reader| reader.wait() == Seen::Byte(0)));
+        assert_eq!(other.wait(), Seen::Byte(7));
+        drop(pager);
+        assert_eq!(problems.load(Ordering::SeqCst), 0);
     });
 }
