@@ -11,14 +11,9 @@ use userfaultfd::{DirtyTracker, Errno, FeatureFlags, Pid, Uffd, UffdBuilder};
 
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::wait_until;
-use crate::support::{child, errno, has, page, require, seccomp, test_name};
+use crate::support::{child, errno, page, require, seccomp, test_name};
 
 const ROUNDS: usize = 20;
-
-/// Whether this machine has it.
-fn can_be_made(test: &str) -> bool {
-    has(test, "system calls made in other processes (x86-64)", cfg!(target_arch = "x86_64"))
-}
 
 fn create_in(process: libc::pid_t) -> userfaultfd::Result<Uffd> {
     let mut builder = UffdBuilder::new();
@@ -59,9 +54,6 @@ fn count_for_ever(memory: &Memory, steps: &AtomicU64) -> ! {
 #[test]
 fn process_at_work_goes_on_with_registers_and_signals() {
     require!(FeatureFlags::WP_ASYNC);
-    if !can_be_made(test_name!()) {
-        return;
-    }
     child::run_well(test_name!(), || {
         let (memory, figures) = (Memory::anonymous(4), Memory::new(Kind::Memfd, 1));
         let signals_memory = Memory::new(Kind::Memfd, 1);
@@ -108,9 +100,6 @@ fn process_at_work_goes_on_with_registers_and_signals() {
 #[test]
 fn process_that_waits_in_a_system_call_goes_on_waiting() {
     require!(FeatureFlags::WP_ASYNC);
-    if !can_be_made(test_name!()) {
-        return;
-    }
     child::run_well(test_name!(), || {
         let (mut here, there) = UnixStream::pair().unwrap();
         let process = child::fork(|| {
@@ -142,9 +131,6 @@ fn process_that_waits_in_a_system_call_goes_on_waiting() {
 #[test]
 fn processes_that_cannot_be_asked_have_an_errno() {
     require!(FeatureFlags::WP_ASYNC);
-    if !can_be_made(test_name!()) {
-        return;
-    }
     child::run_well(test_name!(), || {
         assert_eq!(errno(create_in(std::process::id() as libc::pid_t)), Errno::EBUSY);
         let (mut here, there) = UnixStream::pair().unwrap();

@@ -13,6 +13,7 @@ mod elsewhere;
 mod forked;
 #[cfg(all(feature = "pager", feature = "snapshot"))]
 mod held;
+#[cfg(target_arch = "x86_64")] // where it can be done
 mod injected;
 mod pinned;
 mod process;

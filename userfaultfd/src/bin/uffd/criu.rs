@@ -49,7 +49,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         Some(url) => {
             let url = url.trim_end_matches('/').to_owned();
             CriuImages::with(move |name| {
-                let source = HttpSource::open(&format!("{url}/{name}")).map_err(std::io::Error::other)?;
+                let source = HttpSource::open(format!("{url}/{name}")).map_err(std::io::Error::other)?;
                 Ok(Arc::new(source) as Arc<dyn PageSource>)
             })
         }
