@@ -247,7 +247,7 @@ impl Pages {
         }
     }
 
-    /// Notes a fault on a page that counts as present. Returns whether so many have come that it was removed, perhaps.
+    /// Notes a fault on a page that counts as present. Returns whether enough have come that it may have been removed.
     pub(crate) fn doubt(&self, page: usize) -> bool {
         let cell = &self.cells()[page];
         let more = |state: u8| {
@@ -354,7 +354,7 @@ impl Pages {
         });
     }
 
-    /// Marks pages as removed that count as present and are doubted: whoever looks next finds out.
+    /// Marks pages as removed that count as present and are doubted: the next fault or fill finds out.
     pub(crate) fn remove_doubted(&self, pages: Range<usize>) {
         let is_doubted = |state: u8| state & (PRESENT | LOADING) == PRESENT && state >> TRIES_SHIFT > 0;
         self.change_all(pages, |state| if is_doubted(state) { REMOVED } else { state });
