@@ -250,6 +250,30 @@ fn bigger_than_memory_touches_every_page_within_its_limit() {
 }
 
 #[test]
+fn far_memory_keeps_a_process_within_its_limit() {
+    let need = Need::Features(FeatureFlags::WP_UNPOPULATED);
+    let output = run(command("far_memory").args(["--limit", "1M", "--size", "4M", "--rounds", "2"]));
+    let name = "far_memory_keeps_a_process_within_its_limit";
+    let Some(output) = output.unless_unmet(name, need) else { return };
+    assert!(output.out.contains("all as they were written"), "{output:?}");
+    let number = |name: &str| -> usize {
+        let line = output.out.lines().find_map(|line| line.strip_prefix(name)).expect("a line of its name");
+        line.split(' ').next().unwrap().parse().expect("a number")
+    };
+    let pages = |bytes: usize| bytes / page_size();
+    assert!(number("resident: ") <= 1 << 20, "{output:?}");
+    assert!(number("evicted: ") >= pages(3 << 20) && number("refaulted: ") > 0, "{output:?}");
+    assert!(number("spilled: ") > 0, "{output:?}");
+    // With room for all of it nothing leaves, and a limit that is too small is refused.
+    let output = run(command("far_memory").args(["--limit", "16M", "--size", "1M", "--rounds", "1"]));
+    assert!(output.status.success() && output.out.contains("evicted: 0\n"), "{output:?}");
+    let output = run(command("far_memory").args(["--limit", "4K", "--size", "1M"]));
+    assert!(!output.status.success() && output.err.contains("too small"), "{output:?}");
+    let output = run(command("far_memory").arg("--limit"));
+    assert!(!output.status.success() && output.err.contains("usage"), "{output:?}");
+}
+
+#[test]
 fn store_answers_from_an_index_larger_than_its_limit() {
     let directory = Directory::new("store");
     let path = directory.snapshot().with_file_name("index");

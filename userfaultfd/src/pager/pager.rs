@@ -5,11 +5,13 @@ use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::evict::residence::Content;
 use super::fill::growth;
 use super::fill::retry::Deferred;
 use super::memory::address_map::{self, AddressMap, Segment};
 use super::memory::descriptor::{Attachment, Descriptor, Origin, addr_to_ptr, unwrap_last_arc, wake};
 use super::memory::page_state::Pages;
+use super::memory::served::ServedRegion;
 use super::memory::unfillable::Unfillable;
 use super::on_end::Guest;
 use super::serve::control;
@@ -21,7 +23,7 @@ use super::serve::vma_events;
 use super::serve::worker_pool;
 use super::{
     DescriptorId, Detached, Error, MissingRange, OnEnd, PagerBuilder, Progress, Refused, Region, RegionId,
-    Result, Statistics, target,
+    Result, Statistics, Target, target,
 };
 #[cfg(feature = "tracking")]
 use crate::RegisterMode;
@@ -271,9 +273,15 @@ impl Pager {
         let regions: Vec<_> = layout.segments().iter().map(|segment| Arc::clone(&segment.region)).collect();
         regions.iter().for_each(|region| self.shared.regions.keep(region));
         let uffd = Arc::new(uffd);
+        if let Err(error) = layout.segments().iter().try_for_each(|segment| self.begin_limit(segment, &uffd))
+        {
+            regions.iter().for_each(|region| self.keep_not(region));
+            return Err(Refused { uffd: unwrap_last_arc(uffd), error });
+        }
         let serving = Attachment { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
         match self.shared.add(serving, origin) {
             Ok(descriptor) => {
+                regions.iter().for_each(|region| serve_at(region, &descriptor));
                 // Faults that another reader has read and not resolved are reported again.
                 for segment in descriptor.segments(self.shared.outside_id(), None) {
                     wake(&uffd, segment.start..segment.end);
@@ -283,7 +291,7 @@ impl Pager {
                 Ok(Added { descriptor: DescriptorId(descriptor.id), regions })
             }
             Err(error) => {
-                regions.iter().for_each(|region| self.shared.regions.keep_not(region));
+                regions.iter().for_each(|region| self.keep_not(region));
                 // A worker may own it for a moment.
                 Err(Refused { uffd: unwrap_last_arc(uffd), error })
             }
@@ -345,6 +353,7 @@ impl Pager {
         if descriptor.is_own {
             hold(&segment);
         }
+        self.begin_limit(&segment, &uffd)?;
         drop(uffd);
         let (region, range) = (Arc::clone(&segment.region), segment.start..segment.end);
         self.shared.regions.keep(&region);
@@ -365,15 +374,70 @@ impl Pager {
         });
         drop(replaced);
         let added = refused.and(if served { Ok(()) } else { Err(Error::NotServed) });
-        added.inspect_err(|_| self.shared.regions.keep_not(&region))?;
+        added.inspect_err(|_| self.keep_not(&region))?;
+        serve_at(&region, &descriptor);
         if let Some(serving) = &*descriptor.lock_shard(self.shared.outside_id()) {
             wake(&serving.uffd, range);
         }
         Ok(RegionId(region.id))
     }
 
+    /// Has a budget count the pages of a segment that is about to be served.
+    fn begin_limit(&self, segment: &Segment, uffd: &Arc<Uffd>) -> Result<()> {
+        match segment.region.residence.as_ref().filter(|residence| residence.places().is_some()) {
+            Some(residence) => residence.attach(&segment.region, segment.start, uffd, &self.shared),
+            None => Ok(()),
+        }
+    }
+
+    /// Keeps a region no longer, which was never served.
+    fn keep_not(&self, region: &Arc<ServedRegion>) {
+        if let Some(residence) = region.residence.as_ref().filter(|residence| residence.places().is_some()) {
+            residence.detach();
+        }
+        self.shared.regions.keep_not(region);
+    }
+
+    /// Has budgets count no pages any more of the shared memory of a descriptor, or of one of its regions.
+    fn end_limits(&self, descriptor: &Descriptor, region: Option<RegionId>) {
+        let segments = descriptor.segments(self.shared.outside_id(), region.map(|region| region.0));
+        self.shared.leave_budgets(|region| segments.iter().any(|segment| segment.region.id == region.id));
+    }
+
+    /// Brings back what has left of the shared memory of a descriptor, which is about to be handed over. Returns the parts
+    /// that can't be read back.
+    fn bring_back(&self, descriptor: &Arc<Descriptor>) -> Vec<(Segment, Range<usize>)> {
+        self.end_limits(descriptor, None);
+        let mut lost = Vec::new();
+        for segment in descriptor.segments(self.shared.outside_id(), None) {
+            let region = &segment.region;
+            let Some(residence) = region.residence.as_ref().filter(|residence| residence.places().is_some())
+            else {
+                continue;
+            };
+            let has_left = |page: &usize| {
+                let is_missing = region.pages.is_missing(*page) && !region.pages.is_removed(*page);
+                is_missing && residence.content(*page) != Content::Source
+            };
+            let target = Target::Pager {
+                shared: Arc::clone(&self.shared),
+                descriptor: Arc::clone(descriptor),
+                region: Arc::clone(region),
+            };
+            let mut next = segment.pages().start;
+            while let Some(first) = (next..segment.pages().end).find(&has_left) {
+                next =
+                    (first..segment.pages().end).find(|page| !has_left(page)).unwrap_or(segment.pages().end);
+                // It may not be served any more, since its process has ended.
+                let _filled = target.fill_now(first..next);
+                lost.extend((first..next).filter(&has_left).map(|page| (segment.clone(), page..page + 1)));
+            }
+        }
+        lost
+    }
+
     /// Checks a region, and registers it.
-    fn register(&self, uffd: &Uffd, process: Option<Process>, region: Region) -> Result<Segment> {
+    fn register(&self, uffd: &Uffd, process: Option<Process>, mut region: Region) -> Result<Segment> {
         region.check()?;
         let Range { start, end } = region.range();
         if uffd.features().contains(FeatureFlags::SIGBUS) {
@@ -390,6 +454,7 @@ impl Pager {
             _ => Error::Register { address: start, error },
         })?;
         region.check_ioctls(offered)?;
+        region.limit()?;
         let mut region = region.serve(self.shared.regions.new_id(), offered)?;
         let page = region.page_size();
         // Where the kernel doesn't say, it may be so.
@@ -487,6 +552,7 @@ impl Pager {
         if descriptor.is_lazy {
             return Err(Error::NotServed);
         }
+        self.end_limits(&descriptor, Some(region));
         let mut patience = Patience::new(self.patience);
         let left = shutdown::drain(
             &self.shared,
@@ -517,7 +583,7 @@ impl Pager {
         &self,
         descriptor: &Descriptor,
         region: RegionId,
-        may_go: impl Fn(&super::memory::served::ServedRegion) -> bool,
+        may_go: impl Fn(&ServedRegion) -> bool,
     ) -> Result<()> {
         vma_events::settle_moves(&self.shared, descriptor);
         // Freed when the shards are unlocked again.
@@ -554,7 +620,9 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// [`NotServed`](Error::NotServed): the descriptor isn't served, or belongs to a [`LazyMemory`](crate::LazyMemory).
+    /// - [`NotServed`](Error::NotServed): the descriptor isn't served, or belongs to a [`LazyMemory`](crate::LazyMemory).
+    /// - [`Unfilled`](Error::Unfilled): what has left memory with a [budget](Region::budget) can't be read back. The pager
+    ///   goes on serving the descriptor, without the limit.
     pub fn remove(&self, descriptor: DescriptorId) -> Result<Detached> {
         self.remove_of(descriptor, false)
     }
@@ -570,6 +638,13 @@ impl Pager {
         let _adding = lock(&self.adding);
         let descriptor = self.shared.table.find(descriptor.0).filter(|found| found.is_lazy == is_lazy);
         let descriptor = descriptor.ok_or(Error::NotServed)?;
+        let lost = self.bring_back(&descriptor);
+        if !lost.is_empty() && !descriptor.is_closed() {
+            let mut failed = Unfillable::default();
+            let segments: Vec<_> = lost.iter().map(|(segment, pages)| segment.of_pages(pages)).collect();
+            failed.add(&segments, Pages::is_failed);
+            return Err(failed.unfilled(lost.len()));
+        }
         let serving = self.shared.remove(&descriptor).ok_or(Error::NotServed)?;
         Ok(shutdown::detached(&descriptor, serving))
     }
@@ -596,7 +671,7 @@ impl Pager {
             Arc::clone(&serving.as_ref().ok_or(Error::NotServed)?.uffd)
         };
         match &segment.region.residence {
-            Some(residence) => residence.attach(&segment.region, segment.start, uffd, &self.shared),
+            Some(residence) => residence.attach(&segment.region, segment.start, &uffd, &self.shared),
             None => Ok(()),
         }
     }
@@ -731,9 +806,16 @@ impl Pager {
 
     /// Stops the pager, and returns all descriptors with the lists of their missing pages. Waiting threads are woken, so
     /// that they fault again and the new owner reads their faults.
+    ///
+    /// What has left memory with a [budget](Region::budget) and can't be read back is poisoned.
     #[must_use = "closing the descriptors shows zeros where pages are missing"]
     pub fn detach(mut self) -> Vec<Detached> {
         if self.shared.owner.is_current() {
+            for descriptor in self.shared.table.all() {
+                for (segment, pages) in self.bring_back(&descriptor) {
+                    shutdown::poison_pages(&self.shared, &descriptor, &segment, pages);
+                }
+            }
             self.stop_threads();
         }
         let descriptors = self.shared.table.all().into_iter();
@@ -765,6 +847,8 @@ impl Pager {
         }
         self.shared.mailbox.stop();
         others.next().into_iter().for_each(Thread::join);
+        // The control thread does so while it runs.
+        self.shared.leave_budgets(|_| true);
         self.shared.fill.reports.stop();
         others.for_each(Thread::join);
     }
@@ -772,6 +856,7 @@ impl Pager {
     /// Ends a descriptor's process as was chosen. By default poisons the missing pages, or fills them where the kernel can't
     /// poison. Returns whether none is left, or no process that could see one.
     fn drain(&self, descriptor: &Arc<Descriptor>, patience: &mut Patience) -> bool {
+        self.end_limits(descriptor, None);
         let is_covered = |drain| {
             matches!(shutdown::drain(&self.shared, descriptor, None, drain, patience, &mut |_| {}), Ok(0))
         };
@@ -824,6 +909,13 @@ impl Drop for Pager {
                 let _kept = unwrap_last_arc(serving.uffd).into_raw_fd();
             }
         }
+    }
+}
+
+/// Notes where a region is served, whose shared memory a budget limits.
+fn serve_at(region: &ServedRegion, descriptor: &Descriptor) {
+    if let Some(places) = region.residence.as_ref().and_then(|residence| residence.places()) {
+        places.serve_at(descriptor.slot);
     }
 }
 

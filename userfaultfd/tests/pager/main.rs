@@ -14,6 +14,7 @@ mod fills;
 mod forked;
 mod lazy;
 mod leaks;
+mod limited;
 mod on_end;
 mod others;
 mod paged;

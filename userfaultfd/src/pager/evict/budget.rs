@@ -17,8 +17,8 @@ use crate::pager::serve::thread::Thread;
 use crate::pager::{Error, Result};
 use crate::sync::AtomicU64;
 
-/// A limit for the resident memory of any number of [`LazyMemory`](crate::LazyMemory)s and
-/// [`PagedMemory`](crate::PagedMemory)s.
+/// A limit for the resident memory of any number of [`LazyMemory`](crate::LazyMemory)s,
+/// [`PagedMemory`](crate::PagedMemory)s, and [regions](crate::pager::Region::budget) of shared memory, of other processes, too.
 ///
 /// Clones are the same budget. When the memories that share it get close to the limit, a thread of the budget takes pages
 /// away from them, those first that don't seem to be needed (S3-FIFO). A page that was written since it was filled goes

@@ -27,7 +27,7 @@ use super::pins::Pinning;
 use super::residence::{Place, Residence};
 use super::store::{StoreBacking, Turn, WRITE_PAGES};
 use crate::Errno;
-use crate::pager::memory::descriptor::{addr_to_ptr, wake};
+use crate::pager::memory::descriptor::addr_to_ptr;
 use crate::pager::memory::page_state::Settlement;
 use crate::sync_point::{Departure, Point, reach};
 
@@ -83,8 +83,7 @@ fn end(member: &Member, page: usize, found: &ToCopy) {
         _ => Settlement::Released,
     };
     if member.region.pages.end(page, settled) {
-        let address = member.start + page * crate::page_size();
-        wake(&member.uffd, address..address + crate::page_size());
+        member.wake(page);
     }
 }
 
@@ -196,7 +195,7 @@ fn copy(
         } else {
             let address = member.start + first * page_size;
             if !is_pinned {
-                let protected = member.uffd.write_protect(addr_to_ptr(address), bytes.len());
+                let protected = member.uffd().write_protect(addr_to_ptr(address), bytes.len());
                 protected.map_err(|error| io::Error::from(error.errno().unwrap_or(Errno::EINVAL)))?;
             }
             store.memory.read_exact_at(bytes, address as u64)?;

@@ -13,9 +13,11 @@ use super::pins::{PinTerm, Pins};
 use super::policy::{Link, List, NO_STAMP, NONE, Policy, S3Fifo};
 use super::pool::{Pool, RUN_SHARE};
 use super::residence::{Place, Residence};
+use super::shared::wake_all;
 use super::store::{StoreBacking, WriteBack};
 use crate::Uffd;
 use crate::mapped_vec::{self, MappedVec};
+use crate::pager::memory::descriptor::wake;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::serve::shared::Shared;
 use crate::pager::{Problem, RegionId};
@@ -50,8 +52,9 @@ pub(super) struct Member {
     pub(super) region: Arc<ServedRegion>,
     /// Where its first page lies.
     pub(super) start: usize,
-    pub(super) uffd: Arc<Uffd>,
-    /// For problems.
+    /// The descriptor of private memory, which doesn't end before the budget has let go of that.
+    pub(super) uffd: Option<Arc<Uffd>>,
+    /// For problems, and the descriptors of shared memory.
     pub(super) shared: Arc<Shared>,
     /// The thread that writes to its store waits for pages.
     pub(super) write_work: Condvar,
@@ -60,6 +63,20 @@ pub(super) struct Member {
 impl Member {
     pub(super) fn residence(&self) -> &Residence {
         self.region.residence.as_deref().expect("a member has a residence")
+    }
+
+    /// The descriptor of private memory.
+    pub(super) fn uffd(&self) -> &Uffd {
+        self.uffd.as_deref().expect("it is private memory's")
+    }
+
+    /// Wakes the threads that wait for a page.
+    pub(super) fn wake(&self, page: usize) {
+        let address = self.start + page * crate::page_size();
+        match self.residence().places() {
+            Some(places) => wake_all(self, places, page),
+            None => wake(self.uffd(), address..address + crate::page_size()),
+        }
     }
 }
 

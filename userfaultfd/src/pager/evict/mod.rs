@@ -6,7 +6,8 @@
 //! source's; the state of a page is the one that filling knows, and a page on its way out is claimed like one on its way
 //! in.
 //!
-//! Written pages go to a spill file when they leave ([`write_back`]), or to a store before they may ([`clean`], [`writer`]).
+//! Pages of private memory are moved to a staging area, or copied where the kernel can't; those of shared memory are copied
+//! from its file ([`shared`]). Written pages go to a spill file when they leave ([`write_back`]), or to a store before they may ([`clean`], [`writer`]).
 
 pub(crate) mod budget;
 mod cgroup;
@@ -18,6 +19,7 @@ pub(crate) mod pins;
 mod policy;
 mod pool;
 pub(crate) mod residence;
+pub(crate) mod shared;
 pub(crate) mod store;
 pub(crate) mod take;
 mod write_back;

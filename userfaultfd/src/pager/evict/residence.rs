@@ -31,6 +31,7 @@ use super::frames::Member;
 use super::pins::{PinTerm, SHORT_PIN_PATIENCE};
 use super::policy::NONE;
 use super::pool::{Counters, Pool, STUCK_INTERVAL, count};
+use super::shared::Places;
 use super::store::StoreBacking;
 use super::write_back;
 use crate::own_mapping::OwnMapping;
@@ -135,14 +136,23 @@ pub(crate) struct Residence {
     cells: MmapRaw,
     count: usize,
     staging: OwnMapping,
-    /// `/proc/self/mem`, where pages can't be moved: they are copied then.
-    pub(super) memory: Option<File>,
+    pub(super) way: Way,
     pub(super) backing: Backing,
     pub(super) counters: Counters,
     /// Pages that memory alone has.
     dirty: AtomicUsize,
     /// Pages that are in frames.
     pub(super) resident: AtomicUsize,
+}
+
+/// How a page gets to the staging area.
+pub(super) enum Way {
+    /// It is moved: since Linux 6.8.
+    Moved,
+    /// It is copied from `/proc/self/mem`.
+    Copied(File),
+    /// It is copied from the memory's file, wherever that is mapped.
+    FromFile(Places),
 }
 
 /// Where a page goes that was written.
@@ -153,14 +163,32 @@ pub(super) enum Backing {
     Store(StoreBacking),
 }
 
+impl Way {
+    fn of_private(moves: bool) -> Result<Self> {
+        let can_move = moves && Support::probe()?.features().contains(FeatureFlags::MOVE);
+        Ok(if can_move { Self::Moved } else { Self::Copied(File::open("/proc/self/mem")?) })
+    }
+}
+
+impl Backing {
+    /// A file for the pages of a budget.
+    fn spill(budget: &Budget, dir: &Path) -> Result<Self> {
+        budget.check()?;
+        let spill = write_back::create(dir);
+        spill.map(Self::Spill).map_err(|error| Error::Spill { dir: dir.to_owned(), error })
+    }
+}
+
 impl Residence {
     /// For `count` pages of the base size, whose written ones go to a file. `moves`: whether pages are moved where the kernel
     /// can, since Linux 6.8.
     pub(crate) fn with_spill(budget: &Budget, count: usize, dir: &Path, moves: bool) -> Result<Self> {
-        budget.check()?;
-        let spill = write_back::create(dir);
-        let spill = spill.map_err(|error| Error::Spill { dir: dir.to_owned(), error })?;
-        Self::new(budget, count, Backing::Spill(spill), moves)
+        Self::new(budget, count, Backing::spill(budget, dir)?, Way::of_private(moves)?)
+    }
+
+    /// The same for shared memory, whose pages are copied from its file.
+    pub(crate) fn of_file(budget: &Budget, count: usize, dir: &Path) -> Result<Self> {
+        Self::new(budget, count, Backing::spill(budget, dir)?, Way::FromFile(Places::new()))
     }
 
     /// The same, whose written pages go to a store.
@@ -171,22 +199,20 @@ impl Residence {
         moves: bool,
     ) -> Result<Self> {
         budget.check()?;
-        Self::new(budget, count, Backing::Store(store), moves)
+        Self::new(budget, count, Backing::Store(store), Way::of_private(moves)?)
     }
 
-    fn new(budget: &Budget, count: usize, backing: Backing, moves: bool) -> Result<Self> {
+    fn new(budget: &Budget, count: usize, backing: Backing, way: Way) -> Result<Self> {
         let cells: MmapRaw =
             MmapOptions::new().len(count * size_of::<[AtomicU32; 2]>()).no_reserve_swap().map_anon()?.into();
         let staging = OwnMapping::new(count * crate::page_size(), None)?;
-        let can_move = moves && Support::probe()?.features().contains(FeatureFlags::MOVE);
-        let memory = if can_move { None } else { Some(File::open("/proc/self/mem")?) };
         Ok(Self {
             budget: budget.clone(),
             member: AtomicU32::new(NONE),
             cells,
             count,
             staging,
-            memory,
+            way,
             backing,
             counters: Counters::default(),
             dirty: AtomicUsize::new(0),
@@ -199,10 +225,10 @@ impl Residence {
         &self,
         region: &Arc<ServedRegion>,
         start: usize,
-        uffd: Arc<Uffd>,
+        uffd: &Arc<Uffd>,
         shared: &Arc<Shared>,
     ) -> Result<()> {
-        if self.memory.is_none() {
+        if matches!(self.way, Way::Moved) {
             // Pages can be moved to what is registered alone. Nothing there is touched while it is missing.
             let (staging, len) = (self.staging.as_ptr(), self.count * crate::page_size());
             let registered = uffd.register_with_mode(staging.cast(), len, RegisterMode::MISSING);
@@ -210,6 +236,8 @@ impl Residence {
         }
         let (region, shared) = (Arc::clone(region), Arc::clone(shared));
         let write_work = Condvar::new();
+        // The descriptor of shared memory is looked up: it may end before the budget.
+        let uffd = self.places().is_none().then(|| Arc::clone(uffd));
         self.budget.attach(Member { region, start, uffd, shared, write_work })
     }
 
@@ -218,6 +246,24 @@ impl Residence {
         if self.budget.pool().is_here() {
             self.budget.detach(self);
         }
+    }
+
+    /// Where its pages are mapped, if they are shared memory's.
+    pub(crate) fn places(&self) -> Option<&Places> {
+        match &self.way {
+            Way::FromFile(places) => Some(places),
+            Way::Moved | Way::Copied(_) => None,
+        }
+    }
+
+    /// Whether it is one of shared memory whose pages a budget counts.
+    pub(crate) fn is_limiting(&self) -> bool {
+        self.places().is_some_and(Places::is_served) && self.member().is_some()
+    }
+
+    /// Whether a page was written, for the thread that has claimed it.
+    pub(super) fn is_written(&self, page: usize) -> bool {
+        self.place(page).is_written()
     }
 
     pub(super) fn member(&self) -> Option<u32> {

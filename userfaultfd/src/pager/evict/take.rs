@@ -13,16 +13,19 @@
 
 #![expect(unsafe_code, reason = "moves pages of memory that lazy memory handed over")]
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::slice;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::cgroup::LOOK_INTERVAL;
 use super::frames::{BATCH, Frames, Member, Need, Victim};
 use super::pool::Pool;
-use super::write_back;
+use super::residence::Way;
+use super::{shared, write_back};
 use crate::mapped_vec::{self, MappedVec};
-use crate::pager::memory::descriptor::{addr_to_ptr, wake};
+use crate::pager::memory::descriptor::addr_to_ptr;
 use crate::pager::memory::page_state::Settlement;
 use crate::sync_point::{Departure, Point, reach};
 use crate::{Errno, MoveMode, sys};
@@ -126,13 +129,13 @@ fn finish(
         is_through |= is_done;
         // What didn't get through is what it was.
         let end = match (end, is_done) {
-            (Settlement::Left, false) => Settlement::Present,
+            (Settlement::Left, false) => Settlement::Reloaded,
             (end, _) => end,
         };
         let address = member.start + page * crate::page_size();
         reach(Point::Evict(Departure::AfterLeave), address);
         if member.region.pages.end(*page, end) {
-            wake(&member.uffd, address..address + crate::page_size());
+            member.wake(*page);
         }
     }
     victims.clear();
@@ -146,10 +149,13 @@ fn stage(victims: &mut [Victim]) {
     while let Some(len) = write_back::run_len(rest) {
         let (run, others) = rest.split_at_mut(len);
         reach(Point::Evict(Departure::BeforeLeave), run[0].member.start + run[0].page * crate::page_size());
-        if run[0].member.residence().memory.is_some() {
-            run.iter_mut().for_each(|victim| victim.is_done = copy_out(&victim.member, victim.page).is_ok());
-        } else {
-            move_out(run);
+        let member = Arc::clone(&run[0].member);
+        match &member.residence().way {
+            Way::Moved => move_out(run),
+            Way::Copied(memory) => run
+                .iter_mut()
+                .for_each(|victim| victim.is_done = copy_out(&victim.member, memory, victim.page).is_ok()),
+            Way::FromFile(places) => shared::take_out(run, places),
         }
         rest = others;
     }
@@ -166,7 +172,8 @@ fn move_out(run: &mut [Victim]) {
         let len = (run.len() - at).min(most) * crate::page_size();
         // SAFETY: the pages are the lazy memory's, whose content nobody loses: a thread that touches one waits for its
         // claim, and gets it back. The destination is this residence's, empty, and touched by nobody else.
-        let moved = unsafe { member.uffd.move_pages(addr_to_ptr(src), dst.cast(), len, MoveMode::DONT_WAKE) };
+        let moved =
+            unsafe { member.uffd().move_pages(addr_to_ptr(src), dst.cast(), len, MoveMode::DONT_WAKE) };
         let (done, errno) = match moved {
             Ok(done) => (done, None),
             Err(error) => (error.progress().unwrap_or(0), error.errno()),
@@ -201,7 +208,7 @@ fn move_back(victim: &Victim) {
     loop {
         let (src, dst) = (residence.staged(*page).cast(), addr_to_ptr(address));
         // SAFETY: the page is the staging area's, where it is this thread's; memory gets back what it had.
-        let moved = unsafe { member.uffd.move_pages(src, dst, crate::page_size(), MoveMode::DONT_WAKE) };
+        let moved = unsafe { member.uffd().move_pages(src, dst, crate::page_size(), MoveMode::DONT_WAKE) };
         match moved.map_err(|error| error.errno()) {
             // Of a small page that nothing else refers to: not for long.
             Err(Some(Errno::EAGAIN)) => std::thread::yield_now(),
@@ -212,13 +219,12 @@ fn move_back(victim: &Victim) {
 }
 
 /// The same before Linux 6.8: protects the page, copies and drops it.
-fn copy_out(member: &Member, page: usize) -> Result<(), Errno> {
+fn copy_out(member: &Member, memory: &File, page: usize) -> Result<(), Errno> {
     let (residence, len) = (member.residence(), crate::page_size());
-    let Some(memory) = &residence.memory else { return Err(Errno::EINVAL) };
     let address = member.start + page * len;
     // A write waits from now on for the claim.
     member
-        .uffd
+        .uffd()
         .write_protect(addr_to_ptr(address), len)
         .map_err(|error| error.errno().unwrap_or(Errno::EINVAL))?;
     reach(Point::Evict(Departure::BeforeCopyOut), address);
@@ -244,6 +250,6 @@ pub(crate) fn move_unasked(residence: &super::residence::Residence, page: usize)
     let member = residence.as_member().expect("it is attached");
     let (src, dst) = (addr_to_ptr(member.start + page * crate::page_size()), residence.staged(page).cast());
     // SAFETY: as `move_out`, which is about to do the same.
-    let moved = unsafe { member.uffd.move_pages(src, dst, crate::page_size(), MoveMode::DONT_WAKE) };
+    let moved = unsafe { member.uffd().move_pages(src, dst, crate::page_size(), MoveMode::DONT_WAKE) };
     assert_eq!(moved.map_err(|error| error.errno()), Ok(crate::page_size()));
 }

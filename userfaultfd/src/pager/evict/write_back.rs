@@ -5,6 +5,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{io, process, slice};
 
@@ -43,14 +44,14 @@ pub(super) fn create(dir: &Path) -> io::Result<File> {
 
 /// Sorts pages by memory and place, without allocating.
 pub(super) fn sort(victims: &mut [Victim]) {
-    victims.sort_unstable_by_key(|victim| (victim.member.start, victim.page));
+    victims.sort_unstable_by_key(|victim| (victim.member.start, Arc::as_ptr(&victim.member), victim.page));
 }
 
 /// How many of the first pages are neighbours in one memory. `None`: there is none.
 pub(super) fn run_len(victims: &[Victim]) -> Option<usize> {
     let first = victims.first()?;
     let follows = |(at, victim): (usize, &Victim)| {
-        victim.member.start == first.member.start && victim.page == first.page + at
+        Arc::ptr_eq(&victim.member, &first.member) && victim.page == first.page + at
     };
     Some(victims.iter().enumerate().take_while(|(at, victim)| follows((*at, victim))).count())
 }

@@ -360,7 +360,8 @@ impl PageFiller {
         segment: &Segment,
         fault: Fault,
     ) -> Outcome {
-        keep_present(serving, segment, fault, |region, page, _| {
+        // What was about to be removed is.
+        keep_present(serving, segment, fault, Settlement::Present, |region, page, _| {
             let (outcome, is_filled) = self.fill_again(context, serving, segment, fault);
             if let Some(residence) = region.residence.as_ref().filter(|_| is_filled) {
                 residence.set_written(page);
@@ -377,7 +378,8 @@ impl PageFiller {
         segment: &Segment,
         fault: Fault,
     ) -> Outcome {
-        keep_present(serving, segment, fault, |region, page, address| {
+        // A page that is mapped still may be about to be removed.
+        keep_present(serving, segment, fault, Settlement::Reloaded, |region, page, address| {
             reach(Point::Evict(Departure::FirstWrite), address);
             // Before the protection is lifted, after which nothing tells of a write.
             if let Some(residence) = &region.residence {
@@ -449,11 +451,12 @@ impl PageFiller {
 }
 
 /// Resolves a fault on a page that is there and may leave: claims the page, so that it stays, and wakes the threads that
-/// have joined. `resolve` gets its region, its number and its address.
+/// have joined. `resolve` gets its region, its number and its address. `end` is how the claim ends.
 fn keep_present(
     serving: &Attachment,
     segment: &Segment,
     fault: Fault,
+    end: Settlement,
     resolve: impl FnOnce(&ServedRegion, usize, usize) -> Outcome,
 ) -> Outcome {
     let (region, page) = (&*segment.region, segment.page_at(fault.address));
@@ -461,7 +464,10 @@ fn keep_present(
     let addresses = address..address + region.page_size();
     match region.pages.claim_present(page) {
         PresentClaim::Acquired => {}
-        // The thread that has claimed it wakes those that wait for it.
+        // The thread that has claimed it wakes those that wait for it, but not those of another process that it fills.
+        PresentClaim::Joined if region.shared => {
+            return Outcome::Deferred(Work::Fault(Fault { joined: true, ..fault }), RetryAfter::OtherLoad);
+        }
         PresentClaim::Joined => return Outcome::Settled,
         // It has left since. The thread that is woken finds it missing.
         PresentClaim::Gone => {
@@ -470,7 +476,7 @@ fn keep_present(
         }
     }
     let outcome = resolve(region, page, address);
-    if region.pages.end(page, Settlement::Present) {
+    if region.pages.end(page, end) {
         wake(&serving.uffd, addresses);
     }
     outcome

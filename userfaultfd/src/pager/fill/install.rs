@@ -381,7 +381,8 @@ impl PageFiller {
                 }
             } else {
                 // Written here and not earlier: a page that was removed since must not come back by it.
-                // SAFETY: a buffer of this filler has `len` bytes there; a source's own memory isn't used with a cache.
+                // SAFETY: a buffer of this filler has `len` bytes there, or the page rests there, whose claim the run has; a
+                // source's own memory isn't used with a cache.
                 let bytes = unsafe { slice::from_raw_parts(source.cast::<u8>(), len) };
                 if let Err(error) = cache.write(at, bytes) {
                     return (0, Some(errno_of(&error)));
@@ -391,7 +392,7 @@ impl PageFiller {
         if is_file || is_written_to_file(run) {
             reach(Point::BeforeMap, run.address());
             let mut mode = ContinueMode::empty();
-            mode.set(ContinueMode::WRITE_PROTECT, run.region.fills_protected());
+            mode.set(ContinueMode::WRITE_PROTECT, run.region.fills_protected() && !is_written);
             return answer(uffd.continue_with(dst, len, mode).map(|mapped| mapped as usize), len);
         }
         // SAFETY: the source has `len` bytes there: a buffer of this filler, or memory of the region's source, which

@@ -44,6 +44,12 @@ impl Segment {
         if start < end { address(start)..address(end) } else { 0..0 }
     }
 
+    /// The part with some of its pages.
+    pub(crate) fn of_pages(&self, pages: &Range<usize>) -> Self {
+        let Range { start, end } = self.addresses_of(pages);
+        Self { start, end, region: Arc::clone(&self.region), first: pages.start }
+    }
+
     /// The pages that lie in a range as a whole.
     pub(crate) fn pages_within(&self, range: &Range<usize>) -> Range<usize> {
         let shift = self.region.page_shift;

@@ -50,14 +50,31 @@ impl Cache {
         }
     }
 
+    /// The file, and the offset of the region's first byte in it.
+    fn place(&self) -> (&File, u64) {
+        match self {
+            Self::File { file, offset } | Self::Mapping { file, offset, .. } => (file, *offset),
+            Self::Image { image, offset } => (image.file(), *offset),
+        }
+    }
+
     /// Makes the page cache hold a range of the region's bytes: present pages stay, missing ones become zero. Behind the
     /// end of the file, where an access raises SIGBUS, the file gets no longer.
     pub(crate) fn allocate(&self, at: usize, len: usize) -> Result<(), Errno> {
-        let (file, offset) = match self {
-            Self::File { file, offset } | Self::Mapping { file, offset, .. } => (file, offset),
-            Self::Image { image, offset } => (image.file(), offset),
-        };
+        let (file, offset) = self.place();
         sys::allocate(file.as_fd(), offset + at as u64, len)
+    }
+
+    /// Reads bytes of the region, as the file has them. `UnexpectedEof`: it ends before.
+    pub(crate) fn read(&self, at: usize, bytes: &mut [u8]) -> io::Result<()> {
+        let (file, offset) = self.place();
+        file.read_exact_at(bytes, offset + at as u64)
+    }
+
+    /// Drops whole pages from the file: a hole is there then.
+    pub(crate) fn punch(&self, at: usize, len: usize) -> Result<(), Errno> {
+        let (file, offset) = self.place();
+        sys::punch_hole(file.as_fd(), offset + at as u64, len as u64)
     }
 
     /// Writes content to a byte of the region. `EIO`: the file ends before it. The file may be of a process that means harm.

@@ -226,8 +226,8 @@ impl Pages {
 
     /// Claims a page that is there, to take it away or to note a write to it. Not where another thread has it.
     pub(crate) fn try_claim_present(&self, page: usize) -> bool {
-        let cell = &self.cells()[page];
-        cell.compare_exchange(PRESENT, PRESENT | LOADING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        let claimed = |state: u8| (state & (PRESENT | LOADING) == PRESENT).then_some(state | LOADING);
+        self.cells()[page].fetch_update(Ordering::AcqRel, Ordering::Acquire, claimed).is_ok()
     }
 
     /// The same for a fault: if another thread has the page, that thread wakes those that wait for it.
@@ -236,7 +236,7 @@ impl Pages {
         let mut state = cell.load(Ordering::Acquire);
         loop {
             let (next, claim) = match state {
-                PRESENT => (state | LOADING, PresentClaim::Acquired),
+                _ if state & (PRESENT | LOADING) == PRESENT => (state | LOADING, PresentClaim::Acquired),
                 _ if state & LOADING != 0 => (state | JOINED, PresentClaim::Joined),
                 _ => return PresentClaim::Gone,
             };
@@ -352,6 +352,21 @@ impl Pages {
             };
             state & (LOADING | JOINED) | more
         });
+    }
+
+    /// The same where pages leave memory: a present page is doubted, as it is removed only after this. One that a thread has
+    /// in hand may be on its way out: the claim ends as it would.
+    pub(crate) fn remove_limited(&self, pages: Range<usize>) {
+        self.change_all(pages, |state| match state & (PRESENT | LOADING) {
+            PRESENT => PRESENT | 1 << TRIES_SHIFT,
+            _ => state & (LOADING | JOINED) | REMOVED,
+        });
+    }
+
+    /// Whether a page counts as present and is doubted.
+    pub(crate) fn is_doubted(&self, page: usize) -> bool {
+        let state = self.cells()[page].load(Ordering::Acquire);
+        state & PRESENT != 0 && state >> TRIES_SHIFT > 0
     }
 
     /// Marks pages as removed that count as present and are doubted: the next fault or fill finds out.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
@@ -15,7 +16,7 @@ use super::served::{Moved, ServedRegion};
 use super::shared_image::SharedImage;
 use crate::pager::evict::residence::Residence;
 use crate::pager::stats::Tally;
-use crate::pager::{Error, MissingRange, PageSource, Result};
+use crate::pager::{Budget, Error, MissingRange, PageSource, Result};
 use crate::source::call::catch_panic;
 use crate::{FeatureFlags, IoctlFlags, RegisterMode, Support};
 
@@ -64,6 +65,9 @@ pub struct Region {
     shared: bool,
     on_removal: OnRemoval,
     missing: Option<Vec<MissingRange>>,
+    /// The budget, and where the spill file is made.
+    limit: Option<Budget>,
+    spill: Option<PathBuf>,
     /// Where its pages are, if a budget limits how many are in memory.
     pub(super) residence: Option<Arc<Residence>>,
     /// Counters of its own.
@@ -119,6 +123,8 @@ impl Region {
             shared: false,
             on_removal: OnRemoval::default(),
             missing: None,
+            limit: None,
+            spill: None,
             residence: None,
             tally: None,
             noting: None,
@@ -242,11 +248,11 @@ impl Region {
     /// mapping or write(2) may fill a hole before the pager does. `MADV_REMOVE` and holes remove the page itself.
     ///
     /// **Events.** Make the descriptor with [`EVENT_REMOVE`](crate::FeatureFlags::EVENT_REMOVE). Without it, and for holes
-    /// that fallocate(2) punches, of which no event tells, a removed page counts as present until it is accessed: then it is
+    /// that fallocate(2) punches, which no event reports, a removed page counts as present until it is accessed: then it is
     /// loaded all the same, on private memory after a few faults that are woken in vain. But nothing that fills missing pages
     /// finds it: background fills, [`finish`](crate::pager::Pager::finish), the list of missing ranges.
     ///
-    /// A removed page is listed as missing with its offset when the memory is handed over, so the next pager must be told
+    /// A removed page is listed as missing with its offset when the memory is handed over, so the next pager must have
     /// `Reload`, too. In a list that is passed to [`missing`](Self::missing), pages without an offset count as removed:
     /// with `Reload` they show what the source has at their place.
     pub fn on_removal(mut self, on_removal: OnRemoval) -> Self {
@@ -276,6 +282,84 @@ impl Region {
     pub fn missing(mut self, missing: impl IntoIterator<Item = MissingRange>) -> Self {
         self.missing = Some(missing.into_iter().collect());
         self
+    }
+
+    /// Limits how much of the memory is resident, together with all else that shares the budget: see [`Budget`]. It must be
+    /// [minor](Self::minor), so a shared mapping of a file that this process has open, of any process.
+    ///
+    /// Pages leave from outside: the pager protects a page, copies it from the file, and punches a hole there; the page
+    /// comes back when a thread touches it. What was written since it was loaded goes to a [spill file](Self::spill), any
+    /// other page is read again from the source, which must have the same content then.
+    ///
+    /// ```no_run
+    /// use std::fs::File;
+    /// use userfaultfd::Uffd;
+    /// use userfaultfd::pager::{Budget, FileSource, Pager, Region};
+    ///
+    /// fn limit(pager: &Pager, uffd: Uffd, start: usize, len: usize, memfd: File) -> Result<Budget, Box<dyn std::error::Error>> {
+    ///     let budget = Budget::new(512 << 20);
+    ///     let region = Region::new(start, len, FileSource::open("image")?).minor(memfd, 0).budget(&budget);
+    ///     pager.add(uffd, [region])?;
+    ///     Ok(budget)
+    /// }
+    /// ```
+    ///
+    /// **All writes must be seen.** A write between the copy and the hole would be lost, so the memory must be written
+    /// through the registered mapping alone. Other mappings of the file, write(2) to it, devices and io_uring with pinned
+    /// pages don't go with a budget. Make the descriptor with
+    /// [`EVENT_FORK`](crate::FeatureFlags::EVENT_FORK) if the process forks and the child writes, with
+    /// [`EVENT_REMAP`](crate::FeatureFlags::EVENT_REMAP) and [`EVENT_UNMAP`](crate::FeatureFlags::EVENT_UNMAP) if it
+    /// changes its mappings. What is unmapped stays in the file.
+    ///
+    /// **Removal.** A page that the process removes by `MADV_REMOVE` reads as zeros, if the descriptor has
+    /// [`EVENT_REMOVE`](crate::FeatureFlags::EVENT_REMOVE). The kernel reports `MADV_DONTNEED` alike: there a page that has
+    /// left is zero, too, though its file would have it still. A hole that is punched without an event removes a page that
+    /// is in memory, not one that has left.
+    ///
+    /// **Ends.** [`finish`](crate::pager::Pager::finish) is refused. When the memory is handed over
+    /// ([`remove`](crate::pager::Pager::remove), [`detach`](crate::pager::Pager::detach)), what has left comes back first,
+    /// whatever the budget: the next pager has no spill file. Its region must be [write-protected](Self::write_protected),
+    /// as this one is. Dropping the pager poisons what has left. When the process
+    /// ends, or the region is removed, the budget counts it no longer.
+    ///
+    /// Linux 6.4: earlier kernels can't map a page of a file protected. There are no such budgets of huge pages, nor with
+    /// [`OnRemoval::Reload`].
+    pub fn budget(mut self, budget: &Budget) -> Self {
+        self.limit = Some(budget.clone());
+        self.write_protected()
+    }
+
+    /// Sets the directory of the spill file of memory with a [budget](Self::budget). The file has no name there, and takes as
+    /// much disk as was written of the memory. The default is the [temporary directory](std::env::temp_dir): where that is a
+    /// tmpfs, what is spilled stays in memory.
+    pub fn spill(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.spill = Some(dir.into());
+        self
+    }
+
+    /// Makes the places of its pages, if a budget limits how many are in memory.
+    pub(crate) fn limit(&mut self) -> Result<()> {
+        let Some(budget) = self.limit.take() else { return Ok(()) };
+        let dir = self.spill.take().unwrap_or_else(std::env::temp_dir);
+        self.residence = Some(Arc::new(Residence::of_file(&budget, self.len / self.page_size, &dir)?));
+        Ok(())
+    }
+
+    /// Checks that it goes with the budget, if it has one.
+    fn check_budget(&self) -> Result<()> {
+        let Some(budget) = &self.limit else { return Ok(()) };
+        let refused = match (&self.minor, self.on_removal) {
+            (None, _) => Some(("memory without a file", "pages leave by its file: see Region::minor")),
+            _ if self.page_size != crate::page_size() => {
+                Some(("memory of huge pages", "they are copied page by page"))
+            }
+            (_, OnRemoval::Reload) => Some(("Reload", "a page that has left isn't removed")),
+            (Some(_), OnRemoval::Zero) => None,
+        };
+        match refused {
+            Some((option, reason)) => Err(Error::NotWithBudget { option, reason }),
+            None => budget.check(),
+        }
     }
 
     /// Limits how many of its pages are in memory. They are filled protected.
@@ -417,6 +501,7 @@ impl Region {
                 });
             }
         }
+        self.check_budget()?;
         self.check_missing()
     }
 

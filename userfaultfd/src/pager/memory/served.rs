@@ -103,7 +103,9 @@ impl ServedRegion {
     /// On shared memory MADV_DONTNEED drops the mapping, not the page, and its event is the same as that of MADV_REMOVE. A
     /// present page stays, or counts as one that the file may have.
     pub(crate) fn remove(&self, pages: Range<usize>) {
-        if self.reloads && self.shared {
+        if self.residence.is_some() && self.shared {
+            self.pages.remove_limited(pages);
+        } else if self.reloads && self.shared {
             self.pages.remove_from_file(pages);
         } else {
             self.pages.remove(pages, self.shared);

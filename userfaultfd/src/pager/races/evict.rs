@@ -72,6 +72,11 @@ impl Cell {
         self.atomic().load(Ordering::Relaxed)
     }
 
+    /// The byte behind it.
+    pub(super) fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+
     pub(super) fn write(self, byte: u8) {
         self.atomic().store(byte, Ordering::Relaxed);
     }

@@ -14,6 +14,7 @@ mod fork;
 mod found;
 mod hanging;
 mod harness;
+mod limited;
 mod order;
 mod panic;
 mod poison;

@@ -51,6 +51,14 @@ impl Regions {
         lock(&self.kept).all.push(Arc::clone(region));
     }
 
+    /// The regions of shared memory whose pages a budget counts.
+    pub(crate) fn limited(&self) -> Vec<Arc<ServedRegion>> {
+        let is_limited = |region: &&Arc<ServedRegion>| {
+            region.residence.as_ref().is_some_and(|residence| residence.is_limiting())
+        };
+        lock(&self.kept).all.iter().filter(is_limited).cloned().collect()
+    }
+
     /// Keeps a region no longer, which was never served.
     pub(crate) fn keep_not(&self, region: &Arc<ServedRegion>) {
         lock(&self.kept).all.retain(|kept| !Arc::ptr_eq(kept, region));

@@ -27,6 +27,7 @@ use crate::pager::fill::in_flight::InFlight;
 use crate::pager::fill::lease::{FillerPool, Lease};
 use crate::pager::fill::retry::RetryQueue;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, OUTSIDE_SHARDS, Origin};
+use crate::pager::memory::served::ServedRegion;
 use crate::pager::{DescriptorId, Error, Problem, Result, RetryPolicy, Statistics};
 use crate::proc_maps;
 
@@ -194,11 +195,22 @@ impl Shared {
 
     /// Has the regions freed that nothing refers to any more. Returns whether there are others that aren't served.
     pub(crate) fn sweep(&self) -> bool {
-        let (unused, left) = self.regions.take_unused(&self.served_regions());
+        let served = self.served_regions();
+        self.leave_budgets(|region| !served.contains(&region.id));
+        let (unused, left) = self.regions.take_unused(&served);
         if !unused.is_empty() {
             self.fill.reports.free(unused);
         }
         left
+    }
+
+    /// Has budgets count no pages any more of the shared memory of regions. From then on nothing of them leaves.
+    pub(crate) fn leave_budgets(&self, of: impl Fn(&ServedRegion) -> bool) {
+        for region in self.regions.limited() {
+            if let Some(residence) = region.residence.as_ref().filter(|_| of(&region)) {
+                residence.detach();
+            }
+        }
     }
 
     /// The regions of which any part is served.

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -190,6 +191,23 @@ pub(crate) fn drain(
         // The rest is loading in workers, was removed since, or failed together with others.
         std::thread::sleep(retry::BUSY_INTERVAL);
         bulk = false;
+    }
+}
+
+/// Poisons pages whose content is lost, before they are handed over.
+pub(crate) fn poison_pages(
+    shared: &Shared,
+    descriptor: &Arc<Descriptor>,
+    segment: &Segment,
+    pages: Range<usize>,
+) {
+    let (mut filler, mut patience) = (shared.lease(), Patience::new(retry::SHORT_PATIENCE));
+    let mut next = pages.start;
+    while let (Some(run), after) = PageRun::claim(segment, next..pages.end, usize::MAX) {
+        next = after;
+        let work = Work::Install(run, FillContent::Poison);
+        let _as_far_as_possible =
+            complete(shared, &mut filler, descriptor, work, Drain::Poison, &mut patience);
     }
 }
 

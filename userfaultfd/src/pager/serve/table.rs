@@ -110,6 +110,11 @@ impl Table {
         lock(&self.slots).all.get(slot)?.clone()
     }
 
+    /// The number of slots, used or not.
+    pub(crate) fn slot_count(&self) -> usize {
+        lock(&self.slots).all.len()
+    }
+
     /// The descriptor of a number, if it is served.
     pub(crate) fn find(&self, id: u64) -> Option<Arc<Descriptor>> {
         self.all().into_iter().find(|descriptor| descriptor.id == id)

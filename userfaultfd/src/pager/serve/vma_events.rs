@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::mailbox::{Fork, Inherited, Note};
 use super::shared::Shared;
+use crate::pager::evict::shared::Places;
 use crate::pager::fill::retry;
 use crate::pager::memory::address_map::{AddressMap, Segment};
 use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, Origin, unwrap_last_arc, wake};
@@ -43,6 +44,8 @@ pub(crate) fn apply(
             // Like its parent's descriptor, it may be inheritable by programs that this process executes.
             let set = sys::close_on_exec(uffd.as_fd());
             debug_assert!(set.is_ok(), "{set:?}");
+            // From now on nothing leaves of memory that the child shares, which isn't served yet.
+            each_limited(&serving.layout, Places::begin_fork);
             let copy = copy_patiently(&serving.layout);
             shared.mailbox.post(Note::Fork(Fork { parent: descriptor.id, uffd, copy }));
         }
@@ -149,6 +152,12 @@ fn copy_states(layout: &AddressMap) -> io::Result<Room> {
     Ok(states)
 }
 
+/// Calls `with` for the segments of shared memory that a budget limits.
+fn each_limited(layout: &AddressMap, with: impl Fn(&Places)) {
+    let residences = layout.segments().iter().filter_map(|segment| segment.region.residence.as_ref());
+    residences.filter_map(|residence| residence.places()).for_each(with);
+}
+
 /// Begins to serve the child of a fork.
 pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)> {
     let Fork { uffd, copy, .. } = fork;
@@ -184,8 +193,13 @@ pub(crate) fn adopt(shared: &Shared, fork: Fork) -> Result<(), (Uffd, io::Error)
     let uffd = Arc::new(uffd);
     let serving = Attachment { uffd: Arc::clone(&uffd), layout: Arc::new(child) };
     let origin = Origin { guest: None, is_child: true, is_own: false, is_lazy: false, was_blocking: false };
+    let limited = Arc::clone(&serving.layout);
     match shared.add(serving, origin) {
-        Ok(_) => Ok(()),
+        // Its pages are found from now on.
+        Ok(_) => {
+            each_limited(&limited, Places::end_fork);
+            Ok(())
+        }
         // A worker may own it for a moment.
         Err(error) => Err((unwrap_last_arc(uffd), io::Error::other(error))),
     }
