@@ -59,6 +59,7 @@ use x86_64::make;
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
     use std::fs::{self, File};
+    use std::io;
     use std::os::fd::{AsFd, OwnedFd, RawFd};
     use std::os::unix::fs::FileExt;
     use std::thread;
@@ -211,7 +212,9 @@ mod x86_64 {
             }
             let returned = ptrace::registers(self.process)?.rax;
             match returned as i64 {
-                -4095..0 => Err(Errno::from_raw((returned as i64).unsigned_abs() as i32)),
+                -4095..0 => {
+                    Err(errno_of(&io::Error::from_raw_os_error((returned as i64).unsigned_abs() as i32)))
+                }
                 _ => Ok(returned),
             }
         }

@@ -39,6 +39,7 @@ pub use async_load::{AsyncPageSource, AsyncSource, Completion, Loaded, PageBuffe
 pub(crate) use async_load::{LoadId, Receiver};
 pub use chunk_cache::{CacheError, CacheStatistics, CachedImage, CachedImageBuilder, ChunkCache};
 pub use concat::ConcatSource;
+#[cfg(feature = "snapshot")]
 pub(crate) use file::is_zero;
 pub use file::{FileAdvice, FileSource};
 #[cfg(feature = "pager")]

@@ -10,7 +10,7 @@ use userfaultfd::snapshot::{
 use userfaultfd::source::{BytesSource, LayeredSource, PageData, PageSource, ZeroSource};
 
 use crate::chunks::{compressions, options, random_memory};
-use crate::file::{Folder, file};
+use crate::file::Folder;
 use crate::support::random::Random;
 use crate::support::{page, require, test_name};
 
@@ -230,6 +230,7 @@ mod working_sets {
 
     use super::*;
     use crate::chunks::Noting;
+    use crate::file::file;
 
     /// An image whose pages have their numbers, with a set.
     fn image(pages: usize, set: &WorkingSet, compression: userfaultfd::snapshot::Compression) -> Vec<u8> {

@@ -73,6 +73,7 @@ pub(crate) struct Layer {
     pub(crate) body: Body,
     pub(crate) gone: u64,
     /// The working set as it lies in the index of version 2, if there is one.
+    #[cfg_attr(not(feature = "pager"), expect(dead_code, reason = "a pager replays it"))]
     pub(crate) set: Vec<u8>,
 }
 
