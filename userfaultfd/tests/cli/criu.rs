@@ -170,8 +170,13 @@ fn restored_program_finds_its_memory_whatever_it_does() {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
+    let begin_session = || {
+        // SAFETY: touches no memory.
+        let session = unsafe { libc::setsid() };
+        check(session).map(drop).map_err(Into::into)
+    };
     // SAFETY: the closure makes a system call, and neither allocates nor locks.
-    unsafe { command.pre_exec(|| check(libc::setsid()).map(drop).map_err(Into::into)) };
+    unsafe { command.pre_exec(begin_session) };
     let mut checkpointed = command.spawn().unwrap();
     let pid = checkpointed.id();
     wait_until(|| Path::new(&folder.path("ready")).exists());

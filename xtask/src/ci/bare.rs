@@ -8,8 +8,9 @@ use super::step::Outcome;
 use crate::command::{cargo, execute, output};
 use crate::tree;
 
-/// Packages that a build from committed bindings has no use for.
-const UNWANTED: &[&str] = &["bindgen", "cc", "clang-sys", "cmake", "pkg-config"];
+/// Packages that a build from committed bindings has no use for. Not cc, which the build script of blake3 names and doesn't
+/// need: below, every compiler fails.
+const UNWANTED: &[&str] = &["bindgen", "clang-sys", "cmake", "pkg-config"];
 
 /// What cargo, rustc and the linker can't do without.
 const KEPT: &[&str] = &["PATH", "HOME", "CARGO_HOME", "RUSTUP_HOME", "RUSTUP_TOOLCHAIN", "TMPDIR"];
