@@ -42,7 +42,7 @@ const REQUEST_PAGES: usize = 4096;
 const QUEUE_PAGES: usize = 1024;
 
 /// Duration for which threads wait for the evicting thread though nothing can leave.
-const STUCK_PATIENCE: Duration = Duration::from_millis(30);
+pub(super) const STUCK_PATIENCE: Duration = Duration::from_millis(30);
 
 /// How long a store may do nothing before faults don't wait any more for pages that must be written there.
 const STALL: Duration = Duration::from_secs(1);
@@ -303,6 +303,12 @@ impl Frames {
     /// Notes whether the evicting thread can't get on.
     pub(super) fn set_stuck(&mut self, is_stuck: bool) {
         self.stuck_since = is_stuck.then(|| self.stuck_since.unwrap_or_else(Instant::now));
+    }
+
+    /// The same, since a moment that may be still to come.
+    #[cfg(test)]
+    pub(super) fn set_stuck_since(&mut self, since: Instant) {
+        self.stuck_since = Some(since);
     }
 
     pub(super) fn is_stuck(&self) -> bool {

@@ -269,6 +269,7 @@ impl Pool {
 mod tests {
     use std::thread;
 
+    use super::super::frames::STUCK_PATIENCE;
     use super::*;
     use crate::pager::{Budget, ZeroSource};
     use crate::support::proc::wait_until;
@@ -284,15 +285,17 @@ mod tests {
         let memory = LazyMemory::builder(ZeroSource).len(page()).budget(&budget).build().unwrap();
         assert_eq!(memory[9], 0);
         let pool = budget.pool();
+        // The kernel wakes the reader before the page takes its frame.
+        wait_until(|| pool.lock().may_shrink());
         // The evicting thread takes no page: what it has noted stays.
         drop(pool.pause());
         pool.charge(MIN_PAGES);
         thread::scope(|scope| {
-            pool.lock().set_stuck(true);
+            pool.lock().set_stuck_since(Instant::now() + Duration::from_secs(3600));
             let waiting = scope.spawn(|| pool.reserve(1));
             wait_until(|| waiting.is_finished() || pool.lock().waiting == 1);
             assert!(!waiting.is_finished());
-            wait_until(|| pool.lock().is_stuck_for_long());
+            pool.lock().set_stuck_since(Instant::now() - STUCK_PATIENCE);
             pool.room.notify_all();
             assert!(waiting.join().unwrap().is_some());
         });
