@@ -15,6 +15,7 @@ use userfaultfd::pager::{
 };
 use userfaultfd::{FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
+use crate::support::gate::Gate;
 use crate::support::{child, page, require, test_name};
 
 /// A source of pages with their numbers, every fifth zeros, that counts the reads of each.
@@ -371,4 +372,40 @@ fn all_of_an_image_is_filled_in_the_background() {
         (0..200).for_each(|number| assert_eq!(at(guest, number), byte(number)));
     }
     assert!(source.reads().iter().all(|reads| *reads <= 1));
+}
+
+/// A page of a source that holds up each thread that reads it.
+struct Held(Gate);
+
+impl PageSource for Held {
+    fn read(&self, _: u64, bytes: &mut [u8]) -> io::Result<PageData> {
+        self.0.pass();
+        bytes.fill(7);
+        Ok(PageData::Data)
+    }
+
+    fn len(&self) -> Option<u64> {
+        Some(page() as u64)
+    }
+}
+
+/// A thread loads a page when the process forks: in the child there is no such thread.
+#[test]
+fn load_in_a_forked_child_is_an_error() {
+    require!();
+    child::run_well(test_name!(), || {
+        let gate = Gate::default();
+        let image = SharedImage::new(Held(gate.clone())).unwrap();
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(|| image.read(0, &mut vec![0; page()]));
+            gate.wait_for_arrival();
+            child::fork(|| {
+                let error = image.read(0, &mut vec![0; page()]).unwrap_err();
+                assert!(error.to_string().contains("parent process"), "{error}");
+            })
+            .succeed();
+            gate.open();
+            assert_eq!(reading.join().unwrap().unwrap(), PageData::Data);
+        });
+    });
 }

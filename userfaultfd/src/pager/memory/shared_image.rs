@@ -16,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::page_state::{Claim, Pages, Settlement};
+use crate::owner::Owner;
 use crate::source::{PageData, PageSource};
 use crate::{Errno, page_size, sys};
 
@@ -75,7 +76,8 @@ const READ_BYTES: usize = 1 << 20;
 /// - After `MADV_DONTNEED` a private mapping shows the image again, as that of a file does: not zeros, which a balloon needs.
 /// - Huge pages. [`Region::minor`](crate::pager::Region::minor) has them, for one region, which may write to its file.
 ///
-/// A failed load is an error for the region that asked, with that pager's retries; the next one tries anew.
+/// A failed load is an error for the region that asked, with that pager's retries; the next one tries anew. In the child of a fork
+/// each load is an error: the threads that load are the parent's, and so is the table of what was loaded.
 ///
 /// It is a [`PageSource`], too, for regions of other memory: that copies, and reads each page once all the same.
 ///
@@ -84,6 +86,8 @@ const READ_BYTES: usize = 1 << 20;
 /// Linux 5.14 (`MINOR_SHMEM`) on x86-64, AArch64 and, later, LoongArch and RISC-V. Elsewhere adding a region is an error that
 /// names what lacks.
 pub struct SharedImage {
+    /// The process whose threads load.
+    owner: Owner,
     source: Arc<dyn PageSource>,
     source_len: u64,
     file: File,
@@ -159,8 +163,8 @@ impl SharedImage {
         sys::write_mapping(&mapping, 0, &[])?;
         sys::seal_as_image(file.as_fd())?;
         let pages = Pages::new(len / page_size())?;
-        let (ended, lock) = (Condvar::new(), Mutex::new(()));
-        Ok(Arc::new(Self { source: Arc::new(source), source_len, file, mapping, pages, ended, lock }))
+        let (owner, ended, lock) = (Owner::current()?, Condvar::new(), Mutex::new(()));
+        Ok(Arc::new(Self { owner, source: Arc::new(source), source_len, file, mapping, pages, ended, lock }))
     }
 
     /// Returns the file to map, privately. It is sealed.
@@ -185,6 +189,10 @@ impl SharedImage {
     /// Has pages be loaded that no thread has loaded yet, and waits for those that another thread loads. `buffer` is room for
     /// reads: a page at least.
     pub(crate) fn load(&self, pages: Range<usize>, early: bool, buffer: &mut [u8]) -> io::Result<ImageLoad> {
+        if !self.owner.is_current() {
+            // What a thread of the parent loaded at the fork would be waited for without an end.
+            return Err(io::Error::other("a shared image of the parent process"));
+        }
         let most = (buffer.len().min(READ_BYTES) / page_size()).max(1);
         let (mut loaded, mut at) = (ImageLoad { is_zero: true, reads: 0 }, pages.start);
         while at < pages.end {
