@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::work::{RetryAfter, Work, page_of};
-use crate::lock_order::{RankedMutex, lock, rank};
+use crate::lock_order::{RankedMutex, lock, rank, try_lock};
 use crate::mapped_vec::MappedVec;
 use crate::pager::RetryPolicy;
 use crate::pager::memory::address_map::Segment;
@@ -136,20 +136,44 @@ impl History {
     }
 }
 
+/// What the debug text shows of a piece of deferred work: a copy, since the text is made without a lock.
+#[derive(Clone, Copy, Debug)]
+#[expect(dead_code, reason = "read by its debug text")]
+struct Shown {
+    descriptor: u64,
+    work: &'static str,
+    address: Option<usize>,
+    wait: RetryAfter,
+    deferred: Duration,
+    due_in: Duration,
+}
+
 impl fmt::Debug for Deferred {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let now = Instant::now();
-        f.debug_struct("Deferred")
-            .field("descriptor", &self.descriptor.id)
-            .field("work", &self.work)
-            .field("wait", &self.wait)
-            .field("deferred", &now.saturating_duration_since(self.history.since))
-            .field("due_in", &self.due.saturating_duration_since(now))
-            .finish()
+        self.shown(Instant::now()).fmt(f)
     }
 }
 
 impl Deferred {
+    fn shown(&self, now: Instant) -> Shown {
+        let (work, address) = match &self.work {
+            Work::Fault(fault) => ("fault", Some(fault.address)),
+            Work::Stray { fault, .. } => ("fault without a region", Some(fault.address)),
+            Work::Read => ("read", None),
+            Work::Load(run, _) => ("load", Some(run.address())),
+            Work::Answered { .. } => ("answered load", None),
+            Work::Install(run, _) => ("install", Some(run.address())),
+        };
+        Shown {
+            descriptor: self.descriptor.id,
+            work,
+            address,
+            wait: self.wait,
+            deferred: now.saturating_duration_since(self.history.since),
+            due_in: self.due.saturating_duration_since(now),
+        }
+    }
+
     /// Defers work, once more if it has a history.
     pub(crate) fn new(
         descriptor: &Arc<Descriptor>,
@@ -218,7 +242,6 @@ impl Deferred {
 }
 
 /// The work that workers have deferred.
-#[derive(Debug)]
 pub(crate) struct RetryQueue {
     entries: RankedMutex<Entries, { rank::QUEUE }>,
     /// Number of entries, readable without the lock.
@@ -241,6 +264,18 @@ pub(crate) enum Put {
     Merged,
     /// There is no memory for one more entry.
     NoRoom(Deferred),
+}
+
+impl fmt::Debug for RetryQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Nothing is allocated while a worker may wait for the lock. What comes meanwhile isn't shown.
+        let mut shown = Vec::with_capacity(self.count.load(Ordering::Relaxed));
+        let now = Instant::now();
+        let Some(entries) = try_lock(&self.entries) else { return f.write_str("locked") };
+        shown.extend(entries.all.iter().take(shown.capacity()).map(|deferred| deferred.shown(now)));
+        drop(entries);
+        f.debug_list().entries(shown).finish()
+    }
 }
 
 impl RetryQueue {

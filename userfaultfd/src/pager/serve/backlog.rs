@@ -41,6 +41,11 @@ impl Backlog {
         Self { events, descriptor: None, faults, changing: mapped_vec::none() }
     }
 
+    /// How many events, faults, and pieces of work that wait for a change it has.
+    pub(crate) fn counts(&self) -> [usize; 3] {
+        [self.events.len(), self.faults.len(), self.changing.len()]
+    }
+
     /// Makes room for what a worker may take on. Returns `false` if there is none.
     pub(crate) fn prepare(&mut self, faults: usize, changing: usize) -> bool {
         debug_assert!(self.events.is_empty() && self.faults.is_empty() && self.changing.is_empty());

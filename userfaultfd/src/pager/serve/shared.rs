@@ -17,7 +17,7 @@ use super::poll::Poll;
 use super::regions::Regions;
 use super::table::Table;
 use super::thread::StartBarrier;
-use crate::lock_order::{RankedMutex, lock, rank};
+use crate::lock_order::{RankedMutex, lock, rank, try_lock};
 use crate::owner::{InheritedFd, InheritedFds, Owner, abandon};
 use crate::pager::activity::{Busy, ThreadCounts};
 use crate::pager::bell::Bell;
@@ -53,14 +53,18 @@ pub(crate) struct Shared {
 
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The events, the faults and the deferred work of each worker that has any, by its place.
+        let backlogs = self.backlogs.iter().enumerate();
+        let backlogs = backlogs.map(|(place, backlog)| (place, try_lock(backlog).map(|held| held.counts())));
+        let backlogs: Vec<_> = backlogs.filter(|(_, counts)| *counts != Some([0; 3])).collect();
         f.debug_struct("Shared")
             .field("threads", &self.fill.threads)
             .field("retry", &self.fill.retry)
-            .field("table", &self.table)
+            .field("descriptors", &self.table.all())
             .field("activities", &self.fill.activities)
             .field("in_flight", &self.fill.in_flight)
             .field("deferred", &self.retries)
-            .field("backlogs", &self.backlogs)
+            .field("backlogs", &backlogs)
             .finish_non_exhaustive()
     }
 }
