@@ -138,35 +138,31 @@ pub(super) fn wake_all(member: &Member, places: &Places, page: usize) {
     });
 }
 
-/// Whether the file has a page, which is mapped otherwise. A hole that was punched without the pager is none.
-fn is_in_file(member: &Member, places: &Places, page: usize) -> bool {
-    let mut is_there = false;
+/// Maps a page wherever it belongs and isn't mapped, and returns whether any of the answers is of a kind: `None` where it has
+/// been mapped. Only what the file has is.
+fn any_answer(member: &Member, places: &Places, page: usize, is_it: impl Fn(Option<Errno>) -> bool) -> bool {
+    let mut any = false;
     let _looked = each_segment(member, places, |serving, segment| {
         let Some(address) = segment.address_of(page).filter(|_| segment.pages().contains(&page)) else {
             return Ok(());
         };
         let mode = ContinueMode::WRITE_PROTECT | ContinueMode::DONT_WAKE;
         let mapped = serving.uffd.continue_with(addr_to_ptr(address), crate::page_size(), mode);
-        is_there |= mapped.map_or_else(|error| error.errno() == Some(Errno::EEXIST), |_| true);
+        any |= is_it(mapped.err().map(|error| error.errno().unwrap_or(Errno::EINVAL)));
         Ok(())
     });
-    is_there
+    any
+}
+
+/// Whether the file has a page, which is mapped otherwise. A hole that was punched without the pager is none.
+fn is_in_file(member: &Member, places: &Places, page: usize) -> bool {
+    any_answer(member, places, page, |errno| matches!(errno, None | Some(Errno::EEXIST)))
 }
 
 /// Whether a page is mapped, as far as is known. One that is about to be removed is, until that comes to pass: its event is
 /// read before. Neither a page that has gone is, nor one whose mapping alone has.
 fn is_mapped(member: &Member, places: &Places, page: usize) -> bool {
-    let mut is_mapped = false;
-    let _looked = each_segment(member, places, |serving, segment| {
-        let Some(address) = segment.address_of(page).filter(|_| segment.pages().contains(&page)) else {
-            return Ok(());
-        };
-        let mode = ContinueMode::WRITE_PROTECT | ContinueMode::DONT_WAKE;
-        let mapped = serving.uffd.continue_with(addr_to_ptr(address), crate::page_size(), mode);
-        is_mapped |= mapped.is_err_and(|error| error.errno() != Some(Errno::EFAULT));
-        Ok(())
-    });
-    is_mapped
+    any_answer(member, places, page, |errno| !matches!(errno, None | Some(Errno::EFAULT)))
 }
 
 /// Brings claimed neighbouring pages to the staging area.
