@@ -11,6 +11,8 @@ impl UffdBuilder {
     /// byte of the process's memory is changed: the calls are made by an instruction of its vDSO. The process is stopped for
     /// less than a millisecond.
     ///
+    /// If this process is killed in that time, the other one goes on in the middle of such a call, and will crash.
+    ///
     /// Closing the descriptor ends what was done with it. A child that the process forks, and a program that it executes, aren't
     /// part of it.
     ///

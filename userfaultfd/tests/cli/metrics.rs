@@ -5,8 +5,9 @@ use std::net::TcpStream;
 
 use userfaultfd::handoff::Dialect;
 
-use crate::monitor::{Monitor, PAGES, Style, byte, shown};
+use crate::monitor::{Monitor, PAGES, Style, shown};
 use crate::program::{Folder, Running, run};
+use crate::serve::image;
 use crate::support::proc::wait_until;
 use crate::support::{child, page, require, test_name};
 
@@ -52,9 +53,7 @@ fn machines_are_told_apart_while_they_are_served() {
     child::run_well(test_name!(), || {
         let folder = Folder::new(test_name!());
         let socket = folder.path("socket");
-        let content: Vec<u8> =
-            (0..PAGES).flat_map(|number| std::iter::repeat_n(byte(number), page())).collect();
-        let image = folder.file("image", &content);
+        let image = folder.file("image", &image(PAGES));
         let mut monitors: [Monitor; 2] =
             std::array::from_fn(|_| Monitor::fork(Style::new(Dialect::Firecracker), socket.clone().into()));
         let arguments = ["serve", "--socket", &socket, "--image", &image, "--metrics", "127.0.0.1:0"];

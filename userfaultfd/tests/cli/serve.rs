@@ -15,7 +15,7 @@ use crate::support::{child, page, require, test_name};
 use crate::web::{Answer, Web};
 
 /// The first pages of the image.
-fn image(pages: usize) -> Vec<u8> {
+pub(crate) fn image(pages: usize) -> Vec<u8> {
     (0..pages).flat_map(|number| std::iter::repeat_n(byte(number), page())).collect()
 }
 
