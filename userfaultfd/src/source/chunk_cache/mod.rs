@@ -28,7 +28,7 @@
 //! milliseconds whether the other process is still there. After the [wait limit](CachedImageBuilder::wait_limit) it
 //! reads from the source by itself, so that a process which is stopped keeps no other from its content.
 //!
-//! Threads of one process share its locks. Between them a word for each chunk decides ([`image`]): busy, or leased with a
+//! Threads of one process share its locks. Between them a word for each chunk decides (`image/claim.rs`): busy, or leased with a
 //! number of readers.
 //!
 //! The directory's lock (a byte of its file) guards what is used of the limit, and the making and removal of images. It is
