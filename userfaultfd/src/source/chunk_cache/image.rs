@@ -292,7 +292,7 @@ impl Image {
         }
         let epoch = self.directory.epoch();
         for chunk in chunks {
-            // Acquire: as above.
+            // Acquire: pairs with the release by which a lease says that it is mapped.
             if self.chunks[chunk].load(Ordering::Acquire) & (BUSY | MAPPED) != MAPPED {
                 return None;
             }
