@@ -102,7 +102,7 @@
 // | `evict` | HOW a page gets out again | `policy` |
 // | `serve` | WHICH THREAD does it: workers and how faults reach them, the control thread, how serving ends; `shared` is what these threads share, a file for each part | `worker`, `control`, `shutdown` |
 // | `prefetch` | WITHOUT being asked: reading ahead, filling in the background, working sets | `background`, `read_ahead` |
-// | `pager`, `builder`, `handover`, `error`, `target` | what is public: a pager's life, and what can go wrong | `pager` |
+// | `pager`, `add`, `remove`, `builder`, `handover`, `error`, `target` | what is public: a pager's life, what comes to it and leaves it, and what can go wrong | `pager` |
 
 /// Threads, locks and their order, and what each atomic pairs with.
 #[cfg(doc)]
@@ -110,6 +110,7 @@
 mod concurrency {}
 
 mod activity;
+mod add;
 pub(crate) mod bell;
 mod builder;
 mod error;
@@ -127,6 +128,7 @@ pub(crate) mod prefetch;
 mod progress;
 #[cfg(test)]
 pub(crate) mod races;
+mod remove;
 mod reports;
 pub(crate) mod serve;
 pub(crate) mod stats;
@@ -136,6 +138,7 @@ mod trace;
 #[doc = include_str!("tuning.md")]
 pub mod tuning {}
 
+pub use self::add::Added;
 pub use self::builder::PagerBuilder;
 pub use self::error::{Error, Problem, Refused, Result, RetryPolicy};
 pub use self::evict::budget::{Budget, BudgetStatistics};
@@ -151,7 +154,7 @@ pub use self::memory::shared_image::SharedImage;
 #[cfg(feature = "metrics")]
 pub use self::metrics::MetricsPublisher;
 pub use self::on_end::OnEnd;
-pub use self::pager::{Added, Pager};
+pub use self::pager::Pager;
 pub use self::prefetch::background::{BackgroundFill, FillReport};
 pub(crate) use self::prefetch::fill_target::Target;
 pub use self::prefetch::plan::FillOrder;
