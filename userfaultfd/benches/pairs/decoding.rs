@@ -6,12 +6,14 @@
 
 use std::fs::File;
 use std::io::{Seek, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use userfaultfd::{EventBuffer, Uffd};
 use userfaultfd_sys::*;
 
+use super::memfd::memfd;
+use super::random::Random;
 use super::{Pair, ROOM, Way, bare, timed, use_event, use_message};
 
 /// How many messages a read gets.
@@ -42,13 +44,8 @@ fn event(kind: u8) -> u64 {
 
 /// Bits without order, and an address.
 fn random() -> impl Iterator<Item = (u64, u64)> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    (0..MESSAGES as u64).map(move |index| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 20, 0x7f00_0000_0000 + index * 4096)
-    })
+    let mut random = Random::new(1);
+    (0..MESSAGES as u64).map(move |index| (random.next(), 0x7f00_0000_0000 + index * 4096))
 }
 
 /// Where messages are read from, and to.
@@ -97,12 +94,7 @@ pub(super) struct Decoding {
 
 impl Decoding {
     pub(super) fn new(messages: Vec<[u64; 4]>, work: Work) -> Self {
-        // SAFETY: the name is NUL-terminated.
-        let fd = unsafe { libc::memfd_create(c"messages".as_ptr(), libc::MFD_CLOEXEC) };
-        assert!(fd >= 0, "a memfd");
-        // SAFETY: the descriptor is new, and nothing else owns it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut file = File::from(fd);
+        let mut file = memfd();
         for word in messages.as_flattened() {
             file.write_all(&word.to_ne_bytes()).expect("room in the file");
         }

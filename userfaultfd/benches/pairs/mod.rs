@@ -7,6 +7,11 @@ mod bare;
 mod calls;
 mod decoding;
 mod faults;
+#[path = "../memfd/mod.rs"]
+mod memfd;
+#[path = "../../tests/support/random.rs"]
+#[expect(dead_code, reason = "others need the rest")]
+mod random;
 mod reads;
 
 use std::hint::black_box;

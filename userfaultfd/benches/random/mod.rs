@@ -1,31 +1,17 @@
-//! Numbers that look random.
+//! Numbers that look random: the generator of the tests, and what benchmarks ask of it.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-/// A generator, which gives the same numbers for the same seed: splitmix64.
-#[derive(Clone)]
-pub(crate) struct Random(u64);
+#[path = "../../tests/support/random.rs"]
+#[allow(dead_code, reason = "each benchmark uses a part")]
+mod generator;
+
+pub(crate) use self::generator::Random;
 
 impl Random {
-    pub(crate) const fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
     /// With a seed that differs from run to run.
     pub(crate) fn of_this_run() -> Self {
-        Self(RandomState::new().build_hasher().finish())
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    pub(crate) fn below(&mut self, end: usize) -> usize {
-        ((u128::from(self.next()) * end as u128) >> 64) as usize
+        Self::new(RandomState::new().build_hasher().finish())
     }
 
     /// At least 0 and less than 1.

@@ -15,6 +15,8 @@ mod child;
 mod contenders;
 mod machine;
 mod measure;
+#[path = "../memfd/mod.rs"]
+mod memfd;
 mod options;
 mod picture;
 #[expect(dead_code, reason = "others need the rest")]

@@ -443,6 +443,7 @@ mod tests {
     use std::{fs, iter};
 
     use super::*;
+    use crate::support::mapping::memfd_of_bytes;
     use crate::support::proc::wait_until;
     use crate::support::require;
 
@@ -455,7 +456,7 @@ mod tests {
     }
 
     fn file(len: usize) -> File {
-        let file = File::from(sys::memfd());
+        let file = File::from(memfd_of_bytes(0, 0));
         file.write_all_at(&(0..len).map(byte).collect::<Vec<_>>(), 0).unwrap();
         file
     }
@@ -578,7 +579,7 @@ mod tests {
     #[test]
     fn a_hole_that_became_shorter_is_zero_up_to_the_end_alone() {
         crate::support::require!();
-        let file = File::from(sys::memfd());
+        let file = File::from(memfd_of_bytes(0, 0));
         file.set_len(4 * BLOCK as u64).unwrap();
         let source = FileSource::new(file.try_clone().unwrap()).unwrap();
         assert_eq!(source.zeros(0), u64::MAX);
@@ -592,7 +593,7 @@ mod tests {
 
     /// Data in blocks 1 and 2 of five, and 5 bytes in a sixth.
     fn sparse_file() -> File {
-        let file = File::from(sys::memfd());
+        let file = File::from(memfd_of_bytes(0, 0));
         file.write_all_at(&(BLOCK..3 * BLOCK).map(byte).collect::<Vec<_>>(), BLOCK as u64).unwrap();
         file.write_all_at(&[9; 5], 5 * BLOCK as u64).unwrap();
         file
@@ -686,7 +687,7 @@ mod tests {
     #[test]
     fn a_huge_file_is_read_at_its_end() {
         crate::support::require!();
-        let file = File::from(sys::memfd());
+        let file = File::from(memfd_of_bytes(0, 0));
         let len = (1 << 43) + 5000;
         file.set_len(len).unwrap();
         file.write_all_at(b"end", len - 3).unwrap();
@@ -740,7 +741,7 @@ mod tests {
     #[test]
     fn holes_that_were_allocated_in_advance_are_data_once_written() {
         require!();
-        let file = File::from(sys::memfd());
+        let file = File::from(memfd_of_bytes(0, 0));
         file.set_len(4 * BLOCK as u64).unwrap();
         sys::allocate(file.as_fd(), BLOCK as u64, BLOCK).unwrap();
         let source = FileSource::new(file.try_clone().unwrap()).unwrap();
@@ -781,7 +782,7 @@ mod tests {
     #[test]
     fn zeros_that_were_read_are_zero_and_a_single_byte_is_data() {
         require!();
-        let file = File::from(sys::memfd());
+        let file = File::from(memfd_of_bytes(0, 0));
         file.write_all_at(&vec![0; 3 * 4096], 0).unwrap();
         let source = FileSource::new(file.try_clone().unwrap()).unwrap();
         for (offset, len) in [(0, 4096), (4096, 8192), (1, 4095), (8192, 4 * 4096), (0, 1), (3, 0)] {

@@ -196,10 +196,11 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::support::mapping::memfd_of_bytes;
     use crate::support::require;
 
-    fn memfd(len: usize) -> File {
-        let file = File::from(sys::memfd());
+    fn filled(len: usize) -> File {
+        let file = File::from(memfd_of_bytes(0, 0));
         file.write_all_at(&vec![1; len], 0).unwrap();
         file
     }
@@ -223,7 +224,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read_and_in_the_file() {
         require!();
-        let file = memfd(10_000);
+        let file = filled(10_000);
         let store = FileStore::range(file.try_clone().unwrap(), 1000, 9000).unwrap();
         store.write(5000, &[2; 4000]).unwrap();
         store.sync().unwrap();
@@ -241,7 +242,7 @@ mod tests {
     #[test]
     fn hole_that_was_written_is_read() {
         require!();
-        let file = File::from(sys::memfd());
+        let file = File::from(memfd_of_bytes(0, 0));
         file.set_len(1 << 20).unwrap();
         let store = FileStore::new(file).unwrap();
         let mut page = [0xee; 4096];
@@ -254,7 +255,7 @@ mod tests {
     #[test]
     fn file_of_another_length_is_refused_by_both() {
         require!();
-        let file = memfd(8192);
+        let file = filled(8192);
         let (whole, part) = (
             FileStore::new(file.try_clone().unwrap()).unwrap(),
             FileStore::range(file.try_clone().unwrap(), 0, 8192).unwrap(),

@@ -219,8 +219,8 @@ mod tests {
     use super::*;
     use crate::source::model::{Random, byte, check, check_all, random_range};
     use crate::source::{BytesSource, PageData, ZeroSource};
+    use crate::support::mapping::memfd_of_bytes;
     use crate::support::require;
-    use crate::sys;
 
     /// An unlinked file where temporary ones are, and one in memory.
     fn files() -> [File; 2] {
@@ -229,7 +229,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("userfaultfd-layered-{}-{count}", std::process::id()));
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         std::fs::remove_file(path).unwrap();
-        [file, File::from(sys::memfd())]
+        [file, File::from(memfd_of_bytes(0, 0))]
     }
 
     fn as_u64(range: &Range<usize>) -> Range<u64> {
@@ -378,7 +378,7 @@ mod tests {
     fn a_diff_that_became_shorter_is_an_error_and_never_the_base() {
         require!();
         let page = crate::page_size() as u64;
-        let diff = File::from(sys::memfd());
+        let diff = File::from(memfd_of_bytes(0, 0));
         diff.set_len(4 * page).unwrap();
         diff.write_all_at(&vec![2; page as usize], 2 * page).unwrap();
         let mut source = LayeredSource::new(BytesSource::new(vec![1; 4 * page as usize])).unwrap();
@@ -410,7 +410,7 @@ mod tests {
             "a base without a length: ConcatSource::push_part gives it one"
         );
         let mut source = LayeredSource::new(base()).unwrap();
-        let diff = File::from(sys::memfd());
+        let diff = File::from(memfd_of_bytes(0, 0));
         diff.set_len(99).unwrap();
         #[expect(clippy::reversed_empty_ranges, reason = "what is refused")]
         let backwards = 5..4;

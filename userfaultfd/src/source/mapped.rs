@@ -112,10 +112,10 @@ mod tests {
 
     use super::*;
     use crate::source::model::copied;
-    use crate::sys;
+    use crate::support::mapping::memfd_of_bytes;
 
     fn file(len: usize) -> File {
-        let file = File::from(sys::memfd());
+        let file = File::from(memfd_of_bytes(0, 0));
         let bytes: Vec<u8> = (0..len).map(|at| (at % 251 + 1) as u8).collect();
         file.write_all_at(&bytes, 0).unwrap();
         file
@@ -198,7 +198,7 @@ mod tests {
         let error = MappedFileSource::range(file(10), 5, 6).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         assert_eq!(MappedFileSource::open("/").unwrap_err().raw_os_error(), Some(libc::EISDIR));
-        let huge = File::from(sys::memfd());
+        let huge = File::from(memfd_of_bytes(0, 0));
         let len = if cfg!(target_pointer_width = "64") { i64::MAX as u64 & !0xffff } else { 1 << 43 };
         huge.set_len(len).unwrap();
         match MappedFileSource::new(huge) {

@@ -297,8 +297,8 @@ impl PageSource for MappedRamSource {
 mod tests {
     use super::*;
     use crate::source::model::{Random, byte, check, check_all};
+    use crate::support::mapping::memfd_of_bytes;
     use crate::support::require;
-    use crate::sys;
 
     /// A block to write.
     struct Block {
@@ -322,7 +322,7 @@ mod tests {
 
     /// Writes a file as QEMU does, from the description of the format alone. Returns what memory it holds, too.
     fn write(blocks: &[Block]) -> (File, Vec<u8>) {
-        let file = File::from(sys::memfd());
+        let file = File::from(memfd_of_bytes(0, 0));
         let mut at = 0;
         let put = |at: &mut u64, bytes: &[u8]| {
             file.write_all_at(bytes, *at).unwrap();

@@ -5,8 +5,11 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::{PageData, PageSource, SourceBytes};
+use super::{BytesSource, PageData, PageSource, SourceBytes};
+use crate::support::mapping::memfd_of_bytes;
 pub(super) use crate::support::random::Random;
 use crate::sys;
 
@@ -22,6 +25,30 @@ pub(super) fn random_range(random: &mut Random, len: usize, unit: usize) -> Rang
     start..end.next_multiple_of(unit).min(len)
 }
 
+/// Bytes, whose reads are counted.
+pub(super) struct Counted {
+    bytes: Vec<u8>,
+    reads: Arc<AtomicUsize>,
+}
+
+impl Counted {
+    pub(super) fn new(bytes: Vec<u8>) -> (Self, Arc<AtomicUsize>) {
+        let reads = Arc::default();
+        (Self { bytes, reads: Arc::clone(&reads) }, reads)
+    }
+}
+
+impl PageSource for Counted {
+    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        BytesSource::new(&self.bytes).read(offset, page)
+    }
+
+    fn len(&self) -> Option<u64> {
+        Some(self.bytes.len() as u64)
+    }
+}
+
 /// Bytes that tell where they are, and whose.
 pub(super) fn byte(layer: usize, at: usize) -> u8 {
     ((at / 7 + layer * 31) % 251 + 1) as u8
@@ -29,7 +56,7 @@ pub(super) fn byte(layer: usize, at: usize) -> u8 {
 
 /// What the kernel copies from there.
 pub(super) fn copied(bytes: SourceBytes<'_>) -> io::Result<Vec<u8>> {
-    let copy = File::from(sys::memfd());
+    let copy = File::from(memfd_of_bytes(0, 0));
     let written = sys::write(copy.as_fd(), bytes.as_ptr(), bytes.len())?;
     let mut content = vec![0; written];
     copy.read_exact_at(&mut content, 0)?;

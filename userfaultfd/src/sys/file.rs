@@ -4,14 +4,14 @@
 use std::ffi::CStr;
 use std::ffi::CString;
 use std::io;
-#[cfg(any(feature = "pager", test))]
+#[cfg(feature = "pager")]
 use std::os::fd::OwnedFd;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::check;
-#[cfg(any(feature = "pager", test))]
+#[cfg(feature = "pager")]
 use super::own;
 use crate::Errno;
 
@@ -302,16 +302,6 @@ pub(crate) fn seal_as_image(file: BorrowedFd<'_>) -> Result<(), Errno> {
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL | F_SEAL_FUTURE_WRITE;
     // SAFETY: the system call takes integers and touches no memory of this process.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
-}
-
-/// A file that is in memory and nowhere else. It can have holes.
-#[cfg(test)]
-pub(crate) fn memfd() -> OwnedFd {
-    // SAFETY: the name is a NUL-terminated constant.
-    let fd = unsafe { libc::memfd_create(c"userfaultfd-test".as_ptr(), libc::MFD_CLOEXEC) };
-    let fd = check(fd).expect("a memfd");
-    // SAFETY: the kernel made the descriptor for this call, so nothing else owns it.
-    unsafe { own(fd) }
 }
 
 /// write(2) of bytes that Rust must not look at: the kernel copies them, as a fill does.

@@ -13,7 +13,7 @@ use userfaultfd::{FeatureFlags, LazyBuilder, LazyMemory};
 
 use crate::scene;
 use crate::support::random::Random;
-use crate::support::{child, page, proc, require, test_name};
+use crate::support::{child, maps, page, proc, require, test_name};
 
 /// A byte of the source.
 fn byte(at: u64) -> u8 {
@@ -43,7 +43,7 @@ fn memory_larger_than_its_budget_is_read_whole_and_stays_within_it() {
             let mut largest = 0;
             while !done.load(Ordering::Relaxed) {
                 largest = largest.max(budget.resident());
-                let mapped = 1024 * proc::smaps(start..start + pages * page(), "Rss");
+                let mapped = maps::sum_of(start..start + pages * page(), "Rss");
                 assert!(mapped <= (most + 64) * page(), "{mapped} bytes are mapped");
             }
             largest

@@ -16,7 +16,7 @@ use userfaultfd::pager::{
 use userfaultfd::{FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 use crate::support::gate::Gate;
-use crate::support::{child, page, require, test_name};
+use crate::support::{child, maps, page, require, test_name};
 
 /// A source of pages with their numbers, every fifth zeros, that counts the reads of each.
 #[derive(Clone)]
@@ -95,15 +95,9 @@ fn at(guest: &MmapMut, number: usize) -> u8 {
 
 /// The bytes of a mapping that are no other's, and those that are in memory.
 fn anonymous_and_resident(guest: &MmapMut) -> (usize, usize) {
-    let start = format!("{:x}-", guest.as_ptr().addr());
-    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-    let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&start));
-    let mut number = |name| {
-        let line = lines.by_ref().find(|line| line.starts_with(name)).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() << 10
-    };
-    let resident = number("Rss:");
-    (number("Anonymous:"), resident)
+    let start = guest.as_ptr().addr();
+    let [anonymous, resident] = ["Anonymous", "Rss"].map(|field| maps::sum_of(start..start + 1, field));
+    (anonymous, resident)
 }
 
 /// Sixteen guests that read the same take the memory of one.

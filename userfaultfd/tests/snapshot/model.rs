@@ -24,7 +24,7 @@ use userfaultfd::{FeatureFlags, MoveMode, RegisterMode};
 
 use crate::support::memory::{self, Kind, Memory};
 use crate::support::random::Random;
-use crate::support::{child, features, page, proc, require, show, test_name, uffd};
+use crate::support::{child, features, maps, page, require, show, test_name, uffd};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
@@ -597,7 +597,7 @@ fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(
     let workers: Vec<_> = (0..THREADS)
         .map(|thread| Worker::new(world, of_thread(thread), Random::new(random.next())))
         .collect();
-    let huge = if transparent { proc::smaps(world.addresses(), "AnonHugePages:") / HUGE } else { 0 };
+    let huge = if transparent { maps::sum_of(world.addresses(), "AnonHugePages") / HUGE } else { 0 };
     let series = series.then(|| Takes::options(world, removal, buffer).series().unwrap());
     let mut takes = Takes { random, removal, series, chain: Held::new(), previous: 0, taken: Vec::new() };
     let (stop, round) = (AtomicBool::new(false), Barrier::new(THREADS + 1));

@@ -12,7 +12,7 @@ pub(crate) fn status_bytes(field: &str) -> usize {
 }
 
 /// The addresses of a mapping, where a line of maps or smaps begins one.
-pub(super) fn bounds(line: &str) -> Option<Range<usize>> {
+fn bounds(line: &str) -> Option<Range<usize>> {
     let (start, end) = line.split(' ').next()?.split_once('-')?;
     let address = |text| usize::from_str_radix(text, 16).ok();
     Some(address(start)?..address(end)?)
@@ -31,6 +31,22 @@ pub(crate) fn mapping_field(address: usize, field: &str) -> Option<String> {
     lines.find(|line| bounds(line).is_some_and(|range| range.contains(&address)))?;
     let mut fields = lines.take_while(|line| bounds(line).is_none());
     fields.find_map(|line| Some(line.strip_prefix(field)?.strip_prefix(':')?.trim().to_owned()))
+}
+
+/// The sum of a size in smaps, in bytes, over the mappings that begin in a range of addresses: `Rss`, `Swap`.
+pub(crate) fn sum_of(range: Range<usize>, field: &str) -> usize {
+    let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let (mut inside, mut found, mut kib) = (false, false, 0);
+    for line in smaps.lines() {
+        if let Some(mapping) = bounds(line) {
+            inside = range.contains(&mapping.start);
+        } else if let Some(size) = line.strip_prefix(field).and_then(|rest| rest.strip_prefix(':')) {
+            found = true;
+            kib += if inside { size.trim().trim_end_matches(" kB").parse::<usize>().unwrap() } else { 0 };
+        }
+    }
+    assert!(found, "no mapping has {field}");
+    1024 * kib
 }
 
 /// Whether the kernel gave a mapping a flag, of two letters in smaps.

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use userfaultfd::{FeatureFlags, IoctlFlags};
 
-use super::maps::bounds;
+use super::maps;
 
 /// What the kernel tells of a userfaultfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,20 +117,5 @@ pub(crate) fn has_swap() -> bool {
 
 /// How many bytes of the mappings that begin in a range of addresses are swapped out.
 pub(crate) fn swapped(range: Range<usize>) -> usize {
-    smaps(range, "Swap:")
-}
-
-/// The sum of a field of smaps, in bytes, over the mappings that begin in a range of addresses.
-pub(crate) fn smaps(range: Range<usize>, field: &str) -> usize {
-    let text = fs::read_to_string("/proc/self/smaps").unwrap();
-    let (mut inside, mut bytes) = (false, 0);
-    for line in text.lines() {
-        if let Some(mapping) = bounds(line) {
-            inside = range.contains(&mapping.start);
-        } else if inside && line.split_whitespace().next() == Some(field) {
-            let size = line.split_whitespace().nth(1).unwrap();
-            bytes += 1024 * size.parse::<usize>().unwrap();
-        }
-    }
-    bytes
+    maps::sum_of(range, "Swap")
 }

@@ -1,7 +1,5 @@
 //! What each operation of the kernel does in a second, by how much it is given at a time.
 
-use std::fs::File;
-use std::os::fd::FromRawFd;
 use std::time::Duration;
 
 use memmap2::{Advice, MmapMut, MmapOptions, UncheckedAdvice};
@@ -10,6 +8,7 @@ use userfaultfd::{ContinueMode, FeatureFlags, MoveMode, RegisterMode, Support, U
 use crate::contenders::cpus::{self, ALLOWED};
 use crate::contenders::{memory, timed};
 use crate::measure::{Round, Samples};
+use crate::memfd::memfd;
 use crate::options::Options;
 use crate::picture::block;
 use crate::table::{Section, Unit};
@@ -137,11 +136,7 @@ fn poison(size: usize) -> Round {
 }
 
 fn continue_(size: usize) -> Round {
-    // SAFETY: the name ends with a zero byte.
-    let fd = unsafe { libc::memfd_create(c"content".as_ptr(), libc::MFD_CLOEXEC) };
-    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the descriptor is new, and nobody else's.
-    let file = unsafe { File::from_raw_fd(fd) };
+    let file = memfd();
     file.set_len(LEN as u64).expect("a memfd");
     let map = || {
         // SAFETY: nobody else knows the file, and its length stays.

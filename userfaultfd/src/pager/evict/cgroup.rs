@@ -161,12 +161,13 @@ fn dirs_of(groups: &str, mounts: &str) -> Vec<(PathBuf, PathBuf)> {
 mod tests {
     use super::*;
     use crate::pager::Budget;
+    use crate::support::mapping::memfd_of_bytes;
     use crate::support::proc::wait_until;
     use crate::support::require;
     use crate::{FeatureFlags, LazyMemory, page_size};
 
     fn file(text: &str) -> File {
-        let file = File::from(crate::sys::memfd());
+        let file = File::from(memfd_of_bytes(0, 0));
         write(&file, text);
         file
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::LazyMemory;
-use crate::source::model::{Random, byte, check, check_all};
+use crate::source::model::{Counted, Random, byte, check, check_all};
 use crate::source::{BytesSource, FileSource};
 use crate::support::proc::wait_until;
 use crate::support::require;
@@ -128,26 +128,12 @@ fn frames_of_the_program_zstd_are_read() {
     assert_eq!(named(&error), ZstdError::NotSeekable);
 }
 
-/// Counts reads.
-struct Counted(Vec<u8>, Arc<AtomicUsize>);
-
-impl PageSource for Counted {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        self.1.fetch_add(1, Ordering::Relaxed);
-        BytesSource::new(&self.0).read(offset, page)
-    }
-
-    fn len(&self) -> Option<u64> {
-        Some(self.0.len() as u64)
-    }
-}
-
 #[test]
 fn faults_in_a_frame_decompress_it_once() {
     require!();
     const FRAME: usize = 256 << 10;
-    let (bytes, reads) = (content(8 * FRAME), Arc::new(AtomicUsize::new(0)));
-    let file = Counted(write(&bytes, FRAME, true, 1), Arc::clone(&reads));
+    let bytes = content(8 * FRAME);
+    let (file, reads) = Counted::new(write(&bytes, FRAME, true, 1));
     let source = SeekableZstd::builder(file).cache_size(3 * FRAME).open().unwrap();
     reads.store(0, Ordering::Relaxed);
     for at in (0..8 * FRAME).step_by(4096) {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::source::BytesSource;
-use crate::source::model::{Random, byte, check, check_all, copied};
+use crate::source::model::{Counted, Random, byte, check, check_all, copied};
 use crate::support::{child, require};
 use crate::{LazyMemory, page_size};
 
@@ -42,30 +42,6 @@ pub(super) const CHUNK: usize = 64 << 10;
 
 pub(super) fn content(image: usize, len: usize) -> Vec<u8> {
     (0..len).map(|at| byte(image, at)).collect()
-}
-
-/// Counts what is read of it.
-pub(super) struct Counted {
-    bytes: Vec<u8>,
-    pub(super) reads: Arc<AtomicUsize>,
-}
-
-impl Counted {
-    pub(super) fn new(bytes: Vec<u8>) -> (Self, Arc<AtomicUsize>) {
-        let reads = Arc::default();
-        (Self { bytes, reads: Arc::clone(&reads) }, reads)
-    }
-}
-
-impl PageSource for Counted {
-    fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
-        self.reads.fetch_add(1, Ordering::Relaxed);
-        BytesSource::new(&self.bytes).read(offset, page)
-    }
-
-    fn len(&self) -> Option<u64> {
-        Some(self.bytes.len() as u64)
-    }
 }
 
 /// Must not be asked for anything.
