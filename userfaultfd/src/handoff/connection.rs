@@ -154,8 +154,9 @@ impl Connection {
     pub(super) fn next_received(&mut self) -> Result<Option<Received>, PeerError> {
         let Some(message) = self.decoder.next_message()? else { return Ok(None) };
         let Some(mut dialect) = self.decoder.dialect() else { return Ok(None) };
-        if dialect == Dialect::Firecracker && self.decoder.allows(Dialect::E2b) && self.has_memory_file() {
-            dialect = Dialect::E2b;
+        let other = dialect.wire().with_memory_file.filter(|other| self.decoder.allows(*other));
+        if let Some(other) = other.filter(|_| self.has_memory_file()) {
+            dialect = other;
             self.decoder.set_dialect(dialect);
         }
         let wire = dialect.wire();

@@ -103,9 +103,7 @@ impl Decoder {
     pub(super) fn max_files(&self) -> usize {
         let may_be = |dialect: &&Dialect| match self.dialect {
             None => true,
-            // E2B's messages begin alike, and come with the memory's file.
-            Some(Dialect::Firecracker) => matches!(dialect, Dialect::Firecracker | Dialect::E2b),
-            Some(known) => known == **dialect,
+            Some(known) => known == **dialect || known.wire().with_memory_file == Some(**dialect),
         };
         self.allowed.iter().filter(may_be).map(|dialect| dialect.wire().max_files).max().unwrap_or(0)
     }

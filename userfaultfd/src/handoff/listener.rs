@@ -384,8 +384,7 @@ impl Listener {
             return Err(Error::Peer { peer, error: PeerError::Unexpected { message } });
         };
         let Pending { connection, process, memory, .. } = pending;
-        // CRIU's are in its images.
-        let checked = if dialect == Dialect::Criu { Ok(()) } else { region::check(regions) };
+        let checked = if dialect.wire().has_no_regions { Ok(()) } else { region::check(regions) };
         if let Err(error) = checked {
             self.orphans.extend(Orphan::end(self.on_end, userfaultfd, &[], process).filter(is_awaited));
             return Err(Error::Peer { peer, error });

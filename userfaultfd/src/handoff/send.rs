@@ -84,8 +84,7 @@ pub fn send(dialect: Dialect, stream: &UnixStream, offer: &Offer<'_>) -> Result<
     };
     let bytes = dialect.encode(&message).ok_or(Error::NoMessage { dialect, what: "a userfaultfd" })?;
     let fds: Vec<_> = [offer.userfaultfd].into_iter().chain(offer.files.iter().copied()).collect();
-    // CRIU's descriptor comes with the byte behind the process id.
-    let first = if dialect == Dialect::Criu { bytes.len() - 1 } else { 0 };
+    let first = if wire.descriptors_last { bytes.len() - 1 } else { 0 };
     send_all(stream, &bytes[..first], &[], STEP_TIMEOUT).map_err(Error::Send)?;
     send_all(stream, &bytes[first..], &fds, STEP_TIMEOUT).map_err(Error::Send)?;
     let mut confirmation = vec![0; wire.ready.len()];

@@ -6,15 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::{Begins, Framing, MemoryRegion, Message, Wire};
 use crate::RegisterMode;
 
-pub(super) const WIRE: Wire = Wire {
-    framing: Framing::Length32,
-    begins,
-    decode,
-    encode,
-    max_files: 0,
-    ready: &[1],
-    sends_memory: false,
-};
+pub(super) const WIRE: Wire = Wire { ready: &[1], ..Wire::new(Framing::Length32, begins, decode, encode) };
 
 /// Bytes of the length.
 const LENGTH: usize = 4;

@@ -4,13 +4,9 @@
 use super::{Begins, Framing, Mapping, Message, Wire, decode_array};
 
 pub(super) const WIRE: Wire = Wire {
-    framing: Framing::Json,
-    begins: Begins::never,
-    decode: decode_array,
-    encode,
-    max_files: 0,
     ready: b"ok",
     sends_memory: true,
+    ..Wire::new(Framing::Json, Begins::never, decode_array, encode)
 };
 
 fn encode(message: &Message) -> Option<Vec<u8>> {

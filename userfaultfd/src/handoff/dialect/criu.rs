@@ -6,13 +6,9 @@ use super::{Begins, Framing, Message, Wire};
 use crate::RegisterMode;
 
 pub(super) const WIRE: Wire = Wire {
-    framing: Framing::Criu,
-    begins: Begins::never,
-    decode,
-    encode,
-    max_files: 0,
-    ready: b"",
-    sends_memory: false,
+    has_no_regions: true,
+    descriptors_last: true,
+    ..Wire::new(Framing::Criu, Begins::never, decode, encode)
 };
 
 /// Says that all tasks are restored. No process has such an id.

@@ -3,4 +3,4 @@
 use super::Wire;
 use super::firecracker;
 
-pub(super) const WIRE: Wire = Wire { max_files: 1, ..firecracker::WIRE };
+pub(super) const WIRE: Wire = Wire { max_files: 1, with_memory_file: None, ..firecracker::WIRE };

@@ -5,15 +5,7 @@ use super::page_fault::{header, split};
 use super::{Begins, Framing, MemoryRegion, Message, Wire};
 use crate::RegisterMode;
 
-pub(super) const WIRE: Wire = Wire {
-    framing: Framing::Header16,
-    begins,
-    decode,
-    encode,
-    max_files: 128,
-    ready: b"",
-    sends_memory: false,
-};
+pub(super) const WIRE: Wire = Wire { max_files: 128, ..Wire::new(Framing::Header16, begins, decode, encode) };
 
 const HANDSHAKE: u16 = 0x0a;
 const ADD_REGION: u16 = 0x0b;

@@ -33,6 +33,35 @@ pub(super) struct Wire {
     pub(super) ready: &'static [u8],
     /// Whether the handler sends a memfd and its length first.
     pub(super) sends_memory: bool,
+    /// Whether the regions come from elsewhere, and aren't in the messages.
+    pub(super) has_no_regions: bool,
+    /// Whether the descriptors come with the last byte of the message that hands memory over.
+    pub(super) descriptors_last: bool,
+    /// The dialect that begins alike, and that it is if the memory's file comes along.
+    pub(super) with_memory_file: Option<Dialect>,
+}
+
+impl Wire {
+    /// One with nothing but messages and a userfaultfd.
+    const fn new(
+        framing: Framing,
+        begins: fn(&[u8]) -> Begins,
+        decode: fn(&[u8]) -> Result<Message, String>,
+        encode: fn(&Message) -> Option<Vec<u8>>,
+    ) -> Self {
+        Self {
+            framing,
+            begins,
+            decode,
+            encode,
+            max_files: 0,
+            ready: b"",
+            sends_memory: false,
+            has_no_regions: false,
+            descriptors_last: false,
+            with_memory_file: None,
+        }
+    }
 }
 
 /// Whether bytes are the beginning of a dialect's first message.

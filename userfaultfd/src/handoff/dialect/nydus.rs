@@ -5,8 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Begins, Framing, Mapping, Message, Wire, decode_array};
 
-pub(super) const WIRE: Wire =
-    Wire { framing: Framing::Json, begins, decode, encode, max_files: 0, ready: b"", sends_memory: false };
+pub(super) const WIRE: Wire = Wire::new(Framing::Json, begins, decode, encode);
 
 const HANDSHAKE: u64 = 0;
 const STAT: u64 = 2;

@@ -4,13 +4,8 @@
 use super::{Begins, Framing, Message, Wire};
 
 pub(super) const WIRE: Wire = Wire {
-    framing: Framing::Header16,
-    begins: |bytes| begins_with(&[PAGE_FAULT], bytes),
-    decode,
-    encode,
     max_files: 16,
-    ready: b"",
-    sends_memory: false,
+    ..Wire::new(Framing::Header16, |bytes| begins_with(&[PAGE_FAULT], bytes), decode, encode)
 };
 
 const PAGE_FAULT: u16 = 9;
