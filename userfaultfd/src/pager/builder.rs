@@ -10,7 +10,7 @@ use super::prefetch::read_ahead;
 use super::reports::{OnProblem, Reporter};
 use super::serve::delivery::Delivery;
 use super::serve::shared::Shared;
-use super::serve::thread::Thread;
+use super::thread::Thread;
 use super::serve::worker::Worker;
 use super::serve::{control, shutdown, worker_pool};
 use super::{Pager, Problem, Result, RetryPolicy};

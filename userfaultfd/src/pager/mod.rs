@@ -133,6 +133,7 @@ mod reports;
 pub(crate) mod serve;
 pub(crate) mod stats;
 mod target;
+mod thread;
 mod trace;
 
 #[doc = include_str!("tuning.md")]

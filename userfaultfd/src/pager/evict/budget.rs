@@ -13,7 +13,7 @@ use super::take;
 use crate::Errno;
 use crate::error::errno_of;
 use crate::lock_order::{RankedMutex, lock, rank};
-use crate::pager::serve::thread::Thread;
+use crate::pager::thread::Thread;
 use crate::pager::{Error, Result};
 use crate::sync::AtomicU64;
 

@@ -7,7 +7,7 @@ use super::frames::{Frames, Member};
 use super::pool::STUCK_INTERVAL;
 use super::residence::Residence;
 use super::store::{StoreBacking, WRITE_PAGES};
-use crate::pager::serve::thread::Thread;
+use crate::pager::thread::Thread;
 use crate::pager::{Problem, RegionId, Result};
 
 /// Ranges that are noted as not synced, at most: then the thread syncs them.

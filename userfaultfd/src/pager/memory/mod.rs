@@ -12,4 +12,5 @@ pub(crate) mod page_state;
 pub(crate) mod region;
 pub(crate) mod served;
 pub(crate) mod shared_image;
+pub(crate) mod table;
 pub(crate) mod unfillable;

@@ -15,7 +15,7 @@ use super::plan::{FillOrder, Place, Plan};
 use crate::lock_order::{RankedMutex, lock, rank};
 use crate::owner::{Owner, abandon};
 use crate::pager::activity::{Busy, Reads};
-use crate::pager::serve::thread::Thread;
+use crate::pager::thread::Thread;
 use crate::pager::{Failed, Pager, Progress, RegionId, Result};
 
 /// The longest interval between looks whether a fault waits, while less than [`STEP_BYTES`] is filled.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::poll::Token;
-use super::table::Table;
+use crate::pager::memory::table::Table;
 use crate::pager::memory::descriptor::Descriptor;
 
 /// Descriptors that a worker knows at a time. With more of them two of the same place in the cache replace each other.

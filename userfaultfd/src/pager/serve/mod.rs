@@ -12,8 +12,6 @@ pub(crate) mod poll;
 pub(crate) mod regions;
 pub(crate) mod shared;
 pub(crate) mod shutdown;
-pub(crate) mod table;
-pub(crate) mod thread;
 pub(crate) mod vma_events;
 pub(crate) mod worker;
 pub(crate) mod worker_pool;

@@ -14,7 +14,7 @@ use super::descriptor_cache::DescriptorCache;
 use super::event_reader::{EventReader, Read};
 use super::poll::Token;
 use super::shared::Shared;
-use super::thread::has_heap;
+use crate::pager::thread::has_heap;
 use crate::error::errno_of;
 use crate::lock_order::{LockGuard, lock};
 use crate::pager::fill::filler::PageFiller;

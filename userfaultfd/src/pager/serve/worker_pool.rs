@@ -20,7 +20,7 @@ use super::backlog::Item;
 use super::delivery::Delivery;
 use super::poll::Token;
 use super::shared::Shared;
-use super::thread::Thread;
+use crate::pager::thread::Thread;
 use super::worker::Worker;
 use crate::lock_order::{RankedMutex, lock, rank};
 use crate::pager::activity::Doing;
