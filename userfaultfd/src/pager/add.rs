@@ -306,7 +306,9 @@ impl Pager {
     /// Has a budget count the pages of a segment that is about to be served.
     fn begin_limit(&self, segment: &Segment, uffd: &Arc<Uffd>) -> Result<()> {
         match segment.region.residence.as_ref().filter(|residence| residence.places().is_some()) {
-            Some(residence) => residence.attach(&segment.region, segment.start, uffd, &self.shared),
+            Some(residence) => {
+                residence.attach(&segment.region, segment.start, uffd, self.shared.evict_context())
+            }
             None => Ok(()),
         }
     }
@@ -321,7 +323,9 @@ impl Pager {
             Arc::clone(&serving.as_ref().ok_or(Error::NotServed)?.uffd)
         };
         match &segment.region.residence {
-            Some(residence) => residence.attach(&segment.region, segment.start, &uffd, &self.shared),
+            Some(residence) => {
+                residence.attach(&segment.region, segment.start, &uffd, self.shared.evict_context())
+            }
             None => Ok(()),
         }
     }

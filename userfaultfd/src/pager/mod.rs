@@ -92,14 +92,15 @@
 
 // # The rooms
 //
-// Each room uses those above it in this list, and none below.
+// Each room uses those above it in this list, and none below; but a region of `memory` has its residence in `evict`, where a
+// budget has the regions that share it.
 //
 // | room | what | where to begin |
 // | --- | --- | --- |
-// | `memory` | WHAT is served: regions, where they lie, the states of their pages; no threads | `served`, `page_state`, `descriptor` |
-// | `stats`, `trace`, `activity`, `bell`, `reports` | what is counted, traced and reported; what each thread is doing | `stats`, `reports` |
+// | `memory` | WHAT is served: descriptors and regions, where they lie, the states of their pages; no threads | `served`, `page_state`, `descriptor`, `table` |
+// | `stats`, `trace`, `activity`, `bell`, `reports`, `thread` | what is counted, traced and reported; what each thread is doing; how one starts | `stats`, `reports` |
+// | `evict` | HOW a page gets out again. Of the pager it knows its `EvictContext` | `policy` |
 // | `fill` | HOW a page gets in: claim, load, install, poison, retry. Of the pager it knows its `FillContext` | `filler` |
-// | `evict` | HOW a page gets out again | `policy` |
 // | `serve` | WHICH THREAD does it: workers and how faults reach them, the control thread, how serving ends; `shared` is what these threads share, a file for each part | `worker`, `control`, `shutdown` |
 // | `prefetch` | WITHOUT being asked: reading ahead, filling in the background, working sets | `background`, `read_ahead` |
 // | `pager`, `add`, `remove`, `builder`, `handover`, `error`, `target` | what is public: a pager's life, what comes to it and leaves it, and what can go wrong | `pager` |

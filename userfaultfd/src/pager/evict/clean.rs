@@ -219,7 +219,7 @@ fn write_copied(
         let write = || store.write(pages, &turn.buffer).map_err(|error| (FlushStep::Write, error));
         let done = hook.and_then(|()| write());
         attempts += 1;
-        match member.shared.fill.retry.delay_after(attempts).filter(|_| retries && done.is_err()) {
+        match member.pager.retry.delay_after(attempts).filter(|_| retries && done.is_err()) {
             Some(delay) => thread::sleep(delay),
             None => return done,
         }

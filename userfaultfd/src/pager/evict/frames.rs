@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
+use super::context::EvictContext;
 use super::pins::{PinTerm, Pins};
 use super::policy::{Link, List, NO_STAMP, NONE, Policy, S3Fifo};
 use super::pool::{Pool, RUN_SHARE};
@@ -19,7 +20,6 @@ use crate::Uffd;
 use crate::mapped_vec::{self, MappedVec};
 use crate::pager::memory::descriptor::wake;
 use crate::pager::memory::served::ServedRegion;
-use crate::pager::serve::shared::Shared;
 use crate::pager::{Problem, RegionId};
 
 /// Pages of a budget for each that may rest in the staging area: `benches/eviction` says what others cost.
@@ -54,8 +54,7 @@ pub(super) struct Member {
     pub(super) start: usize,
     /// The descriptor of private memory, which doesn't end before the budget has let go of that.
     pub(super) uffd: Option<Arc<Uffd>>,
-    /// For problems, and the descriptors of shared memory.
-    pub(super) shared: Arc<Shared>,
+    pub(super) pager: EvictContext,
     /// The thread that writes to its store waits for pages.
     pub(super) write_work: Condvar,
 }

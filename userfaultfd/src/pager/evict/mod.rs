@@ -12,6 +12,7 @@
 pub(crate) mod budget;
 mod cgroup;
 pub(crate) mod clean;
+pub(crate) mod context;
 pub(crate) mod flush_error;
 mod frames;
 mod page_set;

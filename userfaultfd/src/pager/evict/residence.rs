@@ -27,6 +27,7 @@ use std::time::Instant;
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::budget::Budget;
+use super::context::EvictContext;
 use super::frames::Member;
 use super::pins::{PinTerm, SHORT_PIN_PATIENCE};
 use super::policy::NONE;
@@ -36,7 +37,6 @@ use super::store::StoreBacking;
 use super::write_back;
 use crate::own_mapping::OwnMapping;
 use crate::pager::memory::served::ServedRegion;
-use crate::pager::serve::shared::Shared;
 use crate::pager::{Error, Result};
 use crate::sync::AtomicU64;
 use crate::{FeatureFlags, RegisterMode, Support, Uffd, sys};
@@ -226,7 +226,7 @@ impl Residence {
         region: &Arc<ServedRegion>,
         start: usize,
         uffd: &Arc<Uffd>,
-        shared: &Arc<Shared>,
+        pager: EvictContext,
     ) -> Result<()> {
         if matches!(self.way, Way::Moved) {
             // Pages can be moved to what is registered alone. Nothing there is touched while it is missing.
@@ -234,11 +234,10 @@ impl Residence {
             let registered = uffd.register_with_mode(staging.cast(), len, RegisterMode::MISSING);
             registered.map_err(|error| Error::Register { address: staging.addr(), error })?;
         }
-        let (region, shared) = (Arc::clone(region), Arc::clone(shared));
-        let write_work = Condvar::new();
+        let (region, write_work) = (Arc::clone(region), Condvar::new());
         // The descriptor of shared memory is looked up: it may end before the budget.
         let uffd = self.places().is_none().then(|| Arc::clone(uffd));
-        self.budget.attach(Member { region, start, uffd, shared, write_work })
+        self.budget.attach(Member { region, start, uffd, pager, write_work })
     }
 
     /// Counts them no longer. No thread of the budget touches the region when this returns.

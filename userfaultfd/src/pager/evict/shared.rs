@@ -79,10 +79,10 @@ fn each_segment(
     let slots = match (places.has_forked.load(Ordering::Relaxed), home) {
         (_, NO_SLOT) => 0..0,
         (false, home) => home..home + 1,
-        (true, _) => 0..member.shared.table.slot_count(),
+        (true, _) => 0..member.pager.table.slot_count(),
     };
     for slot in slots {
-        let Some(descriptor) = member.shared.table.in_slot(slot) else { continue };
+        let Some(descriptor) = member.pager.table.in_slot(slot) else { continue };
         let serving = descriptor.lock_shard(LOOK_SHARD);
         let Some(serving) = &*serving else { continue };
         let of_it = serving.layout.segments().iter();

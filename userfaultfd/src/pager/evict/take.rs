@@ -78,7 +78,7 @@ pub(super) fn run(pool: &Pool) {
                 // The member doesn't end before this thread has let go of it.
                 frames.is_busy = true;
                 drop(frames);
-                member.shared.fill.report(problem);
+                member.pager.report(problem);
                 drop(member);
                 frames = pool.lock();
                 frames.end_pass(pool);

@@ -95,7 +95,7 @@ fn write(run: &mut [Victim]) {
                 let (region, address) =
                     (RegionId(member.region.id), member.start + page * crate::page_size());
                 let len = part.len() * crate::page_size();
-                member.shared.fill.report(Problem::WriteBack { region, address, len, error });
+                member.pager.report(Problem::WriteBack { region, address, len, error });
             }
         }
         rest = others;

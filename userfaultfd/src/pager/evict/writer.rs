@@ -103,7 +103,7 @@ fn write(member: &Arc<Member>, store: &StoreBacking, pages: &[usize]) -> bool {
     let mut error = Some(error);
     for pages in failed {
         let again = || code.map_or_else(|| kind.into(), std::io::Error::from_raw_os_error);
-        member.shared.fill.report(Problem::WriteBack {
+        member.pager.report(Problem::WriteBack {
             region: RegionId(member.region.id),
             address: member.start + pages.start * crate::page_size(),
             len: pages.len() * crate::page_size(),

@@ -17,7 +17,7 @@ pub(crate) struct FillContext {
     pub(crate) threads: ThreadCounts,
     pub(crate) retry: RetryPolicy,
     /// Problems that wait to be reported.
-    pub(crate) reports: Reports,
+    pub(crate) reports: Arc<Reports>,
     /// Where a filler notes that its thread reads a source.
     pub(crate) activities: Activities,
     /// What faults leave to threads that read ahead.
@@ -38,7 +38,7 @@ impl FillContext {
         Self {
             threads,
             retry,
-            reports: Reports::new(),
+            reports: Arc::new(Reports::new()),
             activities: Activities::new(threads, bell),
             ahead: AheadQueue::new(),
             in_flight,

@@ -21,6 +21,7 @@ use crate::lock_order::{RankedMutex, lock, rank, try_lock};
 use crate::owner::{InheritedFd, InheritedFds, Owner, abandon};
 use crate::pager::activity::{Busy, ThreadCounts};
 use crate::pager::bell::Bell;
+use crate::pager::evict::context::EvictContext;
 use crate::pager::fill::context::FillContext;
 use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::in_flight::InFlight;
@@ -46,7 +47,7 @@ pub(crate) struct Shared {
     pub(super) spinner: Spinner,
     pub(crate) started: StartBarrier,
     pub(super) poll: Poll,
-    pub(crate) table: Table,
+    pub(crate) table: Arc<Table>,
     pub(crate) regions: Regions,
     pub(crate) mailbox: Mailbox,
 }
@@ -86,7 +87,7 @@ impl Shared {
             bindings: Bindings::new(threads.places(), Arc::clone(&bell)),
             spinner: Spinner::default(),
             started: StartBarrier::default(),
-            table: Table::new(owner),
+            table: Arc::new(Table::new(owner)),
             regions: Regions::default(),
             mailbox: Mailbox::new(bell)?,
         })
@@ -118,6 +119,15 @@ impl Shared {
     /// The number by which threads that aren't the pager's look at layouts. They count nothing.
     pub(crate) fn outside_id(&self) -> usize {
         LOOK_SHARD
+    }
+
+    /// What a budget may know of this pager.
+    pub(crate) fn evict_context(&self) -> EvictContext {
+        EvictContext {
+            retry: self.fill.retry,
+            reports: Arc::clone(&self.fill.reports),
+            table: Arc::clone(&self.table),
+        }
     }
 
     /// A filler for a caller, or for a thread in the background.
