@@ -10,9 +10,9 @@ use super::prefetch::read_ahead;
 use super::reports::{OnProblem, Reporter};
 use super::serve::delivery::Delivery;
 use super::serve::shared::Shared;
-use super::thread::Thread;
 use super::serve::worker::Worker;
 use super::serve::{control, shutdown, worker_pool};
+use super::thread::Thread;
 use super::{Pager, Problem, Result, RetryPolicy};
 use crate::lock_order::RankedMutex;
 

@@ -19,8 +19,8 @@ use super::remove::check_budget;
 use super::serve::control;
 use super::serve::shared::Shared;
 use super::serve::shutdown::{self, Drain, Patience};
-use super::thread::Thread;
 use super::serve::worker_pool;
+use super::thread::Thread;
 use super::{
     DescriptorId, Detached, Error, MissingRange, OnEnd, PagerBuilder, Progress, RegionId, Result, Statistics,
 };

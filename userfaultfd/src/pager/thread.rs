@@ -17,10 +17,10 @@ use crate::lock_order::{RankedMutex, lock, rank};
 use crate::sys;
 
 /// The size of a stack in bytes, as the standard library has it, unless `RUST_MIN_STACK` says otherwise.
-const STACK: usize = 2 << 20;
+const STACK_BYTES: usize = 2 << 20;
 
 /// Bytes that a thread must be able to allocate. More than what is allocated for it then.
-const ENOUGH: usize = 4096;
+const MIN_HEAP_BYTES: usize = 4096;
 
 /// A thread, which goes on when this is dropped.
 #[derive(Debug)]
@@ -128,7 +128,7 @@ extern "C" fn enter<F: FnOnce()>(start: *mut c_void) -> *mut c_void {
 /// the process forks and the allocator is locked until this thread has read of it.
 pub(crate) fn has_heap() -> bool {
     let mut bytes = Vec::<u8>::new();
-    let allocated = bytes.try_reserve_exact(ENOUGH).is_ok();
+    let allocated = bytes.try_reserve_exact(MIN_HEAP_BYTES).is_ok();
     drop(std::hint::black_box(bytes));
     if allocated {
         std::hint::black_box(std::thread::current());
@@ -141,7 +141,7 @@ fn stack() -> usize {
     // Asked when the first pager is made, and not when a worker is added: that allocates nothing.
     *SIZE.get_or_init(|| {
         let asked = std::env::var("RUST_MIN_STACK").ok().and_then(|size| size.parse().ok());
-        asked.unwrap_or(STACK)
+        asked.unwrap_or(STACK_BYTES)
     })
 }
 

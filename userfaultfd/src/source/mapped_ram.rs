@@ -76,7 +76,8 @@ const MEM_SIZE: u64 = 4;
 /// Less than a page of any guest.
 const FLAGS: u64 = 0x3ff;
 
-const HEADER: u64 = 28;
+/// Bytes of the header before a block's bitmap, its version, and what the offset of its pages is a multiple of.
+const HEADER_BYTES: u64 = 28;
 const HEADER_VERSION: u32 = 1;
 const ALIGNMENT: u64 = 1 << 20;
 
@@ -238,7 +239,7 @@ fn read_header(reader: &mut Reader<'_>, name: &str) -> io::Result<Header> {
         reader.at = from + numbers * 8;
         let version = reader.bytes().map(u32::from_be_bytes)?;
         let header = Header { page_size: reader.u64()?, bitmap: reader.u64()?, pages: reader.u64()? };
-        if header.bitmap != from + numbers * 8 + HEADER {
+        if header.bitmap != from + numbers * 8 + HEADER_BYTES {
             continue;
         }
         if version != HEADER_VERSION {

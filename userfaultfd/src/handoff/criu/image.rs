@@ -15,7 +15,7 @@ const PRESENT: u64 = 4;
 const SPECIAL: u64 = 1 << 2 | 1 << 3 | 1 << 12 | 1 << 13;
 
 /// The size of the pages that an image counts.
-pub(super) const PAGE: u64 = 4096;
+pub(super) const PAGE_BYTES: u64 = 4096;
 
 fn invalid(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text)
@@ -141,9 +141,10 @@ impl Pagemap {
             let flags = flags.unwrap_or(if parent == Some(1) { IN_PARENT } else { PRESENT });
             let (start, pages) =
                 start.zip(pages.or(few_pages)).ok_or_else(|| invalid("an entry has no pages"))?;
-            let end = pages.checked_mul(PAGE).and_then(|len| start.checked_add(len));
+            let end = pages.checked_mul(PAGE_BYTES).and_then(|len| start.checked_add(len));
             let after = entries.last().map_or(0, |entry| entry.end);
-            let end = end.filter(|end| start % PAGE == 0 && start >= after && usize::try_from(*end).is_ok());
+            let end =
+                end.filter(|end| start % PAGE_BYTES == 0 && start >= after && usize::try_from(*end).is_ok());
             let end = end.ok_or_else(|| invalid("its entries aren't in the order of addresses"))?;
             let in_parent = flags & IN_PARENT != 0;
             entries.push(Entry { start, end, in_parent, present: !in_parent && flags & PRESENT != 0 });
@@ -184,7 +185,7 @@ pub(super) struct Mm {
 }
 
 /// The number of the field that has the mappings.
-const AREAS: u64 = 14;
+const AREAS_FIELD: u64 = 14;
 
 impl Mm {
     pub(super) fn decode(bytes: &[u8]) -> io::Result<Self> {
@@ -192,11 +193,11 @@ impl Mm {
         let record = records.next().ok_or_else(cut_off)??;
         let mut areas: Vec<Area> = Vec::new();
         each_field(record, |number, field| {
-            if let (AREAS, Field::Bytes(bytes)) = (number, field) {
+            if let (AREAS_FIELD, Field::Bytes(bytes)) = (number, field) {
                 let [_, start, end, _, _, _, flags, status] = numbers(bytes)?;
                 let (start, end) = start.zip(end).ok_or_else(|| invalid("a mapping has no addresses"))?;
                 let after = areas.last().map_or(0, |area| area.end);
-                let is_good = after <= start && start < end && (start | end) % PAGE == 0;
+                let is_good = after <= start && start < end && (start | end) % PAGE_BYTES == 0;
                 if !is_good || (usize::try_from(end).is_err() && flags.is_none()) {
                     return Err(invalid("its mappings aren't in the order of addresses"));
                 }
@@ -290,7 +291,7 @@ pub(super) mod tests {
             let fields = [(1, start), (2, start + 0x1000), (6, flags as u64), (7, status)];
             let bytes = record(&fields);
             let mut field = Vec::new();
-            put_varint(&mut field, AREAS << 3 | 2);
+            put_varint(&mut field, AREAS_FIELD << 3 | 2);
             put_varint(&mut field, bytes.len() as u64);
             [field, bytes].concat()
         };

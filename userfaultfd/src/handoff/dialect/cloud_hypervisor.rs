@@ -9,7 +9,7 @@ use crate::RegisterMode;
 pub(super) const WIRE: Wire = Wire { ready: &[1], ..Wire::new(Framing::Length32, begins, decode, encode) };
 
 /// Bytes of the length.
-const LENGTH: usize = 4;
+const LENGTH_BYTES: usize = 4;
 const VERSION: u64 = 0;
 
 #[derive(Serialize, Deserialize)]
@@ -55,7 +55,7 @@ impl Region {
 }
 
 fn begins(bytes: &[u8]) -> Begins {
-    match bytes.get(LENGTH) {
+    match bytes.get(LENGTH_BYTES) {
         Some(b'{') => Begins::Yes,
         Some(_) => Begins::No,
         None => Begins::Perhaps,
@@ -63,7 +63,7 @@ fn begins(bytes: &[u8]) -> Begins {
 }
 
 fn decode(bytes: &[u8]) -> Result<Message, String> {
-    let object: Object = serde_json::from_slice(&bytes[LENGTH..]).map_err(|error| error.to_string())?;
+    let object: Object = serde_json::from_slice(&bytes[LENGTH_BYTES..]).map_err(|error| error.to_string())?;
     match object {
         Object::Handoff { version, .. } if version != VERSION => {
             Err(format!("its version is {version}, and only {VERSION} is known"))

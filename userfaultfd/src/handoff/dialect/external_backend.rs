@@ -17,14 +17,14 @@ const MISSING: u8 = 1;
 const WRITE_PROTECT: u8 = 2;
 const WRITE_PROTECT_ASYNC: u8 = 4;
 /// Bytes of the command's header, and of a region.
-const COMMAND: usize = 6;
-const REGION: usize = 48;
+const COMMAND_BYTES: usize = 6;
+const REGION_BYTES: usize = 48;
 
 fn begins(bytes: &[u8]) -> Begins {
     super::page_fault::begins_with(&[HANDSHAKE], bytes)
 }
 
-fn region(bytes: &[u8; REGION]) -> Result<MemoryRegion, String> {
+fn region(bytes: &[u8; REGION_BYTES]) -> Result<MemoryRegion, String> {
     let number = |at: usize| {
         let mut number = [0; 8];
         number.copy_from_slice(&bytes[at..at + 8]);
@@ -36,17 +36,17 @@ fn region(bytes: &[u8; REGION]) -> Result<MemoryRegion, String> {
 
 fn decode(bytes: &[u8]) -> Result<Message, String> {
     let (command, body) = split(bytes);
-    let Some((&[v0, v1, flags, modes, n0, n1], rest)) = body.split_first_chunk::<COMMAND>() else {
+    let Some((&[v0, v1, flags, modes, n0, n1], rest)) = body.split_first_chunk::<COMMAND_BYTES>() else {
         return Err("it ends in the header of its command".to_owned());
     };
     let (version, count) = (u16::from_le_bytes([v0, v1]), u16::from_le_bytes([n0, n1]));
     if version != VERSION {
         return Err(format!("its version is {version}, and only {VERSION} is known"));
     }
-    if rest.len() != usize::from(count) * REGION {
+    if rest.len() != usize::from(count) * REGION_BYTES {
         return Err(format!("it has {} bytes for {count} regions", rest.len()));
     }
-    let regions = rest.chunks_exact(REGION).filter_map(|bytes| bytes.first_chunk()).map(region);
+    let regions = rest.chunks_exact(REGION_BYTES).filter_map(|bytes| bytes.first_chunk()).map(region);
     let regions = regions.collect::<Result<Vec<_>, _>>()?;
     match command {
         HANDSHAKE => {

@@ -10,7 +10,7 @@ pub(super) const WIRE: Wire = Wire {
 
 const PAGE_FAULT: u16 = 9;
 /// Bytes of the header.
-const HEADER: usize = 16;
+const HEADER_BYTES: usize = 16;
 
 /// Whether bytes begin a message with one of some commands.
 pub(super) fn begins_with(commands: &[u16], bytes: &[u8]) -> Begins {
@@ -30,7 +30,7 @@ pub(super) fn begins_with(commands: &[u16], bytes: &[u8]) -> Begins {
 /// The command and the body of a whole message.
 pub(super) fn split(bytes: &[u8]) -> (u16, &[u8]) {
     let command = bytes.first_chunk().map_or(0, |command| u16::from_le_bytes(*command));
-    (command, bytes.get(HEADER..).unwrap_or_default())
+    (command, bytes.get(HEADER_BYTES..).unwrap_or_default())
 }
 
 /// A whole message.

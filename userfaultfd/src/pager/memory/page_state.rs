@@ -27,7 +27,7 @@ const TRIES_SHIFT: u32 = 5;
 
 /// Faults on a page that counts as present, before it counts as removed where nothing else can tell: as many are mostly
 /// those of threads that have been woken.
-const DOUBTS: u8 = 2;
+const MAX_DOUBTS: u8 = 2;
 
 /// The largest count of tries that fits.
 pub(crate) const MAX_TRIES: u8 = u8::MAX >> TRIES_SHIFT;
@@ -251,7 +251,7 @@ impl Pages {
     pub(crate) fn doubt(&self, page: usize) -> bool {
         let cell = &self.cells()[page];
         let more = |state: u8| {
-            let is_new = state & (PRESENT | LOADING) == PRESENT && state >> TRIES_SHIFT < DOUBTS;
+            let is_new = state & (PRESENT | LOADING) == PRESENT && state >> TRIES_SHIFT < MAX_DOUBTS;
             is_new.then(|| state + (1 << TRIES_SHIFT))
         };
         match cell.fetch_update(Ordering::AcqRel, Ordering::Acquire, more) {

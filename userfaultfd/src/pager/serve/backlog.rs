@@ -13,7 +13,7 @@ use crate::pager::fill::retry::Deferred;
 use crate::pager::fill::work::Fault;
 
 /// The events that a worker takes with one call.
-pub(crate) const EVENTS: usize = 16;
+pub(crate) const EVENTS_PER_WAIT: usize = 16;
 
 /// Behind a lock, which the worker and the control thread hold for a moment. Nothing is allocated or freed meanwhile.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ impl Backlog {
     /// Makes room for what a worker may take on. Returns `false` if there is none.
     pub(crate) fn prepare(&mut self, faults: usize, changing: usize) -> bool {
         debug_assert!(self.events.is_empty() && self.faults.is_empty() && self.changing.is_empty());
-        self.events.reserve(EVENTS);
+        self.events.reserve(EVENTS_PER_WAIT);
         self.faults.reserve(faults);
         self.changing.capacity() >= changing
             || mapped_vec::try_with_room(changing).map(|room| self.changing = room).is_some()

@@ -44,7 +44,7 @@ pub enum Delivery {
 const LONGEST_SPIN: Duration = Duration::from_micros(100);
 
 /// Duration of a fault beyond which the fill takes most of it, and delivery matters little.
-const MOSTLY_FILL: Duration = Duration::from_micros(32);
+const MOSTLY_FILL_TIME: Duration = Duration::from_micros(32);
 
 /// Faults between two looks at the CPU of the faulting thread: the look is a read of `/proc`.
 const FAULTS_PER_CPU_CHECK: u32 = 128;
@@ -250,7 +250,7 @@ impl SpinPolicy {
         let [slept, spun] = self.took;
         if self.spins != self.prefers_spinning {
             // It must be an eighth faster to be worth a CPU; less where the fill takes most of the time.
-            let better = slept.saturating_sub(spun) * 8 > spun.min(MOSTLY_FILL);
+            let better = slept.saturating_sub(spun) * 8 > spun.min(MOSTLY_FILL_TIME);
             self.next = if better == self.prefers_spinning {
                 (self.next * 2).min(Self::MAX_RUN_FAULTS)
             } else {

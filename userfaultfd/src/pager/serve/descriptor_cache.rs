@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use super::poll::Token;
-use crate::pager::memory::table::Table;
 use crate::pager::memory::descriptor::Descriptor;
+use crate::pager::memory::table::Table;
 
 /// Descriptors that a worker knows at a time. With more of them two of the same place in the cache replace each other.
-const SLOTS: usize = 64;
+const CACHE_SLOTS: usize = 64;
 
 #[derive(Debug)]
 pub(super) struct DescriptorCache {
@@ -21,8 +21,8 @@ impl DescriptorCache {
     /// `None`: there is no memory.
     pub(super) fn try_new() -> Option<Self> {
         let mut known = Vec::new();
-        known.try_reserve_exact(SLOTS).ok()?;
-        known.resize(SLOTS, None);
+        known.try_reserve_exact(CACHE_SLOTS).ok()?;
+        known.resize(CACHE_SLOTS, None);
         Some(Self { known: known.into_boxed_slice(), version: 0 })
     }
 
@@ -35,7 +35,7 @@ impl DescriptorCache {
             self.version = version;
         }
         let slot = token.slot();
-        let known = &mut self.known[slot % SLOTS];
+        let known = &mut self.known[slot % CACHE_SLOTS];
         if !known.as_ref().is_some_and(|descriptor| token.means(descriptor)) {
             *known = table.in_slot(slot);
         }

@@ -15,8 +15,6 @@ use super::delivery::Spinner;
 use super::mailbox::{Mailbox, Note, Stopped};
 use super::poll::Poll;
 use super::regions::Regions;
-use crate::pager::memory::table::Table;
-use crate::pager::thread::StartBarrier;
 use crate::lock_order::{RankedMutex, lock, rank, try_lock};
 use crate::owner::{InheritedFd, InheritedFds, Owner, abandon};
 use crate::pager::activity::{Busy, ThreadCounts};
@@ -29,6 +27,8 @@ use crate::pager::fill::lease::{FillerPool, Lease};
 use crate::pager::fill::retry::RetryQueue;
 use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, OUTSIDE_SHARDS, Origin};
 use crate::pager::memory::served::ServedRegion;
+use crate::pager::memory::table::Table;
+use crate::pager::thread::StartBarrier;
 use crate::pager::{DescriptorId, Error, Problem, Result, RetryPolicy, Statistics};
 use crate::proc_maps;
 

@@ -8,19 +8,19 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::backlog::{Backlog, EVENTS};
+use super::backlog::{Backlog, EVENTS_PER_WAIT};
 use super::delivery::{Delivery, WaitPolicy};
 use super::descriptor_cache::DescriptorCache;
 use super::event_reader::{EventReader, Read};
 use super::poll::Token;
 use super::shared::Shared;
-use crate::pager::thread::has_heap;
 use crate::error::errno_of;
 use crate::lock_order::{LockGuard, lock};
 use crate::pager::fill::filler::PageFiller;
 use crate::pager::fill::retry::{self, Deferred, History, Put};
 use crate::pager::fill::work::{Fault, Outcome, RetryAfter, Work, page_of};
 use crate::pager::memory::descriptor::{Descriptor, wake};
+use crate::pager::thread::has_heap;
 use crate::pager::trace::event;
 use crate::pager::{DescriptorId, Problem, RegionId};
 use crate::source::call::message;
@@ -176,7 +176,7 @@ impl Worker {
     }
 
     fn serve(&mut self) {
-        let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS_PER_WAIT];
         // The descriptor of the last fault first: the next fault may be near.
         let mut last = None;
         let mut waits = 0;

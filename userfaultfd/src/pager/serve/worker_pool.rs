@@ -20,12 +20,12 @@ use super::backlog::Item;
 use super::delivery::Delivery;
 use super::poll::Token;
 use super::shared::Shared;
-use crate::pager::thread::Thread;
 use super::worker::Worker;
 use crate::lock_order::{RankedMutex, lock, rank};
 use crate::pager::activity::Doing;
 use crate::pager::fill::retry::{Deferred, Put};
 use crate::pager::fill::work::{RetryAfter, Work};
+use crate::pager::thread::Thread;
 use crate::sync_point::{Point, reach};
 
 /// Workers at most, unless told otherwise.
@@ -36,7 +36,7 @@ const FIRST_RECHECK: Duration = Duration::from_millis(1);
 const LAST_RECHECK: Duration = Duration::from_millis(16);
 
 /// How long they are looked at after one was seen in a source.
-const LINGER: Duration = Duration::from_secs(1);
+const LINGER_TIME: Duration = Duration::from_secs(1);
 
 /// What the control thread has seen of the workers.
 #[derive(Debug, Default)]
@@ -91,7 +91,7 @@ impl Added {
         if any_reads || watch.reading.is_none() {
             watch.reading = Some(now);
         }
-        if watch.reading.is_none_or(|reading| now - reading >= LINGER)
+        if watch.reading.is_none_or(|reading| now - reading >= LINGER_TIME)
             && shared.fill.activities.end_watching()
         {
             *watch = Watch::default();

@@ -17,14 +17,14 @@ use super::slices::Slices;
 use crate::sync_point::{Moment, Point, reach};
 use crate::{Errno, Error, Result, page_size};
 
-/// So few pages aren't protected ahead, but at the moment itself.
-const FEW_PAGES: usize = 256;
+/// Number of pages up to which they are protected at the moment itself, and not ahead.
+const MAX_UNPREPARED_PAGES: usize = 256;
 
 /// How often what was written is protected again ahead, if that is less and less.
 const PROTECT_ROUNDS: usize = 5;
 
 /// Time after which a snapshot that can't begin fails.
-const GIVE_UP: Duration = Duration::from_secs(20);
+const BEGIN_PATIENCE: Duration = Duration::from_secs(20);
 
 impl Copier {
     /// Begins a snapshot. At its moment no fault is resolved before all of it is protected: what was written after
@@ -99,7 +99,7 @@ impl Copier {
         let (mut left, mut slices) = (usize::MAX, Slices::new());
         for _ in 0..PROTECT_ROUNDS {
             let now = self.unprotected.count();
-            if now <= FEW_PAGES || now > left / 2 {
+            if now <= MAX_UNPREPARED_PAGES || now > left / 2 {
                 break;
             }
             left = now;
@@ -232,5 +232,5 @@ impl Copier {
 
 /// Fails once a snapshot has tried to begin for too long.
 fn check_time(moment: Instant) -> Result<()> {
-    if moment.elapsed() > GIVE_UP { Err(Error::SystemError(Errno::EAGAIN)) } else { Ok(()) }
+    if moment.elapsed() > BEGIN_PATIENCE { Err(Error::SystemError(Errno::EAGAIN)) } else { Ok(()) }
 }

@@ -29,7 +29,7 @@ use crate::watch::{Watch, Words, pointer};
 use crate::{Errno, Error, Event, Result, Uffd, sys};
 
 /// Milliseconds between two looks.
-pub(super) const DOUBT_MS: i32 = 10;
+pub(super) const LOOK_INTERVAL_MS: i32 = 10;
 
 /// How often an operation is tried while the memory layout changes, before something else is done about it.
 pub(super) const MAX_LAYOUT_TRIES: u32 = 50;
@@ -200,7 +200,7 @@ impl Copier {
             if self.active.is_none() && !self.series {
                 // No removal is read before the only snapshot begins, see there; unless its sink takes a while to begin, and
                 // may be what waits.
-                let timeout = if self.shared.lock().sink_begins { DOUBT_MS } else { -1 };
+                let timeout = if self.shared.lock().sink_begins { LOOK_INTERVAL_MS } else { -1 };
                 if sys::wait_readable([self.shared.woken.as_fd()], timeout)? == [true] {
                     continue;
                 }
@@ -237,7 +237,7 @@ impl Copier {
             return Ok(sys::wait_readable([woken], -1).map(drop)?);
         }
         if self.may_hide_removal() {
-            return Ok(sys::wait_readable([woken], DOUBT_MS).map(drop)?);
+            return Ok(sys::wait_readable([woken], LOOK_INTERVAL_MS).map(drop)?);
         }
         if self.held.is_empty() {
             return Ok(sys::wait_readable([uffd, woken], -1).map(drop)?);
@@ -246,7 +246,7 @@ impl Copier {
         if self.changing == 0
             && self.active.as_ref().is_some_and(|active| !active.queue.has_buffer(Size::Page))
         {
-            return Ok(sys::wait_readable([woken], DOUBT_MS).map(drop)?);
+            return Ok(sys::wait_readable([woken], LOOK_INTERVAL_MS).map(drop)?);
         }
         thread::yield_now();
         Ok(())

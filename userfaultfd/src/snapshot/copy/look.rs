@@ -8,7 +8,7 @@ use crate::watch::{CHUNK_PAGES, Words, can_scan, runs, tells_protection};
 use crate::{Result, page_size};
 
 /// Ranges that a scan reports at a time.
-const RANGES: usize = 256;
+const RANGES_PER_SCAN: usize = 256;
 
 /// How the kernel reports what is protected.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl ChunkView {
     pub(crate) fn new() -> Result<Self> {
         Ok(match tells_protection()? {
             false => ChunkView::Never,
-            true if can_scan()? => ChunkView::Scan(vec![Region::default(); RANGES].into()),
+            true if can_scan()? => ChunkView::Scan(vec![Region::default(); RANGES_PER_SCAN].into()),
             true => ChunkView::Words(Words::default()),
         })
     }

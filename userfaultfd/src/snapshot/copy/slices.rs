@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 use super::layout::Part;
 
 /// Bytes of a slice: at first, and at least.
-const LEAST: usize = 8 << 20;
+const MIN_SLICE_BYTES: usize = 8 << 20;
 
-/// At most.
-const MOST: usize = 1 << 30;
+/// Bytes of a slice at most.
+const MAX_SLICE_BYTES: usize = 1 << 30;
 
-/// How long one is to take. The kernel takes some 80 ns for a page, small or huge.
-const TIME: Duration = Duration::from_micros(150);
+/// Time that protecting a slice should take. The kernel takes some 80 ns for a page, small or huge.
+const SLICE_TIME: Duration = Duration::from_micros(150);
 
 /// Slices, as large as takes the time that they are to take.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub(crate) struct Slices {
 
 impl Slices {
     pub(crate) fn new() -> Self {
-        Self { bytes: LEAST }
+        Self { bytes: MIN_SLICE_BYTES }
     }
 
     /// The first slice of a part. Ends where an address is a multiple of the size of slices, and so no huge page is cut.
@@ -40,8 +40,8 @@ impl Slices {
     }
 
     fn learn(&mut self, took: Duration) {
-        let bytes = if took < TIME { self.bytes * 2 } else { self.bytes / 2 };
-        self.bytes = bytes.clamp(LEAST, MOST);
+        let bytes = if took < SLICE_TIME { self.bytes * 2 } else { self.bytes / 2 };
+        self.bytes = bytes.clamp(MIN_SLICE_BYTES, MAX_SLICE_BYTES);
     }
 }
 
@@ -54,18 +54,18 @@ mod tests {
         crate::support::require!();
         let mut slices = Slices::new();
         let part = |address, len| Part { address, offset: 3 << 12, len, page: 4096 };
-        assert_eq!(slices.cut(part(LEAST - 4096, 1 << 30)), part(LEAST - 4096, 4096));
-        assert_eq!(slices.cut(part(LEAST, 1 << 30)), part(LEAST, LEAST));
-        assert_eq!(slices.cut(part(LEAST, 8192)), part(LEAST, 8192));
+        assert_eq!(slices.cut(part(MIN_SLICE_BYTES - 4096, 1 << 30)), part(MIN_SLICE_BYTES - 4096, 4096));
+        assert_eq!(slices.cut(part(MIN_SLICE_BYTES, 1 << 30)), part(MIN_SLICE_BYTES, MIN_SLICE_BYTES));
+        assert_eq!(slices.cut(part(MIN_SLICE_BYTES, 8192)), part(MIN_SLICE_BYTES, 8192));
         let huge = Part { address: 1 << 30, offset: 0, len: 4 << 30, page: 1 << 30 };
         assert_eq!(slices.cut(huge.clone()), Part { len: 1 << 30, ..huge });
 
-        slices.learn(TIME / 2);
-        assert_eq!(slices.cut(part(LEAST, 1 << 30)).len, LEAST);
-        assert_eq!(slices.cut(part(2 * LEAST, 1 << 30)).len, 2 * LEAST);
-        (0..20).for_each(|_| slices.learn(TIME / 2));
-        assert_eq!(slices.cut(part(MOST, 4 << 30)).len, MOST);
-        (0..20).for_each(|_| slices.learn(TIME));
-        assert_eq!(slices.bytes, LEAST);
+        slices.learn(SLICE_TIME / 2);
+        assert_eq!(slices.cut(part(MIN_SLICE_BYTES, 1 << 30)).len, MIN_SLICE_BYTES);
+        assert_eq!(slices.cut(part(2 * MIN_SLICE_BYTES, 1 << 30)).len, 2 * MIN_SLICE_BYTES);
+        (0..20).for_each(|_| slices.learn(SLICE_TIME / 2));
+        assert_eq!(slices.cut(part(MAX_SLICE_BYTES, 4 << 30)).len, MAX_SLICE_BYTES);
+        (0..20).for_each(|_| slices.learn(SLICE_TIME));
+        assert_eq!(slices.bytes, MIN_SLICE_BYTES);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 
-use super::copier::{Copier, DOUBT_MS};
+use super::copier::{Copier, LOOK_INTERVAL_MS};
 use super::layout::Part;
 use super::queue::{End, Size};
 use crate::{Result, page_size, sys};
@@ -76,7 +76,7 @@ impl Copier {
         let Some(active) = self.active.as_mut().filter(|active| active.is_pending()) else { return Ok(true) };
         if active.may_wait_in_doubt() {
             let fds = [self.watch.uffd.as_fd(), self.shared.woken.as_fd()];
-            sys::wait_readable(fds, DOUBT_MS)?;
+            sys::wait_readable(fds, LOOK_INTERVAL_MS)?;
             return Ok(true);
         }
         let all = Part { address: 0, offset: 0, len: self.dirty.len() * page_size(), page: page_size() };

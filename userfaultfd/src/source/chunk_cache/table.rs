@@ -32,6 +32,7 @@ const PINNED: u32 = 1;
 const FIXED_BYTES: usize = 32;
 pub(super) const MAX_IDENTITY_BYTES: usize = FLAGS_OFFSET - FIXED_BYTES;
 
+/// Bytes of a chunk's entry, and where its fields lie in them.
 const ENTRY_BYTES: usize = 16;
 const STATE: usize = 0;
 const CHECKSUM: usize = 4;
@@ -39,9 +40,12 @@ const USED: usize = 8;
 
 /// The byte of the file that all processes have locked that have the image open. Above those of chunks.
 const IN_USE_BYTE: u32 = i32::MAX as u32;
+/// Chunks of an image at most: their locks are bytes of the file below that one.
 pub(super) const MAX_CHUNKS: u64 = 1 << 26;
 
+/// The kernel maps and drops no less than a page.
 pub(super) const MIN_CHUNK_BYTES: usize = 4096;
+/// A fetch has a buffer of that length, and a reader waits for all of it.
 pub(super) const MAX_CHUNK_BYTES: usize = 64 << 20;
 
 /// What a chunk is in.
