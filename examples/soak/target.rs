@@ -17,7 +17,7 @@ use crate::link::{Memory, Request, Spec, ask};
 use crate::random::Random;
 use crate::{SLOTS, bus};
 
-/// What a target is to do.
+/// What a target must do.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Orders {
     pub(crate) seed: u64,

@@ -289,7 +289,7 @@ fn store_answers_from_an_index_larger_than_its_limit() {
         |name: &str| output.out.lines().find(|line| line.starts_with(name)).expect("a line of its name");
     let plot = |name: &str| line(name).split('│').nth(1).expect("what is drawn").chars().count();
     assert_eq!((plot("resident"), plot("misses")), (60, 60), "{output:?}");
-    // Whoever damages the file is found out.
+    // Damage of the file is found.
     let mut bytes = fs::read(&path).unwrap();
     bytes[len / 2..len / 2 + 64].fill(0xff);
     fs::write(&path, bytes).unwrap();

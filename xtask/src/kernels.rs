@@ -172,7 +172,7 @@ impl Guest {
         options.limit.or(of_soak).unwrap_or(self.subject.arch.limit)
     }
 
-    /// The machine, with its first file system made, and what it is to do.
+    /// The machine, with its first file system made, and what it must do.
     fn machine(&self, folder: &Path, options: &Options) -> Result<(Machine, Plan), String> {
         let Self { subject, kernel, built, .. } = self;
         let environment = |user| {

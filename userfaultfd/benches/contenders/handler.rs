@@ -30,7 +30,7 @@ pub(crate) enum Loop {
 /// Memory, and the thread that answers its faults.
 pub(crate) struct Handler {
     memory: MmapMut,
-    /// How many faults are to come. The thread ends when this is dropped.
+    /// How many faults will come. The thread ends when this is dropped.
     orders: Option<Sender<usize>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -92,7 +92,7 @@ fn serve(fd: &OwnedFd, kind: Loop, start: usize, content: &[u8], orders: &Receiv
             }
             let source = content[address - start..][..page].as_ptr();
             let to = std::ptr::with_exposed_provenance_mut(address);
-            // SAFETY: the content lives on, and it is what the other thread is to find.
+            // SAFETY: the content lives on, and it is what the other thread must find.
             unsafe { bare::copy(fd, source, to, page) }.expect("a copy");
             served += 1;
         }

@@ -15,7 +15,7 @@ use userfaultfd_sys::UFFD_FEATURE_SIGBUS;
 use super::cpus::{self, Place};
 use super::{CONTENT, Contender, FAULTS, Walk, bare, memory, raw};
 
-/// What the handler is to fill. One memory at a time is being touched.
+/// What the handler must fill. One memory at a time is being touched.
 static FD: AtomicI32 = AtomicI32::new(-1);
 static START: AtomicUsize = AtomicUsize::new(0);
 static LEN: AtomicUsize = AtomicUsize::new(0);
@@ -35,7 +35,7 @@ extern "C" fn on_sigbus(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
     }
     let source = ptr::with_exposed_provenance(SOURCE.load(Ordering::Relaxed) + at);
     let to = ptr::with_exposed_provenance_mut(address);
-    // SAFETY: the content lives on, and it is what this thread is to find.
+    // SAFETY: the content lives on, and it is what this thread must find.
     if unsafe { bare::copy(FD.load(Ordering::Relaxed), source, to, page) }.is_err() {
         std::process::abort();
     }

@@ -25,7 +25,7 @@ pub(super) enum Call {
 /// pinned to one, as the handler inherits that.
 pub(super) struct Faults {
     memory: MmapMut,
-    /// In which way the handler is to serve the next round. It ends when this is dropped.
+    /// In which way the handler must serve the next round. It ends when this is dropped.
     orders: Option<Sender<Way>>,
     handler: Option<JoinHandle<()>>,
 }
@@ -101,7 +101,7 @@ impl Handler {
             panic!("no fault");
         };
         let (content, len) = (self.content.as_ptr().cast(), self.content.len());
-        // SAFETY: the content lives on, and it is what the other thread is to find.
+        // SAFETY: the content lives on, and it is what the other thread must find.
         unsafe { self.uffd.copy(content, addr, len, true) }.expect("a copy");
         1
     }
@@ -111,7 +111,7 @@ impl Handler {
         let mut message = [uffd_msg::default()];
         assert_eq!(bare::read(fd, &mut message), Ok(1));
         let (address, _, _) = bare::decode(&message[0]).expect("a fault");
-        // SAFETY: the content lives on, and it is what the other thread is to find.
+        // SAFETY: the content lives on, and it is what the other thread must find.
         unsafe { bare::copy(fd, self.content.as_ptr(), address as *mut u8, self.content.len()) }
             .expect("a copy");
         1
@@ -122,7 +122,7 @@ impl Handler {
         let mut served = 0;
         for event in self.uffd.read_events(&mut self.buffer).expect("a read") {
             let Event::Pagefault { addr, .. } = event.expect("an event") else { panic!("no fault") };
-            // SAFETY: the content lives on, and it is what the other thread is to find.
+            // SAFETY: the content lives on, and it is what the other thread must find.
             unsafe { self.uffd.copy(content, addr, len, true) }.expect("a copy");
             served += 1;
         }
@@ -134,7 +134,7 @@ impl Handler {
         let read = bare::read(fd, &mut self.messages).expect("a read");
         for message in &self.messages[..read] {
             let (address, _, _) = bare::decode(message).expect("a fault");
-            // SAFETY: the content lives on, and it is what the other thread is to find.
+            // SAFETY: the content lives on, and it is what the other thread must find.
             unsafe { bare::copy(fd, self.content.as_ptr(), address as *mut u8, self.content.len()) }
                 .expect("a copy");
         }

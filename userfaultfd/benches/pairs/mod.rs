@@ -40,7 +40,7 @@ pub(crate) trait Pair {
 /// A name, and what makes the pair.
 pub(crate) type Case = (&'static str, fn() -> Box<dyn Pair>);
 
-/// Operations whose two ways are to cost the same.
+/// Operations whose two ways should cost the same.
 pub(crate) const OPERATIONS: &[Case] = &[
     ("copy, 1 page", || Box::new(calls::Copy::new(1))),
     ("copy, 16 pages", || Box::new(calls::Copy::new(16))),

@@ -90,7 +90,7 @@ impl Summary {
     }
 }
 
-/// Of so many sorted values, how many at each end can be left out so that those that are left enclose the median with 95 %
+/// Of a number of sorted values, how many at each end can be left out so that those that are left enclose the median with 95 %
 /// confidence. `None`: not even all of them do.
 fn outside(values: usize) -> Option<usize> {
     // How many of n values lie below the median is binomial: exactly k do with a probability of (n over k) / 2^n.

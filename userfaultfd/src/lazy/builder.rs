@@ -23,7 +23,7 @@ pub(super) struct Shape {
     pub(super) around: FaultAround,
 }
 
-/// A mapping, the region that it is to become, and its length in bytes.
+/// A mapping, the region that it becomes, and its length in bytes.
 pub(super) struct Mapped {
     pub(super) memory: OwnMapping,
     pub(super) region: Region,

@@ -430,7 +430,7 @@ fn page_dropped_after_it_was_read_is_not_read_again() {
             match *looks {
                 // The removal was read, and the unmapping will be.
                 2 => of[2].begin(libc::SYS_madvise, drop_page(&of_action, SECOND)),
-                // Before that removal is read what was kept is to be delivered.
+                // What was kept must be delivered before that removal is read.
                 4 => of[3].begin(libc::SYS_munmap, unmap_page(&of_action, THIRD)),
                 _ => {}
             }

@@ -55,7 +55,7 @@ pub(crate) fn set_up(guest: &Guest, plan: &Plan, voice: &Voice) {
     }
 }
 
-/// finit_module(2)'s flag for a file that the kernel is to decompress, which nobody else needs to do then.
+/// finit_module(2)'s flag for a file that the kernel must decompress, so that no program needs to.
 const MODULE_INIT_COMPRESSED_FILE: libc::c_int = 4;
 
 fn load(_guest: &Guest, path: &str) -> io::Result<()> {

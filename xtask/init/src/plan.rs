@@ -1,4 +1,4 @@
-//! What a guest is to do: a text file, one thing a line.
+//! What a guest must do: a text file, one thing a line.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 /// Where the plan lies in the guest.
 const PATH: &str = "/plan";
 
-/// What a guest is to do.
+/// What a guest must do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// The terminal behind /dev/console, without `/dev/`.

@@ -78,7 +78,7 @@ fn handle(uffd: &Uffd, page: usize, start: usize, content: &[u8]) {
         if let Event::Pagefault { addr, .. } = event {
             let dst = addr as usize & !(page - 1);
             let source = content[dst - start..][..page].as_ptr();
-            // SAFETY: the content lives on, and it is what the other thread is to find.
+            // SAFETY: the content lives on, and it is what the other thread must find.
             unsafe { uffd.copy(source.cast(), dst as *mut c_void, page, true) }.expect("uffd copy");
         } else {
             panic!("Unexpected event on userfaultfd");

@@ -331,7 +331,7 @@ impl Frames {
         (below(HIGH_SHARE), below(LOW_SHARE))
     }
 
-    /// Pages that the staging area is to have: the more, the less room is left.
+    /// Pages that the staging area should have: the more, the less room is left.
     fn staged_target(limit: usize, resident: usize) -> usize {
         let most = limit / STAGED_SHARE;
         (resident.saturating_sub(limit.saturating_sub(2 * most)) / 2).min(most)

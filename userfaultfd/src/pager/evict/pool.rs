@@ -276,7 +276,7 @@ mod tests {
     use crate::support::{page, require};
     use crate::{FeatureFlags, LazyMemory};
 
-    /// Other threads have the pages that are to leave, as they do for a moment: then threads that need room wait, and don't fill
+    /// Other threads have the pages that must leave, as they do for a moment: then threads that need room wait, and don't fill
     /// more than the limit. They do so if that lasts.
     #[test]
     fn thread_waits_for_room_until_nothing_has_left_for_long() {

@@ -232,7 +232,7 @@ impl Scene {
         if !has_features(test, features) {
             return None;
         }
-        // The kernel maps at the highest address that has room. What the test unmaps is to stay unmapped, so that there
+        // The kernel maps at the highest address that has room. What the test unmaps must stay unmapped, so that there
         // is more room above it.
         flavour.memory(test, PAGES)?;
         let len = PAGES * flavour.kind().page() / page();

@@ -22,7 +22,7 @@ pub(super) struct Active {
     pub(super) pending: Bits,
     /// What was read, and isn't delivered yet.
     pub(super) kept: Vec<Kept>,
-    /// All that the snapshot is to hold.
+    /// All that the snapshot must hold.
     pub(super) wanted: Bits,
     /// Pages whose removal was read before the snapshot's moment. They may have been dropped since, or may be at any time.
     pub(super) removed: Bits,

@@ -48,7 +48,7 @@ pub(crate) struct State {
     pub(crate) busy: bool,
     /// How many have been completed, on the last of which the next one may stand.
     pub(crate) completed: u64,
-    /// The thread is to end.
+    /// The thread must end.
     pub(crate) end: bool,
     /// The thread has ended, perhaps by an error.
     pub(crate) ended: Option<Option<Errno>>,

@@ -13,7 +13,7 @@ const MAX_SLICE_BYTES: usize = 1 << 30;
 /// Time that protecting a slice should take. The kernel takes some 80 ns for a page, small or huge.
 const SLICE_TIME: Duration = Duration::from_micros(150);
 
-/// Slices, as large as takes the time that they are to take.
+/// Slices, as large as their time allows.
 #[derive(Debug)]
 pub(crate) struct Slices {
     bytes: usize,

@@ -41,7 +41,7 @@ impl Copier {
         Ok(true)
     }
 
-    /// All has been read that the snapshot is to hold. Tells that there was something to do.
+    /// All has been read that the snapshot must hold. Tells that there was something to do.
     fn all_saved(&mut self) -> Result<bool> {
         let Some(active) = &mut self.active else { return Ok(false) };
         if active.change_waits {
@@ -50,7 +50,7 @@ impl Copier {
         }
         active.draining = true;
         if !self.series {
-            // Nobody is to wait for the sink.
+            // No thread must wait for the sink.
             self.finish()?;
             self.done = true;
         }
@@ -68,7 +68,7 @@ impl Copier {
         let Some(active) = &mut self.active else { return Ok(false) };
         active.cursor = 0;
         if active.change_waits || self.is_changing() {
-            // Nothing else can be saved before what is to be read. That tells of everything that was made when pages
+            // Nothing else can be saved before what must be read. That tells of everything that was made when pages
             // were seen as dropped.
             self.read_changes()?;
             self.settle_dropped();
