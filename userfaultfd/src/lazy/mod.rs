@@ -725,7 +725,7 @@ mod tests {
 
     /// As on older kernels: without asynchronous protection, and without protection of missing pages.
     #[test]
-    fn old_kernels_track_lazy_memory_by_the_threads_of_its_pager() {
+    fn old_kernels_track_lazy_memory_by_its_pager() {
         require!(FeatureFlags::PAGEFAULT_FLAG_WP);
         let page = crate::page_size();
         for protection in [FeatureFlags::WP_UNPOPULATED, FeatureFlags::empty()] {

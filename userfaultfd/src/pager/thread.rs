@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_panics_ends_and_one_that_joins_itself_goes_on() {
+    fn thread_that_panics_ends_and_self_join_returns() {
         crate::support::require!();
         Thread::spawn(c"panics", || std::panic::resume_unwind(Box::new("on purpose"))).unwrap().join();
         let (send, receive) = mpsc::channel::<Thread>();

@@ -184,7 +184,7 @@ fn pages_that_move_before_they_are_protected_are_followed() {
 /// The page has lost its protection, and no event told. It is moved over another one, where memory is protected before
 /// that is read: the snapshot holds it all the same.
 #[test]
-fn page_that_lost_its_protection_and_moves_while_a_member_begins_is_saved() {
+fn unprotected_page_that_moves_as_a_member_begins_is_saved() {
     require!(WRITE_PROTECT | FeatureFlags::MOVE);
     if !memory::tells_protection(test_name!()) {
         return;
@@ -298,7 +298,7 @@ fn page_that_moves_behind_what_is_protected_is_saved() {
 /// A page that was dropped moves over one that isn't saved, and other memory is mapped where it was, all before the move is
 /// read. The kernel tells of each page that it is as it should be, and of the memory that it isn't this one.
 #[test]
-fn page_moved_over_one_that_is_not_saved_is_not_taken_for_it() {
+fn page_moved_over_an_unsaved_one_isnt_taken_for_it() {
     require!(WRITE_PROTECT | FeatureFlags::WP_HUGETLBFS_SHMEM);
     child::run_well(test_name!(), || {
         const OVER: usize = 39;
@@ -350,7 +350,7 @@ fn page_moved_over_one_that_is_not_saved_is_not_taken_for_it() {
 /// A page moves over one that isn't saved, while an earlier change waits to be read, and other memory is mapped where it was.
 /// The first change that is read doesn't tell of that.
 #[test]
-fn page_moved_behind_another_change_is_not_taken_for_the_one_below() {
+fn page_moved_behind_a_change_keeps_its_place() {
     require!(WRITE_PROTECT);
     if !memory::tells_protection(test_name!()) {
         return;
@@ -447,7 +447,7 @@ fn page_dropped_after_it_was_read_is_not_read_again() {
 /// The removal was read, and the thread that makes it is held up for some members. What it drops then is in the next one,
 /// though it seems as protected as before.
 #[test]
-fn page_dropped_some_members_after_its_removal_was_read_has_changed() {
+fn page_dropped_long_after_its_event_has_changed() {
     require!(WRITE_PROTECT | FeatureFlags::WP_HUGETLBFS_SHMEM);
     child::run_well(test_name!(), || {
         let memory = Arc::new(Memory::new(Kind::Memfd, PAGES));
@@ -495,7 +495,7 @@ fn page_dropped_some_members_after_its_removal_was_read_has_changed() {
 }
 
 #[test]
-fn panic_while_a_member_begins_ends_the_series_and_lifts_protection() {
+fn panic_as_a_member_begins_ends_the_series() {
     require!(WRITE_PROTECT);
     if !memory::tells_protection(test_name!()) {
         return;

@@ -700,7 +700,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_at_once_from_many_threads_do_not_disturb_each_other() {
+    fn concurrent_reads_do_not_disturb_each_other() {
         crate::support::require!();
         let source = FileSource::new(sparse_file()).unwrap();
         std::thread::scope(|scope| {
@@ -739,7 +739,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_that_were_allocated_in_advance_are_data_once_written() {
+    fn allocated_holes_are_data_once_written() {
         require!();
         let file = File::from(memfd_of_bytes(0, 0));
         file.set_len(4 * BLOCK as u64).unwrap();

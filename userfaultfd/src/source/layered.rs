@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_diff_that_became_shorter_is_an_error_and_never_the_base() {
+    fn shortened_diff_is_an_error_and_never_the_base() {
         require!();
         let page = crate::page_size() as u64;
         let diff = File::from(memfd_of_bytes(0, 0));
@@ -477,7 +477,7 @@ mod tests {
 
     #[cfg(feature = "snapshot")]
     #[test]
-    fn snapshots_on_top_show_what_they_saved_and_gone_pages_never_what_is_below() {
+    fn gone_pages_of_a_snapshot_on_top_hide_the_base() {
         require!();
         use crate::snapshot::Content;
         const PAGE: usize = 4096;

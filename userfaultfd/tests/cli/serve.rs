@@ -212,7 +212,7 @@ fn second_signal_ends_machines_that_are_not_complete() {
 }
 
 #[test]
-fn socket_of_a_killed_handler_is_taken_and_of_a_living_one_not() {
+fn socket_is_taken_from_a_killed_handler_alone() {
     require!();
     let folder = Folder::new(test_name!());
     let socket = folder.path("socket");

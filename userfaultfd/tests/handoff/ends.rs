@@ -51,7 +51,7 @@ fn send_half(path: &std::path::Path) -> Forked {
 }
 
 #[test]
-fn monitor_that_ends_within_its_message_is_an_error_of_its_own() {
+fn monitor_that_ends_in_its_message_is_an_error() {
     require!();
     child::run_well(test_name!(), || {
         let (mut listener, path) = listener();

@@ -221,7 +221,7 @@ fn working_set_covers_all_regions_from_the_first_fault() {
 }
 
 #[test]
-fn source_that_is_shorter_is_refused_before_anything_is_served() {
+fn shorter_source_is_refused_before_serving() {
     require!();
     child::run_well(test_name!(), || {
         let (mut listener, path) = listener();

@@ -51,7 +51,7 @@ pub(crate) fn check(source: &impl PageSource, expected: &[u8], offset: usize, le
 }
 
 #[test]
-fn reads_of_many_threads_show_the_object_and_reuse_connections() {
+fn reads_of_many_threads_reuse_connections() {
     require!();
     let bytes = content(300_001);
     let web = Web::new(bytes.clone());
@@ -81,7 +81,7 @@ fn reads_of_many_threads_show_the_object_and_reuse_connections() {
 }
 
 #[test]
-fn every_wrong_answer_is_an_error_by_name_and_not_asked_again() {
+fn every_wrong_answer_is_a_final_error_by_name() {
     require!();
     let web = Web::new(content(10_000));
     let source = open(&web, RemoteOptions::new());
@@ -238,7 +238,7 @@ fn an_object_that_changed_is_an_error_and_never_mixed_pages() {
 }
 
 #[test]
-fn a_slow_answer_has_a_second_request_and_the_first_answer_counts() {
+fn first_of_two_answers_counts_after_a_slow_one() {
     require!();
     let bytes = content(100_000);
     let web = Web::new(bytes.clone());

@@ -53,7 +53,7 @@ fn soon() -> RemoteOptions {
 }
 
 #[test]
-fn memory_from_local_file_shows_it_and_its_change_is_an_error() {
+fn changed_local_file_is_an_error() {
     require!();
     let directory =
         std::env::temp_dir().join(format!("{}-{}", test_name!().replace("::", "-"), std::process::id()));

@@ -245,7 +245,7 @@ fn buffer_of_another_load_is_an_error() {
 }
 
 #[test]
-fn dropped_pager_poisons_what_is_in_flight_and_ignores_answers() {
+fn dropped_pager_poisons_loads_in_flight() {
     require!(FeatureFlags::POISON);
     child::run_well(test_name!(), || {
         tell_signals();
@@ -431,7 +431,7 @@ fn read_ahead_is_started_early_and_needs_one_thread() {
 }
 
 #[test]
-fn waiting_read_of_asynchronous_source_ends_with_each_answer() {
+fn waiting_read_of_async_source_ends_with_each_answer() {
     require!();
     let read = |source: &dyn PageSource| {
         let mut bytes = vec![0; page()];

@@ -32,7 +32,7 @@ fn builder(pages: usize, budget: &Budget) -> LazyBuilder {
 }
 
 #[test]
-fn memory_larger_than_its_budget_is_read_whole_and_stays_within_it() {
+fn memory_larger_than_its_budget_stays_within_it() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let (pages, most) = (4096, 256);
     let budget = Budget::new(most * page());
@@ -277,7 +277,7 @@ fn pinned_pages_stay_and_no_more_than_half_can_be() {
 }
 
 #[test]
-fn any_number_of_threads_copies_from_memory_under_a_small_budget() {
+fn many_threads_copy_under_a_small_budget() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let budget = Budget::new(24 * page());
     let memory = builder(500, &budget).build().unwrap();
@@ -367,7 +367,7 @@ fn full_disk_is_reported_and_loses_nothing() {
 }
 
 #[test]
-fn page_that_the_source_fails_to_give_again_is_an_error_and_no_zeros() {
+fn page_that_cannot_be_reread_is_an_error_not_zeros() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::POISON);
     let budget = Budget::new(32 * page());
     let fails = Arc::new(AtomicBool::new(false));
@@ -389,7 +389,7 @@ fn page_that_the_source_fails_to_give_again_is_an_error_and_no_zeros() {
 }
 
 #[test]
-fn source_that_is_memory_under_the_same_budget_doesnt_block_it() {
+fn source_under_the_same_budget_doesnt_block_it() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let budget = Budget::new(24 * page());
     let base = Arc::new(builder(500, &budget).build().unwrap());

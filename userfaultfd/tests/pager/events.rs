@@ -402,7 +402,7 @@ fn region_is_unregistered_around_mapped_over_file() {
 
 /// A program may register the memory behind a region itself, before it adds that. The kernel makes one mapping of both.
 #[test]
-fn region_behind_another_is_refused_once_it_was_taken_for_growth() {
+fn region_taken_for_growth_of_another_is_refused() {
     require!();
     child::run_well(test_name!(), || {
         for is_touched in [false, true] {

@@ -88,7 +88,7 @@ fn pages_leave_the_file_and_come_back() {
 }
 
 #[test]
-fn random_program_finds_what_it_wrote_and_zeros_where_it_removed() {
+fn random_program_finds_its_writes_and_removals() {
     require!(NEEDS | FeatureFlags::EVENT_REMOVE);
     for seed in 0..4 {
         let limited = Limited::new(CHANGES);

@@ -177,7 +177,7 @@ fn flush_writes_what_was_written_merged_and_nothing_else() {
 }
 
 #[test]
-fn memory_larger_than_its_budget_is_written_back_and_comes_back() {
+fn memory_larger_than_its_budget_is_written_back() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let pages = 1000;
     let (shelf, budget) = (Shelf::of_pages(pages), Budget::new(64 * page()));
@@ -211,7 +211,7 @@ fn flush_has_the_write_of_the_thread_that_flushes() {
 }
 
 #[test]
-fn nothing_reaches_the_store_between_flushes_if_that_is_wanted() {
+fn nothing_reaches_the_store_but_by_flush() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let (shelf, budget, told) = (Shelf::of_pages(300), Budget::new(32 * page()), Told::default());
     let memory = builder(&shelf, &budget).write_back(WriteBack::OnFlush).on_problem(told.hear());
@@ -397,7 +397,7 @@ fn pages_on_their_way_out_while_a_sync_fails_are_not_lost() {
 }
 
 #[test]
-fn pinned_page_stays_dirty_and_writable_by_system_calls_over_flushes() {
+fn pinned_page_stays_writable_over_flushes() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     for write_back in [WriteBack::Any, WriteBack::OnFlush] {
         let (shelf, budget) = (Shelf::of_pages(100), Budget::new(64 * page()));
@@ -462,7 +462,7 @@ fn zeros() -> fs::File {
 }
 
 #[test]
-fn store_that_stalls_is_reported_and_holds_nobody_up_for_ever() {
+fn stalled_store_is_reported_and_blocks_no_fault() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let (shelf, budget, told) = (Shelf::of_pages(300), Budget::new(32 * page()), Told::default());
     let mut memory = builder(&shelf, &budget).on_problem(told.hear()).build().unwrap();

@@ -194,7 +194,7 @@ fn working_set_is_loaded_again_after_a_removal() {
 }
 
 #[test]
-fn next_pager_loads_what_was_removed_and_keeps_what_the_file_has() {
+fn next_pager_loads_removed_pages_and_keeps_the_file() {
     require!(FeatureFlags::EVENT_REMOVE);
     for way in WAYS {
         let Some(cache) = Cache::new(test_name!(), way, 5, FeatureFlags::EVENT_REMOVE) else { continue };
@@ -222,7 +222,7 @@ fn next_pager_loads_what_was_removed_and_keeps_what_the_file_has() {
 }
 
 #[test]
-fn list_of_a_pager_that_shows_zeros_has_pages_to_load_where_they_are_loaded_again() {
+fn removed_pages_are_listed_missing_for_a_reloading_pager() {
     require!(FeatureFlags::EVENT_REMOVE);
     for kind in [Kind::Anonymous, Kind::Memfd] {
         let Some(memory) = memory(test_name!(), kind, 3) else { continue };
@@ -327,7 +327,7 @@ fn forked_child_loads_again_what_it_removes() {
 
 /// Threads that read everything, and drop what they have read, as a cache does that keeps the newest pages alone.
 #[test]
-fn cache_that_drops_its_oldest_pages_always_has_the_files_content() {
+fn cache_that_drops_old_pages_has_the_files_content() {
     require!(FeatureFlags::EVENT_REMOVE);
     const PAGES: usize = 32;
     const KEPT: usize = 6;

@@ -285,7 +285,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn mappings_that_criu_leaves_to_the_descriptor_are_told_apart() {
+    fn lazy_mappings_of_criu_are_told_apart() {
         require!();
         let area = |start: u64, flags: libc::c_int, status| {
             let fields = [(1, start), (2, start + 0x1000), (6, flags as u64), (7, status)];

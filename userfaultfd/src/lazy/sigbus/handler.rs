@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn handler_installed_between_look_and_installation_is_called() {
+    fn handler_installed_in_between_is_called() {
         require!();
         child::run_well(test_name!(), || {
             install_with(|| signal::handle(libc::SIGBUS, count)).unwrap();
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_call_of_a_handler_installs_is_not_put_back_by_another() {
+    fn handler_call_keeps_what_another_call_installed() {
         require!();
         child::run_well(test_name!(), || {
             signal::handle(libc::SIGBUS, again);
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn child_of_a_fork_during_the_installation_installs_the_handler() {
+    fn child_forked_in_the_installation_installs_it() {
         require!();
         child::run_well(test_name!(), || {
             let installs = || {

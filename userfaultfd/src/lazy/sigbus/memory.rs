@@ -686,7 +686,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_does_not_depend_on_the_thread_that_fills_its_page() {
+    fn fault_does_not_wait_for_the_thread_that_fills() {
         require!();
         let (owned, memory) = owned();
         let states = &owned.lazy().served.pages;

@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn budget_of_the_group_of_this_process_is_within_the_machine() {
+    fn budget_of_own_group_is_within_the_machine() {
         require!();
         let machine = bytes_of_machine(&fs::read_to_string("/proc/meminfo").unwrap()).unwrap();
         let budget = Budget::of_cgroup(0.5).unwrap();

@@ -476,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn cutting_leaves_what_is_around_and_returns_what_was_inside() {
+    fn cut_returns_the_inside_and_leaves_the_rest() {
         crate::support::require!();
         let (a, b) = (region(1, 4), region(2, 2));
         let mut layout = AddressMap::default();
@@ -605,7 +605,7 @@ mod tests {
 
     /// A thread unmaps a part of what lay where another one moves something to, and moves another part.
     #[test]
-    fn parts_that_left_before_something_arrived_leave_when_it_is_told() {
+    fn parts_that_left_before_an_arrival_leave_when_told() {
         crate::support::require!();
         let (a, b) = (region(1, 8), region(2, 8));
         let mut layout = AddressMap::default();

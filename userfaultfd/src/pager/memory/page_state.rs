@@ -611,7 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn page_that_is_there_is_claimed_to_leave_and_joined_by_faults() {
+    fn present_page_claimed_to_leave_is_joined_by_faults() {
         crate::support::require!();
         let pages = Pages::new(2).unwrap();
         assert!(!pages.try_claim_present(0));
@@ -649,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_removed_while_it_is_loaded_stays_removed_when_the_load_is_given_up() {
+    fn page_removed_in_a_load_given_up_stays_removed() {
         crate::support::require!();
         let pages = Pages::new(1).unwrap();
         assert_eq!(pages.claim(0), Claim::Acquired { removed: false, tries: 0 });
@@ -686,7 +686,7 @@ mod tests {
     }
 
     #[test]
-    fn page_that_a_file_may_have_is_removed_and_doubted_once_it_is_loaded_again() {
+    fn reloaded_page_that_a_file_may_have_is_doubted() {
         crate::support::require!();
         let pages = Pages::new(4).unwrap();
         for (page, end) in [(0, Settlement::Reloaded), (1, Settlement::Poisoned)] {
@@ -707,7 +707,7 @@ mod tests {
     }
 
     #[test]
-    fn page_that_counts_as_present_is_claimed_again_after_some_doubts() {
+    fn present_page_is_claimed_again_after_some_doubts() {
         crate::support::require!();
         let pages = Pages::new(1).unwrap();
         assert!(!pages.doubt(0) && !pages.claim_again(0), "it is missing");
@@ -724,7 +724,7 @@ mod tests {
     }
 
     #[test]
-    fn fault_that_joined_before_a_removal_is_woken_after_the_load() {
+    fn fault_joined_before_a_removal_is_woken() {
         crate::support::require!();
         let pages = Pages::new(1).unwrap();
         pages.claim(0);
@@ -734,7 +734,7 @@ mod tests {
     }
 
     #[test]
-    fn tries_are_counted_up_to_a_limit_and_forgotten_with_success() {
+    fn tries_are_counted_and_forgotten_with_success() {
         crate::support::require!();
         let pages = Pages::new(1).unwrap();
         for tries in (0..=MAX_TRIES).chain([MAX_TRIES]) {
@@ -763,7 +763,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_counted_out_before_it_is_counted_in_is_none() {
+    fn page_counted_out_before_it_is_counted_in_is_none() {
         crate::support::require!();
         let pages = Pages::new(2).unwrap();
         pages.count_change(PRESENT, 0);

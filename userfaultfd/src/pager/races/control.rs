@@ -151,7 +151,7 @@ fn a_callback_that_takes_its_time_delays_no_child() {
 
 /// A process that is stopped in the middle of a change, here by a limit: nothing can be filled or poisoned.
 #[test]
-fn a_call_has_one_patience_and_a_problem_that_stays_is_reported_once() {
+fn lasting_problem_is_reported_once_by_a_call() {
     require!(FeatureFlags::EVENT_FORK);
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(64);
@@ -180,7 +180,7 @@ fn a_call_has_one_patience_and_a_problem_that_stays_is_reported_once() {
 }
 
 #[test]
-fn the_end_of_a_process_is_noticed_at_once_where_something_tells_of_it() {
+fn end_of_a_watched_process_is_noticed_at_once() {
     require!();
     child::run_well(test_name!(), || {
         let memory = Memory::anonymous(4);
@@ -236,7 +236,7 @@ impl Drop for Source {
 }
 
 #[test]
-fn a_source_ends_on_the_thread_for_that_though_a_worker_has_it_last() {
+fn source_that_a_worker_has_last_ends_elsewhere() {
     require!();
     child::run_well(test_name!(), || {
         for holds_pager in [false, true] {

@@ -70,7 +70,7 @@ fn scene(kind: Kind, source: &Failing, delay: Duration) -> (Pager, Memory) {
 }
 
 #[test]
-fn a_source_that_is_down_is_left_alone_whatever_the_number_of_waiters() {
+fn source_that_is_down_isnt_retried_by_each_waiter() {
     require!();
     child::run_well(test_name!(), || {
         let source = Failing::new();

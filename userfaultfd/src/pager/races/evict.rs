@@ -302,7 +302,7 @@ fn memory_that_ends_while_its_page_leaves_is_waited_for() {
 }
 
 #[test]
-fn page_isnt_taken_between_its_first_write_and_the_end_of_its_protection() {
+fn page_isnt_taken_while_its_first_write_is_resolved() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     for way in WAYS {
         let budget = Budget::new(BUDGET * page());
@@ -329,7 +329,7 @@ fn page_isnt_taken_between_its_first_write_and_the_end_of_its_protection() {
 }
 
 #[test]
-fn pages_that_were_removed_by_the_program_are_zeros_wherever_they_are() {
+fn removed_pages_are_zeros_wherever_they_rest() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     for way in WAYS {
         let budget = Budget::new(BUDGET * page());

@@ -40,7 +40,7 @@ fn remove(memory: &Memory, page: usize) {
 }
 
 #[test]
-fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
+fn zeros_put_aside_are_zeros_after_longer_ones() {
     require!();
     let test = test_name!();
     if !has_features(test, FeatureFlags::PAGEFAULT_FLAG_WP) {
@@ -67,7 +67,7 @@ fn zeros_that_were_put_aside_are_zeros_when_longer_ones_were_needed() {
 }
 
 #[test]
-fn a_hole_punched_before_a_page_is_mapped_from_the_cache_is_no_poison() {
+fn hole_punched_before_a_cached_page_maps_is_no_poison() {
     require!();
     let test = test_name!();
     child::run_well(test, || {
@@ -90,7 +90,7 @@ fn a_hole_punched_before_a_page_is_mapped_from_the_cache_is_no_poison() {
 }
 
 #[test]
-fn what_is_loaded_when_a_descriptor_is_handed_over_does_not_reach_its_file() {
+fn load_during_a_hand_over_does_not_reach_the_file() {
     require!();
     let test = test_name!();
     let Some(memory) = Flavour::Minor.memory(test, PAGES) else { return };
@@ -118,7 +118,7 @@ fn what_is_loaded_when_a_descriptor_is_handed_over_does_not_reach_its_file() {
 }
 
 #[test]
-fn what_is_loaded_for_a_forks_child_that_has_ended_does_not_reach_the_file() {
+fn load_for_an_ended_child_does_not_reach_the_file() {
     require!();
     let test = test_name!();
     child::run_well(test, || {
@@ -189,7 +189,7 @@ fn a_descriptor_is_removed_once_others_have_let_go_of_it() {
 }
 
 #[test]
-fn a_descriptor_that_cannot_be_polled_is_given_back_though_others_look_at_it() {
+fn unpollable_descriptor_is_given_back_while_looked_at() {
     require!();
     let pager = Pager::new().unwrap();
     let done = std::sync::atomic::AtomicBool::new(false);

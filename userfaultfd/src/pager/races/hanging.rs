@@ -92,7 +92,7 @@ impl Scene {
 }
 
 #[test]
-fn faults_that_were_read_together_with_one_whose_source_hangs_are_resolved() {
+fn faults_are_resolved_beside_one_whose_source_hangs() {
     require!();
     child::run_well(test_name!(), || {
         let scene = Scene::new(1);
@@ -103,7 +103,7 @@ fn faults_that_were_read_together_with_one_whose_source_hangs_are_resolved() {
 }
 
 #[test]
-fn descriptors_that_were_taken_together_with_one_whose_source_hangs_are_read() {
+fn descriptors_are_read_beside_one_whose_source_hangs() {
     require!();
     child::run_well(test_name!(), || {
         let scene = Scene::new(4);

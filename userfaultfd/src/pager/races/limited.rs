@@ -94,7 +94,7 @@ fn each_point(test: impl Fn(Departure, bool)) {
 }
 
 #[test]
-fn shared_page_that_is_accessed_while_it_leaves_has_its_content() {
+fn shared_page_accessed_while_it_leaves_is_right() {
     require!(NEEDS);
     each_point(|point, is_written| {
         for (reads, writes) in [(true, false), (true, true), (false, true)] {
@@ -147,7 +147,7 @@ fn shared_page_that_is_removed_while_it_leaves_is_zero() {
 }
 
 #[test]
-fn shared_page_that_is_unmapped_while_it_leaves_leaves_the_others() {
+fn shared_page_unmapped_while_it_leaves_spares_others() {
     require!(NEEDS | FeatureFlags::EVENT_UNMAP);
     each_point(|point, is_written| {
         let limited = Limited::new(FeatureFlags::EVENT_UNMAP);
@@ -172,7 +172,7 @@ fn shared_page_that_is_unmapped_while_it_leaves_leaves_the_others() {
 }
 
 #[test]
-fn shared_page_that_a_forks_child_writes_while_it_leaves_has_that() {
+fn shared_page_keeps_a_childs_write_while_it_leaves() {
     require!(NEEDS | FeatureFlags::EVENT_FORK);
     child::run_well(test_name!(), || {
         each_point(|point, is_written| {

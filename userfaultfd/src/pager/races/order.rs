@@ -167,7 +167,7 @@ fn region_added_where_memory_has_just_left_is_served() {
 }
 
 #[test]
-fn memory_moved_to_where_other_memory_has_just_left_is_served() {
+fn memory_moved_to_a_place_just_left_is_served() {
     require!(EVENTS);
     child::run_well(test_name!(), || {
         let scene = Scene::new(2);

@@ -240,7 +240,7 @@ fn flush_waits_for_another_that_has_its_page_in_hand() {
 }
 
 #[test]
-fn memory_that_ends_while_its_writer_has_a_page_waits_for_it() {
+fn memory_that_ends_waits_for_its_writers_page() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     for way in ways(test_name!()) {
         for point in POINTS {
@@ -305,7 +305,7 @@ fn write_before_a_failed_sync_is_synced_by_the_next_flush() {
 }
 
 #[test]
-fn page_that_left_again_before_its_prefetch_was_counted_has_not_failed() {
+fn page_that_left_before_its_prefetch_counted_succeeded() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     for way in ways(test_name!()) {
         let (shelf, budget) = (Shelf::new(), Budget::new(BUDGET * page()));

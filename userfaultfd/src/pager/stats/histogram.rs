@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn bars_show_every_power_between_the_shortest_and_the_longest() {
+    fn bars_show_every_power_in_their_range() {
         crate::support::require!();
         let mut histogram = Histogram::default();
         for _ in 0..400 {

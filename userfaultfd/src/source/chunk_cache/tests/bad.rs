@@ -247,7 +247,7 @@ fn hostile_tables_and_chunks_never_show_wrong_bytes() {
 }
 
 #[test]
-fn chunks_that_change_or_go_while_the_image_is_open_are_read_from_the_source() {
+fn chunks_that_change_in_an_open_image_are_fetched_again() {
     require!();
     let scratch = Scratch::new("cut-off");
     let cache = scratch.cache(1 << 30);
@@ -289,7 +289,7 @@ fn blocks_that_the_table_does_not_know_are_given_back() {
 }
 
 #[test]
-fn damaged_chunk_that_another_process_uses_is_read_from_the_source() {
+fn damaged_chunk_in_use_elsewhere_bypasses_the_cache() {
     require!();
     let scratch = Scratch::new("damaged-in-use");
     let bytes = content(1, 4 * CHUNK);

@@ -76,7 +76,7 @@ fn read_all(image: &CachedImage, expected: &[u8]) {
 }
 
 #[test]
-fn every_border_of_an_image_and_a_second_start_from_the_cache() {
+fn image_is_right_at_every_border_and_second_start() {
     require!();
     let scratch = Scratch::new("borders");
     let cache = scratch.cache(1 << 30);
@@ -269,7 +269,7 @@ fn image_that_nobody_uses_goes_as_a_whole() {
 }
 
 #[test]
-fn chunk_that_goes_after_its_bytes_were_handed_out_is_read_again() {
+fn chunk_that_goes_after_its_bytes_were_given_is_reread() {
     require!();
     let scratch = Scratch::new("withdrawn");
     let cache = scratch.cache(1 << 30);

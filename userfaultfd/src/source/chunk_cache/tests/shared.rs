@@ -126,7 +126,7 @@ fn error_of_a_fetch_is_of_its_reader_and_the_next_one_tries() {
 }
 
 #[test]
-fn chunks_that_another_process_uses_stay_until_it_uses_them_no_more() {
+fn chunks_stay_while_another_process_uses_them() {
     require!();
     let scratch = Scratch::new("in-use");
     let limit = 16 * CHUNK as u64;
@@ -172,7 +172,7 @@ fn forked_child_reads_from_the_source() {
 }
 
 #[test]
-fn random_readers_of_a_cache_that_is_too_small_see_their_images() {
+fn random_readers_of_a_small_cache_see_their_images() {
     require!();
     let scratch = Scratch::new("small");
     let limit = 24 * CHUNK as u64;
