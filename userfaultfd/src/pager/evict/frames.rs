@@ -3,7 +3,6 @@
 //! A page that becomes resident takes a frame, by the thread that fills it; it gives the frame up when it has left, by the
 //! thread that evicts.
 
-use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar};
@@ -15,12 +14,13 @@ use super::policy::{Link, List, NO_STAMP, NONE, Policy, S3Fifo};
 use super::pool::{Pool, RUN_SHARE};
 use super::residence::{Place, Residence};
 use super::shared::wake_all;
-use super::store::{StoreBacking, WriteBack};
+use super::store::WriteBack;
 use crate::Uffd;
 use crate::mapped_vec::{self, MappedVec};
 use crate::pager::memory::descriptor::wake;
 use crate::pager::memory::served::ServedRegion;
-use crate::pager::{Problem, RegionId};
+
+mod writes;
 
 /// Pages of a budget for each that may rest in the staging area: `benches/eviction` says what others cost.
 const STAGED_SHARE: usize = 8;
@@ -43,9 +43,6 @@ const QUEUE_PAGES: usize = 1024;
 
 /// Duration for which threads wait for the evicting thread though nothing can leave.
 pub(super) const STUCK_PATIENCE: Duration = Duration::from_millis(30);
-
-/// How long a store may do nothing before faults don't wait any more for pages that must be written there.
-const STALL: Duration = Duration::from_secs(1);
 
 /// A memory that shares the budget.
 pub(super) struct Member {
@@ -114,26 +111,6 @@ struct Slot {
     has_failed: bool,
     /// Whether it was reported that its pages can't leave.
     is_reported: bool,
-}
-
-impl Slot {
-    fn store(&self) -> Option<&StoreBacking> {
-        self.member.residence().store()
-    }
-
-    /// Has a page written, if its store may be written now.
-    fn enqueue(&mut self, page: usize) -> bool {
-        let writes = self.store().is_some_and(|store| store.write_back == WriteBack::Any);
-        let has_room = writes && !self.is_stopping && self.queue.len() < self.queue.capacity();
-        if has_room {
-            self.queue.push(page);
-        }
-        has_room
-    }
-
-    fn is_writing(&self) -> bool {
-        !self.has_failed && (self.writers > 0 || !self.queue.is_empty())
-    }
 }
 
 /// Pages that a caller wants out of memory.
@@ -417,21 +394,6 @@ impl Frames {
         is_kept && residence.place(page).is_dirty() || self.is_pinned(residence, page)
     }
 
-    /// Whether a page in the staging area must be written to a store before it is dropped, which this sets about. It isn't
-    /// written again as long as it is there, with the frames locked.
-    fn must_be_written(&mut self, member: u32, page: usize) -> bool {
-        let Some(slot) = self.members[member as usize].as_mut() else { return false };
-        let residence = slot.member.residence();
-        let place = residence.place(page);
-        if residence.store().is_none() || !place.is_dirty() {
-            return false;
-        }
-        if place.is_written() && slot.writers == 0 && slot.enqueue(page) {
-            slot.member.write_work.notify_one();
-        }
-        true
-    }
-
     fn is_pinned(&self, residence: &Residence, page: usize) -> bool {
         residence.member().is_some_and(|member| self.pins.has(member, page))
     }
@@ -475,107 +437,6 @@ impl Frames {
         pool.uncharge(left);
     }
 
-    /// Has a page written that is about to leave.
-    fn enqueue(&mut self, member: u32, page: usize) {
-        let was_writing = self.is_writing();
-        let Some(slot) = self.members[member as usize].as_mut() else { return };
-        if slot.enqueue(page) {
-            slot.member.write_work.notify_one();
-            if !was_writing {
-                self.write_progress = Instant::now();
-            }
-        }
-    }
-
-    /// Whether any store is being written.
-    fn is_writing(&self) -> bool {
-        self.members.iter().flatten().any(Slot::is_writing)
-    }
-
-    /// Whether a store is being written that hasn't been silent for too long: it's worth waiting for.
-    pub(super) fn waits_for_store(&self) -> bool {
-        self.is_writing() && self.write_progress.elapsed() < STALL
-    }
-
-    /// The next memory of which pages can't leave, and hasn't been reported, with the problem.
-    pub(super) fn next_trouble(&mut self, pool: &Pool) -> Option<(Arc<Member>, Problem)> {
-        let page_size = crate::page_size();
-        let room = pool.limit().saturating_sub(self.pins.page_count() + 2 * pool.max_run());
-        for slot in self.members.iter_mut().flatten().filter(|slot| !slot.is_reported) {
-            let (member, dirty) = (&slot.member, slot.member.residence().dirty_count());
-            let region = RegionId(member.region.id);
-            let problem = match slot.store() {
-                Some(store) if store.write_back == WriteBack::OnFlush && dirty > room => {
-                    Problem::BudgetFull { region, dirty: dirty * page_size }
-                }
-                Some(_) if slot.is_writing() => Problem::WriteBack {
-                    region,
-                    address: member.start + slot.in_hand.start * page_size,
-                    len: slot.in_hand.len() * page_size,
-                    error: io::ErrorKind::TimedOut.into(),
-                },
-                _ => continue,
-            };
-            let member = Arc::clone(member);
-            slot.is_reported = true;
-            return Some((member, problem));
-        }
-        None
-    }
-
-    /// Pages leave again.
-    pub(super) fn forget_trouble(&mut self) {
-        self.members.iter_mut().flatten().for_each(|slot| slot.is_reported = false);
-    }
-
-    /// Takes the pages that must be written for a member, which its thread begins to write if there are any. `None`: it must
-    /// end.
-    pub(super) fn take_queue(&mut self, member: u32, pages: &mut Vec<usize>) -> Option<()> {
-        let slot = self.members[member as usize].as_mut().filter(|slot| !slot.is_stopping)?;
-        // As much as there is room for, so that nothing is allocated.
-        let taken = slot.queue.len().min(pages.capacity() - pages.len());
-        pages.extend(slot.queue.drain(..taken));
-        slot.writers += usize::from(taken > 0);
-        Some(())
-    }
-
-    /// Has the thread end that writes for a member.
-    pub(super) fn stop_writer(&mut self, member: u32) {
-        if let Some(slot) = self.members[member as usize].as_mut() {
-            slot.is_stopping = true;
-            slot.queue.clear();
-            slot.member.write_work.notify_one();
-        }
-    }
-
-    /// Whether the thread must end that writes for a member.
-    pub(super) fn is_writer_stopping(&self, member: u32) -> bool {
-        self.members[member as usize].as_ref().is_none_or(|slot| slot.is_stopping)
-    }
-
-    /// A thread begins to write pages of a member.
-    pub(super) fn begin_write(&mut self, member: u32) {
-        if !self.is_writing() {
-            self.write_progress = Instant::now();
-        }
-        if let Some(slot) = self.members[member as usize].as_mut() {
-            slot.writers += 1;
-        }
-    }
-
-    /// A thread begins to copy these pages of a member.
-    pub(super) fn begin_copy(&mut self, member: u32, pages: Range<usize>) {
-        if let Some(slot) = self.members[member as usize].as_mut() {
-            slot.copied = (pages, false);
-        }
-    }
-
-    /// It has copied them. Returns whether the program has pinned any meanwhile.
-    pub(super) fn end_copy(&mut self, member: u32) -> bool {
-        let slot = self.members[member as usize].as_mut();
-        slot.is_some_and(|slot| std::mem::replace(&mut slot.copied, (0..0, false)).1)
-    }
-
     /// Pins pages, unless more would be pinned than a half of `limit`.
     pub(super) fn pin(&mut self, limit: usize, member: u32, pages: &Range<usize>, term: PinTerm) -> bool {
         let is_pinned = self.pins.pin(limit / 2, member, pages.clone(), term);
@@ -584,28 +445,6 @@ impl Frames {
             *is_noted |= is_pinned && term == PinTerm::Program && overlaps;
         }
         is_pinned
-    }
-
-    /// These are the ones that it writes next.
-    pub(super) fn write_next(&mut self, member: u32, pages: Range<usize>) {
-        if let Some(slot) = self.members[member as usize].as_mut() {
-            slot.in_hand = pages;
-        }
-    }
-
-    /// They were written, or couldn't be.
-    pub(super) fn written(&mut self, member: u32, is_stored: bool) {
-        self.write_progress = Instant::now();
-        if let Some(slot) = self.members[member as usize].as_mut() {
-            slot.has_failed = !is_stored;
-        }
-    }
-
-    /// The thread has no more to write.
-    pub(super) fn end_write(&mut self, member: u32) {
-        if let Some(slot) = self.members[member as usize].as_mut() {
-            slot.writers -= 1;
-        }
     }
 
     /// The frames of a member that have a page, from one frame on: as many as there is room for. Returns where to go on.
