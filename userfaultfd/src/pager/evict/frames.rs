@@ -33,7 +33,7 @@ const LOW_SHARE: usize = 32;
 const STAGE_SLACK: usize = 4;
 
 /// Pages that the evicting thread has in hand at a time, of each kind.
-pub(super) const BATCH: usize = 256;
+pub(super) const BATCH_PAGES: usize = 256;
 
 /// Pages that a caller wants out of memory and that are looked at with the frames locked.
 const REQUEST_PAGES: usize = 4096;
@@ -331,7 +331,7 @@ impl Frames {
         if over == 0 && stage <= target / STAGE_SLACK {
             return Need::default();
         }
-        Need { stage: stage.min(BATCH), drop: drop.min(BATCH) }
+        Need { stage: stage.min(BATCH_PAGES), drop: drop.min(BATCH_PAGES) }
     }
 
     /// The number of resident pages at which there will be something to do.
@@ -504,7 +504,7 @@ impl Frames {
         let Some(member) = self.owner(slot).cloned() else { return false };
         let (residence, states) = (member.residence(), &member.region.pages);
         let mut next_page = next.start;
-        while next_page < next.end && to_stage.len() < BATCH && to_drop.len() < BATCH {
+        while next_page < next.end && to_stage.len() < BATCH_PAGES && to_drop.len() < BATCH_PAGES {
             let page = next_page;
             next_page += 1;
             let (place, stamp) = (residence.place(page), NO_STAMP);

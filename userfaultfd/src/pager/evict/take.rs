@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::cgroup::LOOK_INTERVAL;
-use super::frames::{BATCH, Frames, Member, Need, Victim};
+use super::frames::{BATCH_PAGES, Frames, Member, Need, Victim};
 use super::pool::Pool;
 use super::residence::Way;
 use super::{shared, write_back};
@@ -36,8 +36,8 @@ const MAX_MOVES: u32 = 16;
 /// Evicts for a budget, until that ends.
 pub(super) fn run(pool: &Pool) {
     let (mut staged, mut dropped) = (mapped_vec::none(), mapped_vec::none());
-    mapped_vec::reserve::<Victim>(&mut staged, BATCH);
-    mapped_vec::reserve::<Victim>(&mut dropped, BATCH);
+    mapped_vec::reserve::<Victim>(&mut staged, BATCH_PAGES);
+    mapped_vec::reserve::<Victim>(&mut dropped, BATCH_PAGES);
     let mut looked = Instant::now();
     let mut frames = pool.lock();
     while !frames.is_stopping {

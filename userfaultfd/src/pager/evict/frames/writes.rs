@@ -11,7 +11,7 @@ use crate::pager::evict::store::{StoreBacking, WriteBack};
 use crate::pager::{Problem, RegionId};
 
 /// How long a store may do nothing before faults don't wait any more for pages that must be written there.
-const STALL: Duration = Duration::from_secs(1);
+const STORE_PATIENCE: Duration = Duration::from_secs(1);
 
 impl Slot {
     fn store(&self) -> Option<&StoreBacking> {
@@ -68,7 +68,7 @@ impl Frames {
 
     /// Whether a store is being written that hasn't been silent for too long: it's worth waiting for.
     pub(in crate::pager::evict) fn waits_for_store(&self) -> bool {
-        self.is_writing() && self.write_progress.elapsed() < STALL
+        self.is_writing() && self.write_progress.elapsed() < STORE_PATIENCE
     }
 
     /// The next memory of which pages can't leave, and hasn't been reported, with the problem.
