@@ -26,7 +26,7 @@ fn no_action() -> libc::sigaction {
 }
 
 /// A set of signals without any.
-pub(super) fn no_signals() -> libc::sigset_t {
+fn no_signals() -> libc::sigset_t {
     // SAFETY: all zeros is such a set.
     unsafe { std::mem::zeroed() }
 }

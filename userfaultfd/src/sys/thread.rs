@@ -1,11 +1,10 @@
 //! Threads, the CPUs that they run on, and ending a process.
 
 use std::ffi::CStr;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use super::file::read;
-use super::signal::no_signals;
 use super::{check, own};
 use crate::Errno;
 
