@@ -54,10 +54,14 @@
 //! | --- | --- |
 //! | memory whose pages are read or computed on first access; data larger than memory | [`LazyMemory`] |
 //! | a file or another store as memory, written back, within a limit | [`PagedMemory`] |
-//! | the same for other processes: restoring snapshots, migration, sandboxes | [`pager::Pager`] |
+//! | memory of other processes whose pages are read on first access: restored snapshots, migration, sandboxes | [`pager::Pager`] |
+//! | the same where a VM monitor or CRIU hands the memory over on a socket | `handoff` (cargo feature), the program [`uffd`](guide::program) |
+//! | content that is loaded once for the memory of many processes | [`pager::SharedImage`] |
 //! | know which pages a program has written since the last look | [`DirtyTracker`] |
 //! | know which pages are in use | [`AccessTracker`] |
 //! | save memory as it is at one moment, while threads go on writing; save the changes since | [`Snapshot`], [`snapshot`] |
+//! | do any of this with guest memory of the crate `vm-memory` | `guest` (cargo feature `vm-memory`) |
+//! | read events in an async program | `AsyncUffd` (cargo features `tokio`, `async-io`) |
 //! | anything else, exactly as the kernel does it | [`Uffd`], [`pagemap`] |
 //!
 //! # Which mode for what
@@ -143,6 +147,7 @@
 //! | `object-store` | no | `source::ObjectSource`, `source::ObjectWriter`; enables `pager` and `tokio` | object_store |
 //! | `vm-memory` | no | `guest`: memory of the crate `vm-memory` served, tracked, saved, its addresses translated; enables `pager` | vm-memory |
 //! | `serde` | no | missing ranges can be serialised; enables `pager` | serde |
+//! | `cli` | no | the program [`uffd`](guide::program); enables `tracking`, `snapshot`, `handoff`, `http`, `lz4`, `zstd` | clap, indicatif, signal-hook |
 //! | `bindgen` | no | raw bindings generated at build time, see `userfaultfd-sys` | bindgen |
 //!
 //! Without features the crate is the kernel's interface, and depends on `bitflags`, `libc`, `nix`, `thiserror` and
