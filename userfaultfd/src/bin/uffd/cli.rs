@@ -3,9 +3,10 @@
 use crate::exit::CODES;
 use crate::{criu, doctor, image, manual, serve, track, ws};
 
-/// Linux userfaultfd: page faults handled by a program.
+/// Handle page faults in user space with Linux userfaultfd
 ///
-/// `uffd` says what this kernel and this process can do, serves the memory of virtual machines, and copies its images.
+/// `uffd` reports what this kernel and this process can do, serves the memory of virtual machines and of processes that CRIU
+/// restores, converts images of memory, and reports what a process writes.
 #[derive(Debug, clap::Parser)]
 #[command(name = "uffd", version, after_help = CODES, after_long_help = CODES)]
 pub(crate) struct Arguments {

@@ -26,15 +26,15 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// Start it, then `criu restore --lazy-pages` with the same folder of images. The processes run as soon as CRIU has restored
 /// them; a page is read when it is touched, and all that is missing is filled meanwhile. The program ends once the memory is complete.
 ///
-/// Until then it must live: if it is killed, missing pages read as zeros. So SIGTERM and SIGINT end it only while no process has come.
+/// Don't kill it before: missing pages would read as zeros. So SIGTERM and SIGINT end it only while no process has been restored.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// The folder of the images, in which the socket is made
     #[arg(short = 'D', long = "images-dir", value_name = "IMAGES")]
     folder: PathBuf,
 
-    /// Read the images from a web server that answers ranges, by this URL with the names of the images behind it. CRIU itself needs
-    /// them in the folder, but for `pages-*.img`
+    /// Read the images from a web server that supports range requests: from this URL followed by the name of each image. CRIU itself
+    /// needs them in the folder, except `pages-*.img`
     #[arg(long, value_name = "URL")]
     images: Option<String>,
 

@@ -7,11 +7,11 @@ use std::process::ExitCode;
 /// The codes, as help and the manual say them.
 pub(crate) const CODES: &str = "\
 Exit codes:
-  0  it did what was asked
-  1  it failed: the standard error says why, and what helps
-  2  the arguments can't be
+  0  success
+  1  failure: the standard error has the reason, and what helps
+  2  invalid arguments
   3  this machine or process lacks what is needed
-  4  virtual machines ended since their memory couldn't be had";
+  4  virtual machines were ended, because their memory could not be supplied";
 
 /// Why the program ends without having done what was asked.
 #[derive(Debug)]
@@ -52,7 +52,7 @@ impl fmt::Display for Failure {
             Self::Arguments(text) => write!(f, "{text}; `uffd --help` says more"),
             Self::Lost(machines) => {
                 let machines = Count(*machines, "virtual machine");
-                write!(f, "{machines} ended since their memory couldn't be had: see above")
+                write!(f, "{machines} ended, because the memory could not be supplied: see above")
             }
         }
     }

@@ -10,7 +10,7 @@ use crate::exit::Failure;
 /// Print a manual page: `uffd man | man -l -`
 #[derive(Debug, clap::Args)]
 pub(crate) struct Man {
-    /// The page of this subcommand, in place of that of the program: `serve`, `ws-merge`
+    /// Print the page of this subcommand instead of the program's: `serve`, `ws-merge`
     #[arg(value_parser = subcommands())]
     subcommand: Option<String>,
 }

@@ -15,17 +15,17 @@ use userfaultfd::{DirtyTracker, Errno, Error, FeatureFlags, Pid, UffdBuilder};
 use crate::exit::{Count, Failure};
 use crate::serve;
 
-/// Say what a process writes, live
+/// Report what a process writes, live
 ///
-/// A line for each interval: how many bytes of memory were written, in pages. The process goes on meanwhile; the first write to a page
-/// in an interval costs it a short page fault. It is stopped for less than a millisecond at the start, by ptrace(2). SIGINT and
-/// SIGTERM, and the end of the process, end it.
+/// Prints a line for each interval: how many bytes of memory were written, in whole pages. The process goes on meanwhile; its first
+/// write to a page in an interval costs a short page fault. At the start ptrace(2) stops it for less than a millisecond. This program
+/// ends with the process, and on SIGINT and SIGTERM.
 ///
 /// Memory that the process maps is tracked from the next interval on. Children that it forks aren't, nor is a program that it
 /// executes.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// The process
+    /// The id of the process
     #[arg(value_name = "PID")]
     pid: NonZeroU64,
 
@@ -269,7 +269,7 @@ impl Tracked {
     }
 
     fn summary(&self) -> String {
-        let mib = self.tracker.stats().tracked as f64 / f64::from(1 << 20);
+        let mib = self.tracker.statistics().tracked as f64 / f64::from(1 << 20);
         let refused = match (&self.reason, self.refused.len()) {
             (Some(reason), count) => format!("; {} can't be tracked: {reason}", Count(count, "range")),
             (None, _) => String::new(),

@@ -10,7 +10,7 @@ use userfaultfd::pager::{self, WorkingSet};
 
 use crate::exit::Failure;
 
-/// Look at working sets, the pages that machines accessed in their order, and put several together
+/// Inspect and merge working sets: the pages that machines accessed, in order
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     #[command(subcommand)]
@@ -24,7 +24,7 @@ enum Command {
     Show(Show),
 }
 
-/// Say how large working sets are, and how much several have in common
+/// Print how large working sets are, and how much several have in common
 #[derive(Debug, clap::Args)]
 struct Info {
     /// Print JSON
@@ -36,14 +36,14 @@ struct Info {
     files: Vec<PathBuf>,
 }
 
-/// Put working sets together: the pages of the first, then those that only later ones have
+/// Merge working sets: the pages of the first, then those that only later ones have
 #[derive(Debug, clap::Args)]
 struct Merge {
-    /// The file to write; one that is there is replaced at once, when all is written
+    /// The file to write. An existing file is replaced when the new one is complete
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 
-    /// Only the pages that all have, in the order of the first
+    /// Keep only the pages that all sets have, in the order of the first
     #[arg(long)]
     common: bool,
 
@@ -59,11 +59,11 @@ struct Merge {
 /// Draw a working set: places from left to right, the order of the accesses from top to bottom
 #[derive(Debug, clap::Args)]
 struct Show {
-    /// The most letters of a line
+    /// Maximum width of a line, in characters
     #[arg(long, value_name = "NUMBER", default_value = "72")]
     columns: NonZeroUsize,
 
-    /// The most lines
+    /// Maximum number of lines
     #[arg(long, value_name = "NUMBER", default_value = "24")]
     rows: NonZeroUsize,
 

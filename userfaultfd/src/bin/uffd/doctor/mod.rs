@@ -14,7 +14,7 @@ use userfaultfd::page_size;
 
 use crate::exit::Failure;
 
-/// Say what this kernel and this process can do, what is refused, why, and what helps
+/// Report what this kernel and this process can do; for each refusal the reason, and what helps
 ///
 /// Asks the kernel, and changes nothing. Ends with 3 if no userfaultfd can be created at all.
 #[derive(Debug, clap::Args)]

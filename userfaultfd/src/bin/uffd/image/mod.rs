@@ -42,11 +42,11 @@ struct Convert {
     #[arg(value_name = "IMAGE")]
     input: String,
 
-    /// The file to write; one that is there is replaced at once, when all is written
+    /// The file to write. An existing file is replaced when the new one is complete
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 
-    /// What the image is, in place of what it looks like
+    /// The format of the image. By default it is detected
     #[arg(long, value_enum)]
     from: Option<From>,
 
@@ -55,7 +55,7 @@ struct Convert {
     #[arg(long = "layer", value_name = "FILE")]
     layers: Vec<PathBuf>,
 
-    /// What to write
+    /// The format to write
     #[arg(long, value_enum, default_value = "snapshot")]
     to: To,
 
@@ -88,9 +88,9 @@ struct Chunks {
 enum From {
     /// The bytes of the memory and nothing else
     Raw,
-    /// The same: the memory file of Firecracker
+    /// The same as `raw`: the memory file of Firecracker
     Firecracker,
-    /// A folder with a file `memory-ranges`
+    /// The folder of a snapshot: a file `memory-ranges` and a file `state.json`
     CloudHypervisor,
     /// A migration file of QEMU with mapped-ram
     MappedRam,
@@ -108,23 +108,23 @@ enum To {
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Way {
-    /// Not at all
+    /// No compression
     None,
-    /// By LZ4: fast
+    /// LZ4: fast
     Lz4,
-    /// By zstd: small
+    /// zstd: small
     Zstd,
 }
 
-/// Read all of snapshot files and compare it with its checksums
+/// Read snapshot files and check all their content against the checksums
 #[derive(Debug, clap::Args)]
 struct Verify {
-    /// The files or URLs; an increment stands behind what it follows
+    /// The files or URLs. Name an increment after the snapshot that it follows
     #[arg(required = true, value_name = "FILE|URL")]
     files: Vec<String>,
 }
 
-/// Say what images are
+/// Print format, size and content of images
 #[derive(Debug, clap::Args)]
 struct Info {
     /// Print JSON
@@ -139,15 +139,15 @@ struct Info {
 /// Write what has changed since a snapshot file as an increment that follows it
 #[derive(Debug, clap::Args)]
 struct Diff {
-    /// The snapshot file that is older, with all of the memory
+    /// The older snapshot file. It must hold all of the memory
     #[arg(value_name = "OLD")]
     old: String,
 
-    /// The image that is newer, of any format
+    /// The newer image, in any format
     #[arg(value_name = "NEW")]
     new: String,
 
-    /// The file to write; one that is there is replaced at once, when all is written
+    /// The file to write. An existing file is replaced when the new one is complete
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 
@@ -158,7 +158,7 @@ struct Diff {
 /// Merge snapshot files that follow each other into one
 #[derive(Debug, clap::Args)]
 struct Merge {
-    /// The file to write; one that is there is replaced at once, when all is written
+    /// The file to write. An existing file is replaced when the new one is complete
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 

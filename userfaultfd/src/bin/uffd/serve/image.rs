@@ -14,7 +14,7 @@ use crate::image::{bytes, is_url};
 #[derive(Debug, clap::Args)]
 pub(crate) struct ImageOptions {
     /// The memory of the machines: a file, the folder of a snapshot of Cloud Hypervisor, or the URL of an object on a web server
-    /// that answers ranges. Snapshot files and those of QEMU's mapped-ram are recognised
+    /// that supports range requests. Snapshot files and those of QEMU's mapped-ram are recognised
     #[arg(long, value_name = "FILE|URL")]
     image: String,
 
@@ -27,7 +27,7 @@ pub(crate) struct ImageOptions {
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
 
-    /// The most bytes of the cache; K, M, G and T are powers of 1024
+    /// Maximum size of the cache, in bytes; K, M, G and T are powers of 1024
     #[arg(long, value_name = "BYTES", default_value = "16G", value_parser = bytes, requires = "cache")]
     cache_limit: u64,
 }

@@ -26,14 +26,14 @@ use crate::exit::Failure;
 /// Serve the memory of virtual machines that are restored from an image
 ///
 /// Monitors hand their memory over on a Unix socket: Firecracker (`backend_path` of `PUT /snapshot/load`) and its relatives,
-/// nydus, and Cloud Hypervisor. A page is read when a machine touches it. The standard error has a line when a machine comes, and one
-/// when it ends.
+/// nydus, and Cloud Hypervisor. A page is read when a machine touches it. The standard error has a line when a machine connects, and
+/// one when it ends.
 ///
 /// SIGTERM and SIGINT end it: it takes no more machines, fills all memory that is missing, so that the machines go on without a
 /// handler, and exits. A second signal ends it at once; then machines end as `--on-end` says.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// The socket: a path where nothing is yet, or what a handler has left that was killed
+    /// Path of the Unix socket on which monitors connect. A socket that a killed handler has left there is replaced
     #[arg(long, value_name = "PATH", required_unless_present = "inherited")]
     socket: Option<PathBuf>,
 
@@ -44,12 +44,12 @@ pub(crate) struct Options {
     #[command(flatten)]
     image: image::ImageOptions,
 
-    /// Write the pages that machines access to this file, in the order of the first access; those of several machines are
-    /// put together
+    /// Write the working set to this file: the pages that machines access, in the order of the first access. The sets of
+    /// several machines are merged
     #[arg(long, value_name = "FILE", conflicts_with = "replay")]
     record: Option<PathBuf>,
 
-    /// Fill the pages of this file at the start of each machine: what `--record` wrote
+    /// Fill the pages of this working set when a machine connects: a file that `--record` wrote
     #[arg(long, value_name = "FILE")]
     replay: Option<PathBuf>,
 
@@ -57,16 +57,16 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NUMBER", default_value = "1")]
     threads: NonZeroUsize,
 
-    /// The most threads that resolve faults
+    /// Maximum number of threads that resolve faults
     #[arg(long, value_name = "NUMBER", default_value = "16")]
     max_threads: NonZeroUsize,
 
-    /// Tell numbers at http://ADDR/metrics, as Prometheus reads them: faults, latencies, missing bytes, ends, each machine and region
-    /// by itself. An address of this machine alone; with port 0 the standard error says which
+    /// Serve metrics for Prometheus at http://ADDR/metrics: faults, latencies, missing bytes and ends, for each machine and region.
+    /// ADDR must be a loopback address; with port 0 the kernel chooses the port, which is printed to the standard error
     #[arg(long, value_name = "ADDR")]
     metrics: Option<SocketAddr>,
 
-    /// How a machine ends whose memory can't be had
+    /// How a machine ends when its memory can't be supplied
     #[arg(long, value_enum, default_value = "kill")]
     on_end: End,
 }
