@@ -348,7 +348,7 @@ fn note(common: &Common, process: usize, problem: &Problem) {
     let expected = &common.expected;
     let counter = match problem {
         Problem::Source { .. } => &expected.sources,
-        Problem::Poisoned { .. } | Problem::Unanswered { .. } => &expected.poisoned,
+        Problem::Poisoned { .. } | Problem::Unresolved { .. } => &expected.poisoned,
         Problem::TargetGone { .. } => &expected.gone,
         Problem::Stuck { errno: Errno::EAGAIN, .. } => &expected.put_off,
         other => {

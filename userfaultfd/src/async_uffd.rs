@@ -61,7 +61,7 @@ use crate::{Error, EventBuffer, Result, Uffd, sys};
 ///
 /// [`ready`](Self::ready) and [`read_batch`](Self::read_batch) may be dropped at any moment, as `select!` does: nothing is lost.
 /// A call reads when it is polled and returns in the same poll, so that an event is either queued in the kernel or in the
-/// caller's buffer. A fault that has been read is resolved by nobody else: don't drop the buffer with events in it.
+/// caller's buffer. The kernel reports a fault to one reader: don't drop the buffer with events in it.
 ///
 /// # The runtime's own threads
 ///

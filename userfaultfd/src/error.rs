@@ -81,7 +81,7 @@ pub enum Error {
     #[error("unknown event {0:#x}")]
     UnrecognizedEvent(u8),
 
-    /// A required ioctl is missing; here are those that there are.
+    /// A required ioctl is missing. The value has the ioctls that are supported.
     ///
     /// From [`UffdBuilder::create`](crate::UffdBuilder::create) for an ioctl of the descriptor; from
     /// [`Uffd::register_with_mode`](crate::Uffd::register_with_mode) for one of the range, which isn't

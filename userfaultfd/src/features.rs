@@ -12,10 +12,10 @@ pub struct Known<F> {
     pub flag: F,
     /// Its name in this crate.
     pub name: &'static str,
-    /// The Linux release that brought it, as (major, minor). Distributions carry things back, and an
-    /// architecture may lack things: this is for people to read. [`Support::probe`] is for programs to ask.
+    /// The Linux release that brought it, as (major, minor). This is for people to read, since distributions backport
+    /// features and an architecture may lack one. Programs ask [`Support::probe`].
     pub since: (u16, u16),
-    /// What it is, in a few words.
+    /// What the flag means, in a few words.
     pub what: &'static str,
 }
 
@@ -48,7 +48,7 @@ macro_rules! kernel_flags {
         }
 
         impl $Flags {
-            /// Every flag that this version of the crate has a name for, with the release that brought it.
+            /// Returns every flag that this version of the crate has a name for, with the release that brought it.
             #[must_use]
             pub const fn known() -> &'static [$crate::Known<Self>] {
                 &[$( $crate::Known {

@@ -465,7 +465,7 @@ track_guest_memory!(crate::DirtyTracker, crate::AccessTracker);
 
 #[cfg(feature = "snapshot")]
 impl crate::snapshot::Options {
-    /// A snapshot of the memory of a guest, too, in the order of the guest's addresses: behind the ranges said before. Keep it
+    /// Adds the memory of a guest, in the order of the guest's addresses, behind the ranges added before. Keep it
     /// mapped until the snapshot, or the series, is dropped.
     pub fn guest_memory<B: Bitmap>(self, memory: &GuestMemoryMmap<B>) -> Self {
         addresses(memory).fold(self, Self::range)

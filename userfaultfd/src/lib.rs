@@ -178,12 +178,12 @@
 //!             let Event::Pagefault { addr, .. } = event? else { continue };
 //!             let dst = addr.map_addr(|addr| addr & !(page - 1));
 //!             let src = page_for(dst);
-//!             // SAFETY: `src` is a page of what belongs at `dst`, which nobody has seen as something else.
+//!             // SAFETY: `src` is a page of what belongs at `dst`, which no thread has seen as something else.
 //!             match unsafe { uffd.copy(src.as_ptr().cast(), dst, page, true) } {
 //!                 Ok(_) => {}
 //!                 // Filled by another thread: the waiters of this fault may still sleep.
 //!                 Err(Error::CopyFailed(Errno::EEXIST)) => uffd.wake(dst, page)?,
-//!                 // Unmapped meanwhile: nobody waits any more.
+//!                 // Unmapped meanwhile: no thread waits any more.
 //!                 Err(Error::CopyFailed(Errno::ENOENT)) => {}
 //!                 // The layout is changing: read the next events first, then try again. Dropping it hangs a thread.
 //!                 Err(error) if error.is_retryable() => retry_later(dst),

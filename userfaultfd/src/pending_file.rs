@@ -45,6 +45,7 @@ const MAX_LINKS: usize = 40;
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "without `commit` the file is gone"]
 pub struct PendingFile {
     pub(crate) file: File,
     pub(crate) name: FinalName,
@@ -125,7 +126,7 @@ impl PendingFile {
         Ok(Self { file, name })
     }
 
-    /// Writes a file at once, in place of what is at `path`.
+    /// Writes `bytes` as the new file at `path`, and commits it.
     ///
     /// # Errors
     ///
@@ -146,7 +147,7 @@ impl PendingFile {
         self.name.put(&self.file)
     }
 
-    /// The open file.
+    /// Returns the open file.
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file

@@ -109,7 +109,7 @@ impl Uffd {
     ///
     /// let uffd = UffdBuilder::new().request_features(FeatureFlags::THREAD_ID).create()?;
     /// assert!(uffd.features().contains(FeatureFlags::THREAD_ID));
-    /// assert!(!uffd.features().contains(FeatureFlags::SIGBUS)); // there, but nobody asked for it
+    /// assert!(!uffd.features().contains(FeatureFlags::SIGBUS)); // the kernel has it, but it wasn't requested
     /// # Ok::<(), userfaultfd::Error>(())
     /// ```
     #[must_use]
@@ -158,7 +158,7 @@ impl Uffd {
         }
     }
 
-    /// Sets the process whose memory the descriptor is for, as this process numbers it, for the reasons of errors alone.
+    /// Sets the id of the process that has the descriptor's memory, so that errors can give the reason. Nothing else depends on it.
     ///
     /// A userfaultfd doesn't tell whose it is. So the kernel's refusals on a descriptor that came from another process have
     /// a reason only where it lies in the arguments, until the process is named here. From then on
@@ -217,8 +217,8 @@ impl Uffd {
         Ok(sys::is_nonblocking(self.as_fd())?)
     }
 
-    /// Switches between reading that waits for an event and reading that doesn't, at run time, for every
-    /// descriptor that shares this one's description: duplicates, passed ones.
+    /// Sets whether reading returns at once when there is no event, as [`UffdBuilder::non_blocking`](crate::UffdBuilder::non_blocking)
+    /// does, for every descriptor that shares this one's description: duplicates and passed ones.
     ///
     /// # Errors
     ///

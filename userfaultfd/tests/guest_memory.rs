@@ -337,7 +337,7 @@ fn memory_that_is_tracked_in_part_is_tracked_by_no_other() {
     assert!(other.tracked().is_empty(), "{:?}", other.tracked());
     drop(first);
     other.track_guest_memory(&memory).unwrap();
-    assert_eq!(other.stats().tracked, 2 * PAGES * page());
+    assert_eq!(other.statistics().tracked, 2 * PAGES * page());
 }
 
 /// What a snapshot holds.

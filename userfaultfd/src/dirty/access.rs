@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::changes::{Detector, Ranges};
 use super::options::{Mode, Options};
-use super::{Stats, Tracker};
+use super::{Statistics, Tracker};
 use crate::pagemap::Categories;
 use crate::watch::Protection;
 use crate::{Event, Result};
@@ -72,7 +72,7 @@ impl AccessTracker {
     }
 
     /// Returns the mode in which the tracker works. Both modes report the same pages; in `Sync` mode
-    /// [`stats`](Self::stats) also counts reads and writes, at many times the cost of an access.
+    /// [`statistics`](Self::statistics) also counts reads and writes, at many times the cost of an access.
     #[must_use]
     pub fn mode(&self) -> Mode {
         self.0.mode
@@ -121,8 +121,8 @@ impl AccessTracker {
     /// # Errors
     ///
     /// As [`hot`](Self::hot).
-    pub fn count(&self) -> Result<usize> {
-        self.hot().try_fold(0, |count, range| Ok(count + range?.len()))
+    pub fn hot_len(&self) -> Result<usize> {
+        self.hot().try_fold(0, |len, range| Ok(len + range?.len()))
     }
 
     /// Resets all pages: none is hot until its next access.
@@ -137,8 +137,8 @@ impl AccessTracker {
 
     /// Returns the statistics of the tracker.
     #[must_use]
-    pub fn stats(&self) -> Stats {
-        self.0.stats()
+    pub fn statistics(&self) -> Statistics {
+        self.0.statistics()
     }
 
     /// Resolves a fault that another handler has read, if it is an access to a tracked page, and returns whether it was. See
@@ -154,6 +154,9 @@ impl AccessTracker {
 
 impl fmt::Debug for AccessTracker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("AccessTracker").field("mode", &self.mode()).field("stats", &self.stats()).finish()
+        f.debug_struct("AccessTracker")
+            .field("mode", &self.mode())
+            .field("statistics", &self.statistics())
+            .finish()
     }
 }

@@ -103,7 +103,7 @@ use crate::{Event, FaultKind, Result};
 /// Statistics of a tracker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Stats {
+pub struct Statistics {
     /// Bytes that are tracked.
     pub tracked: usize,
     /// Number of read faults that the tracker's thread has resolved: those of an [`AccessTracker`] in `Sync` mode, and on
@@ -158,10 +158,10 @@ impl Tracker {
         Ok(ours)
     }
 
-    fn stats(&self) -> Stats {
+    fn statistics(&self) -> Statistics {
         let [reads, writes] = self.watch.faults.each_ref().map(|count| count.load(Ordering::Relaxed));
         let tracked = self.watch.ranges().iter().map(|tracked| tracked.range.len()).sum();
-        Stats { tracked, reads, writes }
+        Statistics { tracked, reads, writes }
     }
 }
 
@@ -204,11 +204,11 @@ impl Drop for Tracker {
 /// memory[3 * page] = 1;
 /// memory[4 * page] = 1;
 /// memory[9 * page] = 1;
-/// assert_eq!(tracker.count()?, 3 * page);
+/// assert_eq!(tracker.dirty_len()?, 3 * page);
 ///
 /// let written = tracker.take().collect::<Result<Vec<_>, _>>()?;
 /// assert_eq!(written, [start + 3 * page..start + 5 * page, start + 9 * page..start + 10 * page]);
-/// assert_eq!(tracker.count()?, 0); // until the next write
+/// assert_eq!(tracker.dirty_len()?, 0); // until the next write
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
@@ -374,14 +374,14 @@ impl DirtyTracker {
     /// # Errors
     ///
     /// As [`dirty`](Self::dirty).
-    pub fn count(&self) -> Result<usize> {
-        self.dirty().try_fold(0, |count, range| Ok(count + range?.len()))
+    pub fn dirty_len(&self) -> Result<usize> {
+        self.dirty().try_fold(0, |len, range| Ok(len + range?.len()))
     }
 
     /// Returns the statistics of the tracker.
     #[must_use]
-    pub fn stats(&self) -> Stats {
-        self.0.stats()
+    pub fn statistics(&self) -> Statistics {
+        self.0.statistics()
     }
 
     /// Resolves a fault that another handler has read, if it is a write to a tracked page, and returns whether it was. See
@@ -398,6 +398,9 @@ impl DirtyTracker {
 
 impl fmt::Debug for DirtyTracker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DirtyTracker").field("mode", &self.mode()).field("stats", &self.stats()).finish()
+        f.debug_struct("DirtyTracker")
+            .field("mode", &self.mode())
+            .field("statistics", &self.statistics())
+            .finish()
     }
 }

@@ -10,7 +10,7 @@ use crate::proc_maps::Process;
 use crate::watch::{Protection, Watch, can_scan, tells_protection};
 use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder};
 
-/// How a tracker learns of an access.
+/// The way in which a tracker detects an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Mode {
@@ -110,8 +110,21 @@ impl Options {
         self
     }
 
-    /// Tracks memory of another process, in which the [descriptor](Self::descriptor) was made; without a descriptor
+    /// Tracks memory of another process, in which the [descriptor](Self::descriptor) was made: that process sent it, or
+    /// [`UffdBuilder::create_in`](crate::UffdBuilder::create_in) made it. Without a descriptor
     /// [`with`](crate::DirtyTracker::with) fails. Needs the right to read that process's memory by ptrace(2).
+    ///
+    /// ```no_run
+    /// use userfaultfd::dirty::Options;
+    /// use userfaultfd::{DirtyTracker, FeatureFlags, Pid, UffdBuilder};
+    ///
+    /// # let range = 0..4096;
+    /// let pid = Pid::from_raw(4711);
+    /// let uffd = UffdBuilder::new().require_features(FeatureFlags::WP_ASYNC).create_in(pid)?;
+    /// let mut tracker = DirtyTracker::with(Options::new().process(pid).descriptor(uffd))?;
+    /// tracker.track(range)?; // addresses in the other process
+    /// # Ok::<(), userfaultfd::Error>(())
+    /// ```
     pub fn process(mut self, pid: Pid) -> Self {
         self.process = Process::Other(pid);
         self

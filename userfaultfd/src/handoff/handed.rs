@@ -95,14 +95,14 @@ impl Handoff {
         self.on_end
     }
 
-    /// Takes it apart. From then on dropping the parts doesn't end the process; closing the userfaultfd shows zeros in pages
+    /// Returns the parts of the hand-over. From then on dropping the parts doesn't end the process; closing the userfaultfd shows zeros in pages
     /// that are missing, unless the process has a duplicate itself.
     #[must_use = "closing the userfaultfd shows zeros in missing pages"]
     pub fn into_parts(mut self) -> Parts {
         self.parts.take().expect("it has them until it is taken apart")
     }
 
-    /// Returns what is known of it, without its descriptors.
+    /// Returns a description of what was handed over, without the descriptors.
     #[must_use]
     pub fn description(&self) -> Description {
         Description {

@@ -104,8 +104,9 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// [`Listen`](Error::Listen): `AddrInUse`, there is a file already, perhaps of a handler that was killed; `InvalidInput`,
-    /// the path has more than 107 bytes; and those of bind(2).
+    /// [`Listen`](Error::Listen): `AddrInUse`, there is a file already, perhaps of a handler that was killed (then connecting to
+    /// it fails with `ConnectionRefused`, and the file can be removed); `InvalidInput`, the path has more than 107 bytes; and
+    /// those of bind(2).
     pub fn bind(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         let socket = UnixListener::bind(path).map_err(Error::Listen)?;
@@ -190,7 +191,7 @@ impl Listener {
         self
     }
 
-    /// Sets what makes the memory for a monitor that gets it from the handler
+    /// Sets the function that makes the memory for a monitor that gets it from the handler
     /// ([`CodeSandbox`](Dialect::CodeSandbox)): a memfd, and its length in bytes.
     #[must_use]
     pub fn memory(
@@ -225,7 +226,7 @@ impl Listener {
         }
     }
 
-    /// Does the same, `timeout` at most. `None`: none did so in time.
+    /// Waits like [`accept`](Self::accept), but for at most `timeout`. Returns `None` if no peer has handed memory over in time.
     ///
     /// # Errors
     ///

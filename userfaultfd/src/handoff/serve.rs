@@ -99,7 +99,7 @@ impl Pager {
         serve(self, handoff, source, None)
     }
 
-    /// Does the same, and records which pages are accessed, from the first fault on.
+    /// Serves memory like [`serve`](Self::serve), and records which pages are accessed, from the first fault on.
     ///
     /// # Errors
     ///
@@ -386,7 +386,7 @@ impl ServedProcess {
     /// Waits for a further message of the monitor, `timeout` at most: `None` if it has closed the connection, or
     /// there is none.
     ///
-    /// [`AddRegions`](super::Message::AddRegions) is answered by [`add_region`](Self::add_region).
+    /// After [`AddRegions`](super::Message::AddRegions) call [`add_region`](Self::add_region) for each region.
     ///
     /// # Errors
     ///
@@ -497,6 +497,7 @@ impl Places {
 
 /// A running record of the pages that a process accesses, over all its regions.
 #[derive(Debug)]
+#[must_use = "dropping it ends the record"]
 pub struct ProcessRecorder {
     recorders: Vec<Option<WorkingSetRecorder>>,
     places: Places,
@@ -518,13 +519,13 @@ impl ProcessRecorder {
 
 /// A running fill of a working set of all regions of a process.
 #[derive(Debug)]
+#[must_use = "dropping it stops the fill"]
 pub struct ProcessReplay {
     replays: Vec<WorkingSetReplay>,
 }
 
 impl ProcessReplay {
     /// Returns the fills of the regions, in their order.
-    #[must_use]
     pub fn replays(&self) -> &[WorkingSetReplay] {
         &self.replays
     }

@@ -112,7 +112,7 @@ impl Server {
         self.served.iter().map(|guest| &guest.process)
     }
 
-    /// Returns a process that is served.
+    /// Returns a served process by its id, or `None` once it has ended.
     pub fn get_mut(&mut self, process: DescriptorId) -> Option<&mut ServedProcess> {
         self.served.iter_mut().map(|guest| &mut guest.process).find(|served| served.descriptor() == process)
     }
@@ -135,7 +135,7 @@ impl Server {
         }
     }
 
-    /// Does the same, `timeout` at most. `None`: nothing happened in time.
+    /// Waits like [`wait`](Self::wait), but for at most `timeout`. Returns `None` if nothing happened in time.
     ///
     /// # Errors
     ///

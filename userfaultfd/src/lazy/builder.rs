@@ -9,8 +9,8 @@ use crate::own_mapping::OwnMapping;
 use crate::pager::evict::residence::Residence;
 use crate::pager::evict::store::{BeforeWrite, StoreBacking};
 use crate::pager::{
-    self, Budget, DEFAULT_MAX_AROUND_BYTES, Delivery, Error, FaultAround, PageSource, PageStore, Pager,
-    PagerBuilder, Problem, Region, RetryPolicy, WriteBack,
+    self, Budget, Delivery, Error, FaultAround, PageSource, PageStore, Pager, PagerBuilder, Problem, Region,
+    RetryPolicy, WriteBack,
 };
 use crate::{Errno, FeatureFlags, Uffd, UffdBuilder};
 
@@ -37,7 +37,7 @@ impl Shape {
             offset: 0,
             len: None,
             page_size: crate::page_size(),
-            around: FaultAround::Adaptive { most: DEFAULT_MAX_AROUND_BYTES },
+            around: FaultAround::default(),
         }
     }
 

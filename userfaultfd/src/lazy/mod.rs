@@ -696,6 +696,12 @@ impl Deref for Pinned<'_> {
     }
 }
 
+impl AsRef<[u8]> for Pinned<'_> {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
 impl Drop for Pinned<'_> {
     fn drop(&mut self) {
         if self.memory.memory.is_here() {

@@ -321,7 +321,7 @@ pub enum Problem {
         address: usize,
     },
     /// A page couldn't be poisoned (Linux before 6.6), so the faulting thread waits until the source delivers.
-    Unanswered {
+    Unresolved {
         /// The region.
         region: RegionId,
         /// The page.
@@ -361,8 +361,8 @@ pub enum Problem {
         message: String,
     },
     /// Written pages of memory with a [budget](super::Budget) couldn't be written to its spill file or store: a full disk,
-    /// for example; `TimedOut`: a write of the store takes longer than a second. They stay in memory, where they count, and are tried again. Faults don't wait for them, so that more may
-    /// be resident than the budget has.
+    /// for example; `TimedOut`: a write of the store takes longer than a second. They stay in memory, count as resident, and
+    /// are retried. Faults don't wait for them, so that more may be resident than the budget has.
     WriteBack {
         /// The region.
         region: RegionId,
@@ -410,7 +410,7 @@ impl Problem {
             Self::Source { .. } => 0,
             Self::Stuck { .. } => 1,
             Self::Poisoned { .. } => 2,
-            Self::Unanswered { .. } => 3,
+            Self::Unresolved { .. } => 3,
             Self::NoRegion { .. } => 4,
             Self::TargetGone { .. } => 5,
             Self::Read { .. } => 6,
@@ -436,7 +436,7 @@ impl fmt::Display for Problem {
                 write!(f, "the page at {address:#x} can't be filled: {errno}")
             }
             Self::Poisoned { address, .. } => write!(f, "the page at {address:#x} is poisoned"),
-            Self::Unanswered { address, .. } => {
+            Self::Unresolved { address, .. } => {
                 write!(
                     f,
                     "the page at {address:#x} can't be poisoned before Linux 6.6: a thread that accesses it waits"
@@ -445,16 +445,16 @@ impl fmt::Display for Problem {
             Self::NoRegion { address, .. } => {
                 write!(f, "a fault at {address:#x}, which belongs to no region")
             }
-            Self::TargetGone { descriptor } => write!(f, "the process of {descriptor:?} has gone"),
-            Self::Read { descriptor, error } => write!(f, "reading {descriptor:?} failed: {error}"),
+            Self::TargetGone { descriptor } => write!(f, "the process of descriptor {descriptor} is gone"),
+            Self::Read { descriptor, error } => write!(f, "reading descriptor {descriptor} failed: {error}"),
             Self::Fork { descriptor, error } => {
-                write!(f, "a child of {descriptor:?} can't be served: {error}")
+                write!(f, "a forked child of descriptor {descriptor} can't be served: {error}")
             }
             Self::Panicked { message } => write!(f, "a thread of the pager panicked: {message}"),
             Self::Killed { descriptor, address } => {
                 write!(
                     f,
-                    "the process of {descriptor:?} was killed: its page at {address:#x} can't be filled"
+                    "the process of descriptor {descriptor} was killed: its page at {address:#x} can't be filled"
                 )
             }
             Self::WriteBack { address, len, error, .. } => {
@@ -469,6 +469,8 @@ impl fmt::Display for Problem {
         }
     }
 }
+
+impl std::error::Error for Problem {}
 
 /// How a failing read of a source is retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

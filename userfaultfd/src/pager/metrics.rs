@@ -8,8 +8,8 @@ use super::{Histogram, Statistics};
 
 /// Publishes [`Statistics`] by the facade [`metrics`](https://docs.rs/metrics), to the recorder that the program has installed.
 ///
-/// The counters of the pager are the only ones: nothing is published while a fault is resolved, but by
-/// [`publish`](Self::publish), which a program calls as often as its recorder is read. The names are those of
+/// Nothing is published while a fault is resolved. The program calls [`publish`](Self::publish) as often as its recorder is
+/// read; it publishes what the pager's own counters have counted since. The names are those of
 /// [`Statistics::metrics`]; latencies are histograms, in seconds.
 ///
 /// ```

@@ -2,7 +2,8 @@
 //!
 //! A [`Pager`] owns userfaultfds and, for each, a table of [`Region`]s: ranges of addresses with the source of their
 //! content. On the first access to a page, a worker of the pager reads it from the source and puts it in place. For
-//! memory of your own process use [`LazyMemory`](crate::LazyMemory), which is built on a pager.
+//! memory of your own process use [`LazyMemory`](crate::LazyMemory), which is built on a pager. The module
+//! [`source`](crate::source) lists the sources; all of them can be imported from here, too.
 //!
 //! ```no_run
 //! use std::os::fd::OwnedFd;
@@ -150,7 +151,6 @@ pub use self::handover::Detached;
 pub use self::id::{DescriptorId, RegionId};
 pub use self::memory::fault_around::FaultAround;
 pub use self::memory::missing_range::MissingRange;
-pub(crate) use self::memory::region::DEFAULT_MAX_AROUND_BYTES;
 pub use self::memory::region::{OnRemoval, Region};
 pub use self::memory::shared_image::SharedImage;
 #[cfg(feature = "metrics")]

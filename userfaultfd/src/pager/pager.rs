@@ -189,7 +189,7 @@ impl Pager {
         self.shared.statistics()
     }
 
-    /// Returns how long the fault has waited that has waited longest, or `None` if no fault waits. What waits in the kernel
+    /// Returns how long the oldest waiting fault has waited, or `None` if no fault waits. What waits in the kernel
     /// counts from when a worker reads it, and what is loaded from a source or deferred from when that began.
     ///
     /// It is looked up when it is asked for: nothing is counted for it while faults are resolved.

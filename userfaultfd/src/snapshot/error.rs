@@ -20,7 +20,7 @@ pub enum Error {
     #[error("the sink of the snapshot panicked")]
     SinkPanicked,
 
-    /// It was [aborted](super::Snapshot::abort), or its memory was given up.
+    /// The snapshot was [aborted](super::Snapshot::abort), or its memory was given up.
     #[error("the snapshot was aborted")]
     Aborted,
 

@@ -32,6 +32,7 @@ use super::sink::Sink;
 /// [`set_always_dirty`](Self::set_always_dirty).
 ///
 /// Dropping it ends the protection, and aborts a running snapshot.
+#[must_use = "dropping it ends the protection"]
 pub struct Series {
     pub(super) maker: Maker,
     /// The ranges that every snapshot holds.
@@ -159,7 +160,7 @@ pub struct Progress {
     pub pause: Duration,
 }
 
-/// A complete snapshot.
+/// A complete snapshot: the result of [`Snapshot::wait`].
 // A tuple of a closure and something else would be warned of where it isn't used.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -170,9 +171,8 @@ pub struct Finished<S> {
     pub progress: Progress,
 }
 
-/// A running snapshot.
-///
-/// Dropping it aborts it.
+/// A running snapshot: see the [module](super). Dropping it aborts it.
+#[must_use = "dropping it aborts the snapshot"]
 pub struct Snapshot<S> {
     pub(super) queue: Arc<Queue>,
     pub(super) counts: Arc<Counts>,
@@ -240,7 +240,7 @@ impl<S: Sink + 'static> Snapshot<S> {
 }
 
 impl<S> Snapshot<S> {
-    /// How far it is.
+    /// Returns the progress.
     #[must_use]
     pub fn progress(&self) -> Progress {
         let Counts { total, saved, on_write, gone, pause_ns } = &*self.counts;
@@ -253,13 +253,13 @@ impl<S> Snapshot<S> {
         }
     }
 
-    /// Whether it has ended, well or not: [`wait`](Self::wait) doesn't wait then.
+    /// Returns whether the snapshot has ended, with success or not, so that [`wait`](Self::wait) returns at once.
     #[must_use]
     pub fn is_finished(&self) -> bool {
         !self.shared.owner.is_current() || self.sink.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Has it aborted, unless the sink has taken all already. Protection ends, or in a [`Series`] goes on for the next
+    /// Aborts the snapshot, unless the sink has all of it already. Protection ends; in a [`Series`] it goes on for the next
     /// snapshot.
     pub fn abort(&self) {
         if self.shared.owner.is_current() {
@@ -267,7 +267,7 @@ impl<S> Snapshot<S> {
         }
     }
 
-    /// Waits until all is delivered, and gives the sink back.
+    /// Waits until the sink has all pages, and returns the sink.
     ///
     /// What it returns can be ignored, also where the sink is a closure:
     ///

@@ -23,7 +23,7 @@ const PIECE_BYTES: u64 = 1 << 20;
 /// The file of a folder of Cloud Hypervisor that holds the memory.
 const MEMORY_RANGES: &str = "memory-ranges";
 
-/// What kind of image of memory a file or a folder is.
+/// The format of an image of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ImageFormat {
@@ -35,12 +35,12 @@ pub enum ImageFormat {
     /// A migration file of QEMU with the capability mapped-ram. Its blocks of RAM lie in the image one after the other, as in a
     /// [`MappedRamSource`].
     MappedRam,
-    /// A [`SnapshotReader`]'s, of either version.
+    /// A snapshot file of this crate, of either version: see [`SnapshotReader`].
     Snapshot,
 }
 
 impl ImageFormat {
-    /// Returns what a path leads to, by how it begins: raw, if it is none of the others.
+    /// Returns the format of the image at a path, by its first bytes: [`Raw`](Self::Raw) if it is none of the others.
     ///
     /// # Errors
     ///
@@ -62,7 +62,7 @@ impl ImageFormat {
         })
     }
 
-    /// Returns what the bytes of any source are, by one read: a snapshot file, or raw.
+    /// Returns the format of the image that a source has, by one read: [`Snapshot`](Self::Snapshot), or [`Raw`](Self::Raw).
     ///
     /// # Errors
     ///
@@ -258,6 +258,7 @@ impl fmt::Debug for MemoryImage {
 type OnProgress<'a> = Box<dyn FnMut(u64, u64) -> io::Result<()> + 'a>;
 
 /// Copies an image from any source to a snapshot file or a raw file.
+#[must_use = "`write` or `write_raw` makes the copy"]
 pub struct ImageCopy<'a> {
     source: &'a dyn PageSource,
     regions: Option<Vec<Region>>,
@@ -268,8 +269,7 @@ pub struct ImageCopy<'a> {
 }
 
 impl<'a> ImageCopy<'a> {
-    /// Begins the description of a copy of all that a source has.
-    #[must_use]
+    /// Returns a copy of all that a source has, which [`write`](Self::write) or [`write_raw`](Self::write_raw) makes.
     pub fn new(source: &'a dyn PageSource) -> Self {
         Self {
             source,
@@ -281,8 +281,7 @@ impl<'a> ImageCopy<'a> {
         }
     }
 
-    /// Sets the regions that a snapshot file tells: as long together as the source. By default it is one, at address 0.
-    #[must_use]
+    /// Sets the regions that the snapshot file names: together as long as the source. The default is one region at address 0.
     pub fn regions(mut self, regions: impl IntoIterator<Item = Region>) -> Self {
         self.regions = Some(regions.into_iter().collect());
         self
@@ -291,7 +290,6 @@ impl<'a> ImageCopy<'a> {
     /// Copies some ranges alone, in order, of whole pages: an incremental snapshot, for a writer that
     /// [follows](SnapshotWriter::follows) another one. [`changed_ranges`] finds them, and
     /// [`LayeredSource::extents_of`] those of a sparse diff.
-    #[must_use]
     pub fn extents(mut self, extents: impl IntoIterator<Item = Range<u64>>) -> Self {
         self.extents = Some(extents.into_iter().collect());
         self
@@ -301,14 +299,12 @@ impl<'a> ImageCopy<'a> {
     /// [one long read](SnapshotReader::preload). The set is of a region of the length of the source. The writer must write
     /// [chunks](SnapshotWriter::chunks).
     #[cfg(feature = "pager")]
-    #[must_use]
     pub fn working_set(mut self, set: WorkingSet) -> Self {
         self.working_set = Some(set);
         self
     }
 
     /// Calls a function after each MiB or so with the bytes that are done and those of all. Its error ends the copy.
-    #[must_use]
     pub fn progress(mut self, call: impl FnMut(u64, u64) -> io::Result<()> + 'a) -> Self {
         self.progress = Box::new(call);
         self

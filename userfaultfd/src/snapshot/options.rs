@@ -62,20 +62,20 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Of nothing yet.
+    /// Returns options without a range; [`range`](Self::range) adds one.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A snapshot of this range of addresses, too: behind those said before. The bounds are multiples of the page
-    /// size, of the huge page size on hugetlb memory. Everything in it is mapped.
+    /// Adds a range of addresses, behind those added before. The bounds must be multiples of the page size, of the huge
+    /// page size on hugetlb memory, and all of it must be mapped.
     pub fn range(mut self, range: Range<usize>) -> Self {
         self.ranges.push(range);
         self
     }
 
-    /// Bytes that may be between memory and the sink. When these are full, writers wait for the sink. The default is
-    /// 16 MiB; it is at least some pages.
+    /// Sets how many bytes may be buffered between memory and the sink. When the buffers are full, writers wait for the sink.
+    /// The default is 16 MiB; less than some pages counts as some pages.
     pub fn buffer(mut self, bytes: usize) -> Self {
         self.buffer = bytes;
         self
@@ -95,7 +95,8 @@ impl Options {
         self
     }
 
-    /// Saves memory of another process, through a descriptor that was made in it for this alone, with
+    /// Saves memory of another process, through a descriptor that was made in that process for this snapshot alone (it sent the
+    /// descriptor, or [`UffdBuilder::create_in`] made it), with
     /// [`EVENT_REMOVE`](FeatureFlags::EVENT_REMOVE), [`EVENT_UNMAP`](FeatureFlags::EVENT_UNMAP) and
     /// [`EVENT_REMAP`](FeatureFlags::EVENT_REMAP), and where the kernel has it with
     /// [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED). Needs the right to read that memory by ptrace(2).

@@ -10,7 +10,7 @@ use memmap2::{MmapMut, MmapOptions};
 
 use super::{PageData, PageSource, SourceBytes};
 
-/// The content of memory, by offset, from a source that answers later.
+/// The content of memory, by offset, from a source whose loads are started and completed later, by any thread.
 ///
 /// The pager's threads call [`start`](Self::start), which must return at once. The thread that has the content then calls
 /// [`Completion::complete`], from any thread, or from within `start`. Up to 4096 loads of a pager are in flight at the same
@@ -69,7 +69,8 @@ pub trait AsyncPageSource: Send + Sync {
     /// The buffer holds old bytes, so all of it must be written before it is handed back as [`Loaded::Data`].
     fn start(&self, offset: u64, buffer: PageBuffer, done: Completion);
 
-    /// Does the same where no thread waits for the bytes yet. By default it is [`start`](Self::start).
+    /// Starts to load like [`start`](Self::start), where no thread waits for the bytes yet. The provided method calls
+    /// `start`.
     fn start_early(&self, offset: u64, buffer: PageBuffer, done: Completion) {
         self.start(offset, buffer, done);
     }
@@ -89,11 +90,11 @@ pub trait AsyncPageSource: Send + Sync {
         if self.len().is_some_and(|len| offset >= len) { u64::MAX } else { 0 }
     }
 
-    /// Returns whether the calling thread may wait for a load, which it is about to do.
+    /// Checks that the calling thread may wait for a load. A blocking [`read`](PageSource::read) calls it before it waits.
     ///
     /// # Errors
     ///
-    /// Any, which the read ends with: loads run in this thread, which would wait for itself.
+    /// Any error ends the read: for a thread that runs the loads itself, and so would wait for itself.
     fn check_wait(&self) -> io::Result<()> {
         Ok(())
     }
@@ -194,8 +195,7 @@ impl fmt::Debug for PageBuffer {
     }
 }
 
-/// The right and the duty to answer a load. Dropping it without an answer is an error, which the pager treats as a failed
-/// read.
+/// Completes a load, with its content or an error. Dropping it uncompleted counts as a failed read.
 #[must_use = "a load that is dropped has failed"]
 pub struct Completion {
     load: LoadId,
@@ -208,7 +208,7 @@ impl Completion {
         Self { load, to: Some(to) }
     }
 
-    /// Answers the load. It may be called in any thread, and doesn't wait for the content to be put in place.
+    /// Completes the load. Any thread may call it; it doesn't wait for the content to be put in place.
     ///
     /// The buffer of another load counts as an error.
     pub fn complete(mut self, answer: io::Result<Loaded>) {
@@ -237,7 +237,7 @@ impl fmt::Debug for Completion {
     }
 }
 
-/// Makes a [`PageSource`] of an [`AsyncPageSource`]. A pager starts its loads; where a thread needs the content itself
+/// Adapter that makes a [`PageSource`] of an [`AsyncPageSource`]. A pager starts its loads; where a thread needs the content itself
 /// ([`read`](PageSource::read)), it waits for one.
 #[derive(Clone, Debug)]
 pub struct AsyncSource<S>(S);

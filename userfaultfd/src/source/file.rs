@@ -237,7 +237,7 @@ impl FileSource {
         Ok(self)
     }
 
-    /// Tells the kernel how this part of the file will be read. The advice holds for all that share the open file
+    /// Advises the kernel how this part of the file will be read. The advice holds for all that share the open file
     /// description.
     ///
     /// # Errors
@@ -258,10 +258,12 @@ impl FileSource {
         Ok(self)
     }
 
-    /// Bytes that the kernel reads into the page cache around a smaller read that isn't there yet, in a block at a
-    /// multiple of as many, unless it goes on where the last one ended. The default is 128 KiB, what the kernel reads around a fault in a mapping. 0 leaves it to the
-    /// kernel, which then reads no more than a page in many an order. Without effect with `O_DIRECT`, and where the file
-    /// system doesn't tell what is cached (tmpfs, where all is).
+    /// Sets how much of the file is read into the page cache for a small read that misses it, in bytes: the aligned block
+    /// of this size that has the read. Sequential reads are left to the kernel's own read-ahead. The default is 128 KiB,
+    /// which is what the kernel reads around a fault in a mapping.
+    ///
+    /// With 0 the kernel alone decides, and mostly reads one page for a read in random order. It has no effect with
+    /// `O_DIRECT`, nor where the file system doesn't report what is cached (tmpfs, where everything is).
     #[must_use]
     pub fn read_size(mut self, bytes: usize) -> Self {
         self.read_size = bytes as u64;

@@ -69,7 +69,7 @@ pub struct LayeredSource {
 }
 
 impl LayeredSource {
-    /// All of a base.
+    /// Returns a source that shows all of a base.
     ///
     /// # Errors
     ///
@@ -83,7 +83,8 @@ impl LayeredSource {
         Ok(Self { pieces, diffs: 0 })
     }
 
-    /// Puts a sparse file on top, which has what isn't a hole: a diff of Firecracker. Its offset moves for a moment.
+    /// Puts a sparse file on top, such as a diff of Firecracker: what isn't a hole is its content. Moves the file's offset
+    /// for a moment.
     ///
     /// # Errors
     ///
@@ -99,8 +100,8 @@ impl LayeredSource {
         self.push_extents(diff, extents)
     }
 
-    /// Puts a source on top, which has what lies in `extents`: ranges of bytes, in order, none over another. The offsets are
-    /// those of the base and of the source alike.
+    /// Puts the parts of a source on top that lie in `extents`: ranges of bytes, in order, without overlap. Offsets are the
+    /// same in the base and in the source.
     ///
     /// # Errors
     ///
@@ -116,7 +117,7 @@ impl LayeredSource {
         self.put(layer, &extents)
     }
 
-    /// Puts zeros on top: ranges as of [`push_extents`](Self::push_extents).
+    /// Puts ranges of zeros on top, given as in [`push_extents`](Self::push_extents).
     ///
     /// # Errors
     ///
@@ -126,8 +127,7 @@ impl LayeredSource {
         self.put(Origin::ZEROS, &extents)
     }
 
-    /// Puts a snapshot on top, which has [what was saved](SnapshotReader::extents). It need not follow the layer below:
-    /// that is the caller's to know. Pages that were gone when they should have been saved are errors, and never
+    /// Puts what a snapshot has [saved](SnapshotReader::extents) on top. Whether it follows the layer below isn't checked. Pages that were gone when they should have been saved are errors, and never
     /// show what is below.
     ///
     /// To read the chain of a [`Series`](crate::snapshot::Series) alone, use [`Chain`](crate::snapshot::Chain), which
@@ -146,7 +146,7 @@ impl LayeredSource {
         self.push_extents(snapshot, extents)
     }
 
-    /// The extents of a sparse file: what isn't a hole, in order. The file's offset moves for a moment.
+    /// Returns the extents of a sparse file: what isn't a hole, in order. Moves the file's offset for a moment.
     ///
     /// # Errors
     ///
@@ -157,7 +157,7 @@ impl LayeredSource {
         meaningful(file)
     }
 
-    /// How many layers are on top of the base.
+    /// Returns the number of layers on top of the base.
     #[must_use]
     pub fn diffs(&self) -> usize {
         self.diffs

@@ -27,7 +27,7 @@ use super::{FileSource, PageSource};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// Where all is read at creation; a read of a page takes one search, allocates nothing and takes no lock. What is said of
+/// The places of all pages are read at creation. A read of a page takes one search, allocates nothing and takes no lock. What is said of
 /// the file of a [`FileSource`] holds here, but for holes: which pages are there is told by the file's own bitmap.
 ///
 /// # The format
@@ -162,13 +162,13 @@ impl MappedRamSource {
         }
     }
 
-    /// The blocks, in the order in which they lie in the source.
+    /// Returns the blocks, in the order in which they lie in the source.
     #[must_use]
     pub fn blocks(&self) -> &[RamBlock] {
         &self.blocks
     }
 
-    /// The block of a name.
+    /// Returns the block with a name, or `None` if there is none.
     #[must_use]
     pub fn block(&self, name: &str) -> Option<&RamBlock> {
         self.blocks.iter().find(|block| block.name == name)

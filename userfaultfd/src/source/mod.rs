@@ -1,4 +1,27 @@
-//! Where the content of pages comes from.
+//! Sources: where the content of pages comes from, and stores, to which it is written back.
+//!
+//! A [`PageSource`] returns the bytes at an offset. [`LazyMemory`](crate::LazyMemory), the regions of a
+//! [`Pager`](crate::pager::Pager), and what copies images take one; an `Arc` of a source is a source, too, so that several
+//! memories can share it. A `PageStore` can also be written, for [`PagedMemory`](crate::PagedMemory).
+//!
+//! | content | source | cargo feature |
+//! | --- | --- | --- |
+//! | computed, or read by code of yours | any closure `Fn(u64, &mut [u8]) -> io::Result<PageData>`, or a type that implements [`PageSource`] | |
+//! | bytes in memory; zeros | [`BytesSource`]; [`ZeroSource`] | |
+//! | a file or block device | [`FileSource`]; [`MappedFileSource`], for [`LazyMemory::sigbus`](crate::LazyMemory::sigbus), too | |
+//! | a snapshot that this crate has saved | [`SnapshotReader`](crate::snapshot::SnapshotReader), [`Chain`](crate::snapshot::Chain) | `snapshot` |
+//! | an image of Firecracker, Cloud Hypervisor or QEMU | [`MemoryImage`](crate::snapshot::MemoryImage); [`MappedRamSource`] | `snapshot`; none |
+//! | several sources in a row | [`ConcatSource`] | |
+//! | a base with diffs on top; a few bytes replaced | [`LayeredSource`]; [`OverlaySource`] | |
+//! | an HTTP server | `HttpSource` | `http` |
+//! | S3 and other object stores | `ObjectSource` | `object-store` |
+//! | a file in zstd's seekable format | `SeekableZstd` | `zstd` |
+//! | any slow source, kept on the local disk for all processes of the host | [`ChunkCache`] | |
+//! | futures | `TokioSource` | `tokio` |
+//! | completed later by any thread; a fixed number of threads that read | [`AsyncPageSource`] with [`AsyncSource`]; [`ThreadedSource`] | |
+//! | a file that is written back; closures that read and write | `FileStore`; `FnStore` | `pager` |
+//!
+//! All of them are in the module [`pager`](crate::pager), too: `pager::FileSource` is `source::FileSource`.
 
 use std::ffi::c_void;
 use std::io;
@@ -119,8 +142,9 @@ pub trait PageSource: Send + Sync {
     /// access to the page raises SIGBUS. Zeros are never substituted. A panic counts as an error.
     fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData>;
 
-    /// Does the same where no thread waits for the page: ahead of a fault, or in the background. A source whose reads wait
-    /// for each other lets those for faults go first. By default it is [`read`](Self::read).
+    /// Fills `page` as [`read`](Self::read) does, where no thread waits for it: ahead of a fault, or in the background. The
+    /// pager calls this instead of `read` then, so that a source whose reads queue up can let those for faults go first.
+    /// The provided method calls `read`.
     ///
     /// # Errors
     ///

@@ -34,7 +34,7 @@ pub struct OverlaySource<S> {
 }
 
 impl<S: PageSource> OverlaySource<S> {
-    /// A source without patches.
+    /// Returns a source without patches.
     #[must_use]
     pub fn new(base: S) -> Self {
         Self { base, patches: BTreeMap::new() }
@@ -75,7 +75,7 @@ impl<S: PageSource> OverlaySource<S> {
         Ok(self)
     }
 
-    /// The source below.
+    /// Returns the source below.
     #[must_use]
     pub fn base(&self) -> &S {
         &self.base

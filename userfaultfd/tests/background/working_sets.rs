@@ -330,7 +330,7 @@ fn recording_is_refused_twice_and_for_other_regions() {
         let replay = memory.replay(&set).unwrap();
         assert!(matches!(memory.record(), Err(Error::AlreadyRecorded)));
         drop(replay);
-        memory.record().unwrap();
+        drop(memory.record().unwrap());
     }
     for memory in both(101) {
         match memory.replay(&set) {

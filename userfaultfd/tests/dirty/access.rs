@@ -54,14 +54,14 @@ fn pages_read_or_written_are_hot_until_reset() {
         assert_eq!(space.read(5), 1);
         assert_eq!(told(space, tracker.hot()), [1..3, 5..6]);
         assert_eq!(told(space, tracker.hot_in(space.addresses(2..6))), [2..3, 5..6]);
-        assert_eq!(tracker.count().unwrap(), 3 * space.page);
+        assert_eq!(tracker.hot_len().unwrap(), 3 * space.page);
         // Looking doesn't reset it.
         assert_eq!(told(space, tracker.hot()), [1..3, 5..6]);
         tracker.reset().unwrap();
         assert_eq!(told(space, tracker.hot()), []);
         assert_eq!(space.read(2), 2);
         assert_eq!(told(space, tracker.hot()), [2..3]);
-        let stats = tracker.stats();
+        let stats = tracker.statistics();
         let counted = if tracker.mode() == Mode::Sync { (3, 1) } else { (0, 0) };
         assert_eq!((stats.reads, stats.writes, stats.tracked), (counted.0, counted.1, 6 * space.page));
     });

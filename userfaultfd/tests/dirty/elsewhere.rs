@@ -89,7 +89,7 @@ fn events_read_elsewhere_are_handed_over() {
         assert!(!tracker.resolve(&Event::Pagefault { kind, rw, addr, thread_id }).unwrap());
     });
     assert_eq!(space.told(tracker.take()), [2..3]);
-    assert_eq!(tracker.stats().writes, 1);
+    assert_eq!(tracker.statistics().writes, 1);
 }
 
 /// A page that is missing holds what its handler puts there, never zeros that a tracker filled in.

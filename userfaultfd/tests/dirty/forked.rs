@@ -40,9 +40,9 @@ fn tracker_in_child_is_refused_and_stays_parents() {
                 let mut inherited = tracker.take().unwrap();
                 refused(inherited.track(all.clone()));
                 refused(inherited.untrack(all.clone()));
-                refused(inherited.count());
+                refused(inherited.dirty_len());
                 refused(inherited.take().next().unwrap());
-                assert_eq!((inherited.tracked(), inherited.stats().tracked), (vec![], 0));
+                assert_eq!((inherited.tracked(), inherited.statistics().tracked), (vec![], 0));
                 // Its own, of the same memory.
                 let mut own = DirtyTracker::with(Options::new().mode(mode)).unwrap();
                 own.track(all.clone()).unwrap();
@@ -84,11 +84,11 @@ fn access_tracker_in_child_is_refused() {
         let mut tracker = Some(tracker);
         child::fork(|| {
             let mut inherited = tracker.take().unwrap();
-            refused(inherited.count());
+            refused(inherited.hot_len());
             refused(inherited.reset());
         })
         .succeed();
         memory.read(2);
-        assert_eq!(tracker.unwrap().count().unwrap(), page());
+        assert_eq!(tracker.unwrap().hot_len().unwrap(), page());
     });
 }

@@ -64,7 +64,7 @@ fn always_written_range_stays_so_until_revoked() {
             space.write(1, 2);
             for written in [vec![1..4], vec![2..4]] {
                 assert_eq!(space.told(tracker.dirty()), written);
-                assert_eq!(tracker.count().unwrap(), space.page * written[0].len());
+                assert_eq!(tracker.dirty_len().unwrap(), space.page * written[0].len());
                 assert_eq!(space.told(tracker.take_in(space.addresses(3..6))), [3..4]);
                 assert_eq!(space.told(tracker.take()), written);
             }

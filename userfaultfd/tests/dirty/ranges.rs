@@ -22,7 +22,7 @@ fn parts_are_untracked_and_tracked_again() {
         (0..6).for_each(|page| space.write(page, 2));
         tracker.untrack(space.addresses(2..4)).unwrap();
         assert_eq!(tracker.tracked(), [space.addresses(0..2), space.addresses(4..6)]);
-        assert_eq!(tracker.stats().tracked, 4 * space.page);
+        assert_eq!(tracker.statistics().tracked, 4 * space.page);
         space.write(3, 3);
         assert_eq!(space.told(tracker.take()), [0..2, 4..6]);
         // It begins anew.
@@ -85,7 +85,7 @@ fn many_ranges_are_tracked_at_once() {
         for space in &spaces {
             tracker.track(space.addresses(0..2)).unwrap();
         }
-        assert_eq!(tracker.stats().tracked, 2 * page() * spaces.len());
+        assert_eq!(tracker.statistics().tracked, 2 * page() * spaces.len());
         for space in spaces.iter().step_by(2) {
             space.write(1, 1);
             space.write(2, 1);
@@ -102,7 +102,7 @@ fn many_ranges_are_tracked_at_once() {
             }
         }
         assert_eq!(told, merged, "{mode}");
-        assert_eq!(tracker.count().unwrap(), 0);
+        assert_eq!(tracker.dirty_len().unwrap(), 0);
     }
 }
 
@@ -228,7 +228,7 @@ fn another_tracker_is_made_while_the_heap_is_tracked() {
         userfaultfd::Snapshot::begin(space.all(), |_, _: userfaultfd::snapshot::Content<'_>| Ok(()))
             .and_then(|snapshot| snapshot.wait().map(drop))
             .unwrap();
-        assert!(tracker.count().unwrap() > 0);
+        assert!(tracker.dirty_len().unwrap() > 0);
     });
 }
 

@@ -23,10 +23,10 @@ fn written_pages_are_reported_once() {
             space.write(page, 2);
         }
         assert_eq!(space.told(tracker.dirty()), [1..3, 5..6]);
-        assert_eq!(tracker.count().unwrap(), 3 * space.page);
+        assert_eq!(tracker.dirty_len().unwrap(), 3 * space.page);
         assert_eq!(space.told(tracker.take()), [1..3, 5..6]);
         assert_eq!(space.told(tracker.take()), []);
-        assert_eq!(tracker.count().unwrap(), 0);
+        assert_eq!(tracker.dirty_len().unwrap(), 0);
         space.write(2, 3);
         space.write(3, 3);
         assert_eq!(space.told(tracker.take()), [2..4]);
@@ -320,7 +320,7 @@ fn system_calls_wait_for_tracker_with_right() {
         write_by_kernel(&space, 1).unwrap();
         assert_eq!(space.read(1), 9);
         assert_eq!(space.told(tracker.take()), [1..2]);
-        assert_eq!((tracker.stats().reads, tracker.stats().writes), (0, 1));
+        assert_eq!((tracker.statistics().reads, tracker.statistics().writes), (0, 1));
     }
 }
 

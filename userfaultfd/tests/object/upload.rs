@@ -81,7 +81,7 @@ fn failed_part_is_an_error_and_no_object() {
     // A program's runtime.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let store: Arc<dyn ObjectStore> = Faulty::new();
-    let mut object = ObjectWriter::on(runtime.handle().clone(), Arc::clone(&store), "object").unwrap();
+    let mut object = ObjectWriter::create_on(runtime.handle().clone(), Arc::clone(&store), "object").unwrap();
     object.write_all(b"some").unwrap();
     object.commit().unwrap();
     assert_eq!(ObjectSource::open(store, "object").unwrap().len(), Some(4));

@@ -104,7 +104,7 @@ fn source_that_fails_for_ever_poisons_its_page_alone() {
                     eventually(|| pager.statistics().poisoned, 1);
                     assert_eq!(source.asked(), 3);
                 } else {
-                    wait_until(|| problems.count("Unanswered") == 1);
+                    wait_until(|| problems.count("Unresolved") == 1);
                     assert!(!reader.has_seen());
                 }
                 eventually(|| problems.count("Source"), 1);

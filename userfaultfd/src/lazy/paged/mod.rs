@@ -111,7 +111,7 @@ pub struct PagedStatistics {
     pub waited: Duration,
 }
 
-/// A memory that couldn't be closed, with the reason. Nothing of it is lost.
+/// The error of [`PagedMemory::close`]: the memory, and why its flush failed. Dirty pages are still in the memory.
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
 pub struct CloseError {
@@ -140,7 +140,7 @@ impl PagedMemory {
         self.memory.region.residence.as_ref().expect("paged memory has a budget")
     }
 
-    /// Writes all pages that were written to the store, and syncs it. [Pinned](Self::pin) pages that were written count as
+    /// Writes all dirty pages to the store, and syncs it. [Pinned](Self::pin) pages that were written count as
     /// dirty still afterwards.
     ///
     /// # Errors
@@ -150,7 +150,8 @@ impl PagedMemory {
         self.flush_range(0..self.memory.len)
     }
 
-    /// Does the same for the pages of a range, in bytes, cut to the memory. The sync is the whole store's.
+    /// Writes the pages of a range that were written to the store, and syncs the whole store. The range is in bytes, and
+    /// cut to the memory.
     ///
     /// # Errors
     ///
@@ -263,7 +264,7 @@ impl PagedMemory {
         self.residence().store().map_or_else(WriteBack::default, |store| store.write_back)
     }
 
-    /// Returns what this memory has done.
+    /// Returns the statistics of this memory.
     #[must_use]
     pub fn statistics(&self) -> PagedStatistics {
         let (residence, page_size) = (self.residence(), crate::page_size());

@@ -88,13 +88,13 @@ pub(super) struct Handle {
 }
 
 impl Budget {
-    /// A budget of `bytes` bytes. Memory needs one of 16 pages at least.
+    /// Returns a budget of `bytes` bytes. Memory needs one of 16 pages at least.
     #[must_use]
     pub fn new(bytes: usize) -> Self {
         Self::with(pages_of(bytes), None)
     }
 
-    /// A budget of a fraction of the memory that the container may have, 0 < `fraction` ≤ 1.
+    /// Returns a budget of a fraction of the memory that the container may have, 0 < `fraction` ≤ 1.
     ///
     /// The limit is the least of `memory.max` and `memory.high` of the process's memory cgroup and all above it (version 2),
     /// or of `memory.limit_in_bytes` (version 1); without any, the machine's memory. The rest of the container's memory is for
@@ -149,19 +149,19 @@ impl Budget {
         Ok(())
     }
 
-    /// The limit, in bytes: whole pages.
+    /// Returns the limit, in bytes: whole pages.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.0.pool.limit() * crate::page_size()
     }
 
-    /// Bytes that are resident now, with those that are in flight.
+    /// Returns the bytes that are resident now, with those that are in flight.
     #[must_use]
     pub fn resident(&self) -> usize {
         self.0.pool.resident() * crate::page_size()
     }
 
-    /// What was done so far.
+    /// Returns what the budget has done so far.
     #[must_use]
     pub fn statistics(&self) -> BudgetStatistics {
         let (pool, get) = (&self.0.pool, |counter: &AtomicU64| counter.load(Ordering::Relaxed));

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::error::Whole;
 
-/// Where a flush failed first.
+/// The step of a flush that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FlushStep {
@@ -18,7 +18,7 @@ pub enum FlushStep {
     Write,
     /// [`PageStore::sync`](crate::pager::PageStore::sync) failed, or panicked, now or before.
     Sync,
-    /// A fork's child asked, which hasn't got the memory.
+    /// A forked child called it, which doesn't have the memory.
     OtherProcess,
 }
 
@@ -38,25 +38,26 @@ pub struct FlushError {
 }
 
 impl FlushError {
-    /// Where it failed first.
+    /// Returns the step that failed first.
     #[must_use]
     pub fn step(&self) -> FlushStep {
         self.step
     }
 
-    /// The first error.
+    /// Returns the first error.
     #[must_use]
     pub fn error(&self) -> &io::Error {
         &self.error
     }
 
-    /// The ranges of what was to be flushed that are dirty still: in bytes of the memory, whole pages, in order.
+    /// Returns the ranges of the flushed part that are still dirty: in bytes of the memory, whole pages, in order.
     #[must_use]
     pub fn dirty(&self) -> &[Range<usize>] {
         &self.dirty
     }
 
-    /// The ranges of all the memory that were written to the store, have left memory, and may not be durable: likewise.
+    /// Returns the ranges of all the memory that were written to the store, have left memory, and may not be durable: in
+    /// bytes of the memory, whole pages, in order.
     #[must_use]
     pub fn lost(&self) -> &[Range<usize>] {
         &self.lost

@@ -146,7 +146,7 @@ impl PageFiller {
                 let (region, address) = (RegionId(run.region.id), run.address());
                 if poison {
                     if !reported {
-                        context.report(Problem::Unanswered { region, address });
+                        context.report(Problem::Unresolved { region, address });
                     }
                     run.mark_stuck();
                     // Perhaps the memory was unmapped without an event. The waiting thread finds out.

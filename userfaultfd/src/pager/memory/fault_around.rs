@@ -6,6 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Sequential accesses to a region that are told apart: more than threads usually scan one region.
 const MAX_STREAMS: usize = 8;
 
+/// Bytes filled for one fault at most by default: more reads no faster from memory, and holds other faults up.
+const DEFAULT_MAX_AROUND_BYTES: usize = 2 << 20;
+
 /// How much is filled for one fault, beside its page. Present pages aren't read again, and nothing beyond the region is
 /// filled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +28,13 @@ pub enum FaultAround {
         /// The most that is filled for one fault, in bytes.
         most: usize,
     },
+}
+
+impl Default for FaultAround {
+    /// Returns [`Adaptive`](Self::Adaptive) with at most 2 MiB.
+    fn default() -> Self {
+        Self::Adaptive { most: DEFAULT_MAX_AROUND_BYTES }
+    }
 }
 
 /// The sequences of accesses to a region. Racing threads overwrite each other's entries at worst.

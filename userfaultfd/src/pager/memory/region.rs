@@ -20,9 +20,6 @@ use crate::pager::{Budget, Error, MissingRange, PageSource, Result};
 use crate::source::call::catch_panic;
 use crate::{FeatureFlags, IoctlFlags, RegisterMode, Support};
 
-/// Bytes filled for one fault at most by default: more reads no faster from memory, and holds other faults up.
-pub(crate) const DEFAULT_MAX_AROUND_BYTES: usize = 2 << 20;
-
 /// What a page shows after it was removed: see [`Region::on_removal`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -116,7 +113,7 @@ impl Region {
             is_async: false,
             offset: 0,
             page_size: crate::page_size(),
-            around: FaultAround::Adaptive { most: DEFAULT_MAX_AROUND_BYTES },
+            around: FaultAround::default(),
             write_protected: false,
             minor: None,
             image: None,
@@ -133,7 +130,8 @@ impl Region {
     }
 
     /// Returns a region of `len` bytes of memory from address `start` on that is a private mapping of an
-    /// [image](SharedImage::file): at the offset of the file that [`offset`](Self::offset) says, by default 0, in whole pages.
+    /// [image's file](SharedImage::file). The mapping begins at the file offset that [`offset`](Self::offset) sets, by
+    /// default 0. All three are multiples of the page size.
     ///
     /// Pages that any region of the image has loaded are mapped without a read; others are loaded into the image first. A
     /// fault maps the pages around it as [`fault_around`](Self::fault_around) says. Writes are to copies that belong to the

@@ -61,6 +61,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// assert_eq!(memory.statistics().missing_pages, 0);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+#[must_use = "dropping it stops the fill"]
 pub struct BackgroundFill {
     control: Arc<FillControl>,
 }

@@ -44,6 +44,7 @@ use crate::pager::{Error, Pager, RegionId, Result};
 /// # std::fs::remove_file(path)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+#[must_use = "dropping it ends the record"]
 pub struct WorkingSetRecorder {
     region: Arc<ServedRegion>,
 }

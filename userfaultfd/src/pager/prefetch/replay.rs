@@ -26,6 +26,7 @@ const PAGES_PER_SAMPLE: usize = 64;
 /// From that [`report`](Self::report) estimates how much of the set was filled in vain.
 ///
 /// Dropping it stops the fill.
+#[must_use = "dropping it stops the fill"]
 pub struct WorkingSetReplay {
     background: BackgroundFill,
     region: Arc<ServedRegion>,
@@ -74,7 +75,6 @@ impl WorkingSetReplay {
     }
 
     /// Returns the background fill, to pause it, to limit it, or to see its progress.
-    #[must_use]
     pub fn background(&self) -> &BackgroundFill {
         &self.background
     }

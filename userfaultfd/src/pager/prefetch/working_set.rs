@@ -43,9 +43,9 @@ use crate::pager::{Error, Result};
 /// | variable | runs of pages that follow each other, in order: where each begins, and how many more there are |
 /// | 4 | the CRC-32 of all before, little-endian |
 ///
-/// Numbers of variable length have seven bits in each byte, the lowest first; the eighth bit tells that another byte
-/// follows. Where a run begins is told from where the run before it ended, doubled, or doubled and less by one with
-/// the sign changed if it is before that. A run takes at least two bytes: more where it is longer than 128 pages, or begins
+/// Numbers of variable length have seven bits in each byte, the lowest first; the eighth bit is set if another byte
+/// follows (LEB128). The start of a run is stored as its distance *d* from the end of the run before: as 2*d* if *d* isn't
+/// negative, else as -2*d* - 1 (zigzag). A run takes at least two bytes: more where it is longer than 128 pages, or begins
 /// 64 pages or more from where the one before it ended. Eight bytes are enough for a run of any length up to 2²⁸ pages that
 /// begins less than 2²⁷ pages from there.
 #[derive(Clone, Debug, PartialEq, Eq)]

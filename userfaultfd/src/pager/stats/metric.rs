@@ -74,11 +74,11 @@ fn describe(field: &str) -> Option<Description> {
 }
 
 impl Statistics {
-    /// The name and the sentence of the histogram [`fault_latency`](Self::fault_latency), in seconds.
+    /// The name and help text of the histogram [`fault_latency`](Self::fault_latency), which is in seconds.
     pub const FAULT_LATENCY: (&'static str, &'static str) =
         ("userfaultfd_fault_seconds", "Time from the read of a fault until its thread was woken.");
 
-    /// The name and the sentence of the histogram [`source_latency`](Self::source_latency), in seconds.
+    /// The name and help text of the histogram [`source_latency`](Self::source_latency), which is in seconds.
     pub const SOURCE_LATENCY: (&'static str, &'static str) =
         ("userfaultfd_source_seconds", "Time of reads of sources, failed ones included.");
 

@@ -10,8 +10,16 @@ use super::format::{
 };
 use crate::snapshot::sink::Geometry;
 
-/// How a [`SnapshotWriter`](crate::snapshot::SnapshotWriter) writes chunks:
-/// [`SnapshotWriter::chunks`](crate::snapshot::SnapshotWriter::chunks).
+/// Options of a snapshot file in chunks, for [`SnapshotWriter::chunks`](crate::snapshot::SnapshotWriter::chunks).
+///
+/// ```
+/// use userfaultfd::snapshot::{ChunkOptions, SnapshotWriter};
+///
+/// let options = ChunkOptions::new().size(256 << 10); // with a cargo feature: .compression(Compression::Lz4)
+/// let writer = SnapshotWriter::new(Vec::new())?.chunks(&options);
+/// # drop(writer);
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChunkOptions {
     pub(crate) size: usize,
@@ -25,15 +33,16 @@ impl Default for ChunkOptions {
 }
 
 impl ChunkOptions {
-    /// The defaults.
+    /// Returns the defaults: chunks of 128 KiB, not compressed.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Bytes of content of a chunk: 128 KiB. A power of two of at least 64 KiB, at most 2 MiB; others are rounded up or cut.
+    /// Sets the length of a chunk's content in bytes: a power of two from 64 KiB to 2 MiB; other values are rounded up or cut.
+    /// The default is 128 KiB.
     ///
-    /// A fault reads and decompresses a whole chunk, so that small ones answer sooner, and large ones are fewer requests and
+    /// A fault reads and decompresses a whole chunk, so a small chunk resolves it sooner; large chunks need fewer requests and
     /// compress better.
     #[must_use]
     pub fn size(mut self, bytes: usize) -> Self {
@@ -42,7 +51,7 @@ impl ChunkOptions {
         self
     }
 
-    /// How chunks are compressed: not.
+    /// Sets how chunks are compressed. The default is [`Compression::None`].
     #[must_use]
     pub fn compression(mut self, compression: Compression) -> Self {
         self.compression = compression;

@@ -10,13 +10,13 @@ use super::format::FormatError;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Compression {
-    /// Not at all.
+    /// No compression.
     #[default]
     None,
-    /// By LZ4: feature `lz4`. Fast in both directions.
+    /// LZ4 (cargo feature `lz4`): fast in both directions.
     #[cfg(feature = "lz4")]
     Lz4,
-    /// By zstd with a level, as that of the program `zstd`: feature `zstd`. Smaller, and slower.
+    /// zstd (cargo feature `zstd`) with this level, as of the program `zstd`: smaller and slower.
     #[cfg(feature = "zstd")]
     Zstd(i32),
 }

@@ -33,7 +33,7 @@ pub(crate) const CHUNK_LOGARITHMS: std::ops::RangeInclusive<u32> = 16..=21;
 const ZERO: u64 = 0;
 const GONE: u64 = 1;
 
-/// Names a snapshot.
+/// The id of a snapshot: 16 random bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SnapshotId(pub(crate) [u8; 16]);
 
@@ -58,34 +58,34 @@ pub enum FormatError {
     #[error("the snapshot file can't be read: {0}")]
     Io(io::Error),
 
-    /// It is another kind of file.
+    /// The file is of another kind.
     #[error("the file is no snapshot")]
     NotASnapshot,
 
-    /// It is of a version that this crate doesn't know.
+    /// The file is of a version that this crate doesn't know.
     #[error("the snapshot file is of version {0}, which isn't known here; 1 and 2 are")]
     UnknownVersion(u32),
 
-    /// Its end is missing: writing it never came to an end, or not all of it was copied.
+    /// The end of the file is missing: it was never finished, or not copied as a whole.
     #[error("the snapshot file is cut short, or was never finished")]
     CutShort,
 
-    /// Something in it isn't as it was written.
+    /// Some part of the file isn't as it was written.
     #[error("the snapshot file is damaged: {0}")]
     Damaged(&'static str),
 
-    /// Its chunks are compressed in a way that this build of the crate can't undo.
+    /// The chunks are compressed in a way for which this build of the crate lacks the cargo feature.
     #[error("the snapshot file is compressed with {0}, which takes this crate's feature `{0}`")]
     NotBuiltIn(&'static str),
 
-    /// It holds what changed since another snapshot, which has to be given to it.
+    /// The snapshot is incremental, and needs the one that it follows: [`SnapshotReader::on`](super::super::SnapshotReader::on).
     #[error("the snapshot holds what has changed since {parent}, which is needed, too")]
     NeedsParent {
         /// The one that is needed.
         parent: SnapshotId,
     },
 
-    /// Several files aren't snapshots that follow each other.
+    /// The files aren't snapshots that follow each other.
     #[error("the snapshots are no chain: {0}")]
     NotAChain(&'static str),
 
@@ -98,7 +98,7 @@ pub enum FormatError {
         error: Box<FormatError>,
     },
 
-    /// The snapshot that was given to it isn't the one that it follows, or isn't of memory of the same size.
+    /// The other snapshot isn't the one that this one follows, or is of memory of another size.
     #[error("the snapshot follows {expected:?} and not {found}")]
     WrongParent {
         /// The one that is needed. `None` if it is complete by itself.

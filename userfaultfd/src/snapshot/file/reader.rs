@@ -51,7 +51,7 @@ pub struct SnapshotReader {
 }
 
 impl SnapshotReader {
-    /// Opens a file.
+    /// Opens a snapshot file.
     ///
     /// # Errors
     ///
@@ -61,7 +61,7 @@ impl SnapshotReader {
         Self::of(Layer::open(Input::File(Arc::new(File::open(&path)?)), Some(path))?)
     }
 
-    /// Reads an open file.
+    /// Reads an open snapshot file.
     ///
     /// # Errors
     ///
@@ -70,7 +70,7 @@ impl SnapshotReader {
         Self::of(Layer::open(Input::File(Arc::new(file)), None)?)
     }
 
-    /// Reads a file that any source has: an object of a web server or of a store. The source stays open, also below others
+    /// Reads the snapshot file that any source has: an object of a web server or of a store. The source stays open, also below others
     /// in a long chain.
     ///
     /// # Errors
@@ -276,7 +276,8 @@ impl SnapshotReader {
         self.merge_with(SnapshotWriter::create(path)?).map(drop)
     }
 
-    /// Does the same by a writer: to any stream, or in [chunks](SnapshotWriter::chunks). Returns the writer.
+    /// Merges this snapshot and the ones below it as [`merge`](Self::merge) does, with a writer: to any stream, or in
+    /// [chunks](SnapshotWriter::chunks). Returns the writer.
     ///
     /// # Errors
     ///

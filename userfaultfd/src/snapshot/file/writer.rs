@@ -139,7 +139,7 @@ impl<W: Write> SnapshotWriter<W> {
         self.id
     }
 
-    /// Bytes written so far.
+    /// Returns the number of bytes written so far.
     #[must_use]
     pub fn written(&self) -> u64 {
         self.written

@@ -184,6 +184,7 @@ fn paths(directory: &Directory, name: &str) -> io::Result<Paths> {
 }
 
 /// Builder for a [`CachedImage`].
+#[must_use = "the image is opened by `open`"]
 pub struct CachedImageBuilder {
     directory: Arc<Directory>,
     name: String,
@@ -194,39 +195,35 @@ pub struct CachedImageBuilder {
 }
 
 impl CachedImageBuilder {
-    /// What tells this content from other content of the same name, such as an ETag or a digest, up to 4056 bytes. An image that is
-    /// in the cache with another identity is an error, and never mixed with this one.
-    #[must_use]
+    /// Sets the identity of the content, such as an ETag or a digest: up to 4056 bytes, by default none. Where the cache has an image of the same
+    /// name with another identity, opening fails, so that two contents are never mixed.
     pub fn identity(mut self, identity: impl Into<String>) -> Self {
         self.identity = identity.into();
         self
     }
 
-    /// Bytes of a chunk: a power of two from 4 KiB, and no less than a page, up to 64 MiB. The default is 256 KiB. An image that is in the cache keeps
-    /// the chunks that it has.
-    #[must_use]
+    /// Sets the length of a chunk in bytes: a power of two from 4 KiB, and no less than a page, up to 64 MiB. The default is
+    /// 256 KiB. An image that is in the cache keeps the chunk length that it has.
     pub fn chunk_size(mut self, bytes: usize) -> Self {
         self.chunk_size = bytes;
         self
     }
 
-    /// Has `verify` look at each chunk that comes from the source, with its offset, before any thread sees it. An error is
-    /// that of the read, and nothing of the chunk is kept.
-    #[must_use]
+    /// Sets a function that checks each chunk of the source, with its offset, before any thread sees it. Its error is the
+    /// error of the read; the chunk isn't kept.
     pub fn verify(mut self, verify: impl Fn(u64, &[u8]) -> io::Result<()> + Send + Sync + 'static) -> Self {
         self.verify = Some(Box::new(verify));
         self
     }
 
-    /// How long a read waits for another thread or process that fetches its chunk before it reads from the source by
-    /// itself: 30 seconds.
-    #[must_use]
+    /// Sets how long a read waits for another thread or process that fetches its chunk, before it reads from the source
+    /// itself. The default is 30 seconds.
     pub fn wait_limit(mut self, limit: Duration) -> Self {
         self.wait_limit = limit;
         self
     }
 
-    /// Opens the image, or makes it.
+    /// Opens the image in the cache, or creates it.
     ///
     /// # Errors
     ///
@@ -239,8 +236,8 @@ impl CachedImageBuilder {
         self.open_as(Some(len), Box::new(move || Ok(Box::new(Arc::clone(&source)))))
     }
 
-    /// Opens the image, or makes it, of a source that `make` opens when something must be read from it: a start that finds
-    /// all in the cache doesn't ask a server for anything.
+    /// Opens the image, or creates it, with a source that `make` opens only when something must be read from it: a start that
+    /// finds everything in the cache sends no request.
     ///
     /// `make` is called again where it fails. Its source must have the image's length.
     ///
@@ -391,7 +388,7 @@ impl CachedImage {
         self.0.cached()
     }
 
-    /// Returns what has been read since it is open.
+    /// Returns the statistics of its reads since it was opened.
     #[must_use]
     pub fn statistics(&self) -> CacheStatistics {
         self.0.statistics()

@@ -57,6 +57,7 @@ pub struct HttpSource {
 
 /// Builder for an [`HttpSource`].
 #[derive(Clone, Debug)]
+#[must_use = "the source is made by `open`"]
 pub struct HttpSourceBuilder {
     url: String,
     headers: Vec<(String, String)>,
@@ -64,15 +65,13 @@ pub struct HttpSourceBuilder {
 }
 
 impl HttpSourceBuilder {
-    /// Sends a header with each request: credentials, say.
-    #[must_use]
+    /// Adds a header to each request, such as credentials.
     pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.headers.push((name.into(), value.into()));
         self
     }
 
-    /// Sets how patient the source is, and how much it asks for at once.
-    #[must_use]
+    /// Sets timeouts, retries, and the number and size of requests.
     pub fn options(mut self, options: RemoteOptions) -> Self {
         self.options = options;
         self
@@ -123,7 +122,7 @@ impl HttpSourceBuilder {
 }
 
 impl HttpSource {
-    /// Opens an object, with the defaults.
+    /// Opens the object of a URL with the default options.
     ///
     /// # Errors
     ///
@@ -137,13 +136,13 @@ impl HttpSource {
         HttpSourceBuilder { url: url.into(), headers: Vec::new(), options: RemoteOptions::default() }
     }
 
-    /// The ETag that all pages are of, as the server wrote it.
+    /// Returns the ETag that all pages are of, as the server wrote it, or `None` if the object has none.
     #[must_use]
     pub fn etag(&self) -> Option<&str> {
         self.etag.as_deref()
     }
 
-    /// What was asked for since it is open.
+    /// Returns the statistics of its requests since it was opened.
     #[must_use]
     pub fn statistics(&self) -> RemoteStatistics {
         self.engine.statistics()

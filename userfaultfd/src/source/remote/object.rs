@@ -36,10 +36,10 @@ use crate::source::{PageData, PageSource};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// # Patience
+/// # Retries
 ///
-/// By default a store of that crate retries ten times for up to three minutes by itself, which is no patience for a page fault.
-/// This source has its own ([`RemoteOptions`]): turn the store's off.
+/// By default a store of that crate itself retries ten times for up to three minutes, which is too long for a page fault.
+/// This source retries according to its own [`RemoteOptions`], so turn the store's retries off:
 ///
 /// ```text
 /// let retry = object_store::RetryConfig { max_retries: 0, ..Default::default() };
@@ -78,6 +78,7 @@ pub struct ObjectSource {
 
 /// Builder for an [`ObjectSource`].
 #[derive(Clone, Debug)]
+#[must_use = "the source is made by `open`"]
 pub struct ObjectSourceBuilder {
     store: Arc<dyn ObjectStore>,
     path: Path,
@@ -87,22 +88,19 @@ pub struct ObjectSourceBuilder {
 }
 
 impl ObjectSourceBuilder {
-    /// Sets how patient the source is, and how much it asks for at once.
-    #[must_use]
+    /// Sets timeouts, retries, and the number and size of requests.
     pub fn options(mut self, options: RemoteOptions) -> Self {
         self.options = options;
         self
     }
 
     /// Opens this version of the object, where the store keeps several. By default it is the newest.
-    #[must_use]
     pub fn version(mut self, version: impl Into<String>) -> Self {
         self.version = Some(version.into());
         self
     }
 
     /// Makes requests on a runtime of the program's, which has time and I/O enabled and several threads.
-    #[must_use]
     pub fn runtime(mut self, runtime: Handle) -> Self {
         self.runtime = Some(runtime);
         self
@@ -131,7 +129,7 @@ impl ObjectSourceBuilder {
 }
 
 impl ObjectSource {
-    /// Opens an object, with the defaults.
+    /// Opens the object at a path of a store with the default options.
     ///
     /// # Errors
     ///
@@ -158,7 +156,7 @@ impl ObjectSource {
         self.version.as_deref()
     }
 
-    /// Returns what was asked for since it is open.
+    /// Returns the statistics of its requests since it was opened.
     #[must_use]
     pub fn statistics(&self) -> RemoteStatistics {
         self.engine.statistics()

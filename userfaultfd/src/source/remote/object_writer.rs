@@ -31,7 +31,7 @@ const ABORT_TIME: Duration = Duration::from_secs(5);
 /// was until then. Dropped without it the upload is given up, and the store deletes the parts. After the death of the process they
 /// stay, invisible, until a rule of the store deletes them.
 ///
-/// Requests run on a runtime of its own with one thread, unless [`on`](Self::on) is given one. Retries are those of the store.
+/// Requests run on a runtime of its own with one thread, unless [`create_on`](Self::create_on) is given one. Retries are those of the store.
 /// Methods wait, so no task of a runtime may call them.
 ///
 /// ```
@@ -52,6 +52,7 @@ const ABORT_TIME: Duration = Duration::from_secs(5);
 /// # std::fs::remove_dir_all(&folder)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+#[must_use = "without `commit` there is no object"]
 pub struct ObjectWriter {
     path: Path,
     /// `None` when it has ended.
@@ -76,12 +77,17 @@ impl ObjectWriter {
         Self::begin(store, path.into(), Threads::own()?)
     }
 
-    /// Does the same with requests on a runtime of the program's, which has time and I/O enabled and several threads.
+    /// Begins a new object at a path of a store, with requests on a runtime of the program's. The runtime must have time and
+    /// I/O enabled, and several threads.
     ///
     /// # Errors
     ///
     /// A [`RemoteError`](super::RemoteError).
-    pub fn on(runtime: Handle, store: Arc<dyn ObjectStore>, path: impl Into<Path>) -> io::Result<Self> {
+    pub fn create_on(
+        runtime: Handle,
+        store: Arc<dyn ObjectStore>,
+        path: impl Into<Path>,
+    ) -> io::Result<Self> {
         Self::begin(store, path.into(), Threads::Programs(runtime))
     }
 

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// How a remote object is read. The defaults are made for page faults, behind which a thread waits: a retry comes soon, and
-/// a read gives up while the program can still react.
+/// Options of a source that reads a remote object: timeouts, retries, number and size of requests. The defaults are made
+/// for page faults, during which a thread waits: a retry comes soon, and a read fails while the program can still react.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteOptions {
     pub(super) connections: usize,
@@ -30,28 +30,28 @@ impl Default for RemoteOptions {
 }
 
 impl RemoteOptions {
-    /// The defaults.
+    /// Returns the defaults.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The number of requests at a time, each on a connection and a thread of its own, which are made when they are needed:
-    /// 32, at least 1. Other reads wait, those for faults before those ahead.
+    /// Sets the maximum number of requests at a time, each on a connection and a thread of its own, which are created when
+    /// they are needed. The default is 32, the minimum 1. Further reads wait; those for faults go before those ahead.
     #[must_use]
     pub fn connections(mut self, connections: usize) -> Self {
         self.connections = connections.max(1);
         self
     }
 
-    /// How long one request may take, from its beginning to the last byte: 5 seconds.
+    /// Sets how long one request may take, from its beginning to the last byte. The default is 5 seconds.
     #[must_use]
     pub fn request_timeout(mut self, timeout: Duration) -> Self {
         self.request_timeout = timeout;
         self
     }
 
-    /// How long a read is tried, with all its requests, before it is an error: 10 seconds. The pager's own
+    /// Sets how long a read may take with all its requests before it fails. The default is 10 seconds. The pager's own
     /// [retries](crate::pager::RetryPolicy) come after that.
     #[must_use]
     pub fn give_up_after(mut self, time: Duration) -> Self {
@@ -59,24 +59,24 @@ impl RemoteOptions {
         self
     }
 
-    /// How long the first retry waits: 10 milliseconds. Each further one waits twice as long, at most a second, and never
-    /// less than the server says by `Retry-After`.
+    /// Sets the delay before the first retry. The default is 10 milliseconds. The delay doubles before each further retry, up
+    /// to a second, and is never less than the server demands by `Retry-After`.
     #[must_use]
     pub fn retry_delay(mut self, delay: Duration) -> Self {
         self.first_delay = delay;
         self
     }
 
-    /// Whether a read for a fault asks a second time when the answer takes longer than usual, and takes the answer that
-    /// comes first: yes. It costs some percent of requests, and saves the slowest ones.
+    /// Sets whether a read for a fault sends a second request when the response takes longer than usual, and takes the
+    /// response that comes first. The default is `true`: some percent more requests, without the slowest responses.
     #[must_use]
     pub fn hedge(mut self, hedge: bool) -> Self {
         self.hedge = hedge;
         self
     }
 
-    /// Reads that wait for a connection become one request where no more than `gap` bytes are between them, 64 KiB, and
-    /// the request has no more than `len` bytes, 1 MiB. A `len` of 0 merges none.
+    /// Sets which reads that wait for a connection become one request: those with at most `gap` bytes between them, as long
+    /// as the request has at most `len` bytes. The defaults are 64 KiB and 1 MiB. With a `len` of 0 none are merged.
     #[must_use]
     pub fn merge(mut self, gap: u64, len: u64) -> Self {
         (self.merge_gap, self.merge_len) = (gap, len);
@@ -84,7 +84,7 @@ impl RemoteOptions {
     }
 }
 
-/// What a source has asked for so far.
+/// Statistics of the requests of a remote source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RemoteStatistics {
@@ -92,10 +92,10 @@ pub struct RemoteStatistics {
     pub requests: u64,
     /// Requests that came after one that failed.
     pub retries: u64,
-    /// Second requests for what took longer than usual.
+    /// Second requests, sent because a response took longer than usual.
     pub hedges: u64,
-    /// Reads that another's request brought along.
+    /// Reads that were part of another read's request.
     pub merged: u64,
-    /// Bytes that were asked for.
+    /// Bytes that were requested.
     pub bytes: u64,
 }

@@ -54,6 +54,7 @@ struct Decoder {
 
 /// Builder for a [`SeekableZstd`].
 #[derive(Clone, Debug)]
+#[must_use = "the file is opened by `open`"]
 pub struct SeekableZstdBuilder<S> {
     source: S,
     cache_size: usize,
@@ -61,22 +62,20 @@ pub struct SeekableZstdBuilder<S> {
 }
 
 impl<S: PageSource> SeekableZstdBuilder<S> {
-    /// Bytes of decompressed frames that are kept: 16 MiB. A frame that is longer isn't kept, so that each fault in it
-    /// decompresses it anew.
-    #[must_use]
+    /// Sets how many bytes of decompressed frames are kept. The default is 16 MiB. A longer frame isn't kept, so that each
+    /// fault in it decompresses it again.
     pub fn cache_size(mut self, bytes: usize) -> Self {
         self.cache_size = bytes;
         self
     }
 
-    /// Bytes of the longest frame that is read: 64 MiB.
-    #[must_use]
+    /// Sets the length of the longest frame that is accepted, in bytes of content. The default is 64 MiB.
     pub fn max_frame_size(mut self, bytes: u64) -> Self {
         self.max_frame = bytes;
         self
     }
 
-    /// Reads the seek table.
+    /// Opens the file, which reads its seek table.
     ///
     /// # Errors
     ///
@@ -91,7 +90,7 @@ impl<S: PageSource> SeekableZstdBuilder<S> {
 }
 
 impl<S: PageSource> SeekableZstd<S> {
-    /// Opens a file, with the defaults.
+    /// Opens the compressed file that a source has, with the default options.
     ///
     /// # Errors
     ///

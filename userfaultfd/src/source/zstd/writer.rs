@@ -37,8 +37,9 @@ const LEVEL: i32 = 3;
 /// # Ok::<(), std::io::Error>(())
 /// ```
 ///
-/// With a [`PendingFile`](crate::PendingFile) as the output, which is committed after [`finish`](Self::finish), the file
-/// never is half there. Without `finish`, it can't be read from the middle.
+/// [`finish`](Self::finish) must be called: without the table that it writes, the file can't be read from the middle. Write
+/// to a [`PendingFile`](crate::PendingFile), and commit that after `finish`, to never leave half a file.
+#[must_use = "without `finish` the file has no table"]
 pub struct SeekableZstdWriter<W> {
     output: W,
     frame_size: usize,
@@ -51,7 +52,7 @@ pub struct SeekableZstdWriter<W> {
 }
 
 impl<W: Write> SeekableZstdWriter<W> {
-    /// Wraps an output.
+    /// Returns a writer to `output`.
     pub fn new(output: W) -> Self {
         Self {
             output,
@@ -64,22 +65,20 @@ impl<W: Write> SeekableZstdWriter<W> {
         }
     }
 
-    /// Bytes of a frame's content, from 1 to 1 GiB: 256 KiB. A shorter one makes a fault cheaper, and the file longer.
-    #[must_use]
+    /// Sets the length of a frame's content in bytes, from 1 to 1 GiB. The default is 256 KiB. A shorter frame makes a fault
+    /// cheaper and the file longer.
     pub fn frame_size(mut self, bytes: usize) -> Self {
         self.frame_size = bytes.clamp(1, MAX_FRAME_BYTES);
         self
     }
 
-    /// Level of compression, as that of the program `zstd`: 3.
-    #[must_use]
+    /// Sets the level of compression, as of the program `zstd`. The default is 3.
     pub fn level(mut self, level: i32) -> Self {
         self.level = level;
         self
     }
 
-    /// Whether the seek table has a checksum of each frame: yes.
-    #[must_use]
+    /// Sets whether the seek table has a checksum of each frame. The default is `true`.
     pub fn checksums(mut self, checksums: bool) -> Self {
         self.has_checksums = checksums;
         self
