@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use super::frames::{Member, Victim};
 use crate::pager::memory::address_map::Segment;
 use crate::pager::memory::descriptor::{Attachment, LOOK_SHARD, addr_to_ptr, wake};
+use crate::pager::memory::page_cache::Cache;
 use crate::sync_point::{Departure, Point, reach};
 use crate::{ContinueMode, Errno};
 
@@ -165,6 +166,22 @@ fn is_mapped(member: &Member, places: &Places, page: usize) -> bool {
     any_answer(member, places, page, |errno| !matches!(errno, None | Some(Errno::EFAULT)))
 }
 
+/// Whether the removal of a claimed page has come to pass of which an event has told. Then the page is what it has left.
+fn is_removal_over(member: &Member, places: &Places, cache: &Cache, page: usize) -> bool {
+    if is_mapped(member, places, page) {
+        return false;
+    }
+    // MADV_REMOVE takes the mappings away first, then the page, with the file locked from before the one until after the
+    // other. So what it still has to take is gone after another call that locks the file.
+    let shift = member.region.page_shift;
+    let is_over = cache.allocate(page << shift, 1 << shift).is_ok();
+    if is_over {
+        // Zeros are no hole now, and not what the source has.
+        member.residence().set_written(page);
+    }
+    is_over
+}
+
 /// Brings claimed neighbouring pages to the staging area.
 pub(super) fn take_out(run: &mut [Victim], places: &Places) {
     let (Some(first), len) = (run.first(), run.len()) else { return };
@@ -180,8 +197,8 @@ pub(super) fn take_out(run: &mut [Victim], places: &Places) {
 fn leave(member: &Member, places: &Places, pages: &Range<usize>) -> bool {
     let (residence, shift) = (member.residence(), member.region.page_shift);
     let Some(cache) = &member.region.cache else { return false };
-    let is_pending = |page| member.region.pages.is_doubted(page) && is_mapped(member, places, page);
-    if pages.clone().any(is_pending) {
+    let is_doubted = |page: &usize| member.region.pages.is_doubted(*page);
+    if !pages.clone().filter(is_doubted).all(|page| is_removal_over(member, places, cache, page)) {
         return false;
     }
     // A write waits from now on for the claim.

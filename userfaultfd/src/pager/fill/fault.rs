@@ -360,13 +360,16 @@ impl PageFiller {
         segment: &Segment,
         fault: Fault,
     ) -> Outcome {
-        // What was about to be removed is.
-        keep_present(serving, segment, fault, Settlement::Present, |region, page, _| {
+        keep_present(serving, segment, fault, |region, page, address| {
+            let is_doubted = region.pages.is_doubted(page);
             let (outcome, is_filled) = self.fill_again(context, serving, segment, fault);
-            if let Some(residence) = region.residence.as_ref().filter(|_| is_filled) {
-                residence.set_written(page);
-            }
-            outcome
+            let Some(residence) = region.residence.as_ref().filter(|_| is_filled) else {
+                // A page that is mapped still may be about to be removed.
+                return (outcome, Settlement::Reloaded);
+            };
+            residence.set_written(page);
+            let is_removed = !is_doubted || wait_for_removal(serving, region, page, address);
+            (outcome, if is_removed { Settlement::Present } else { Settlement::Reloaded })
         })
     }
 
@@ -378,14 +381,14 @@ impl PageFiller {
         segment: &Segment,
         fault: Fault,
     ) -> Outcome {
-        // A page that is mapped still may be about to be removed.
-        keep_present(serving, segment, fault, Settlement::Reloaded, |region, page, address| {
+        keep_present(serving, segment, fault, |region, page, address| {
             reach(Point::Evict(Departure::FirstWrite), address);
             // Before the protection is lifted, after which nothing tells of a write.
             if let Some(residence) = &region.residence {
                 residence.set_written(page);
             }
-            self.unprotect(context, serving, segment, fault)
+            // A page that is mapped still may be about to be removed.
+            (self.unprotect(context, serving, segment, fault), Settlement::Reloaded)
         })
     }
 
@@ -450,14 +453,24 @@ impl PageFiller {
     }
 }
 
+/// Waits until a page is gone of which MADV_REMOVE has taken the mappings away: it has the file locked until then. Maps what
+/// the file has after that. Returns whether the file could be locked.
+fn wait_for_removal(serving: &Attachment, region: &ServedRegion, page: usize, address: usize) -> bool {
+    let Some(cache) = &region.cache else { return true };
+    let is_over = cache.allocate(page << region.page_shift, region.page_size()).is_ok();
+    let mode = ContinueMode::WRITE_PROTECT | ContinueMode::DONT_WAKE;
+    // If it isn't mapped by this, the thread that was woken faults again.
+    let _mapped = serving.uffd.continue_with(addr_to_ptr(address), region.page_size(), mode);
+    is_over
+}
+
 /// Resolves a fault on a page that is there and may leave: claims the page, so that it stays, and wakes the threads that
-/// have joined. `resolve` gets its region, its number and its address. `end` is how the claim ends.
+/// have joined. `resolve` gets its region, its number and its address, and returns how the claim ends, too.
 fn keep_present(
     serving: &Attachment,
     segment: &Segment,
     fault: Fault,
-    end: Settlement,
-    resolve: impl FnOnce(&ServedRegion, usize, usize) -> Outcome,
+    resolve: impl FnOnce(&ServedRegion, usize, usize) -> (Outcome, Settlement),
 ) -> Outcome {
     let (region, page) = (&*segment.region, segment.page_at(fault.address));
     let address = segment.address_of(page).expect("the address is in the segment");
@@ -475,7 +488,7 @@ fn keep_present(
             return Outcome::Settled;
         }
     }
-    let outcome = resolve(region, page, address);
+    let (outcome, end) = resolve(region, page, address);
     if region.pages.end(page, end) {
         wake(&serving.uffd, addresses);
     }

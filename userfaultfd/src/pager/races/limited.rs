@@ -1,59 +1,69 @@
 //! Pages of shared memory on their way out, at each point of it: read, written, removed, unmapped, and forked meanwhile.
 
-use std::sync::mpsc;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use super::evict::{Cell, accesses, once};
-use crate::FeatureFlags;
 use crate::pager::{Budget, FaultAround, PageData, Pager, Region};
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::wait_until;
 use crate::support::{child, page, require, test_name};
 use crate::sync_point::Departure;
+use crate::{FeatureFlags, Uffd};
 
-const PAGES: usize = 64;
+pub(super) const PAGES: usize = 64;
 /// The least that there can be.
 const BUDGET: usize = 16;
 
-const NEEDS: FeatureFlags = FeatureFlags::WP_UNPOPULATED.union(FeatureFlags::MINOR_SHMEM);
+pub(super) const NEEDS: FeatureFlags = FeatureFlags::WP_UNPOPULATED.union(FeatureFlags::MINOR_SHMEM);
 
 const POINTS: [Departure; 4] =
     [Departure::BeforeLeave, Departure::BeforeCopyOut, Departure::BeforeWriteBack, Departure::AfterLeave];
 
 /// A memfd of which a part is resident, and each page has its number in each byte.
-struct Limited {
-    memory: Memory,
+pub(super) struct Limited {
+    // Dropped first: it poisons what is missing, where another test's memory may lie once this one is unmapped.
+    pub(super) pager: Pager,
+    pub(super) memory: Arc<Memory>,
     budget: Budget,
-    pager: Pager,
+}
+
+fn region(memory: &Memory, budget: &Budget) -> Region {
+    let source = |offset: u64, bytes: &mut [u8]| {
+        for (at, bytes) in bytes.chunks_mut(page()).enumerate() {
+            bytes.fill((offset as usize / page() + at) as u8);
+        }
+        Ok(PageData::Data)
+    };
+    Region::new(memory.start().expose_provenance(), memory.len(), source)
+        .fault_around(FaultAround::Page)
+        .minor(memory.file().try_clone().unwrap().into(), 0)
+        .budget(budget)
+}
+
+fn cell_of(memory: &Memory, number: usize) -> Cell {
+    Cell::at(std::ptr::slice_from_raw_parts_mut(memory.start().cast(), memory.len()), number)
 }
 
 impl Limited {
-    fn new(features: FeatureFlags) -> Self {
-        let source = |offset: u64, bytes: &mut [u8]| {
-            for (at, bytes) in bytes.chunks_mut(page()).enumerate() {
-                bytes.fill((offset as usize / page() + at) as u8);
-            }
-            Ok(PageData::Data)
-        };
+    pub(super) fn new(features: FeatureFlags) -> Self {
         let (memory, budget) = (Memory::new(Kind::Memfd, PAGES), Budget::new(BUDGET * page()));
         let pager = Pager::builder().threads(2).max_threads(2).build().unwrap();
-        let region = Region::new(memory.start().expose_provenance(), memory.len(), source)
-            .fault_around(FaultAround::Page)
-            .minor(memory.file().try_clone().unwrap().into(), 0)
-            .budget(&budget);
         #[expect(unsafe_code, reason = "the memory is the test's")]
         // SAFETY: bytes are good whatever they are, and only raw pointers lead to them.
-        unsafe { pager.add_own(crate::support::uffd(features), [region]) }.unwrap();
-        Self { memory, budget, pager }
+        unsafe { pager.add_own(crate::support::uffd(features), [region(&memory, &budget)]) }.unwrap();
+        Self { pager, memory: Arc::new(memory), budget }
     }
 
-    fn cell(&self, number: usize) -> Cell {
-        let memory = std::ptr::slice_from_raw_parts_mut(self.memory.start().cast(), self.memory.len());
-        Cell::at(memory, number)
+    pub(super) fn cell(&self, number: usize) -> Cell {
+        cell_of(&self.memory, number)
     }
 
     /// Makes page 3 resident by a read, or by a write. Returns a byte of it, and what that is.
-    fn resident_page(&self, is_written: bool) -> (Cell, u8) {
+    pub(super) fn resident_page(&self, is_written: bool) -> (Cell, u8) {
         let cell = self.cell(3);
         if is_written {
             cell.write(0x83);
@@ -75,7 +85,7 @@ impl Limited {
     }
 
     /// Reads enough other pages for a page that was read before to leave.
-    fn read_others(&self) {
+    pub(super) fn read_others(&self) {
         for number in (8..PAGES).chain(8..PAGES) {
             assert_eq!(self.cell(number).read(), number as u8);
         }
@@ -178,7 +188,7 @@ fn shared_page_keeps_a_childs_write_while_it_leaves() {
         each_point(|point, is_written| {
             let limited = Limited::new(FeatureFlags::EVENT_FORK);
             let (cell, before) = limited.resident_page(is_written);
-            let shared = std::sync::Arc::clone(&limited.pager.shared);
+            let shared = Arc::clone(&limited.pager.shared);
             let (_armed, happened) = once(point, cell, move || {
                 let forks = shared.statistics().forks;
                 let forking = thread::spawn(move || {
@@ -197,6 +207,45 @@ fn shared_page_keeps_a_childs_write_while_it_leaves() {
             assert_eq!((cell.read(), cell.next().read()), (0x99, 3), "{context}");
             limited.read_others();
             assert_eq!((cell.read(), cell.next().read()), (0x99, 3), "{context}");
+        });
+    });
+}
+
+#[test]
+fn process_that_ends_while_its_page_leaves_is_counted_no_more() {
+    require!(NEEDS);
+    child::run_well(test_name!(), || {
+        each_point(|point, is_written| {
+            let (memory, budget) = (Memory::new(Kind::Memfd, PAGES), Budget::new(BUDGET * page()));
+            let (mut here, there) = UnixStream::pair().unwrap();
+            let target = child::fork(|| {
+                child::send_fd(&there, crate::support::uffd(FeatureFlags::empty()).as_fd());
+                assert_eq!((&there).read(&mut [0]).unwrap(), 1);
+                let cell = cell_of(&memory, 3);
+                if is_written {
+                    cell.write(0x83)
+                } else {
+                    assert_eq!(cell.read(), 3)
+                }
+                // Until it is killed.
+                (8..PAGES)
+                    .cycle()
+                    .for_each(|number| assert_eq!(cell_of(&memory, number).read(), number as u8));
+            });
+            let descriptor = Uffd::from(child::receive_fd(&here));
+            let pager = Pager::builder().threads(2).max_threads(2).on_problem(|_| {}).build().unwrap();
+            let added = pager.add(descriptor, [region(&memory, &budget)]).unwrap();
+            pager.watch(added.descriptor, target.pidfd()).unwrap();
+            let target = Mutex::new(Some(target));
+            let (_armed, happened) = once(point, cell_of(&memory, 3), move || {
+                let target = target.lock().unwrap().take().expect("it runs");
+                target.kill();
+                target.wait();
+            });
+            here.write_all(&[1]).unwrap();
+            happened.recv().unwrap();
+            pager.join();
+            wait_until(|| budget.resident() == 0);
         });
     });
 }

@@ -21,6 +21,7 @@ mod poison;
 pub(crate) mod real_time;
 mod remap;
 mod remove;
+mod removing;
 mod second;
 mod store;
 mod unmap;
