@@ -1,11 +1,13 @@
 //! Memory whose removed pages show the source's content again: caches that drop pages themselves.
 
 use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::thread;
 
 use userfaultfd::pager::{Added, FaultAround, FillOrder, OnRemoval, PageData, Pager, Region, RetryPolicy};
-use userfaultfd::{FeatureFlags, RegisterMode};
+use userfaultfd::{FeatureFlags, MoveMode, RegisterMode};
 
 use crate::reader::Seen;
 use crate::scene::{Pages, can_poison, check, eventually, memory, region, serve};
@@ -322,6 +324,35 @@ fn forked_child_loads_again_what_it_removes() {
                 check(memory, 1, 1);
             }
         }
+    });
+}
+
+/// The kernel removes a page after its event was read: what is loaded in between goes, too.
+#[test]
+fn forked_child_has_what_a_late_removal_took_when_all_is_filled() {
+    require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_FORK | FeatureFlags::MOVE);
+    child::run_well(test_name!(), || {
+        let features = FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_FORK;
+        let Some(cache) = Cache::new(test_name!(), WAYS[0], 3, features) else { return };
+        let memory = &cache.memory;
+        check(memory, 1, 1);
+        assert!(cache.remove(1, 1));
+        check(memory, 1, 1);
+        // Taken away without another event.
+        let (mover, elsewhere) = (uffd(FeatureFlags::empty()), Memory::anonymous(1));
+        mover.register(elsewhere.start(), elsewhere.len()).unwrap();
+        // SAFETY: both pages are the test's, and nothing refers to them.
+        let moved = unsafe { mover.move_pages(memory.at(1), elsewhere.start(), page(), MoveMode::empty()) };
+        assert_eq!(moved.unwrap(), page());
+        let (mut here, there) = UnixStream::pair().unwrap();
+        let child = child::fork(|| {
+            assert_eq!((&there).read(&mut [0]).unwrap(), 1);
+            assert_eq!(memory.read(1), crate::scene::byte(1));
+        });
+        cache.pager.finish(|_| {}).unwrap();
+        here.write_all(&[1]).unwrap();
+        child.succeed();
+        check(memory, 1, 1);
     });
 }
 

@@ -142,11 +142,15 @@ impl Pages {
         pages
     }
 
-    /// Copies the states of a range of pages to a mapping from `first` on. Loading pages are missing in the copy.
+    /// Copies the states of a range of pages to a mapping from `first` on. Loading pages are missing in the copy, and those
+    /// that are loaded once more are doubted.
     pub(crate) fn copy_to(&self, range: Range<usize>, copy: &Room, first: usize) {
         let to = cells(copy, first, range.len());
         for (to, from) in to.iter().zip(&self.cells()[range]) {
-            let state = from.load(Ordering::Acquire) & (PRESENT | POISONED | REMOVED);
+            let state = from.load(Ordering::Acquire);
+            let is_doubted = state & PRESENT != 0 && (state & LOADING != 0 || state >> TRIES_SHIFT > 0);
+            let doubt = if is_doubted { 1 << TRIES_SHIFT } else { 0 };
+            let state = state & (PRESENT | POISONED | REMOVED) | doubt;
             // Writing zeros would take memory.
             if state != 0 {
                 to.store(state, Ordering::Relaxed);
@@ -796,6 +800,27 @@ mod tests {
         let missing = Claim::Acquired { removed: false, tries: 0 };
         let removed = Claim::Acquired { removed: true, tries: 0 };
         assert_eq!(claims, [Claim::Present, Claim::Poisoned, removed, missing]);
+    }
+
+    #[test]
+    fn a_copy_doubts_what_may_be_removed_by_now() {
+        crate::support::require!();
+        let pages = Pages::new(3).unwrap();
+        for page in 0..3 {
+            pages.claim(page);
+            assert!(!pages.end(page, Settlement::Present));
+        }
+        pages.remove(0..1, false);
+        pages.claim(0);
+        assert!(!pages.end(0, Settlement::Reloaded));
+        // Its content isn't there, or another thread wouldn't load it.
+        assert!(pages.claim_again(1));
+        let room = map(3).unwrap();
+        pages.copy_to(0..3, &room, 0);
+        let copy = Pages::of_copy(Arc::new(room), 0, 3);
+        assert_eq!(copy.present_and_poisoned(), (3, 0));
+        copy.remove_doubted(0..3);
+        assert_eq!([0, 1, 2].map(|page| copy.is_missing(page)), [true, true, false]);
     }
 
     #[test]
