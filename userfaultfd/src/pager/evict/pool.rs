@@ -121,7 +121,10 @@ impl Pool {
     pub(super) fn part_with(&self, residence: &Residence) {
         let mut frames = self.lock();
         // From now on nothing of it becomes a victim, nor gets a frame.
-        let Some(slot) = residence.member() else { return };
+        let Some(slot) = residence.member() else {
+            // Another thread has begun this, and may still wait.
+            return drop(self.wait_for_pass(frames));
+        };
         residence.set_member(None);
         frames = self.wait_for_pass(frames);
         let (member, given_up) = frames.leave(slot);

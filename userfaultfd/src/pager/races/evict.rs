@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
 
+use super::harness::start;
 use crate::pager::{Budget, FaultAround, PageData};
 use crate::support::proc::{self, wait_until};
-use crate::support::{page, require};
+use crate::support::{page, require, test_name};
 use crate::sync_point::tests::at;
 use crate::sync_point::{Departure, Point};
 use crate::{FeatureFlags, LazyBuilder, LazyMemory};
@@ -299,6 +300,34 @@ fn memory_that_ends_while_its_page_leaves_is_waited_for() {
         drop(other);
         assert_eq!(budget.resident(), 0, "{way:?} {point:?} {is_written}");
     });
+}
+
+#[test]
+fn each_thread_that_lets_go_of_memory_waits_for_the_page_that_leaves() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    for way in ways(test_name!()) {
+        let budget = Budget::new(BUDGET * page());
+        let memory = memory(way, &budget);
+        let (cell, before) = resident_page(&memory, false);
+        let residence = Arc::clone(memory.residence());
+        let (_armed, happened) = once(Departure::BeforeLeave, cell, move || {
+            let let_go = |_| {
+                let residence = Arc::clone(&residence);
+                let (thread, id) = start(move || residence.detach());
+                wait_until(|| thread.is_finished() || proc::is_in(id, libc::SYS_futex) == Some(true));
+                thread
+            };
+            let threads = [0, 1].map(let_go);
+            let any = threads.iter().any(JoinHandle::is_finished);
+            (threads, any)
+        });
+        let (threads, any) = push_out(&memory, 8, &happened);
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert!(!any, "{way:?}");
+        assert_eq!(cell.read(), before, "{way:?}");
+        // The kernel wakes a reader before its page is counted, which isn't any more.
+        wait_until(|| budget.resident() == 0);
+    }
 }
 
 #[test]
