@@ -41,8 +41,10 @@ const REQUEST_PAGES: usize = 4096;
 /// Pages that wait to be written to a store, at most. Further ones are found again when they come to leave.
 const QUEUE_PAGES: usize = 1024;
 
-/// Duration for which threads wait for the evicting thread though nothing can leave.
+/// Duration for which threads wait for the evicting thread though nothing can leave, and the tries that it makes meanwhile:
+/// on a busy machine it may not run for as long.
 pub(super) const STUCK_PATIENCE: Duration = Duration::from_millis(30);
+pub(super) const STUCK_TRIES: u32 = 8;
 
 /// A memory that shares the budget.
 pub(super) struct Member {
@@ -149,8 +151,8 @@ pub(super) struct Frames {
     pub(super) pauses: usize,
     /// How often it had some.
     pub(super) passes: u64,
-    /// Since when it can't get on: nothing that is resident may leave, or can.
-    stuck_since: Option<Instant>,
+    /// Since when it can't get on, as nothing that is resident may leave, or can; and how often it has tried.
+    stuck: Option<(Instant, u32)>,
     pub(super) is_stopping: bool,
 }
 
@@ -181,7 +183,7 @@ impl Frames {
             is_busy: false,
             pauses: 0,
             passes: 0,
-            stuck_since: None,
+            stuck: None,
             is_stopping: false,
         }
     }
@@ -276,25 +278,28 @@ impl Frames {
         self.used > 0 && !self.is_stuck_for_long()
     }
 
-    /// Notes whether the evicting thread can't get on.
+    /// Notes whether the evicting thread can't get on, after each of its tries.
     pub(super) fn set_stuck(&mut self, is_stuck: bool) {
-        self.stuck_since = is_stuck.then(|| self.stuck_since.unwrap_or_else(Instant::now));
+        self.stuck = is_stuck.then(|| {
+            let (since, tries) = self.stuck.unwrap_or_else(|| (Instant::now(), 0));
+            (since, tries.saturating_add(1))
+        });
     }
 
-    /// The same, since a moment that may be still to come.
+    /// The same, since a moment that may be still to come, and after some tries.
     #[cfg(test)]
-    pub(super) fn set_stuck_since(&mut self, since: Instant) {
-        self.stuck_since = Some(since);
+    pub(super) fn set_stuck_since(&mut self, since: Instant, tries: u32) {
+        self.stuck = Some((since, tries));
     }
 
     pub(super) fn is_stuck(&self) -> bool {
-        self.stuck_since.is_some()
+        self.stuck.is_some()
     }
 
     /// The same for so long that no thread waits for it any more. Often other threads have the pages for a moment, or a
     /// change of the layout keeps them: meanwhile threads that didn't wait would fill far more than the limit.
     pub(super) fn is_stuck_for_long(&self) -> bool {
-        self.stuck_since.is_some_and(|since| since.elapsed() >= STUCK_PATIENCE)
+        self.stuck.is_some_and(|(since, tries)| tries >= STUCK_TRIES && since.elapsed() >= STUCK_PATIENCE)
     }
 
     /// The number of resident pages up to which nothing is evicted, and to which then.

@@ -272,7 +272,7 @@ impl Pool {
 mod tests {
     use std::thread;
 
-    use super::super::frames::STUCK_PATIENCE;
+    use super::super::frames::{STUCK_PATIENCE, STUCK_TRIES};
     use super::*;
     use crate::pager::{Budget, ZeroSource};
     use crate::support::proc::wait_until;
@@ -294,11 +294,11 @@ mod tests {
         drop(pool.pause());
         pool.charge(MIN_PAGES);
         thread::scope(|scope| {
-            pool.lock().set_stuck_since(Instant::now() + Duration::from_secs(3600));
+            pool.lock().set_stuck_since(Instant::now() + Duration::from_secs(3600), STUCK_TRIES);
             let waiting = scope.spawn(|| pool.reserve(1));
             wait_until(|| waiting.is_finished() || pool.lock().waiting == 1);
             assert!(!waiting.is_finished());
-            pool.lock().set_stuck_since(Instant::now() - STUCK_PATIENCE);
+            pool.lock().set_stuck_since(Instant::now() - STUCK_PATIENCE, STUCK_TRIES);
             pool.room.notify_all();
             assert!(waiting.join().unwrap().is_some());
         });
@@ -306,5 +306,20 @@ mod tests {
         pool.give_back(MIN_PAGES + 1);
         pool.resume(pool.lock());
         assert_eq!(memory[9], 0);
+    }
+
+    /// On a busy machine it may not run for longer than others wait for it.
+    #[test]
+    fn evicting_thread_is_stuck_for_long_after_some_tries_alone() {
+        require!();
+        let mut frames = Frames::new(MIN_PAGES);
+        let long_ago = Instant::now() - 2 * STUCK_PATIENCE;
+        frames.set_stuck_since(long_ago, 0);
+        (1..STUCK_TRIES).for_each(|_| frames.set_stuck(true));
+        assert!(frames.is_stuck() && !frames.is_stuck_for_long());
+        frames.set_stuck(true);
+        assert!(frames.is_stuck_for_long());
+        frames.set_stuck(false);
+        assert!(!frames.is_stuck() && !frames.is_stuck_for_long());
     }
 }
