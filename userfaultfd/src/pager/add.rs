@@ -91,6 +91,8 @@ impl Pager {
     /// - for a [`minor`](Region::minor) region, the same holds for every other mapping of its file in this process: the
     ///   pager overwrites pages that count as missing in the file.
     /// - the list of [`missing`](Region::missing) pages, if there is one, is true of this memory.
+    /// - with [`OnRemoval::Reload`](crate::pager::OnRemoval::Reload) or a [budget](Region::budget), the source has the same
+    ///   content whenever a page is read again; with a budget all writes are of the kind that is seen.
     ///
     /// The kernel makes sure that no present page is filled, except pages of a file.
     #[expect(unsafe_code, reason = "the contract is the caller's")]
