@@ -307,12 +307,11 @@ impl Pager {
 
     /// Has a budget count the pages of a segment that is about to be served.
     fn begin_limit(&self, segment: &Segment, uffd: &Arc<Uffd>) -> Result<()> {
-        match segment.region.residence.as_ref().filter(|residence| residence.places().is_some()) {
-            Some(residence) => {
-                residence.attach(&segment.region, segment.start, uffd, self.shared.evict_context())
-            }
-            None => Ok(()),
-        }
+        let limited = segment.region.residence.as_ref().filter(|residence| residence.places().is_some());
+        let Some(residence) = limited else { return Ok(()) };
+        residence.attach(&segment.region, segment.start, uffd, self.shared.evict_context())?;
+        residence.enter_present(&segment.region.pages);
+        Ok(())
     }
 
     /// Has a budget count the pages of a lazy memory's region, which nobody has touched yet.

@@ -25,10 +25,11 @@ const BUDGET: usize = 16;
 
 /// A memfd of which a part is resident.
 struct Limited {
+    // Dropped first: it poisons what is missing, where another test's memory may lie once this one is unmapped.
+    pager: Pager,
     memory: Memory,
     budget: Budget,
     source: Pages,
-    pager: Pager,
     added: Added,
 }
 
@@ -41,7 +42,7 @@ impl Limited {
         let (memory, budget) = (Memory::new(Kind::Memfd, PAGES), Budget::new(BUDGET * page()));
         let (pager, source) = (Pager::builder().threads(2).build().unwrap(), Pages::new(page()));
         let added = serve(&pager, uffd(features), limited_region(&memory, source.clone(), &budget));
-        Self { memory, budget, source, pager, added }
+        Self { pager, memory, budget, source, added }
     }
 
     /// Checks that no more than the budget is in the file.
@@ -174,6 +175,8 @@ fn memory_that_cant_leave_is_refused() {
     // What all of it would be resident for.
     let limited = Limited::new(FeatureFlags::empty());
     assert!(matches!(limited.pager.finish(|_| {}), Err(Error::NotWithBudget { .. })));
+    let finished = limited.pager.finish_region(limited.added.regions[0], |_| {});
+    assert!(matches!(finished, Err(Error::NotWithBudget { .. })), "{finished:?}");
     check(&limited.memory, 5, 5);
 }
 
@@ -209,6 +212,30 @@ fn what_has_left_is_there_for_the_next_pager() {
         };
         assert_eq!(written(&source.reads()), written(&reads));
         next.finish(|_| {}).unwrap();
+    }
+}
+
+#[test]
+fn what_is_there_from_the_start_counts_and_leaves() {
+    require!(NEEDS);
+    let memory = Memory::new(Kind::Memfd, PAGES);
+    let (first, source) = (Pager::new().unwrap(), Pages::new(page()));
+    let file = memory.file().try_clone().unwrap().into();
+    serve(&first, uffd(FeatureFlags::empty()), region(&memory, source.clone()).minor(file, 0));
+    (0..PAGES - 8).for_each(|number| memory.write(number, 100 + number as u8));
+    let detached = first.detach().pop().unwrap();
+    let (pager, budget) = (Pager::new().unwrap(), Budget::new(BUDGET * page()));
+    let region = limited_region(&memory, source.clone(), &budget).missing(detached.missing());
+    let added = serve(&pager, detached.uffd, region);
+    let limited = Limited { pager, memory, budget, source, added };
+    // Without an access.
+    eventually(|| limited.budget.resident() <= BUDGET * page(), true);
+    for _ in 0..2 {
+        for number in 0..PAGES {
+            let expected = if number < PAGES - 8 { 100 + number as u8 } else { byte(number) };
+            assert_eq!(limited.memory.read(number), expected, "page {number}");
+        }
+        limited.is_within();
     }
 }
 

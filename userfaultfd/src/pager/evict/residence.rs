@@ -36,6 +36,7 @@ use super::shared::Places;
 use super::store::StoreBacking;
 use super::write_back;
 use crate::own_mapping::OwnMapping;
+use crate::pager::memory::page_state::Pages;
 use crate::pager::memory::served::ServedRegion;
 use crate::pager::{Error, Result};
 use crate::sync::AtomicU64;
@@ -118,6 +119,9 @@ impl Place {
         Self(spilled | LEFT)
     }
 }
+
+/// Pages that are noted as present with the frames locked once, before their region is served.
+const ENTER_PAGES: usize = 512;
 
 /// Where the content of a page is that isn't in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -457,6 +461,25 @@ impl Residence {
         }
         self.count(|counters| &counters.second_chances, back);
         self.count(|counters| &counters.refaults, again);
+    }
+
+    /// Notes that pages are in memory that were there before the region was served, as it is about to be. They may have been
+    /// written.
+    pub(crate) fn enter_present(&self, states: &Pages) {
+        if states.present_and_poisoned().0 == 0 {
+            return;
+        }
+        let is_present = |page: &usize| !states.is_missing(*page);
+        let mut next = 0;
+        while let Some(first) = (next..self.count).find(is_present) {
+            next = (first..self.count.min(first + ENTER_PAGES))
+                .find(|page| !is_present(page))
+                .unwrap_or(self.count.min(first + ENTER_PAGES));
+            self.enter(first..next, false, |_| true);
+        }
+        let pool = self.budget.pool();
+        let _frames = pool.lock();
+        pool.work.notify_one();
     }
 
     /// Keeps pages from leaving that are there, and those that come. Waits for those that are about to leave. Returns

@@ -287,7 +287,8 @@ impl Region {
     ///
     /// Pages leave from outside: the pager protects a page, copies it from the file, and punches a hole there; the page
     /// comes back when a thread touches it. What was written since it was loaded goes to a [spill file](Self::spill), any
-    /// other page is read again from the source, which must have the same content then.
+    /// other page is read again from the source, which must have the same content then. With a list of
+    /// [missing](Self::missing) pages all others count from the start, as written ones.
     ///
     /// ```no_run
     /// use std::fs::File;
@@ -307,11 +308,11 @@ impl Region {
     /// pages don't go with a budget. Make the descriptor with
     /// [`EVENT_FORK`](crate::FeatureFlags::EVENT_FORK) if the process forks and the child writes, with
     /// [`EVENT_REMAP`](crate::FeatureFlags::EVENT_REMAP) and [`EVENT_UNMAP`](crate::FeatureFlags::EVENT_UNMAP) if it
-    /// changes its mappings. What is unmapped stays in the file.
+    /// changes its mappings. What is in memory when it is unmapped stays in the file; what has left by then is gone.
     ///
     /// **Removal.** A page that the process removes by `MADV_REMOVE` reads as zeros, if the descriptor has
     /// [`EVENT_REMOVE`](crate::FeatureFlags::EVENT_REMOVE). The kernel reports `MADV_DONTNEED` alike: there a page that has
-    /// left is zero, too, though its file would have it still. A hole that is punched without an event removes a page that
+    /// left is zero, too, though its file would have it still, and `MADV_FREE`, which it then refuses. A hole that is punched without an event removes a page that
     /// is in memory, not one that has left.
     ///
     /// **Ends.** [`finish`](crate::pager::Pager::finish) is refused. When the memory is handed over
