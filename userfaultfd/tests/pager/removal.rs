@@ -329,7 +329,7 @@ fn forked_child_loads_again_what_it_removes() {
 
 /// The kernel removes a page after its event was read: what is loaded in between goes, too.
 #[test]
-fn forked_child_has_what_a_late_removal_took_when_all_is_filled() {
+fn forked_child_has_what_a_late_removal_took() {
     require!(FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_FORK | FeatureFlags::MOVE);
     child::run_well(test_name!(), || {
         let features = FeatureFlags::EVENT_REMOVE | FeatureFlags::EVENT_FORK;

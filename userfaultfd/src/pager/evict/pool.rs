@@ -310,7 +310,7 @@ mod tests {
 
     /// On a busy machine it may not run for longer than others wait for it.
     #[test]
-    fn evicting_thread_is_stuck_for_long_after_some_tries_alone() {
+    fn evictor_is_stuck_for_long_after_some_tries() {
         require!();
         let mut frames = Frames::new(MIN_PAGES);
         let long_ago = Instant::now() - 2 * STUCK_PATIENCE;

@@ -303,7 +303,7 @@ fn memory_that_ends_while_its_page_leaves_is_waited_for() {
 }
 
 #[test]
-fn each_thread_that_lets_go_of_memory_waits_for_the_page_that_leaves() {
+fn second_thread_that_ends_a_limit_waits_too() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     for way in ways(test_name!()) {
         let budget = Budget::new(BUDGET * page());

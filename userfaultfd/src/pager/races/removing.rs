@@ -122,13 +122,13 @@ fn page_that_is_about_to_be_removed_does_not_leave() {
 
 /// As where MADV_REMOVE has taken the mapping away, and not the page yet.
 #[test]
-fn page_without_mapping_that_is_about_to_be_removed_leaves_as_zeros() {
+fn unmapped_page_leaves_as_zeros_while_it_is_removed() {
     require!(TOLD);
     evict_while_it_is_removed(test_name!(), true, |_| {});
 }
 
 #[test]
-fn late_fault_on_a_page_that_is_about_to_be_removed_does_not_let_it_leave() {
+fn late_fault_lets_no_page_leave_before_its_removal() {
     require!(TOLD);
     evict_while_it_is_removed(test_name!(), false, |limited| {
         // Of a thread that was woken when the page was filled.
@@ -147,7 +147,7 @@ fn late_fault_on_a_page_that_is_about_to_be_removed_does_not_let_it_leave() {
 }
 
 #[test]
-fn page_that_is_mapped_again_before_it_is_removed_does_not_leave() {
+fn page_mapped_again_stays_until_it_is_removed() {
     require!(TOLD);
     evict_while_it_is_removed(test_name!(), true, |limited| {
         // Woken when the page is mapped, before the worker waits for the removal.
