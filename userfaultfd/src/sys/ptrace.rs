@@ -18,6 +18,9 @@ const SEIZE: libc::c_long = 0x4206;
 const INTERRUPT: libc::c_long = 0x4207;
 const GET_SIGNAL_MASK: libc::c_long = 0x420a;
 const SET_SIGNAL_MASK: libc::c_long = 0x420b;
+const GET_SIGNAL_INFO: libc::c_long = 0x4202;
+const GET_RSEQ_CONFIGURATION: libc::c_long = 0x420f;
+const GET_SYSCALL_USER_DISPATCH: libc::c_long = 0x4211;
 
 /// Bytes of the kernel's set of signals.
 const MASK_BYTES: libc::c_long = 8;
@@ -92,15 +95,44 @@ pub(crate) fn set_signal_mask(process: libc::pid_t, mask: u64) -> Result<(), Err
     }
 }
 
-/// How a process stopped or ended, as wait(2) says it, or `None`: it runs.
-pub(crate) fn stopped(process: libc::pid_t) -> Result<Option<libc::c_int>, Errno> {
-    let mut status = 0;
-    // SAFETY: the kernel writes the status, which is alive for the call.
-    match unsafe { libc::waitpid(process, &mut status, libc::__WALL | libc::WNOHANG) } {
+/// The signal of a stop and its `si_code`. `ESRCH`: it isn't stopped.
+pub(crate) fn stop_info(process: libc::pid_t) -> Result<(libc::c_int, libc::c_int), Errno> {
+    // SAFETY: all zeros are information of no signal.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let to = &raw mut info;
+    // SAFETY: the kernel writes the structure, which is alive for the call.
+    match unsafe { libc::syscall(libc::SYS_ptrace, GET_SIGNAL_INFO, process, 0, to) } {
         -1 => Err(Errno::last()),
-        0 => Ok(None),
-        _ => Ok(Some(status)),
+        _ => Ok((info.si_signo, info.si_code)),
     }
+}
+
+/// A request that fills words, of which the kernel says how many bytes it has. `None`: it doesn't know the request.
+fn words<const N: usize>(request: libc::c_long, process: libc::pid_t) -> Result<Option<[u64; N]>, Errno> {
+    let mut words = [0_u64; N];
+    let to = &raw mut words;
+    // SAFETY: the kernel writes to the words, alive for the call, no more bytes than it is told.
+    match unsafe { libc::syscall(libc::SYS_ptrace, request, process, size_of::<[u64; N]>(), to) } {
+        -1 => match Errno::last() {
+            Errno::EIO | Errno::EINVAL => Ok(None),
+            errno => Err(errno),
+        },
+        _ => Ok(Some(words)),
+    }
+}
+
+/// Where a thread's structure for rseq(2) lies, and the signature before the places where sequences are aborted. `None`: it has none,
+/// or the kernel doesn't tell it (before Linux 5.13).
+pub(crate) fn restartable_sequences(process: libc::pid_t) -> Result<Option<(u64, u32)>, Errno> {
+    // An address; two numbers of 32 bits, of which the second is the signature; flags.
+    let found = words::<3>(GET_RSEQ_CONFIGURATION, process)?;
+    Ok(found.filter(|[address, ..]| *address != 0).map(|[address, sizes, _]| (address, (sizes >> 32) as u32)))
+}
+
+/// Whether a thread has its own system calls be signals: `PR_SET_SYSCALL_USER_DISPATCH`. Linux before 6.4 doesn't tell it.
+pub(crate) fn dispatches_system_calls(process: libc::pid_t) -> Result<bool, Errno> {
+    // The mode first, of which 0 is off.
+    Ok(words::<4>(GET_SYSCALL_USER_DISPATCH, process)?.is_some_and(|[mode, ..]| mode != 0))
 }
 
 /// pidfd_open(2).

@@ -1,7 +1,10 @@
 //! Descriptors that another process makes without knowing of it.
 
+use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::thread;
@@ -145,5 +148,221 @@ fn processes_that_cannot_be_asked_have_an_errno() {
         filtered.kill();
         filtered.wait();
         assert_eq!(errno(create_in(gone)), Errno::ESRCH);
+    });
+}
+
+/// What another thread does that waits for any child takes nothing from here, and the other way round.
+#[test]
+fn child_is_left_to_the_threads_that_wait_for_it() {
+    require!(FeatureFlags::WP_ASYNC);
+    child::run_well(test_name!(), || {
+        let figures = Memory::new(Kind::Memfd, 1);
+        let steps = shared(&figures);
+        let process = child::fork(|| {
+            loop {
+                steps.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    // SAFETY: no status is asked for.
+                    let waited = unsafe { libc::waitpid(-1, ptr::null_mut(), libc::WNOHANG) };
+                    // It may be told of a stop.
+                    assert!(waited == 0 || waited == process.pid(), "{waited}");
+                }
+            });
+            for _ in 0..ROUNDS {
+                drop(create_in(process.pid()).unwrap());
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        let before = steps.load(Ordering::Relaxed);
+        wait_until(|| steps.load(Ordering::Relaxed) > before + 1000);
+        process.kill();
+        assert_eq!(process.wait(), libc::SIGKILL);
+        for round in 0..10 * ROUNDS {
+            // It ends at any moment.
+            let process = child::fork(|| {
+                for step in 0..50 * round {
+                    std::hint::black_box(step);
+                    // SAFETY: touches no memory.
+                    unsafe { libc::syscall(libc::SYS_getppid) };
+                }
+            });
+            if let Err(error) = create_in(process.pid()) {
+                assert_eq!(error.errno(), Some(Errno::ESRCH), "round {round}");
+            }
+            process.succeed();
+        }
+    });
+}
+
+/// What rseq(2) has of a thread, for C libraries that have registered none.
+#[repr(C, align(32))]
+struct Registered([u64; 4]);
+
+/// Before each place where a sequence is aborted.
+const RSEQ_SIGNATURE: u32 = 0x5305_3053;
+
+/// The thread's structure for rseq(2). `None`: the kernel has none.
+fn rseq_structure() -> Option<*mut u64> {
+    // SAFETY: the names end with a NUL.
+    let symbol = |name: &std::ffi::CStr| unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    let (offset, size) = (symbol(c"__rseq_offset").cast::<isize>(), symbol(c"__rseq_size").cast::<u32>());
+    // SAFETY: glibc's constants of these types, if it has them.
+    if !offset.is_null() && !size.is_null() && unsafe { size.read() } > 0 {
+        let thread: *mut u8;
+        // SAFETY: reads the thread pointer.
+        unsafe { std::arch::asm!("mov {}, fs:0", out(reg) thread) };
+        // SAFETY: as above.
+        return Some(thread.wrapping_offset(unsafe { offset.read() }).cast());
+    }
+    let structure = Box::leak(Box::new(Registered([u64::from(u32::MAX) << 32, 0, 0, 0])));
+    let start = structure.0.as_mut_ptr();
+    // SAFETY: the structure stays as long as this process, which has one thread.
+    let registered = unsafe { libc::syscall(libc::SYS_rseq, start, 32, 0, RSEQ_SIGNATURE) };
+    (registered == 0).then_some(start)
+}
+
+/// Runs a restartable sequence for ever. Returns if it goes on within it after the kernel has forgotten it.
+fn restart_for_ever(structure: *mut u64, steps: &AtomicU64, aborts: &AtomicU64) {
+    // Version and flags, where it begins, its length, where it is aborted.
+    #[repr(C, align(32))]
+    struct Sequence([u64; 4]);
+    let mut sequence = Sequence([0; 4]);
+    // SAFETY: writes to the sequence, the pointer to it, and the two numbers; uses no stack.
+    unsafe {
+        std::arch::asm!(
+            "lea {one}, [rip + 2f]",
+            "mov [{sequence} + 8], {one}",
+            "lea {other}, [rip + 3f]",
+            "sub {other}, {one}",
+            "mov [{sequence} + 16], {other}",
+            "lea {one}, [rip + 4f]",
+            "mov [{sequence} + 24], {one}",
+            "6:",
+            "mov [{structure} + 8], {sequence}",
+            "2:",
+            "inc qword ptr [{steps}]",
+            "cmp qword ptr [{structure} + 8], 0",
+            "jne 2b",
+            "3:",
+            "jmp 5f",
+            ".long 0x53053053",
+            "4:",
+            "inc qword ptr [{aborts}]",
+            "jmp 6b",
+            "5:",
+            one = out(reg) _,
+            other = out(reg) _,
+            sequence = in(reg) sequence.0.as_mut_ptr(),
+            structure = in(reg) structure,
+            steps = in(reg) steps.as_ptr(),
+            aborts = in(reg) aborts.as_ptr(),
+            options(nostack),
+        );
+    }
+}
+
+#[test]
+fn restartable_sequence_begins_anew() {
+    require!(FeatureFlags::WP_ASYNC);
+    child::run_well(test_name!(), || {
+        let numbers = [(); 2].map(|()| Memory::new(Kind::Memfd, 1));
+        let [steps, aborts] = numbers.each_ref().map(shared);
+        let process = child::fork(|| {
+            let structure = rseq_structure().expect("the kernel has WP_ASYNC, and so rseq(2)");
+            restart_for_ever(structure, steps, aborts);
+            panic!("the sequence went on");
+        });
+        for _ in 0..ROUNDS {
+            let before = steps.load(Ordering::Relaxed);
+            wait_until(|| steps.load(Ordering::Relaxed) > before + 1000);
+            let before = aborts.load(Ordering::Relaxed);
+            drop(create_in(process.pid()).unwrap());
+            wait_until(|| aborts.load(Ordering::Relaxed) > before);
+        }
+        process.kill();
+        assert_eq!(process.wait(), libc::SIGKILL);
+    });
+}
+
+#[test]
+fn process_that_dispatches_its_system_calls_is_left_alone() {
+    require!(FeatureFlags::WP_ASYNC);
+    const SET_SYSCALL_USER_DISPATCH: libc::c_int = 59;
+    child::run_well(test_name!(), || {
+        let figures = Memory::new(Kind::Memfd, 1);
+        let steps = shared(&figures);
+        let process = child::fork(|| {
+            // Whether system calls are signals.
+            let selector = AtomicBool::new(false);
+            let (on, none): (libc::c_ulong, libc::c_ulong) = (1, 0);
+            // SAFETY: the kernel reads the selector, alive as long as this process.
+            let set = unsafe { libc::prctl(SET_SYSCALL_USER_DISPATCH, on, none, none, selector.as_ptr()) };
+            assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+            selector.store(true, Ordering::Relaxed);
+            loop {
+                steps.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        wait_until(|| steps.load(Ordering::Relaxed) > 0);
+        assert_eq!(errno(create_in(process.pid())), Errno::EACCES);
+        let before = steps.load(Ordering::Relaxed);
+        wait_until(|| steps.load(Ordering::Relaxed) > before + 1000);
+        process.kill();
+        assert_eq!(process.wait(), libc::SIGKILL);
+    });
+}
+
+/// Names are bytes that the process chooses: its own, and those of what it maps.
+#[test]
+fn process_with_misleading_names_is_asked_like_any_other() {
+    require!(FeatureFlags::WP_ASYNC);
+    child::run_well(test_name!(), || {
+        let folder = std::env::temp_dir().join(format!("userfaultfd-injected-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        let path = folder.join("no [vdso]");
+        let (file, len) = (File::create_new(&path).unwrap(), 1 << 40);
+        file.set_len(len).unwrap();
+        let file = File::open(&path).unwrap();
+        let figures = Memory::new(Kind::Memfd, 1);
+        let steps = shared(&figures);
+        let process = child::fork(|| {
+            // SAFETY: the kernel copies the name, which ends with a NUL.
+            unsafe { libc::prctl(libc::PR_SET_NAME, c"\xff\xfe".as_ptr()) };
+            // SAFETY: a mapping of its own, of a file that nothing writes to.
+            let map = unsafe { memmap2::MmapOptions::new().len(len as usize).map(&file) }.unwrap();
+            loop {
+                steps.fetch_add(1 + u64::from(map[0]), Ordering::Relaxed);
+            }
+        });
+        wait_until(|| steps.load(Ordering::Relaxed) > 0);
+        let made = create_in(process.pid());
+        fs::remove_dir_all(&folder).unwrap();
+        drop(made.unwrap());
+        process.kill();
+        assert_eq!(process.wait(), libc::SIGKILL);
+    });
+}
+
+#[test]
+fn process_that_executes_programs_survives_being_asked() {
+    require!(FeatureFlags::WP_ASYNC);
+    child::run_well(test_name!(), || {
+        let script = std::env::temp_dir().join(format!("userfaultfd-again-{}", std::process::id()));
+        fs::write(&script, "#!/bin/sh\nexec \"$0\"\n").unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o700)).unwrap();
+        let mut command = Command::new(&script);
+        let mut process = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let made = (0..20 * ROUNDS).map(|_| create_in(process.id() as libc::pid_t));
+        let errors: Vec<_> = made.filter_map(Result::err).collect();
+        let ended = process.try_wait().unwrap();
+        process.kill().unwrap();
+        process.wait().unwrap();
+        fs::remove_file(&script).unwrap();
+        assert!(ended.is_none() && errors.is_empty(), "{ended:?} {errors:?}");
     });
 }
