@@ -5,13 +5,14 @@ mod memory;
 
 use std::fmt;
 use std::io;
+use std::os::fd::IntoRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use self::image::{Mm, Pagemap};
 pub use self::memory::CriuMemory;
-use super::{Handoff, Message, PeerError};
+use super::{Handoff, Message, Parts, PeerError, Process};
 use crate::pager::{self, DescriptorId, MissingRange, Pager, Refused, Region, RegionId};
 use crate::source::{FileSource, PageData, PageSource};
 use crate::{Uffd, sys};
@@ -179,50 +180,66 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// A [`CriuError`]. Then CRIU, which waits, is killed, and no process is restored.
+    /// A [`CriuError`]. Then CRIU is killed, and no process is restored, unless it was done at that moment: threads of a process that
+    /// isn't served wait for its memory as long as this process lives. The same after a panic of `images` or `begun`.
     pub fn serve_criu(
         &self,
         handoff: Handoff,
         images: &CriuImages,
         mut begun: impl FnMut(u32),
     ) -> Result<CriuServed, CriuError> {
-        let parts = handoff.into_parts();
+        let Parts { pid, userfaultfd, process, mut stream, .. } = handoff.into_parts();
         let mut served = CriuServed::default();
-        let mut serve = |pid: Option<u32>, uffd: Uffd| {
+        let mut restore = Restore { criu: Some(process), unserved: None };
+        let mut serve = |restore: &mut Restore, pid: Option<u32>, uffd: Uffd| {
             let pid = pid.unwrap_or_default();
+            restore.unserved = Some(uffd);
             let regions = images.regions(pid)?;
-            let added = self.add(uffd, regions);
-            let added = added.map_err(|Refused { error, .. }| CriuError::Pager { pid, error })?;
+            let Some(uffd) = restore.unserved.take() else { return Ok(()) };
+            let added = self.add(uffd, regions).map_err(|Refused { error, uffd }| {
+                restore.unserved = Some(uffd);
+                CriuError::Pager { pid, error }
+            })?;
             served.processes.push((pid, added.descriptor));
             begun(pid);
             Ok(())
         };
-        let mut stream = parts.stream;
-        let serve_all = || {
-            serve(parts.pid, parts.userfaultfd)?;
-            let stream = stream.as_mut().ok_or(CriuError::Incomplete)?;
-            loop {
-                match stream.receive(Duration::MAX).map_err(CriuError::Peer)? {
-                    None => return Err(CriuError::Incomplete),
-                    Some(received) => match (received.message, received.userfaultfd) {
-                        (Message::Handoff { pid, .. }, Some(uffd)) => serve(pid, uffd)?,
-                        // It has no memory.
-                        (Message::Zombie { .. }, _) => {}
-                        (Message::Complete, _) => return Ok(()),
-                        (message, _) => return Err(CriuError::Peer(PeerError::Unexpected { message })),
-                    },
-                }
+        serve(&mut restore, pid, userfaultfd)?;
+        let stream = stream.as_mut().ok_or(CriuError::Incomplete)?;
+        loop {
+            match stream.receive(Duration::MAX).map_err(CriuError::Peer)? {
+                None => return Err(CriuError::Incomplete),
+                Some(received) => match (received.message, received.userfaultfd) {
+                    (Message::Handoff { pid, .. }, Some(uffd)) => serve(&mut restore, pid, uffd)?,
+                    // It has no memory.
+                    (Message::Zombie { .. }, _) => {}
+                    (Message::Complete, _) => break,
+                    (message, _) => return Err(CriuError::Peer(PeerError::Unexpected { message })),
+                },
             }
-        };
-        match serve_all() {
-            Ok(()) => Ok(served),
-            Err(error) => {
-                if let Some(criu) = parts.process.victim() {
-                    // It may have ended.
-                    let _killed = sys::kill(criu);
-                }
-                Err(error)
-            }
+        }
+        restore.criu = None;
+        Ok(served)
+    }
+}
+
+/// A restore that isn't complete. Dropped, it ends CRIU.
+struct Restore {
+    /// `None`: it is complete.
+    criu: Option<Process>,
+    /// Of the process whose regions are being found out.
+    unserved: Option<Uffd>,
+}
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        if let Some(criu) = self.criu.as_ref().and_then(Process::victim) {
+            // It may have ended.
+            let _killed = sys::kill(criu);
+        }
+        if let Some(uffd) = self.unserved.take() {
+            // A process that was restored already would read zeros.
+            let _kept = uffd.into_raw_fd();
         }
     }
 }

@@ -4,6 +4,7 @@
 #[expect(dead_code, reason = "it has what the tests of the kernel need")]
 mod support;
 
+mod criu;
 mod ends;
 mod forks;
 mod inherited;
