@@ -10,6 +10,9 @@ use super::{Error, Handoff, Listener, PeerError, Received, ServedProcess};
 use crate::pager::DescriptorId;
 use crate::pager::bell::Bell;
 
+/// Messages of a process that are taken before another one's turn.
+const MESSAGES_AT_ONCE: usize = 16;
+
 /// The loop of a handler that serves any number of virtual machines: it waits for those that arrive, for messages of those
 /// that are served, and for their ends, in one thread.
 ///
@@ -51,6 +54,8 @@ struct Guest {
     process: ServedProcess,
     /// Whether it may send messages: its connection is open, and had none that is wrong.
     speaks: bool,
+    /// Whether more of them may have come than were taken.
+    has_more: bool,
 }
 
 /// What a [`Server`] waits for.
@@ -101,7 +106,7 @@ impl Server {
     pub fn add(&mut self, process: ServedProcess) -> DescriptorId {
         let id = process.descriptor();
         process.ring_at_end(&self.bell);
-        self.served.push(Guest { process, speaks: true });
+        self.served.push(Guest { process, speaks: true, has_more: false });
         // It may have ended before it was known whom to ring.
         self.bell.ring();
         id
@@ -161,6 +166,9 @@ impl Server {
         let stop = self.stop.as_ref().map_or(none, |stop| polled(stop.as_fd()));
         let mut fds = vec![stop, polled(self.bell.as_fd())];
         fds.extend(self.served.iter().map(|guest| guest.stream().map_or(none, polled)));
+        // Those that were read may be complete without anything to be read.
+        let has_more = self.served.iter().any(|guest| guest.has_more);
+        let until = if has_more { Some(Instant::now()) } else { until };
         let arrived = match self.listener.step(until, &mut fds) {
             Ok(handoff) => handoff.map(ServerEvent::Handoff),
             Err(error) if error.is_of_peer() => Some(ServerEvent::Refused(error)),
@@ -172,8 +180,10 @@ impl Server {
             // Before what else there is: a thousand connections a second must not keep it from ending.
             self.events.push_front(ServerEvent::Stopped);
         }
-        for (_, guest) in self.served.iter_mut().enumerate().filter(|(at, _)| ready(2 + at)) {
-            guest.receive(&mut self.events);
+        for (at, guest) in self.served.iter_mut().enumerate() {
+            if ready(2 + at) || guest.has_more {
+                guest.receive(&mut self.events);
+            }
         }
         if ready(1) {
             self.bell.hush();
@@ -193,9 +203,10 @@ impl Guest {
         self.process.stream().filter(|_| self.speaks)
     }
 
-    /// Receives what has come.
+    /// Receives what has come, or a part of it: a process that sends without an end keeps nothing else waiting.
     fn receive(&mut self, events: &mut VecDeque<ServerEvent>) {
-        loop {
+        self.has_more = false;
+        for _ in 0..MESSAGES_AT_ONCE {
             match self.process.receive(Duration::ZERO) {
                 Ok(Some(received)) => {
                     events.push_back(ServerEvent::Message { process: self.process.descriptor(), received });
@@ -214,5 +225,6 @@ impl Guest {
                 return;
             }
         }
+        self.has_more = true;
     }
 }

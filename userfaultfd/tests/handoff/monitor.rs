@@ -25,6 +25,7 @@ const REMOVE: u8 = 0x80;
 const EXIT: u8 = 0xff;
 const ADD: u8 = 0xfe;
 const BABBLE: u8 = 0xfd;
+const FLOOD: u8 = 0xfc;
 
 /// The byte of a page of the image.
 pub(crate) fn byte(number: usize) -> u8 {
@@ -168,6 +169,11 @@ impl Monitor {
         self.answer();
     }
 
+    /// Has it send messages for ever.
+    pub(crate) fn flood(&mut self) {
+        self.ask(FLOOD);
+    }
+
     /// Has it say that its second region is there, too.
     pub(crate) fn add_region(&mut self) {
         self.ask(ADD);
@@ -220,6 +226,10 @@ fn run(
                 let mut confirmation = [0];
                 (&*stream).read_exact(&mut confirmation).unwrap();
                 command[0] = confirmation[0];
+            }
+            FLOOD => {
+                let messages = Dialect::Nydus.encode(&Message::Stat).unwrap().repeat(1000);
+                while (&*stream).write_all(&messages).is_ok() {}
             }
             BABBLE => (&*stream).write_all(b"[{}]").unwrap(),
             page if page & REMOVE != 0 => remove((page & !REMOVE).into()),

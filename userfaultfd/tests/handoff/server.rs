@@ -110,6 +110,39 @@ fn messages_of_a_process_are_events() {
 }
 
 #[test]
+fn process_that_sends_without_an_end_keeps_nothing_else_waiting() {
+    require!();
+    child::run_well(test_name!(), || {
+        let (listener, path) = listener();
+        let fork = |dialect| Monitor::fork(Style::new(dialect), path.clone());
+        let (mut floods, mut other) = (fork(Dialect::Nydus), fork(Dialect::Firecracker));
+        let (pager, mut server) = (Pager::new().unwrap(), Server::new(listener).unwrap());
+        floods.go();
+        let handed_over = handoff(&mut server);
+        server.add(pager.serve(handed_over, |_| Image(PAGES)).unwrap());
+        floods.flood();
+        let is_message = |event: &ServerEvent| matches!(event, ServerEvent::Message { .. });
+        assert!(is_message(&server.wait().unwrap()));
+        other.go();
+        let arrived = loop {
+            match server.wait().unwrap() {
+                ServerEvent::Handoff(handoff) => break handoff,
+                event => assert!(is_message(&event), "{event:?}"),
+            }
+        };
+        server.add(pager.serve(arrived, |_| Image(PAGES)).unwrap());
+        assert_eq!(other.read(1), shown(1));
+        other.exit();
+        floods.process.kill();
+        let is_end = |event: &ServerEvent| matches!(event, ServerEvent::Ended(_));
+        let mut ends = 0;
+        while ends < 2 {
+            ends += usize::from(is_end(&server.wait().unwrap()));
+        }
+    });
+}
+
+#[test]
 fn server_stops_while_peers_keep_connecting() {
     require!();
     let (listener, path) = listener();
