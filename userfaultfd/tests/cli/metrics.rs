@@ -1,7 +1,9 @@
 //! `uffd serve --metrics`: what Prometheus reads.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
 
 use userfaultfd::handoff::Dialect;
 
@@ -10,6 +12,9 @@ use crate::program::{Folder, Running, run};
 use crate::serve::image;
 use crate::support::proc::wait_until;
 use crate::support::{child, page, require, test_name};
+
+#[path = "../../src/bin/uffd/serve/answer.rs"]
+mod answer;
 
 /// What a server answers to some bytes.
 fn ask(address: &str, request: &[u8]) -> String {
@@ -137,4 +142,24 @@ fn bad_requests_are_answered_and_the_next_one_too() {
         let said = run(&["serve", "--socket", &socket, "--image", &image, "--metrics", address]);
         assert!(said.code == Some(2) && said.err.contains("--metrics"), "{address}: {said:?}");
     }
+}
+
+#[test]
+fn client_that_takes_little_at_a_time_is_left_when_its_time_is_over() {
+    require!();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (accepted, _) = listener.accept().unwrap();
+    client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+    let answered = thread::spawn(move || {
+        let body = || "x".repeat(1 << 30);
+        answer::answer(accepted, Duration::from_millis(50), body).unwrap_err().kind()
+    });
+    let mut room = [0; 4096];
+    // Until the connection is closed: it goes on all the time.
+    while client.read(&mut room).is_ok_and(|read| read > 0) {
+        thread::yield_now();
+    }
+    // A write that waits for the last moment is `WouldBlock`.
+    assert!(matches!(answered.join().unwrap(), ErrorKind::TimedOut | ErrorKind::WouldBlock));
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
@@ -67,6 +68,14 @@ impl Running {
         let read = self.err.read_line(&mut self.said).unwrap();
         assert_ne!(read, 0, "it has ended: {}", self.said);
         self.said[from..].trim_end().to_owned()
+    }
+
+    /// Nobody reads its standard error any more.
+    pub(crate) fn hang_up(&mut self) {
+        let nothing = std::fs::File::open("/dev/null").unwrap();
+        // SAFETY: both are open, and what is read from stays the owner of its number.
+        let closed = unsafe { libc::dup2(nothing.as_raw_fd(), self.err.get_ref().as_raw_fd()) };
+        assert_ne!(closed, -1);
     }
 
     pub(crate) fn signal(&self, signal: libc::c_int) {

@@ -75,6 +75,31 @@ fn machines_go_on_by_themselves_after_sigterm() {
     });
 }
 
+/// Such as a logger that was restarted.
+#[test]
+fn machines_are_served_on_when_nobody_reads_what_is_said() {
+    require!();
+    child::run_well(test_name!(), || {
+        let folder = Folder::new(test_name!());
+        let socket = folder.path("socket");
+        let image = folder.file("image", &image(PAGES));
+        let [mut one, mut other] = monitors(&socket);
+        let mut server = serve(&socket, &image, &[]);
+        go(&mut one, &mut server, 1);
+        server.hang_up();
+        other.go();
+        for monitor in [&mut one, &mut other] {
+            (0..HALF).for_each(|page| assert_eq!(monitor.read(page), shown(page)));
+        }
+        server.signal(libc::SIGTERM);
+        assert_eq!(server.end().code, Some(0));
+        for mut monitor in [one, other] {
+            (0..PAGES).for_each(|page| assert_eq!(monitor.read(page), shown(page)));
+            monitor.exit();
+        }
+    });
+}
+
 #[test]
 fn working_set_of_all_machines_is_recorded_and_filled() {
     require!();

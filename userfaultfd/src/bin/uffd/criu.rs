@@ -12,7 +12,7 @@ use std::time::Duration;
 use userfaultfd::handoff::{CriuImages, Dialect, Error, Handoff, Listener};
 use userfaultfd::pager::{HttpSource, PageSource, Pager, Problem};
 
-use crate::exit::{Count, Failure};
+use crate::exit::{Count, Failure, say};
 use crate::serve;
 
 /// The name that `criu restore --lazy-pages` connects to.
@@ -63,20 +63,20 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         .map_err(|error| Failure::Unmet(format!("{error}; `uffd doctor` says more")))?;
     let path = options.folder.join(SOCKET);
     let mut listener = listen(&path)?.dialects([Dialect::Criu]);
-    eprintln!("waiting for criu restore --lazy-pages -D {}", options.folder.display());
+    say!("waiting for criu restore --lazy-pages -D {}", options.folder.display());
     let Some(handoff) = accept(&mut listener, signals, &path)? else { return Ok(()) };
     let failed = |error: &dyn std::fmt::Display| Failure::Failed(error.to_string());
-    let begun = |pid| eprintln!("process {pid}: served");
+    let begun = |pid| say!("process {pid}: served");
     let served = pager.serve_criu(handoff, &images, begun).map_err(|error| failed(&error))?;
     let processes = Count(served.processes.len(), "process");
     // The socket has done its part: CRIU looks for none any more.
     drop(listener);
-    eprintln!("{processes} restored");
+    say!("{processes} restored");
     match pager.finish(|_| {}) {
         Ok(()) => {
             let statistics = pager.statistics();
             let mib = statistics.bytes as f64 / f64::from(1 << 20);
-            eprintln!("complete: {} faults, {mib:.1} MiB filled", statistics.faults());
+            say!("complete: {} faults, {mib:.1} MiB filled", statistics.faults());
             Ok(())
         }
         Err(error) => Err(failed(&error)),
@@ -86,7 +86,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
 /// Says what the pager reports. Processes may end meanwhile.
 fn report(problem: &Problem) {
     if !matches!(problem, Problem::TargetGone { .. }) {
-        eprintln!("{problem}");
+        say!("{problem}");
     }
 }
 
@@ -108,7 +108,7 @@ fn accept(listener: &mut Listener, mut signals: UnixStream, path: &Path) -> Resu
         match listener.accept_timeout(LOOK_INTERVAL) {
             Ok(Some(handoff)) => return Ok(Some(handoff)),
             Ok(None) => {}
-            Err(error @ Error::Peer { .. }) => eprintln!("refused: {error}"),
+            Err(error @ Error::Peer { .. }) => say!("refused: {error}"),
             Err(error) => return Err(Failure::of(path.display())(error)),
         }
         match signals.read(&mut [0]) {

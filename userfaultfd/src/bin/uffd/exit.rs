@@ -1,8 +1,24 @@
 //! How the program ends: the exit codes, and errors with what helps.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Write};
 use std::process::ExitCode;
+
+/// Writes a line to the standard error. What can't be written is lost: the reader of a pipe may have gone, and a disk may be
+/// full, and machines that are served are worth more.
+macro_rules! say {
+    ($($text:tt)*) => {
+        $crate::exit::write_line(format!($($text)*))
+    };
+}
+
+pub(crate) use say;
+
+/// For [`say`].
+pub(crate) fn write_line(mut text: String) {
+    text.push('\n');
+    let _lost = io::stderr().lock().write_all(text.as_bytes());
+}
 
 /// The codes, as help and the manual say them.
 pub(crate) const CODES: &str = "\

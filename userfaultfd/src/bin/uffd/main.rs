@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use self::cli::{Arguments, Command};
-use self::exit::Failure;
+use self::exit::{Failure, say};
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
@@ -35,7 +35,7 @@ fn main() -> ExitCode {
         // The reader of a pipe has what it wanted.
         Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("uffd: {failure}");
+            say!("uffd: {failure}");
             failure.code()
         }
     }

@@ -12,7 +12,7 @@ use serde::Serialize;
 use userfaultfd::dirty::Options as TrackerOptions;
 use userfaultfd::{DirtyTracker, Errno, Error, FeatureFlags, Pid, UffdBuilder};
 
-use crate::exit::{Count, Failure};
+use crate::exit::{Count, Failure, say};
 use crate::serve;
 
 /// Report what a process writes, live
@@ -83,7 +83,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     let (mut signals, _) = serve::signals()?;
     let mut tracked = Tracked::new(process)?;
     tracked.follow();
-    eprintln!("tracking {}", tracked.summary());
+    say!("tracking {}", tracked.summary());
     let begin = Instant::now();
     let mut due = begin;
     let mut lines = 0;
@@ -93,7 +93,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
             return Ok(());
         }
         let Some(ranges) = tracked.take()? else {
-            eprintln!("process {pid} has ended");
+            say!("process {pid} has ended");
             return Ok(());
         };
         let names = options.ranges.then(|| tracked.mappings());

@@ -10,7 +10,7 @@ use userfaultfd::handoff::{Handoff, Message, ProcessRecorder, ProcessReplay, Ser
 use userfaultfd::pager::{self, DescriptorId, PageSource, Pager, WorkingSet};
 
 use super::metrics::{Board, Ending};
-use crate::exit::{Count, Failure};
+use crate::exit::{Count, Failure, say};
 
 pub(super) struct Guests {
     image: Arc<dyn PageSource>,
@@ -67,7 +67,7 @@ impl Guests {
             Err(unserved) => {
                 self.lost.fetch_add(1, Ordering::Relaxed);
                 self.board.count(Ending::Unserved, 1);
-                eprintln!("vm {number}: {unserved}");
+                say!("vm {number}: {unserved}");
                 return None;
             }
         };
@@ -76,7 +76,7 @@ impl Guests {
             // It has ended at once, which is the next event.
             Err(pager::Error::NotServed) => None,
             Err(error) => {
-                eprintln!("vm {number}: the working set isn't filled: {error}");
+                say!("vm {number}: the working set isn't filled: {error}");
                 None
             }
         });
@@ -84,7 +84,7 @@ impl Guests {
             served.regions().fold((0, 0), |(regions, bytes), (region, _)| (regions + 1, bytes + region.len));
         let regions = Count(regions, "region");
         let (process, dialect) = (served.process().credentials, served.dialect());
-        eprintln!("vm {number}: {process}, {dialect}, {:.1} MiB in {regions}", mib(bytes as u64));
+        say!("vm {number}: {process}, {dialect}, {:.1} MiB in {regions}", mib(bytes as u64));
         self.show(number, &served);
         let guest = Guest { number, since: Instant::now(), recorder, replay };
         self.guests.insert(served.descriptor(), guest);
@@ -95,14 +95,14 @@ impl Guests {
     pub(super) fn receive(&mut self, served: &mut ServedProcess, message: Message) {
         let number = self.number(served);
         let Message::AddRegions(regions) = message else {
-            eprintln!("vm {number}: not understood: {message:?}");
+            say!("vm {number}: not understood: {message:?}");
             return;
         };
         for region in regions {
             let bytes = region.len as u64;
             match served.add_region(region, Arc::clone(&self.image)) {
-                Ok(_) => eprintln!("vm {number}: {:.1} MiB more", mib(bytes)),
-                Err(error) => eprintln!("vm {number}: memory isn't added: {error}"),
+                Ok(_) => say!("vm {number}: {:.1} MiB more", mib(bytes)),
+                Err(error) => say!("vm {number}: memory isn't added: {error}"),
             }
         }
         self.show(number, served);
@@ -133,7 +133,7 @@ impl Guests {
     /// A machine's memory can't be completed.
     pub(super) fn unfinished(&mut self, served: &ServedProcess, reason: &dyn std::fmt::Display) {
         self.lost.fetch_add(1, Ordering::Relaxed);
-        eprintln!("vm {}: its memory can't be completed: {reason}", self.number(served));
+        say!("vm {}: its memory can't be completed: {reason}", self.number(served));
     }
 
     /// Machines end that aren't complete.
@@ -163,9 +163,7 @@ impl Guests {
             )
         });
         let seconds = since.elapsed().as_secs_f64();
-        eprintln!(
-            "vm {number}: {how} after {seconds:.1} s: {faults} faults, {bytes:.1} MiB filled{errors}{set}"
-        );
+        say!("vm {number}: {how} after {seconds:.1} s: {faults} faults, {bytes:.1} MiB filled{errors}{set}");
     }
 
     /// Ends the record of a machine, and saves those of all so far.
@@ -184,7 +182,7 @@ impl Guests {
             set.insert(all).save(&*path).map_err(|error| error.to_string())
         });
         if let Err(error) = saved {
-            eprintln!("vm {}: its record isn't in {}: {error}", guest.number, path.display());
+            say!("vm {}: its record isn't in {}: {error}", guest.number, path.display());
         }
     }
 }

@@ -5,8 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -15,13 +14,14 @@ use std::time::{Duration, Instant};
 use userfaultfd::handoff::ProcessStatistics;
 use userfaultfd::pager::{Histogram, Metric, Pager, Statistics};
 
-use crate::exit::Failure;
-
-/// The longest head of a request, in bytes.
-const MAX_HEAD_BYTES: usize = 8 << 10;
+use super::answer::answer;
+use crate::exit::{Failure, say};
 
 /// How long a client may take to ask, and to take the answer.
 const CLIENT_TIME: Duration = Duration::from_secs(2);
+
+/// How often it is looked whether there are descriptors again, or the thread has ended.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The bounds of latencies are these powers of two, in nanoseconds: 1 µs to 69 s. The library's buckets end there, too.
 const BOUNDS: std::ops::RangeInclusive<u32> = 10..=36;
@@ -226,65 +226,36 @@ impl Metrics {
         let listener = TcpListener::bind(address).map_err(failure())?;
         let address = listener.local_addr().map_err(failure())?;
         let stopping = Arc::new(AtomicBool::new(false));
-        let (flag, pager, board) = (Arc::clone(&stopping), Arc::clone(pager), Arc::clone(board));
+        // The end of the pager is that of its machines: no client puts it off.
+        let (flag, pager, board) = (Arc::clone(&stopping), Arc::downgrade(pager), Arc::clone(board));
         let serve = move || {
             while !flag.load(Ordering::Acquire) {
                 match listener.accept() {
-                    // A client that goes away has lost interest, no more.
-                    Ok((client, _)) => drop(answer(client, || board.render(&pager))),
+                    Ok((client, _)) => {
+                        let render = || pager.upgrade().map_or(String::new(), |pager| board.render(&pager));
+                        // A client that goes away has lost interest, no more.
+                        drop(answer(client, CLIENT_TIME, render));
+                    }
                     // Such as for lack of descriptors: not at full speed.
-                    Err(_) => thread::park_timeout(Duration::from_millis(100)),
+                    Err(_) => thread::park_timeout(LOOK_INTERVAL),
                 }
             }
         };
         let thread = thread::Builder::new().name("metrics".into()).spawn(serve);
         let thread = thread.map_err(Failure::of("the thread of --metrics"))?;
-        eprintln!("metrics on http://{address}/metrics");
+        say!("metrics on http://{address}/metrics");
         Ok(Self { address, stopping, thread })
     }
 
-    /// Ends the thread, which has a share of the pager.
+    /// Ends the thread. A client that it answers at the moment has its time.
     pub(super) fn stop(self) {
         self.stopping.store(true, Ordering::Release);
         self.thread.thread().unpark();
-        // Wakes it. If it can't be reached, it waits in `accept` for ever: the process ends without it.
-        if TcpStream::connect_timeout(&self.address, CLIENT_TIME).is_ok() {
-            let _it_has_panicked = self.thread.join();
+        let until = Instant::now() + 3 * CLIENT_TIME;
+        while !self.thread.is_finished() && Instant::now() < until {
+            // Wakes it, if it waits for one to connect.
+            drop(TcpStream::connect_timeout(&self.address, LOOK_INTERVAL));
+            thread::park_timeout(LOOK_INTERVAL);
         }
     }
-}
-
-/// Answers one request, and closes the connection.
-fn answer(mut client: TcpStream, render: impl FnOnce() -> String) -> io::Result<()> {
-    let until = Instant::now() + CLIENT_TIME;
-    client.set_write_timeout(Some(CLIENT_TIME))?;
-    let (mut head, mut room) = (Vec::new(), [0; 1024]);
-    let is_whole = |head: &[u8]| head.windows(4).any(|four| four == b"\r\n\r\n");
-    while !is_whole(&head) {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() || head.len() > MAX_HEAD_BYTES {
-            break;
-        }
-        client.set_read_timeout(Some(left))?;
-        match client.read(&mut room)? {
-            0 => return Ok(()),
-            read => head.extend_from_slice(&room[..read]),
-        }
-    }
-    let first = head.split(|byte| *byte == b'\r').next().unwrap_or_default();
-    let mut words = first.split(|byte| *byte == b' ');
-    let (status, body) = match (words.next(), words.next()) {
-        _ if !is_whole(&head) => ("400 Bad Request", String::new()),
-        (Some(b"GET"), Some(b"/metrics")) => ("200 OK", render()),
-        (Some(b"GET"), _) => ("404 Not Found", "the metrics are at /metrics\n".to_owned()),
-        _ => ("405 Method Not Allowed", String::new()),
-    };
-    let length = body.len();
-    let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {length}\r\n\
-         Connection: close\r\n\r\n"
-    );
-    client.write_all(head.as_bytes())?;
-    client.write_all(body.as_bytes())?;
-    client.shutdown(Shutdown::Write)
 }

@@ -1,5 +1,6 @@
 //! `uffd serve`: the page-fault handler of a host.
 
+mod answer;
 mod guests;
 mod image;
 mod metrics;
@@ -21,7 +22,7 @@ use userfaultfd::pager::{self, OnEnd, Pager, Problem};
 use self::guests::Guests;
 use self::metrics::{Board, Ending, Metrics};
 pub(crate) use self::stop::signals;
-use crate::exit::Failure;
+use crate::exit::{Failure, say};
 
 /// Serve the memory of virtual machines that are restored from an image
 ///
@@ -109,7 +110,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         Arc::clone(&board),
     )?;
     let mut server = Server::new(listener).map_err(Failure::of("the socket"))?.stop_on(stop);
-    eprintln!("serving");
+    say!("serving");
     loop {
         match server.wait().map_err(Failure::of("the socket"))? {
             ServerEvent::Handoff(handoff) => {
@@ -125,10 +126,10 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
             ServerEvent::Ended(served) => guests.end(&served),
             ServerEvent::Refused(error) => {
                 board.count(Ending::Refused, 1);
-                eprintln!("refused: {error}");
+                say!("refused: {error}");
             }
             ServerEvent::Stopped => break,
-            event => eprintln!("not understood: {event:?}"),
+            event => say!("not understood: {event:?}"),
         }
     }
     stop::finish((pager, metrics), server.into_processes(), guests, signals);
@@ -147,7 +148,7 @@ fn report(problem: &Problem, lost: &AtomicUsize) {
         }
         _ => {}
     }
-    eprintln!("{problem}");
+    say!("{problem}");
 }
 
 /// What userfaultfd needs, and hasn't here.

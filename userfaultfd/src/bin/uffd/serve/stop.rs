@@ -13,7 +13,7 @@ use userfaultfd::pager::{self, Pager};
 
 use super::guests::Guests;
 use super::metrics::Metrics;
-use crate::exit::{Count, Failure};
+use crate::exit::{Count, Failure, say};
 
 /// A socket with a byte for each signal that asks this program to end, and a duplicate to wait for it.
 pub(crate) fn signals() -> Result<(UnixStream, UnixStream), Failure> {
@@ -45,7 +45,7 @@ pub(super) fn finish(
     let processes: Vec<_> = processes.inspect(|served| guests.end_record(served)).collect();
     if count > 0 {
         let machines = Count(count, "virtual machine");
-        eprintln!("filling the memory of {machines}; a second signal ends what isn't filled");
+        say!("filling the memory of {machines}; a second signal ends what isn't filled");
     }
     let (sender, events) = mpsc::channel();
     let of_signals = sender.clone();
@@ -76,7 +76,7 @@ pub(super) fn finish(
                 }
             }
             Ok(Event::Signal) | Err(mpsc::RecvError) => {
-                eprintln!("not complete: {}", Count(left, "virtual machine"));
+                say!("not complete: {}", Count(left, "virtual machine"));
                 guests.give_up(left);
                 break;
             }
