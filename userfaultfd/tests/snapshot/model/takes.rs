@@ -1,0 +1,127 @@
+//! Snapshots one after the other.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use userfaultfd::snapshot::{Content, Error, Geometry, Options, Progress, Removal, Sink, Snapshot};
+
+use super::dawdle;
+use super::log::{Held, Taken};
+use super::worker::World;
+use crate::support::memory;
+use crate::support::random::Random;
+
+/// Takes all, slowly now and then, or fails half-way.
+struct Collect {
+    held: Arc<Mutex<Held>>,
+    page: usize,
+    pub(super) random: Random,
+    slow: usize,
+    fails: bool,
+}
+
+impl Sink for Collect {
+    fn begin(&mut self, _: &Geometry) -> io::Result<()> {
+        dawdle(&mut self.random, 3);
+        Ok(())
+    }
+
+    fn write(&mut self, offset: u64, content: Content<'_>) -> io::Result<()> {
+        dawdle(&mut self.random, self.slow);
+        if self.fails && self.random.one_in(3) {
+            return Err(io::Error::other("as it is told to"));
+        }
+        let len = content.len() as usize;
+        for at in (0..len).step_by(self.page) {
+            let word = match content {
+                Content::Data(bytes) => Some(u64::from_ne_bytes(*bytes[at..].first_chunk().unwrap())),
+                Content::Zero(_) => Some(0),
+                Content::Gone(_) => None,
+                other => panic!("{other:?}"),
+            };
+            let page = (offset as usize + at) / self.page;
+            assert_eq!(self.held.lock().unwrap().insert(page, word), None, "page {page} came twice");
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        if self.fails { Err(io::Error::other("as it is told to")) } else { Ok(()) }
+    }
+}
+
+/// Snapshots one after the other.
+pub(super) struct Takes {
+    pub(super) random: Random,
+    pub(super) removal: Removal,
+    pub(super) series: Option<userfaultfd::snapshot::Series>,
+    pub(super) chain: Held,
+    pub(super) previous: u64,
+    pub(super) taken: Vec<Taken>,
+}
+
+impl Takes {
+    pub(super) fn options(world: &World, removal: Removal, buffer: usize) -> Options {
+        Options::new().range(world.addresses()).buffer(buffer).removal(removal)
+    }
+
+    /// Takes one, unless it fails as it must.
+    pub(super) fn take(&mut self, world: &World, buffer: usize) -> Result<(), String> {
+        let random = &mut self.random;
+        let held = Arc::new(Mutex::new(Held::new()));
+        let sink = Collect {
+            held: Arc::clone(&held),
+            page: world.memory.page(),
+            random: Random::new(random.next()),
+            slow: [1, 10, 400][random.below(3)],
+            fails: random.one_in(10),
+        };
+        let (fails, aborts) = (sink.fails, random.one_in(20));
+        dawdle(random, 20);
+        let before = world.now();
+        let begun = match &mut self.series {
+            Some(series) => series.begin(sink),
+            None => Self::options(world, self.removal, buffer).begin(sink),
+        };
+        let begun: Snapshot<_> = match begun {
+            Ok(begun) => begun,
+            // No second descriptor protects while the layout changes all the time.
+            Err(Error::Kernel(error)) if error.is_retryable() && !memory::kernel_tells_protection() => {
+                return Ok(());
+            }
+            Err(error) => return Err(format!("begin: {error:?}")),
+        };
+        let after = world.now();
+        if aborts {
+            begun.abort();
+        }
+        let result = begun.wait();
+        let ended = world.now();
+        let previous = std::mem::replace(&mut self.previous, ended);
+        let Progress { total, saved, gone, .. } = match result {
+            Ok(finished) => finished.progress,
+            Err(Error::Sink(_)) if fails => return Ok(()),
+            Err(Error::Aborted) if aborts => return Ok(()),
+            Err(error) => return Err(format!("wait: {error:?}")),
+        };
+        let mut held = std::mem::take(&mut *held.lock().unwrap());
+        let bytes = |pages: usize| (pages * world.memory.page()) as u64;
+        let told = (bytes(held.len()), bytes(held.values().filter(|word| word.is_none()).count()));
+        if (total, gone) != told || saved != total {
+            return Err(format!("{saved} of {total}, of them {gone} gone, but delivered were {told:?}"));
+        }
+        let mut earlier = BTreeSet::new();
+        if self.series.is_some() {
+            earlier.extend(self.chain.keys().filter(|page| !held.contains_key(page)));
+            self.chain.extend(held);
+            held = self.chain.clone();
+        }
+        if held.len() != world.pages {
+            return Err(format!("it holds {} pages of {}", held.len(), world.pages));
+        }
+        let follows = self.series.is_some();
+        self.taken.push(Taken { began: (before, after), ended, previous, follows, held, earlier });
+        Ok(())
+    }
+}
