@@ -1,8 +1,12 @@
 //! Tests that need a process of their own: that drop rights, fork, exhaust descriptors or die.
 
+use std::io::Read;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc;
+use std::thread;
 
 use super::raw::check;
 
@@ -39,6 +43,53 @@ pub(crate) fn run_with(
     // The child has a watchdog of its own, which may be paused.
     let _pause = super::pause_watchdog();
     Some(prepare(alone(test).stdin(Stdio::null())).output().unwrap())
+}
+
+/// Like [`run`], in some processes at once, whose commands `prepare` may change by their numbers. Once one of them has
+/// failed the others are killed, and only that one is returned.
+#[allow(dead_code, reason = "one model of all tests needs several")]
+pub(crate) fn run_several(
+    test: &'static str,
+    processes: usize,
+    prepare: impl Fn(usize, &mut Command),
+    body: impl FnOnce(),
+) -> Option<Vec<(ExitStatus, String)>> {
+    if std::env::var(CHILD).is_ok_and(|child| child == test) {
+        return run(test, body).map(|_| unreachable!("this is the child"));
+    }
+    let _pause = super::pause_watchdog();
+    let (tell, told) = mpsc::channel();
+    let mut children: Vec<_> = (0..processes)
+        .map(|number| {
+            let mut command = alone(test);
+            command.arg("--nocapture").stdin(Stdio::null());
+            prepare(number, &mut command);
+            // One way for both outputs: it ends when all have closed it, and no process waits for a reader.
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            command.stdout(OwnedFd::from(theirs.try_clone().unwrap())).stderr(OwnedFd::from(theirs));
+            let child = command.spawn().unwrap();
+            let tell = tell.clone();
+            thread::spawn(move || {
+                let mut said = Vec::new();
+                ours.read_to_end(&mut said).unwrap();
+                drop(tell.send((number, String::from_utf8_lossy(&said).into_owned())));
+            });
+            child
+        })
+        .collect();
+    let mut ended = Vec::new();
+    for (number, said) in told.iter().take(processes) {
+        ended.push((children[number].wait().unwrap(), said));
+        if ended.last().is_some_and(|(status, _)| !status.success()) {
+            for child in &mut children {
+                // It may have ended.
+                drop(child.kill());
+                child.wait().unwrap();
+            }
+            return ended.pop().map(|failed| vec![failed]);
+        }
+    }
+    Some(ended)
 }
 
 /// This program, with one test alone.

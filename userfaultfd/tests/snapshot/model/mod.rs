@@ -5,14 +5,19 @@
 //! the page holds afterwards. A snapshot is right if there is one moment while it began at which every page held what the
 //! snapshot has of it. What may be missing of it, or be zero instead, is what the docs of the module say, and no more.
 //!
-//! `USERFAULTFD_MODEL_SECONDS` says how long it takes (and `USERFAULTFD_TEST_SECONDS` must be more than that), and
-//! `USERFAULTFD_MODEL_SEED` where the random numbers begin.
+//! `USERFAULTFD_MODEL_SECONDS` says how long it takes (and `USERFAULTFD_TEST_SECONDS` must be more than that),
+//! `USERFAULTFD_MODEL_SEED` where the random numbers begin, `USERFAULTFD_MODEL_PROCESSES` how many processes do it side by
+//! side: snapshots wait for much of their time. What fails says the number of its life; `USERFAULTFD_MODEL_LIFE` has that
+//! life again and again.
 
+mod clock;
 mod log;
 mod takes;
+mod tally;
 mod worker;
 
 use std::panic;
+use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -21,8 +26,9 @@ use std::time::{Duration, Instant};
 use userfaultfd::snapshot::Removal;
 use userfaultfd::{FeatureFlags, RegisterMode};
 
-use self::log::{Held, Log};
-use self::takes::Takes;
+use self::log::Log;
+use self::takes::{CHECKED, Takes};
+use self::tally::Tally;
 use self::worker::{HUGE, Worker, World};
 use crate::support::memory::Kind;
 use crate::support::random::Random;
@@ -32,28 +38,33 @@ const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
 const THREADS: usize = 3;
 
-/// Lets a little time pass; now and then others run.
-fn dawdle(random: &mut Random, limit: usize) {
-    (0..random.below(limit * 200)).for_each(|_| std::hint::spin_loop());
-    if random.one_in(12) {
-        thread::yield_now();
-    }
-}
+/// Says which of some processes this is.
+const PROCESS: &str = "USERFAULTFD_MODEL_PROCESS";
 
-/// What all lives have been.
-#[derive(Debug, Default)]
-struct Totals {
-    lives: u64,
-    snapshots: usize,
-    /// Lives in transparent huge pages, such pages that were seen, and collapses.
-    transparent: usize,
-    huge: usize,
-    collapsed: usize,
-}
+/// Names the one life that is repeated.
+const LIFE: &str = "USERFAULTFD_MODEL_LIFE";
+
+/// Time after which everything must have happened that a machine can't lack.
+const LONG: Duration = Duration::from_secs(50);
+
+/// What that is.
+const ALWAYS: [&str; 10] = [
+    CHECKED[0],
+    CHECKED[1],
+    "done: a fork",
+    "done: a page dropped",
+    "done: a page moved over another",
+    "done: a page written",
+    "done: pages dropped",
+    "done: pages mapped anew",
+    "done: pages moved by mremap",
+    "done: pages unmapped",
+];
+
+const HUGE_PAGES: &str = "pages: huge ones that the kernel made";
 
 /// One memory with some snapshots of it.
-fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(), String> {
-    totals.lives += 1;
+fn life(test: &'static str, mut random: Random, tally: &mut Tally) -> Result<(), String> {
     let (kind, transparent) = match random.below(48) {
         0..20 => (Kind::Anonymous, false),
         20..24 => (Kind::Anonymous, true),
@@ -76,6 +87,18 @@ fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(
         [(true, 24), (true, 24), (true, 24), (false, 12), (false, 12), (false, 1)][random.below(6)];
     let moves = series || members == 1;
     let Some(world) = World::new(test, kind, transparent, pages, moves) else { return Ok(()) };
+    tally.add(
+        match kind {
+            Kind::Anonymous if transparent => "lives: of huge pages that the kernel makes",
+            Kind::Anonymous => "lives: of private anonymous memory",
+            Kind::SharedAnonymous => "lives: of shared anonymous memory",
+            Kind::Memfd => "lives: of a memfd",
+            Kind::PrivateMemfd => "lives: of a private mapping of a memfd",
+            Kind::Hugetlb => "lives: of hugetlb memory",
+            Kind::PrivateHugetlb => "lives: of private hugetlb memory",
+        },
+        1,
+    );
     let world = &world;
     let removal = if random.one_in(3) { Removal::Zero } else { Removal::Save };
     let buffer = [0, 1 << 20, 16 << 20][random.below(3)];
@@ -87,8 +110,9 @@ fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(
         .map(|thread| Worker::new(world, of_thread(thread), Random::new(random.next())))
         .collect();
     let huge = if transparent { maps::sum_of(world.addresses(), "AnonHugePages") / HUGE } else { 0 };
+    tally.add(HUGE_PAGES, huge);
     let series = series.then(|| Takes::options(world, removal, buffer).series().unwrap());
-    let mut takes = Takes { random, removal, series, chain: Held::new(), previous: 0, taken: Vec::new() };
+    let mut takes = Takes::new(random, removal, series);
     let (stop, round) = (AtomicBool::new(false), Barrier::new(THREADS + 1));
     let mut result = Ok(());
     let log = thread::scope(|scope| {
@@ -104,7 +128,7 @@ fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(
                 }
             }
             round.wait();
-            if result.is_err() {
+            if result.is_err() || world.is_over() {
                 break;
             }
         }
@@ -112,19 +136,17 @@ fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(
         round.wait();
         let mut log = Log::default();
         for worker in workers {
-            let Worker { log: pages, changes, panicked, .. } = worker.join().unwrap();
+            let Worker { log: pages, changes, panicked, tally: done, .. } = worker.join().unwrap();
             if let Some(payload) = panicked {
                 panic::resume_unwind(payload);
             }
             log.pages.extend(pages);
             log.changes.extend(changes);
+            tally.join(done);
         }
         log
     });
-    totals.snapshots += takes.taken.len();
-    totals.transparent += usize::from(transparent);
-    totals.huge += huge;
-    totals.collapsed += world.collapsed.load(Ordering::Relaxed);
+    tally.join(takes.tally);
     let all = takes.taken.iter().enumerate();
     let checked = all.map(|(number, taken)| {
         log.check(taken, removal).map_err(|error| format!("snapshot {number}: {error}"))
@@ -132,32 +154,54 @@ fn life(test: &'static str, mut random: Random, totals: &mut Totals) -> Result<(
     result.and_then(|()| checked.collect()).map_err(|error| format!("{what}: {error}"))
 }
 
-fn number_from(variable: &str, or: u64) -> u64 {
-    std::env::var(variable).map_or(or, |text| text.parse().expect("a number"))
+fn number_from(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().expect("a number"))
+}
+
+/// One life after the other, in one of some processes.
+fn lives(test: &'static str, seed: u64, limit: Duration) {
+    let (start, mut tally) = (Instant::now(), Tally::default());
+    let process = number_from(PROCESS).expect("the number of this process");
+    let first = Random::new(seed.wrapping_add(process << 32)).next();
+    let mut life = number_from(LIFE).unwrap_or(first);
+    while start.elapsed() < limit {
+        if let Err(error) = self::life(test, Random::new(life), &mut tally) {
+            panic!("{LIFE}={life}: {error}\n{tally}");
+        }
+        life = number_from(LIFE).unwrap_or(life.wrapping_add(1));
+    }
+    print!("{}", tally.lines());
 }
 
 #[test]
 fn snapshots_match_the_model() {
     require!(WRITE_PROTECT);
-    let limit = Duration::from_secs(number_from("USERFAULTFD_MODEL_SECONDS", 1));
-    let seed = number_from("USERFAULTFD_MODEL_SEED", 1);
-    let output = child::run(test_name!(), || {
-        let (start, mut totals) = (Instant::now(), Totals::default());
-        while start.elapsed() < limit {
-            let seed = seed.wrapping_add(totals.lives).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            if let Err(error) = life(test_name!(), Random::new(seed), &mut totals) {
-                panic!("life {}: {error}", totals.lives);
-            }
-        }
-        println!("as they were: {totals:?}");
-        // Asked for by MADV_HUGEPAGE, which "never" forbids.
-        let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
-        let may_be_huge = enabled.is_ok_and(|text| !text.contains("[never]"));
-        assert!(totals.huge > 0 || totals.transparent == 0 || !may_be_huge, "no huge pages: {totals:?}");
+    let limit = Duration::from_secs(number_from("USERFAULTFD_MODEL_SECONDS").unwrap_or(1));
+    let seed = number_from("USERFAULTFD_MODEL_SEED").unwrap_or(1);
+    let processes = number_from("USERFAULTFD_MODEL_PROCESSES").unwrap_or(1);
+    let start = Instant::now();
+    let prepare = |process: usize, command: &mut Command| {
+        command.env(PROCESS, process.to_string());
+    };
+    let ended = child::run_several(test_name!(), processes as usize, prepare, || {
+        lives(test_name!(), seed, limit);
     });
-    if let Some(output) = output {
-        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
-        out.lines().filter(|line| line.contains("as they were")).for_each(show);
+    let Some(ended) = ended else { return };
+    let mut tally = Tally::default();
+    for (status, output) in &ended {
+        assert!(status.success(), "seed {seed}, {status}\n{output}");
+        tally.join_lines(output);
+    }
+    let checked = CHECKED.iter().map(|what| tally.of(what)).sum::<u64>();
+    let rate = checked as f64 / start.elapsed().as_secs_f64();
+    show(&format!("{tally}{checked:>12}  snapshots in all, {rate:.0} a second, seed {seed}"));
+    // Asked for by MADV_HUGEPAGE, which "never" forbids.
+    let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    let may_be_huge = enabled.is_ok_and(|text| !text.contains("[never]"));
+    let transparent = tally.of("lives: of huge pages that the kernel makes");
+    assert!(tally.of(HUGE_PAGES) > 0 || transparent == 0 || !may_be_huge, "no huge pages");
+    if limit >= LONG {
+        let never: Vec<_> = ALWAYS.iter().filter(|what| tally.of(what) == 0).collect();
+        assert!(never.is_empty(), "never happened: {never:?}");
     }
 }

@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::Barrier;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier};
 
 use userfaultfd::{FeatureFlags, MoveMode};
 
-use super::dawdle;
+use super::clock::{Clock, dawdle};
 use super::log::{Act, Change, Operation};
+use super::tally::Tally;
 use crate::support::memory::{Kind, Memory};
 use crate::support::random::Random;
 use crate::support::{features, page, uffd};
@@ -34,8 +35,9 @@ pub(super) struct World {
     transparent: bool,
     /// Pages may move and go: not where another snapshot registers all anew.
     moves: bool,
-    clock: AtomicU64,
-    pub(super) collapsed: AtomicUsize,
+    pub(super) clock: Arc<Clock>,
+    /// Pages that were unmapped.
+    gone: AtomicUsize,
 }
 
 impl World {
@@ -50,8 +52,8 @@ impl World {
         let memory = Memory::try_new(test, kind, pages + spare)?;
         let first = if transparent { memory.start().align_offset(HUGE) / page() } else { 0 };
         let away = Memory::anonymous(if kind.is_hugetlb() { 1 } else { pages });
-        let (clock, collapsed) = (AtomicU64::new(1), AtomicUsize::new(0));
-        let world = Self { memory, away, first, pages, transparent, moves, clock, collapsed };
+        let (clock, gone) = (Arc::default(), AtomicUsize::new(0));
+        let world = Self { memory, away, first, pages, transparent, moves, clock, gone };
         if transparent {
             world.memory.advise(first, pages, libc::MADV_HUGEPAGE).ok()?;
         }
@@ -59,11 +61,16 @@ impl World {
     }
 
     pub(super) fn now(&self) -> u64 {
-        self.clock.fetch_add(1, Ordering::SeqCst)
+        self.clock.now()
     }
 
     fn at(&self, page: usize) -> *mut c_void {
         self.memory.at(self.first + page)
+    }
+
+    /// Whether so little is left that nothing more is learned from it.
+    pub(super) fn is_over(&self) -> bool {
+        4 * self.gone.load(Ordering::Relaxed) > 3 * self.pages
     }
 
     pub(super) fn addresses(&self) -> Range<usize> {
@@ -88,6 +95,7 @@ pub(super) struct Worker<'a> {
     pub(super) log: BTreeMap<usize, Vec<Operation>>,
     /// When the layout changed: moves, and what was unmapped or mapped anew.
     pub(super) changes: Vec<Change>,
+    pub(super) tally: Tally,
     /// What it panicked with. It does nothing since.
     pub(super) panicked: Option<Box<dyn Any + Send>>,
 }
@@ -104,6 +112,7 @@ impl<'a> Worker<'a> {
             target: Memory::anonymous(1),
             log: BTreeMap::new(),
             changes: Vec::new(),
+            tally: Tally::default(),
             panicked: None,
         };
         worker.pages.clone().for_each(|page| worker.write(page));
@@ -127,6 +136,11 @@ impl<'a> Worker<'a> {
         let word = unsafe { self.at(page).cast::<u64>().read_volatile() };
         let last = self.log[&page].last().expect("it was written at first");
         assert_eq!(Some(word), last.holds, "page {page} holds something else than after {last:?}");
+    }
+
+    fn lose(&mut self, pages: Range<usize>) {
+        self.world.gone.fetch_add(pages.len(), Ordering::Relaxed);
+        self.places[pages].fill(None);
     }
 
     fn has_moved(&self, page: usize) -> bool {
@@ -190,7 +204,10 @@ impl<'a> Worker<'a> {
         let (at, all, began) = (self.at(first), first..first + many, world.now());
         let bytes = many * world.memory.page();
         match what {
-            0..630 => self.write(first),
+            0..630 => {
+                self.write(first);
+                self.tally.add("done: a page written", 1);
+            }
             630..730 => {
                 // What is dropped of shared memory is there again.
                 let advice = if kind.is_shared() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
@@ -198,15 +215,17 @@ impl<'a> Worker<'a> {
                 // Hugetlb memory can't be dropped before Linux 5.18.
                 if unsafe { libc::madvise(at, bytes, advice) } == 0 {
                     self.note(all, began, Act::Drop, Some(0));
+                    self.tally.add(if many > 1 { "done: pages dropped" } else { "done: a page dropped" }, 1);
                 }
             }
             730..750 if kind == Kind::Anonymous => {
                 // SAFETY: as above.
                 if unsafe { libc::madvise(at, bytes, MADV_GUARD_INSTALL) } == 0 {
-                    dawdle(&mut self.random, 200);
+                    self.world.clock.wait(&mut self.random, 20);
                     // SAFETY: as above.
                     assert_eq!(unsafe { libc::madvise(at, bytes, MADV_GUARD_REMOVE) }, 0);
                     self.note(all, began, Act::Silent, Some(0));
+                    self.tally.add("done: guard pages installed", 1);
                 }
             }
             750..780 if kind == Kind::Anonymous && features().contains(FeatureFlags::MOVE) => {
@@ -221,12 +240,14 @@ impl<'a> Worker<'a> {
                 target.advise(0, 1, libc::MADV_DONTNEED).unwrap();
                 if has_left {
                     self.note(first..first + 1, began, Act::Silent, Some(0));
+                    self.tally.add("done: a page moved away by UFFDIO_MOVE", 1);
                 }
             }
             780..790 if world.moves && small && !self.has_moved(first) => {
                 // They hold what they held.
                 if self.move_to(all.clone(), world.away.at(first)) {
                     self.changes.push(Change { began, ended: world.now(), pages: all });
+                    self.tally.add("done: pages moved by mremap", 1);
                 }
             }
             // Over another page, which is gone then.
@@ -236,18 +257,21 @@ impl<'a> Worker<'a> {
                     && self.places[other].is_some()
                     && self.move_to(first..first + 1, self.at(other))
                 {
-                    self.places[other] = None;
+                    self.lose(other..other + 1);
                     self.note(other..other + 1, began, Act::Unmap, None);
+                    self.tally.add("done: a page moved over another", 1);
                     for page in [first, other] {
                         self.changes.push(Change { began, ended: world.now(), pages: page..page + 1 });
                     }
                 }
             }
             820..825 if world.moves && small && !self.has_moved(first) => {
-                self.places[all.clone()].fill(None);
+                self.lose(all.clone());
                 if self.random.one_in(2) {
                     world.memory.unmap(world.first + first, many);
+                    self.tally.add("done: pages unmapped", 1);
                 } else {
+                    self.tally.add("done: pages mapped anew", 1);
                     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
                     let protection = libc::PROT_READ | libc::PROT_WRITE;
                     // SAFETY: the pages are this thread's, and nobody borrows them.
@@ -271,7 +295,8 @@ impl<'a> Worker<'a> {
                     }
                     child => {
                         // SAFETY: the status isn't asked for.
-                        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+                        let waited = unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+                        self.tally.add("done: a fork", usize::from(child > 0 && waited == child));
                     }
                 }
             }
@@ -279,9 +304,12 @@ impl<'a> Worker<'a> {
                 let huge = first * page() / HUGE * HUGE / page();
                 // SAFETY: content stays as it is.
                 let collapsed = unsafe { libc::madvise(world.at(huge), HUGE, MADV_COLLAPSE) };
-                world.collapsed.fetch_add(usize::from(collapsed == 0), Ordering::Relaxed);
+                self.tally.add("done: a huge page collapsed", usize::from(collapsed == 0));
             }
-            _ => self.read(first),
+            _ => {
+                self.read(first);
+                self.tally.add("done: a page read", 1);
+            }
         }
     }
 }
