@@ -1,6 +1,6 @@
 //! Filling in the background.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -286,30 +286,45 @@ fn background_continues_while_other_source_hangs() {
 #[test]
 fn source_may_drop_the_background_that_reads_it() {
     require!();
-    let slot: Arc<Mutex<Option<BackgroundFill>>> = Arc::default();
-    let dropping = Arc::clone(&slot);
-    let source = move |offset: u64, bytes: &mut [u8]| {
-        if offset > 0 {
-            drop(dropping.lock().unwrap().take());
+    // A slow source is read by several threads: one drops the fill while another one reads.
+    for slow in [false, true] {
+        let slot: Arc<Mutex<Option<BackgroundFill>>> = Arc::default();
+        let dropping = Arc::clone(&slot);
+        let reading = (Mutex::new(0), Condvar::new());
+        let source = move |offset: u64, bytes: &mut [u8]| {
+            let start = Instant::now();
+            while slow && start.elapsed() < Duration::from_millis(1) {
+                thread::yield_now();
+            }
+            if offset > 0 {
+                let (count, changed) = &reading;
+                let mut count = count.lock().unwrap();
+                *count += 1;
+                changed.notify_all();
+                drop(changed.wait_while(count, |count| slow && *count < 2).unwrap());
+                // Not with the lock, for which the other one may wait: a drop waits for its read.
+                let dropped = dropping.lock().unwrap().take();
+                drop(dropped);
+            }
+            bytes.fill(7);
+            Ok(PageData::Data)
+        };
+        let len = 100 * step() * page();
+        let memory = LazyMemory::builder(source).len(len).fault_around(FaultAround::Page).build().unwrap();
+        {
+            let mut slot = slot.lock().unwrap();
+            *slot = Some(memory.background(FillOrder::Ascending).unwrap());
         }
-        bytes.fill(7);
-        Ok(PageData::Data)
-    };
-    let len = 100 * step() * page();
-    let memory = LazyMemory::builder(source).len(len).fault_around(FaultAround::Page).build().unwrap();
-    {
-        let mut slot = slot.lock().unwrap();
-        *slot = Some(memory.background(FillOrder::Ascending).unwrap());
+        // The step that drops it is done to its end.
+        let has_gone_on = |statistics: Statistics| {
+            statistics.present_pages >= 2 * step() as u64 || statistics.source_errors > 0
+        };
+        wait_until(|| has_gone_on(memory.statistics()));
+        wait_until(|| slot.lock().unwrap().is_none());
+        assert_eq!(memory.statistics().source_errors, 0);
+        assert_eq!(memory[len - 1], 7);
+        assert!(memory.statistics().missing_pages > 0, "it has ended");
     }
-    // The step that drops it is done to its end.
-    let has_gone_on = |statistics: Statistics| {
-        statistics.present_pages >= 2 * step() as u64 || statistics.source_errors > 0
-    };
-    wait_until(|| has_gone_on(memory.statistics()));
-    assert!(slot.lock().unwrap().is_none());
-    assert_eq!(memory.statistics().source_errors, 0);
-    assert_eq!(memory[len - 1], 7);
-    assert!(memory.statistics().missing_pages > 0, "it has ended");
 }
 
 #[test]
