@@ -160,7 +160,8 @@ impl LazyMemory {
         self.handles_kernel_faults
     }
 
-    /// Fills a range, in bytes, and returns when it is filled. The part beyond the end of the memory is ignored.
+    /// Fills a range, in bytes, and returns when it is filled. The part beyond the end of the memory is ignored. Of a range
+    /// larger than the [budget](LazyBuilder::budget) each page is read from the source once, and some have left again.
     ///
     /// ```
     /// use std::io::Write;

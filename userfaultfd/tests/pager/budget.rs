@@ -276,6 +276,55 @@ fn pinned_pages_stay_and_no_more_than_half_can_be() {
     assert!(memory.pin(5000 * page()..6000 * page()).unwrap().is_empty());
 }
 
+/// Populating more than the budget passes over all of it once, as a read of all of it does.
+#[test]
+fn populate_of_more_than_the_budget_reads_each_page_once_and_ends() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    let (pages, most) = (512, 64);
+    for around in
+        [FaultAround::Page, FaultAround::Block(16 * page()), FaultAround::Adaptive { most: 1 << 20 }]
+    {
+        for tries in [false, true] {
+            let reads: Arc<[AtomicUsize]> = (0..pages).map(|_| AtomicUsize::new(0)).collect();
+            let counted = Arc::clone(&reads);
+            let source = move |offset: u64, bytes: &mut [u8]| {
+                for at in (0..bytes.len()).step_by(page()) {
+                    counted[(offset as usize + at) / page()].fetch_add(1, Ordering::Relaxed);
+                }
+                content(offset, bytes)
+            };
+            let budget = Budget::new(most * page());
+            let memory = LazyMemory::builder(source).len(pages * page()).fault_around(around).budget(&budget);
+            let memory = memory.build().unwrap();
+            let done = AtomicBool::new(false);
+            let largest = thread::scope(|scope| {
+                let watcher = scope.spawn(|| {
+                    let mut largest = 0;
+                    while !done.load(Ordering::Relaxed) {
+                        largest = largest.max(budget.resident());
+                    }
+                    largest
+                });
+                if tries {
+                    memory.try_populate(0..usize::MAX).unwrap();
+                } else {
+                    memory.populate(0..usize::MAX);
+                }
+                done.store(true, Ordering::Relaxed);
+                watcher.join().unwrap()
+            });
+            let what = format!("{around:?}, tries: {tries}, {:?}", budget.statistics());
+            let reads: Vec<_> = reads.iter().map(|reads| reads.load(Ordering::Relaxed)).collect();
+            let other = reads.iter().position(|reads| *reads != 1);
+            assert_eq!(other, None, "{:?}, {what}", other.map(|page| reads[page]));
+            // What is reserved by a thread that gives it back at once, and waits, counts for a moment.
+            assert!(largest <= (most + 64) * page(), "{largest} bytes were resident, {what}");
+            assert!(budget.resident() <= most * page(), "{what}");
+            assert!(memory.iter().enumerate().all(|(at, found)| *found == byte(at as u64)), "{what}");
+        }
+    }
+}
+
 #[test]
 fn many_threads_copy_under_a_small_budget() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
