@@ -321,8 +321,9 @@ impl Soak {
             }
         }
         print_unread_faults();
-        let process = self.child(process).as_ref().map(Child::id);
-        for process in process.into_iter().flat_map(with_children).chain([std::process::id()]) {
+        // Those of this process have no target.
+        let target = self.children.get(process).and_then(|_| self.child(process).as_ref().map(Child::id));
+        for process in target.into_iter().flat_map(with_children).chain([std::process::id()]) {
             print_threads(process);
         }
         for finding in self.common.findings.all() {
