@@ -29,7 +29,8 @@ use crate::tree;
 
 pub(crate) const USAGE: &str = "\
   kernels [NAME]... [--all] [--short] [--list] [--kernel PATH [--arch ARCH] [--features MASK] [--lacks NEED]...]
-          [--shell NAME] [--qemu PATH] [--limit SECONDS] [--binary NAME]... [--soak SECONDS] [-- ARGUMENT...]
+          [--shell NAME] [--qemu PATH] [--limit SECONDS] [--guests NUMBER] [--binary NAME]... [--soak SECONDS]
+          [-- ARGUMENT...]
       Run the workspace's tests on the kernels of xtask/kernels.toml, or the named ones of them, in virtual machines:
       as root and as a user without rights. QEMU and the kernels are Debian packages, fetched into the target folder.
       --all       kernels of other architectures, too
@@ -40,12 +41,13 @@ pub(crate) const USAGE: &str = "\
       --shell     no tests but a shell on the console of this kernel, with the binaries in /tests
       --qemu      the emulator to use; else one in PATH, else a fetched one
       --limit     how long a guest may run, instead of what the table says
+      --guests    how many guests run at a time, instead of two
       --binary    only this test binary, such as `userfaultfd-kernel`; once for each
       --soak      no tests but the example `soak` for this time, as root; ARGUMENT is for it then
       ARGUMENT    for every test binary: part of the names of the tests to run
 ";
 
-/// Guests that run at a time: each emulates two processors.
+/// Guests that run at a time if nothing is said: each emulates two processors.
 const AT_A_TIME: usize = 2;
 
 /// Seconds that a test may take in a guest, which shares this machine with another one.
@@ -153,7 +155,7 @@ fn run_all(folder: &Path, guests: &[Guest], options: &Options) -> Result<(), Str
                 }
             }
         };
-        (0..AT_A_TIME).for_each(|_| drop(scope.spawn(worker)));
+        (0..options.guests.unwrap_or(AT_A_TIME)).for_each(|_| drop(scope.spawn(worker)));
     });
     let mut done = done.into_inner().map_err(|e| e.to_string())?;
     done.sort_by_key(|(i, _)| *i);

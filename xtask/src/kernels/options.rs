@@ -44,6 +44,7 @@ pub(super) struct Options {
     pub(super) shell: Option<String>,
     pub(super) qemu: Option<PathBuf>,
     pub(super) limit: Option<u64>,
+    pub(super) guests: Option<usize>,
     pub(super) binaries: Vec<String>,
     pub(super) soak: Option<u64>,
     pub(super) arguments: Vec<String>,
@@ -65,11 +66,8 @@ impl Options {
                 "--lacks" => options.lacks.push(value()?),
                 "--shell" => options.shell = Some(value()?),
                 "--qemu" => options.qemu = Some(value()?.into()),
-                "--limit" => {
-                    let value = value()?;
-                    let limit: NonZeroU64 = value.parse().map_err(|e| format!("--limit {value}: {e}"))?;
-                    options.limit = Some(limit.get());
-                }
+                "--limit" => options.limit = Some(positive("--limit", &value()?)?),
+                "--guests" => options.guests = Some(positive("--guests", &value()?)? as usize),
                 "--binary" => options.binaries.push(value()?),
                 "--soak" => {
                     let value = value()?;
@@ -126,6 +124,10 @@ impl Options {
     }
 }
 
+fn positive(option: &str, value: &str) -> Result<u64, String> {
+    value.parse().map(NonZeroU64::get).map_err(|e| format!("{option} {value}: {e}"))
+}
+
 fn mask(text: &str) -> Result<u64, String> {
     let digits = text.strip_prefix("0x").unwrap_or(text);
     u64::from_str_radix(digits, 16).map_err(|e| format!("--features {text}: {e}"))
@@ -167,6 +169,7 @@ mod tests {
             &["--fast"],
             &["--limit", "soon"],
             &["--limit", "0"],
+            &["--guests", "0"],
             &["--soak", "long"],
         ] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
