@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::command::{cargo, display, output};
 use crate::tree;
@@ -20,6 +20,9 @@ const PATH: &str = "xtask/journal.md";
 
 /// How long a run takes that could go on for ever.
 const SECONDS: u64 = 900;
+
+/// Processes of the model. Its snapshots wait for much of their time.
+const PROCESSES: usize = 6;
 
 /// Where in the journal the newest line belongs.
 const HEAD: &str = "| --- | --- | --- | ---: | --- | --- |\n";
@@ -78,16 +81,21 @@ fn command(arguments: &[String]) -> Result<Command, String> {
             command.args(["--example=soak", "--", "--seconds", &seconds()?.to_string()]);
             Ok(command)
         }
-        "model" => {
-            let seconds: u64 = seconds()?;
-            let mut command = cargo(&["test", "--package=userfaultfd", "--test=snapshot", "model::"]);
-            command.env("USERFAULTFD_MODEL_SECONDS", seconds.to_string());
-            // The watchdog ends a test that hangs, not one that was told to go on.
-            command.env("USERFAULTFD_TEST_SECONDS", (2 * seconds + 60).to_string());
-            Ok(command)
-        }
+        "model" => Ok(model(seconds()?)),
         _ => Err(format!("journal: no command `{name}`\n\n{USAGE}")),
     }
+}
+
+/// The model of snapshots, for some seconds, from a seed that it says.
+pub(crate) fn model(seconds: u64) -> Command {
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() % 1_000_000);
+    let mut command = cargo(&["test", "--package=userfaultfd", "--test=snapshot", "model::"]);
+    command.env("USERFAULTFD_MODEL_SECONDS", seconds.to_string());
+    command.env("USERFAULTFD_MODEL_SEED", seed.to_string());
+    command.env("USERFAULTFD_MODEL_PROCESSES", PROCESSES.to_string());
+    // The watchdog ends a test that hangs, not one that was told to go on.
+    command.env("USERFAULTFD_TEST_SECONDS", (2 * seconds + 60).to_string());
+    command
 }
 
 /// The commit, with a star if the tree has changes that aren't in it.

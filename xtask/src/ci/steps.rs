@@ -47,6 +47,7 @@ pub(super) const STEPS: &[Step] = &[
     step("benches", "every benchmark, once and unmeasured", benches),
     step("loom", "every interleaving of page states, the SIGBUS table and counters", loom),
     step("soak", "everything at once, for a minute, with every page checked", soak),
+    step("model", "random programs, for a minute, against a model of what snapshots must hold", model),
     step("kernels", "the tests on other kernels, in virtual machines", kernels),
     step("test", "the README's test command, skips only for what this machine lacks", test::run),
 ];
@@ -235,6 +236,11 @@ fn loom() -> Result<Outcome, String> {
 fn soak() -> Result<Outcome, String> {
     let run = ["run", "--quiet", "--package=userfaultfd-examples", "--example=soak", "--", "--seconds", "60"];
     passed(execute(cargo(&run).args(["--limit", "60", "--seed", "892230"])))
+}
+
+/// Another seed each time, since what it looks for is rare. It says which.
+fn model() -> Result<Outcome, String> {
+    passed(execute(&mut crate::journal::model(60)))
 }
 
 /// The oldest kernel and the newest. All of xtask/kernels.toml take minutes more than a change can wait; `cargo xtask kernels`
