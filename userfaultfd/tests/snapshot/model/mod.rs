@@ -86,7 +86,8 @@ fn life(test: &'static str, mut random: Random, tally: &mut Tally) -> Result<(),
     let (series, members) =
         [(true, 24), (true, 24), (true, 24), (false, 12), (false, 12), (false, 1)][random.below(6)];
     let moves = series || members == 1;
-    let Some(world) = World::new(test, kind, transparent, pages, moves) else { return Ok(()) };
+    let Some(mut world) = World::new(test, kind, transparent, pages, moves) else { return Ok(()) };
+    world.pace = [10, 25, 60][random.below(3)];
     tally.add(
         match kind {
             Kind::Anonymous if transparent => "lives: of huge pages that the kernel makes",

@@ -36,6 +36,8 @@ pub(super) struct World {
     /// Pages may move and go: not where another snapshot registers all anew.
     moves: bool,
     pub(super) clock: Arc<Clock>,
+    /// What a thread does at most between two snapshots.
+    pub(super) pace: usize,
     /// Pages that were unmapped.
     gone: AtomicUsize,
 }
@@ -53,7 +55,7 @@ impl World {
         let first = if transparent { memory.start().align_offset(HUGE) / page() } else { 0 };
         let away = Memory::anonymous(if kind.is_hugetlb() { 1 } else { pages });
         let (clock, gone) = (Arc::default(), AtomicUsize::new(0));
-        let world = Self { memory, away, first, pages, transparent, moves, clock, gone };
+        let world = Self { memory, away, first, pages, transparent, moves, clock, pace: 60, gone };
         if transparent {
             world.memory.advise(first, pages, libc::MADV_HUGEPAGE).ok()?;
         }
@@ -182,9 +184,9 @@ impl<'a> Worker<'a> {
     }
 
     fn round(&mut self) {
-        for _ in 0..self.random.below(60) {
+        for _ in 0..self.random.below(self.world.pace) {
             self.operate();
-            dawdle(&mut self.random, 3);
+            dawdle(&mut self.random, 2);
         }
     }
 
