@@ -183,6 +183,13 @@ pub enum Error {
         end: usize,
     },
 
+    /// A tracker of another process's memory was given no descriptor that was made in that process.
+    #[error(
+        "another process's memory is tracked through a descriptor that was made in it: pass one to Options::descriptor \
+         (UffdBuilder::create_in makes one)"
+    )]
+    NoDescriptor,
+
     /// Private anonymous memory whose missing pages another handler fills can't be tracked through a descriptor
     /// without [`WP_UNPOPULATED`](FeatureFlags::WP_UNPOPULATED): a page that is missing can't be protected there, and
     /// what it will hold is the handler's to say.
@@ -236,6 +243,7 @@ impl Error {
             | Error::AlreadyTracked { .. }
             | Error::OtherMemory { .. }
             | Error::MissingServed { .. } => Some(Errno::EINVAL),
+            Error::NoDescriptor => Some(Errno::EBADF),
             Error::NotTracked { .. } => Some(Errno::ENOENT),
             Error::OtherProcess => Some(Errno::ESRCH),
             Error::FeatureNotPermitted(_) => Some(Errno::EPERM),

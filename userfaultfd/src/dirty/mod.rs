@@ -238,10 +238,10 @@ impl DirtyTracker {
     /// - [`UnsupportedFeatures`](crate::Error::UnsupportedFeatures): the kernel lacks the mode, or the architecture
     ///   has no write protection.
     /// - [`OpenFailed`](crate::Error::OpenFailed): no userfaultfd could be opened; the error has the reason.
+    /// - [`NoDescriptor`](crate::Error::NoDescriptor): a process was given without its [descriptor](Options::descriptor).
     /// - [`SystemError`](crate::Error::SystemError) with
     ///   - `ENOENT`: `/proc` isn't mounted, or the [process](Options::process) doesn't exist;
     ///   - `EACCES`, `EPERM`: the caller may not read the process's memory;
-    ///   - `EBADF`: a process was given without its [descriptor](Options::descriptor);
     ///   - `EOPNOTSUPP`: [`read_elsewhere`](Options::read_elsewhere) in `Sync` mode before Linux 5.13;
     ///   - the errors of starting a thread.
     pub fn with(options: Options) -> Result<Self> {

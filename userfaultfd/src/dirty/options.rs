@@ -173,7 +173,7 @@ impl Options {
         let adopted = self.descriptor.is_some();
         let uffd = match self.descriptor {
             Some(uffd) => uffd,
-            None if self.process != Process::Own => return Err(Error::SystemError(Errno::EBADF)),
+            None if self.process != Process::Own => return Err(Error::NoDescriptor),
             None => {
                 let mode = match self.mode {
                     Some(mode) => mode,

@@ -109,7 +109,10 @@ impl Listener {
     /// those of bind(2).
     pub fn bind(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        let socket = UnixListener::bind(path).map_err(Error::Listen)?;
+        let named = |error: io::Error| {
+            Error::Listen(io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+        };
+        let socket = UnixListener::bind(path).map_err(named)?;
         let metadata = fs::symlink_metadata(path).map_err(Error::Listen)?;
         let mut listener = Self::of(socket)?;
         listener.file = Some((path.to_owned(), metadata.dev(), metadata.ino()));

@@ -45,7 +45,10 @@ impl Shape {
     pub(super) fn map(self) -> pager::Result<Mapped> {
         let Self { source, offset, len, page_size, around } = self;
         let rest = source.len().map(|end| usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX));
-        let len = len.or(rest).filter(|len| *len > 0).ok_or(Error::EmptyRegion { address: 0 })?;
+        let len = len.or(rest).ok_or(Error::NoLength)?;
+        if len == 0 {
+            return Err(Error::EmptyRegion { address: 0 });
+        }
         if let (true, Some(source_len)) = (rest.is_some_and(|rest| len > rest), source.len()) {
             return Err(Error::BeyondSource { address: 0, len, offset, source_len });
         }
@@ -65,6 +68,7 @@ impl Shape {
         };
         let memory = OwnMapping::new(whole, huge).map_err(|error| match error.raw_os_error() {
             Some(libc::EINVAL) if huge.is_some() => Error::PageSize { address: 0, page_size },
+            Some(libc::ENOMEM) if huge.is_some() => Error::NoHugePages { page_size, len: whole },
             _ => Error::System(error),
         })?;
         let region = Region::new(memory.as_ptr().expose_provenance(), whole, source)
@@ -284,16 +288,17 @@ impl LazyBuilder {
     ///
     /// # Errors
     ///
-    /// - [`EmptyRegion`](pager::Error::EmptyRegion): no bytes; a source without an end, and no length.
+    /// - [`NoLength`](pager::Error::NoLength): a source without a [length](PageSource::len), and no [`len`](Self::len).
+    /// - [`EmptyRegion`](pager::Error::EmptyRegion): a length of 0.
     /// - [`BeyondSource`](pager::Error::BeyondSource): the memory is longer than the source from the offset on.
     /// - [`PageSize`](pager::Error::PageSize): the machine has no huge pages of this size.
+    /// - [`NoHugePages`](pager::Error::NoHugePages): too few huge pages are reserved.
     /// - [`NotWithBudget`](pager::Error::NotWithBudget): huge pages, or a process that locks what it maps.
     /// - [`BudgetTooSmall`](pager::Error::BudgetTooSmall): the budget has fewer than 16 pages.
     /// - [`Spill`](pager::Error::Spill): the spill file couldn't be made.
     /// - [`Uffd`](pager::Error::Uffd): no userfaultfd could be created; the error says what helps. Or the kernel can't
     ///   protect pages, which a budget needs.
-    /// - [`System`](pager::Error::System): failed to map memory or to create a thread; `ENOMEM` with huge pages: too few
-    ///   are reserved.
+    /// - [`System`](pager::Error::System): failed to map memory or to create a thread.
     pub fn build(self) -> pager::Result<LazyMemory> {
         let Self { shape, pager, own, kernel, protection, budget, spill, store, moves } = self;
         let (page_size, offset, budget) = (shape.page_size, shape.offset, budget.as_ref());

@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 #[cfg(feature = "tracking")]
 use crate::dirty::{self, DirtyTracker};
+use crate::error::Whole;
 use crate::lease::Lease;
 use crate::own_mapping::OwnMapping;
 use crate::pager::evict::pins::PinTerm;
@@ -194,7 +195,8 @@ impl LazyMemory {
     ///
     /// # Errors
     ///
-    /// The error names the first page of the range that isn't present, by its offsets in the memory and in the source.
+    /// The error names the first page of the range that isn't present, by its offsets in the memory and in the source. It has
+    /// the kind and the text of the source's error.
     pub fn try_populate(&self, range: Range<usize>) -> io::Result<()> {
         self.check_owner().map_err(io::Error::other)?;
         // Under a budget part by part, each of which stays until it was looked at.
@@ -212,21 +214,27 @@ impl LazyMemory {
         let shift = self.region.page_shift;
         let states = &self.region.pages;
         // A page that another thread has claimed may be on its way out.
+        let mut cause = None;
         if pages.clone().any(|page| states.is_missing(page) || states.is_loading(page)) {
             match self.target().and_then(|target| target.fill_now(pages.clone())) {
-                Ok(()) | Err(Error::NotServed) => {}
+                Ok(error) => cause = error,
+                Err(Error::NotServed) => {}
                 Err(error) => return Err(io::Error::other(error)),
             }
         }
         match pages.into_iter().find(|page| states.is_missing(*page) || states.is_poisoned(*page)) {
             None => Ok(()),
             Some(page) => {
-                let what =
-                    if states.is_poisoned(page) { "is poisoned" } else { "can't be had from the source" };
                 let (at, offset) = (page << shift, self.region.offset_of(page));
-                let text =
-                    format!("the page at byte {at:#x} of the memory, {offset:#x} of the source, {what}");
-                Err(io::Error::other(text))
+                let place = format!("the page at byte {at:#x} of the memory, {offset:#x} of the source,");
+                Err(match cause {
+                    _ if states.is_poisoned(page) => io::Error::other(format!("{place} is poisoned")),
+                    Some(error) => {
+                        let text = format!("{place} can't be had from the source: {}", Whole(&error));
+                        io::Error::new(error.kind(), text)
+                    }
+                    None => io::Error::other(format!("{place} can't be had from the source")),
+                })
             }
         }
     }

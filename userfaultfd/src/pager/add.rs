@@ -385,8 +385,10 @@ fn hold(segment: &Segment) {
 /// by then, where there was a fault.
 fn check_overlap(layout: &AddressMap, range: &Range<usize>) -> Result<()> {
     let grown = layout.parts_of_holes(range.clone()).find(Segment::is_growth);
-    match layout.parts(range.clone()).next().or(grown) {
-        Some(other) => Err(Error::Overlap { address: range.start, other: other.start }),
+    // The part that they share may begin behind the start of the other region.
+    let whole = |part: Segment| layout.find(part.start).map_or(part.start, |whole| whole.start);
+    match layout.parts(range.clone()).next().map(whole).or(grown.map(|grown| grown.start)) {
+        Some(other) => Err(Error::Overlap { address: range.start, other }),
         None => Ok(()),
     }
 }

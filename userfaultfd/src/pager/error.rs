@@ -29,11 +29,15 @@ pub enum Error {
     },
 
     /// A region has no bytes.
-    #[error("the region at {address:#x} is empty")]
+    #[error("the region{} is empty", At(*address))]
     EmptyRegion {
         /// The region's start.
         address: usize,
     },
+
+    /// The source has no length, and the memory was given none.
+    #[error("the source has no length, so the memory needs one: set it with `len`")]
+    NoLength,
 
     /// The start or length of a region isn't a multiple of its page size, or it reaches beyond the address space.
     #[error("the region of {len:#x} bytes at {address:#x} isn't made of whole pages of {page_size:#x} bytes")]
@@ -47,12 +51,24 @@ pub enum Error {
     },
 
     /// The memory has pages of another size, or the machine has no pages of this size.
-    #[error("the memory at {address:#x} hasn't pages of {page_size:#x} bytes")]
+    #[error("{}", NoPages { address: *address, page_size: *page_size })]
     PageSize {
-        /// The region's start.
+        /// The region's start, or 0 if no memory is mapped yet.
         address: usize,
         /// The page size that was passed in, in bytes.
         page_size: usize,
+    },
+
+    /// Too few huge pages of this size are free.
+    #[error(
+        "too few huge pages of {page_size:#x} bytes are free for {len:#x} bytes: an administrator reserves them in \
+         /sys/kernel/mm/hugepages"
+    )]
+    NoHugePages {
+        /// The size of the huge pages, in bytes.
+        page_size: usize,
+        /// The length of the memory, in bytes.
+        len: usize,
     },
 
     /// A block isn't a multiple of the page size.
@@ -66,10 +82,11 @@ pub enum Error {
 
     /// The region is longer than the source from the offset on.
     #[error(
-        "the region of {len:#x} bytes at {address:#x} goes beyond its source of {source_len:#x} bytes, from byte {offset:#x} on"
+        "the region of {len:#x} bytes{} goes beyond its source of {source_len:#x} bytes, from byte {offset:#x} on",
+        At(*address)
     )]
     BeyondSource {
-        /// The region's start.
+        /// The region's start, or 0 if no memory is mapped yet.
         address: usize,
         /// The region's length, in bytes.
         len: usize,
@@ -196,7 +213,7 @@ pub enum Error {
     },
 
     /// A [budget](super::Budget) has fewer bytes than memory can be had with.
-    #[error("a budget of {bytes:#x} bytes is too small: the least is {least:#x}")]
+    #[error("a budget of {bytes:#x} bytes, in whole pages, is too small: the least is {least:#x}")]
     BudgetTooSmall {
         /// The budget, in bytes.
         bytes: usize,
@@ -245,6 +262,35 @@ pub enum Error {
     /// The pager failed to create a thread, a descriptor or a mapping for itself.
     #[error("failed to create a thread, descriptor or mapping for the pager: {0}")]
     System(io::Error),
+}
+
+/// ` at ADDRESS`, or nothing where no memory is mapped yet.
+struct At(usize);
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 == 0 { Ok(()) } else { write!(f, " at {:#x}", self.0) }
+    }
+}
+
+/// That the memory, or the machine, has no pages of a size.
+struct NoPages {
+    address: usize,
+    page_size: usize,
+}
+
+impl fmt::Display for NoPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { address, page_size } = self;
+        if *address == 0 {
+            write!(
+                f,
+                "there are no pages of {page_size:#x} bytes: /sys/kernel/mm/hugepages lists the sizes of huge pages"
+            )
+        } else {
+            write!(f, "the memory at {address:#x} doesn't have pages of {page_size:#x} bytes")
+        }
+    }
 }
 
 impl From<io::Error> for Error {

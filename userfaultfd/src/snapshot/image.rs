@@ -543,7 +543,7 @@ fn both_have_data(one: &&[u8], other: &&[u8]) -> bool {
 }
 
 fn len_of(source: &(impl PageSource + ?Sized)) -> io::Result<u64> {
-    source.len().ok_or_else(|| invalid("an image without an end".into()))
+    source.len().ok_or_else(|| invalid("the source has no length, which an image needs".into()))
 }
 
 fn check_len(len: u64, block: u64) -> io::Result<()> {

@@ -371,6 +371,7 @@ fn background_leaves_undelivered_pages_missing() {
         let failed: Vec<_> =
             outcome.failed.iter().map(|failed| (failed.range.start, failed.range.len())).collect();
         assert_eq!(failed, [(bad * page(), page())]);
+        assert!(outcome.error.is_some(), "{outcome:?}");
         let statistics = memory.statistics();
         assert_eq!((statistics.missing_pages, statistics.poisoned), (1, 0));
         source.set(|state| state.bad = 0..0);

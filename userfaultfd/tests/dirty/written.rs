@@ -419,5 +419,5 @@ fn architecture_without_write_protection_says_so() {
     }
     // Without its descriptor another process's memory can't be.
     let options = Options::new().process(userfaultfd::Pid::from_raw(1));
-    assert_eq!(errno(DirtyTracker::with(options)), Errno::EBADF);
+    assert!(matches!(DirtyTracker::with(options), Err(Error::NoDescriptor)));
 }

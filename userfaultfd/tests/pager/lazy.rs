@@ -98,7 +98,7 @@ fn build_rejects_invalid_lengths() {
     require!();
     let source = || BytesSource::new(vec![1; page()]);
     let error = |builder: LazyBuilder| builder.build().unwrap_err();
-    assert!(matches!(error(LazyMemory::builder(ZeroSource)), Error::EmptyRegion { .. }));
+    assert!(matches!(error(LazyMemory::builder(ZeroSource)), Error::NoLength));
     assert!(matches!(error(LazyMemory::builder(source()).len(0)), Error::EmptyRegion { .. }));
     assert!(matches!(error(LazyMemory::builder(source()).len(page() + 1)), Error::BeyondSource { .. }));
     assert!(matches!(error(LazyMemory::builder(source()).offset(1).len(page())), Error::BeyondSource { .. }));
@@ -167,6 +167,8 @@ fn read_at_fails_where_source_fails() {
         memory.try_populate(0..usize::MAX).unwrap_err(),
     ] {
         assert!(error.to_string().starts_with(&name), "{error}");
+        assert!(error.to_string().ends_with("can't be had from the source: entity not found"), "{error}");
+        assert_eq!(error.kind(), ErrorKind::NotFound);
     }
     assert_eq!(memory.statistics().poisoned, 0, "it may be tried again");
     // Each attempt reads its missing pages together, and one by one where there are several.
@@ -377,7 +379,7 @@ fn lazy_memory_works_on_huge_pages() {
     assert_eq!(memory.statistics().missing_faults, 2);
     // More than there is.
     let refused = LazyMemory::builder(ZeroSource).len(1 << 40).huge_pages(size).build();
-    assert!(matches!(refused, Err(Error::System(_))), "{refused:?}");
+    assert!(matches!(refused, Err(Error::NoHugePages { .. })), "{refused:?}");
 }
 
 /// Whether what is mapped at an address is locked.

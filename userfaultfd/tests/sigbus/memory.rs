@@ -214,7 +214,7 @@ fn errno_is_kept() {
 #[test]
 fn build_rejects_lengths_that_the_source_lacks() {
     require!();
-    assert!(matches!(LazyMemory::sigbus(ZeroSource).build(), Err(Error::EmptyRegion { .. })));
+    assert!(matches!(LazyMemory::sigbus(ZeroSource).build(), Err(Error::NoLength)));
     let beyond = LazyMemory::sigbus(BytesSource::new([1; 10])).len(page() + 1).build();
     assert!(matches!(beyond, Err(Error::BeyondSource { .. })));
 }

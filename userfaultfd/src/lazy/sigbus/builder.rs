@@ -41,13 +41,15 @@ impl SigbusBuilder {
     ///
     /// # Errors
     ///
-    /// - [`EmptyRegion`](crate::pager::Error::EmptyRegion): no bytes; a source without an end, and no length.
+    /// - [`NoLength`](crate::pager::Error::NoLength): a source without a length, and no [`len`](Self::len).
+    /// - [`EmptyRegion`](crate::pager::Error::EmptyRegion): a length of 0.
     /// - [`BeyondSource`](crate::pager::Error::BeyondSource): the source has less.
     /// - [`PageSize`](crate::pager::Error::PageSize): there are no huge pages of this size.
+    /// - [`NoHugePages`](crate::pager::Error::NoHugePages): too few huge pages are reserved.
     /// - [`Source`](crate::pager::Error::Source): the page with the end of the source, or with another
     ///   [border](SignalSafe::borders), couldn't be read.
-    /// - [`Uffd`](crate::pager::Error::Uffd): no userfaultfd can be had; the error tells what helps.
-    /// - [`System`](crate::pager::Error::System): memory can't be had; `ENOMEM` of huge pages: too few are reserved.
+    /// - [`Uffd`](crate::pager::Error::Uffd): no userfaultfd could be created; the error says what helps.
+    /// - [`System`](crate::pager::Error::System): failed to map memory.
     pub fn build(self) -> Result<LazyMemory> {
         let Mapped { memory, region, len } = self.shape.map()?;
         let uffd = open(false, FeatureFlags::SIGBUS, FeatureFlags::empty())?;

@@ -1,5 +1,6 @@
 //! The state machine that fills pages for one thread: each step returns the next one.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -57,6 +58,8 @@ pub(crate) struct PageFiller {
     pub(crate) unmapped: usize,
     /// Number of pages that it has put in place, or found there.
     pub(crate) placed: usize,
+    /// Why the source last failed where no thread waits, for the report of the fill.
+    pub(crate) failure: Option<io::Error>,
 }
 
 impl PageFiller {
@@ -71,6 +74,7 @@ impl PageFiller {
             pace: Duration::ZERO,
             unmapped: 0,
             placed: 0,
+            failure: None,
         }
     }
 

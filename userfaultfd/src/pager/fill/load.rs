@@ -359,6 +359,7 @@ impl PageFiller {
         context.counters(self.thread).source_errors.add(1);
         run.region.count(|tally| tally.source_errors.add(1));
         if run.purpose == Purpose::Ahead {
+            self.failure = Some(error);
             return Next::Done(Outcome::Deferred(Work::Load(run, attempts), RetryAfter::OtherLoad));
         }
         // Retry the faulting page alone: its neighbours may be what the source can't deliver.

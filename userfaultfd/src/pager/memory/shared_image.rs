@@ -150,7 +150,8 @@ impl SharedImage {
     /// keeps this process from process_vm_writev(2) to itself.
     pub fn new(source: impl PageSource + 'static) -> io::Result<Arc<Self>> {
         let invalid = |text| io::Error::new(ErrorKind::InvalidInput, text);
-        let source_len = source.len().ok_or_else(|| invalid("an image of a source without an end"))?;
+        let source_len =
+            source.len().ok_or_else(|| invalid("the source has no length, which a shared image needs"))?;
         let too_long = || invalid("an image that is longer than the address space");
         let len = usize::try_from(source_len).ok().and_then(|len| len.checked_next_multiple_of(page_size()));
         let len = len.filter(|len| isize::try_from(*len).is_ok()).ok_or_else(too_long)?;

@@ -77,6 +77,8 @@ pub struct FillReport {
     /// Pages that couldn't be filled, ordered by address, mostly because the source failed. They are missing, unless a
     /// fault has filled or poisoned them since.
     pub failed: Vec<Failed>,
+    /// The text of the first error of the source, if it failed.
+    pub error: Option<String>,
 }
 
 struct FillControl {
@@ -194,7 +196,7 @@ impl BackgroundFill {
         self.resume();
         self.join();
         let Progress { done, total } = self.progress();
-        FillReport { done, total, failed: self.failed() }
+        FillReport { done, total, failed: self.failed(), error: self.control.failed.error() }
     }
 
     fn join(&mut self) {

@@ -1,9 +1,11 @@
 //! The target of a background fill, which is filled a step at a time: a region of a pager, or sigbus memory.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::error::Whole;
 use crate::lazy::sigbus::{Lazy, Lost};
 use crate::lock_order::{RankedMutex, lock, rank};
 use crate::pager::activity::Busy;
@@ -33,23 +35,42 @@ const MIN_READS_AT_ONCE: usize = 4;
 /// don't come and go all the time.
 const FAST_READ: Duration = Duration::from_micros(25);
 
-/// Pages that couldn't be filled, in the order in which they were tried.
+/// Pages that couldn't be filled, and why the source failed first.
 #[derive(Debug, Default)]
-pub(super) struct FailedPages(RankedMutex<Vec<Range<usize>>, { rank::STORE }>);
+pub(super) struct FailedPages(RankedMutex<Failures, { rank::STORE }>);
+
+#[derive(Debug, Default)]
+struct Failures {
+    /// In the order in which they were tried.
+    pages: Vec<Range<usize>>,
+    error: Option<io::Error>,
+}
 
 impl FailedPages {
-    fn note(&self, pages: Range<usize>) {
+    fn note(&self, pages: Range<usize>, error: Option<io::Error>) {
         let mut failed = lock(&self.0);
-        match failed.last_mut().filter(|last| last.end == pages.start) {
+        match failed.pages.last_mut().filter(|last| last.end == pages.start) {
             Some(last) => last.end = pages.end,
-            None => failed.push(pages),
+            None => failed.pages.push(pages),
+        }
+        if failed.error.is_none() {
+            failed.error = error;
         }
     }
 
     pub(super) fn sorted(&self) -> Vec<Range<usize>> {
-        let mut pages = lock(&self.0).clone();
+        let mut pages = lock(&self.0).pages.clone();
         pages.sort_unstable_by_key(|pages| pages.start);
         pages
+    }
+
+    /// The first error of the source, as text.
+    pub(super) fn error(&self) -> Option<String> {
+        lock(&self.0).error.as_ref().map(|error| Whole(error).to_string())
+    }
+
+    fn take_error(&self) -> Option<io::Error> {
+        lock(&self.0).error.take()
     }
 }
 
@@ -162,7 +183,7 @@ impl Target {
                 let states = &self.region().pages;
                 let mut has_failed = false;
                 for page in (start..step.next).filter(|page| states.is_failed(*page)) {
-                    failed.note(page..page + 1);
+                    failed.note(page..page + 1, None);
                     has_failed = true;
                 }
                 Some(Step { next: step.next, filled: step.filled, has_failed })
@@ -172,9 +193,9 @@ impl Target {
     }
 
     /// Fills missing pages in the calling thread, without yielding to faults. Pages that the source doesn't deliver after
-    /// all retries stay missing.
-    pub(crate) fn fill_now(&self, pages: Range<usize>) -> Result<()> {
-        let failed = FailedPages::default();
+    /// all retries stay missing. Returns the first error of the source in the last attempt.
+    pub(crate) fn fill_now(&self, pages: Range<usize>) -> Result<Option<io::Error>> {
+        let mut failed = FailedPages::default();
         let retry = match self {
             Self::Pager { shared, .. } => shared.fill.retry,
             // The source is in memory: a retry can't help.
@@ -211,9 +232,10 @@ impl Target {
             }
             let Some(delay) = retry.delay_after(attempt) else { break };
             attempt += 1;
+            failed = FailedPages::default();
             std::thread::sleep(delay);
         }
-        Ok(())
+        Ok(failed.take_error())
     }
 
     /// Whether a page has an address.
@@ -259,10 +281,11 @@ fn step(
     let Some(run) = run else { return Some(Step::nothing(next)) };
     let (claimed, thread) = (run.pages(), filler.thread);
     let mut put_off = false;
-    // Returns whether the process is there, and whether all of the run was put in place. Where a budget limits its region it
-    // may have left again since.
+    // Returns whether the process is there, whether all of the run was put in place, and why the source failed. Where a
+    // budget limits its region the run may have left again since.
     let mut load = |run: PageRun| {
         let (placed, pages) = (filler.placed, run.pages().len());
+        filler.failure = None;
         let alive = match filler.resume(&shared.fill, descriptor, Work::Load(run.early(), 0)) {
             Outcome::Settled => true,
             // A fault that needs the page reads it again.
@@ -274,14 +297,14 @@ fn step(
             }
             Outcome::TargetGone => false,
         };
-        (alive, filler.placed - placed == pages)
+        (alive, filler.placed - placed == pages, filler.failure.take())
     };
     let states = &region.pages;
     let has_failed_now =
         |page: usize| region.is_wanted(page) && !states.is_loading(page) && !states.is_poisoned(page);
     let is_failed = |page: usize| has_failed_now(page) && is_there(descriptor, thread, &segment, page);
     let address = run.address();
-    let (mut alive, is_placed) = load(run);
+    let (mut alive, is_placed, mut failure) = load(run);
     reach(Point::Evict(Departure::AfterPrefetch), address);
     let (mut filled, mut has_failed) = (if is_placed { claimed.len() } else { 0 }, false);
     let rest = if is_placed { claimed.end..claimed.end } else { claimed.clone() };
@@ -299,13 +322,13 @@ fn step(
                         run.give_up(descriptor.lock_shard(thread).as_ref());
                         return None;
                     }
-                    (alive, is_placed) = load(run);
+                    (alive, is_placed, failure) = load(run);
                 }
                 None => is_placed = !states.is_poisoned(page),
             }
         }
         if !is_placed && is_failed(page) {
-            failed.note(page..page + 1);
+            failed.note(page..page + 1, failure.take());
             has_failed = true;
         }
         filled += usize::from(is_placed || !states.is_missing(page));

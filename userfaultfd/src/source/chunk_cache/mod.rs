@@ -231,7 +231,9 @@ impl CachedImageBuilder {
     /// Of the kind [`InvalidInput`](io::ErrorKind::InvalidInput): the source has no end, or the chunks have an impossible
     /// length.
     pub fn open(self, source: impl PageSource + 'static) -> io::Result<CachedImage> {
-        let len = source.len().ok_or_else(|| invalid("a source without an end can't be kept".into()))?;
+        let len = source
+            .len()
+            .ok_or_else(|| invalid("the source has no length, which a cached image needs".into()))?;
         let source: Arc<dyn PageSource> = Arc::new(source);
         self.open_as(Some(len), Box::new(move || Ok(Box::new(Arc::clone(&source)))))
     }
@@ -281,7 +283,9 @@ impl CachedImageBuilder {
                 (None, None) => {
                     drop(locked);
                     let made = make()?.len();
-                    len = Some(made.ok_or_else(|| invalid("a source without an end can't be kept".into()))?);
+                    len = Some(made.ok_or_else(|| {
+                        invalid("the source has no length, which a cached image needs".into())
+                    })?);
                 }
             }
         };

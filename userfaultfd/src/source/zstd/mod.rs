@@ -83,7 +83,9 @@ impl<S: PageSource> SeekableZstdBuilder<S> {
     /// long. Of the kind [`InvalidInput`](io::ErrorKind::InvalidInput): the source has no end.
     pub fn open(self) -> io::Result<SeekableZstd<S>> {
         let Self { source, cache_size, max_frame } = self;
-        let len = source.len().ok_or_else(|| invalid("a compressed file without an end".into()))?;
+        let len = source
+            .len()
+            .ok_or_else(|| invalid("the source has no length, which a compressed file needs".into()))?;
         let table = Table::read(&source, len, max_frame)?;
         Ok(SeekableZstd { source, table, frames: Frames::new(cache_size), decoders: Mutex::default() })
     }
