@@ -110,14 +110,76 @@ fn render(path: &str) -> Result<(), String> {
     let brief: HashSet<_> = items(true)?.into_iter().collect();
     let is_trait =
         |line: &str| line.starts_with("impl") && !UNINTERESTING.iter().any(|part| line.contains(part));
-    items(false)?
-        .iter()
-        .filter(|line| brief.contains(*line) || is_trait(line))
-        .for_each(|line| println!("{line}"));
+    let lines: Vec<_> =
+        items(false)?.into_iter().filter(|line| brief.contains(line) || is_trait(line)).collect();
+    settled(&lines).iter().for_each(|line| println!("{line}"));
     Ok(())
+}
+
+/// Sorts the lines, and names what both `source` and `pager` have as that of `source`, except where it is declared. Rustdoc
+/// names either, in the order of the code, so that the text would change with code that isn't public.
+#[cfg(any(feature = "public-api", test))]
+fn settled(lines: &[String]) -> Vec<String> {
+    use std::collections::HashSet;
+
+    const SOURCE: &str = "userfaultfd::source::";
+    const PAGER: &str = "userfaultfd::pager::";
+    const KINDS: [&str; 4] = ["pub struct ", "pub enum ", "pub trait ", "pub unsafe trait "];
+    fn declared<'a>(line: &'a str, module: &str) -> Option<&'a str> {
+        KINDS.iter().find_map(|kind| line.split_once(kind)?.1.strip_prefix(module)).map(word)
+    }
+    let names = |module| -> HashSet<_> { lines.iter().filter_map(|line| declared(line, module)).collect() };
+    let (of_source, of_pager) = (names(SOURCE), names(PAGER));
+    let settle = |line: &String| {
+        if declared(line, PAGER).is_some() {
+            return line.clone();
+        }
+        let mut parts = line.split(PAGER);
+        let first = parts.next().unwrap_or_default().to_owned();
+        parts.fold(first, |said, part| {
+            let is_both = of_source.contains(word(part)) && of_pager.contains(word(part));
+            said + if is_both { SOURCE } else { PAGER } + part
+        })
+    };
+    let mut settled: Vec<_> = lines.iter().map(settle).collect();
+    settled.sort_unstable();
+    settled.dedup();
+    settled
+}
+
+/// The name with which a text begins.
+#[cfg(any(feature = "public-api", test))]
+fn word(text: &str) -> &str {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default()
 }
 
 #[cfg(not(feature = "public-api"))]
 fn render(_: &str) -> Result<(), String> {
     Err("public-api: --render is of xtask's feature `public-api`".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_does_not_depend_on_the_order_of_the_code() {
+        let lines = |module: &str| {
+            let lines = [
+                "impl MODULEPageSource for userfaultfd::pager::Pager",
+                "pub enum userfaultfd::pager::PageData",
+                "pub enum userfaultfd::source::PageData",
+                "pub fn MODULEPageSource::read(&self) -> MODULEPageData",
+                "pub struct userfaultfd::pager::Pager",
+                "pub trait userfaultfd::pager::PageSource",
+                "pub trait userfaultfd::source::PageSource",
+            ];
+            lines.map(|line| line.replace("MODULE", module))
+        };
+        let expected = lines("userfaultfd::source::");
+        assert_eq!(settled(&expected), expected);
+        let mut other = lines("userfaultfd::pager::");
+        other.reverse();
+        assert_eq!(settled(&other), expected);
+    }
 }
