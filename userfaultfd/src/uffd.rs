@@ -497,7 +497,8 @@ impl Uffd {
     ///
     /// # Errors
     ///
-    /// - [`UnrecognizedEvent`](Error::UnrecognizedEvent): a kind of event that this crate doesn't know.
+    /// - [`UnrecognizedEvent`](Error::UnrecognizedEvent): a kind of event that this crate doesn't know; or the descriptor is
+    ///   something else, whose bytes begin so.
     /// - [`SystemError`](Error::SystemError) with `EINVAL`: the handshake isn't done. With `EMFILE` or
     ///   `ENFILE`: no descriptor is free for a fork event; it stays queued, so close some and read again.
     /// - [`NotUserfaultfd`](Error::NotUserfaultfd), [`IncompleteMsg`](Error::IncompleteMsg),

@@ -9,7 +9,8 @@ use super::{Credentials, Dialect, MemoryRegion, Message};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The listening socket couldn't be made, or doesn't work any more.
+    /// The listening socket couldn't be made, or doesn't work any more. The text has the path of a socket that couldn't be
+    /// made.
     #[error("listening failed: {0}")]
     Listen(io::Error),
 

@@ -98,7 +98,7 @@ fn listen(path: &Path) -> Result<Listener, Failure> {
     if is_socket && is_left() {
         fs::remove_file(path).map_err(Failure::of(path.display()))?;
     }
-    Listener::bind(path).map_err(Failure::of(path.display()))
+    Listener::bind(path).map_err(|error| Failure::Failed(error.to_string()))
 }
 
 /// Waits for CRIU, or a signal.

@@ -99,13 +99,25 @@ pub enum FormatError {
     },
 
     /// The other snapshot isn't the one that this one follows, or is of memory of another size.
-    #[error("the snapshot follows {expected:?} and not {found}")]
+    #[error("{}, and can't be put on {found}", Follows(*expected))]
     WrongParent {
         /// The one that is needed. `None` if it is complete by itself.
         expected: Option<SnapshotId>,
         /// The one that was given.
         found: SnapshotId,
     },
+}
+
+/// What a snapshot follows, for a text.
+struct Follows(Option<SnapshotId>);
+
+impl std::fmt::Display for Follows {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(id) => write!(f, "the snapshot follows {id}"),
+            None => f.write_str("the snapshot holds all of its memory, follows no other one"),
+        }
+    }
 }
 
 impl From<io::Error> for FormatError {

@@ -171,13 +171,10 @@ fn listen(options: &Options) -> Result<Listener, Failure> {
         result => result,
     }
     .map_err(|error| match error {
-        Error::Listen(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let path = path.display();
-            Failure::Failed(format!(
-                "{path}: {error}: another handler listens there, or it is no socket; choose another path"
-            ))
-        }
-        error => Failure::of(path.display())(error),
+        Error::Listen(error) if error.kind() == io::ErrorKind::AddrInUse => Failure::Failed(format!(
+            "{error}: another handler listens there, or it is no socket; choose another path"
+        )),
+        error => Failure::Failed(error.to_string()),
     })
 }
 
