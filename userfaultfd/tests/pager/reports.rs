@@ -47,6 +47,7 @@ fn panic_of_source_drop_is_reported() {
     let memory = Memory::anonymous(2);
     serve(&pager, uffd(FeatureFlags::empty()), region(&memory, Pages::new(page())));
     check(&memory, 1, 1);
+    drop(pager); // before its memory
 }
 
 #[test]

@@ -218,12 +218,13 @@ impl Drop for Stop {
 pub(super) struct Scene {
     pub(super) test: &'static str,
     pub(super) flavour: Flavour,
+    // Dropped before the memory: it poisons what is missing, and the addresses may be another test's afterwards.
+    pub(super) pager: Mutex<Option<Pager>>,
     pub(super) memory: Memory,
     /// Where the memory was moved to, by a test that moves it.
     pub(super) moved: AtomicUsize,
     pub(super) source: Source,
     pub(super) added: Added,
-    pub(super) pager: Mutex<Option<Pager>>,
     shared: Arc<Shared>,
 }
 
