@@ -1,14 +1,16 @@
 //! Which page should leave: policies by their miss ratios on traces, beside LRU and the optimum.
 //!
-//! `cargo bench -p userfaultfd --bench eviction [-- --quick] [-- --trace NAME]`. Traces are the same on every run, so that
-//! figures don't depend on the machine. The tables are printed, and written to `target/eviction/eviction.md`, with a
-//! picture for each size of memory beside it.
+//! `cargo bench -p userfaultfd --bench eviction [-- --quick] [-- --trace NAME | --memory]`. Traces are the same on every
+//! run, so that figures don't depend on the machine. The tables are printed, and written to `target/eviction/eviction.md`,
+//! with a picture for each size of memory beside it. Afterwards, or with `--memory` alone, real memory is measured: some
+//! minutes, and 1 GiB of disk.
 //!
 //! Policies appear twice: told of every access, as `RWP` tells it since Linux 7.3, and with a **staging area**, where a
 //! victim rests before it leaves, and where alone accesses are noticed. What is accessed there is an interruption of some
 //! microseconds, and no miss; the last table says how often.
 
 mod candidates;
+mod memory;
 mod picture;
 #[path = "../../src/pager/evict/policy.rs"]
 #[expect(dead_code, reason = "no trace resizes memory")]
@@ -54,7 +56,7 @@ const COLUMNS: [(&str, Replay); 12] = [
     ("FIFO, 1/8 staged", |trace, pages, frames| with_staging::<Fifo>(trace, pages, frames, 8)),
 ];
 
-const USAGE: &str = "usage: eviction [--quick] [--trace NAME]";
+const USAGE: &str = "usage: eviction [--quick] [--trace NAME | --memory]";
 
 fn main() -> ExitCode {
     match run() {
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
 struct Options {
     quick: bool,
     trace: Option<String>,
+    memory: bool,
 }
 
 impl Options {
@@ -80,6 +83,7 @@ impl Options {
                 // As `cargo test` runs benchmarks without harness, and as `cargo bench` does.
                 "--quick" | "--test" => options.quick = true,
                 "--bench" => {}
+                "--memory" => options.memory = true,
                 "--trace" => options.trace = Some(args.next().ok_or(USAGE)?),
                 _ => return Err(USAGE.to_owned()),
             }
@@ -89,8 +93,31 @@ impl Options {
 }
 
 fn run() -> Result<(), String> {
-    candidates::check();
-    let options = Options::parse(std::env::args().skip(1))?;
+    let args: Vec<_> = std::env::args().skip(1).collect();
+    if let [first, contender @ ..] = args.as_slice() {
+        if first == "--contender" {
+            return memory::run_contender(contender);
+        }
+    }
+    let options = Options::parse(args.into_iter())?;
+    let mut text = String::new();
+    if !options.memory {
+        candidates::check();
+        text += &replay_traces(&options)?;
+        save("eviction.md", &text)?;
+    }
+    if options.trace.is_none() {
+        let scale = if options.quick { &memory::Scale::QUICK } else { &memory::Scale::WHOLE };
+        let section = memory::section(&folder(), scale, aligned)?;
+        print!("{section}");
+        save(if options.memory { "memory.md" } else { "eviction.md" }, &(text + &section))?;
+    }
+    eprintln!("report in {}", folder().display());
+    Ok(())
+}
+
+/// The tables of the traces. Saves a picture of each.
+fn replay_traces(options: &Options) -> Result<String, String> {
     let (pages, len) = if options.quick { (PAGES >> 4, 400_000) } else { (PAGES, 8_000_000) };
     let mut text =
         format!("# Eviction\n\n{pages} pages of data, {len} accesses, of which a quarter warms up.\n");
@@ -123,9 +150,7 @@ fn run() -> Result<(), String> {
             &picture::bars("Miss ratio by trace", &subtitle, &names, &groups),
         )?;
     }
-    save("eviction.md", &text)?;
-    eprintln!("report in {}", folder().display());
-    Ok(())
+    Ok(text)
 }
 
 fn section(share: usize, traces: &[Trace], outcomes: &[Vec<Outcome>]) -> String {

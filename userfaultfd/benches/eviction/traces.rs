@@ -3,13 +3,13 @@
 use crate::random::Random;
 
 /// Pages of which the `n`th most popular is accessed in proportion to `n` to the power of minus `skew`.
-struct Zipf {
+pub(crate) struct Zipf {
     sums: Vec<f64>,
     pages: Vec<u32>,
 }
 
 impl Zipf {
-    fn new(count: usize, skew: f64, random: &mut Random) -> Self {
+    pub(crate) fn new(count: usize, skew: f64, random: &mut Random) -> Self {
         let mut sum = 0.0;
         let sums = (1..=count).map(|rank| {
             sum += (rank as f64).powf(-skew);
@@ -21,7 +21,7 @@ impl Zipf {
         }
     }
 
-    fn next(&self, random: &mut Random) -> u32 {
+    pub(crate) fn next(&self, random: &mut Random) -> u32 {
         let at = random.fraction() * self.sums.last().copied().unwrap_or_default();
         self.pages[self.sums.partition_point(|sum| *sum <= at).min(self.pages.len() - 1)]
     }
@@ -79,15 +79,25 @@ pub(crate) fn all(pages: usize, frames: usize, len: usize) -> Vec<Trace> {
         0,
         phases.collect(),
     );
-    let hot = frames / 2;
+    traces.push(hot_set(pages, frames, len));
+    traces
+}
+
+/// A set of half the memory at random, beside a scan of all the rest.
+pub(crate) fn hot_set(pages: usize, frames: usize, len: usize) -> Trace {
+    let (hot, mut random) = (frames / 2, Random::new(2));
     let mut next = hot;
-    let beside = (0..len).map(|_| {
+    let accesses = (0..len).map(|_| {
         if random.below(2) == 0 {
             return random.below(hot) as u32;
         }
         next = if next + 1 == pages { hot } else { next + 1 };
         next as u32
     });
-    add("hot set", "half of memory at random, beside an endless scan", hot as u32, beside.collect());
-    traces
+    Trace {
+        name: "hot set",
+        what: "half of memory at random, beside an endless scan",
+        accesses: accesses.collect(),
+        hot: hot as u32,
+    }
 }
