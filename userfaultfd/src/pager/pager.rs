@@ -245,9 +245,13 @@ impl Pager {
     /// Waits until no descriptor is left: all processes have ended, or all descriptors were removed, and no child of a fork
     /// is about to be served.
     ///
-    /// The pager notices the end of a process within a second, or at once: see [`watch`](Self::watch).
+    /// The pager notices the end of a process within a second, or at once: see [`watch`](Self::watch). Problems are
+    /// reported by then, unless [`on_problem`](PagerBuilder::on_problem) takes longer than 0.1 s.
     pub fn join(&self) {
         self.shared.wait_until_empty();
+        if self.shared.check_owner().is_ok() {
+            self.shared.fill.reports.wait();
+        }
     }
 
     /// Fills all missing pages, unregisters all memory and closes the descriptors. Afterwards the memory is complete and

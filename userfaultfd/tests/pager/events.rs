@@ -358,7 +358,7 @@ fn memory_registered_beforehand_waits_for_its_region() {
     let memory = Memory::anonymous(4);
     let (pager, problems) = {
         let problems = crate::scene::Problems::default();
-        (Pager::builder().on_problem(problems.callback()).build().unwrap(), problems)
+        (Pager::builder().threads(2).on_problem(problems.callback()).build().unwrap(), problems)
     };
     let uffd = uffd(FeatureFlags::empty());
     uffd.register(memory.start(), memory.len()).unwrap();

@@ -317,7 +317,7 @@ fn process_that_ends_quietly_is_noticed() {
             target.process.kill();
             target.process.wait();
             pager.join();
-            wait_until(|| problems.count("TargetGone") == 1);
+            assert_eq!(problems.count("TargetGone"), 1, "a program that ends now has seen it");
             assert_eq!(pager.descriptors(), []);
             wait_until(|| (0..64).all(|fd| !crate::support::proc::is_userfaultfd(fd)));
         }

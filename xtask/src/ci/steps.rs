@@ -102,9 +102,11 @@ fn features() -> Result<Outcome, String> {
     let features = ["--package=userfaultfd", "--no-default-features", optional];
     let mut command = cargo(&[&["test"], &tests[..], &features].concat());
     // Without it the test says that it was skipped.
-    execute(command.envs(servers::criu().map(|program| ("USERFAULTFD_TEST_CRIU", program))))?;
-    // With every way to compress.
-    run(&["test", "--test=snapshot"], optional, &["--", "chunks::", "convert::"])?;
+    command.envs(servers::criu().map(|program| ("USERFAULTFD_TEST_CRIU", program)));
+    test::judge(command)?;
+    // With every way to compress, and with serde.
+    let named = ["--test=snapshot", "--test=pager", "--", "chunks::", "convert::", "can_be_serialised"];
+    test::judge(cargo(&[&["test"], &features[..], &named].concat()))?;
     let package = ["--package=userfaultfd-examples", "--features=http,tokio,async-io,object-store,handoff"];
     let named = ["from_http", "async_source", "from_s3", "serve_vms", "tokio_loop", "async_io_loop"];
     let built: Vec<_> = named.iter().chain(&["hand_over"]).flat_map(|name| ["--example", name]).collect();

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use super::host::Host;
 use super::step::Outcome;
@@ -13,13 +13,17 @@ use crate::kernels::table::{Expectation, Features, Table};
 type Skips = BTreeMap<String, BTreeSet<String>>;
 
 pub(super) fn run() -> Result<Outcome, String> {
+    judge(cargo(&["test", "--workspace"]))
+}
+
+/// Runs tests, which are told what this machine has, and looks why any was skipped.
+pub(super) fn judge(mut command: Command) -> Result<Outcome, String> {
     let (table, features) = (Table::read()?, Features::read()?);
     let host = Host::ask(&table.needs)?;
     let expectation = table.expect_here(&host.release, host.features, &host.unmet);
     let unmet = if host.unmet.is_empty() { "nothing".to_owned() } else { host.unmet.join(", ") };
     println!("Linux {}, features {:#x}, lacking: {unmet}", host.release, host.features);
 
-    let mut command = cargo(&["test", "--workspace"]);
     // Skips are told past the test harness, on the standard error.
     command.envs(expectation.environment()).stderr(Stdio::piped());
     let shown = display(&command);

@@ -293,8 +293,15 @@ impl RetryQueue {
     pub(crate) fn put(&self, new: Deferred) -> Put {
         let mut entries = lock(&self.entries);
         if let Some(entry) = entries.all.iter_mut().find(|entry| entry.includes(&new)) {
-            if let Work::Stray { again, .. } = &mut entry.work {
+            if let Work::Stray { tries, again, .. } = &mut entry.work {
                 *again = true;
+                // The waiters that this worker woke may have faulted again meanwhile, and another worker may have read that.
+                match new.work {
+                    Work::Stray { tries: of_new, .. } if of_new > *tries => {
+                        (*tries, entry.due) = (of_new, new.due);
+                    }
+                    _ => {}
+                }
             }
             return Put::Merged;
         }
@@ -398,6 +405,7 @@ impl RetryQueue {
 
 #[cfg(test)]
 mod tests {
+    use super::super::work::Fault;
     use super::*;
 
     #[test]
@@ -431,5 +439,43 @@ mod tests {
             [0, 3, 200].map(stray),
             [1, 8, 1000].map(|delay| RetryAfter::Delay(Duration::from_millis(delay)))
         );
+    }
+
+    #[test]
+    fn returning_fault_without_a_region_keeps_its_count() {
+        crate::support::require!();
+        let memory = crate::support::memory::Memory::anonymous(1);
+        let pager = crate::pager::Pager::new().unwrap();
+        let region = crate::pager::Region::new(
+            memory.start().expose_provenance(),
+            memory.len(),
+            |_: u64, _: &mut [u8]| Ok(crate::pager::PageData::Zero),
+        );
+        let uffd = crate::support::uffd(crate::FeatureFlags::empty());
+        #[expect(unsafe_code, reason = "the memory is the test's")]
+        // SAFETY: zeros are good bytes, and only raw pointers lead to them.
+        let added = unsafe { pager.add_own(uffd, [region]) }.unwrap();
+        let descriptor = pager.shared.table.find(added.descriptor.0).unwrap();
+        let queue = RetryQueue::new().unwrap();
+        let deferred = |tries| {
+            let fault = Fault {
+                address: memory.start().addr(),
+                kind: crate::FaultKind::Missing,
+                is_write: false,
+                thread: 0,
+                since: Instant::now(),
+                joined: false,
+            };
+            let work = Work::Stray { fault, tries, again: tries == 0 };
+            Deferred::new(&descriptor, work, stray(tries), None)
+        };
+        // A thread faults again while the worker that woke it hasn't put its work back: before and after that.
+        for order in [[0, 9], [9, 0]] {
+            assert!(matches!(queue.put(deferred(order[0])), Put::Entered));
+            assert!(matches!(queue.put(deferred(order[1])), Put::Merged));
+            assert!(queue.next_due(Instant::now() + Duration::from_millis(100)).is_none(), "it is the 9th");
+            let taken = queue.next_due(Instant::now() + Duration::from_secs(10)).unwrap();
+            assert!(matches!(taken.work, Work::Stray { tries: 9, again: true, .. }), "{taken:?}");
+        }
     }
 }

@@ -184,13 +184,27 @@ impl Shared {
         descriptor: &Arc<Descriptor>,
         may: impl Fn(&Attachment) -> bool,
     ) -> Option<Attachment> {
+        let serving = self.close_if(descriptor, may)?;
+        self.note_closed(descriptor);
+        Some(serving)
+    }
+
+    fn close_if(
+        &self,
+        descriptor: &Arc<Descriptor>,
+        may: impl Fn(&Attachment) -> bool,
+    ) -> Option<Attachment> {
         let serving = descriptor.close_if(may)?;
         self.fill.in_flight.cancel(|of, _| of.id == descriptor.id);
         self.poll.remove(serving.uffd.as_fd());
+        Some(serving)
+    }
+
+    /// Lets all threads know that a descriptor is closed.
+    fn note_closed(&self, descriptor: &Descriptor) {
         self.table.note_closed();
         descriptor.note_end();
         self.mailbox.post(Note::Ended);
-        Some(serving)
     }
 
     /// Leaves what was served by a descriptor to the control thread, to free it.
@@ -201,9 +215,11 @@ impl Shared {
 
     /// Ends serving a descriptor whose process has gone.
     pub(crate) fn retire(&self, descriptor: &Arc<Descriptor>) {
-        if let Some(serving) = self.remove(descriptor) {
-            self.leave(descriptor, serving);
+        if let Some(serving) = self.close_if(descriptor, |_| true) {
+            // First, so that a thread that waits for the end finds it reported.
             self.fill.report(Problem::TargetGone { descriptor: DescriptorId(descriptor.id) });
+            self.note_closed(descriptor);
+            self.leave(descriptor, serving);
         }
     }
 
