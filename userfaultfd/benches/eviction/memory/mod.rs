@@ -112,9 +112,11 @@ pub(crate) fn section(
     let mib = |bytes| bytes >> 20;
     let mut text = format!("\n## Real memory\n\nA file of {} MiB, ", mib(scale.bytes));
     let held = match group {
-        Some(_) => {
-            format!("each process in a memory cgroup of {} MiB; ours has a budget of 0.9 of it", mib(limit))
-        }
+        Some(_) => format!(
+            "each process in a memory cgroup of {} MiB, of which ours has {} MiB as a budget",
+            mib(limit),
+            mib(limit - ROOM_BYTES)
+        ),
         None => "and no memory cgroup can be made here, so that mmap has all memory".to_owned(),
     };
     let how = if direct { "by O_DIRECT" } else { "through the page cache" };
