@@ -63,8 +63,8 @@ const ALWAYS: [&str; 10] = [
 
 const HUGE_PAGES: &str = "pages: huge ones that the kernel made";
 
-/// One memory with some snapshots of it.
-fn life(test: &'static str, mut random: Random, tally: &mut Tally) -> Result<(), String> {
+/// One memory with some snapshots of it, the last of which begins before `end`.
+fn life(test: &'static str, mut random: Random, tally: &mut Tally, end: Instant) -> Result<(), String> {
     let (kind, transparent) = match random.below(48) {
         0..20 => (Kind::Anonymous, false),
         20..24 => (Kind::Anonymous, true),
@@ -129,7 +129,7 @@ fn life(test: &'static str, mut random: Random, tally: &mut Tally) -> Result<(),
                 }
             }
             round.wait();
-            if result.is_err() || world.is_over() {
+            if result.is_err() || world.is_over() || Instant::now() > end {
                 break;
             }
         }
@@ -161,12 +161,12 @@ fn number_from(variable: &str) -> Option<u64> {
 
 /// One life after the other, in one of some processes.
 fn lives(test: &'static str, seed: u64, limit: Duration) {
-    let (start, mut tally) = (Instant::now(), Tally::default());
+    let (end, mut tally) = (Instant::now() + limit, Tally::default());
     let process = number_from(PROCESS).expect("the number of this process");
     let first = Random::new(seed.wrapping_add(process << 32)).next();
     let mut life = number_from(LIFE).unwrap_or(first);
-    while start.elapsed() < limit {
-        if let Err(error) = self::life(test, Random::new(life), &mut tally) {
+    while Instant::now() < end {
+        if let Err(error) = self::life(test, Random::new(life), &mut tally, end) {
             panic!("{LIFE}={life}: {error}\n{tally}");
         }
         life = number_from(LIFE).unwrap_or(life.wrapping_add(1));
