@@ -327,8 +327,11 @@ impl<'a> ImageCopy<'a> {
             None => vec![Region::new(0..len, block)],
         };
         let geometry = Geometry { regions, incremental: self.extents.is_some() };
-        if geometry.len() != len {
-            let text = format!("regions of {} bytes, and an image of {len} bytes", geometry.len());
+        let regions_len = geometry.regions.iter().try_fold(0_u64, |sum, region| {
+            sum.checked_add(region.addresses.end.checked_sub(region.addresses.start)?)
+        });
+        if regions_len != Some(len) {
+            let text = format!("regions that have other than the {len} bytes of the image");
             return Err(invalid(text));
         }
         let extents = self.checked_extents(len, block)?;

@@ -48,6 +48,30 @@ fn content(reader: &SnapshotReader) -> Vec<u8> {
     all
 }
 
+/// What was there is there still, and nothing beside it.
+#[test]
+fn conversion_that_fails_half_way_leaves_the_old_file() {
+    require!();
+    let folder = Folder::new(test_name!());
+    let (raw, good) = (folder.file("raw", &memory(0)), folder.path("good"));
+    quiet(&["convert", &raw, "-o", &good, "--compression", "none", "--chunk", "64K"]);
+    // A byte of the last chunk.
+    let mut bytes = fs::read(&good).unwrap();
+    let index = u64::from_le_bytes(*bytes[bytes.len() - 48..].first_chunk().unwrap()) as usize;
+    bytes[index - 1] ^= 1;
+    let (bad, old) = (folder.file("bad", &bytes), folder.file("old", b"old"));
+    let names = || fs::read_dir(folder.path(".")).unwrap().count();
+    let before = names();
+    for to in ["raw", "snapshot"] {
+        fails(&["convert", &bad, "-o", &old, "--to", to], 1, &["checksum"]);
+        assert_eq!(fs::read(&old).unwrap(), b"old");
+        fails(&["convert", &bad, "-o", &folder.path("new"), "--to", to], 1, &["checksum"]);
+        assert_eq!(names(), before, "{to}");
+    }
+    fails(&["merge", &bad, "-o", &old], 1, &["checksum"]);
+    assert_eq!((fs::read(&old).unwrap(), names()), (b"old".to_vec(), before));
+}
+
 #[test]
 fn images_are_converted_there_and_back() {
     require!();

@@ -368,6 +368,76 @@ fn index_of_chunks_that_makes_no_sense_is_refused() {
     }
 }
 
+/// A few bytes that say again and again to show the same would fill any disk.
+#[test]
+fn content_that_is_shown_twice_is_refused() {
+    require!();
+    let mut memory = vec![0; 3 * page()];
+    memory[..page()].fill(5);
+    memory[2 * page()..].fill(6);
+    let parts = Parts::new(write(&mut Random::new(0), &memory, &options(Compression::None)));
+    // The place of the zeros in the middle.
+    let place = parts.index + 120 + 24 + 24 + 16;
+    assert_eq!(parts.u64_at(place), 0);
+    assert!(readers(&parts.with(place, 0)).iter().all(Result::is_ok));
+    let errors = readers(&parts.with(place, page() as u64)).map(Result::unwrap_err);
+    assert!(errors.iter().all(|error| matches!(error, FormatError::Damaged(_))), "{errors:?}");
+}
+
+/// A disk that is full for a moment.
+struct FullOnce {
+    bytes: Vec<u8>,
+    room: usize,
+}
+
+impl io::Write for FullOnce {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > self.room {
+            self.room = usize::MAX;
+            return Err(ErrorKind::StorageFull.into());
+        }
+        self.room -= bytes.len();
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn writer_that_failed_makes_no_file() {
+    require!();
+    let memory: Vec<u8> = (0..64 * page()).map(|at| (at / 7) as u8 | 1).collect();
+    for has_chunks in [true, false] {
+        let mut writer = SnapshotWriter::new(FullOnce { bytes: Vec::new(), room: 5 * page() + 100 }).unwrap();
+        if has_chunks {
+            writer = writer.chunks(&options(Compression::None));
+        }
+        writer.begin(&Geometry::new([Region::new(0..memory.len() as u64, page() as u64)])).unwrap();
+        let failed = writer.write(0, Content::Data(&memory)).unwrap_err();
+        assert_eq!(failed.kind(), ErrorKind::StorageFull);
+        writer.write(0, Content::Zero(page() as u64)).unwrap_err();
+        writer.finish().unwrap_err();
+        assert!(SnapshotReader::new(file(&writer.into_inner().bytes)).is_err());
+    }
+}
+
+#[test]
+fn regions_that_no_reader_takes_are_not_written() {
+    require!();
+    let page = page() as u64;
+    #[expect(clippy::reversed_empty_ranges, reason = "it is to be refused")]
+    let bad = [0..0, 5..5 + page / 2, page..0];
+    for addresses in bad {
+        let mut writer = SnapshotWriter::new(Vec::new()).unwrap().chunks(&ChunkOptions::new());
+        let geometry = Geometry::new([Region::new(0..page, page), Region::new(addresses, page)]);
+        assert_eq!(writer.begin(&geometry).unwrap_err().kind(), ErrorKind::InvalidInput);
+        assert!(writer.into_inner().is_empty());
+    }
+}
+
 #[test]
 fn compression_that_is_not_built_is_named() {
     require!();

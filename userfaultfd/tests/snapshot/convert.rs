@@ -225,6 +225,9 @@ fn copies_that_cannot_be_are_refused() {
 
 #[cfg(feature = "pager")]
 mod working_sets {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use userfaultfd::LazyMemory;
     use userfaultfd::pager::WorkingSet;
 
@@ -267,6 +270,39 @@ mod working_sets {
             }
             assert_ne!(source.take(), []);
         }
+    }
+
+    /// A source whose bytes are wrong for a while, as by a bad connection.
+    struct Wrong(Vec<u8>, Arc<AtomicBool>);
+
+    impl PageSource for Wrong {
+        fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+            page.copy_from_slice(&self.0[offset as usize..][..page.len()]);
+            if self.1.load(Ordering::Relaxed) {
+                page.iter_mut().for_each(|byte| *byte ^= 1);
+            }
+            Ok(PageData::Data)
+        }
+
+        fn len(&self) -> Option<u64> {
+            Some(self.0.len() as u64)
+        }
+    }
+
+    #[test]
+    fn what_was_wrong_in_the_long_read_is_read_again() {
+        require!();
+        let set = WorkingSet::from_pages(page(), 200, 0..100).unwrap();
+        let is_wrong = Arc::new(AtomicBool::new(false));
+        let bytes = image(200, &set, compressions()[0]);
+        let image = SnapshotReader::from_source(Wrong(bytes, Arc::clone(&is_wrong))).unwrap();
+        is_wrong.store(true, Ordering::Relaxed);
+        assert!(image.preload().unwrap() > 128 << 10, "several chunks");
+        is_wrong.store(false, Ordering::Relaxed);
+        let mut page = vec![0; page()];
+        assert_eq!(image.read(0, &mut page).unwrap_err().kind(), ErrorKind::InvalidData);
+        // A pager tries again, too.
+        assert_eq!((image.read(0, &mut page).unwrap(), page[0]), (PageData::Data, 1));
     }
 
     #[test]

@@ -262,19 +262,21 @@ impl Chunks {
         result
     }
 
-    /// The preloaded bytes, if they have these chunks. When each was needed once they are let go.
+    /// The preloaded bytes, if they have these chunks and none was needed before: what wasn't good is read again. When each was
+    /// needed once they are let go.
     fn take_preloaded(&self, chunks: &Range<usize>) -> Option<Arc<Vec<u8>>> {
         let mut guard = lock(&self.preloaded);
         let preloaded = guard.as_mut()?;
-        let waiting = preloaded.waiting.get_mut(chunks.clone())?;
+        let len = preloaded.waiting.len();
+        let waiting = &mut preloaded.waiting[chunks.start.min(len)..chunks.end.min(len)];
         let needed = waiting.iter().filter(|waiting| **waiting).count();
         waiting.fill(false);
         preloaded.left -= needed;
-        let bytes = Arc::clone(&preloaded.bytes);
+        let bytes = (needed == chunks.len()).then(|| Arc::clone(&preloaded.bytes));
         if preloaded.left == 0 {
             *guard = None;
         }
-        Some(bytes)
+        bytes
     }
 
     /// Decompresses a chunk, and checks it.

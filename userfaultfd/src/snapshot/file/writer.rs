@@ -9,7 +9,7 @@ use super::chunk_writer::{ChunkOptions, ChunkWriter};
 use super::format::{Extent, Footer, HEADER_BYTES, Header, Place, SnapshotId, encode_index};
 use super::name::next_path;
 use crate::pending_file::FinalName;
-use crate::snapshot::sink::{Content, Geometry, Sink};
+use crate::snapshot::sink::{Content, Geometry, Region, Sink};
 use crate::{PendingFile, page_size, sys};
 
 /// A [`Sink`] that writes a snapshot as a file for [`SnapshotReader`](crate::snapshot::SnapshotReader).
@@ -33,6 +33,8 @@ pub struct SnapshotWriter<W: Write> {
     checksums: Vec<(u64, u32)>,
     /// Of version 2.
     chunks: Option<ChunkWriter>,
+    /// Whether something wasn't written as a whole: what follows makes no file of it.
+    has_failed: bool,
 }
 
 /// A file, and the name that it will take.
@@ -87,6 +89,7 @@ impl<W: Write> SnapshotWriter<W> {
             extents: Vec::new(),
             checksums: Vec::new(),
             chunks: None,
+            has_failed: false,
         })
     }
 
@@ -179,6 +182,14 @@ impl<W: Write + Send> Sink for SnapshotWriter<W> {
             (false, Some(_)) => return Err(invalid("a snapshot of everything follows none")),
             _ => {}
         }
+        let block = self.block as u64;
+        let is_sound = |region: &Region| {
+            let len = region.addresses.end.checked_sub(region.addresses.start);
+            len.is_some_and(|len| len > 0 && len % block == 0)
+        };
+        if !geometry.regions.iter().all(is_sound) {
+            return Err(invalid("a region of a snapshot has a number of whole pages"));
+        }
         if self.geometry.replace(geometry.clone()).is_some() {
             return Err(invalid("a writer writes one snapshot"));
         }
@@ -195,6 +206,29 @@ impl<W: Write + Send> Sink for SnapshotWriter<W> {
     }
 
     fn write(&mut self, offset: u64, content: Content<'_>) -> io::Result<()> {
+        self.check()?;
+        let written = self.write_content(offset, content);
+        self.has_failed = written.is_err();
+        written
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.check()?;
+        let finished = self.write_index();
+        self.has_failed = finished.is_err();
+        finished
+    }
+}
+
+impl<W: Write> SnapshotWriter<W> {
+    fn check(&self) -> io::Result<()> {
+        match self.has_failed {
+            true => Err(io::Error::other("writing the snapshot has failed before")),
+            false => Ok(()),
+        }
+    }
+
+    fn write_content(&mut self, offset: u64, content: Content<'_>) -> io::Result<()> {
         let (block, first) = (self.block as u64, offset / self.block as u64);
         match content {
             Content::Data(bytes) => {
@@ -220,7 +254,7 @@ impl<W: Write + Send> Sink for SnapshotWriter<W> {
         Ok(())
     }
 
-    fn finish(&mut self) -> io::Result<()> {
+    fn write_index(&mut self) -> io::Result<()> {
         let Some(geometry) = self.geometry.clone() else { return Err(invalid("the snapshot hasn't begun")) };
         self.extents.sort_unstable_by_key(|extent| extent.first);
         let (index, checksums) = if let Some(mut chunks) = self.chunks.take() {
