@@ -11,11 +11,12 @@ use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar};
 
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::page_state::{Claim, Pages, Settlement};
+use crate::lock_order::{RankedMutex, lock, rank};
 use crate::owner::Owner;
 use crate::source::{PageData, PageSource};
 use crate::{Errno, page_size, sys};
@@ -96,7 +97,7 @@ pub struct SharedImage {
     pages: Pages,
     /// For threads that wait for others' loads.
     ended: Condvar,
-    lock: Mutex<()>,
+    lock: RankedMutex<(), { rank::QUEUE }>,
 }
 
 /// Pages that this thread loads. Dropped, others may.
@@ -120,7 +121,7 @@ impl Loading<'_> {
             let _joined = self.image.pages.end(page, settlement);
         }
         // A thread that waits has looked with the lock held.
-        drop(self.image.lock.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(lock(&self.image.lock));
         self.image.ended.notify_all();
     }
 }
@@ -164,7 +165,7 @@ impl SharedImage {
         sys::write_mapping(&mapping, 0, &[])?;
         sys::seal_as_image(file.as_fd())?;
         let pages = Pages::new(len / page_size())?;
-        let (owner, ended, lock) = (Owner::current()?, Condvar::new(), Mutex::new(()));
+        let (owner, ended, lock) = (Owner::current()?, Condvar::new(), RankedMutex::new(()));
         Ok(Arc::new(Self { owner, source: Arc::new(source), source_len, file, mapping, pages, ended, lock }))
     }
 
@@ -261,10 +262,7 @@ impl SharedImage {
 
     /// Waits until no thread loads a page.
     fn wait(&self, page: usize) {
-        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        while self.pages.is_loading(page) {
-            lock = self.ended.wait(lock).unwrap_or_else(PoisonError::into_inner);
-        }
+        drop(lock(&self.lock).wait_while(&self.ended, |()| self.pages.is_loading(page)));
     }
 
     /// Writes content that is there already, or zeros where zeros belong.
