@@ -213,7 +213,7 @@ impl Mm {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::support::random::Random;
+    use crate::support::random::for_a_while;
     use crate::support::require;
 
     fn put_varint(bytes: &mut Vec<u8>, mut value: u64) {
@@ -313,27 +313,49 @@ pub(super) mod tests {
         assert_eq!(found, [(false, false), (true, false), (false, false), (false, false), (true, true)]);
     }
 
-    /// Any bytes, and images of which some bytes are others.
+    /// Images damaged in any way are errors, or have entries for which there are bytes.
     #[test]
-    fn no_bytes_make_a_reader_panic() {
+    fn damaged_images_are_an_error_or_in_order() {
         require!();
-        let mut random = Random::new(4);
-        let good =
-            pagemap(7, &[record(&[(1, 0x1000), (2, 2), (4, 6)]), record(&[(1, 0x4000), (2, 1), (3, 1)])]);
-        for _ in 0..20_000 {
-            let mut bytes = if random.one_in(2) {
-                good.clone()
-            } else {
-                let magic = if random.one_in(2) { MM_MAGIC } else { PAGEMAP_MAGIC };
-                let record = (0..random.below(60)).map(|_| random.next() as u8).collect();
-                image(magic, &[record])
-            };
-            for _ in 0..random.below(4) {
-                let at = random.below(bytes.len());
-                bytes[at] = random.next() as u8;
-            }
-            bytes.truncate(random.below(bytes.len() + 1));
-            let _any = (Pagemap::decode(&bytes), Mm::decode(&bytes));
+        let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let mut areas = Vec::new();
+        for start in [0x1000, 0x4000, 0x7fff_0000_0000] {
+            let area = record(&[(1, start), (2, start + 0x2000), (6, anonymous), (7, 1)]);
+            put_varint(&mut areas, AREAS_FIELD << 3 | 2);
+            put_varint(&mut areas, area.len() as u64);
+            areas.extend(area);
         }
+        let entries = [
+            record(&[(1, 0x1000), (2, 2), (4, 6)]),
+            record(&[(1, 0x4000), (2, 1), (3, 1)]),
+            record(&[(1, 0x6000), (4, 1), (5, 3)]),
+        ];
+        let seeds = [
+            pagemap(7, &entries),
+            image(MM_MAGIC, &[[record(&[(1, u64::MAX)]), areas].concat()]),
+            record(&[(3, u64::MAX), (300, 1)]),
+        ];
+        let (mut accepted, mut refused) = (0, 0);
+        for_a_while(|random| {
+            let mut bytes = seeds[random.below(2)].clone();
+            for _ in 0..=random.below(3) {
+                random.damage(&mut bytes, &seeds);
+            }
+            let (pagemap, mm) = (Pagemap::decode(&bytes), Mm::decode(&bytes));
+            accepted += usize::from(pagemap.is_ok() || mm.is_ok());
+            refused += usize::from(pagemap.is_err() && mm.is_err());
+            if let Ok(Pagemap { entries, .. }) = pagemap {
+                // Each has a length of four bytes, a start and a number.
+                assert!(entries.len() <= bytes.len() / 8, "{} of {}", entries.len(), bytes.len());
+                assert!(entries.iter().all(|entry| entry.start <= entry.end));
+                assert!(entries.is_sorted_by(|entry, next| entry.end <= next.start));
+            }
+            if let Ok(Mm { areas }) = mm {
+                assert!(areas.len() <= bytes.len() / 4, "{} of {}", areas.len(), bytes.len());
+                assert!(areas.iter().all(|area| area.start < area.end));
+                assert!(areas.is_sorted_by(|area, next| area.end <= next.start));
+            }
+        });
+        assert!(accepted > 10 && refused > 10, "{accepted} {refused}");
     }
 }

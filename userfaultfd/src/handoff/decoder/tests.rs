@@ -1,7 +1,7 @@
 use super::*;
 use crate::RegisterMode;
 use crate::handoff::{MemoryRegion, region};
-use crate::support::random::Random;
+use crate::support::random::{Random, for_a_while};
 use crate::support::require;
 
 fn regions() -> Vec<MemoryRegion> {
@@ -275,4 +275,54 @@ fn hostile_bytes_are_an_error_or_a_message() {
         }
     }
     assert!(accepted > 500 && refused > 500, "{accepted} accepted, {refused} refused");
+}
+
+/// Messages of any dialect, damaged in any way, in any parts: what is accepted is no longer than the bytes that came, and can be
+/// said again where its dialect says all of it.
+#[test]
+fn damaged_messages_are_an_error_or_messages() {
+    require!();
+    let of_dialect = |dialect: Dialect| -> Vec<u8> {
+        messages(dialect).iter().flat_map(|message| dialect.encode(message).unwrap()).collect()
+    };
+    let seeds: Vec<Vec<u8>> = Dialect::ALL.iter().map(|dialect| of_dialect(*dialect)).collect();
+    for_a_while(|random| {
+        let number = random.below(seeds.len());
+        let mut bytes = seeds[number].clone();
+        for _ in 0..=random.below(4) {
+            random.damage(&mut bytes, &seeds);
+        }
+        let dialect = Dialect::ALL[number];
+        let allowed = if random.one_in(2) { std::slice::from_ref(&dialect) } else { Dialect::ALL };
+        let mut decoder = Decoder::new(allowed.iter().copied());
+        let (mut rest, mut came) = (&bytes[..], 0);
+        while !rest.is_empty() {
+            let (part, after) = rest.split_at(1 + random.below(rest.len()));
+            (rest, came) = (after, came + part.len());
+            decoder.push(part);
+            loop {
+                match decoder.next_message() {
+                    Ok(Some(message)) => {
+                        if let Message::Handoff { regions, .. }
+                        | Message::AddRegions(regions)
+                        | Message::RemoveRegions(regions) = &message
+                        {
+                            assert!(regions.len() <= came / 40, "{} of {came} bytes", regions.len());
+                            let _checked = region::check(regions);
+                        }
+                        let dialect = decoder.dialect().expect("a message is of one");
+                        if let Some(again) = dialect.encode(&message) {
+                            let again = decode(Decoder::new([dialect]), [&again[..]].into_iter()).unwrap();
+                            assert_eq!(again.len(), 1, "{message:?}");
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(error) => {
+                        assert!(error.to_string().len() < 4000);
+                        return;
+                    }
+                }
+            }
+        }
+    });
 }
