@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use userfaultfd::handoff::Dialect;
 
@@ -14,6 +14,7 @@ use crate::support::proc::wait_until;
 use crate::support::{child, page, require, test_name};
 
 #[path = "../../src/bin/uffd/serve/answer.rs"]
+#[expect(dead_code, reason = "the program answers")]
 mod answer;
 
 /// What a server answers to some bytes.
@@ -150,10 +151,9 @@ fn client_that_takes_little_at_a_time_is_left_when_its_time_is_over() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (accepted, _) = listener.accept().unwrap();
-    client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
     let answered = thread::spawn(move || {
-        let body = || "x".repeat(1 << 30);
-        answer::answer(accepted, Duration::from_millis(50), body).unwrap_err().kind()
+        let (mut accepted, until) = (accepted, Instant::now() + Duration::from_millis(10));
+        answer::send(&mut accepted, &vec![b'x'; 64 << 20], until).unwrap_err().kind()
     });
     let mut room = [0; 4096];
     // Until the connection is closed: it goes on all the time.

@@ -47,7 +47,7 @@ pub(crate) fn answer(
 }
 
 /// Sends all of it by a moment, also to a client that takes a byte now and then.
-fn send(client: &mut TcpStream, mut bytes: &[u8], until: Instant) -> io::Result<()> {
+pub(crate) fn send(client: &mut TcpStream, mut bytes: &[u8], until: Instant) -> io::Result<()> {
     while !bytes.is_empty() {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
