@@ -227,16 +227,20 @@ fn page_that_is_unmapped_stays_in_the_file() {
 fn page_stays_while_a_forks_child_is_not_served() {
     require!(NEEDS | FeatureFlags::EVENT_FORK);
     child::run_well(test_name!(), || {
-        let limited = Limited::new(FeatureFlags::EVENT_FORK);
-        let (cell, written) = limited.resident_page(true);
-        let stop = Stop::at(Point::BeforeAdopt, 0..usize::MAX);
-        let (child, _) = start(move || child::fork(move || cell.write(0x99)).succeed());
-        stop.reached();
-        clean::evict(&residence(&limited), PAGE..PAGE + 1);
-        let byte = byte_in_file(&limited);
-        stop.go();
-        child.join().unwrap();
-        assert!([written, 0x99].contains(&byte), "{byte:#x}");
-        assert_eq!((cell.read(), cell.next().read()), (0x99, 3));
+        for is_written in [true, false] {
+            let limited = Limited::new(FeatureFlags::EVENT_FORK);
+            let (cell, before) = limited.resident_page(is_written);
+            let stop = Stop::at(Point::BeforeAdopt, 0..usize::MAX);
+            let (child, _) = start(move || child::fork(move || cell.write(0x99)).succeed());
+            stop.reached();
+            clean::evict(&residence(&limited), PAGE..PAGE + 1);
+            let byte = byte_in_file(&limited);
+            stop.go();
+            child.join().unwrap();
+            assert!([before, 0x99].contains(&byte), "{byte:#x}");
+            assert_eq!((cell.read(), cell.next().read()), (0x99, 3));
+            limited.read_others();
+            assert_eq!((cell.read(), cell.next().read()), (0x99, 3));
+        }
     });
 }
