@@ -195,6 +195,9 @@ impl Region {
     /// that lie in the range as a whole. (On memfd and tmpfs that needs commit 73f37dbcfe17 of Linux 5.19, which 5.18.13 and
     /// 5.15.56 have, too: without it such an access waits until the page is written.)
     ///
+    /// A write(2) to the file whose source is missing in memory of this pager may wait for ever: the kernel keeps the file
+    /// locked until the page is there, and the pager writes pages to the file. Access such a source first.
+    ///
     /// The file should not shrink while it is served: pages behind its end are poisoned. Huge pages, and files opened for
     /// appending, are written by process_vm_writev(2) of this process to itself. Such memory is always [shared](Self::shared).
     ///
