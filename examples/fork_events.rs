@@ -38,7 +38,7 @@ fn parent_and_child() -> Result<()> {
     };
     let mut status = 0;
     // SAFETY: `status` is borrowed for the call.
-    if unsafe { libc::waitpid(child, &mut status, 0) } == -1 {
+    if unsafe { libc::waitpid(child, &raw mut status, 0) } == -1 {
         return Err(io::Error::last_os_error().into());
     }
     println!("the child read {}", char::from(libc::WEXITSTATUS(status) as u8));

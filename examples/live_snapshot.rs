@@ -75,6 +75,7 @@ impl Store {
 
     fn word(&self, index: usize) -> &AtomicU64 {
         assert!(index < self.words());
+        #[expect(clippy::cast_ptr_alignment, reason = "a mapping begins with a page")]
         let word = self.0.as_mut_ptr().cast::<AtomicU64>().wrapping_add(index);
         // SAFETY: aligned, inside the mapping, which lives as long as self and is accessed by atomics alone.
         unsafe { &*word }

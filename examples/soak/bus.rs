@@ -48,7 +48,7 @@ pub(crate) fn install() -> io::Result<()> {
     action.sa_flags = libc::SA_SIGINFO;
     // SAFETY: the action is borrowed for the call. Its handler makes system calls and touches atomics and what its
     // own thread has put on its stack.
-    match unsafe { libc::sigaction(libc::SIGBUS, &action, ptr::null_mut()) } {
+    match unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

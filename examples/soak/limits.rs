@@ -207,10 +207,10 @@ struct Reached {
 fn descriptors(limit: u64) -> io::Result<Reached> {
     let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel writes the structure, borrowed for the call.
-    check_call(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut before) })?;
+    check_call(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut before) })?;
     let fewer = libc::rlimit { rlim_cur: limit as libc::rlim_t, ..before };
     // SAFETY: the kernel reads the structure, borrowed for the call.
-    check_call(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &fewer) })?;
+    check_call(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const fewer) })?;
     Ok(Reached { before })
 }
 
@@ -221,7 +221,7 @@ fn check_call(returned: libc::c_int) -> io::Result<()> {
 impl Drop for Reached {
     fn drop(&mut self) {
         // SAFETY: the kernel reads the structure, borrowed for the call.
-        let raised = check_call(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &self.before) });
+        let raised = check_call(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const self.before) });
         debug_assert!(raised.is_ok(), "{raised:?}");
     }
 }

@@ -206,7 +206,7 @@ fn handle_signals() -> Result<(), String> {
     action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
     action.sa_flags = libc::SA_RESTART;
     // SAFETY: the action is borrowed for the call, and its handler does nothing.
-    match unsafe { libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut()) } {
+    match unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error().to_string()),
     }
@@ -241,7 +241,7 @@ fn child_drops(pager: &Arc<Pager>, random: &mut Random) -> Result<(), String> {
         child => {
             let mut status = 0;
             // SAFETY: the kernel writes the status, borrowed for the call.
-            let waited = unsafe { libc::waitpid(child, &mut status, 0) };
+            let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
             if (waited, status) != (child, 0) {
                 return Err(format!("a child that drops: {drops}, ended with {status:#x}"));
             }

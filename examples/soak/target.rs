@@ -374,7 +374,7 @@ impl Target {
         slot.touches(0, child as u32);
         let mut status = 0;
         // SAFETY: `status` is borrowed for the call.
-        while unsafe { libc::waitpid(child, &mut status, 0) } == -1 {
+        while unsafe { libc::waitpid(child, &raw mut status, 0) } == -1 {
             let error = io::Error::last_os_error();
             if error.kind() != io::ErrorKind::Interrupted {
                 return Err(format!("waitpid: {error}"));

@@ -16,6 +16,7 @@ use rustix::net::{
 /// # Errors
 ///
 /// Those of sendmsg(2).
+#[expect(clippy::missing_panics_doc, reason = "the room is that of one descriptor")]
 pub fn send<const N: usize>(socket: &UnixStream, numbers: [u64; N], fd: BorrowedFd<'_>) -> io::Result<()> {
     let bytes = numbers.map(u64::to_ne_bytes);
     let fds = [fd];

@@ -63,7 +63,7 @@ pub fn run(example: impl FnOnce() -> Result<()>) -> ExitCode {
     };
     match kernels {
         Some(userfaultfd::Error::UnsupportedFeatures { missing, .. }) => {
-            eprintln!("needs {}", since(*missing))
+            eprintln!("needs {}", since(*missing));
         }
         Some(userfaultfd::Error::FeatureNotPermitted(_)) => {
             eprintln!("needs CAP_SYS_PTRACE: be root, or run: sudo setcap cap_sys_ptrace=ep PROGRAM");
@@ -90,12 +90,14 @@ pub fn since(features: FeatureFlags) -> String {
 
 /// A bar of `bytes` on the standard error, if that is a terminal. It goes when it is dropped.
 #[must_use]
+#[expect(clippy::missing_panics_doc, reason = "the template is known")]
 pub fn progress_bar(what: &'static str, bytes: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
     ProgressBar::new(bytes as u64).with_style(style.expect("a template of known words")).with_message(what)
 }
 
 /// The arguments of an example of memory with a limit: `[--limit BYTES] [FLAG] FILE`. `None`: they are others.
+#[must_use]
 pub fn limit_flag_and_file(default: usize, flag: &str) -> Option<(usize, bool, PathBuf)> {
     let (mut limit, mut has_flag, mut path) = (default, false, None);
     let mut arguments = env::args_os().skip(1);

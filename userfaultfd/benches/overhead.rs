@@ -141,6 +141,6 @@ fn share_one_cpu() {
     // SAFETY: the kernel has no more CPUs than the set has room for.
     unsafe { libc::CPU_SET(cpu, &mut set) };
     // SAFETY: the set is borrowed for the call.
-    let pinned = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) };
+    let pinned = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) };
     assert_eq!(pinned, 0, "{}", std::io::Error::last_os_error());
 }

@@ -180,7 +180,7 @@ fn catch_signals() {
     action.sa_sigaction = on_signal as extern "C" fn(_, _, _) as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
     // SAFETY: the structure is borrowed for the call; the handler makes system calls that a handler may.
-    let result = unsafe { libc::sigaction(libc::SIGSEGV, &action, std::ptr::null_mut()) };
+    let result = unsafe { libc::sigaction(libc::SIGSEGV, &raw const action, std::ptr::null_mut()) };
     assert_eq!(result, 0);
 }
 

@@ -559,10 +559,10 @@ mod tests {
                 Decoded::Fork { fd } => assert_eq!((event, fd as u32), (0x13, first_half)),
                 Decoded::Remap { from, to, len } => assert_eq!((event, [from, to, len]), (0x14, words)),
                 Decoded::Remove { start, end } => {
-                    assert_eq!((event, [start, end]), (0x15, [words[0], words[1]]))
+                    assert_eq!((event, [start, end]), (0x15, [words[0], words[1]]));
                 }
                 Decoded::Unmap { start, end } => {
-                    assert_eq!((event, [start, end]), (0x16, [words[0], words[1]]))
+                    assert_eq!((event, [start, end]), (0x16, [words[0], words[1]]));
                 }
                 Decoded::Unknown { event: unknown } => {
                     assert_eq!(unknown, event);

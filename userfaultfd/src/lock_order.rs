@@ -86,7 +86,7 @@ pub(crate) struct LockGuard<'a, T> {
     _held: order::Held,
 }
 
-impl<'a, T> LockGuard<'a, T> {
+impl<T> LockGuard<'_, T> {
     /// Waits for a condition variable while something is so. The lock counts as held meanwhile: the thread takes no other.
     pub(crate) fn wait_while(self, changed: &Condvar, condition: impl FnMut(&mut T) -> bool) -> Self {
         let Self { guard, _held } = self;

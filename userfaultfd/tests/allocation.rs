@@ -143,7 +143,7 @@ fn assert_failed<T>(result: Result<T, Error>, errno: Errno) {
 #[test]
 fn allocation_counter_counts() {
     require!();
-    let (_, calls) = allocations(|| drop(black_box(Box::new(1))));
+    let ((), calls) = allocations(|| drop(black_box(Box::new(1))));
     assert_eq!(calls, 2);
     let (mut bytes, calls) = allocations(|| black_box(vec![0_u8; 100]));
     assert_eq!(calls, 1);

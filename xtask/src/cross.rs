@@ -150,12 +150,12 @@ fn test(target: &Target) -> Outcome {
         match emulator.test(path, &log) {
             Ok((good, bad)) => {
                 (passed, failed) = (passed + good, failed + bad);
-                println!("{}: {good} passed, {bad} failed", name);
+                println!("{name}: {good} passed, {bad} failed");
                 if bad > 0 {
                     problems.push(format!("{}: {bad} failed: {}", name, log.display()));
                 }
             }
-            Err(reason) => problems.push(format!("{}: {reason}", name)),
+            Err(reason) => problems.push(format!("{name}: {reason}")),
         }
     }
     if passed == 0 && problems.is_empty() {

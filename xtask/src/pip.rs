@@ -15,7 +15,7 @@ pub(crate) fn install(folder: &Path, packages: &[&str]) -> Result<(), String> {
         match command.stdin(Stdio::null()).output() {
             Ok(output) if output.status.success() => return Ok(()),
             Ok(output) => {
-                failures += &format!("\n{}: {}", pip.join(" "), String::from_utf8_lossy(&output.stderr))
+                failures += &format!("\n{}: {}", pip.join(" "), String::from_utf8_lossy(&output.stderr));
             }
             Err(e) => failures += &format!("\n{}: {e}", pip.join(" ")),
         }

@@ -41,7 +41,7 @@ pub(crate) static ALLOWED: LazyLock<Vec<usize>> = LazyLock::new(|| {
     // SAFETY: a set of CPUs is an array of bits, and all zero is the empty one.
     let mut set: libc::cpu_set_t = unsafe { zeroed() };
     // SAFETY: the kernel writes at most the size of the set.
-    let got = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &mut set) };
+    let got = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) };
     assert_eq!(got, 0, "{}", io::Error::last_os_error());
     // SAFETY: the numbers are those that the set has room for.
     (0..libc::CPU_SETSIZE as usize).filter(|cpu| unsafe { libc::CPU_ISSET(*cpu, &set) }).collect()
@@ -62,7 +62,7 @@ fn keep_on(thread: libc::pid_t, cpus: &[usize]) {
         unsafe { libc::CPU_SET(*cpu, &mut set) };
     }
     // SAFETY: the set is borrowed for the call.
-    let done = unsafe { libc::sched_setaffinity(thread, size_of_val(&set), &set) };
+    let done = unsafe { libc::sched_setaffinity(thread, size_of_val(&set), &raw const set) };
     assert_eq!(done, 0, "{}", io::Error::last_os_error());
 }
 

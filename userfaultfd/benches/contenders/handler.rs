@@ -102,7 +102,7 @@ fn serve(fd: &OwnedFd, kind: Loop, start: usize, content: &[u8], orders: &Receiv
 fn poll(fd: RawFd) {
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: one structure is borrowed for the call.
-    let ready = unsafe { libc::poll(&mut poll, 1, -1) };
+    let ready = unsafe { libc::poll(&raw mut poll, 1, -1) };
     assert_eq!(ready, 1, "{}", io::Error::last_os_error());
 }
 

@@ -83,7 +83,7 @@ fn sigaction(new: &libc::sigaction) -> libc::sigaction {
     // SAFETY: overwritten by the call.
     let mut old: libc::sigaction = unsafe { zeroed() };
     // SAFETY: the handler makes system calls and nothing else; both structures are borrowed for the call.
-    let done = unsafe { libc::sigaction(libc::SIGBUS, new, &mut old) };
+    let done = unsafe { libc::sigaction(libc::SIGBUS, new, &raw mut old) };
     assert_eq!(done, 0, "{}", io::Error::last_os_error());
     old
 }

@@ -2,6 +2,9 @@
 
 use super::limits::Limit;
 
+/// In the place of a process id: all tasks are restored. No process has such an id.
+pub(super) const CRIU_COMPLETE: [u8; 4] = 0x5253_5446_u32.to_ne_bytes();
+
 /// How a dialect says where its messages end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Framing {
@@ -49,7 +52,7 @@ impl Framing {
                 len.map(|len| u64::from_le_bytes(*len).saturating_add(16))
             }
             Self::Criu => match bytes.first_chunk() {
-                Some(pid) if i32::from_ne_bytes(*pid) > 0 && *pid != super::dialect::CRIU_COMPLETE => Some(5),
+                Some(pid) if i32::from_ne_bytes(*pid) > 0 && *pid != CRIU_COMPLETE => Some(5),
                 Some(_) => Some(4),
                 None => None,
             },

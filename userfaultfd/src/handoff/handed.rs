@@ -98,6 +98,7 @@ impl Handoff {
     /// Returns the parts of the hand-over. From then on dropping the parts doesn't end the process; closing the userfaultfd shows zeros in pages
     /// that are missing, unless the process has a duplicate itself.
     #[must_use = "closing the userfaultfd shows zeros in missing pages"]
+    #[expect(clippy::missing_panics_doc, reason = "it has its parts until this")]
     pub fn into_parts(mut self) -> Parts {
         self.parts.take().expect("it has them until it is taken apart")
     }

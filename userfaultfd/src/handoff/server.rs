@@ -113,6 +113,7 @@ impl Server {
     }
 
     /// Returns the processes that are served.
+    #[must_use]
     pub fn processes(&self) -> impl ExactSizeIterator<Item = &ServedProcess> {
         self.served.iter().map(|guest| &guest.process)
     }
@@ -123,6 +124,7 @@ impl Server {
     }
 
     /// Ends the loop: closes the listener, and returns the processes that are served.
+    #[must_use]
     pub fn into_processes(self) -> impl ExactSizeIterator<Item = ServedProcess> {
         self.served.into_iter().map(|guest| guest.process)
     }

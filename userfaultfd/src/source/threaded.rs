@@ -84,6 +84,7 @@ impl<S: PageSource + 'static> ThreadedSource<S> {
     }
 
     /// Returns the source.
+    #[must_use]
     pub fn get_ref(&self) -> &S {
         &self.0.source
     }

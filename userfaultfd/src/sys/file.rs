@@ -71,7 +71,7 @@ pub(crate) fn file_stamp(file: BorrowedFd<'_>) -> Result<FileStamp, Errno> {
     // SAFETY: all zeros is such a structure.
     let mut stat: libc::stat64 = unsafe { std::mem::zeroed() };
     // SAFETY: the structure is borrowed for the call.
-    check(unsafe { libc::fstat64(file.as_raw_fd(), &mut stat) })?;
+    check(unsafe { libc::fstat64(file.as_raw_fd(), &raw mut stat) })?;
     Ok(FileStamp {
         len: stat.st_size as u64,
         allocated: (stat.st_blocks as u64).saturating_mul(512),
@@ -246,7 +246,7 @@ pub(crate) fn close_on_exec(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 pub(crate) fn max_descriptors() -> usize {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the structure is borrowed for the call.
-    let asked = check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) });
+    let asked = check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) });
     asked.map_or(0, |_| usize::try_from(limit.rlim_cur).unwrap_or(usize::MAX))
 }
 

@@ -195,7 +195,7 @@ pub(crate) fn write_mapping(map: &memmap2::MmapRaw, at: usize, mut bytes: &[u8])
         let remote = libc::iovec { iov_base: to.cast(), iov_len: bytes.len() };
         // SAFETY: the kernel reads the bytes, borrowed for the call, and writes to that many of the mapping, as has been
         // asserted. No reference leads to them.
-        let written = unsafe { libc::process_vm_writev(own, &local, 1, &remote, 1, 0) };
+        let written = unsafe { libc::process_vm_writev(own, &raw const local, 1, &raw const remote, 1, 0) };
         match usize::try_from(written) {
             Ok(written) if written == bytes.len() => return Ok(()),
             Ok(0) => return Err(Errno::EFAULT),
@@ -220,7 +220,7 @@ pub(crate) fn read_memory(
     let remote = libc::iovec { iov_base: base, iov_len: room.len() };
     // SAFETY: the kernel writes at most as many bytes as `room`, borrowed for the call, has. What it reads from is
     // an address that only the kernel looks at, and it says so where there is nothing.
-    let read = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
+    let read = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
     let read = usize::try_from(read).map_err(|_| Errno::last())?;
     // SAFETY: the kernel has written this number of bytes of the room.
     unsafe { buffer.set_len(read) };
@@ -245,7 +245,7 @@ pub(crate) fn populate(start: *const libc::c_void, len: usize) {
         let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
         let remote = libc::iovec { iov_base: std::ptr::without_provenance_mut(page), iov_len: 1 };
         // SAFETY: the kernel writes the byte. What it reads from is an address that only the kernel looks at.
-        unsafe { libc::process_vm_readv(own, &local, 1, &remote, 1, 0) };
+        unsafe { libc::process_vm_readv(own, &raw const local, 1, &raw const remote, 1, 0) };
     }
 }
 

@@ -7,13 +7,13 @@ use crate::Errno;
 pub(crate) fn block_signals() {
     let mut signals = no_signals();
     // SAFETY: the set is borrowed for the call.
-    unsafe { libc::sigfillset(&mut signals) };
+    unsafe { libc::sigfillset(&raw mut signals) };
     for fault in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGABRT] {
         // SAFETY: as above.
-        unsafe { libc::sigdelset(&mut signals, fault) };
+        unsafe { libc::sigdelset(&raw mut signals, fault) };
     }
     // SAFETY: the set is read, and the old one isn't wanted.
-    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &signals, std::ptr::null_mut()) };
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut()) };
 }
 
 /// A handler of a signal, as SA_SIGINFO calls it.
@@ -42,7 +42,7 @@ pub(crate) fn signals_of(set: &libc::sigset_t) -> u64 {
 pub(crate) fn bus_action() -> Result<libc::sigaction, Errno> {
     let mut action = no_action();
     // SAFETY: the structure is borrowed for the call, which is told nothing new.
-    check(unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), &mut action) })?;
+    check(unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), &raw mut action) })?;
     Ok(action)
 }
 
@@ -54,7 +54,7 @@ pub(crate) fn bus_action() -> Result<libc::sigaction, Errno> {
 pub(crate) unsafe fn set_bus_action(action: &libc::sigaction) -> Result<libc::sigaction, Errno> {
     let mut old = no_action();
     // SAFETY: both structures are borrowed for the call; the caller vouches for the handler.
-    check(unsafe { libc::sigaction(libc::SIGBUS, action, &mut old) })?;
+    check(unsafe { libc::sigaction(libc::SIGBUS, action, &raw mut old) })?;
     Ok(old)
 }
 
@@ -148,14 +148,14 @@ pub(crate) unsafe fn call_handler(
     if let Some(mut mask) = unsafe { interrupted_mask(context) } {
         for signal in 1..=SIGNALS {
             // SAFETY: a set that was installed.
-            let blocked = unsafe { libc::sigismember(&action.sa_mask, signal) } == 1;
+            let blocked = unsafe { libc::sigismember(&raw const action.sa_mask, signal) } == 1;
             if blocked || (signal == libc::SIGBUS && action.sa_flags & libc::SA_NODEFER == 0) {
                 // SAFETY: the set is borrowed for the call.
-                unsafe { libc::sigaddset(&mut mask, signal) };
+                unsafe { libc::sigaddset(&raw mut mask, signal) };
             }
         }
         // SAFETY: the set is read, and the old one isn't wanted.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &mask, std::ptr::null_mut()) };
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut()) };
     }
     if action.sa_flags & libc::SA_SIGINFO == 0 {
         // SAFETY: without SA_SIGINFO, and neither of the two special values, it is such a function.

@@ -39,19 +39,20 @@ pub(crate) fn receive(
     let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
     let received = loop {
         // SAFETY: the kernel writes to `bytes` and `control`, borrowed and alive for the call, no more than their lengths.
-        match unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) } {
+        match unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) } {
             -1 if Errno::last() == Errno::EINTR => {}
             -1 => return Err(Errno::last()),
             received => break received as usize,
         }
     };
     // SAFETY: the kernel has filled in the message.
-    let mut header = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     while !header.is_null() {
         // SAFETY: the header lies in `control`, as the kernel wrote it.
         let libc::cmsghdr { cmsg_len, cmsg_level, cmsg_type, .. } = unsafe { *header };
         if (cmsg_level, cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
             // SAFETY: computes an address inside `control`.
+            #[expect(clippy::cast_ptr_alignment, reason = "numbers are read unaligned")]
             let first = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
             // SAFETY: computes a length.
             let empty = unsafe { libc::CMSG_LEN(0) } as usize;
@@ -67,7 +68,7 @@ pub(crate) fn receive(
             }));
         }
         // SAFETY: the message and its headers are those that the kernel wrote.
-        header = unsafe { libc::CMSG_NXTHDR(&message, header) };
+        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
     }
     Ok((received, message.msg_flags & libc::MSG_CTRUNC != 0))
 }
@@ -89,8 +90,9 @@ pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>])
         message.msg_controllen = 0;
     } else {
         // SAFETY: the message was just set up.
-        let header = unsafe { libc::CMSG_FIRSTHDR(&message) };
+        let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
         // SAFETY: computes an address inside `control`.
+        #[expect(clippy::cast_ptr_alignment, reason = "numbers are written unaligned")]
         let first = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
         // SAFETY: computes a length.
         let whole = unsafe { libc::CMSG_LEN(len) };
@@ -110,7 +112,7 @@ pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>])
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     loop {
         // SAFETY: the kernel reads `bytes` and `control`, alive for the call, no more than their lengths.
-        match unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) } {
+        match unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) } {
             -1 if Errno::last() == Errno::EINTR => {}
             -1 => return Err(Errno::last()),
             sent => return Ok(sent as usize),
@@ -128,7 +130,7 @@ unsafe fn option<T>(socket: BorrowedFd<'_>, option: libc::c_int) -> Result<T, Er
     let mut len = size_of::<T>() as libc::socklen_t;
     let place = value.as_mut_ptr().cast();
     // SAFETY: the kernel writes `len` bytes at most to `value`, alive for the call.
-    check(unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, place, &mut len) })?;
+    check(unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, place, &raw mut len) })?;
     // SAFETY: zeros, or what the kernel wrote, which the caller vouches for.
     Ok(unsafe { value.assume_init() })
 }
@@ -198,7 +200,7 @@ pub(crate) fn inherited_listener(fd: RawFd) -> Result<Option<OwnedFd>, Errno> {
 pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
     let mut polled = libc::pollfd { fd: socket.as_raw_fd(), events: 0, revents: 0 };
     // SAFETY: the kernel writes to the structure, which is borrowed for the call.
-    let ready = unsafe { libc::poll(&mut polled, 1, 0) };
+    let ready = unsafe { libc::poll(&raw mut polled, 1, 0) };
     ready == 1 && polled.revents & libc::POLLHUP != 0
 }
 
@@ -206,7 +208,7 @@ pub(crate) fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
 pub(crate) fn wait_writable(socket: BorrowedFd<'_>, timeout: libc::c_int) -> Result<(), Errno> {
     let mut polled = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     // SAFETY: the kernel writes to the structure, which is borrowed for the call.
-    match check(unsafe { libc::poll(&mut polled, 1, timeout) }) {
+    match check(unsafe { libc::poll(&raw mut polled, 1, timeout) }) {
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(errno) => Err(errno),
     }

@@ -77,7 +77,7 @@ macro_rules! ioctls {
         pub(crate) fn $name(fd: BorrowedFd<'_>, arg: &mut $arg) -> Result<(), Errno> {
             // SAFETY: the number encodes the size of this very structure, which is borrowed for the call; the
             // kernel reads and writes nothing else, and memory contents are left alone.
-            let returned = unsafe { libc::ioctl(fd.as_raw_fd(), $number as libc::Ioctl, arg as *mut $arg) };
+            let returned = unsafe { libc::ioctl(fd.as_raw_fd(), $number as libc::Ioctl, std::ptr::from_mut(arg)) };
             check(returned).map(drop)
         }
     )*};
@@ -92,7 +92,7 @@ macro_rules! ioctls {
         pub(crate) unsafe fn $name(fd: BorrowedFd<'_>, arg: &mut $arg) -> Result<(), Errno> {
             // SAFETY: the number encodes the size of this very structure, which is borrowed for the call; the
             // caller vouches for the ranges that it names.
-            let returned = unsafe { libc::ioctl(fd.as_raw_fd(), $number as libc::Ioctl, arg as *mut $arg) };
+            let returned = unsafe { libc::ioctl(fd.as_raw_fd(), $number as libc::Ioctl, std::ptr::from_mut(arg)) };
             check(returned).map(drop)
         }
     )*};
@@ -147,7 +147,7 @@ pub(crate) fn pagemap_scan<R: PageRegion>(
     // SAFETY: the number encodes the size of `arg`, which is borrowed for the call. The kernel writes at most
     // vec_len structures at `vec`, of which `regions`, borrowed for the call, has that many in the same
     // layout.
-    let filled = unsafe { libc::ioctl(fd.as_raw_fd(), PAGEMAP_SCAN as libc::Ioctl, arg as *mut pm_scan_arg) };
+    let filled = unsafe { libc::ioctl(fd.as_raw_fd(), PAGEMAP_SCAN as libc::Ioctl, std::ptr::from_mut(arg)) };
     Ok(check(filled)? as usize)
 }
 

@@ -98,7 +98,7 @@ pub(crate) fn wait_readable<const N: usize>(
 pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
     let mut polled = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: the kernel writes to the structure, which is borrowed for the call.
-    let ready = unsafe { libc::poll(&mut polled, 1, 0) };
+    let ready = unsafe { libc::poll(&raw mut polled, 1, 0) };
     ready == 1 && polled.revents & libc::POLLIN != 0
 }
 
@@ -120,7 +120,7 @@ pub(crate) fn epoll_control(
 ) -> Result<(), Errno> {
     let mut event = libc::epoll_event { events: events as u32, u64: token };
     // SAFETY: the kernel reads the structure, which is borrowed for the call.
-    check(unsafe { libc::epoll_ctl(epoll.as_raw_fd(), operation, fd.as_raw_fd(), &mut event) }).map(drop)
+    check(unsafe { libc::epoll_ctl(epoll.as_raw_fd(), operation, fd.as_raw_fd(), &raw mut event) }).map(drop)
 }
 
 /// epoll_wait(2), for `timeout` milliseconds at most, or for ever with -1. Returns how many events there are; none if a
@@ -168,7 +168,8 @@ pub(crate) fn set_timer(timer: BorrowedFd<'_>, rest: Option<Duration>) {
     });
     let new = libc::itimerspec { it_interval: zero, it_value: value };
     // SAFETY: the kernel reads the structure, which is borrowed for the call.
-    let set = check(unsafe { libc::timerfd_settime(timer.as_raw_fd(), 0, &new, std::ptr::null_mut()) });
+    let set =
+        check(unsafe { libc::timerfd_settime(timer.as_raw_fd(), 0, &raw const new, std::ptr::null_mut()) });
     debug_assert!(set.is_ok(), "{set:?}");
 }
 

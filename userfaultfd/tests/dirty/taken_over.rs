@@ -161,7 +161,7 @@ fn series_saves_writes_to_new_mapping() {
             };
             series.begin(sink).unwrap().wait().unwrap();
             let mut saved = std::mem::take(&mut *saved.lock().unwrap());
-            saved.sort();
+            saved.sort_unstable();
             saved
         };
         for mode in modes() {

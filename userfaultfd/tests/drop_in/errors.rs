@@ -24,7 +24,7 @@ enum PagerError {
 fn copy_all(uffd: &Uffd, mut src: &[u8], mut dst: usize) -> Result<(), PagerError> {
     loop {
         // SAFETY: the source lives on, and nothing refers to the destination.
-        match unsafe { uffd.copy(src.as_ptr() as *const _, dst as *mut libc::c_void, src.len(), true) } {
+        match unsafe { uffd.copy(src.as_ptr().cast(), dst as *mut libc::c_void, src.len(), true) } {
             Ok(_) => return Ok(()),
             Err(UffdError::PartiallyCopied(copied)) => {
                 src = &src[copied..];

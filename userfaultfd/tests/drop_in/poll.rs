@@ -16,7 +16,7 @@ fn handle(uffd: Uffd, count: usize) -> Vec<(FaultKind, ReadWrite, usize)> {
     while seen.len() < count {
         let mut pollfd = libc::pollfd { fd: uffd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: the structure lives until the call returns.
-        let ready = unsafe { libc::poll(&mut pollfd, 1, -1) };
+        let ready = unsafe { libc::poll(&raw mut pollfd, 1, -1) };
         assert!(ready == 1 && pollfd.revents & libc::POLLERR == 0, "poll");
 
         let event = match uffd.read_event().expect("read uffd_msg") {

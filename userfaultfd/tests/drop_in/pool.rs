@@ -36,7 +36,7 @@ fn serve(uffd: Uffd, start: usize, end: usize) -> usize {
                 unsafe { zeropage(&uffd, addr, page_size(), true, 1000) }.expect("a zero page");
                 pages += 1;
             }
-            Some(_) => continue,
+            Some(_) => {}
             None => panic!("no event from a blocking descriptor"),
         }
     }
@@ -52,10 +52,12 @@ fn pool_is_served_until_it_is_unmapped() {
         .require_features(FeatureFlags::EVENT_UNMAP)
         .create()
         .expect("a userfaultfd");
-    let ioctls = uffd.register(pool.ptr as _, pool.len).expect("a registered pool");
-    if !ioctls.contains(IoctlFlags::WAKE | IoctlFlags::COPY | IoctlFlags::ZEROPAGE) {
-        panic!("{} lacks operations: {ioctls:?}", test_name!());
-    }
+    let ioctls = uffd.register(pool.ptr.cast(), pool.len).expect("a registered pool");
+    assert!(
+        ioctls.contains(IoctlFlags::WAKE | IoctlFlags::COPY | IoctlFlags::ZEROPAGE),
+        "{} lacks operations: {ioctls:?}",
+        test_name!()
+    );
     let handler = thread::spawn(move || serve(uffd, start, end));
     for instance in 0..4 {
         pool.set(2 * instance, 1);

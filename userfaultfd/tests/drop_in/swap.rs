@@ -79,7 +79,7 @@ impl Userfaultfd {
 
     fn copy(&self, start: usize, len: usize, data: *const u8, wake: bool) -> Result<usize> {
         // SAFETY: the guest's memory is its own.
-        Ok(unsafe { self.uffd.copy(data as *const libc::c_void, start as *mut libc::c_void, len, wake) }?)
+        Ok(unsafe { self.uffd.copy(data.cast::<libc::c_void>(), start as *mut libc::c_void, len, wake) }?)
     }
 
     fn read_event(&self) -> Result<Option<UffdEvent>> {

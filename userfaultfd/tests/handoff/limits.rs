@@ -112,7 +112,7 @@ fn peers_that_hold_all_descriptors_make_room() {
         let most = (descriptors() + greedy.len() * (2 + SENT)) as libc::rlim_t;
         let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
         // SAFETY: the structure is borrowed for the call.
-        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }, 0);
         let mut refused = 0;
         let mut is_of_peer = |error: Error| {
             assert!(error.is_of_peer(), "{error}");

@@ -23,14 +23,14 @@ pub(crate) fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
     let mut control = [0_u64; 64];
     // SAFETY: all zeros is an empty message.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &mut data;
+    message.msg_iov = &raw mut data;
     message.msg_iovlen = 1;
     if !fds.is_empty() {
         message.msg_control = control.as_mut_ptr().cast();
         // SAFETY: computes a length.
         message.msg_controllen = unsafe { libc::CMSG_SPACE(size_of_val(fds) as libc::c_uint) } as _;
         // SAFETY: the message was just set up.
-        let header = unsafe { libc::CMSG_FIRSTHDR(&message) };
+        let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
         // SAFETY: the control buffer has room for a header, and nothing else refers to it.
         let header = unsafe { &mut *header };
         header.cmsg_level = libc::SOL_SOCKET;
@@ -38,6 +38,7 @@ pub(crate) fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         // SAFETY: computes a length.
         header.cmsg_len = unsafe { libc::CMSG_LEN(size_of_val(fds) as libc::c_uint) } as _;
         // SAFETY: the address behind the header, inside the control buffer.
+        #[expect(clippy::cast_ptr_alignment, reason = "numbers are written unaligned")]
         let first = unsafe { libc::CMSG_DATA(header) }.cast::<i32>();
         for (at, fd) in fds.iter().enumerate() {
             let place = first.wrapping_add(at);
@@ -46,7 +47,7 @@ pub(crate) fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         }
     }
     // SAFETY: everything that the message points to lives until the call returns.
-    let sent = unsafe { libc::sendmsg(stream.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
+    let sent = unsafe { libc::sendmsg(stream.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
     assert_eq!(sent, bytes.len() as isize, "{}", std::io::Error::last_os_error());
 }
 

@@ -121,7 +121,7 @@ fn sixty_four_processes_share_one_pager() {
         served
             .iter()
             .filter(|served| kill.iter().any(|monitor| is_of(served, monitor)))
-            .for_each(|served| served.wait());
+            .for_each(userfaultfd::handoff::ServedProcess::wait);
         assert_eq!(exit.iter_mut().map(|monitor| monitor.read(0)).max(), Some(shown(0)));
         monitors.truncate(PROCESSES / 2);
         monitors.into_iter().for_each(Monitor::exit);

@@ -33,6 +33,7 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     CODE.store(content.si_code, Ordering::Relaxed);
     // The field follows the address, which is behind three integers.
     let lsb = (3 * size_of::<i32>()).next_multiple_of(align_of::<usize>()) + size_of::<usize>();
+    #[expect(clippy::cast_ptr_alignment, reason = "a field of the kernel's structure")]
     let lsb = info.cast::<u8>().wrapping_add(lsb).cast::<i16>();
     // SAFETY: inside the structure.
     LSB.store(unsafe { lsb.read() }.into(), Ordering::Relaxed);
@@ -51,7 +52,7 @@ fn catch_sigbus() {
     action.sa_sigaction = on_sigbus as extern "C" fn(_, _, _) as usize;
     action.sa_flags = libc::SA_SIGINFO;
     // SAFETY: the handler does but what a signal handler may.
-    check(unsafe { libc::sigaction(libc::SIGBUS, &action, ptr::null_mut()) }).unwrap();
+    check(unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) }).unwrap();
 }
 
 /// Checks that the last signal was for a page.

@@ -205,7 +205,7 @@ fn other_userfaultfds_memory_is_explained_by_part() {
     match uffd.unregister(memory.at(1), page()) {
         Ok(()) => println!("{}: anybody unregisters", test_name!()),
         result => {
-            assert_eq!(reason(result, Errno::EINVAL), Reason::OtherDescriptor { has: MISSING })
+            assert_eq!(reason(result, Errno::EINVAL), Reason::OtherDescriptor { has: MISSING });
         }
     }
 }

@@ -154,7 +154,7 @@ fn unwritable_shared_mapping_is_eperm() {
     for file in [mapping::read_only(mapping::memfd(0, 1)), sealed] {
         match Mapping::new(1, libc::PROT_READ, libc::MAP_SHARED, Some(file.as_fd())) {
             Ok(mapping) => {
-                assert_eq!(errno(uffd.register(mapping.start, mapping.len)), Errno::EPERM)
+                assert_eq!(errno(uffd.register(mapping.start, mapping.len)), Errno::EPERM);
             }
             // Before Linux 6.7 a sealed file can't be mapped shared at all.
             Err(error) => assert_eq!(error, Errno::EPERM),
@@ -321,7 +321,7 @@ fn range_without_required_operation_is_not_registered() {
         let uffd = build(IoctlFlags::COPY | IoctlFlags::CONTINUE);
         match uffd.register(memory.start(), memory.len()) {
             Err(Error::UnsupportedIoctls(ioctls)) => {
-                assert_eq!(ioctls, operations(kind.is_hugetlb(), MISSING))
+                assert_eq!(ioctls, operations(kind.is_hugetlb(), MISSING));
             }
             other => panic!("{other:?}"),
         }

@@ -399,7 +399,7 @@ fn full_disk_is_reported_and_loses_nothing() {
             let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
             #[expect(unsafe_code, reason = "a limit of this process")]
             // SAFETY: touches no memory but the structure.
-            let set = unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) };
+            let set = unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) };
             assert_eq!(set, 0);
         };
         // No file may be longer, as if the disk were full.

@@ -54,7 +54,7 @@ impl Cache {
         let memory = kinds::each_of(test, &[way.kind], modes, pages).next()?;
         let (pager, source) = (Pager::new().unwrap(), Pages::new(memory.page()));
         let added = serve(&pager, uffd(features), reloads(way, &memory, source.clone()));
-        Some(Self { way, memory, source, pager, added })
+        Some(Self { way, pager, memory, source, added })
     }
 
     /// Caches of each kind.

@@ -310,7 +310,7 @@ fn affinity(thread: libc::pid_t) -> libc::cpu_set_t {
     // SAFETY: no CPU is an empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     // SAFETY: the set is borrowed for the call, and its size is right.
-    assert_eq!(unsafe { libc::sched_getaffinity(thread, size_of_val(&set), &mut set) }, 0);
+    assert_eq!(unsafe { libc::sched_getaffinity(thread, size_of_val(&set), &raw mut set) }, 0);
     set
 }
 
@@ -378,7 +378,7 @@ fn without_address_space<T>(work: impl FnOnce(&dyn Fn()) -> T) -> T {
     let set = |most: libc::rlim_t| {
         let limit = libc::rlimit { rlim_cur: most, rlim_max: libc::RLIM_INFINITY };
         // SAFETY: the structure is borrowed for the call.
-        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) }, 0);
     };
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     let pages: usize = statm.split(' ').next().unwrap().parse().unwrap();

@@ -31,9 +31,9 @@ fn note() {
     // SAFETY: all zeros is a set without signals. A C library may fill in a part of it alone.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: the set is borrowed for the call.
-    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, ptr::null(), &mut set) };
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, ptr::null(), &raw mut set) };
     // SAFETY: as above.
-    let is_blocked = |signal: &i32| unsafe { libc::sigismember(&set, *signal) } == 1;
+    let is_blocked = |signal: &i32| unsafe { libc::sigismember(&raw const set, *signal) } == 1;
     BLOCKED.store((1..32).filter(is_blocked).map(|signal| 1 << signal).sum(), Ordering::SeqCst);
 }
 
@@ -76,10 +76,10 @@ fn handle(handler: usize, flags: libc::c_int, mask: &[libc::c_int]) {
     action.sa_flags = flags;
     for signal in mask {
         // SAFETY: the set is borrowed for the call.
-        unsafe { libc::sigaddset(&mut action.sa_mask, *signal) };
+        unsafe { libc::sigaddset(&raw mut action.sa_mask, *signal) };
     }
     // SAFETY: the handlers do but what a signal handler may.
-    check(unsafe { libc::sigaction(libc::SIGBUS, &action, ptr::null_mut()) }).unwrap();
+    check(unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) }).unwrap();
 }
 
 const WITH_INFORMATION: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
@@ -91,6 +91,7 @@ fn queue(code: libc::c_int, address: usize) {
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     (info.si_signo, info.si_code) = (libc::SIGBUS, code);
     let field = (3 * size_of::<i32>()).next_multiple_of(align_of::<usize>());
+    #[expect(clippy::cast_ptr_alignment, reason = "a field of the kernel's structure")]
     let field = (&raw mut info).cast::<u8>().wrapping_add(field).cast::<usize>();
     // SAFETY: inside the structure.
     unsafe { field.write(address) };
@@ -112,7 +113,7 @@ fn handler() -> usize {
     // SAFETY: all zeros is an action.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     // SAFETY: the structure is borrowed for the call.
-    check(unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), &mut action) }).unwrap();
+    check(unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut action) }).unwrap();
     action.sa_sigaction
 }
 
@@ -487,7 +488,7 @@ fn alternate_stack(len: usize) -> std::ops::Range<usize> {
         .unwrap();
     let stack = libc::stack_t { ss_sp: start, ss_flags: 0, ss_size: len };
     // SAFETY: the structure is borrowed for the call; the mapping stays.
-    check(unsafe { libc::sigaltstack(&stack, ptr::null_mut()) }).unwrap();
+    check(unsafe { libc::sigaltstack(&raw const stack, ptr::null_mut()) }).unwrap();
     std::mem::forget(mapping);
     start.addr()..start.addr() + len
 }

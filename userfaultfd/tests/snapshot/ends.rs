@@ -188,9 +188,7 @@ fn series_goes_on_after_sinks_that_fail_and_panic() {
     struct Again;
     impl Drop for Again {
         fn drop(&mut self) {
-            if !thread::panicking() {
-                panic!("again");
-            }
+            assert!(thread::panicking(), "again");
         }
     }
     impl Panics {

@@ -307,7 +307,7 @@ fn wrong_base_is_refused() {
     let found = other.id();
     match second.on(other) {
         Err(FormatError::WrongParent { expected, found: told }) => {
-            assert_eq!((expected, told), (Some(id), found))
+            assert_eq!((expected, told), (Some(id), found));
         }
         result => panic!("{result:?}"),
     }
@@ -537,7 +537,7 @@ fn saving_that_fails_leaves_the_old_file() {
         unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
         let limit = libc::rlimit { rlim_cur: 20 * page() as libc::rlim_t, rlim_max: libc::RLIM_INFINITY };
         // SAFETY: the structure is borrowed for the call.
-        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) }, 0);
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) }, 0);
         let error = save(&memory, &folder).unwrap_err();
         let userfaultfd::snapshot::Error::Sink(error) = error else { panic!("{error:?}") };
         assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
@@ -695,7 +695,7 @@ fn file_of_holes_takes_no_memory_for_its_checksums() {
         let limit = (pages * page + (8 << 20)) as libc::rlim_t;
         let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
         // SAFETY: the structure is borrowed for the call.
-        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) }, 0);
         let reader = SnapshotReader::new(sparse).unwrap();
         assert_eq!(reader.data_len(), BLOCKS * page);
         // A block of zeros has another checksum.
@@ -717,7 +717,7 @@ fn long_chain_is_read_flat_and_merged() {
         let mut reader: Option<SnapshotReader> = None;
         let limit = libc::rlimit { rlim_cur: 150, rlim_max: 150 };
         // SAFETY: the structure is borrowed for the call.
-        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }, 0);
         for number in 0..FILES {
             // The first pages stay in the first file, the second page in the second, and so on.
             memory.write(4 + number % 4, number as u8);

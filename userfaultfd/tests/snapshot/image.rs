@@ -174,5 +174,5 @@ pub(crate) fn stay_on_this_cpu() {
     // SAFETY: the CPU is one that fits the set.
     unsafe { libc::CPU_SET(cpu, &mut set) };
     // SAFETY: the kernel reads the set, which is as long as is told.
-    assert_eq!(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) }, 0);
+    assert_eq!(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) }, 0);
 }

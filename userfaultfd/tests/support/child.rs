@@ -184,7 +184,7 @@ impl Drop for Forked {
 fn wait(pid: libc::pid_t) -> i32 {
     let mut status = 0;
     // SAFETY: status is borrowed for the call.
-    let waited = unsafe { libc::waitpid(pid, &mut status, 0) };
+    let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
     assert_eq!(waited, pid, "{}", std::io::Error::last_os_error());
     status
 }
@@ -203,7 +203,7 @@ pub(crate) fn drop_rights() {
 pub(crate) fn use_up_descriptors() -> Full {
     let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the structure is borrowed for the call.
-    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut before) }).unwrap();
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut before) }).unwrap();
     // A limit below the number that a duplicate starts at, 3, would be another error. These fill what is free
     // there. No allocation here: see `proc::read`.
     let mut fillers = [const { None }; 4];
@@ -232,7 +232,7 @@ pub(crate) struct Full {
 impl Full {
     fn limit(limit: libc::rlimit) {
         // SAFETY: the structure is borrowed for the call.
-        check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }).unwrap();
+        check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }).unwrap();
     }
 }
 
@@ -249,7 +249,7 @@ pub(crate) fn send_fd(socket: &std::os::unix::net::UnixStream, fd: BorrowedFd<'_
     let mut control = Control::new();
     let message = control.message(&mut data);
     // SAFETY: the message was just set up.
-    let header = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     // SAFETY: the control buffer has room for one header and one descriptor, and nothing else refers to it.
     let header = unsafe { &mut *header };
     header.cmsg_level = libc::SOL_SOCKET;
@@ -261,7 +261,7 @@ pub(crate) fn send_fd(socket: &std::os::unix::net::UnixStream, fd: BorrowedFd<'_
     // SAFETY: the data of the header has room for a descriptor number.
     unsafe { place.cast::<i32>().write_unaligned(fd.as_raw_fd()) };
     // SAFETY: everything that the message points to lives until the call returns.
-    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, 0) };
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) };
     assert_eq!(sent, 1, "{}", std::io::Error::last_os_error());
 }
 
@@ -272,10 +272,10 @@ pub(crate) fn receive_fd(socket: &std::os::unix::net::UnixStream) -> OwnedFd {
     let mut control = Control::new();
     let mut message = control.message(&mut data);
     // SAFETY: everything that the message points to lives until the call returns.
-    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
     assert_eq!(received, 1, "{}", std::io::Error::last_os_error());
     // SAFETY: the message was just received.
-    let header = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
     assert!(!header.is_null(), "no descriptor came");
     // SAFETY: the address behind the header.
     let place = unsafe { libc::CMSG_DATA(header) };

@@ -85,7 +85,7 @@ pub(crate) fn regular_file(test: &str, pages: usize) -> Option<File> {
     // SAFETY: all zeros is a structure without meaning.
     let mut filesystem: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the structure is borrowed for the call.
-    check(unsafe { libc::fstatfs(file.as_raw_fd(), &mut filesystem) }).unwrap();
+    check(unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut filesystem) }).unwrap();
     has(test, "regular files", filesystem.f_type as u32 != libc::TMPFS_MAGIC as u32).then_some(file)
 }
 

@@ -96,6 +96,6 @@ pub(crate) fn wait_for_event(fd: impl AsFd) {
 fn poll_for(fd: impl AsFd, milliseconds: libc::c_int) -> libc::c_short {
     let mut poll = libc::pollfd { fd: fd.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: the structure is borrowed for the call.
-    check(unsafe { libc::poll(&mut poll, 1, milliseconds) }).unwrap();
+    check(unsafe { libc::poll(&raw mut poll, 1, milliseconds) }).unwrap();
     poll.revents
 }

@@ -31,7 +31,7 @@ pub(crate) fn handle(
     action.sa_sigaction = handler as *const () as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO;
     // SAFETY: the action is borrowed for the call, and handlers do only what is safe in a signal handler.
-    check(unsafe { libc::sigaction(signal, &action, ptr::null_mut()) }).unwrap();
+    check(unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) }).unwrap();
 }
 
 /// Sends a signal to a thread of this process.

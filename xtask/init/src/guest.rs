@@ -78,7 +78,7 @@ fn file_system(path: &std::ffi::CStr) -> std::io::Result<i64> {
     // SAFETY: all zeros is a value of this structure of numbers.
     let mut answer: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the path ends with NUL, and the answer is borrowed for the call.
-    if unsafe { libc::statfs(path.as_ptr(), &mut answer) } != 0 {
+    if unsafe { libc::statfs(path.as_ptr(), &raw mut answer) } != 0 {
         return Err(std::io::Error::last_os_error());
     }
     // The type differs between targets.

@@ -116,7 +116,7 @@ fn show_threads(process: u32, voice: &Voice) {
 fn reap() {
     let mut status = 0;
     // SAFETY: the status is borrowed for the call. No child of this process that a thread waits for is left.
-    while unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) } > 0 {}
+    while unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) } > 0 {}
 }
 
 /// Warnings of the kernel.

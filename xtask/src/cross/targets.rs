@@ -85,7 +85,7 @@ mod tests {
     fn tests_are_of_the_target_s_architecture() {
         for target in TARGETS {
             let arch = target.name.split('-').next().unwrap();
-            let tests = target.tests.map(|tests| tests.target).unwrap_or(arch);
+            let tests = target.tests.map_or(arch, |tests| tests.target);
             assert!(tests.starts_with(arch), "{}: {tests}", target.name);
         }
     }

@@ -4,6 +4,7 @@
 
 use super::{Begins, Framing, Message, Wire};
 use crate::RegisterMode;
+use crate::handoff::framing::CRIU_COMPLETE;
 
 pub(super) const WIRE: Wire = Wire {
     has_no_regions: true,
@@ -11,12 +12,9 @@ pub(super) const WIRE: Wire = Wire {
     ..Wire::new(Framing::Criu, Begins::never, decode, encode)
 };
 
-/// Says that all tasks are restored. No process has such an id.
-pub(in super::super) const COMPLETE: [u8; 4] = 0x5253_5446_u32.to_ne_bytes();
-
 fn decode(bytes: &[u8]) -> Result<Message, String> {
     let Some(number) = bytes.first_chunk() else { return Err("it is cut off".to_owned()) };
-    if *number == COMPLETE {
+    if *number == CRIU_COMPLETE {
         return Ok(Message::Complete);
     }
     match i32::from_ne_bytes(*number) {
@@ -39,7 +37,7 @@ fn encode(message: &Message) -> Option<Vec<u8>> {
             Some([&pid.to_ne_bytes()[..], &[0]].concat())
         }
         Message::Zombie { pid } => Some((-number(*pid)?).to_ne_bytes().to_vec()),
-        Message::Complete => Some(COMPLETE.to_vec()),
+        Message::Complete => Some(CRIU_COMPLETE.to_vec()),
         _ => None,
     }
 }

@@ -13,7 +13,6 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub(super) use self::criu::COMPLETE as CRIU_COMPLETE;
 use super::framing::Framing;
 use super::{MemoryRegion, Message};
 

@@ -448,6 +448,7 @@ impl Lazy {
     /// The counters of a shard.
     fn counters(&self, shard: usize) -> &Counters {
         assert!(shard < SHARDS, "a shard");
+        #[expect(clippy::cast_ptr_alignment, reason = "a mapping begins with a page")]
         let counters = self.counters.as_ptr().cast::<Counters>().wrapping_add(shard);
         // SAFETY: the mapping has `SHARDS` of them. Zeroed counters are valid, and all their fields are atomics.
         unsafe { &*counters }
@@ -744,7 +745,7 @@ mod tests {
                 assert!(real_time::enter());
                 let before = real_time::cpu_time();
                 drop(owned);
-                real_time::cpu_time() - before
+                real_time::cpu_time().checked_sub(before).unwrap()
             });
             wait_until(|| !is_found(memory));
             drop(stop);
@@ -832,15 +833,15 @@ mod tests {
             let (one, other) = (owned(), owned());
             let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
             // SAFETY: the structure is borrowed for the call.
-            raw::check(unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut before) }).unwrap();
+            raw::check(unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut before) }).unwrap();
             let none = libc::rlimit { rlim_cur: 0, ..before };
             // SAFETY: as above.
-            raw::check(unsafe { libc::setrlimit(libc::RLIMIT_AS, &none) }).unwrap();
+            raw::check(unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const none) }).unwrap();
             assert!(MmapOptions::new().len(page_size()).map_anon().is_err());
             drop(one.0);
             let is_found = [is_found(&one.1), is_found(&other.1)];
             // SAFETY: as above.
-            raw::check(unsafe { libc::setrlimit(libc::RLIMIT_AS, &before) }).unwrap();
+            raw::check(unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const before) }).unwrap();
             assert_eq!(is_found, [false, true]);
             assert_eq!(other.1[0], 7);
         });

@@ -362,7 +362,7 @@ impl Frames {
             }
             match owner.filter(|member| member.region.pages.try_claim_present(page)) {
                 Some(member) => {
-                    victims.push(Victim { member: Arc::clone(member), page, frame, stamp, is_done: false })
+                    victims.push(Victim { member: Arc::clone(member), page, frame, stamp, is_done: false });
                 }
                 // A worker has it: it has just been filled, or is being written for the first time.
                 None => self.policy.insert(&mut self.links, frame, NO_STAMP),

@@ -92,9 +92,9 @@ mod tests {
             let end = start + (random >> 40) as usize % (PAGES - start).min(9);
             let inserts = random & 1 == 0;
             if inserts {
-                set.insert(start..end)
+                set.insert(start..end);
             } else {
-                set.remove(&(start..end))
+                set.remove(&(start..end));
             }
             model[start..end].fill(inserts);
             let expected: Vec<_> = (0..PAGES).filter(|page| model[*page]).collect();

@@ -298,7 +298,7 @@ mod tests {
             let waiting = scope.spawn(|| pool.reserve(1));
             wait_until(|| waiting.is_finished() || pool.lock().waiting == 1);
             assert!(!waiting.is_finished());
-            pool.lock().set_stuck_since(Instant::now() - STUCK_PATIENCE, STUCK_TRIES);
+            pool.lock().set_stuck_since(Instant::now().checked_sub(STUCK_PATIENCE).unwrap(), STUCK_TRIES);
             pool.room.notify_all();
             assert!(waiting.join().unwrap().is_some());
         });

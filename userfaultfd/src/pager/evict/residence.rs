@@ -284,6 +284,7 @@ impl Residence {
     fn cell(&self, page: usize) -> &[AtomicU32; 2] {
         assert!(page < self.count, "page {page} of {}", self.count);
         // SAFETY: the mapping has as many cells as there are pages.
+        #[expect(clippy::cast_ptr_alignment, reason = "a mapping begins with a page")]
         let cell = unsafe { self.cells.as_mut_ptr().cast::<[AtomicU32; 2]>().add(page) };
         // SAFETY: it is mapped and aligned as long as this is borrowed; nothing but these atomics leads to it.
         unsafe { &*cell }

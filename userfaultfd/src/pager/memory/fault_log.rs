@@ -43,9 +43,11 @@ impl Log {
 
     fn entries(&self) -> &[AtomicUsize] {
         let count = self.entries.len() / size_of::<AtomicUsize>();
+        #[expect(clippy::cast_ptr_alignment, reason = "a mapping begins with a page")]
+        let entries = self.entries.as_ptr().cast::<AtomicUsize>();
         // SAFETY: `pages` numbers are mapped, aligned to a page, while `self` is borrowed. All access to them is by these
         // atomics, for which any bytes are valid.
-        unsafe { slice::from_raw_parts(self.entries.as_ptr().cast::<AtomicUsize>(), count) }
+        unsafe { slice::from_raw_parts(entries, count) }
     }
 
     fn bits(&self) -> &[AtomicU8] {

@@ -106,7 +106,7 @@ impl fmt::Debug for Pages {
             .field("present", &present)
             .field("poisoned", &poisoned)
             .field("loading", &Loading(self))
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 

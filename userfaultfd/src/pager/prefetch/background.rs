@@ -188,6 +188,7 @@ impl BackgroundFill {
     }
 
     /// Waits until the fill has ended. Resumes a paused fill.
+    #[expect(clippy::must_use_candidate, reason = "waiting is a use of it")]
     pub fn wait(mut self) -> FillReport {
         self.finish()
     }

@@ -88,7 +88,7 @@ impl Scene {
             sys::unmap(
                 std::ptr::NonNull::new(std::ptr::with_exposed_provenance_mut(start)).unwrap(),
                 PLACES * len,
-            )
+            );
         };
         let pager = Pager::builder().max_threads(1).build().unwrap();
         let (memory, (go, goes)) = (Memory::anonymous(1), mpsc::channel());

@@ -22,7 +22,7 @@ fn another(scene: &Scene, point: Point) -> Vec<Reader> {
     let reader = Reader::of(scene.at(PAGE));
     match point {
         Point::AfterRead | Point::AfterStart | Point::BeforeFill | Point::BeforeMap => {
-            wait_until(|| scene.statistics().duplicates > 0)
+            wait_until(|| scene.statistics().duplicates > 0);
         }
         // It is there, though the pager is busy with it still.
         Point::BeforeAdopt

@@ -105,9 +105,7 @@ fn error_of_a_fetch_is_of_its_reader_and_the_next_one_tries() {
                 }
                 left => {
                     self.0.store(left - 1, Ordering::Relaxed);
-                    if left == 1 {
-                        panic!("broken");
-                    }
+                    assert!(left != 1, "broken");
                     Err(io::Error::other("no answer"))
                 }
             }
