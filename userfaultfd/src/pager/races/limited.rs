@@ -223,9 +223,9 @@ fn process_that_ends_while_a_page_leaves_is_uncounted() {
                 assert_eq!((&there).read(&mut [0]).unwrap(), 1);
                 let cell = cell_of(&memory, 3);
                 if is_written {
-                    cell.write(0x83)
+                    cell.write(0x83);
                 } else {
-                    assert_eq!(cell.read(), 3)
+                    assert_eq!(cell.read(), 3);
                 }
                 // Until it is killed.
                 loop {
