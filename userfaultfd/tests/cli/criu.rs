@@ -72,9 +72,10 @@ fn program(folder: &Path) {
     // SAFETY: all zeros is a set of signals.
     let mut signals: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: the set is borrowed for the call.
-    unsafe { libc::sigaddset(&mut signals, libc::SIGUSR1) };
+    unsafe { libc::sigaddset(&raw mut signals, libc::SIGUSR1) };
     // SAFETY: the set is borrowed for the call. Threads that are made later have it, too.
-    check(unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &signals, std::ptr::null_mut()) }).unwrap();
+    check(unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut()) })
+        .unwrap();
     let go = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for number in 0..THREADS {
@@ -93,7 +94,7 @@ fn program(folder: &Path) {
         fs::rename(ready, folder.join("ready")).unwrap();
         let mut signal = 0;
         // SAFETY: set and number are borrowed for the call.
-        assert_eq!(unsafe { libc::sigwait(&signals, &mut signal) }, 0);
+        assert_eq!(unsafe { libc::sigwait(&raw const signals, &raw mut signal) }, 0);
         // Restored.
         go.store(1, Ordering::Release);
         change(dropped, unmapped, moved);

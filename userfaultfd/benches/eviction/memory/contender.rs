@@ -377,7 +377,7 @@ fn major_faults() -> i64 {
     // SAFETY: numbers, for which zeros are good.
     let mut usage: libc::rusage = unsafe { mem::zeroed() };
     // SAFETY: the structure is the call's.
-    let done = unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
+    let done = unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
     assert_eq!(done, 0, "{}", io::Error::last_os_error());
     usage.ru_majflt
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapOptions, UncheckedAdvice};
 use userfaultfd::pager::{Budget, BytesSource, Delivery, FaultAround, FileStore};
-use userfaultfd::{LazyMemory, PagedMemory, page_size};
+use userfaultfd::{LazyBuilder, LazyMemory, PagedMemory, page_size};
 
 use crate::random::Random;
 
@@ -73,7 +73,7 @@ fn lazy(bytes: usize, budget: Option<&Budget>) -> io::Result<LazyMemory> {
     let memory = LazyMemory::builder(BytesSource::new(vec![7; bytes])).fault_around(FaultAround::Page);
     // Always the same, so that it isn't the delivery that differs.
     let memory = memory.delivery(Delivery::Sleep);
-    let memory = budget.into_iter().fold(memory, |memory, budget| memory.budget(budget));
+    let memory = budget.into_iter().fold(memory, LazyBuilder::budget);
     memory.build().map_err(io::Error::other)
 }
 
