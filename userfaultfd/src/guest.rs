@@ -205,7 +205,7 @@ impl GuestLayout {
         let part = |region: &GuestRegionMmap<B>| {
             let client = ClientAddress(region.as_ptr().addr());
             let mut part = GuestPart::new(region.start_addr(), client, region.size());
-            part.file_offset = region.file_offset().map(|file| file.start());
+            part.file_offset = region.file_offset().map(vm_memory::FileOffset::start);
             let mappings = Process::Own
                 .mappings_with_pages(&part.addresses())
                 .map_err(|error| LayoutError::PageSize(error.errno().unwrap_or(Errno::ENODATA)))?;
