@@ -6,7 +6,7 @@
 
 #![cfg_attr(
     not(all(feature = "pager", feature = "tracking", feature = "snapshot")),
-    allow(dead_code, reason = "each feature uses a part")
+    allow(dead_code, unused_imports, reason = "each feature uses a part")
 )]
 #![expect(unsafe_code, reason = "system calls")]
 
