@@ -129,7 +129,7 @@ impl Board {
             statistics.metrics().filter(|metric| !OF_PAGER_ALONE.contains(&metric.name)).collect()
         };
         let (mut of_vms, mut of_regions, mut missing) = (Vec::new(), Vec::new(), Vec::new());
-        for (number, (process, pid)) in machines.iter() {
+        for (number, (process, pid)) in &*machines {
             let vm = format!("vm=\"{number}\"");
             let mut bytes = 0;
             for (at, (region, statistics)) in process.regions().enumerate() {
