@@ -25,7 +25,8 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](Error::NotServed): the region isn't served.
+    /// - [`NotServed`](Error::NotServed): the region isn't served, or was removed meanwhile, which `progress` may do, too.
+    ///   Pages that were filled before stay.
     /// - [`Poisoned`](Error::Poisoned): its source failed, so that some pages are poisoned. All others are filled, and the
     ///   region is unregistered.
     /// - [`Unfilled`](Error::Unfilled): its source fails, before Linux 6.6. The pager goes on serving the region.

@@ -1,14 +1,19 @@
 //! How it ends: finished, handed over, dropped; and what is counted until then.
 
-use std::sync::{Mutex, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 
-use userfaultfd::FeatureFlags;
-use userfaultfd::pager::{Error, FaultAround, MissingRange, PageData, Pager, Progress, Region, Statistics};
+use userfaultfd::pager::{
+    BytesSource, Error, FaultAround, FillOrder, MissingRange, PageData, PageSource, Pager, Progress, Region,
+    Statistics,
+};
+use userfaultfd::{FeatureFlags, LazyMemory};
 
 use crate::reader::{Reader, Seen, tell_signals};
-use crate::scene::{Pages, can_poison, check, content, eventually, memory, region, see, serve, served};
+use crate::scene::{Pages, byte, can_poison, check, content, eventually, memory, region, see, serve, served};
+use crate::support::gate::Gate;
 use crate::support::memory::{Kind, Memory};
-use crate::support::proc::wait_until;
+use crate::support::proc::{is_in, thread_id, wait_until};
 use crate::support::{child, page, require, test_name, uffd};
 
 #[test]
@@ -47,7 +52,7 @@ fn finish_continues_after_failing_source() {
         if (first..end).contains(&2) {
             return Err(std::io::ErrorKind::NotFound.into());
         }
-        userfaultfd::pager::PageSource::read(&Pages::new(page()), offset, bytes)
+        Pages::new(page()).read(offset, bytes)
     };
     serve(&pager, uffd(FeatureFlags::empty()), region(&memory, source));
     let mut told = Vec::new();
@@ -76,17 +81,72 @@ fn finish_continues_after_failing_source() {
 #[test]
 fn callback_of_a_fill_may_use_the_pager() {
     require!();
-    let (one, other) = (Memory::anonymous(3), Memory::anonymous(2));
+    let [one, other, third] = [3, 2, 2].map(Memory::anonymous);
     let pager = Pager::new().unwrap();
     let add = |memory| serve(&pager, uffd(FeatureFlags::empty()), region(memory, Pages::new(page())));
-    let (added, second) = (add(&one), add(&other));
-    let mut results = Vec::new();
-    let finished = pager
-        .finish_region(added.regions[0], |_| results.push(pager.finish_region(second.regions[0], |_| {})));
-    finished.unwrap();
-    assert!(results[0].is_ok() && results[1..].iter().all(|result| matches!(result, Err(Error::NotServed))));
+    let [added, second, removed] = [&one, &other, &third].map(add);
+    let (mut finished, mut gone) = (Vec::new(), Vec::new());
+    let result = pager.finish_region(added.regions[0], |_| {
+        finished.push(pager.finish_region(second.regions[0], |_| {}));
+        gone.push(pager.remove_region(removed.regions[0]));
+    });
+    result.unwrap();
+    let is_not_served = |result: &Result<(), Error>| matches!(result, Err(Error::NotServed));
+    assert!(finished[0].is_ok() && finished[1..].iter().all(is_not_served), "{finished:?}");
+    if can_poison() {
+        assert!(gone[0].is_ok() && gone[1..].iter().all(is_not_served), "{gone:?}");
+    } else {
+        assert!(
+            gone.iter().all(|result| matches!(result, Err(Error::Unfilled { pages: 2, .. }))),
+            "{gone:?}"
+        );
+    }
     check(&one, 2, 2);
     check(&other, 1, 1);
+}
+
+/// What was filled before stays, and the rest is as it is after any removal.
+#[test]
+fn callback_may_remove_the_region_that_is_being_finished() {
+    require!(FeatureFlags::POISON);
+    tell_signals();
+    // More than is filled between two calls.
+    let filled = (1 << 20) / page();
+    let pages = 2 * filled;
+    for filled in [0, filled] {
+        let memory = Memory::anonymous(pages);
+        let (pager, added, _) = served(&memory);
+        let mut removed = None;
+        let finished = pager.finish_region(added.regions[0], |progress| {
+            if removed.is_none() && progress.done == (filled * page()) as u64 {
+                removed = Some(pager.remove_region(added.regions[0]));
+            }
+        });
+        assert!(matches!(removed, Some(Ok(()))), "{removed:?}");
+        assert!(matches!(finished, Err(Error::NotServed)), "{finished:?}");
+        (0..filled).for_each(|page| check(&memory, page, page));
+        assert_eq!([see(&memory, filled), see(&memory, pages - 1)], [Seen::POISON; 2]);
+    }
+}
+
+#[test]
+fn callback_of_finish_may_remove_a_region() {
+    require!(FeatureFlags::POISON);
+    tell_signals();
+    let [memory, other] = [3, 3].map(Memory::anonymous);
+    let (pager, added, _) = served(&memory);
+    let other_region = region(&other, Pages::new(page()));
+    // SAFETY: only raw pointers lead to the memory of tests.
+    unsafe { pager.add_own_region(added.descriptor, other_region) }.unwrap();
+    let mut removed = None;
+    let finished = pager.finish(|_| {
+        removed.get_or_insert_with(|| pager.remove_region(added.regions[0]));
+    });
+    assert!(matches!(removed, Some(Ok(()))), "{removed:?}");
+    finished.unwrap();
+    assert_eq!(pager.descriptors(), []);
+    assert_eq!(see(&memory, 1), Seen::POISON);
+    (0..3).for_each(|page| check(&other, page, page));
 }
 
 /// Here between the last page and the end.
@@ -138,7 +198,7 @@ fn finish_ends_while_memory_is_freed_without_pause() {
     let pager = Pager::new().unwrap();
     let uffd = uffd(FeatureFlags::EVENT_REMOVE);
     let added = serve(&pager, uffd, region(&memory, Pages::new(page())));
-    let over = std::sync::atomic::AtomicBool::new(false);
+    let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (started, has_started) = mpsc::channel();
         let (memory, over) = (&memory, &over);
@@ -148,14 +208,14 @@ fn finish_ends_while_memory_is_freed_without_pause() {
                 if page == 63 {
                     let _heard = started.send(());
                 }
-                if over.load(std::sync::atomic::Ordering::SeqCst) {
+                if over.load(Ordering::SeqCst) {
                     return;
                 }
             }
         });
         has_started.recv().unwrap();
         let finished = pager.finish_region(added.regions[0], |_| {});
-        over.store(true, std::sync::atomic::Ordering::SeqCst);
+        over.store(true, Ordering::SeqCst);
         finished.unwrap();
     });
     (0..32).for_each(|page| check(&memory, page, page));
@@ -170,12 +230,12 @@ fn call_keeps_unpark_of_its_thread() {
         let memory = Memory::anonymous(2);
         let (pager, added, _) = served(&memory);
         // A part that the pager isn't told of, so that it waits and tries again.
-        let failing = std::sync::atomic::AtomicU32::new(0);
+        let failing = AtomicU32::new(0);
         let source = move |offset: u64, bytes: &mut [u8]| {
-            if failing.fetch_add(1, std::sync::atomic::Ordering::SeqCst) < 3 {
+            if failing.fetch_add(1, Ordering::SeqCst) < 3 {
                 return Err(std::io::ErrorKind::TimedOut.into());
             }
-            userfaultfd::pager::PageSource::read(&Pages::new(page()), offset, bytes)
+            Pages::new(page()).read(offset, bytes)
         };
         let later = Memory::anonymous(1);
         // SAFETY: only raw pointers lead to the memory of tests.
@@ -185,6 +245,71 @@ fn call_keeps_unpark_of_its_thread() {
         // Else this would wait until the test is at its end.
         std::thread::park();
         check(&later, 0, 0);
+    });
+}
+
+/// Does something in a thread that was unparked before, which it must still be afterwards.
+fn keeps_unpark(act: impl FnOnce()) {
+    std::thread::current().unpark();
+    act();
+    // Else this would wait until the test is at its end.
+    std::thread::park();
+}
+
+#[test]
+fn fills_and_drops_of_memory_keep_unpark_of_their_thread() {
+    require!();
+    child::run_well(test_name!(), || {
+        const PAGES: usize = 64;
+        let bytes: Vec<u8> = (0..PAGES).flat_map(|number| vec![byte(number); page()]).collect();
+        let sigbus = || LazyMemory::sigbus(BytesSource::new(bytes.clone())).build().unwrap();
+        let failing = AtomicU32::new(0);
+        let source = move |offset: u64, bytes: &mut [u8]| {
+            if failing.fetch_add(1, Ordering::SeqCst) < 3 {
+                return Err(std::io::ErrorKind::TimedOut.into());
+            }
+            Pages::new(page()).read(offset, bytes)
+        };
+        let memory = LazyMemory::builder(source).len(PAGES * page()).build().unwrap();
+        keeps_unpark(|| memory.fill(|_| {}).unwrap());
+        keeps_unpark(|| drop(memory));
+        let memory = sigbus();
+        keeps_unpark(|| memory.fill(|_| {}).unwrap());
+        keeps_unpark(|| drop(memory));
+        let memory = sigbus();
+        keeps_unpark(|| memory.try_populate(0..PAGES * page()).unwrap());
+        let background = memory.background(FillOrder::Ascending).unwrap();
+        keeps_unpark(|| drop(background));
+        let background = memory.background(FillOrder::Ascending).unwrap();
+        keeps_unpark(|| drop(background.wait()));
+        let memory = Memory::anonymous(PAGES);
+        let (pager, ..) = served(&memory);
+        keeps_unpark(|| drop(pager));
+        // While a source is being read, which each of them waits for.
+        for drops in [0, 1, 2] {
+            let gate = Gate::default();
+            let waiting = gate.clone();
+            let source = move |offset: u64, bytes: &mut [u8]| {
+                waiting.pass();
+                Pages::new(page()).read(offset, bytes)
+            };
+            let pager = Arc::new(Pager::new().unwrap());
+            let builder = LazyMemory::builder(source).len(PAGES * page()).pager(&pager);
+            let memory = builder.build().unwrap();
+            let background = memory.background(FillOrder::Ascending).unwrap();
+            gate.wait_for_arrival();
+            let caller = thread_id();
+            let opening = std::thread::spawn(move || {
+                wait_until(|| is_in(caller, libc::SYS_futex) == Some(true));
+                gate.open();
+            });
+            match drops {
+                0 => keeps_unpark(|| drop(background)),
+                1 => keeps_unpark(|| drop(memory)),
+                _ => keeps_unpark(|| drop(background.wait())),
+            }
+            opening.join().unwrap();
+        }
     });
 }
 
@@ -434,7 +559,7 @@ fn moved_memory_is_handed_over_with_its_offsets() {
         let (three, missing) = (Pager::new().unwrap(), detached.missing());
         let added = serve(&three, detached.uffd, whole().missing(missing));
         holds(1);
-        three.background(added.regions[0], userfaultfd::pager::FillOrder::Ascending).unwrap().wait();
+        three.background(added.regions[0], FillOrder::Ascending).unwrap().wait();
         three.finish(|_| {}).unwrap();
         (0..12).for_each(holds);
         source.were_read_once(8);

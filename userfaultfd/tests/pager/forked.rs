@@ -151,6 +151,45 @@ fn child_drops_finished_background_safely() {
 }
 
 #[test]
+fn child_drops_recorder_and_replay_that_stay_parents() {
+    require!();
+    child::run_well(test_name!(), || {
+        let shared = Arc::new(Pager::new().unwrap());
+        let number =
+            |memory: &LazyMemory, page: usize| assert_eq!(memory[page * crate::support::page()], byte(page));
+        let makes: [&dyn Fn() -> LazyMemory; 3] = [&sigbus, &|| lazy(None), &|| lazy(Some(&shared))];
+        for make in makes {
+            let memory = make();
+            let mut recorder = Some(memory.record().unwrap());
+            number(&memory, 3);
+            child::fork(|| drop(recorder.take())).succeed();
+            child::fork(|| assert!(recorder.take().unwrap().finish().pages().all(|page| page == 3)))
+                .succeed();
+            // The parent's records on.
+            number(&memory, 5);
+            let set = recorder.unwrap().finish();
+            assert!(set.pages().eq([3, 5]), "{set:?}");
+
+            let memory = make();
+            let mut replay = Some(memory.replay(&set).unwrap());
+            child::fork(|| drop(replay.take())).succeed();
+            child::fork(|| {
+                let mut inherited = replay.take().unwrap();
+                let _none = inherited.wait();
+                let _figures = inherited.report();
+            })
+            .succeed();
+            let replay = replay.as_mut().unwrap();
+            assert_eq!(replay.wait().failed, []);
+            number(&memory, 9);
+            assert_eq!(replay.report().faults_outside, 1, "faults are still counted");
+            (0..PAGES).for_each(|page| number(&memory, page));
+            assert_eq!(memory.statistics().poisoned, 0);
+        }
+    });
+}
+
+#[test]
 fn pager_in_a_child_is_refused_and_stays_the_parents() {
     require!();
     child::run_well(test_name!(), || {

@@ -437,3 +437,42 @@ fn shared_pager_serves_memory_until_its_drop() {
     }
     assert_eq!(memory.statistics().poisoned, 0);
 }
+
+#[test]
+fn several_threads_write_through_the_raw_slice() {
+    require!();
+    const THREADS: usize = 4;
+    const PAGES: usize = 128;
+    child::run_well(test_name!(), || {
+        let bytes: Vec<u8> = (0..PAGES).flat_map(|number| vec![byte(number); page()]).collect();
+        let sigbus = LazyMemory::sigbus(BytesSource::new(bytes.clone())).fault_around(FaultAround::Page);
+        let lazy = LazyMemory::builder(BytesSource::new(bytes)).fault_around(FaultAround::Page);
+        for memory in [lazy.build().unwrap(), sigbus.build().unwrap()] {
+            let raw = memory.as_raw_slice();
+            assert_eq!(raw.len(), PAGES * page());
+            let start = raw.cast::<u8>().expose_provenance();
+            std::thread::scope(|scope| {
+                for thread in 0..THREADS {
+                    scope.spawn(move || {
+                        // Each page is written by all of them, in another order, and each byte by one.
+                        for step in 0..PAGES {
+                            let number = (step + thread * PAGES / THREADS) % PAGES;
+                            let at = std::ptr::with_exposed_provenance_mut::<u8>(start)
+                                .wrapping_add(number * page() + 1 + thread);
+                            // SAFETY: within the memory, of which nothing is borrowed, and no other thread writes this byte.
+                            unsafe { at.write(200 + thread as u8) };
+                        }
+                    });
+                }
+            });
+            for (number, content) in memory.chunks(page()).enumerate() {
+                let written = (0..THREADS).map(|thread| 200 + thread as u8);
+                assert!(content[1..=THREADS].iter().copied().eq(written), "page {number}");
+                assert!(
+                    content[0] == byte(number)
+                        && content[1 + THREADS..].iter().all(|here| *here == byte(number))
+                );
+            }
+        }
+    });
+}
