@@ -436,6 +436,42 @@ fn stop_waits_for_one_read_of_each_thread() {
     }
 }
 
+/// All threads that may read do so when it is stopped, and none begins another read.
+#[test]
+fn stop_begins_no_read_in_any_thread() {
+    require!();
+    for (read_ahead, at_once) in [(0, 4), (8, 9)] {
+        for (memory_first, name) in [(false, "drops-background"), (true, "drops-memory")] {
+            let source = Watched::new();
+            source.set(|state| (state.slow, state.tickets) = (true, Some(0)));
+            let memory = LazyMemory::builder(source.clone()).len(1000 * step() * page());
+            let memory = memory.read_ahead(read_ahead, 1 << 20).threads(1).build().unwrap();
+            let background = memory.background(FillOrder::Ascending).unwrap();
+            // Each that ends brings one more thread.
+            for reads in 1..at_once {
+                source.wait_until(|state| state.waiting == reads && state.tickets == Some(0));
+                source.set(|state| state.tickets = Some(1));
+            }
+            source.wait_until(|state| state.waiting == at_once);
+            let before = source.reads().len();
+            let end = move || {
+                if memory_first {
+                    drop(memory);
+                    drop(background);
+                } else {
+                    drop(background);
+                    drop(memory);
+                }
+            };
+            let ending = thread::Builder::new().name(name.to_owned()).spawn(end).unwrap();
+            wait_until(|| sleeps(name));
+            source.set(|state| state.tickets = None);
+            ending.join().unwrap();
+            assert_eq!(source.reads().len(), before, "{name}, {read_ahead} threads that read ahead");
+        }
+    }
+}
+
 #[test]
 fn memory_that_is_filled_has_nothing_to_fill() {
     require!();

@@ -1,13 +1,18 @@
 //! What was needed the last time is there before it is needed.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::{io, thread};
 
 use userfaultfd::LazyMemory;
-use userfaultfd::pager::{BytesSource, Error, FaultAround, FillOrder, PageData, PageSource, WorkingSet};
+use userfaultfd::pager::{
+    BytesSource, Error, FaultAround, FillOrder, MappedFileSource, PageData, PageSource, WorkingSet,
+};
 
 use crate::support::gate::Gate;
+use crate::support::mapping;
 use crate::support::proc::wait_until;
 use crate::support::random::Random;
 use crate::support::{page, require};
@@ -316,6 +321,30 @@ fn waste_is_estimated_from_what_was_left_out() {
     assert_eq!(replay.report().waste(), Some(0.0));
     let text = replay.report().to_string();
     assert!(text.contains("8000 pages in the set") && text.contains("about 0 % for nothing"), "{text}");
+}
+
+/// What the source lacks stays missing, and is filled once it has it.
+#[test]
+fn replay_without_pager_leaves_pages_missing_that_source_lacks() {
+    require!();
+    let pages = 64;
+    let content: Vec<u8> = (0..pages * page()).map(|at| byte(at / page())).collect();
+    let file = File::from(mapping::memfd(0, 0));
+    file.write_all_at(&content, 0).unwrap();
+    let source = MappedFileSource::new(file.try_clone().unwrap()).unwrap();
+    let memory = LazyMemory::sigbus(source).fault_around(FaultAround::Page).build().unwrap();
+    let set = WorkingSet::from_pages(page(), pages, 8..56).unwrap();
+    file.set_len((32 * page()) as u64).unwrap();
+    let mut replay = memory.replay(&set).unwrap();
+    replay.wait();
+    let report = replay.report();
+    let statistics = memory.statistics();
+    let read = statistics.present_pages as usize;
+    // Some of the set are left out, by which its worth is estimated.
+    assert!((1..=24).contains(&read) && 24 - read <= report.sampled, "{statistics}, {report}");
+    assert_eq!((statistics.poisoned, statistics.missing_faults), (0, 0), "{statistics}");
+    file.write_all_at(&content, 0).unwrap();
+    assert!(memory[..] == content[..]);
 }
 
 #[test]
