@@ -24,7 +24,7 @@ fn drop_rights() {
 
 /// The setting that admits everybody to faults from kernel mode, as a test wants it.
 fn sysctl(test: &str, value: &str) -> Option<Sysctl> {
-    let sysctl = sysctl::lock();
+    let sysctl = sysctl::lock(sysctl::UNPRIVILEGED);
     let met = sysctl.as_ref().is_some_and(|sysctl| sysctl.set(value));
     has(test, &format!("vm.unprivileged_userfaultfd={value}"), met).then_some(sysctl?)
 }
@@ -40,7 +40,7 @@ fn faults_from_user_mode_take_no_rights() {
     let offered = support::features();
     child::run_well(test_name!(), || {
         // Before Linux 5.11 the system call asks for rights where the setting says so.
-        let _sysctl = sysctl::lock();
+        let _sysctl = sysctl::lock(sysctl::UNPRIVILEGED);
         drop_rights();
         for way in [OpenWith::Auto, OpenWith::Syscall] {
             let memory = Memory::anonymous(1);
@@ -179,7 +179,7 @@ fn fork_events_take_a_capability() {
     let others = support::features().difference(FeatureFlags::EVENT_FORK);
     child::run_well(test_name!(), || {
         // Before Linux 5.11 the system call asks for rights where the setting says so.
-        let _sysctl = sysctl::lock();
+        let _sysctl = sysctl::lock(sysctl::UNPRIVILEGED);
         drop_rights();
         let refused = [
             UffdBuilder::new().require_features(FeatureFlags::EVENT_FORK).create(),

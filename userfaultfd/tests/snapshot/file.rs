@@ -656,6 +656,16 @@ fn reader_rejects_an_index_that_is_too_large() {
     assert!(matches!(error, FormatError::Damaged(text) if text.contains("makes no sense")), "{error:?}");
 }
 
+/// From now on this process may map that much more than it has.
+pub(crate) fn limit_memory(more: usize) {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: usize = statm.split(' ').next().unwrap().parse().unwrap();
+    let limit = (pages * page() + more) as libc::rlim_t;
+    let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
+    // SAFETY: the structure is borrowed for the call.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) }, 0);
+}
+
 /// A file of a few KiB, of which most is holes, with all its checksums right. It takes no memory for what it claims.
 #[test]
 fn file_of_holes_takes_no_memory_for_its_checksums() {
@@ -690,12 +700,7 @@ fn file_of_holes_takes_no_memory_for_its_checksums() {
         sparse.set_len(len).unwrap();
         sparse.write_all_at(&claims, index).unwrap();
         sparse.write_all_at(&footer, len - 64).unwrap();
-        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-        let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
-        let limit = (pages * page + (8 << 20)) as libc::rlim_t;
-        let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
-        // SAFETY: the structure is borrowed for the call.
-        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) }, 0);
+        limit_memory(8 << 20);
         let reader = SnapshotReader::new(sparse).unwrap();
         assert_eq!(reader.data_len(), BLOCKS * page);
         // A block of zeros has another checksum.

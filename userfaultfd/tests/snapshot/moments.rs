@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 #[cfg(feature = "tracking")]
 use userfaultfd::DirtyTracker;
@@ -146,6 +147,57 @@ fn guard_pages_are_gone_and_no_thread_waits_for_them() {
     let third = take(&mut series);
     assert_eq!((third.pages(), gone(&third)), (vec![5], vec![]));
     third.with(|delivered| assert_eq!(delivered.bytes[5 * page()], 99));
+}
+
+/// Equal pages become one, which is mapped in the place of each, without its protection.
+#[test]
+fn merged_pages_have_changed() {
+    require!(WRITE_PROTECT, root);
+    const PAGES: usize = 64;
+    /// Time for which the kernel's thread may take: it is of low priority.
+    const SOME_TIME: Duration = Duration::from_secs(15);
+    child::run_well(test_name!(), || {
+        let memory = Memory::anonymous(PAGES);
+        (0..PAGES).for_each(|number| memory.write(number, 123));
+        let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+        take(&mut series);
+        let settings = [
+            ("/sys/kernel/mm/ksm/run", "1"),
+            ("/sys/kernel/mm/ksm/sleep_millisecs", "1"),
+            ("/sys/kernel/mm/ksm/pages_to_scan", "1000"),
+        ];
+        let settings =
+            settings.map(|(path, value)| support::sysctl::lock(path).filter(|setting| setting.set(value)));
+        let merges =
+            settings.iter().all(Option::is_some) && memory.advise(0, PAGES, libc::MADV_MERGEABLE).is_ok();
+        if !support::has(test_name!(), "a kernel that merges equal pages", merges) {
+            return;
+        }
+        let merged = || {
+            let statistics = std::fs::read_to_string("/proc/self/ksm_stat").unwrap_or_default();
+            let count = statistics.lines().find_map(|line| line.strip_prefix("ksm_merging_pages "));
+            count.map_or(0, |count| count.trim().parse::<usize>().unwrap())
+        };
+        let start = Instant::now();
+        while merged() < PAGES && start.elapsed() < SOME_TIME {
+            thread::yield_now();
+        }
+        drop(settings);
+        if !support::has(test_name!(), "equal pages merged within some seconds", merged() == PAGES) {
+            return;
+        }
+        memory.write(3, 98);
+        memory.write(60, 99);
+        let second = take(&mut series);
+        assert!([3, 60].iter().all(|number| second.pages().contains(number)), "{:?}", second.pages());
+        assert_eq!(gone(&second), []);
+        second.with(|delivered| assert_eq!([3, 60].map(|number| delivered.bytes[number * page()]), [98, 99]));
+        // They are protected again.
+        memory.write(5, 97);
+        let third = take(&mut series);
+        assert!(third.pages().contains(&5));
+        third.with(|delivered| assert_eq!(delivered.bytes[5 * page()], 97));
+    });
 }
 
 /// Nothing wrong is passed off as content: pages that were taken away before they were saved read as zeros.

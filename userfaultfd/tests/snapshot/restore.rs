@@ -55,6 +55,28 @@ fn restored_lazy_memory_continues_its_chain() {
     assert_eq!(now, (0..8).map(|page| memory.read(page)).collect::<Vec<_>>());
     restored[3 * page()] = 77;
     assert_eq!(restored[3 * page()], 77);
+
+    // What is saved of it begins with all, and so follows nothing.
+    let [base, next] = [3, 4].map(|number| Scratch::new(&format!("{}{number}", test_name!())));
+    let mut series = restored.series().unwrap();
+    let writer =
+        SnapshotWriter::create(&base.0).unwrap().follows(SnapshotReader::open(&scratches[2].0).unwrap().id());
+    let refused = series.begin(writer).and_then(|snapshot| snapshot.wait().map(drop)).unwrap_err();
+    assert!(refused.to_string().contains("a snapshot of everything follows none"), "{refused}");
+    let writer = SnapshotWriter::create(&base.0).unwrap();
+    let parent = writer.id();
+    series.begin(writer).unwrap().wait().unwrap();
+    // Its changes follow that.
+    restored[5 * page()] = 78;
+    let writer = SnapshotWriter::create(&next.0).unwrap().follows(parent);
+    series.begin(writer).unwrap().wait().unwrap();
+    let now: Vec<u8> = restored.to_vec();
+    drop((series, restored));
+    let [base, next] = [base, next].map(|scratch| SnapshotReader::open(&scratch.0).unwrap());
+    assert_eq!(next.data_len(), page() as u64, "what has changed alone");
+    let again = LazyMemory::new(now.len(), next.on(base).unwrap()).unwrap();
+    assert!(again[..] == now[..]);
+    assert_eq!([0, 3, 5].map(|number| again[number * page()]), [100, 77, 78]);
 }
 
 /// A snapshot is saved to the path from which memory is being restored.

@@ -212,7 +212,7 @@ fn end_of_a_watched_process_is_noticed_at_once() {
             process.succeed();
             pager.join();
             wait_until(|| problems.lock().unwrap().len() == 1);
-            assert!(problems.lock().unwrap()[0].ends_with("has gone"));
+            assert!(problems.lock().unwrap()[0].ends_with("is gone"));
             let statistics = pager.statistics();
             assert_eq!((statistics.present_pages, statistics.missing_pages), (1, 3), "{statistics}");
             assert!(pager.watch(added.descriptor, UnixStream::pair().unwrap().0).is_err());
