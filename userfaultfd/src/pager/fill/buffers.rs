@@ -22,6 +22,12 @@ pub(crate) fn prepare() -> Result<(), Errno> {
     PUT_ASIDE.get().map(drop)
 }
 
+/// Bytes of content that this process keeps now.
+#[cfg(test)]
+pub(crate) fn put_aside() -> usize {
+    PUT_ASIDE.made().map_or(0, |bytes| bytes.load(Ordering::Relaxed))
+}
+
 /// Content that is kept while its fill is deferred. Any thread may install it.
 #[derive(Debug)]
 pub(crate) struct Aside {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::harness::{Reader, Seen, Stop, start, wait_for_progress};
 use crate::lock_order::lock;
-use crate::pager::{FaultAround, PageData, PageSource, Pager, Problem, Region};
+use crate::pager::{Added, Error, FaultAround, PageData, PageSource, Pager, Problem, Region};
 use crate::support::child::{self, Forked};
 use crate::support::memory::Memory;
 use crate::support::proc::wait_until;
@@ -149,33 +149,72 @@ fn a_callback_that_takes_its_time_delays_no_child() {
     });
 }
 
-/// A process that is stopped in the middle of a change, here by a limit: nothing can be filled or poisoned.
-#[test]
-fn lasting_problem_is_reported_once_by_a_call() {
-    require!(FeatureFlags::EVENT_FORK);
-    child::run_well(test_name!(), || {
-        let memory = Memory::anonymous(64);
+/// A process that is stopped in the middle of a change, here by a limit: nothing can be filled or poisoned. One call has one
+/// patience, whatever it finds to do: regions, pages, rounds.
+fn lasting_problem(test: &'static str, act: impl FnOnce(Pager, &Added)) {
+    const REGIONS: usize = 8;
+    child::run_well(test, || {
+        let memory = Memory::anonymous(8 * REGIONS);
         let problems = Arc::new(Mutex::new(Vec::new()));
         let told = Arc::clone(&problems);
         let tell = move |problem: &Problem| told.lock().unwrap().push(problem.to_string());
-        let patience = Duration::from_millis(300);
+        let patience = Duration::from_millis(500);
         let pager = Pager::builder().patience(patience).on_problem(tell).build().unwrap();
         let (process, mut socket, descriptor) = target(&memory, FeatureFlags::EVENT_FORK, |_| {
             // It waits in the kernel for ever.
             child::fork(|| {});
         });
-        pager.add(descriptor, [region(&memory, sevens)]).unwrap();
+        let (start, len) = (memory.start().expose_provenance(), memory.len() / REGIONS);
+        let regions = (0..REGIONS)
+            .map(|number| Region::new(start + number * len, len, sevens).offset((number * len) as u64));
+        let added = pager.add(descriptor, regions).unwrap();
         let full = child::use_up_descriptors();
         socket.write_all(&[0]).unwrap();
         wait_until(|| !problems.lock().unwrap().is_empty());
         let start = Instant::now();
-        drop(pager);
-        // Each page alone would have taken as long.
-        assert!(start.elapsed() < 32 * patience, "{:?}", start.elapsed());
+        act(pager, &added);
+        // Each region alone would have taken twice as long, and each page even longer.
+        assert!(start.elapsed() < 4 * patience, "{:?}", start.elapsed());
         drop(full);
         let told = problems.lock().unwrap();
         assert_eq!(told.iter().filter(|problem| problem.contains("EMFILE")).count(), 1, "{told:?}");
         process.kill();
+    });
+}
+
+#[test]
+fn lasting_problem_is_reported_once_by_a_drop() {
+    require!(FeatureFlags::EVENT_FORK);
+    lasting_problem(test_name!(), |pager, _| drop(pager));
+}
+
+#[test]
+fn finish_has_one_patience_for_all_regions() {
+    require!(FeatureFlags::EVENT_FORK);
+    lasting_problem(test_name!(), |pager, _| {
+        let finished = pager.finish(|_| {});
+        assert!(matches!(finished, Err(Error::Unfilled { .. })), "{finished:?}");
+        std::mem::forget(pager);
+    });
+}
+
+#[test]
+fn finish_region_has_one_patience_for_all_pages() {
+    require!(FeatureFlags::EVENT_FORK);
+    lasting_problem(test_name!(), |pager, added| {
+        let finished = pager.finish_region(added.regions[0], |_| {});
+        assert!(matches!(finished, Err(Error::Unfilled { pages: 8, .. })), "{finished:?}");
+        std::mem::forget(pager);
+    });
+}
+
+#[test]
+fn remove_region_has_one_patience_for_all_pages() {
+    require!(FeatureFlags::EVENT_FORK | FeatureFlags::POISON);
+    lasting_problem(test_name!(), |pager, added| {
+        let removed = pager.remove_region(added.regions[0]);
+        assert!(matches!(removed, Err(Error::Unfilled { pages: 8, .. })), "{removed:?}");
+        std::mem::forget(pager);
     });
 }
 
