@@ -45,6 +45,10 @@ pub(crate) enum Moment {
     /// All is about to be looked at, to see whether a change of the layout is unread. The address is the first one of the
     /// memory.
     Trust,
+    /// Unread faults were counted, and something may be read. The address is the first one of the memory.
+    Counted,
+    /// Pages are about to be read.
+    Read,
     /// Pages were read, and are kept.
     Kept,
     /// A tracker is about to look for accesses, perhaps to reset them.

@@ -4,13 +4,15 @@
 
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use super::{Content, Error, Options};
 use crate::support::memory::{self, Kind, Memory};
-use crate::support::proc::{thread_id, wait_until_in};
-use crate::support::{child, require, test_name, uffd};
+use crate::support::proc::{sleeps_in_fault, thread_id, wait_until, wait_until_in};
+use crate::support::{child, require, signal, test_name, uffd};
 use crate::sync_point::tests::at;
 use crate::sync_point::{Moment, Point};
 use crate::{DirtyTracker, FeatureFlags, MoveMode, RegisterMode, UffdBuilder};
@@ -491,6 +493,132 @@ fn page_dropped_long_after_its_event_has_changed() {
         writer.join().unwrap();
         drops.end();
         assert_eq!((memory.read(PAGE), take().get(PAGE).copied()), (0, Some(Some(0))));
+    });
+}
+
+/// A signal takes the only unread fault away, once it was counted, while a removal waits behind it. Nothing is read then: the
+/// page is saved before it is dropped.
+#[test]
+fn fault_that_vanishes_before_it_is_read_lets_no_removal_through() {
+    require!(WRITE_PROTECT | FeatureFlags::WP_HUGETLBFS_SHMEM);
+    if !memory::tells_protection(test_name!()) {
+        return;
+    }
+    /// Whether the handler of the signal has begun, and whether it may end.
+    static HANDLES: AtomicBool = AtomicBool::new(false);
+    static MAY_END: AtomicBool = AtomicBool::new(false);
+    extern "C" fn handler(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut std::ffi::c_void) {
+        HANDLES.store(true, Ordering::SeqCst);
+        while !MAY_END.load(Ordering::SeqCst) {
+            // SAFETY: touches no memory, and a handler may call it.
+            unsafe { libc::sched_yield() };
+        }
+    }
+    child::run_well(test_name!(), || {
+        /// It is written, and isn't in the snapshot: it hasn't changed before.
+        const WRITTEN: usize = 20;
+        signal::handle(libc::SIGUSR1, handler);
+        for (kind, advice) in [(Kind::Anonymous, libc::MADV_DONTNEED), (Kind::Memfd, libc::MADV_REMOVE)] {
+            HANDLES.store(false, Ordering::SeqCst);
+            MAY_END.store(false, Ordering::SeqCst);
+            let memory = Arc::new(Memory::new(kind, PAGES));
+            number(&memory);
+            let mut series = Options::new().range(addresses(&memory)).series().unwrap();
+            series.begin(sink(&Held::default(), memory.page())).unwrap().wait().unwrap();
+            (0..PAGES).filter(|page| *page != WRITTEN).for_each(|page| memory.write(page, 100 + page as u8));
+            let (drops, writes) = (Actor::default(), Arc::new(Mutex::new(None)));
+            let (dropping, writing, of_action) = (drops.clone(), Arc::clone(&writes), Arc::clone(&memory));
+            let protecting = at(Point::Watch(Moment::Protect), addresses(&memory), move |_| {
+                if dropping.has_begun() {
+                    return;
+                }
+                let memory = Arc::clone(&of_action);
+                dropping.begin(libc::SYS_madvise, move || memory.advise(PAGE, 1, advice).unwrap());
+                let (tell, told) = mpsc::channel();
+                let memory = Arc::clone(&of_action);
+                let handle = thread::spawn(move || {
+                    tell.send(thread_id()).unwrap();
+                    memory.write(WRITTEN, 99);
+                });
+                let writer = told.recv().unwrap();
+                wait_until(|| sleeps_in_fault(writer));
+                *writing.lock().unwrap() = Some((writer, handle));
+            });
+            let writing = Arc::clone(&writes);
+            let counting = at(Point::Watch(Moment::Counted), addresses(&memory), move |_| {
+                let writer = writing.lock().unwrap().as_ref().map(|(writer, _)| *writer);
+                if let Some(writer) = writer.filter(|_| !HANDLES.load(Ordering::SeqCst)) {
+                    signal::send(writer, libc::SIGUSR1);
+                    wait_until(|| HANDLES.load(Ordering::SeqCst));
+                }
+            });
+            let held = Held::default();
+            series.begin(sink(&held, memory.page())).unwrap().wait().unwrap();
+            drop((protecting, counting));
+            assert!(HANDLES.load(Ordering::SeqCst), "a fault was unread, and counted");
+            MAY_END.store(true, Ordering::SeqCst);
+            drops.end();
+            let (_, writer) = writes.lock().unwrap().take().unwrap();
+            writer.join().unwrap();
+            assert_eq!((memory.read(PAGE), memory.read(WRITTEN)), (0, 99), "{memory:?}");
+            assert_eq!(held.lock().unwrap()[PAGE], Some(100 + PAGE as u8), "{memory:?}");
+        }
+    });
+}
+
+/// A page can't be read for a moment, though it is protected. A thread that writes it finds that out as fast as threads take
+/// turns: that is often in no time.
+#[test]
+fn page_in_doubt_is_looked_at_for_its_time() {
+    require!(WRITE_PROTECT);
+    if !memory::tells_protection(test_name!()) {
+        return;
+    }
+    /// Far more than any number of tries that would be used up in no time.
+    const TRIES: usize = 100;
+    /// By then it can be read, however few tries there were: far less than pages are in doubt.
+    const IN_TIME: Duration = Duration::from_millis(60);
+    child::run_well(test_name!(), || {
+        for comes_back in [true, false] {
+            let memory = Arc::new(Memory::anonymous(PAGES));
+            let before = number(&memory);
+            memory.protect(PAGE, 1, libc::PROT_WRITE);
+            let writes = Arc::new(Mutex::new(None));
+            let (writing, of_action) = (Arc::clone(&writes), Arc::clone(&memory));
+            let (tries, page) = (Mutex::new((0, None)), memory.at(PAGE).addr());
+            let reading = at(Point::Watch(Moment::Read), addresses(&memory), move |address| {
+                let mut writing = writing.lock().unwrap();
+                if writing.is_none() {
+                    let (tell, told) = mpsc::channel();
+                    let memory = Arc::clone(&of_action);
+                    let handle = thread::spawn(move || {
+                        tell.send(thread_id()).unwrap();
+                        memory.write(PAGE, 99);
+                    });
+                    let writer = told.recv().unwrap();
+                    wait_until(|| sleeps_in_fault(writer));
+                    *writing = Some(handle);
+                }
+                let (tries, since) = &mut *tries.lock().unwrap();
+                if address == page && comes_back {
+                    *tries += 1;
+                    if *tries == TRIES || since.get_or_insert_with(Instant::now).elapsed() > IN_TIME {
+                        of_action.protect(PAGE, 1, libc::PROT_READ | libc::PROT_WRITE);
+                    }
+                }
+            });
+            let start = Instant::now();
+            let held = Held::default();
+            let options = Options::new().range(addresses(&memory));
+            options.begin(sink(&held, memory.page())).unwrap().wait().unwrap();
+            let took = start.elapsed();
+            drop(reading);
+            writes.lock().unwrap().take().expect("pages were read").join().unwrap();
+            memory.protect(PAGE, 1, libc::PROT_READ | libc::PROT_WRITE);
+            assert_eq!(memory.read(PAGE), 99);
+            compare(&held.lock().unwrap(), before, comes_back.then_some(PAGE as u8 + 1));
+            assert!(comes_back || took > 2 * IN_TIME, "{took:?}");
+        }
     });
 }
 

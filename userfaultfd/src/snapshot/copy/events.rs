@@ -9,6 +9,7 @@ use super::layout::Part;
 use super::queue::Payload;
 use crate::error::errno_of;
 use crate::snapshot::options::Removal;
+use crate::sync_point::{Moment, Point, reach};
 use crate::{Errno, Error, Event, Result, page_size, sys};
 
 impl Copier {
@@ -48,7 +49,9 @@ impl Copier {
         let read = self.fdinfo.read_at(&mut text, 0).map_err(|error| Error::SystemError(errno_of(&error)))?;
         let text = String::from_utf8_lossy(&text[..read]);
         let pending = text.lines().find_map(|line| line.strip_prefix("pending:"));
-        pending.and_then(|count| count.trim().parse().ok()).ok_or(Error::SystemError(Errno::EPROTO))
+        let count = pending.and_then(|count| count.trim().parse().ok());
+        reach(Point::Watch(Moment::Counted), self.first_address());
+        count.ok_or(Error::SystemError(Errno::EPROTO))
     }
 
     /// Reads what there is, except a change for which something must be saved first.

@@ -30,6 +30,7 @@ impl Copier {
         let Some(active) = &mut self.active else { return Ok(Saved::Doubt) };
         let Some(mut buffer) = active.queue.buffer(size) else { return Ok(Saved::Full) };
         let range = part.address..part.address + part.len;
+        reach(Point::Watch(Moment::Read), part.address);
         let words = &mut self.words;
         let verifies = self.look.can_tell();
         if !verifies {
