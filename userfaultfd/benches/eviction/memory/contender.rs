@@ -68,6 +68,13 @@ pub(crate) struct Setting {
     pub(crate) direct: bool,
 }
 
+impl Setting {
+    /// How many there are beside a hot set.
+    pub(crate) fn hot_set_accesses(&self) -> usize {
+        (self.seconds * 100e3) as usize
+    }
+}
+
 /// What came of it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Figures {
@@ -339,7 +346,7 @@ impl PageSource for Counting {
 
 fn hot_set(contender: Contender, setting: &Setting) -> io::Result<Figures> {
     let (pages, frames) = (setting.bytes / page_size(), setting.limit / page_size());
-    let trace = traces::hot_set(pages, frames, 4 * pages);
+    let trace = traces::hot_set(pages, frames, setting.hot_set_accesses());
     let (warm, measured) = trace.accesses.split_at(trace.accesses.len() / 4);
     let hot = measured.iter().filter(|page| **page < trace.hot).count() as f64;
     let rate = |start: Instant| measured.len() as f64 / start.elapsed().as_secs_f64();

@@ -169,7 +169,7 @@ fn outside(setting: &Setting, rounds: usize, group: Option<&Group>) -> Result<Ve
     let figures = compare(Work::HotSet)?;
     let percent = |figures: &Figures| 100.0 * figures.miss_ratio;
     let (pages, page) = (setting.bytes / userfaultfd::page_size(), userfaultfd::page_size());
-    let trace = traces::hot_set(pages, setting.limit / page, 4 * pages);
+    let trace = traces::hot_set(pages, setting.limit / page, setting.hot_set_accesses());
     let fifo = with_accesses::<Fifo>(&trace, pages, setting.limit / page).hot_miss_ratio();
     let target = Target::AtMost(1.0);
     rows.push(row("misses of a hot set beside a scan", "mmap, MADV_RANDOM", &figures, percent, " %", target));
