@@ -31,6 +31,10 @@ pub(super) struct Counted {
     reads: Arc<AtomicUsize>,
 }
 
+#[cfg_attr(
+    not(any(feature = "pager", feature = "zstd")),
+    expect(dead_code, reason = "their tests count reads")
+)]
 impl Counted {
     pub(super) fn new(bytes: Vec<u8>) -> (Self, Arc<AtomicUsize>) {
         let reads = Arc::default();
