@@ -190,7 +190,7 @@ fn merged_pages_have_changed() {
         memory.write(60, 99);
         let second = take(&mut series);
         assert!([3, 60].iter().all(|number| second.pages().contains(number)), "{:?}", second.pages());
-        assert_eq!(gone(&second), []);
+        assert!(gone(&second).is_empty());
         second.with(|delivered| assert_eq!([3, 60].map(|number| delivered.bytes[number * page()]), [98, 99]));
         // They are protected again.
         memory.write(5, 97);
