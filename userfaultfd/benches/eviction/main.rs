@@ -77,17 +77,20 @@ struct Options {
 
 impl Options {
     fn parse(mut args: impl Iterator<Item = String>) -> Result<Self, String> {
-        let mut options = Self::default();
+        // What `cargo test` runs is told nothing, and measures nothing.
+        let mut options = Self { quick: true, ..Self::default() };
+        let mut is_quick = false;
         while let Some(arg) = args.next() {
             match arg.as_str() {
-                // As `cargo test` runs benchmarks without harness, and as `cargo bench` does.
-                "--quick" | "--test" => options.quick = true,
-                "--bench" => {}
+                "--quick" => is_quick = true,
+                // As `cargo bench` runs it.
+                "--bench" => options.quick = false,
                 "--memory" => options.memory = true,
                 "--trace" => options.trace = Some(args.next().ok_or(USAGE)?),
                 _ => return Err(USAGE.to_owned()),
             }
         }
+        options.quick |= is_quick;
         Ok(options)
     }
 }

@@ -208,7 +208,10 @@ fn machine_whose_memory_is_longer_is_killed_and_counted() {
         assert_eq!(monitor.process.wait(), libc::SIGKILL);
         server.signal(libc::SIGTERM);
         let said = server.end();
-        assert!(said.code == Some(4) && said.err.contains("uffd: 1 virtual machine ended, because"), "{said:?}");
+        assert!(
+            said.code == Some(4) && said.err.contains("uffd: 1 virtual machine ended, because"),
+            "{said:?}"
+        );
     });
 }
 
@@ -231,7 +234,10 @@ fn second_signal_ends_machines_that_are_not_complete() {
         assert_eq!(server.line(), "not complete: 1 virtual machine");
         assert_eq!(monitor.process.wait(), libc::SIGKILL);
         let said = server.end();
-        assert!(said.code == Some(4) && said.err.contains("uffd: 1 virtual machine ended, because"), "{said:?}");
+        assert!(
+            said.code == Some(4) && said.err.contains("uffd: 1 virtual machine ended, because"),
+            "{said:?}"
+        );
         gate.open();
     });
 }

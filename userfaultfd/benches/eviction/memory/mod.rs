@@ -140,7 +140,7 @@ fn outside(setting: &Setting, rounds: usize, group: Option<&Group>) -> Result<Ve
     };
     let row = |work, against, figures: &[Vec<Figures>; 2], of: fn(&Figures) -> f64, unit, target| {
         let values = |at: usize| figures[at].iter().map(of).collect::<Vec<_>>();
-        let show = |values: Vec<f64>| format!("{:.4}{unit}", significant(median(values)));
+        let show = |values: Vec<f64>| format!("{}{unit}", digits(median(values)));
         let ratios = values(0).iter().zip(&values(1)).map(|(ours, theirs)| ours / theirs).collect();
         Row { work, against, ours: show(values(0)), theirs: show(values(1)), ratios, target }
     };
@@ -218,11 +218,8 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[(values.len() - 1) / 2]
 }
 
-/// Without the digits that mean nothing.
-fn significant(value: f64) -> f64 {
-    if value == 0.0 || !value.is_finite() {
-        return value;
-    }
-    let unit = 10_f64.powf(value.abs().log10().floor() - 2.0);
-    (value / unit).round() * unit
+/// With three digits.
+fn digits(value: f64) -> String {
+    let decimals = if value < 9.995 { 2 } else { usize::from(value < 99.95) };
+    format!("{value:.decimals$}")
 }
