@@ -441,7 +441,7 @@ fn stop_waits_for_one_read_of_each_thread() {
 fn stop_begins_no_read_in_any_thread() {
     require!();
     for (read_ahead, at_once) in [(0, 4), (8, 9)] {
-        for (memory_first, name) in [(false, "drops-background"), (true, "drops-memory")] {
+        for (memory_first, name) in [(false, "drop-background"), (true, "drop-memory")] {
             let source = Watched::new();
             source.set(|state| (state.slow, state.tickets) = (true, Some(0)));
             let memory = LazyMemory::builder(source.clone()).len(1000 * step() * page());
