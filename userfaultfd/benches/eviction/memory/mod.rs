@@ -17,7 +17,7 @@ use crate::traces;
 pub(crate) use self::contender::run as run_contender;
 
 /// Rounds of each row, in which both take turns: an odd number, of which the median counts.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 
 /// What a ratio must be.
 #[derive(Clone, Copy)]
