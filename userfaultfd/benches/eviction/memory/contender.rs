@@ -22,11 +22,8 @@ use crate::traces::{self, Zipf};
 /// Bytes of the group's limit that aren't in the budget: for the program, its accesses, page tables and staging.
 pub(crate) const ROOM_BYTES: usize = 26 << 20;
 
-/// Accesses of a thread, which it makes again and again.
-const ACCESSES: usize = 1 << 18;
-
 /// Accesses between two looks at the clock.
-const ACCESSES_PER_LOOK: usize = 16;
+const ACCESSES_PER_LOOK: u64 = 16;
 
 /// Whose memory it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,15 +180,18 @@ fn read(memory: *mut u8, page: u32) {
 }
 
 /// Accesses for some time. Returns how many there were, and how long it took.
-fn for_some_time(seconds: f64, accesses: &[u32], mut access: impl FnMut(u32)) -> (u64, Duration) {
-    let (start, time, mut count) = (Instant::now(), Duration::from_secs_f64(seconds), 0);
-    for chunk in accesses.chunks(ACCESSES_PER_LOOK).cycle() {
-        chunk.iter().copied().for_each(&mut access);
-        count += chunk.len() as u64;
-        if start.elapsed() >= time {
-            break;
-        }
-    }
+fn for_some_time(
+    seconds: f64,
+    accesses: impl Iterator<Item = u32>,
+    access: impl FnMut(u32),
+) -> (u64, Duration) {
+    let (start, mut count) = (Instant::now(), 0);
+    let is_over = |count: &u64| count % ACCESSES_PER_LOOK == 0 && start.elapsed().as_secs_f64() >= seconds;
+    let counted = accesses.take_while(|_| {
+        count += 1;
+        !is_over(&count)
+    });
+    counted.for_each(access);
     (count, start.elapsed())
 }
 
@@ -200,29 +200,33 @@ fn warm_up(setting: &Setting) -> usize {
     2 * setting.limit / page_size()
 }
 
-fn zipf(setting: &Setting, seed: u64, count: usize) -> Vec<u32> {
-    // The same pages are popular for all threads.
-    let zipf = Zipf::new(setting.bytes / page_size(), 1.0, &mut Random::new(1));
+/// The same pages are popular for all.
+fn popular(setting: &Setting) -> Zipf {
+    Zipf::new(setting.bytes / page_size(), 1.0, &mut Random::new(1))
+}
+
+/// Accesses without an end, none of which is made for another: what repeats itself might fit into memory.
+fn accesses(zipf: &Zipf, seed: u64) -> impl Iterator<Item = u32> {
     let mut random = Random::new(seed);
-    (0..count).map(|_| zipf.next(&mut random)).collect()
+    std::iter::repeat_with(move || zipf.next(&mut random))
 }
 
 fn reads(contender: Contender, setting: &Setting, threads: usize) -> io::Result<Figures> {
-    // By one thread, since each that allocates keeps memory.
-    let accesses: Vec<_> = (0..threads).map(|at| zipf(setting, at as u64 + 2, ACCESSES)).collect();
+    let zipf = &popular(setting);
     let run = |memory: *mut u8| {
         let address = memory.expose_provenance();
-        zipf(setting, 1, warm_up(setting)).into_iter().for_each(|page| read(memory, page));
-        let start = Barrier::new(threads);
-        let read_some = |accesses: &[u32]| {
+        accesses(zipf, 1).take(warm_up(setting)).for_each(|page| read(memory, page));
+        let start = &Barrier::new(threads);
+        let read_some = move |seed| {
             let memory = std::ptr::with_exposed_provenance_mut(address);
             start.wait();
-            let (count, time) = for_some_time(setting.seconds, accesses, |page| read(memory, page));
+            let (count, time) =
+                for_some_time(setting.seconds, accesses(zipf, seed), |page| read(memory, page));
             count as f64 / time.as_secs_f64()
         };
         thread::scope(|scope| {
             let readers: Vec<_> =
-                accesses.iter().map(|accesses| scope.spawn(move || read_some(accesses))).collect();
+                (0..threads).map(|at| scope.spawn(move || read_some(at as u64 + 2))).collect();
             readers.into_iter().map(|reader| reader.join().expect("a reader")).sum()
         })
     };
@@ -300,10 +304,11 @@ fn writes(contender: Contender, setting: &Setting) -> io::Result<Figures> {
             unsafe { byte.write_volatile(byte.addr() as u8) };
         }
     };
-    zipf(setting, 1, warm_up(setting)).into_iter().for_each(&mut access);
+    let zipf = popular(setting);
+    accesses(&zipf, 1).take(warm_up(setting)).for_each(&mut access);
     memory.flush()?;
     let (is_over, before) = (AtomicBool::new(false), written_to_disk(&setting.file));
-    let (accesses, clock) = (zipf(setting, 2, ACCESSES), Instant::now());
+    let clock = Instant::now();
     let (count, _) = thread::scope(|scope| {
         let flushing = scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
@@ -313,7 +318,7 @@ fn writes(contender: Contender, setting: &Setting) -> io::Result<Figures> {
             }
             Ok::<(), io::Error>(())
         });
-        let figures = for_some_time(setting.seconds, &accesses, &mut access);
+        let figures = for_some_time(setting.seconds, accesses(&zipf, 2), &mut access);
         is_over.store(true, Ordering::Relaxed);
         flushing.thread().unpark();
         flushing.join().expect("a thread that flushes").map(|()| figures)
