@@ -402,6 +402,28 @@ fn sleeps(name: &str) -> bool {
     })
 }
 
+/// Drops both, in an order, in a thread of that name. The source goes on once that thread waits.
+fn drop_beside_reads(
+    source: &Watched,
+    memory: LazyMemory,
+    background: BackgroundFill,
+    (memory_first, name): (bool, &str),
+) {
+    let end = move || {
+        if memory_first {
+            drop(memory);
+            drop(background);
+        } else {
+            drop(background);
+            drop(memory);
+        }
+    };
+    let ending = thread::Builder::new().name(name.to_owned()).spawn(end).unwrap();
+    wait_until(|| sleeps(name));
+    source.set(|state| state.tickets = None);
+    ending.join().unwrap();
+}
+
 #[test]
 fn stop_waits_for_one_read_of_each_thread() {
     require!();
@@ -415,19 +437,7 @@ fn stop_waits_for_one_read_of_each_thread() {
         source.wait_until(|state| state.at_once > 1);
         source.set(|state| state.tickets = Some(0));
         let before = source.reads().len();
-        let end = move || {
-            if memory_first {
-                drop(memory);
-                drop(background);
-            } else {
-                drop(background);
-                drop(memory);
-            }
-        };
-        let ending = thread::Builder::new().name(name.to_owned()).spawn(end).unwrap();
-        wait_until(|| sleeps(name));
-        source.set(|state| state.tickets = None);
-        ending.join().unwrap();
+        drop_beside_reads(&source, memory, background, (memory_first, name));
         // Those that went on are among them before, or were about to begin.
         let after = source.reads().len();
         let mut threads = 0;
@@ -454,19 +464,7 @@ fn stop_begins_no_read_in_any_thread() {
             }
             source.wait_until(|state| state.waiting == at_once);
             let before = source.reads().len();
-            let end = move || {
-                if memory_first {
-                    drop(memory);
-                    drop(background);
-                } else {
-                    drop(background);
-                    drop(memory);
-                }
-            };
-            let ending = thread::Builder::new().name(name.to_owned()).spawn(end).unwrap();
-            wait_until(|| sleeps(name));
-            source.set(|state| state.tickets = None);
-            ending.join().unwrap();
+            drop_beside_reads(&source, memory, background, (memory_first, name));
             assert_eq!(source.reads().len(), before, "{name}, {read_ahead} threads that read ahead");
         }
     }
