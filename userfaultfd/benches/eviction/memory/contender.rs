@@ -183,15 +183,16 @@ fn read(memory: *mut u8, page: u32) {
 fn for_some_time(
     seconds: f64,
     accesses: impl Iterator<Item = u32>,
-    access: impl FnMut(u32),
+    mut access: impl FnMut(u32),
 ) -> (u64, Duration) {
     let (start, mut count) = (Instant::now(), 0);
-    let is_over = |count: &u64| count % ACCESSES_PER_LOOK == 0 && start.elapsed().as_secs_f64() >= seconds;
-    let counted = accesses.take_while(|_| {
+    for page in accesses {
+        access(page);
         count += 1;
-        !is_over(&count)
-    });
-    counted.for_each(access);
+        if count % ACCESSES_PER_LOOK == 0 && start.elapsed().as_secs_f64() >= seconds {
+            break;
+        }
+    }
     (count, start.elapsed())
 }
 
