@@ -154,8 +154,9 @@ fn load_may_be_answered_inside_start_and_with_zeros() {
     for at in [3, 2, 0, 1] {
         assert_eq!(see(&memory, at), if at == 2 { Seen::ZERO } else { content(at) });
     }
-    eventually(|| pager.statistics().zero_fills, 1);
-    assert_eq!((pager.statistics().fills, problems.all().len()), (3, 0));
+    // A thread goes on before its page is counted.
+    eventually(|| (pager.statistics().zero_fills, pager.statistics().fills), (1, 3));
+    assert_eq!(problems.all(), [""; 0]);
 }
 
 #[test]
@@ -225,7 +226,7 @@ fn late_answer_after_panic_in_start_changes_nothing() {
     second.answer();
     assert_eq!(reader.wait(), content(0));
     check(&memory, 0, 0);
-    assert_eq!((pager.statistics().source_errors, pager.statistics().fills), (1, 1));
+    eventually(|| (pager.statistics().source_errors, pager.statistics().fills), (1, 1));
 }
 
 #[test]
