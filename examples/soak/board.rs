@@ -52,6 +52,8 @@ acts! {
     ChildDrops: "children that dropped or left memory",
     Many: "hundreds of memories",
     Limits: "processes that reached a limit",
+    Locked: "processes with all of their memory locked",
+    Thousand: "processes with a thousand memories",
 }
 
 /// What one thread does.

@@ -1,31 +1,17 @@
-//! A process that has reached a limit, of descriptors or of mappings: what it asks for then is refused, and what it has
-//! goes on.
+//! A process of its own that has reached a limit, of descriptors or of mappings: what it asks for then is refused, and what
+//! it has goes on.
 //!
 //! Mappings with glibc alone, whose allocator goes on without them. Where an allocator fails, Rust ends the process.
 
-use std::process::Command;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
-use std::{env, fs, io, ptr, thread};
+use std::{fs, io, ptr, thread};
 
-use userfaultfd::pager::{self, BytesSource, PageData, Pager};
+use userfaultfd::pager::{BytesSource, PageData, Pager};
 use userfaultfd::{LazyMemory, page_size};
 use userfaultfd_examples::Result;
 
-/// The first argument of a process that reaches its limits.
-pub(crate) const LIMITS: &str = "--limits";
-
-/// Pages of each memory.
-const PAGES: usize = 8;
-
-/// Runs such a process, and tells what it found.
-pub(crate) fn run(seed: u64) -> std::result::Result<(), String> {
-    let program = env::current_exe().map_err(|error| error.to_string())?;
-    let ended = Command::new(program).args([LIMITS, &seed.to_string()]).output();
-    let ended = ended.map_err(|error| format!("a process of its own: {error}"))?;
-    let said = String::from_utf8_lossy(&ended.stderr);
-    if ended.status.success() { Ok(()) } else { Err(format!("ended with {}: {said}", ended.status)) }
-}
+use crate::alone::{PAGES, bytes, check, check_call, lazy, limit_of_descriptors, sigbus};
 
 /// What the process does.
 pub(crate) fn reach(seed: u64) -> Result<()> {
@@ -179,25 +165,6 @@ impl Drop for Mapped {
     }
 }
 
-/// What all sources have. Made once: it is asked for at the limit.
-fn bytes() -> &'static [u8] {
-    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
-    BYTES.get_or_init(|| (0..PAGES * page_size()).map(|at| (at / page_size()) as u8 + 1).collect())
-}
-
-fn lazy(pager: &Arc<Pager>) -> pager::Result<LazyMemory> {
-    LazyMemory::builder(BytesSource::new(bytes())).pager(pager).build()
-}
-
-fn sigbus() -> pager::Result<LazyMemory> {
-    LazyMemory::sigbus(BytesSource::new(bytes())).build()
-}
-
-fn check(memory: &LazyMemory) -> std::result::Result<(), String> {
-    let wrong = (0..PAGES).find(|page| memory[page * page_size()] != *page as u8 + 1);
-    wrong.map_or(Ok(()), |page| Err(format!("page {page} is {}", memory[page * page_size()])))
-}
-
 /// The limit is reached, until this is dropped.
 struct Reached {
     before: libc::rlimit,
@@ -205,17 +172,11 @@ struct Reached {
 
 /// Lowers the limit of descriptors.
 fn descriptors(limit: u64) -> io::Result<Reached> {
-    let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the kernel writes the structure, borrowed for the call.
-    check_call(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut before) })?;
+    let before = limit_of_descriptors()?;
     let fewer = libc::rlimit { rlim_cur: limit as libc::rlim_t, ..before };
     // SAFETY: the kernel reads the structure, borrowed for the call.
     check_call(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const fewer) })?;
     Ok(Reached { before })
-}
-
-fn check_call(returned: libc::c_int) -> io::Result<()> {
-    if returned == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 impl Drop for Reached {

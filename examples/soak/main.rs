@@ -1,7 +1,7 @@
 //! Everything at once, for a while: processes whose threads fault, write, remove, move and fork; sources that stall,
 //! fail and panic; pagers that are handed over, finished and dropped; crowds that wait for a source that is down, signals,
 //! mappings that grow, shrink and move, children that drop what they inherit, memories by the hundred, memory of ten times
-//! its limit, stores as memory, limits that are reached. Every page that is read is checked.
+//! its limit, stores as memory, limits that are reached, locked memory. Every page that is read is checked.
 //!
 //! ```sh
 //! cargo run --release --example soak -- --seconds 60
@@ -9,6 +9,7 @@
 //!
 //! Any kernel. Forks need the capability CAP_SYS_PTRACE, huge pages must be reserved; without, they are left out.
 
+mod alone;
 mod arena;
 mod board;
 mod bus;
@@ -58,12 +59,7 @@ fn main() -> ExitCode {
             let orders = options::orders(arguments).expect("what this program passes to itself");
             return userfaultfd_examples::run(|| be_target(orders));
         }
-        Some(limits::LIMITS) => {
-            let seed = arguments.next().and_then(|seed| seed.parse().ok());
-            return userfaultfd_examples::run(|| {
-                limits::reach(seed.expect("what this program passes to itself"))
-            });
-        }
+        Some(alone::ALONE) => return userfaultfd_examples::run(|| alone::be(arguments)),
         _ => {}
     }
     leaks::map_large_blocks();

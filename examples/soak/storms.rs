@@ -14,7 +14,7 @@ use userfaultfd::{LazyMemory, page_size};
 use crate::board::{Act, Slot};
 use crate::content::{Content, WORD};
 use crate::random::Random;
-use crate::{limits, remaps};
+use crate::{alone, remaps};
 
 /// More threads than anything of a pager has fixed room for.
 const CROWD: usize = 300;
@@ -32,7 +32,7 @@ pub(crate) fn strike(
     random: &mut Random,
     kernel: bool,
 ) -> Result<(), String> {
-    const ALL: [Act; 8] = [
+    const ALL: [Act; 10] = [
         Act::Crowd,
         Act::Outage,
         Act::Remaps,
@@ -41,6 +41,8 @@ pub(crate) fn strike(
         Act::ChildDrops,
         Act::Many,
         Act::Limits,
+        Act::Locked,
+        Act::Thousand,
     ];
     let act = ALL[random.below(ALL.len())];
     slot.begin(act, 0);
@@ -50,7 +52,7 @@ pub(crate) fn strike(
         Act::Remaps => remaps::storm(pager, random, kernel),
         Act::Signals => signals(pager, random),
         Act::ChildDrops => child_drops(pager, random),
-        Act::Limits => limits::run(random.next()),
+        Act::Limits | Act::Locked | Act::Thousand => alone::run(act, random.next()),
         _ => many(pager, random),
     };
     struck.map_err(|problem| format!("{act:?}: {problem}"))?;

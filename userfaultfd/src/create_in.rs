@@ -1,6 +1,91 @@
 //! [`UffdBuilder::create_in`]: a userfaultfd that is made in another process.
 
-use crate::{Errno, Pid, Result, Uffd, UffdBuilder};
+use std::fmt;
+
+use crate::{Errno, Error, Pid, Result, Uffd, UffdBuilder};
+
+/// Why a process can't be made to create a userfaultfd. `Display` says it with what helps.
+///
+/// From [`Error::NotCreatedIn`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CreateInRefusal {
+    /// The process is this one: [`create`](UffdBuilder::create) makes its userfaultfd.
+    ThisProcess,
+    /// There is no such process, or it has ended meanwhile.
+    Ended,
+    /// This process may not trace the other one, or not read its files in `/proc`.
+    NotPermitted,
+    /// The process has a seccomp filter, which might end it for the system call. It makes none.
+    SeccompFilter,
+    /// The process dispatches its own system calls (`PR_SET_SYSCALL_USER_DISPATCH`), and would get the call as a signal.
+    SyscallUserDispatch,
+    /// The main thread of the process didn't stop within three seconds: it waits in the kernel.
+    NotStopped,
+    /// The process is a 32-bit one, or has no vDSO.
+    NoSystemCall,
+    /// This library can't do it on this architecture: only on x86-64.
+    Architecture,
+    /// The process itself was refused a userfaultfd, by userfaultfd(2).
+    RefusedThere,
+    /// Another system call failed.
+    Other,
+}
+
+impl CreateInRefusal {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::ThisProcess => "it is this process: use create",
+            Self::Ended => "there is no such process, or it has ended",
+            Self::NotPermitted => {
+                "this process may not trace it: be its user or the superuser, with no other tracer (a debugger, strace) of \
+                 it; where kernel.yama.ptrace_scope is 1 or more, CAP_SYS_PTRACE is needed"
+            }
+            Self::SeccompFilter => {
+                "it has a filter of system calls (seccomp), which might end it: start it without the filter"
+            }
+            Self::SyscallUserDispatch => {
+                "it dispatches its own system calls (PR_SET_SYSCALL_USER_DISPATCH), as emulators of other systems do"
+            }
+            Self::NotStopped => {
+                "its main thread didn't stop within three seconds, since it waits in the kernel (for a disk, for example): \
+                 try again"
+            }
+            Self::NoSystemCall => {
+                "it is a 32-bit process, or has no vDSO: only 64-bit processes can be asked"
+            }
+            Self::Architecture => "this takes x86-64",
+            Self::RefusedThere => {
+                "its user may not make a userfaultfd that handles faults of the kernel: user_mode_only(true), the sysctl \
+                 vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE for the process helps"
+            }
+            Self::Other => "a system call failed",
+        }
+    }
+}
+
+impl fmt::Display for CreateInRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A refusal with its errno.
+#[derive(Debug, PartialEq, Eq)]
+struct Refused(CreateInRefusal, Errno);
+
+impl From<Errno> for Refused {
+    /// What the errno of most calls means: those of ptrace(2), of pidfd_open(2), and of `/proc`.
+    fn from(errno: Errno) -> Self {
+        let refusal = match errno {
+            Errno::ESRCH | Errno::ENOENT => CreateInRefusal::Ended,
+            Errno::EPERM | Errno::EACCES => CreateInRefusal::NotPermitted,
+            Errno::ETIMEDOUT => CreateInRefusal::NotStopped,
+            _ => CreateInRefusal::Other,
+        };
+        Self(refusal, errno)
+    }
+}
 
 impl UffdBuilder {
     /// Creates a userfaultfd for the memory of another process, which need not know of it: for a
@@ -24,31 +109,34 @@ impl UffdBuilder {
     ///
     /// # Errors
     ///
-    /// [`SystemError`](crate::Error::SystemError) with
+    /// [`NotCreatedIn`](Error::NotCreatedIn), with the reason and one of these errnos:
     ///
     /// - `EPERM`: this process may not trace the other one (another user's, without `CAP_SYS_PTRACE`; `kernel.yama.ptrace_scope`;
     ///   another tracer), or the other one may not make a userfaultfd.
     /// - `ESRCH`: there is no such process, or it has ended meanwhile.
     /// - `EACCES`: the process has a seccomp filter, or dispatches its own system calls (`PR_SET_SYSCALL_USER_DISPATCH`), which might
-    ///   end it for the system call. It makes none.
+    ///   end it for the system call. It makes none. Or its files in `/proc` can't be read.
     /// - `EBUSY`: this is the process itself.
     /// - `ETIMEDOUT`: its main thread didn't stop within three seconds: it waits in the kernel, for a disk for example.
     /// - `ENOSYS`: not on this architecture, or the process is a 32-bit one, or has no vDSO.
     ///
-    /// Otherwise those of [`create`](Self::create).
+    /// Otherwise those of [`create`](Self::create) about features.
     #[doc(alias = "ptrace")]
     pub fn create_in(&self, process: Pid) -> Result<Uffd> {
+        let refused = |Refused(refusal, errno)| Error::NotCreatedIn { process, errno, refusal };
         if process == Pid::this() {
-            return Err(Errno::EBUSY.into());
+            return Err(refused(Refused(CreateInRefusal::ThisProcess, Errno::EBUSY)));
         }
         let flags = self.creation_flags();
         // A thread of its own: whatever it traces still when it ends, the kernel lets go.
         let made = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("create userfaultfd".into());
-            let made =
-                thread.spawn_scoped(scope, || make(process.as_raw(), flags)).map_err(|_| Errno::EAGAIN)?;
-            made.join().unwrap_or(Err(Errno::EIO))
-        })?;
+            let made = thread
+                .spawn_scoped(scope, || make(process.as_raw(), flags))
+                .map_err(|_| Refused::from(Errno::EAGAIN))?;
+            made.join().unwrap_or(Err(Errno::EIO.into()))
+        });
+        let made = made.map_err(refused)?;
         let mut uffd = self.handshake(made)?;
         uffd.set_process(process);
         Ok(uffd)
@@ -56,8 +144,8 @@ impl UffdBuilder {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn make(_: i32, _: libc::c_int) -> Result<std::os::fd::OwnedFd, Errno> {
-    Err(Errno::ENOSYS)
+fn make(_: i32, _: libc::c_int) -> Result<std::os::fd::OwnedFd, Refused> {
+    Err(Refused(CreateInRefusal::Architecture, Errno::ENOSYS))
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -72,6 +160,7 @@ mod x86_64 {
     use std::thread;
     use std::time::{Duration, Instant};
 
+    use super::{CreateInRefusal, Refused};
     use crate::Errno;
     use crate::error::errno_of;
     use crate::sys::{self, ptrace};
@@ -96,26 +185,31 @@ mod x86_64 {
     const AT_SYSTEM_CALL: i32 = libc::SIGTRAP | 0x80;
     const STOP_EVENT: i32 = 128;
 
-    pub(super) fn make(process: libc::pid_t, flags: libc::c_int) -> Result<OwnedFd, Errno> {
+    pub(super) fn make(process: libc::pid_t, flags: libc::c_int) -> Result<OwnedFd, Refused> {
         // First: as long as its process lives, the number is that process's.
         let pidfd = ptrace::open_pidfd(process)?;
         check_filter(process)?;
         if let Err(errno) = ptrace::seize(process) {
-            return Err(if sys::is_readable(pidfd.as_fd()) { Errno::ESRCH } else { errno });
+            return Err(if sys::is_readable(pidfd.as_fd()) { Errno::ESRCH } else { errno }.into());
         }
         let stopped = Stopped::new(process, pidfd)?;
         // A program that it executes at this moment doesn't get the descriptor.
-        let made = stopped.call(libc::SYS_userfaultfd, (flags | libc::O_CLOEXEC) as u64).and_then(|number| {
+        let made = stopped.call(libc::SYS_userfaultfd, (flags | libc::O_CLOEXEC) as u64);
+        let made = made.map_err(|errno| match errno {
+            Errno::EPERM | Errno::ENOSYS => Refused(CreateInRefusal::RefusedThere, errno),
+            errno => errno.into(),
+        });
+        let made = made.and_then(|number| {
             let taken = ptrace::take_descriptor(stopped.traced.pidfd.as_fd(), number as RawFd);
             let closed = stopped.call(libc::SYS_close, number);
-            taken.and_then(|taken| closed.map(|_| taken))
+            Ok(taken.and_then(|taken| closed.map(|_| taken))?)
         });
         let resumed = stopped.resume();
-        made.and_then(|made| resumed.map(|()| made))
+        made.and_then(|made| Ok(resumed.map(|()| made)?))
     }
 
     /// Whether no filter of system calls may end its main thread.
-    fn check_filter(process: libc::pid_t) -> Result<(), Errno> {
+    fn check_filter(process: libc::pid_t) -> Result<(), Refused> {
         // Its name may be any bytes.
         let status = fs::read(format!("/proc/{process}/status"));
         let status = status.map_err(|error| match errno_of(&error) {
@@ -123,7 +217,8 @@ mod x86_64 {
             errno => errno,
         })?;
         let filters = status.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"Seccomp:"));
-        if filters.is_some_and(|mode| mode.trim_ascii() != b"0") { Err(Errno::EACCES) } else { Ok(()) }
+        let is_filtered = filters.is_some_and(|mode| mode.trim_ascii() != b"0");
+        if is_filtered { Err(Refused(CreateInRefusal::SeccompFilter, Errno::EACCES)) } else { Ok(()) }
     }
 
     /// The address of an instruction in a stopped process's vDSO that makes a system call. A 32-bit process has one, too, without such
@@ -206,7 +301,7 @@ mod x86_64 {
 
     impl Stopped {
         /// Stops it. No signal is delivered until it is resumed.
-        fn new(process: libc::pid_t, pidfd: OwnedFd) -> Result<Self, Errno> {
+        fn new(process: libc::pid_t, pidfd: OwnedFd) -> Result<Self, Refused> {
             let traced = Traced { process, pidfd };
             // Nothing was changed yet: the kernel lets it go with this thread.
             traced.interrupt()?;
@@ -217,22 +312,23 @@ mod x86_64 {
         }
 
         /// Looks whether it can make a system call, and where it goes on.
-        fn prepare(&mut self) -> Result<(), Errno> {
+        fn prepare(&mut self) -> Result<(), Refused> {
             let process = self.traced.process;
             // Once more, now that it doesn't change.
             check_filter(process)?;
             if ptrace::dispatches_system_calls(process)? {
-                return Err(Errno::EACCES);
+                return Err(Refused(CreateInRefusal::SyscallUserDispatch, Errno::EACCES));
             }
             let memory = File::open(format!("/proc/{process}/mem")).map_err(|error| errno_of(&error))?;
             let instruction = find_system_call(process, &memory);
             // An error: it was killed meanwhile.
             let is_64 = ptrace::registers(process)?.cs == SEGMENT_64;
-            self.instruction = instruction.filter(|_| is_64).ok_or(Errno::ENOSYS)?;
+            let none = Refused(CreateInRefusal::NoSystemCall, Errno::ENOSYS);
+            self.instruction = instruction.filter(|_| is_64).ok_or(none)?;
             if let Some(abort) = abort_of_sequence(process, &memory, self.registers.rip)? {
                 self.registers.rip = abort;
             }
-            ptrace::set_signal_mask(process, u64::MAX)
+            Ok(ptrace::set_signal_mask(process, u64::MAX)?)
         }
 
         /// Makes a system call with one argument.

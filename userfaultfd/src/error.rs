@@ -7,7 +7,7 @@
 use std::io;
 
 use crate::open::{self, OpenFailure};
-use crate::{Errno, FeatureFlags, IoctlFlags, Refusal};
+use crate::{CreateInRefusal, Errno, FeatureFlags, IoctlFlags, Pid, Refusal};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -104,6 +104,18 @@ pub enum Error {
     #[error(transparent)]
     OpenFailed(OpenFailure),
 
+    /// Another process can't be made to create a userfaultfd: from
+    /// [`UffdBuilder::create_in`](crate::UffdBuilder::create_in). The text has the reason, and what helps.
+    #[error("process {process} can't be made to create a userfaultfd, {errno:?}: {refusal}")]
+    NotCreatedIn {
+        /// The process.
+        process: Pid,
+        /// The errno.
+        errno: Errno,
+        /// The reason.
+        refusal: CreateInRefusal,
+    },
+
     /// The kernel lacks features that were required with
     /// [`require_features`](crate::UffdBuilder::require_features).
     #[error("this kernel lacks the required userfaultfd features {missing}; it offers {supported}")]
@@ -162,6 +174,15 @@ pub enum Error {
         start: usize,
         /// The address behind the last.
         end: usize,
+    },
+
+    /// A bound of a range lies inside a page of tracked memory, or of memory in a snapshot. Nothing was changed.
+    #[error("{address:#x} lies inside a page: the pages there have {page_size} bytes")]
+    InsidePage {
+        /// The bound.
+        address: usize,
+        /// The size of the page that it lies in, in bytes: that of huge pages on hugetlb memory.
+        page_size: usize,
     },
 
     /// A range to track isn't part of the [`LazyMemory`](crate::LazyMemory) that the tracker belongs to.
@@ -232,7 +253,9 @@ impl Error {
             | Error::SystemError(errno)
             | Error::ZeropageFailed(errno)
             | Error::TrackingFailed(errno) => Some(*errno),
-            Error::Stopped { errno, .. } | Error::Refused { errno, .. } => Some(*errno),
+            Error::Stopped { errno, .. }
+            | Error::Refused { errno, .. }
+            | Error::NotCreatedIn { errno, .. } => Some(*errno),
             Error::PartiallyCopied(_) => Some(Errno::EAGAIN),
             Error::OpenDevUserfaultfd(error) => Some(errno_of(error)),
             Error::OpenFailed(failure) => failure.errno(),
@@ -241,6 +264,7 @@ impl Error {
             | Error::Blocking
             | Error::EmptyBuffer
             | Error::AlreadyTracked { .. }
+            | Error::InsidePage { .. }
             | Error::OtherMemory { .. }
             | Error::MissingServed { .. } => Some(Errno::EINVAL),
             Error::NoDescriptor => Some(Errno::EBADF),

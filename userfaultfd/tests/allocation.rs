@@ -8,7 +8,7 @@ mod support;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ffi::c_void;
-use std::fs::File;
+use std::fs::{self, File};
 use std::hint::black_box;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -29,6 +29,7 @@ use crate::support::fill;
 use crate::support::handler::while_changing;
 use crate::support::mapping::memfd;
 use crate::support::memory::Memory;
+use crate::support::proc::wait_until;
 use crate::support::raw::wait_for_event;
 use crate::support::{may_watch_forks, page, require, test_name, uffd};
 
@@ -462,6 +463,13 @@ fn layers() -> impl PageSource + 'static {
     source
 }
 
+fn is_a_thread_of_a_source_left() -> bool {
+    // A thread that ends meanwhile has no name any more.
+    let names = fs::read_dir("/proc/self/task").unwrap();
+    let mut names = names.filter_map(|thread| fs::read_to_string(thread.unwrap().path().join("comm")).ok());
+    names.any(|name| name.trim_end() == "uffd-source")
+}
+
 /// Likewise, from all kinds of sources.
 fn serve_all_quietly(features: FeatureFlags) {
     let content = |offset: u64, bytes: &mut [u8]| {
@@ -475,8 +483,11 @@ fn serve_all_quietly(features: FeatureFlags) {
         serve_quietly(BytesSource::new(vec![1; 512 * page()]), around, features);
         serve_quietly(ZeroSource, around, features);
         serve_quietly(layers(), around, features);
-        let threads = ThreadedSource::new(content, 2).unwrap();
+        // One: a second may begin, and so allocate, only when it is watched.
+        let threads = ThreadedSource::new(content, 1).unwrap();
         serve_quietly(AsyncSource::new(threads), around, features);
+        // Nothing waits for the end of its thread, which frees what it has.
+        wait_until(|| !is_a_thread_of_a_source_left());
     }
 }
 

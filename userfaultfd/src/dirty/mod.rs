@@ -286,7 +286,7 @@ impl DirtyTracker {
     ///
     /// # Errors
     ///
-    /// [`SystemError`](crate::Error::SystemError) with `EINVAL`: a bound lies inside a page; nothing was changed.
+    /// [`InsidePage`](crate::Error::InsidePage): a bound lies inside a page; nothing was changed.
     /// Otherwise those of [`unregister`](crate::Uffd::unregister); the range is no longer tracked all the same.
     pub fn untrack(&mut self, range: Range<usize>) -> Result<()> {
         self.0.watch.untrack(&range)
@@ -363,7 +363,7 @@ impl DirtyTracker {
     /// # Errors
     ///
     /// - [`NotTracked`](crate::Error::NotTracked): a part isn't tracked; nothing was changed.
-    /// - [`SystemError`](crate::Error::SystemError) with `EINVAL`: a bound lies inside a page; nothing was changed.
+    /// - [`InsidePage`](crate::Error::InsidePage): a bound lies inside a page; nothing was changed.
     /// - [`TrackingFailed`](crate::Error::TrackingFailed): the tracker has failed before.
     pub fn set_always_dirty(&mut self, range: Range<usize>, always: bool) -> Result<()> {
         self.0.watch.set_always(&range, always)

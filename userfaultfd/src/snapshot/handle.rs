@@ -122,7 +122,7 @@ impl Series {
     ///
     /// # Errors
     ///
-    /// [`Error::Kernel`] with [`NotTracked`](crate::Error::NotTracked): a part isn't in the series; with `EINVAL`: a bound
+    /// [`Error::Kernel`] with [`NotTracked`](crate::Error::NotTracked): a part isn't in the series; with [`InsidePage`](crate::Error::InsidePage): a bound
     /// lies inside a page. Nothing was changed.
     pub fn set_always_dirty(&mut self, range: Range<usize>, always: bool) -> Result<()> {
         for bits in self.maker.bits_in(&range)? {

@@ -6,6 +6,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use super::file::format::{FormatError, MAGIC};
@@ -40,6 +41,21 @@ pub enum ImageFormat {
 }
 
 impl ImageFormat {
+    /// The names of the formats, as [`FromStr`] takes them. `Display` prints the first of each.
+    const NAMES: [(&str, Self); 5] = [
+        ("raw", Self::Raw),
+        ("firecracker", Self::Raw),
+        ("cloud-hypervisor", Self::CloudHypervisor),
+        ("mapped-ram", Self::MappedRam),
+        ("snapshot", Self::Snapshot),
+    ];
+
+    /// Returns an iterator over the names that [`FromStr`] takes. `firecracker` is another name of [`Raw`](Self::Raw).
+    #[must_use]
+    pub fn names() -> impl ExactSizeIterator<Item = &'static str> {
+        Self::NAMES.iter().map(|(name, _)| *name)
+    }
+
     /// Returns the format of the image at a path, by its first bytes: [`Raw`](Self::Raw) if it is none of the others.
     ///
     /// # Errors
@@ -76,11 +92,25 @@ impl ImageFormat {
 
 impl fmt::Display for ImageFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Raw => "raw",
-            Self::CloudHypervisor => "cloud-hypervisor",
-            Self::MappedRam => "mapped-ram",
-            Self::Snapshot => "snapshot",
+        let named = Self::NAMES.iter().find(|(_, format)| format == self);
+        f.write_str(named.map_or("unnamed", |(name, _)| name))
+    }
+}
+
+impl FromStr for ImageFormat {
+    type Err = io::Error;
+
+    /// Takes one of the [`names`](Self::names).
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` for any other text.
+    fn from_str(name: &str) -> io::Result<Self> {
+        let named = Self::NAMES.iter().find(|(known, _)| *known == name);
+        named.map(|(_, format)| *format).ok_or_else(|| {
+            let known: Vec<_> = Self::names().collect();
+            let text = format!("{name:?} is no format of images; there are {}", known.join(", "));
+            io::Error::new(io::ErrorKind::InvalidInput, text)
         })
     }
 }

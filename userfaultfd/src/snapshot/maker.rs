@@ -11,7 +11,7 @@ use super::copy::shared::{Begin, Counts, Shared};
 use super::error::{Error, Result};
 use super::handle::Snapshot;
 use super::sink::{Geometry, Region, Sink};
-use crate::{Errno, page_size};
+use crate::page_size;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Buffers {
@@ -70,8 +70,9 @@ impl Maker {
             let (first, end) = (addresses.start as usize, addresses.end as usize);
             let (start, stop) = (first.max(range.start), end.min(range.end));
             if start < stop {
-                if start % *page as usize != 0 || stop % *page as usize != 0 {
-                    return Err(crate::Error::SystemError(Errno::EINVAL).into());
+                let page = *page as usize;
+                if let Some(address) = [start, stop].into_iter().find(|bound| bound % page != 0) {
+                    return Err(crate::Error::InsidePage { address, page_size: page }.into());
                 }
                 bits.push((offset + start - first) / page_size()..(offset + stop - first) / page_size());
                 found += stop - start;

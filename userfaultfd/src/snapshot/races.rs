@@ -499,7 +499,7 @@ fn page_dropped_long_after_its_event_has_changed() {
 /// A signal takes the only unread fault away, once it was counted, while a removal waits behind it. Nothing is read then: the
 /// page is saved before it is dropped.
 #[test]
-fn fault_that_vanishes_before_it_is_read_lets_no_removal_through() {
+fn vanishing_fault_lets_no_removal_through() {
     require!(WRITE_PROTECT | FeatureFlags::WP_HUGETLBFS_SHMEM);
     if !memory::tells_protection(test_name!()) {
         return;

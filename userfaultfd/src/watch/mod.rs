@@ -280,9 +280,7 @@ impl Watch {
     /// [`begin_work`](Self::begin_work).
     pub(crate) fn untrack_at_work(&self, range: &Range<usize>) -> Result<()> {
         let all = self.ranges();
-        if ranges::cuts_a_page(&all, range) {
-            return Err(Error::SystemError(Errno::EINVAL));
-        }
+        ranges::check_bounds(&all, range)?;
         let mut result = Ok(());
         for tracked in ranges::within(&all, range).iter().filter(|tracked| !tracked.lost) {
             result = result.and(self.release(&tracked.range));
@@ -295,9 +293,7 @@ impl Watch {
     pub(crate) fn set_always(&self, range: &Range<usize>, always: bool) -> Result<()> {
         let _work = self.begin_work();
         let all = self.ranges();
-        if ranges::cuts_a_page(&all, range) {
-            return Err(Error::SystemError(Errno::EINVAL));
-        }
+        ranges::check_bounds(&all, range)?;
         self.check_part(range)?;
         let tracked = ranges::within(&all, range);
         if tracked.iter().map(|tracked| tracked.range.len()).sum::<usize>() != range.len() {

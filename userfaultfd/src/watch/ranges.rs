@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use crate::lock_order::{self, LockGuard, RankedMutex, rank};
 use crate::sync::AtomicU64;
+use crate::{Error, Result};
 
 /// A tracked range with pages of one size.
 #[derive(Clone, Debug)]
@@ -130,10 +131,15 @@ pub(crate) fn within(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
     all.iter().filter_map(cut).collect()
 }
 
-/// Whether an end of `range` lies inside a page.
-pub(crate) fn cuts_a_page(all: &[Tracked], range: &Range<usize>) -> bool {
-    let inside = |tracked: &Tracked, end: usize| tracked.range.contains(&end) && end % tracked.page != 0;
-    all.iter().any(|tracked| inside(tracked, range.start) || inside(tracked, range.end))
+/// Fails if a bound of `range` lies inside a page.
+pub(crate) fn check_bounds(all: &[Tracked], range: &Range<usize>) -> Result<()> {
+    for address in [range.start, range.end] {
+        let inside = |tracked: &&Tracked| tracked.range.contains(&address) && address % tracked.page != 0;
+        if let Some(Tracked { page, .. }) = all.iter().find(inside) {
+            return Err(Error::InsidePage { address, page_size: *page });
+        }
+    }
+    Ok(())
 }
 
 /// The range that has an address.

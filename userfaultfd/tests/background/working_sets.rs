@@ -325,7 +325,7 @@ fn waste_is_estimated_from_what_was_left_out() {
 
 /// What the source lacks stays missing, and is filled once it has it.
 #[test]
-fn replay_without_pager_leaves_pages_missing_that_source_lacks() {
+fn sigbus_replay_leaves_undelivered_pages_missing() {
     require!();
     let pages = 64;
     let content: Vec<u8> = (0..pages * page()).map(|at| byte(at / page())).collect();

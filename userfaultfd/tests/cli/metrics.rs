@@ -146,7 +146,7 @@ fn bad_requests_are_answered_and_the_next_one_too() {
 }
 
 #[test]
-fn client_that_takes_little_at_a_time_is_left_when_its_time_is_over() {
+fn slow_client_is_dropped_at_its_deadline() {
     require!();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

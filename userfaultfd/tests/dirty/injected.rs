@@ -10,13 +10,21 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::thread;
 
 use userfaultfd::dirty::Options;
-use userfaultfd::{DirtyTracker, Errno, FeatureFlags, Pid, Uffd, UffdBuilder};
+use userfaultfd::{CreateInRefusal, DirtyTracker, Errno, Error, FeatureFlags, Pid, Uffd, UffdBuilder};
 
 use crate::support::memory::{Kind, Memory};
 use crate::support::proc::wait_until;
-use crate::support::{child, errno, page, require, seccomp, test_name};
+use crate::support::{child, page, require, seccomp, test_name};
 
 const ROUNDS: usize = 20;
+
+/// Why it wasn't made.
+fn refusal(made: userfaultfd::Result<Uffd>) -> (CreateInRefusal, Errno) {
+    match made {
+        Err(Error::NotCreatedIn { refusal, errno, .. }) => (refusal, errno),
+        other => panic!("{other:?}"),
+    }
+}
 
 fn create_in(process: libc::pid_t) -> userfaultfd::Result<Uffd> {
     let mut builder = UffdBuilder::new();
@@ -132,10 +140,11 @@ fn process_that_waits_in_a_system_call_goes_on_waiting() {
 }
 
 #[test]
-fn processes_that_cannot_be_asked_have_an_errno() {
+fn processes_that_cannot_be_asked_have_a_reason() {
     require!(FeatureFlags::WP_ASYNC);
     child::run_well(test_name!(), || {
-        assert_eq!(errno(create_in(std::process::id() as libc::pid_t)), Errno::EBUSY);
+        let here = std::process::id() as libc::pid_t;
+        assert_eq!(refusal(create_in(here)), (CreateInRefusal::ThisProcess, Errno::EBUSY));
         let (mut here, there) = UnixStream::pair().unwrap();
         let filtered = child::fork(|| {
             assert!(seccomp::refuse_userfaultfd(Errno::EPERM));
@@ -143,11 +152,14 @@ fn processes_that_cannot_be_asked_have_an_errno() {
             let _until_killed = (&there).read(&mut [0]);
         });
         here.read_exact(&mut [0]).unwrap();
-        assert_eq!(errno(create_in(filtered.pid())), Errno::EACCES);
+        let refused = create_in(filtered.pid());
+        let text = refused.as_ref().unwrap_err().to_string();
+        assert!(text.contains(&format!("process {}", filtered.pid())) && text.contains("seccomp"), "{text}");
+        assert_eq!(refusal(refused), (CreateInRefusal::SeccompFilter, Errno::EACCES));
         let gone = filtered.pid();
         filtered.kill();
         filtered.wait();
-        assert_eq!(errno(create_in(gone)), Errno::ESRCH);
+        assert_eq!(refusal(create_in(gone)), (CreateInRefusal::Ended, Errno::ESRCH));
     });
 }
 
@@ -309,7 +321,7 @@ fn process_that_dispatches_its_system_calls_is_left_alone() {
             }
         });
         wait_until(|| steps.load(Ordering::Relaxed) > 0);
-        assert_eq!(errno(create_in(process.pid())), Errno::EACCES);
+        assert_eq!(refusal(create_in(process.pid())), (CreateInRefusal::SyscallUserDispatch, Errno::EACCES));
         let before = steps.load(Ordering::Relaxed);
         wait_until(|| steps.load(Ordering::Relaxed) > before + 1000);
         process.kill();

@@ -110,7 +110,7 @@ fn messages_of_a_process_are_events() {
 }
 
 #[test]
-fn process_that_sends_without_an_end_keeps_nothing_else_waiting() {
+fn endless_sender_delays_no_other_process() {
     require!();
     child::run_well(test_name!(), || {
         let (listener, path) = listener();

@@ -278,7 +278,7 @@ fn pinned_pages_stay_and_no_more_than_half_can_be() {
 
 /// Populating more than the budget passes over all of it once, as a read of all of it does.
 #[test]
-fn populate_of_more_than_the_budget_reads_each_page_once_and_ends() {
+fn populate_beyond_the_budget_reads_each_page_once() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);
     let (pages, most) = (512, 64);
     for around in

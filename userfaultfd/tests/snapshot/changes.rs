@@ -238,11 +238,17 @@ fn constant_drops_make_progress() {
         for _ in 0..20 {
             let image = Image::new();
             let options = Options::new().range(addresses(&memory));
-            let progress = options.begin(image.clone()).unwrap().wait().unwrap().progress;
-            assert_eq!(progress.gone, 0);
+            options.begin(image.clone()).unwrap().wait().unwrap();
+            // What a call drops that was under way when the snapshot began may be gone: the event of that call went to the
+            // snapshot before. Nothing else is.
+            let gone = image.with(|delivered| delivered.gone.clone());
+            assert!(gone.iter().all(|page| page % 16 < 8), "{gone:?}");
             let content = image.content(&memory);
             // What was there: a number of the beginning, what is written, or the zeros of a drop.
-            assert!(content.iter().enumerate().all(|(page, byte)| *byte <= 2 || usize::from(*byte) == page));
+            let is_right = |(page, byte): (usize, &u8)| {
+                *byte <= 2 || usize::from(*byte) == page || gone.contains(&(page as u64))
+            };
+            assert!(content.iter().enumerate().all(is_right), "{content:?}");
         }
     });
 }

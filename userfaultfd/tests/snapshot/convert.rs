@@ -48,6 +48,19 @@ fn mapped_ram(memory: &[u8]) -> Vec<u8> {
 }
 
 #[test]
+fn names_of_formats_are_parsed_as_they_are_printed() {
+    for name in ImageFormat::names() {
+        let format: ImageFormat = name.parse().unwrap();
+        match name {
+            "firecracker" => assert_eq!(format, ImageFormat::Raw),
+            _ => assert_eq!(format.to_string(), name),
+        }
+    }
+    let error = "qcow2".parse::<ImageFormat>().unwrap_err();
+    assert!(error.to_string().contains("qcow2") && error.to_string().contains("mapped-ram"), "{error}");
+}
+
+#[test]
 fn images_of_each_format_are_copied_there_and_back() {
     require!();
     for seed in 0..2 {

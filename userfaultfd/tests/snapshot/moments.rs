@@ -17,7 +17,7 @@ use crate::changes::during;
 use crate::file::file;
 use crate::image::{Image, addresses, number};
 use crate::support::memory::{self, Kind, Memory};
-use crate::support::{self, child, page, proc, require, test_name, uffd};
+use crate::support::{self, child, maps, page, proc, require, test_name, uffd};
 
 const WRITE_PROTECT: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
 
@@ -285,6 +285,11 @@ fn pages_written_after_a_drop_and_unmapped_are_gone() {
                     false => {
                         let thread = told.recv().unwrap();
                         proc::wait_until(|| proc::is_in(thread, libc::SYS_mmap) != Some(false));
+                        // It may sleep before it has got the lock of the mappings.
+                        let place = memory.at(MANY - 5).addr();
+                        proc::wait_until(|| {
+                            maps::mapping_of(place).is_some_and(|found| found.start == place)
+                        });
                     }
                 }
                 image.open();

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use userfaultfd::dirty::Options as TrackerOptions;
-use userfaultfd::{DirtyTracker, Errno, Error, FeatureFlags, Pid, UffdBuilder};
+use userfaultfd::{CreateInRefusal, DirtyTracker, Errno, Error, FeatureFlags, Pid, UffdBuilder};
 
 use crate::exit::{Count, Failure, say};
 use crate::serve;
@@ -278,27 +278,19 @@ impl Tracked {
     }
 }
 
-/// Why a process can't be tracked, and what helps.
+/// Why a process can't be tracked. The error says what helps.
 fn refused(process: Pid, error: &Error) -> Failure {
     let what = format!("process {process} can't be tracked: {error}");
-    match error.errno() {
-        Some(Errno::ESRCH) => Failure::Failed(format!("there is no process {process}, or it has ended")),
-        Some(Errno::EPERM) => Failure::Unmet(format!(
-            "{what}; run this as its user or as the superuser, without another tracer (a debugger, strace); where \
-             kernel.yama.ptrace_scope is 1 or more, it takes CAP_SYS_PTRACE; `uffd doctor` says more"
-        )),
-        Some(Errno::EACCES) => Failure::Unmet(format!(
-            "{what}; it has a filter of system calls (seccomp), which might end it, or its files in /proc can't be read: run this \
-             as its user or as the superuser, and the process without the filter"
-        )),
-        Some(Errno::EBUSY) => Failure::Arguments("this is the process that would track"),
-        Some(Errno::ENOSYS) => Failure::Unmet(format!("{what}; it takes a 64-bit process on x86-64")),
-        Some(Errno::ETIMEDOUT) => {
-            Failure::Failed(format!("{what}; its main thread waits in the kernel: try again"))
-        }
-        _ if matches!(error, Error::UnsupportedFeatures { .. }) => {
-            Failure::Unmet(format!("{what}; it takes Linux 6.7"))
-        }
+    match error {
+        Error::NotCreatedIn { refusal, .. } => match refusal {
+            CreateInRefusal::ThisProcess => Failure::Arguments("this is the process that would track"),
+            CreateInRefusal::Ended => {
+                Failure::Failed(format!("there is no process {process}, or it has ended"))
+            }
+            CreateInRefusal::NotStopped => Failure::Failed(what),
+            _ => Failure::Unmet(format!("{what}; `uffd doctor` says more")),
+        },
+        Error::UnsupportedFeatures { .. } => Failure::Unmet(format!("{what}; it takes Linux 6.7")),
         _ => Failure::Unmet(format!("{what}; `uffd doctor` says more")),
     }
 }

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde::Serialize;
 use userfaultfd::pager::{PageSource, WorkingSet};
 use userfaultfd::snapshot::{
@@ -46,9 +47,9 @@ struct Convert {
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 
-    /// The format of the image. By default it is detected
-    #[arg(long, value_enum)]
-    from: Option<From>,
+    /// The format of the image; `firecracker` is the same as `raw`. By default it is detected
+    #[arg(long, value_name = "FORMAT", value_parser = formats())]
+    from: Option<ImageFormat>,
 
     /// A sparse file of the same length on top, such as a diff of Firecracker: what isn't a hole is its content. The last one is on
     /// top
@@ -83,19 +84,9 @@ struct Chunks {
     chunk: u64,
 }
 
-/// An [`ImageFormat`].
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum From {
-    /// The bytes of the memory and nothing else
-    Raw,
-    /// The same as `raw`: the memory file of Firecracker
-    Firecracker,
-    /// The folder of a snapshot: a file `memory-ranges` and a file `state.json`
-    CloudHypervisor,
-    /// A migration file of QEMU with mapped-ram
-    MappedRam,
-    /// A snapshot file of this program or the library
-    Snapshot,
+/// Takes the name of an [`ImageFormat`].
+fn formats() -> impl TypedValueParser<Value = ImageFormat> {
+    PossibleValuesParser::new(ImageFormat::names()).try_map(|name| name.parse::<ImageFormat>())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -180,17 +171,6 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     }
 }
 
-impl From {
-    fn format(self) -> ImageFormat {
-        match self {
-            Self::Raw | Self::Firecracker => ImageFormat::Raw,
-            Self::CloudHypervisor => ImageFormat::CloudHypervisor,
-            Self::MappedRam => ImageFormat::MappedRam,
-            Self::Snapshot => ImageFormat::Snapshot,
-        }
-    }
-}
-
 impl Chunks {
     fn writer(&self, path: &Path) -> Result<SnapshotWriter<BufWriter<File>>, Failure> {
         let compression = match self.compression {
@@ -214,7 +194,7 @@ fn copying(input: &str, output: &Path) -> impl FnOnce(io::Error) -> Failure {
 
 fn convert(options: &Convert) -> Result<(), Failure> {
     let (input, output) = (&options.input, &options.output);
-    let mut image = open::image(input, options.from.map(From::format))?;
+    let mut image = open::image(input, options.from)?;
     for layer in &options.layers {
         let pushed = File::open(layer).and_then(|file| image.push_diff(file).map(drop));
         pushed.map_err(Failure::of(layer.display()))?;
