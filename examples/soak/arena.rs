@@ -325,6 +325,11 @@ impl Arena {
         unsafe { libc::madvise(start, self.spec.page_size, libc::MADV_DONTNEED) };
     }
 
+    /// Whether a thread changes a page.
+    pub(crate) fn is_locked(&self, page: usize) -> bool {
+        self.states()[page].load(Ordering::SeqCst) & LOCKED != 0
+    }
+
     fn lock(&self, page: usize) -> Option<u32> {
         let cell = &self.states()[page];
         for _ in 0..TRIES {

@@ -319,7 +319,9 @@ impl Soak {
         print_unread_faults();
         // Those of this process have no target.
         let target = self.children.get(process).and_then(|_| self.child(process).as_ref().map(Child::id));
-        for process in target.into_iter().flat_map(with_children).chain([std::process::id()]) {
+        let here = std::process::id();
+        let own = if target.is_some() { vec![here] } else { with_children(here) };
+        for process in target.into_iter().flat_map(with_children).chain(own) {
             print_threads(process);
         }
         for finding in self.common.findings.all() {

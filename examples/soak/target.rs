@@ -395,6 +395,10 @@ impl Target {
                 continue;
             }
             let page = random.below(arena.spec.pages);
+            if arena.is_locked(page) {
+                // By a signal handler of a thread that isn't here, which was taking poison away: nobody will unlock it.
+                continue;
+            }
             let dice = random.below(16);
             result = match dice {
                 0..3 => {

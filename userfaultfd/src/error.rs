@@ -167,14 +167,49 @@ pub enum Error {
     #[error("made before a fork, by the parent process: it works there alone")]
     OtherProcess,
 
-    /// A range to track overlaps one that is tracked already, or is empty.
-    #[error("{start:#x}..{end:#x} is empty or overlaps what is tracked already")]
+    /// Memory in a range is tracked or in a snapshot already: by this tracker; or by a tracker of the
+    /// [`LazyMemory`](crate::LazyMemory) that it is of, which must be dropped first.
+    #[error(
+        "memory in {start:#x}..{end:#x} is tracked or in a snapshot already; drop the tracker or snapshot that has it, or \
+         untrack the range"
+    )]
     AlreadyTracked {
-        /// The first address.
+        /// The first address that is tracked.
         start: usize,
         /// The address behind the last.
         end: usize,
     },
+
+    /// Nothing tracks memory in a range: it was never passed to [`track`](crate::DirtyTracker::track), or isn't part of the
+    /// series.
+    #[error("memory in {start:#x}..{end:#x} was never tracked")]
+    NeverTracked {
+        /// The first address that isn't tracked.
+        start: usize,
+        /// The address behind the last.
+        end: usize,
+    },
+
+    /// The [`LazyMemory`](crate::LazyMemory) that a tracker is of was dropped.
+    #[error("the memory that the tracker is of was dropped")]
+    MemoryDropped,
+
+    /// Another process can't be looked at, for its files in `/proc`.
+    #[error("process {process} can't be looked at, {errno:?}: {}", no_access(*errno))]
+    NoAccess {
+        /// The process.
+        process: Pid,
+        /// The errno.
+        errno: Errno,
+    },
+
+    /// A snapshot couldn't begin: threads changed the memory's layout for 20 seconds without a pause.
+    #[error("the memory's layout was changed for 20 s without a pause (mmap, munmap, mremap, madvise)")]
+    AlwaysChanging,
+
+    /// These features can't be switched, or were both switched on and off: from [`set_async`](crate::Uffd::set_async).
+    #[error("{0} can't be switched: RWP_ASYNC alone can, either on or off")]
+    NotSwitchable(FeatureFlags),
 
     /// A bound of a range lies inside a page of tracked memory, or of memory in a snapshot. Nothing was changed.
     #[error("{address:#x} lies inside a page: the pages there have {page_size} bytes")]
@@ -264,11 +299,16 @@ impl Error {
             | Error::Blocking
             | Error::EmptyBuffer
             | Error::AlreadyTracked { .. }
+            | Error::NotSwitchable(_)
             | Error::InsidePage { .. }
             | Error::OtherMemory { .. }
             | Error::MissingServed { .. } => Some(Errno::EINVAL),
             Error::NoDescriptor => Some(Errno::EBADF),
-            Error::NotTracked { .. } => Some(Errno::ENOENT),
+            Error::NotTracked { .. } | Error::NeverTracked { .. } | Error::MemoryDropped => {
+                Some(Errno::ENOENT)
+            }
+            Error::NoAccess { errno, .. } => Some(*errno),
+            Error::AlwaysChanging => Some(Errno::EAGAIN),
             Error::OtherProcess => Some(Errno::ESRCH),
             Error::FeatureNotPermitted(_) => Some(Errno::EPERM),
             Error::NotUserfaultfd => Some(Errno::ENOTTY),
@@ -341,6 +381,18 @@ impl From<Error> for io::Error {
             other => other.errno().map_or(io::ErrorKind::Other, |errno| io::Error::from(errno).kind()),
         };
         io::Error::new(kind, error)
+    }
+}
+
+/// Why a process can't be looked at, and what helps.
+fn no_access(errno: Errno) -> &'static str {
+    match errno {
+        Errno::ENOENT | Errno::ESRCH => "there is no such process, or /proc isn't mounted",
+        Errno::EACCES | Errno::EPERM => {
+            "it takes the rights to trace it by ptrace(2): be its user or the superuser; where kernel.yama.ptrace_scope is 1 \
+             or more, CAP_SYS_PTRACE is needed"
+        }
+        errno => errno.desc(),
     }
 }
 

@@ -137,24 +137,18 @@ impl Pagemap {
     ///
     /// [`SystemError`](Error::SystemError) with `ENOENT` where `/proc` isn't mounted, `EMFILE`.
     pub fn of_self() -> Result<Self> {
-        Self::open("/proc/self/pagemap")
+        File::open("/proc/self/pagemap").map(Self).map_err(|error| Error::SystemError(errno_of(&error)))
     }
 
     /// Opens the page map of another process.
     ///
     /// # Errors
     ///
-    /// [`SystemError`](Error::SystemError) with `ENOENT` if there is no such process, `EACCES` or `EPERM` if
-    /// the caller may not read its memory by ptrace(2).
+    /// [`NoAccess`](Error::NoAccess) with `ENOENT` if there is no such process, `EACCES` or `EPERM` if the caller may not read
+    /// its memory by ptrace(2).
     pub fn of(pid: Pid) -> Result<Self> {
-        Self::open(&format!("/proc/{pid}/pagemap"))
-    }
-
-    fn open(path: &str) -> Result<Self> {
-        match File::open(path) {
-            Ok(file) => Ok(Self(file)),
-            Err(error) => Err(Error::SystemError(errno_of(&error))),
-        }
+        let opened = File::open(format!("/proc/{pid}/pagemap"));
+        opened.map(Self).map_err(|error| Error::NoAccess { process: pid, errno: errno_of(&error) })
     }
 
     /// Reads the words of some pages, beginning with the one at `start`, eight bytes each.

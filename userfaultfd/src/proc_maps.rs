@@ -127,7 +127,10 @@ impl Process {
             found.push(entry.cut(range));
             ControlFlow::Continue(())
         });
-        read.map_err(|error| Error::SystemError(errno_of(&error)))?;
+        read.map_err(|error| match (self, errno_of(&error)) {
+            (Process::Other(process), errno) => Error::NoAccess { process, errno },
+            (Process::Own, errno) => Error::SystemError(errno),
+        })?;
         Ok(found)
     }
 

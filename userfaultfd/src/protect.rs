@@ -234,6 +234,13 @@ impl Uffd {
             Errno::EINVAL if !self.ioctls().contains(IoctlFlags::SET_MODE) => {
                 Error::UnsupportedIoctls(self.ioctls())
             }
+            Errno::EINVAL => {
+                let (both, either) = (enable & disable, enable | disable);
+                match either.difference(FeatureFlags::RWP_ASYNC) | both {
+                    wrong if !wrong.is_empty() => Error::NotSwitchable(wrong),
+                    _ => Error::FeatureNeeds { feature: FeatureFlags::RWP_ASYNC, needs: FeatureFlags::RWP },
+                }
+            }
             errno => Error::SystemError(errno),
         })
     }

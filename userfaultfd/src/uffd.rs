@@ -315,7 +315,7 @@ impl Uffd {
     ) -> Result<IoctlFlags> {
         self.register_unexplained(start, len, mode).map_err(|error| {
             let request = Request::new(IoctlFlags::REGISTER, start, len, Some(mode));
-            examine::explained(self, error, &request, || process.or_else(|| self.process()))
+            examine::explained_whole(self, error, &request, || process.or_else(|| self.process()))
         })
     }
 

@@ -75,7 +75,7 @@ use crate::snapshot::{self, Series, Sink, Snapshot};
 /// # Forks
 ///
 /// A forked child doesn't have the memory (`MADV_DONTFORK`): dereferencing it there panics, its methods fail with
-/// [`NotServed`](pager::Error::NotServed), and an access through a reference from before the fork raises SIGSEGV,
+/// [`OtherProcess`](pager::Error::OtherProcess), and an access through a reference from before the fork raises SIGSEGV,
 /// instead of reading zeros. Dropping it there closes the child's copies of its descriptors, and nothing else.
 ///
 /// # Locks
@@ -96,6 +96,14 @@ enum ServedBy {
     Pager(Arc<Pager>, DescriptorId, RegionId, Arc<Lease>),
     /// A handler of SIGBUS, in each faulting thread.
     Sigbus(sigbus::Owned),
+}
+
+/// A region that its pager doesn't serve any more has been filled: nothing else ends the service of such memory.
+fn ended<T>(result: pager::Result<T>) -> pager::Result<T> {
+    result.map_err(|error| match error {
+        Error::NotServed => Error::Filled,
+        error => error,
+    })
 }
 
 impl LazyMemory {
@@ -216,9 +224,9 @@ impl LazyMemory {
         // A page that another thread has claimed may be on its way out.
         let mut cause = None;
         if pages.clone().any(|page| states.is_missing(page) || states.is_loading(page)) {
-            match self.target().and_then(|target| target.fill_now(pages.clone())) {
+            match self.target().and_then(|target| ended(target.fill_now(pages.clone()))) {
                 Ok(error) => cause = error,
-                Err(Error::NotServed) => {}
+                Err(Error::Filled) => {}
                 Err(error) => return Err(io::Error::other(error)),
             }
         }
@@ -394,11 +402,12 @@ impl LazyMemory {
     /// - [`Poisoned`](pager::Error::Poisoned): the source failed, now or for a fault before, so that some pages are
     ///   poisoned. All others are filled.
     /// - [`Unfilled`](pager::Error::Unfilled): the source fails, before Linux 6.6.
-    /// - [`NotServed`](pager::Error::NotServed): the memory was filled before.
+    /// - [`Filled`](pager::Error::Filled): the memory was filled before.
+    /// - [`OtherProcess`](pager::Error::OtherProcess): in a fork's child.
     pub fn fill(&self, progress: impl FnMut(Progress)) -> pager::Result<()> {
         self.check_owner()?;
         match &self.served {
-            ServedBy::Pager(pager, _, region, _) => pager.finish_region(*region, progress),
+            ServedBy::Pager(pager, _, region, _) => ended(pager.finish_region(*region, progress)),
             ServedBy::Sigbus(owned) => owned.lazy().fill(progress),
         }
     }
@@ -407,7 +416,7 @@ impl LazyMemory {
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](pager::Error::NotServed): the memory was [filled](Self::fill) before.
+    /// - [`Filled`](pager::Error::Filled): the memory was [filled](Self::fill) before.
     /// - [`System`](pager::Error::System): the thread couldn't be created.
     pub fn background(&self, order: FillOrder) -> pager::Result<BackgroundFill> {
         BackgroundFill::start(self.target()?, order)
@@ -459,14 +468,14 @@ impl LazyMemory {
     }
 
     fn check_owner(&self) -> pager::Result<()> {
-        if self.memory.is_here() { Ok(()) } else { Err(Error::NotServed) }
+        if self.memory.is_here() { Ok(()) } else { Err(Error::OtherProcess) }
     }
 
     fn target(&self) -> pager::Result<Target> {
         self.check_owner()?;
         match &self.served {
-            ServedBy::Pager(pager, _, region, _) => pager.target(*region),
-            ServedBy::Sigbus(owned) if owned.lazy().is_closed() => Err(Error::NotServed),
+            ServedBy::Pager(pager, _, region, _) => ended(pager.target(*region)),
+            ServedBy::Sigbus(owned) if owned.lazy().is_closed() => Err(Error::Filled),
             ServedBy::Sigbus(owned) => Ok(Target::Sigbus(Arc::clone(owned.lazy()))),
         }
     }
@@ -596,7 +605,7 @@ impl LazyMemory {
             return Err(crate::Error::AlreadyTracked { start: range.start, end: range.end }.into());
         }
         match self.fill(|_| {}) {
-            Ok(()) | Err(Error::NotServed) => {}
+            Ok(()) | Err(Error::Filled) => {}
             Err(error) => return Err(snapshot::Error::Fill(error)),
         }
         Ok(snapshot::Options::new().range(range).user_mode_only(!self.handles_kernel_faults))
@@ -613,11 +622,11 @@ impl LazyMemory {
     ///
     /// # Errors
     ///
-    /// [`NotServed`](pager::Error::NotServed): the memory was [filled](Self::fill) before, so that nothing is missing.
+    /// [`Filled`](pager::Error::Filled): the memory was [filled](Self::fill) before, so that nothing is missing.
     pub fn missing(&self) -> pager::Result<Vec<MissingRange>> {
         self.check_owner()?;
         match &self.served {
-            ServedBy::Pager(pager, _, region, _) => pager.missing(*region),
+            ServedBy::Pager(pager, _, region, _) => ended(pager.missing(*region)),
             ServedBy::Sigbus(owned) => owned.lazy().missing(),
         }
     }

@@ -259,7 +259,7 @@ impl Pager {
     }
 
     fn add_one(&self, descriptor: DescriptorId, region: Region, foreign: bool) -> Result<RegionId> {
-        let descriptor = self.shared.table.find(descriptor.0).ok_or(Error::NotServed)?;
+        let descriptor = self.of_id(descriptor)?;
         // What is read from now on is no older than the memory.
         let settled = vma_events::settle(&self.shared, &descriptor);
         let uffd = {

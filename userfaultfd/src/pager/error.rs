@@ -150,12 +150,21 @@ pub enum Error {
         address: usize,
     },
 
-    /// The pager doesn't serve the descriptor or region: it was removed, or its process is gone. Or a parent of this process
-    /// made the pager or the memory, before a fork.
-    #[error(
-        "the pager doesn't serve this: it was removed, its process is gone, or another process made the pager"
-    )]
+    /// The pager doesn't serve the descriptor or region: it was removed or finished, or its process is gone.
+    #[error("the pager doesn't serve this: it was removed or finished, or its process is gone")]
     NotServed,
+
+    /// The [`LazyMemory`](crate::LazyMemory) was [filled](crate::LazyMemory::fill): no page is missing, and none will be.
+    #[error("the memory was filled before: no page is missing any more")]
+    Filled,
+
+    /// The region belongs to a [`LazyMemory`](crate::LazyMemory), which ends it when it is dropped.
+    #[error("the region belongs to a LazyMemory: drop that instead")]
+    OfLazyMemory,
+
+    /// A parent of this process made the pager, the memory or the budget before a fork. It works there alone.
+    #[error("made before a fork, by the parent process: it works there alone")]
+    OtherProcess,
 
     /// Pages couldn't be filled, and this kernel can't poison them. The pager goes on serving them.
     #[error("{pages} pages can't be filled, nor poisoned before Linux 6.6{}", First(failed))]
@@ -479,7 +488,20 @@ impl fmt::Display for Problem {
                 Whole(error)
             ),
             Self::Stuck { address, errno, .. } => {
-                write!(f, "the page at {address:#x} can't be filled: {errno}")
+                let reason = match errno {
+                    Errno::EEXIST => {
+                        "the kernel has a page there, or a marker of protection or of a guard, and the thread faults all the \
+                         same; in memory of huge pages their pool may be empty (vm.nr_hugepages)"
+                    }
+                    Errno::ENOSPC => "the file system of the memory's file is full",
+                    Errno::ENOMEM => "there is no memory for it, or the limit of a memory cgroup is reached",
+                    Errno::EAGAIN => "the process changes its layout without a pause",
+                    Errno::EINVAL => {
+                        "the memory isn't of the kind, or hasn't got the page size, that the region was declared with"
+                    }
+                    errno => errno.desc(),
+                };
+                write!(f, "the page at {address:#x} can't be filled, {errno:?}: {reason}")
             }
             Self::Poisoned { address, .. } => write!(f, "the page at {address:#x} is poisoned"),
             Self::Unresolved { address, .. } => {

@@ -149,7 +149,13 @@ impl Pager {
         let has = |descriptor: &Arc<Descriptor>| {
             !descriptor.segments(self.shared.outside_id(), Some(region.0)).is_empty()
         };
+        self.shared.check_owner()?;
         self.shared.table.all().into_iter().find(has).ok_or(Error::NotServed)
+    }
+
+    pub(super) fn of_id(&self, descriptor: DescriptorId) -> Result<Arc<Descriptor>> {
+        self.shared.check_owner()?;
+        self.shared.table.find(descriptor.0).ok_or(Error::NotServed)
     }
 
     /// Waits for the fills of a region that the kernel has made: each is made and noted under one shard.
@@ -224,7 +230,7 @@ impl Pager {
     /// - [`NotServed`](Error::NotServed): the descriptor isn't served.
     /// - [`System`](Error::System): `end` can't be polled.
     pub fn watch(&self, descriptor: DescriptorId, end: impl Into<OwnedFd>) -> Result<()> {
-        let descriptor = self.shared.table.find(descriptor.0).ok_or(Error::NotServed)?;
+        let descriptor = self.of_id(descriptor)?;
         self.shared.watch(&descriptor, end.into())
     }
 
@@ -237,7 +243,7 @@ impl Pager {
     ///
     /// [`NotServed`](Error::NotServed): the descriptor isn't served.
     pub fn on_end(&self, descriptor: DescriptorId, on_end: OnEnd, process: Option<OwnedFd>) -> Result<()> {
-        let descriptor = self.shared.table.find(descriptor.0).ok_or(Error::NotServed)?;
+        let descriptor = self.of_id(descriptor)?;
         descriptor.set_guest(Arc::new(Guest::new(on_end, process)));
         Ok(())
     }
@@ -270,7 +276,7 @@ impl Pager {
     /// - [`Unfilled`](Error::Unfilled): a source fails, before Linux 6.6. The pager goes on serving all memory.
     /// - [`NotWithBudget`](Error::NotWithBudget): there is lazy memory that mustn't all be resident. The pager goes on serving
     ///   all memory.
-    /// - [`NotServed`](Error::NotServed): another process made the pager.
+    /// - [`OtherProcess`](Error::OtherProcess): another process made the pager.
     pub fn finish(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
         self.shared.check_owner()?;
         let (mut poisoned, mut patience) = (Unfillable::default(), Patience::new(self.patience));

@@ -48,12 +48,13 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](Error::NotServed): the region isn't served, or belongs to a [`LazyMemory`](crate::LazyMemory).
+    /// - [`NotServed`](Error::NotServed): the region isn't served.
+    /// - [`OfLazyMemory`](Error::OfLazyMemory): it belongs to a [`LazyMemory`](crate::LazyMemory).
     /// - [`Unfilled`](Error::Unfilled): pages are missing, before Linux 6.6. The pager goes on serving the region.
     pub fn remove_region(&self, region: RegionId) -> Result<()> {
         let descriptor = self.of_region(region)?;
         if descriptor.is_lazy {
-            return Err(Error::NotServed);
+            return Err(Error::OfLazyMemory);
         }
         self.end_limits(&descriptor, Some(region));
         let mut patience = Patience::new(self.patience);
@@ -116,7 +117,8 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// - [`NotServed`](Error::NotServed): the descriptor isn't served, or belongs to a [`LazyMemory`](crate::LazyMemory).
+    /// - [`NotServed`](Error::NotServed): the descriptor isn't served.
+    /// - [`OfLazyMemory`](Error::OfLazyMemory): it belongs to a [`LazyMemory`](crate::LazyMemory).
     /// - [`Unfilled`](Error::Unfilled): what has left memory with a [budget](super::Region::budget) can't be read back. The pager
     ///   goes on serving the descriptor, without the limit.
     pub fn remove(&self, descriptor: DescriptorId) -> Result<Detached> {
@@ -129,11 +131,14 @@ impl Pager {
     }
 
     fn remove_of(&self, descriptor: DescriptorId, is_lazy: bool) -> Result<Detached> {
+        // First: in a fork's child the lock may be held for ever.
         self.shared.check_owner()?;
         // A thread that adds a region uses the descriptor meanwhile.
         let _adding = lock(&self.adding);
-        let descriptor = self.shared.table.find(descriptor.0).filter(|found| found.is_lazy == is_lazy);
-        let descriptor = descriptor.ok_or(Error::NotServed)?;
+        let descriptor = self.of_id(descriptor)?;
+        if descriptor.is_lazy && !is_lazy {
+            return Err(Error::OfLazyMemory);
+        }
         let lost = self.bring_back(&descriptor);
         if !lost.is_empty() && !descriptor.is_closed() {
             let mut failed = Unfillable::default();

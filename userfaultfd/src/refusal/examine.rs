@@ -39,16 +39,29 @@ impl Request {
 /// The error of a request that sets something up, with the reason if it can be found: [`Error::Refused`].
 ///
 /// That an errno stays a [`SystemError`](Error::SystemError) is where programs written for 0.9 are known to look for it,
-/// or may, since it happens by itself: `ENOMEM` of a registration, by which crosvm learns that the process is gone;
-/// `EAGAIN` and `ESRCH`; and `ENOENT` of a protection where nothing is mapped any more.
+/// or may, since it happens by itself: `ENOMEM` of a registration, by which crosvm learns that the process is gone (not in
+/// [`explained_whole`]); `EAGAIN` and `ESRCH`; and `ENOENT` of a protection where nothing is mapped any more.
 pub(crate) fn explained(
     uffd: &Uffd,
     error: Error,
     request: &Request,
     process: impl FnOnce() -> Option<Process>,
 ) -> Error {
-    let Error::SystemError(errno @ (Errno::EINVAL | Errno::EBUSY | Errno::EPERM | Errno::ENOENT)) = error
-    else {
+    match error {
+        Error::SystemError(Errno::ENOMEM) => error,
+        error => explained_whole(uffd, error, request, process),
+    }
+}
+
+/// The same for what 0.9 hasn't, where `ENOMEM` has its reason, too.
+pub(crate) fn explained_whole(
+    uffd: &Uffd,
+    error: Error,
+    request: &Request,
+    process: impl FnOnce() -> Option<Process>,
+) -> Error {
+    use Errno::{EBUSY, EINVAL, ENOENT, ENOMEM, ENOTTY, EPERM};
+    let Error::SystemError(errno @ (EINVAL | EBUSY | EPERM | ENOENT | ENOTTY | ENOMEM)) = error else {
         return error;
     };
     match find(uffd, request, errno, process) {

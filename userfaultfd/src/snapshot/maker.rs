@@ -82,7 +82,7 @@ impl Maker {
         if found == range.len() {
             Ok(bits)
         } else {
-            Err(crate::Error::NotTracked { start: range.start, end: range.end }.into())
+            Err(crate::Error::NeverTracked { start: range.start, end: range.end }.into())
         }
     }
 

@@ -162,10 +162,7 @@ impl Watch {
     pub(crate) fn check(&self) -> Result<()> {
         self.check_owner()?;
         if self.has_ended() {
-            let ranges = self.ranges();
-            let ends = ranges.first().zip(ranges.last());
-            let (start, end) = ends.map_or((0, 0), |(first, last)| (first.range.start, last.range.end));
-            return Err(Error::NotTracked { start, end });
+            return Err(Error::MemoryDropped);
         }
         match self.failure.load(Ordering::SeqCst) {
             0 => Ok(()),
@@ -205,8 +202,8 @@ impl Watch {
     pub(crate) fn register(&self, range: &Range<usize>) -> Result<()> {
         self.check_owner()?;
         let all = self.ranges();
-        if ranges::overlaps(&all, range) {
-            return Err(Error::AlreadyTracked { start: range.start, end: range.end });
+        if let Some(tracked) = ranges::within(&all, range).first() {
+            return Err(Error::AlreadyTracked { start: tracked.range.start, end: tracked.range.end });
         }
         self.check_lent(range)?;
         self.check_missing(range)?;
@@ -296,8 +293,8 @@ impl Watch {
         ranges::check_bounds(&all, range)?;
         self.check_part(range)?;
         let tracked = ranges::within(&all, range);
-        if tracked.iter().map(|tracked| tracked.range.len()).sum::<usize>() != range.len() {
-            return Err(Error::NotTracked { start: range.start, end: range.end });
+        if let Some(gap) = ranges::first_gap(&tracked, range) {
+            return Err(Error::NeverTracked { start: gap.start, end: gap.end });
         }
         self.claims.update(|all| {
             ranges::changed(all, range, |tracked| (tracked.always, tracked.armed) = (always, true))

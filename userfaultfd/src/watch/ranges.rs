@@ -131,6 +131,18 @@ pub(crate) fn within(all: &[Tracked], range: &Range<usize>) -> Vec<Tracked> {
     all.iter().filter_map(cut).collect()
 }
 
+/// The first part of `range` that isn't in any of some parts, which are ordered by their addresses.
+pub(crate) fn first_gap(parts: &[Tracked], range: &Range<usize>) -> Option<Range<usize>> {
+    let mut from = range.start;
+    for Tracked { range: part, .. } in parts {
+        if part.start > from {
+            return Some(from..part.start.min(range.end));
+        }
+        from = from.max(part.end);
+    }
+    (from < range.end).then_some(from..range.end)
+}
+
 /// Fails if a bound of `range` lies inside a page.
 pub(crate) fn check_bounds(all: &[Tracked], range: &Range<usize>) -> Result<()> {
     for address in [range.start, range.end] {

@@ -478,7 +478,7 @@ fn memory_that_is_filled_has_nothing_to_fill() {
         LazyMemory::sigbus(BytesSource::new([1; 100_000])).build().unwrap(),
     ] {
         memory.fill(|_| {}).unwrap();
-        assert!(matches!(memory.background(FillOrder::Ascending), Err(Error::NotServed)));
+        assert!(matches!(memory.background(FillOrder::Ascending), Err(Error::Filled)));
     }
 }
 

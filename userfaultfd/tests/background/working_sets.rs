@@ -369,6 +369,6 @@ fn recording_is_refused_twice_and_for_other_regions() {
             other => panic!("{other:?}"),
         }
         memory.fill(|_| {}).unwrap();
-        assert!(matches!(memory.record(), Err(Error::NotServed)));
+        assert!(matches!(memory.record(), Err(Error::Filled)));
     }
 }

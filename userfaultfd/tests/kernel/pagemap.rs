@@ -322,7 +322,9 @@ fn another_file_is_no_pagemap() {
         let result = Scan::new(0..page()).next_regions(&file, &mut regions).map(drop);
         assert_eq!(errno(result), Errno::ENOTTY, "{path}");
     }
-    assert_eq!(errno(Pagemap::of(Pid::from_raw(i32::MAX))), Errno::ENOENT);
+    let none = Pagemap::of(Pid::from_raw(i32::MAX)).unwrap_err();
+    assert!(matches!(none, Error::NoAccess { errno: Errno::ENOENT, .. }), "{none:?}");
+    assert!(none.to_string().contains("there is no such process"), "{none}");
 }
 
 #[test]

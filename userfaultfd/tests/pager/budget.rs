@@ -469,8 +469,8 @@ fn childs_copy_of_limited_memory_ends_without_a_word() {
     let memory = builder(300, &budget).build().unwrap();
     assert!(memory.iter().enumerate().all(|(at, found)| *found == byte(at as u64)));
     child::fork(|| {
-        assert!(matches!(budget.resize(64 * page()), Err(Error::NotServed)));
-        assert!(matches!(builder(10, &budget).build(), Err(Error::NotServed)));
+        assert!(matches!(budget.resize(64 * page()), Err(Error::OtherProcess)));
+        assert!(matches!(builder(10, &budget).build(), Err(Error::OtherProcess)));
         assert!(memory.pin(0..10).is_err());
         assert_eq!(budget.statistics().staged, 0);
     })

@@ -70,10 +70,10 @@ fn lazy_memory_in_child_is_refused_and_stays_parents() {
                 unsafe { word.write_volatile(77) };
                 let inherited = memory.take().unwrap();
                 assert!(panic::catch_unwind(AssertUnwindSafe(|| inherited[5 * page()])).is_err());
-                assert!(matches!(inherited.fill(|_| {}), Err(Error::NotServed)));
-                assert!(matches!(inherited.missing(), Err(Error::NotServed)));
-                assert!(matches!(inherited.background(FillOrder::Ascending), Err(Error::NotServed)));
-                assert!(matches!(inherited.record(), Err(Error::NotServed)));
+                assert!(matches!(inherited.fill(|_| {}), Err(Error::OtherProcess)));
+                assert!(matches!(inherited.missing(), Err(Error::OtherProcess)));
+                assert!(matches!(inherited.background(FillOrder::Ascending), Err(Error::OtherProcess)));
+                assert!(matches!(inherited.record(), Err(Error::OtherProcess)));
                 // It makes memory of its own, before and after.
                 let new = [lazy(None), sigbus()];
                 drop(inherited);
@@ -199,7 +199,7 @@ fn pager_in_a_child_is_refused_and_stays_the_parents() {
         let mut pager = Some(pager);
         child::fork(|| {
             let inherited = pager.take().unwrap();
-            let not_served = |result: Result<(), Error>| assert!(matches!(result, Err(Error::NotServed)));
+            let not_served = |result: Result<(), Error>| assert!(matches!(result, Err(Error::OtherProcess)));
             let (descriptor, first) = (added.descriptor, added.regions[0]);
             not_served(inherited.finish(|_| {}));
             not_served(inherited.finish_region(first, |_| {}));

@@ -82,7 +82,7 @@ impl Problems {
     /// What to call with them.
     pub(crate) fn callback(&self) -> impl Fn(&Problem) + Send + Sync + use<> {
         let problems = self.clone();
-        move |problem| problems.0.lock().unwrap().push(format!("{problem:?}"))
+        move |problem| problems.0.lock().unwrap().push(format!("{problem:?}: {problem}"))
     }
 
     pub(crate) fn all(&self) -> Vec<String> {

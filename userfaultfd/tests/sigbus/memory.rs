@@ -161,8 +161,8 @@ fn filled_memory_has_no_faults() {
     assert!(told.is_sorted_by_key(|progress| progress.done));
     assert!(memory[..] == content(1000 * page)[..]);
     assert_eq!(memory.statistics().missing_faults, 1);
-    assert!(matches!(memory.fill(|_| {}), Err(Error::NotServed)));
-    assert!(matches!(memory.missing(), Err(Error::NotServed)));
+    assert!(matches!(memory.fill(|_| {}), Err(Error::Filled)));
+    assert!(matches!(memory.missing(), Err(Error::Filled)));
 }
 
 #[test]

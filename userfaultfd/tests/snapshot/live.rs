@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use userfaultfd::snapshot::{Options, Snapshot};
-use userfaultfd::{FeatureFlags, RegisterMode};
+use userfaultfd::{FeatureFlags, Reason, RegisterMode};
 
 use crate::image::{Image, Stop, addresses, content, number, wait_until_in_fault};
 use crate::support::memory::{self, Kind, Memory};
@@ -254,10 +254,19 @@ fn unprotectable_memory_is_refused() {
     let begin = |range| Snapshot::begin(range, Image::new()).map(drop).unwrap_err();
     for range in [all.start + 1..all.end, all.start..all.start, all.end..all.start] {
         let error = begin(range.clone());
-        assert!(matches!(error, userfaultfd::snapshot::Error::Kernel(_)), "{range:x?} {error:?}");
+        let userfaultfd::snapshot::Error::Kernel(userfaultfd::Error::Refused { refusal, .. }) = error else {
+            panic!("{range:x?} {error:?}")
+        };
+        let reason = refusal.reason();
+        let is_told = matches!(reason, Reason::Unaligned { .. } | Reason::Empty | Reason::BeyondAddressSpace);
+        assert!(is_told, "{range:x?} {reason:?}");
     }
     let twice = Options::new().range(all.clone()).range(all.clone()).begin(Image::new()).map(drop);
-    assert!(twice.is_err());
+    let Err(userfaultfd::snapshot::Error::Kernel(userfaultfd::Error::AlreadyTracked { start, end })) = twice
+    else {
+        panic!("{twice:?}")
+    };
+    assert_eq!(start..end, all);
     // Nothing is left of what failed.
     let progress = Snapshot::begin(all, Image::new()).unwrap().wait().unwrap().progress;
     assert_eq!(progress.total, memory.len() as u64);

@@ -231,7 +231,7 @@ fn declared_pinned_memory_is_in_every_snapshot() {
         for wrong in [all.start..all.end + memory.page(), all.start - memory.page()..all.start] {
             let declared = series.set_always_dirty(wrong, true);
             let not_tracked =
-                |error: &Error| matches!(error, Error::Kernel(userfaultfd::Error::NotTracked { .. }));
+                |error: &Error| matches!(error, Error::Kernel(userfaultfd::Error::NeverTracked { .. }));
             assert!(declared.as_ref().is_err_and(not_tracked), "{declared:?}");
         }
         series.set_always_dirty(memory.range(2, 2), true).unwrap();

@@ -492,7 +492,7 @@ impl Lazy {
     /// Fills all missing pages.
     pub(crate) fn fill(&self, mut progress: impl FnMut(Progress)) -> Result<()> {
         if self.is_closed() {
-            return Err(Error::NotServed);
+            return Err(Error::Filled);
         }
         let total = self.missing_pages();
         let bytes = |pages: usize| (pages as u64) << self.served.page_shift;
@@ -500,7 +500,7 @@ impl Lazy {
         progress(tell(total));
         let (mut next, end) = (0, self.served.pages.count());
         while next < end {
-            let step = self.fill_some(next..end, BULK_BYTES, Lost::Poisoned).ok_or(Error::NotServed)?;
+            let step = self.fill_some(next..end, BULK_BYTES, Lost::Poisoned).ok_or(Error::Filled)?;
             next = step.next;
             progress(tell(self.missing_pages()));
         }
@@ -561,7 +561,7 @@ impl Lazy {
     /// The ranges that are missing, ordered by address.
     pub(crate) fn missing(&self) -> Result<Vec<MissingRange>> {
         if self.is_closed() {
-            return Err(Error::NotServed);
+            return Err(Error::Filled);
         }
         let mut missing: Vec<MissingRange> = Vec::new();
         let len = self.served.page_size();

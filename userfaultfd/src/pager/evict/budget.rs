@@ -143,7 +143,7 @@ impl Budget {
         let pages = check(pages_of(bytes))?;
         let pool = &self.0.pool;
         if !pool.is_here() {
-            return Err(Error::NotServed);
+            return Err(Error::OtherProcess);
         }
         pool.resize(pages);
         Ok(())
@@ -188,7 +188,7 @@ impl Budget {
     /// Checks that memory can be had under it.
     pub(crate) fn check(&self) -> Result<()> {
         if !self.0.pool.is_here() {
-            return Err(Error::NotServed);
+            return Err(Error::OtherProcess);
         }
         check(self.0.pool.limit()).map(drop)
     }

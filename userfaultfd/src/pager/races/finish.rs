@@ -23,7 +23,7 @@ static REGION: Act<Vec<Progress>> = Act {
         pager.finish_region(region, |progress| told.push(progress)).unwrap();
         assert_eq!(
             pager.missing(region).unwrap_err().to_string(),
-            "the pager doesn't serve this: it was removed, its process is gone, or another process made the pager"
+            "the pager doesn't serve this: it was removed or finished, or its process is gone"
         );
         told
     },

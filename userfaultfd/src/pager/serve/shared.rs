@@ -95,7 +95,7 @@ impl Shared {
 
     /// Returns an error in any process but the one that made the pager.
     pub(crate) fn check_owner(&self) -> Result<()> {
-        if self.owner.is_current() { Ok(()) } else { Err(Error::NotServed) }
+        if self.owner.is_current() { Ok(()) } else { Err(Error::OtherProcess) }
     }
 
     /// In a fork's child, which hasn't got the threads: closes the number of a descriptor that was served, or of all

@@ -232,5 +232,5 @@ impl Copier {
 
 /// Fails once a snapshot has tried to begin for too long.
 fn check_time(moment: Instant) -> Result<()> {
-    if moment.elapsed() > BEGIN_PATIENCE { Err(Error::SystemError(Errno::EAGAIN)) } else { Ok(()) }
+    if moment.elapsed() > BEGIN_PATIENCE { Err(Error::AlwaysChanging) } else { Ok(()) }
 }

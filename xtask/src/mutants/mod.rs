@@ -1,6 +1,10 @@
-//! `cargo xtask mutants`: small faults are put into the library one at a time, and a test has to notice each.
+//! `cargo xtask mutants`: small faults are put into the library, and a test has to notice each.
+//!
+//! Those in functions are all in one build, which a [switch] turns on one at a time; each of the others takes a build.
 
-use std::collections::BTreeSet;
+mod switch;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,8 +18,8 @@ use crate::tree;
 
 pub(crate) const USAGE: &str = "\
   mutants [--list] [PART]...
-      Put the faults of xtask/mutants.toml into a copy of the library, one at a time, and run the test that must notice
-      it. Fails if one isn't noticed, or if one is noticed that was said to be invisible. Takes a minute for each.
+      Put the faults of xtask/mutants.toml into a copy of the library, turn them on one at a time, and run the tests that
+      must notice it. Fails if one isn't noticed, or if one is noticed that was said to be invisible.
       --list      only say whether each fault fits the code, and which ones can't be noticed, and why
       PART        only those whose file contains it
 ";
@@ -111,12 +115,16 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         return list(&mutants);
     }
     let copy = Copy::make()?;
+    let switched = copy.put_in(&mutants)?;
+    println!("{} faults, {} of them in one build", mutants.len(), switched.len());
     let tests: BTreeSet<&str> = mutants.iter().map(|mutant| mutant.test.as_str()).collect();
     println!("without a fault: {} sets of tests", tests.len());
-    for test in tests {
-        let mutant = mutants.iter().find(|mutant| mutant.test == test).ok_or("a test of no fault")?;
-        copy.check_filters(mutant)?;
-        if copy.judge(mutant)? == Found::Noticed {
+    let of_test = |test| mutants.iter().find(|mutant| mutant.test == test).ok_or("a test of no fault");
+    for test in &tests {
+        copy.check_filters(of_test(*test)?)?;
+    }
+    for test in &tests {
+        if copy.judge(of_test(*test)?, 0)? == Found::Noticed {
             return Err(format!("without a fault this fails: cargo test --package=userfaultfd {test}"));
         }
     }
@@ -124,7 +132,10 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     let mut problems = Vec::new();
     for (number, mutant) in mutants.iter().enumerate() {
         let begin = Instant::now();
-        let result = copy.try_out(mutant);
+        let result = match switched.contains(&(number + 1)) {
+            true => copy.judge(mutant, number + 1),
+            false => copy.try_out(mutant),
+        };
         let verdict = match (&result, &mutant.invisible) {
             (Ok(Found::Noticed), None) => "noticed".to_owned(),
             (Ok(Found::Unnoticed), Some(reason)) => format!("not noticed, as expected: {reason}"),
@@ -202,7 +213,38 @@ impl Copy {
         command.current_dir(&self.tree).env("CARGO_TARGET_DIR", &self.target);
         command.env("USERFAULTFD_TEST_SECONDS", TEST_SECONDS).env("CARGO_PROFILE_DEV_DEBUG", "0");
         command.env("CARGO_PROFILE_TEST_DEBUG", "0");
+        // Faults leave variables unused, and branches alike.
+        command.env("CARGO_BUILD_RUSTFLAGS", "--cap-lints=allow");
         command
+    }
+
+    /// Puts in all faults that can be turned on. Returns their numbers: places in the list, from 1 on.
+    fn put_in(&self, mutants: &[Mutant]) -> Result<BTreeSet<usize>, String> {
+        let source = source(&self.tree);
+        let mut files: BTreeMap<&str, Vec<(usize, &Mutant)>> = BTreeMap::new();
+        for (index, mutant) in mutants.iter().enumerate() {
+            let text = text(&source, mutant)?;
+            mutant.apply(&text).map_err(|problem| format!("{}: {problem}", mutant.name()))?;
+            // The program isn't the library.
+            if !mutant.file.starts_with("bin/") {
+                files.entry(&mutant.file).or_default().push((index + 1, mutant));
+            }
+        }
+        let mut switched = BTreeSet::new();
+        let write = |file: &str, text: &str| {
+            fs::write(source.join(file), text).map_err(|error| format!("{file}: {error}"))
+        };
+        for (file, faults) in files {
+            let original = text(&source, faults[0].1)?;
+            let (text, numbers) =
+                switch::put_in(&original, &faults).map_err(|error| format!("{file}: {error}"))?;
+            write(file, &text)?;
+            switched.extend(numbers);
+        }
+        let root = source.join("lib.rs");
+        let text = fs::read_to_string(&root).map_err(|error| format!("{}: {error}", root.display()))?;
+        write("lib.rs", &(text + switch::MODULE))?;
+        Ok(switched)
     }
 
     /// Fails if a filter of a fault matches no test.
@@ -220,19 +262,19 @@ impl Copy {
         }
     }
 
-    /// Puts a fault in, and takes it out.
+    /// Puts a fault in that can't be turned on, and takes it out.
     fn try_out(&self, mutant: &Mutant) -> Result<Found, String> {
         let original = text(&source(&self.tree), mutant)?;
         let path = source(&self.tree).join(&mutant.file);
         let write = |text: &str| fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()));
         write(&mutant.apply(&original)?)?;
-        let found = self.judge(mutant);
+        let found = self.judge(mutant, 0);
         write(&original)?;
         found
     }
 
-    /// Builds, which must work, and runs the tests.
-    fn judge(&self, mutant: &Mutant) -> Result<Found, String> {
+    /// Builds, which must work, and runs the tests with the fault of that number turned on.
+    fn judge(&self, mutant: &Mutant, number: usize) -> Result<Found, String> {
         let mut build = self.cargo(&mutant.arguments(&["test", "--no-run"], &mutant.test));
         let output = build.output().map_err(|e| format!("{}: {e}", display(&build)))?;
         if !output.status.success() {
@@ -241,6 +283,7 @@ impl Copy {
             return Err(format!("it doesn't build: {}", first.unwrap_or("no reason given")));
         }
         let mut test = self.cargo(&mutant.arguments(&["test"], &mutant.test));
+        test.env(switch::VARIABLE, number.to_string());
         test.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         let mut child = test.spawn().map_err(|e| format!("{}: {e}", display(&test)))?;
         // One that doesn't end has been noticed.
