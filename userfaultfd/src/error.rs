@@ -34,6 +34,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// A copy failed without copying anything. `EAGAIN` is never here: that is `PartiallyCopied(0)`.
+    /// [`Uffd::explain`](crate::Uffd::explain) finds the reason.
     #[error("copying into the range failed: {0}")]
     CopyFailed(Errno),
 
@@ -90,7 +91,7 @@ pub enum Error {
     UnsupportedIoctls(IoctlFlags),
 
     /// Filling with zeros failed. `EAGAIN`: nothing or a part was filled; [`zeropage_with`](crate::Uffd::zeropage_with)
-    /// tells how much.
+    /// tells how much. [`Uffd::explain`](crate::Uffd::explain) finds the reason.
     #[error("filling the range with zeros failed: {0}")]
     ZeropageFailed(Errno),
 
@@ -203,6 +204,13 @@ pub enum Error {
         errno: Errno,
     },
 
+    /// The page map of this kernel doesn't tell which pages are protected (since Linux 5.13), which a tracker needs beside
+    /// another handler of the same descriptor.
+    #[error(
+        "a tracker beside another handler needs a page map that tells which pages are protected: Linux 5.13"
+    )]
+    NeedsProtectionInPagemap,
+
     /// A snapshot couldn't begin: threads changed the memory's layout for 20 seconds without a pause.
     #[error("the memory's layout was changed for 20 s without a pause (mmap, munmap, mremap, madvise)")]
     AlwaysChanging,
@@ -268,6 +276,7 @@ pub enum Error {
 
     /// An operation without a variant of its own stopped: [`move_pages`](crate::Uffd::move_pages),
     /// [`poison`](crate::Uffd::poison), [`zeropage_with`](crate::Uffd::zeropage_with).
+    /// [`Uffd::explain`](crate::Uffd::explain) finds the reason.
     #[error("{ioctl} stopped after {done} bytes: {errno}")]
     Stopped {
         /// The operation, as the flag of its ioctl.
@@ -309,6 +318,7 @@ impl Error {
             }
             Error::NoAccess { errno, .. } => Some(*errno),
             Error::AlwaysChanging => Some(Errno::EAGAIN),
+            Error::NeedsProtectionInPagemap => Some(Errno::EOPNOTSUPP),
             Error::OtherProcess => Some(Errno::ESRCH),
             Error::FeatureNotPermitted(_) => Some(Errno::EPERM),
             Error::NotUserfaultfd => Some(Errno::ENOTTY),

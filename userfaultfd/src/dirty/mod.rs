@@ -239,11 +239,11 @@ impl DirtyTracker {
     ///   has no write protection.
     /// - [`OpenFailed`](crate::Error::OpenFailed): no userfaultfd could be opened; the error has the reason.
     /// - [`NoDescriptor`](crate::Error::NoDescriptor): a process was given without its [descriptor](Options::descriptor).
-    /// - [`SystemError`](crate::Error::SystemError) with
-    ///   - `ENOENT`: `/proc` isn't mounted, or the [process](Options::process) doesn't exist;
-    ///   - `EACCES`, `EPERM`: the caller may not read the process's memory;
-    ///   - `EOPNOTSUPP`: [`read_elsewhere`](Options::read_elsewhere) in `Sync` mode before Linux 5.13;
-    ///   - the errors of starting a thread.
+    /// - [`NoAccess`](crate::Error::NoAccess) for another [process](Options::process): it doesn't exist (`ENOENT`), or the caller
+    ///   may not read its memory (`EACCES`, `EPERM`).
+    /// - [`NeedsProtectionInPagemap`](crate::Error::NeedsProtectionInPagemap): [`read_elsewhere`](Options::read_elsewhere) in
+    ///   `Sync` mode before Linux 5.13.
+    /// - [`SystemError`](crate::Error::SystemError) with `ENOENT`: `/proc` isn't mounted; or with the errors of starting a thread.
     pub fn with(options: Options) -> Result<Self> {
         Tracker::open(options, Protection::Write).map(Self)
     }

@@ -8,7 +8,7 @@ use crate::holder::Holder;
 use crate::lease::Lease;
 use crate::proc_maps::Process;
 use crate::watch::{Protection, Watch, can_scan, tells_protection};
-use crate::{Errno, Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder};
+use crate::{Error, FeatureFlags, Pid, RegisterMode, Result, Support, Uffd, UffdBuilder};
 
 /// The way in which a tracker detects an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -203,7 +203,7 @@ impl Options {
             watch.protects_empty = features.contains(FeatureFlags::WP_UNPOPULATED);
             watch.notes = !tells_protection()?;
             if watch.notes && adopted && self.elsewhere.is_some() {
-                return Err(Error::SystemError(Errno::EOPNOTSUPP));
+                return Err(Error::NeedsProtectionInPagemap);
             }
         }
         let watch = Arc::new(watch);

@@ -514,7 +514,8 @@ impl LazyMemory {
     /// # Errors
     ///
     /// - [`Uffd`](pager::Error::Uffd): [`AlreadyTracked`](crate::Error::AlreadyTracked), by another tracker; the errors of
-    ///   [`DirtyTracker::with`] and [`DirtyTracker::track`], `EOPNOTSUPP` from Linux 5.7 to 5.12; `EBUSY` if the memory was
+    ///   [`DirtyTracker::with`] and [`DirtyTracker::track`], [`NeedsProtectionInPagemap`](crate::Error::NeedsProtectionInPagemap)
+    ///   from Linux 5.7 to 5.12; `EBUSY` if the memory was
     ///   built by [`sigbus`](Self::sigbus) and isn't [filled](Self::fill) yet.
     /// - [`Register`](pager::Error::Register): the kernel can't protect such memory: before Linux 5.7, hugetlb memory
     ///   before 5.19.

@@ -269,8 +269,26 @@ pub enum Error {
     Uffd(#[from] crate::Error),
 
     /// The pager failed to create a thread, a descriptor or a mapping for itself.
-    #[error("failed to create a thread, descriptor or mapping for the pager: {0}")]
+    ///
+    /// `EMFILE` or `ENFILE`: a descriptor. `EAGAIN`: a thread. `ENOMEM`: a mapping, or memory.
+    #[error("failed to create a thread, descriptor or mapping for the pager: {_0}{}", lacking(_0))]
     System(io::Error),
+}
+
+/// What lacks, and what helps.
+fn lacking(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => ": the process has as many descriptors as RLIMIT_NOFILE allows (ulimit -n)",
+        Some(libc::ENFILE) => ": the system has as many open files as fs.file-max allows",
+        Some(libc::EAGAIN) => {
+            ": there are as many threads as RLIMIT_NPROC (ulimit -u), the cgroup (pids.max) or kernel.threads-max allows"
+        }
+        Some(libc::ENOMEM) => {
+            ": there is no memory, or the process has as many mappings as vm.max_map_count allows, or as much address space as \
+             RLIMIT_AS"
+        }
+        _ => "",
+    }
 }
 
 /// ` at ADDRESS`, or nothing where no memory is mapped yet.
