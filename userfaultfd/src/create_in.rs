@@ -187,7 +187,7 @@ mod x86_64 {
 
     pub(super) fn make(process: libc::pid_t, flags: libc::c_int) -> Result<OwnedFd, Refused> {
         // First: as long as its process lives, the number is that process's.
-        let pidfd = ptrace::open_pidfd(process)?;
+        let pidfd = sys::process::open_pidfd(process)?;
         check_filter(process)?;
         if let Err(errno) = ptrace::seize(process) {
             return Err(if sys::is_readable(pidfd.as_fd()) { Errno::ESRCH } else { errno }.into());
@@ -200,7 +200,7 @@ mod x86_64 {
             errno => errno.into(),
         });
         let made = made.and_then(|number| {
-            let taken = ptrace::take_descriptor(stopped.traced.pidfd.as_fd(), number as RawFd);
+            let taken = sys::process::take_descriptor(stopped.traced.pidfd.as_fd(), number as RawFd);
             let closed = stopped.call(libc::SYS_close, number);
             Ok(taken.and_then(|taken| closed.map(|_| taken))?)
         });
@@ -459,7 +459,7 @@ mod x86_64 {
                     wait_for_step();
                     let pid = process.pid();
                     ptrace::seize(pid).unwrap();
-                    let stopped = Stopped::new(pid, ptrace::open_pidfd(pid).unwrap()).unwrap();
+                    let stopped = Stopped::new(pid, sys::process::open_pidfd(pid).unwrap()).unwrap();
                     // A call that doesn't return: with its registers alone, at its start, within it.
                     let mut registers = stopped.registers;
                     (registers.rip, registers.rax) = (stopped.instruction, libc::SYS_pause as u64);

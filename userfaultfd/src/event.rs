@@ -179,6 +179,32 @@ fn decode(message: &Message) -> Decoded {
     }
 }
 
+/// What a message says of the layout that another process has read: the descriptor in it was that process's.
+#[cfg(feature = "pager")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kept {
+    /// It is none, or a fault.
+    Nothing,
+    Removed(std::ops::Range<usize>),
+    Forked,
+    Moved,
+    Unmapped,
+    Unknown,
+}
+
+/// Decodes a message that another process has read.
+#[cfg(feature = "pager")]
+pub(crate) fn kept(message: &Message) -> Kept {
+    match decode(message) {
+        Decoded::Pagefault { .. } | Decoded::Unknown { event: 0 } => Kept::Nothing,
+        Decoded::Remove { start, end } => Kept::Removed(start as usize..end as usize),
+        Decoded::Fork { .. } => Kept::Forked,
+        Decoded::Remap { .. } => Kept::Moved,
+        Decoded::Unmap { .. } => Kept::Unmapped,
+        Decoded::Unknown { .. } => Kept::Unknown,
+    }
+}
+
 /// Decodes a message that was read from a userfaultfd, and takes ownership of the descriptor in it. To be
 /// called once for each message read.
 ///

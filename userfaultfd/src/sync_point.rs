@@ -21,6 +21,10 @@ pub(crate) enum Point {
     AfterFill,
     /// Other threads are about to be woken, whose fault another fill has answered.
     BeforeWake,
+    /// Events were read into a journal, and none of them is applied. The address is their number. Not in the life of a fault.
+    AfterKept,
+    /// They are applied, and about to be cleared in the journal. Likewise.
+    BeforeClear,
     /// The child of a fork is about to be served. Not in the life of a fault.
     BeforeAdopt,
     /// A SIGBUS that isn't about a missing page is about to be passed on. Likewise.

@@ -24,6 +24,11 @@ use crate::Errno;
 
 mod file;
 mod memory;
+#[cfg(any(
+    feature = "handoff",
+    all(target_arch = "x86_64", any(feature = "tracking", feature = "snapshot"))
+))]
+pub(crate) mod process;
 #[cfg(all(target_arch = "x86_64", any(feature = "tracking", feature = "snapshot")))]
 pub(crate) mod ptrace;
 mod signal;

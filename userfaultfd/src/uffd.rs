@@ -641,9 +641,22 @@ impl Uffd {
     #[cfg(feature = "pager")]
     #[inline]
     pub(crate) fn read_batch_now(&self, buf: &mut EventBuffer) -> Result<usize> {
+        self.read_batch_via(buf, |messages, read| read(messages))
+    }
+
+    /// Does the same by `via`, which gets the room for events, and what reads them to any such room.
+    #[cfg(feature = "pager")]
+    #[inline]
+    pub(crate) fn read_batch_via(
+        &self,
+        buf: &mut EventBuffer,
+        via: impl FnOnce(&mut [Message], &dyn Fn(&mut [Message]) -> Result<usize>) -> Result<usize>,
+    ) -> Result<usize> {
         buf.receive(self.terms, |messages| {
-            let read = sys::read_now(self.as_fd(), messages.as_flattened_mut());
-            self.check_messages(read, messages)
+            via(messages, &|messages| {
+                let read = sys::read_now(self.as_fd(), messages.as_flattened_mut());
+                self.check_messages(read, messages)
+            })
         })
     }
 

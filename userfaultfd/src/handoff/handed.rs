@@ -2,12 +2,14 @@
 
 use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::orphan::Orphan;
 use super::{Connection, Credentials, Dialect, MemoryRegion, Process};
 use crate::owner::Owner;
+use crate::pager::memory::state_file::StateFile;
 use crate::pager::{MissingRange, OnEnd};
 use crate::{RegisterMode, Uffd};
 
@@ -15,7 +17,7 @@ use crate::{RegisterMode, Uffd};
 ///
 /// Give it to [`Pager::serve`](crate::pager::Pager::serve), or take it apart by [`into_parts`](Self::into_parts). If it is
 /// dropped, nothing will ever fill the memory: then the process ends as [`on_end`](Self::on_end) says, by default
-/// with [`OnEnd::Kill`]. In a fork's child, dropping it closes the child's copies of the descriptors, and does nothing else.
+/// with [`OnEnd::Kill`]. One that was [adopted](super::adopt) waits for the next that adopts it. In a fork's child, dropping it closes the child's copies of the descriptors, and does nothing else.
 #[derive(Debug)]
 #[must_use = "dropping it ends the process that handed it over"]
 pub struct Handoff {
@@ -47,6 +49,8 @@ pub struct Parts {
     pub stream: Option<Connection>,
     /// The missing pages, if a pager has served the memory before. `None`: all are missing.
     pub missing: Option<Vec<MissingRange>>,
+    /// The states of the pages, if a pager that has died has served the memory before.
+    pub(super) state: Option<Arc<StateFile>>,
 }
 
 /// What is known of a [`Handoff`], without its descriptors, to be written down or sent to another process.
@@ -127,8 +131,18 @@ impl Handoff {
         let Description { dialect, regions, mode, credentials, pid, missing, on_end } = description;
         let mode = RegisterMode::from_bits_retain(mode);
         let process = Process { credentials, pidfd };
-        let parts =
-            Parts { dialect, userfaultfd, regions, mode, memfds, process, pid, stream: None, missing };
+        let parts = Parts {
+            dialect,
+            userfaultfd,
+            regions,
+            mode,
+            memfds,
+            process,
+            pid,
+            stream: None,
+            missing,
+            state: None,
+        };
         Self::new(parts, on_end)
     }
 
@@ -164,8 +178,9 @@ impl Drop for Handoff {
         if !self.owner.is_none_or(|owner| owner.is_current()) {
             return;
         }
-        if let Some(Parts { userfaultfd, regions, process, .. }) = self.parts.take() {
-            if let Some(orphan) = Orphan::end(self.on_end, userfaultfd, &regions, process) {
+        if let Some(Parts { userfaultfd, regions, process, state, .. }) = self.parts.take() {
+            let on_end = if state.is_some() { OnEnd::Leave } else { self.on_end };
+            if let Some(orphan) = Orphan::end(on_end, userfaultfd, &regions, process) {
                 orphan.wait();
             }
         }

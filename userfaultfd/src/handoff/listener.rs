@@ -395,6 +395,7 @@ impl Listener {
         }
         files.extend(memory);
         let parts = Parts {
+            state: None,
             dialect,
             userfaultfd,
             regions: regions.clone(),

@@ -27,6 +27,14 @@
 //! ever fills it, the machine hangs; if its userfaultfd is closed everywhere, it reads zeros. So what was handed over and
 //! can't be served ends its process: [`OnEnd`].
 //!
+//! # A handler that dies
+//!
+//! The memory of a virtual machine waits while no handler is there, as its monitor keeps its own userfaultfd. With
+//! [`PagerBuilder::state`](crate::pager::PagerBuilder::state) another handler can go on: [`adopt`] takes the userfaultfd from the
+//! process, and the states of its pages from a file. A handler that still lives hands over by
+//! [`detach`](ServedProcess::detach): its [`description`](Handoff::description) is serialised, and sent with the
+//! descriptors.
+//!
 //! # When not to use it
 //!
 //! To run many clones of one snapshot on one host, a private mapping of the snapshot's file takes less memory than pages
@@ -49,6 +57,7 @@ mod region;
 mod send;
 mod serve;
 mod server;
+mod succession;
 
 pub use self::connection::{Connection, Received};
 pub use self::criu::{CriuError, CriuImages, CriuMemory, CriuServed};
@@ -65,4 +74,5 @@ pub use self::serve::{
     ProcessRecorder, ProcessReplay, ProcessStatistics, ServeError, ServedProcess, Unserved,
 };
 pub use self::server::{Server, ServerEvent};
+pub use self::succession::{AdoptError, Unadopted, adopt, adopt_with, left_behind};
 pub use crate::pager::OnEnd;

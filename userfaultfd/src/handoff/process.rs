@@ -66,7 +66,7 @@ impl Process {
     pub fn of_peer(socket: &UnixStream) -> io::Result<Self> {
         let credentials = Credentials::of_peer(socket)?;
         let pidfd = socket::peer_pidfd(socket.as_fd()).ok().or_else(|| {
-            let opened = socket::open_pidfd(credentials.pid?).ok()?;
+            let opened = sys::process::open_pidfd(i32::try_from(credentials.pid?).ok()?).ok()?;
             (!socket::is_hung_up(socket.as_fd())).then_some(opened)
         });
         Ok(Self { credentials, pidfd })

@@ -30,6 +30,10 @@ pub struct MemoryRegion {
     pub guest_address: Option<u64>,
     /// The offset of the memory in its backing file, in bytes, if the monitor says it.
     pub file_offset: Option<u64>,
+    /// A name of the region's source, such as a path, for the process that goes on when this one has died: see
+    /// [`adopt`](super::adopt). Set it before the memory is served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
 }
 
 impl MemoryRegion {
@@ -37,7 +41,7 @@ impl MemoryRegion {
     #[must_use]
     pub fn new(address: usize, len: usize, offset: u64) -> Self {
         let page_size = crate::page_size();
-        Self { address, len, offset, page_size, guest_address: None, file_offset: None }
+        Self { address, len, offset, page_size, guest_address: None, file_offset: None, source: None }
     }
 
     /// Sets the page size, in bytes.
@@ -58,6 +62,13 @@ impl MemoryRegion {
     #[must_use]
     pub fn file_offset(mut self, offset: u64) -> Self {
         self.file_offset = Some(offset);
+        self
+    }
+
+    /// Sets a name of the source.
+    #[must_use]
+    pub fn source(mut self, name: impl Into<String>) -> Self {
+        self.source = Some(name.into());
         self
     }
 

@@ -5,7 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Connection, Dialect, Handoff, MemoryRegion, Parts, PeerError, Process, Received, region};
+use super::{
+    Connection, Dialect, Handoff, MemoryRegion, Parts, PeerError, Process, Received, region, succession,
+};
 use crate::pager::bell::Bell;
 use crate::pager::memory::fault_log::Mode;
 use crate::pager::on_end::Guest;
@@ -34,6 +36,10 @@ pub enum ServeError {
     /// The pager refused it: [`BeyondSource`](pager::Error::BeyondSource) if the source is shorter.
     #[error(transparent)]
     Pager(pager::Error),
+
+    /// The states of its pages can't be kept in the pager's [directory](pager::PagerBuilder::state).
+    #[error("the states of its pages can't be kept: {0}")]
+    State(std::io::Error),
 
     /// The monitor doesn't take the confirmation.
     #[error("the monitor doesn't take the confirmation: {0}")]
@@ -133,9 +139,23 @@ fn serve<S: PageSource + 'static>(
     if let Err(error) = region::check(&handoff.regions) {
         return Err(unserved(handoff, ServeError::Regions(error)));
     }
+    let state = match (&handoff.state, pager.state_dir()) {
+        (Some(state), _) => Some(Arc::clone(state)),
+        (None, Some(dir)) => match succession::keep(dir, &handoff) {
+            Ok(state) => Some(Arc::new(state)),
+            Err(error) => return Err(unserved(handoff, ServeError::State(error))),
+        },
+        (None, None) => None,
+    };
+    let mut first = state.as_ref().map_or(0, |state| state.first());
     let tallies: Vec<Arc<Tally>> = handoff.regions.iter().map(|_| Arc::default()).collect();
     let regions = (0..handoff.regions.len()).map(|number| {
-        let region = of_memory(&handoff, number, source(&handoff.regions[number]))?;
+        let memory = &handoff.regions[number];
+        let mut region = of_memory(&handoff, number, source(memory))?;
+        if let Some(state) = &state {
+            region = region.states(state.room(), first);
+            first += memory.len / memory.page_size;
+        }
         Ok(region.tally(Arc::clone(&tallies[number])).noting(noting))
     });
     let (regions, pidfd) = match regions.collect::<std::io::Result<Vec<_>>>().and_then(|regions| {
@@ -146,7 +166,7 @@ fn serve<S: PageSource + 'static>(
         Err(error) => return Err(unserved(handoff, ServeError::Pager(error.into()))),
     };
     let (on_end, owner) = (handoff.on_end(), handoff.owner());
-    let guest = Arc::new(Guest::new(on_end, pidfd));
+    let guest = Arc::new(Guest::new(on_end, pidfd).with_state(state));
     let mut parts = handoff.into_parts();
     let Added { descriptor, regions: ids } =
         match pager.add_guest(parts.userfaultfd, regions, Arc::clone(&guest)) {
@@ -360,7 +380,12 @@ impl ServedProcess {
     pub fn finish(&self, mut progress: impl FnMut(Progress)) -> pager::Result<()> {
         self.memory.iter().try_for_each(|memory| self.pager.finish_region(memory.id, &mut progress))?;
         // Nothing is registered any more.
-        self.pager.remove(self.descriptor).map(drop)
+        let detached = self.pager.remove(self.descriptor)?;
+        if let Some(state) = self.guest.state() {
+            state.remove();
+        }
+        drop(detached);
+        Ok(())
     }
 
     /// Ends serving, and returns what was handed over with the list of missing pages, for another pager, perhaps in another
@@ -375,11 +400,16 @@ impl ServedProcess {
 
     fn take_back(self) -> Result<Handoff, Box<Self>> {
         let Ok(detached) = self.pager.remove(self.descriptor) else { return Err(Box::new(self)) };
+        if let Some(state) = self.guest.state() {
+            state.remove();
+        }
         let missing = Some(detached.missing());
         let Self { memory, guest, dialect, mode, memfds, process, pid, stream, .. } = self;
         let regions = memory.into_iter().map(|memory| memory.region).collect();
         let userfaultfd = detached.uffd;
-        let parts = Parts { dialect, userfaultfd, regions, mode, memfds, process, pid, stream, missing };
+        let state = None;
+        let parts =
+            Parts { dialect, userfaultfd, regions, mode, memfds, process, pid, stream, missing, state };
         Ok(Handoff::new(parts, guest.on_end()))
     }
 

@@ -1,5 +1,6 @@
 //! Memory that comes to a pager: descriptors, and regions of theirs.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use super::fill::growth;
 use super::memory::address_map::{AddressMap, Segment};
 use super::memory::descriptor::{Attachment, Descriptor, Origin, addr_to_ptr, unwrap_last_arc, wake};
 use super::memory::served::ServedRegion;
+use super::memory::state_file::{Mark, StateFile};
 use super::on_end::Guest;
 use super::serve::vma_events;
 use super::{DescriptorId, Error, Pager, Refused, Region, RegionId, Result, target};
@@ -201,6 +203,14 @@ impl Pager {
             regions.iter().for_each(|region| self.keep_not(region));
             return Err(Refused { uffd: unwrap_last_arc(uffd), error });
         }
+        let state = origin.guest.as_ref().and_then(|guest| guest.state().cloned());
+        let is_new = match state.as_ref().map_or(Ok(false), |state| keep_states(state, &layout)) {
+            Ok(is_new) => is_new,
+            Err(error) => {
+                regions.iter().for_each(|region| self.keep_not(region));
+                return Err(Refused { uffd: unwrap_last_arc(uffd), error: error.into() });
+            }
+        };
         let serving = Attachment { uffd: Arc::clone(&uffd), layout: Arc::new(layout) };
         match self.shared.add(serving, origin) {
             Ok(descriptor) => {
@@ -214,6 +224,9 @@ impl Pager {
                 Ok(Added { descriptor: DescriptorId(descriptor.id), regions })
             }
             Err(error) => {
+                if let Some(state) = state.filter(|_| is_new) {
+                    state.remove();
+                }
                 regions.iter().for_each(|region| self.keep_not(region));
                 // A worker may own it for a moment.
                 Err(Refused { uffd: unwrap_last_arc(uffd), error })
@@ -271,6 +284,7 @@ impl Pager {
             }
             Arc::clone(&serving.uffd)
         };
+        descriptor.mark(Mark::Regions);
         let _registering = descriptor.begin_registering(self.shared.outside_id());
         let segment = self.register(&uffd, descriptor.process.get().copied(), region)?;
         if descriptor.is_own {
@@ -365,6 +379,16 @@ impl Pager {
         region.followed = (followed != Some(false)).then_some(end);
         Ok(Segment { start, end, region: Arc::new(region), first: 0 })
     }
+}
+
+/// Applies what another pager has read into a file of states and perhaps not applied; then gives a new file a name, before
+/// the first page is filled. Returns whether it is new.
+fn keep_states(state: &StateFile, layout: &AddressMap) -> io::Result<bool> {
+    if layout.segments().iter().any(|segment| segment.region.has_moved()) {
+        state.mark(Mark::Moved);
+    }
+    state.settle(layout);
+    state.publish()
 }
 
 /// Notes where a region is served, whose shared memory a budget limits.

@@ -1,6 +1,8 @@
 //! The builder of a pager: its options, and the start of its threads.
 
 use std::fmt;
+#[cfg(feature = "handoff")]
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,6 +42,8 @@ pub struct PagerBuilder {
     on_problem: Option<OnProblem>,
     look: Duration,
     patience: Duration,
+    #[cfg(feature = "handoff")]
+    state: Option<PathBuf>,
 }
 
 /// Threads of one kind at most. Each has counters, and a shard in every descriptor.
@@ -100,6 +104,21 @@ impl PagerBuilder {
         self
     }
 
+    /// Keeps the states of the pages that [`Pager::serve`] serves in files in the directory `dir`, one for each process, so that
+    /// another process can go on with them when this one has died: see [`adopt`](crate::handoff::adopt). The default is to
+    /// keep them in memory of this process alone.
+    ///
+    /// The directory must exist, and lie on a file system in memory, such as tmpfs: what a thread has stored there stays when
+    /// its process is killed, without a flush. A file takes a byte for each page of the memory, which is allocated when the
+    /// memory is handed over, and some pages more. It is removed when the process has ended, or its memory was
+    /// [finished](crate::handoff::ServedProcess::finish) or [detached](crate::handoff::ServedProcess::detach). Keep other
+    /// users from writing to the directory.
+    #[cfg(feature = "handoff")]
+    pub fn state(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.state = Some(dir.into());
+        self
+    }
+
     /// Sets the interval between checks whether processes still exist.
     #[cfg(test)]
     pub(crate) fn look(mut self, look: Duration) -> Self {
@@ -132,6 +151,8 @@ impl PagerBuilder {
             threads: Vec::new(),
             added: Arc::clone(&added),
             patience: self.patience,
+            #[cfg(feature = "handoff")]
+            state: self.state.map(Arc::from),
         };
         let of_control = Arc::clone(&shared);
         let look = self.look;
@@ -162,6 +183,8 @@ impl Default for PagerBuilder {
             on_problem: None,
             look: control::POLL_INTERVAL,
             patience: shutdown::LONG_PATIENCE,
+            #[cfg(feature = "handoff")]
+            state: None,
         }
     }
 }
@@ -177,6 +200,8 @@ impl fmt::Debug for PagerBuilder {
             on_problem,
             look: _,
             patience: _,
+            #[cfg(feature = "handoff")]
+                state: _,
         } = self;
         f.debug_struct("PagerBuilder")
             .field("threads", threads)

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::pager::bell::Bell;
+use crate::pager::memory::state_file::StateFile;
 use crate::proc_maps::{self, Process};
 use crate::{Pid, sys};
 
@@ -61,6 +62,8 @@ pub(crate) struct Guest {
     killed: AtomicBool,
     /// Rings when it isn't served any more.
     bell: OnceLock<Arc<Bell>>,
+    /// The file in which the states of its pages lie.
+    state: Option<Arc<StateFile>>,
 }
 
 impl Guest {
@@ -70,7 +73,19 @@ impl Guest {
             pidfd: pidfd.filter(|pidfd| !is_own(pidfd.as_fd())),
             killed: AtomicBool::new(false),
             bell: OnceLock::new(),
+            state: None,
         }
+    }
+
+    /// Gives it a file in which the states of its pages lie.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn with_state(self, state: Option<Arc<StateFile>>) -> Self {
+        Self { state, ..self }
+    }
+
+    /// The file in which the states of its pages lie.
+    pub(crate) fn state(&self) -> Option<&Arc<StateFile>> {
+        self.state.as_ref()
     }
 
     pub(crate) fn on_end(&self) -> OnEnd {

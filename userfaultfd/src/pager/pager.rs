@@ -3,6 +3,8 @@
 #[cfg(feature = "tracking")]
 use std::ops::Range;
 use std::os::fd::{IntoRawFd, OwnedFd};
+#[cfg(feature = "handoff")]
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +15,8 @@ use super::memory::address_map::Segment;
 #[cfg(feature = "tracking")]
 use super::memory::descriptor::addr_to_ptr;
 use super::memory::descriptor::{Descriptor, unwrap_last_arc};
+#[cfg(feature = "tracking")]
+use super::memory::state_file::Mark;
 use super::memory::unfillable::Unfillable;
 use super::on_end::Guest;
 use super::remove::check_budget;
@@ -50,6 +54,9 @@ pub struct Pager {
     pub(super) added: Arc<worker_pool::Added>,
     /// The longest time that a call waits for the kernel without progress.
     pub(super) patience: Duration,
+    /// Where the states of pages are kept of processes that hand their memory over.
+    #[cfg(feature = "handoff")]
+    pub(super) state: Option<Arc<Path>>,
 }
 
 impl Pager {
@@ -71,7 +78,14 @@ impl Pager {
             threads: Vec::new(),
             added: Arc::clone(&self.added),
             patience: self.patience,
+            state: self.state.clone(),
         }
+    }
+
+    /// Where the states of pages are kept of processes that hand their memory over.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn state_dir(&self) -> Option<&Path> {
+        self.state.as_deref()
     }
 
     /// Whether a descriptor is served.
@@ -107,6 +121,7 @@ impl Pager {
             let serving = descriptor.lock_shard(self.shared.outside_id());
             Arc::clone(&serving.as_ref().ok_or(Error::NotServed)?.uffd)
         };
+        descriptor.mark(Mark::Tracked);
         let modes = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
         for Segment { start, end, .. } in &segments {
             let registered = uffd.register_with_mode(addr_to_ptr(*start), end - start, modes);

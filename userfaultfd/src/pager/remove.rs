@@ -9,6 +9,7 @@ use super::memory::address_map::Segment;
 use super::memory::descriptor::Descriptor;
 use super::memory::page_state::Pages;
 use super::memory::served::ServedRegion;
+use super::memory::state_file::Mark;
 use super::memory::unfillable::Unfillable;
 use super::serve::mailbox::Note;
 use super::serve::shared::Shared;
@@ -83,6 +84,7 @@ impl Pager {
         may_go: impl Fn(&ServedRegion) -> bool,
     ) -> Result<()> {
         vma_events::settle_moves(&self.shared, descriptor);
+        descriptor.mark(Mark::Regions);
         // Freed when the shards are unlocked again.
         let (mut gone, mut served) = (mapped_vec::none(), false);
         descriptor.with_all_shards(&mut |serving| {

@@ -223,6 +223,21 @@ pub(crate) fn link(file: BorrowedFd<'_>, path: &Path) -> Result<(), Errno> {
     check(linked).map(drop)
 }
 
+/// Whether a file lies in memory, so that what a thread has written to a mapping of it is there when its process has ended at
+/// any moment: tmpfs, ramfs. fstatfs(2).
+#[cfg(feature = "pager")]
+pub(crate) fn is_in_memory(file: BorrowedFd<'_>) -> Result<bool, Errno> {
+    const TMPFS: u64 = 0x0102_1994;
+    const RAMFS: u64 = 0x8584_58f6;
+    // SAFETY: all zeros is such a structure.
+    let mut stat: libc::statfs64 = unsafe { std::mem::zeroed() };
+    // SAFETY: the structure is borrowed for the call.
+    check(unsafe { libc::fstatfs64(file.as_raw_fd(), &raw mut stat) })?;
+    // Some C libraries have a signed number of 32 bits.
+    let kind = stat.f_type as u64 & u64::from(u32::MAX);
+    Ok(kind == TMPFS || kind == RAMFS)
+}
+
 /// Switches O_NONBLOCK of the open file description, so for every descriptor that shares it.
 pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> Result<(), Errno> {
     // SAFETY: F_GETFL touches no memory.

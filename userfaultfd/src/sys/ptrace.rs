@@ -1,8 +1,5 @@
 //! ptrace(2), as far as a system call in another process needs it, and what such a call leaves behind. x86-64.
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-
-use super::own;
 use crate::Errno;
 
 /// `PTRACE_O_TRACESYSGOOD`: stops at system calls are told from signals.
@@ -133,24 +130,4 @@ pub(crate) fn restartable_sequences(process: libc::pid_t) -> Result<Option<(u64,
 pub(crate) fn dispatches_system_calls(process: libc::pid_t) -> Result<bool, Errno> {
     // The mode first, of which 0 is off.
     Ok(words::<4>(GET_SYSCALL_USER_DISPATCH, process)?.is_some_and(|[mode, ..]| mode != 0))
-}
-
-/// pidfd_open(2).
-pub(crate) fn open_pidfd(process: libc::pid_t) -> Result<OwnedFd, Errno> {
-    // SAFETY: the system call takes two integers.
-    match unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) } {
-        -1 => Err(Errno::last()),
-        // SAFETY: the kernel has opened it for this call, so nothing else owns it.
-        fd => Ok(unsafe { own(fd as RawFd) }),
-    }
-}
-
-/// pidfd_getfd(2): a duplicate of a descriptor of another process.
-pub(crate) fn take_descriptor(pidfd: BorrowedFd<'_>, number: RawFd) -> Result<OwnedFd, Errno> {
-    // SAFETY: the system call takes three integers.
-    match unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) } {
-        -1 => Err(Errno::last()),
-        // SAFETY: the kernel has opened it for this call, so nothing else owns it.
-        fd => Ok(unsafe { own(fd as RawFd) }),
-    }
 }

@@ -153,14 +153,6 @@ pub(crate) fn peer_pidfd(socket: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     Ok(unsafe { own(fd) })
 }
 
-/// pidfd_open(2). Linux 5.3.
-pub(crate) fn open_pidfd(pid: u32) -> Result<OwnedFd, Errno> {
-    // SAFETY: the system call takes two integers.
-    let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as libc::c_int)?;
-    // SAFETY: the kernel has opened it for this call, so nothing else owns it.
-    Ok(unsafe { own(fd) })
-}
-
 /// Whether a descriptor is a memfd, or another file that is in memory: it has seals.
 pub(crate) fn is_memory_file(fd: BorrowedFd<'_>) -> bool {
     // SAFETY: takes a number, and touches no memory.

@@ -13,3 +13,4 @@ mod monitor;
 mod peers;
 mod served;
 mod server;
+mod succession;

@@ -194,6 +194,13 @@ impl AddressMap {
         self.segments[from..].iter().take_while(move |segment| segment.start < end)
     }
 
+    /// Notes that the pages in a range were removed. The kernel removes only huge pages that lie in the range as a whole.
+    pub(crate) fn remove_pages(&self, range: &Range<usize>) {
+        for segment in self.overlapping(range) {
+            segment.region.remove(segment.pages_within(range));
+        }
+    }
+
     /// Adds a segment where there is none.
     pub(crate) fn insert(&mut self, segment: Segment) {
         insert(&mut self.segments, segment);

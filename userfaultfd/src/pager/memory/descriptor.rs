@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::address_map::{AddressMap, Segment};
+use super::state_file::{Mark, StateFile};
 use crate::lock_order::{LockGuard, RankedMutex, lock, rank, try_lock};
 use crate::owner::NotedFd;
 use crate::pager::on_end::{Guest, OnEnd};
@@ -94,6 +95,8 @@ pub(crate) struct Descriptor {
     shards: Box<[Shard]>,
     /// The descriptor's number, for a forked child, which may find the shards locked.
     inherited: NotedFd,
+    /// The file in which the states of its pages lie, with a journal of its events.
+    pub(crate) state: Option<Arc<StateFile>>,
     /// Whether the last read failed, which was reported.
     pub(crate) read_failed: AtomicBool,
     /// The process that has the memory, once a pidfd has told: for the reasons of errors.
@@ -137,6 +140,7 @@ impl Descriptor {
             was_blocking,
             shards,
             inherited,
+            state: guest.as_ref().and_then(|guest| guest.state().cloned()),
             read_failed: AtomicBool::new(false),
             process: OnceLock::new(),
             ends,
@@ -243,6 +247,18 @@ impl Descriptor {
         // Otherwise it was taken out, which tells, too.
         if let Some(guest) = &*lock(&self.guest) {
             guest.note_end();
+        }
+    }
+
+    /// The journal of its events, if it has one. Faults need none: they are reported again once their threads are woken.
+    pub(crate) fn journal(&self) -> Option<&StateFile> {
+        self.state.as_deref().filter(|_| self.tells_changes)
+    }
+
+    /// Notes that its file of states, if it has one, is about not to tell what is served.
+    pub(crate) fn mark(&self, mark: Mark) {
+        if let Some(state) = &self.state {
+            state.mark(mark);
         }
     }
 

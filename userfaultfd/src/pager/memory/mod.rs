@@ -12,5 +12,6 @@ pub(crate) mod page_state;
 pub(crate) mod region;
 pub(crate) mod served;
 pub(crate) mod shared_image;
+pub(crate) mod state_file;
 pub(crate) mod table;
 pub(crate) mod unfillable;

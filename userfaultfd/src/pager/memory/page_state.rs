@@ -74,6 +74,13 @@ pub(crate) enum Settlement {
     Left,
 }
 
+/// A state without the thread that is loading the page: one that was loaded once more is doubted.
+fn settled(state: u8) -> u8 {
+    let is_doubted = state & PRESENT != 0 && (state & LOADING != 0 || state >> TRIES_SHIFT > 0);
+    let doubt = if is_doubted { 1 << TRIES_SHIFT } else { 0 };
+    state & (PRESENT | POISONED | REMOVED) | doubt
+}
+
 /// The states of the pages of a region.
 pub(crate) struct Pages {
     /// The regions of a forked child share one mapping.
@@ -142,15 +149,26 @@ impl Pages {
         pages
     }
 
+    /// The states that lie in a mapping from `first` on, where a process may have left them at any moment. What it was loading
+    /// is missing, or present if it was present before.
+    pub(crate) fn taken_over(states: Arc<Room>, first: usize, count: usize) -> Self {
+        for cell in cells(&states, first, count) {
+            let state = cell.load(Ordering::Acquire);
+            let settled = settled(state);
+            // Writing zeros would take memory.
+            if settled != state {
+                cell.store(settled, Ordering::Relaxed);
+            }
+        }
+        Self::of_copy(states, first, count)
+    }
+
     /// Copies the states of a range of pages to a mapping from `first` on. Loading pages are missing in the copy, and those
     /// that are loaded once more are doubted.
     pub(crate) fn copy_to(&self, range: Range<usize>, copy: &Room, first: usize) {
         let to = cells(copy, first, range.len());
         for (to, from) in to.iter().zip(&self.cells()[range]) {
-            let state = from.load(Ordering::Acquire);
-            let is_doubted = state & PRESENT != 0 && (state & LOADING != 0 || state >> TRIES_SHIFT > 0);
-            let doubt = if is_doubted { 1 << TRIES_SHIFT } else { 0 };
-            let state = state & (PRESENT | POISONED | REMOVED) | doubt;
+            let state = settled(from.load(Ordering::Acquire));
             // Writing zeros would take memory.
             if state != 0 {
                 to.store(state, Ordering::Relaxed);

@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use super::fault_around::{FaultAround, Streams};
 use super::fault_log::Mode;
 use super::page_cache::Cache;
-use super::page_state::Pages;
+use super::page_state::{Pages, Room};
 use super::served::{Moved, ServedRegion};
 use super::shared_image::SharedImage;
 use crate::pager::evict::residence::Residence;
@@ -73,6 +73,8 @@ pub struct Region {
     noting: Option<Mode>,
     /// Whether the memory's owner registers it.
     registered: bool,
+    /// Where the states of its pages lie, if not in memory of the pager's own, and the first of them.
+    states: Option<(Arc<Room>, usize)>,
 }
 
 impl Region {
@@ -126,6 +128,7 @@ impl Region {
             tally: None,
             noting: None,
             registered: false,
+            states: None,
         }
     }
 
@@ -395,6 +398,13 @@ impl Region {
         self
     }
 
+    /// Has the states of its pages lie in a mapping from `first` on. They may be there already.
+    #[cfg(feature = "handoff")]
+    pub(crate) fn states(mut self, states: Arc<Room>, first: usize) -> Self {
+        self.states = Some((states, first));
+        self
+    }
+
     /// Notes its faults from the first on.
     #[cfg(feature = "handoff")]
     pub(crate) fn noting(mut self, mode: Option<Mode>) -> Self {
@@ -539,7 +549,11 @@ impl Region {
     /// Makes the part of the region that the pager keeps.
     pub(crate) fn serve(self, id: u64, offered: IoctlFlags) -> io::Result<ServedRegion> {
         let page = self.page_size;
-        let pages = Pages::new(self.len / page)?;
+        let count = self.len / page;
+        let pages = match &self.states {
+            None => Pages::new(count)?,
+            Some((states, first)) => Pages::taken_over(Arc::clone(states), *first, count),
+        };
         let mut moved = Vec::new();
         if self.missing.is_some() {
             pages.all_present();

@@ -126,6 +126,11 @@ impl ServedRegion {
         self.pages.is_missing(page) && (self.reloads || !self.pages.is_removed(page))
     }
 
+    /// Whether the content of some pages isn't where their place in the region says.
+    pub(crate) fn has_moved(&self) -> bool {
+        !self.moved.is_empty()
+    }
+
     pub(crate) fn page_size(&self) -> usize {
         1 << self.page_shift
     }

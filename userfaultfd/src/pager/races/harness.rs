@@ -439,6 +439,7 @@ macro_rules! races {
         const _: fn(Point) = |point| match point {
             $(Point::$point => {})*
             Point::AfterStart => {}
+            Point::AfterKept | Point::BeforeClear => {}
             // No points of every fault: see `found` and `control`.
             Point::BeforeAdopt | Point::AfterAdd | Point::BeforeForeign | Point::BeforeLend | Point::BeforeMap | Point::Watch(_) | Point::Evict(_) => {}
         };

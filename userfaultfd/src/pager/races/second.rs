@@ -25,7 +25,9 @@ fn another(scene: &Scene, point: Point) -> Vec<Reader> {
             wait_until(|| scene.statistics().duplicates > 0);
         }
         // It is there, though the pager is busy with it still.
-        Point::BeforeAdopt
+        Point::AfterKept
+        | Point::BeforeClear
+        | Point::BeforeAdopt
         | Point::AfterAdd
         | Point::BeforeForeign
         | Point::BeforeLend

@@ -10,6 +10,7 @@ use super::vma_events::{self, Change};
 use crate::pager::fill::work::Fault;
 use crate::pager::memory::descriptor::{Attachment, Descriptor};
 use crate::pager::{DescriptorId, Problem, stats};
+use crate::sync_point::{Point, reach};
 use crate::{Event, EventBuffer, FaultKind, ReadWrite, Result};
 
 /// The events that one system call has read.
@@ -52,7 +53,15 @@ impl EventReader {
                 serving.uffd.set_nonblocking(true)?;
             }
             // Another owner may do so at any time, and waiting here would keep the pager's other threads waiting.
-            let count = serving.uffd.read_batch_now(buffer)?;
+            let count = match descriptor.journal() {
+                None => serving.uffd.read_batch_now(buffer)?,
+                Some(state) => {
+                    let count =
+                        serving.uffd.read_batch_via(buffer, |events, read| state.read(events, read))?;
+                    reach(Point::AfterKept, count);
+                    count
+                }
+            };
             // Relaxed: it decides whether a failure is reported once more, and no other data depends on it.
             if descriptor.read_failed.load(Ordering::Relaxed) {
                 descriptor.read_failed.store(false, Ordering::Relaxed);
@@ -67,6 +76,10 @@ impl EventReader {
             for event in buffer.drain() {
                 changes |= !matches!(event, Ok(Event::Pagefault { .. }));
                 take(shared, thread, descriptor, serving, event, faults, since);
+            }
+            if let Some(state) = descriptor.journal() {
+                reach(Point::BeforeClear, count);
+                state.clear(count);
             }
             // A thread that a fill has woken may have faulted again at once: often the next fault is queued by now, and needs
             // no poll.

@@ -15,6 +15,7 @@ use crate::pager::fill::retry;
 use crate::pager::memory::address_map::{AddressMap, Segment};
 use crate::pager::memory::descriptor::{Attachment, Descriptor, LOOK_SHARD, Origin, unwrap_last_arc, wake};
 use crate::pager::memory::page_state::{self, Pages, Room};
+use crate::pager::memory::state_file::Mark;
 use crate::pager::stats::Counters;
 use crate::pager::trace::event;
 use crate::sync_point::{Point, reach};
@@ -29,6 +30,18 @@ pub(crate) enum Change {
     Unmap(Range<usize>),
 }
 
+impl Change {
+    /// Why a file of states doesn't tell the layout any more once it is applied.
+    fn mark(&self) -> Option<Mark> {
+        match self {
+            Self::Fork { .. } => Some(Mark::Forked),
+            Self::Remap { .. } => Some(Mark::Moved),
+            Self::Unmap(_) => Some(Mark::Unmapped),
+            Self::Remove(_) => None,
+        }
+    }
+}
+
 /// Applies a change. Threads that wait in memory that is gone are woken, to find that out.
 pub(crate) fn apply(
     shared: &Shared,
@@ -38,6 +51,9 @@ pub(crate) fn apply(
     change: Change,
 ) {
     event!(DEBUG, "change", change = tracing::field::debug(&change));
+    if let Some(mark) = change.mark() {
+        descriptor.mark(mark);
+    }
     match change {
         Change::Fork { uffd } => {
             counters.forks.add(1);
@@ -59,11 +75,7 @@ pub(crate) fn apply(
         }
         Change::Remove(range) => {
             counters.removes.add(1);
-            for segment in serving.layout.overlapping(&range) {
-                // The kernel removes only huge pages that lie in the range as a whole.
-                let pages = segment.pages_within(&range);
-                segment.region.remove(pages);
-            }
+            serving.layout.remove_pages(&range);
         }
         Change::Unmap(range) => {
             counters.unmaps.add(1);
