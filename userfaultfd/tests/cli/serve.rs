@@ -75,6 +75,56 @@ fn machines_go_on_by_themselves_after_sigterm() {
     });
 }
 
+#[test]
+fn machines_of_a_killed_handler_are_served_on() {
+    require!();
+    child::run_well(test_name!(), || {
+        let folder = Folder::new(test_name!());
+        let socket = folder.path("socket");
+        let (image, other) = (folder.file("image", &image(PAGES)), folder.file("other", &[7]));
+        let states = format!("/dev/shm/userfaultfd-cli-states-{}", std::process::id());
+        fs::create_dir(&states).unwrap();
+        let [mut monitor] = monitors(&socket);
+        let mut server = serve(&socket, &image, &["--state", &states]);
+        go(&mut monitor, &mut server, 1);
+        assert_eq!([monitor.read(1), monitor.read(2)], [shown(1), shown(2)]);
+        monitor.remove(1);
+        monitor.remove(3);
+        server.signal(libc::SIGKILL);
+        assert_eq!(server.end().code, None);
+        monitor.ask(4);
+
+        let start = |image: &str| {
+            let arguments = ["serve", "--socket", &socket, "--image", image, "--state", &states];
+            Running::start(&arguments)
+        };
+        let mut server = start(&other);
+        let line = server.line();
+        assert!(line.starts_with("not adopted: process ") && line.contains("image"), "{line}");
+        assert_eq!(server.line(), "serving");
+        server.signal(libc::SIGTERM);
+        assert_eq!(server.end().code, Some(0));
+
+        let mut server = start(&image);
+        let (line, pid) = (server.line(), monitor.process.pid());
+        assert!(line.starts_with(&format!("vm 1: process {pid} (user ")), "{line}");
+        assert_eq!(server.line(), "serving");
+        assert_eq!(monitor.answer(), shown(4));
+        for page in 0..PAGES {
+            assert_eq!(
+                monitor.read(page),
+                if [1, 3].contains(&page) { 0 } else { shown(page) },
+                "page {page}"
+            );
+        }
+        monitor.exit();
+        ended(&mut server, 1);
+        server.signal(libc::SIGTERM);
+        assert_eq!(server.end().code, Some(0));
+        fs::remove_dir(&states).expect("no file is left");
+    });
+}
+
 /// Such as a logger that was restarted.
 #[test]
 fn machines_are_served_on_when_nobody_reads_what_is_said() {

@@ -14,6 +14,8 @@ use crate::exit::{Count, Failure, say};
 
 pub(super) struct Guests {
     image: Arc<dyn PageSource>,
+    /// What tells the image from others.
+    name: String,
     /// The file of the pages that are accessed, and those of the machines that have ended.
     record: Option<(PathBuf, Option<WorkingSet>)>,
     replay: Option<WorkingSet>,
@@ -40,7 +42,7 @@ fn mib(bytes: u64) -> f64 {
 
 impl Guests {
     pub(super) fn new(
-        image: Arc<dyn PageSource>,
+        (image, name): (Arc<dyn PageSource>, String),
         record: Option<PathBuf>,
         replay: Option<&Path>,
         lost: Arc<AtomicUsize>,
@@ -48,11 +50,24 @@ impl Guests {
     ) -> Result<Self, Failure> {
         let load = |path: &Path| WorkingSet::load(path).map_err(Failure::of(path.display()));
         let (replay, record) = (replay.map(load).transpose()?, record.map(|path| (path, None)));
-        Ok(Self { image, record, replay, guests: HashMap::new(), count: 0, lost, board })
+        Ok(Self { image, name, record, replay, guests: HashMap::new(), count: 0, lost, board })
+    }
+
+    /// Goes on with a machine that another handler has left, if it was served from the same image. Otherwise it waits for
+    /// a handler that has that.
+    pub(super) fn adopt(&mut self, pager: &Pager, handoff: Handoff) -> Option<ServedProcess> {
+        let other = handoff.regions.iter().find(|region| region.source.as_ref() != Some(&self.name));
+        if let Some(other) = other {
+            let image = other.source.as_deref().unwrap_or("another image");
+            say!("not adopted: {} has its memory from {image}", handoff.process.credentials);
+            return None;
+        }
+        self.serve(pager, handoff)
     }
 
     /// Serves a machine. One that can't be served is lost.
-    pub(super) fn serve(&mut self, pager: &Pager, handoff: Handoff) -> Option<ServedProcess> {
+    pub(super) fn serve(&mut self, pager: &Pager, mut handoff: Handoff) -> Option<ServedProcess> {
+        handoff.regions.iter_mut().for_each(|region| region.source = Some(self.name.clone()));
         self.count += 1;
         let number = self.count;
         let source = |_: &_| Arc::clone(&self.image);

@@ -1,8 +1,8 @@
 //! The image: a file or an object of a web server, with layers on top, and a cache in front.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use userfaultfd::pager::{ChunkCache, FileSource, HttpSource, LayeredSource, PageSource};
@@ -30,6 +30,21 @@ pub(crate) struct ImageOptions {
     /// Maximum size of the cache, in bytes; K, M, G and T are powers of 1024
     #[arg(long, value_name = "BYTES", default_value = "16G", value_parser = bytes, requires = "cache")]
     cache_limit: u64,
+}
+
+impl ImageOptions {
+    /// What tells the image from others: its paths, or URL.
+    pub(super) fn name(&self) -> Result<String, Failure> {
+        let absolute = |path: &Path| fs::canonicalize(path).map_err(Failure::of(path.display()));
+        let mut name = match is_url(&self.image) {
+            true => self.image.clone(),
+            false => absolute(Path::new(&self.image))?.display().to_string(),
+        };
+        for layer in &self.layers {
+            name = format!("{name} + {}", absolute(layer)?.display());
+        }
+        Ok(name)
+    }
 }
 
 /// The longest URL that is the name of an image in the cache.

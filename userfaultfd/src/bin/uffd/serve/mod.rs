@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use userfaultfd::handoff::{Error, Listener, Server, ServerEvent};
+use userfaultfd::handoff::{Error, Listener, Server, ServerEvent, adopt, left_behind};
 use userfaultfd::pager::{self, OnEnd, Pager, Problem};
 
 use self::guests::Guests;
@@ -28,7 +28,7 @@ use crate::exit::{Failure, say};
 ///
 /// Monitors hand their memory over on a Unix socket: Firecracker (`backend_path` of `PUT /snapshot/load`) and its relatives,
 /// nydus, and Cloud Hypervisor. A page is read when a machine touches it. The standard error has a line when a machine connects, and
-/// one when it ends.
+/// one when it ends. With `--state` a handler that is started after another one was killed goes on with its machines.
 ///
 /// SIGTERM and SIGINT end it: it takes no more machines, fills all memory that is missing, so that the machines go on without a
 /// handler, and exits. A second signal ends it at once; then machines end as `--on-end` says.
@@ -62,6 +62,11 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NUMBER", default_value = "16")]
     max_threads: NonZeroUsize,
 
+    /// Keep the states of pages in this directory, which must be on a tmpfs, and go on with the machines that a killed handler has
+    /// left there. They must have had the same image
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+
     /// Serve metrics for Prometheus at http://ADDR/metrics: faults, latencies, missing bytes and ends, for each machine and region.
     /// ADDR must be a loopback address; with port 0 the kernel chooses the port, which is printed to the standard error
     #[arg(long, value_name = "ADDR")]
@@ -89,12 +94,15 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     let lost = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&lost);
     let board = Arc::new(Board::default());
-    let pager = Pager::builder()
+    let mut pager = Pager::builder()
         .threads(options.threads.get())
         .max_threads(options.max_threads.get().max(options.threads.get()))
-        .on_problem(move |problem| report(problem, &counted))
-        .build()
-        .map_err(|error| unmet("the threads that resolve faults can't start", &error))?;
+        .on_problem(move |problem| report(problem, &counted));
+    if let Some(dir) = &options.state {
+        pager = pager.state(dir);
+    }
+    let pager =
+        pager.build().map_err(|error| unmet("the threads that resolve faults can't start", &error))?;
     let pager = Arc::new(pager);
     let metrics = options.metrics.map(|address| Metrics::start(address, &pager, &board)).transpose()?;
     let listener = listen(options)?.on_end(match options.on_end {
@@ -103,13 +111,25 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         End::Leave => OnEnd::Leave,
     });
     let mut guests = Guests::new(
-        image,
+        (image, options.image.name()?),
         options.record.clone(),
         options.replay.as_deref(),
         Arc::clone(&lost),
         Arc::clone(&board),
     )?;
     let mut server = Server::new(listener).map_err(Failure::of("the socket"))?.stop_on(stop);
+    if let Some(dir) = &options.state {
+        for pid in left_behind(dir).map_err(Failure::of(dir.display()))? {
+            match adopt(dir, pid) {
+                Ok(handoff) => {
+                    if let Some(served) = guests.adopt(&pager, handoff) {
+                        server.add(served);
+                    }
+                }
+                Err(error) => say!("not adopted: {error}"),
+            }
+        }
+    }
     say!("serving");
     loop {
         match server.wait().map_err(Failure::of("the socket"))? {
