@@ -6,8 +6,10 @@
 
 use std::io;
 
+#[cfg(any(feature = "tracking", feature = "snapshot"))]
+use crate::CreateInRefusal;
 use crate::open::{self, OpenFailure};
-use crate::{CreateInRefusal, Errno, FeatureFlags, IoctlFlags, Pid, Refusal};
+use crate::{Errno, FeatureFlags, IoctlFlags, Pid, Refusal};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -107,6 +109,7 @@ pub enum Error {
 
     /// Another process can't be made to create a userfaultfd: from
     /// [`UffdBuilder::create_in`](crate::UffdBuilder::create_in). The text has the reason, and what helps.
+    #[cfg(any(feature = "tracking", feature = "snapshot"))]
     #[error("process {process} can't be made to create a userfaultfd, {errno:?}: {refusal}")]
     NotCreatedIn {
         /// The process.
@@ -297,9 +300,9 @@ impl Error {
             | Error::SystemError(errno)
             | Error::ZeropageFailed(errno)
             | Error::TrackingFailed(errno) => Some(*errno),
-            Error::Stopped { errno, .. }
-            | Error::Refused { errno, .. }
-            | Error::NotCreatedIn { errno, .. } => Some(*errno),
+            Error::Stopped { errno, .. } | Error::Refused { errno, .. } => Some(*errno),
+            #[cfg(any(feature = "tracking", feature = "snapshot"))]
+            Error::NotCreatedIn { errno, .. } => Some(*errno),
             Error::PartiallyCopied(_) => Some(Errno::EAGAIN),
             Error::OpenDevUserfaultfd(error) => Some(errno_of(error)),
             Error::OpenFailed(failure) => failure.errno(),

@@ -355,6 +355,7 @@ pub use nix::unistd::Pid;
 #[cfg(any(feature = "tokio", feature = "async-io"))]
 pub use crate::async_uffd::{AsyncUffd, NotRegistered};
 pub use crate::builder::UffdBuilder;
+#[cfg(any(feature = "tracking", feature = "snapshot"))]
 pub use crate::create_in::CreateInRefusal;
 #[cfg(feature = "tracking")]
 pub use crate::dirty::{AccessTracker, DirtyTracker};

@@ -185,6 +185,22 @@ fn block_is_filled_for_fault_and_ends_with_its_region() {
     }
 }
 
+/// A call of the kernel stays inside one mapping. What was read for both is used for both.
+#[test]
+fn block_over_two_mappings_is_read_once() {
+    require!();
+    child::run_well(test_name!(), || {
+        let memory = kinds::Memory::new(Kind::Anonymous, 8);
+        memory.protect(4, 4, libc::PROT_READ);
+        let (pager, source) = (Pager::new().unwrap(), Pages::new(page()));
+        let region = region(&memory, source.clone()).fault_around(FaultAround::Block(8 * page()));
+        serve(&pager, uffd(FeatureFlags::empty()), region);
+        (0..8).for_each(|page| check(&memory, page, page));
+        source.were_read_once(8);
+        eventually(|| (pager.statistics().missing_faults, pager.statistics().fills), (1, 8));
+    });
+}
+
 #[test]
 fn last_page_of_a_file_is_filled_up_with_zeros() {
     require!();
