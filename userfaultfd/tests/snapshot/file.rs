@@ -5,9 +5,10 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::thread;
 
 use userfaultfd::snapshot::{
-    Chain, Content, Error, FormatError, Geometry, Options, Series, Sink, Snapshot, SnapshotReader,
+    Chain, Content, Error, FormatError, Geometry, Options, Region, Series, Sink, Snapshot, SnapshotReader,
     SnapshotWriter,
 };
 use userfaultfd::source::{PageData, PageSource};
@@ -762,6 +763,54 @@ fn long_chain_is_read_flat_and_merged() {
         let next = SnapshotReader::new(file(&next)).unwrap().on(merged).unwrap();
         let all: Vec<u8> = (0..8).flat_map(|page| memory.content(page)).collect();
         assert!(read_all(&next, page()) == all);
+    });
+}
+
+/// A call or a drop that does the layer below in a call of its own needs more than this stack for so long a chain: even with the
+/// smallest of frames.
+#[test]
+fn long_chain_needs_no_deep_stack() {
+    require!();
+    child::run_well(test_name!(), || {
+        const FILES: usize = 2500;
+        const STACK_BYTES: usize = 64 << 10;
+        let (folder, len) = (Folder::new(test_name!()), 8 * page());
+        let mut all: Vec<u8> = (0..len).map(|at| (at / page()) as u8 + 1).collect();
+        let mut parent = None;
+        for number in 0..FILES {
+            let mut writer = SnapshotWriter::new(Vec::new()).unwrap();
+            // The first pages stay in the first file, the others in the last ones.
+            let pages = match parent.replace(writer.id()) {
+                Some(parent) => {
+                    writer = writer.follows(parent);
+                    let at = (4 + number % 4) * page();
+                    all[at..at + page()].fill(number as u8);
+                    at..at + page()
+                }
+                None => 0..len,
+            };
+            let mut geometry = Geometry::new([Region::new(0..len as u64, page() as u64)]);
+            geometry.incremental = number > 0;
+            writer.begin(&geometry).unwrap();
+            writer.write(pages.start as u64, Content::Data(&all[pages])).unwrap();
+            writer.finish().unwrap();
+            fs::write(folder.path(&format!("{number:04}")), writer.into_inner()).unwrap();
+        }
+        let merged = folder.path("merged");
+        let on_small_stack = || {
+            let chain = Chain::open(&folder.0).unwrap();
+            assert_eq!(chain.files().len(), FILES);
+            let reader = chain.into_reader().unwrap();
+            reader.verify().unwrap();
+            assert!(read_all(&reader, page()) == all && read_all(&reader, len) == all);
+            reader.merge(&merged).unwrap();
+            drop(reader);
+            assert!(read_all(&SnapshotReader::open(&merged).unwrap(), page()) == all);
+        };
+        thread::scope(|scope| {
+            let thread = thread::Builder::new().stack_size(STACK_BYTES);
+            thread.spawn_scoped(scope, on_small_stack).unwrap().join().unwrap();
+        });
     });
 }
 
