@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use userfaultfd::pager::{self, Error, FaultAround, Pager, Region};
 use userfaultfd::{Errno, FeatureFlags, Pid, Reason, RegisterMode, Uffd, UffdBuilder};
@@ -298,6 +299,9 @@ fn target_that_is_killed_is_dropped_with_next_fill() {
     });
 }
 
+/// What a second may become while other programs keep all CPUs.
+const A_LOADED_SECOND: Duration = Duration::from_secs(10);
+
 #[test]
 fn process_that_ends_quietly_is_noticed() {
     require!();
@@ -316,9 +320,17 @@ fn process_that_ends_quietly_is_noticed() {
             // Nothing of it is in flight.
             target.process.kill();
             target.process.wait();
+            let start = Instant::now();
             pager.join();
+            let time = start.elapsed();
+            assert!(time < A_LOADED_SECOND, "{time:?}");
             assert_eq!(problems.count("TargetGone"), 1, "a program that ends now has seen it");
             assert_eq!(pager.descriptors(), []);
+            let figures = || {
+                let statistics = pager.statistics();
+                (statistics.present_pages, statistics.missing_pages)
+            };
+            scene::eventually(figures, (touched.into(), u64::from(4 - touched)));
             wait_until(|| (0..64).all(|fd| !crate::support::proc::is_userfaultfd(fd)));
         }
     });

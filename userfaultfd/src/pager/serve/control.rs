@@ -16,6 +16,8 @@ use crate::pager::{DescriptorId, Problem};
 
 /// How often it looks whether the processes whose memory is served are still there. The kernel reports no end.
 pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(500);
+const _: () =
+    assert!(POLL_INTERVAL.as_millis() < 1000, "the docs promise that an end is noticed within a second");
 
 /// How soon it looks again for what is expected to happen at any moment; twice as long each time.
 const FIRST_RECHECK: Duration = Duration::from_millis(1);
