@@ -102,10 +102,11 @@ fn queue(code: libc::c_int, address: usize) {
 }
 
 /// SIGBUS that isn't about a missing page: as kill(2) and sigqueue(3) send it, and for memory that is broken.
-const STRAY: [fn(); 3] = [
+const STRAY: [fn(); 4] = [
     || signal::send(proc::thread_id(), libc::SIGBUS),
     || queue(libc::SI_QUEUE, 0),
     || queue(libc::BUS_MCEERR_AO, 0),
+    || queue(libc::BUS_MCEERR_AR, 0),
 ];
 
 /// What is done on SIGBUS.
@@ -378,8 +379,20 @@ fn rusts_handler_leaves_ours_installed() {
     });
 }
 
-fn set_default() {
+/// The page beyond the end of a file that is accessed. Zero: a signal is sent.
+static FOREIGN: AtomicUsize = AtomicUsize::new(0);
+
+/// Notes the call of a handler, and makes the access possible if there is one.
+fn note_and_repair() {
     CALLS.fetch_add(1, Ordering::SeqCst);
+    let foreign = FOREIGN.load(Ordering::SeqCst);
+    if foreign != 0 {
+        repair(foreign);
+    }
+}
+
+fn set_default() {
+    note_and_repair();
     handle(libc::SIG_DFL, 0, &[]);
 }
 
@@ -392,31 +405,62 @@ extern "C" fn sets_default_with_information(_: libc::c_int, _: *mut libc::siginf
 }
 
 extern "C" fn sets_itself(_: libc::c_int) {
-    CALLS.fetch_add(1, Ordering::SeqCst);
+    note_and_repair();
     handle(sets_itself as extern "C" fn(_) as usize, libc::SA_RESETHAND, &[]);
 }
 
 extern "C" fn sets_itself_with_information(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    CALLS.fetch_add(1, Ordering::SeqCst);
+    note_and_repair();
     let flags = libc::SA_RESETHAND | libc::SA_SIGINFO;
     handle(sets_itself_with_information as extern "C" fn(_, _, _) as usize, flags, &[]);
+}
+
+/// Handlers that install the default action or themselves, with their flags, and whether they are called once.
+fn installing_handlers() -> [(usize, libc::c_int, bool); 4] {
+    let default_with = sets_default_with_information as extern "C" fn(_, _, _) as usize;
+    let itself_with = sets_itself_with_information as extern "C" fn(_, _, _) as usize;
+    [
+        (sets_default as extern "C" fn(_) as usize, 0, true),
+        (sets_itself as extern "C" fn(_) as usize, libc::SA_RESETHAND, false),
+        (default_with, libc::SA_SIGINFO, true),
+        (itself_with, libc::SA_SIGINFO | libc::SA_RESETHAND, false),
+    ]
+}
+
+/// Repeats an access beyond the end of a file, which the handler makes possible before it installs another action.
+#[test]
+fn handler_that_repairs_and_installs_leaves_ours_installed() {
+    require!();
+    child::run_well(test_name!(), || {
+        for (number, flags, once) in installing_handlers() {
+            let child = child::fork(|| {
+                handle(number, flags, &[]);
+                let memory = lazy(8);
+                let ours = handler();
+                for calls in 1..=3 {
+                    let foreign = beyond_the_end();
+                    FOREIGN.store(foreign.start.addr(), Ordering::SeqCst);
+                    assert_eq!(read(foreign.start), 0);
+                    assert_eq!((CALLS.load(Ordering::SeqCst), handler()), (calls, ours));
+                    let at = calls * page();
+                    assert_eq!(memory[at], byte(at));
+                    if once && calls == 2 {
+                        unreachable!("the second is deadly");
+                    }
+                }
+            });
+            let status = ExitStatus::from_raw(child.wait());
+            assert_eq!(status.signal(), once.then_some(libc::SIGBUS), "{status:?}");
+            assert!(once || status.success(), "{status:?}");
+        }
+    });
 }
 
 #[test]
 fn handler_installing_default_leaves_ours_installed() {
     require!();
     child::run_well(test_name!(), || {
-        let default = (sets_default as extern "C" fn(_) as usize, 0, true);
-        let itself = (sets_itself as extern "C" fn(_) as usize, libc::SA_RESETHAND, false);
-        let default_with = sets_default_with_information as extern "C" fn(_, _, _) as usize;
-        let itself_with = sets_itself_with_information as extern "C" fn(_, _, _) as usize;
-        let information = libc::SA_SIGINFO;
-        for (number, flags, once) in [
-            default,
-            itself,
-            (default_with, information, true),
-            (itself_with, information | libc::SA_RESETHAND, false),
-        ] {
+        for (number, flags, once) in installing_handlers() {
             for stray in STRAY {
                 let child = child::fork(|| {
                     handle(number, flags, &[]);
