@@ -8,14 +8,13 @@
 //! Makes the index in FILE, unless `--keep` says that it is there. Checks every answer. Linux 5.7; no rights from Linux
 //! 5.11 on.
 
-use std::fs::File;
-use std::io::BufWriter;
+use std::io::{BufWriter, IntoInnerError};
 use std::path::Path;
 use std::process::ExitCode;
 
 use fst::{Map, MapBuilder, Streamer};
 use userfaultfd::pager::{Budget, FileSource};
-use userfaultfd::{LazyMemory, page_size};
+use userfaultfd::{LazyMemory, PendingFile, page_size};
 use userfaultfd_examples::{Result, limit_flag_and_file, progress_bar};
 
 const USAGE: &str = "usage: store [--limit 1M] [--keep] FILE";
@@ -55,13 +54,14 @@ fn mix(number: u64) -> u64 {
 
 fn build(path: &Path, keys: u64) -> Result<()> {
     let bar = progress_bar("building the index", keys as usize);
-    let mut index = MapBuilder::new(BufWriter::new(File::create(path)?))?;
+    // An index that is there stays until this one is complete.
+    let mut index = MapBuilder::new(BufWriter::new(PendingFile::create(path)?))?;
     for number in 0..keys {
         index.insert(key(number, keys), mix(number))?;
         bar.inc(1);
     }
-    index.finish()?;
-    Ok(())
+    let file = index.into_inner()?.into_inner().map_err(IntoInnerError::into_error)?;
+    Ok(file.commit()?)
 }
 
 /// What was so at the end of a column.
