@@ -282,7 +282,7 @@ impl Pager {
     /// The pager goes on resolving faults meanwhile. A page that its source doesn't deliver is poisoned, and the error
     /// names it. A removed page isn't filled: it reads as zeros with a pager and without. Memory that is added meanwhile
     /// is finished, too. A [`LazyMemory`](crate::LazyMemory) with a tracker at work is filled, and stays served as long as it
-    /// lives.
+    /// lives. Before Linux 7.2 it overwrites [guard pages](super#what-the-kernel-doesnt-report).
     ///
     /// # Errors
     ///

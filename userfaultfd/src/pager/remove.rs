@@ -22,7 +22,8 @@ use crate::mapped_vec;
 impl Pager {
     /// Fills the missing pages of a region, and unregisters it.
     ///
-    /// `progress` is called repeatedly, first with nothing done and last with all done.
+    /// `progress` is called repeatedly, first with nothing done and last with all done. Before Linux 7.2 it overwrites
+    /// [guard pages](super#what-the-kernel-doesnt-report).
     ///
     /// # Errors
     ///

@@ -12,6 +12,7 @@ mod ends;
 mod events;
 mod fills;
 mod forked;
+mod guards;
 mod lazy;
 mod leaks;
 mod limited;

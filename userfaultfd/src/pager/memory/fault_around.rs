@@ -17,13 +17,14 @@ pub enum FaultAround {
     /// Nothing beside the page.
     Page,
     /// The block that has the page. The value is its size in bytes, a multiple of the page size; blocks are aligned to the
-    /// start of the region.
+    /// start of the region. Before Linux 7.2 it overwrites [guard pages](crate::pager#what-the-kernel-doesnt-report).
     Block(usize),
     /// The pages that follow in the direction of access: nothing for a random fault, and twice as much each time a fault
     /// comes where the last fill ended, forwards or backwards, up to `most` bytes. Up to eight such sequences in a region are
     /// told apart.
     ///
     /// Random access costs no more than with `Page`, and sequential access little more than with the largest `Block`.
+    /// Before Linux 7.2 a fill of more than a page overwrites [guard pages](crate::pager#what-the-kernel-doesnt-report).
     Adaptive {
         /// The most that is filled for one fault, in bytes.
         most: usize,

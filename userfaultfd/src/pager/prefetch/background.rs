@@ -44,6 +44,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// hold up no other region.
 ///
 /// Pages that the source doesn't deliver stay missing until a fault needs them; [`wait`](Self::wait) returns them.
+/// Before Linux 7.2 it overwrites [guard pages](crate::pager#what-the-kernel-doesnt-report).
 ///
 /// Dropping it stops the fill, and waits for the steps that have begun, except for one whose source drops it.
 ///
