@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
-use crate::support::{command, run};
+use crate::support::{command, run, skip};
 
 /// A server, which ends when it is dropped.
 struct Moto(Child);
@@ -58,7 +58,7 @@ fn from_s3_restores_what_it_wrote_and_notices_change() {
     let port = TcpListener::bind("127.0.0.1:0").and_then(|taken| taken.local_addr()).expect("a port").port();
     let Some(mut server) = start(port) else {
         assert!(env::var_os("USERFAULTFD_TEST_MOTO").is_none(), "the server was promised");
-        return eprintln!("SKIP from_s3_restores_what_it_wrote_and_notices_change: needs moto_server");
+        return skip("from_s3_restores_what_it_wrote_and_notices_change", "moto_server");
     };
     make_bucket(port, &mut server);
     let mut example = command("from_s3");

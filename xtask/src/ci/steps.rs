@@ -73,10 +73,12 @@ const PARTS: [&str; 3] = ["pager", "tracking", "snapshot"];
 /// Every part of the library alone, none at all, and the optional ones: those of its manifest, but for `bindgen`, which has
 /// a step, and 0.9's names, which do nothing.
 fn features() -> Result<Outcome, String> {
-    let run = |command: &[&str], features: &str, rest: &[&str]| {
+    let library = |command: &[&str], features: &str, rest: &[&str]| {
         let features = ["--package=userfaultfd", "--no-default-features", features];
-        execute(&mut cargo(&[command, &features, rest].concat()))
+        cargo(&[command, &features, rest].concat())
     };
+    let run =
+        |command: &[&str], features: &str, rest: &[&str]| execute(&mut library(command, features, rest));
     let tree = ["tree", "--no-default-features", "--edges=normal", "--depth=1", "--prefix=none"];
     let tree = output(&mut cargo(&[&tree[..], &["--package=userfaultfd", "--format={lib}"]].concat()))?;
     let mut core: Vec<String> = tree.lines().skip(1).map(|name| name.trim().replace('_', "-")).collect();
@@ -94,7 +96,7 @@ fn features() -> Result<Outcome, String> {
     for feature in all.iter().filter(|name| !PARTS.contains(&name.as_str())) {
         run(&["clippy", "--lib"], &format!("--features={feature}"), &["--", "--deny=warnings"])?;
     }
-    run(&["test", "--lib", "--test=drop_in"], "--features=", &[])?;
+    test::judge(library(&["test", "--lib", "--test=drop_in"], "--features=", &[]))?;
     let optional = &format!("--features={}", all.join(","));
     run(&["clippy", "--all-targets"], optional, &["--", "--deny=warnings"])?;
     let tests = ["http", "async_uffd", "tokio", "object", "handoff", "guest_memory", "cli"];
@@ -114,12 +116,9 @@ fn features() -> Result<Outcome, String> {
     let mut tests = cargo(&[&["test", "--test=run"], &package[..], &["--"], &named[..]].concat());
     // Without it the test says that it was skipped.
     tests.envs(servers::moto().map(|program| ("USERFAULTFD_TEST_MOTO", program)));
-    execute(&mut tests)?;
-    passed(run(
-        &["test", "--lib"],
-        optional,
-        &["--", "source::zstd::", "handoff::", "trace::", "pager::metrics::"],
-    ))
+    test::judge(tests)?;
+    let named = ["--", "source::zstd::", "handoff::", "trace::", "pager::metrics::"];
+    test::judge(library(&["test", "--lib"], optional, &named))
 }
 
 fn doc() -> Result<Outcome, String> {
@@ -204,7 +203,8 @@ fn oldest_nix() -> Result<Outcome, String> {
     tree::copy(tree::root(), &source)?;
     let run = |arguments: &[&str]| {
         let mut command = cargo(arguments);
-        execute(command.current_dir(&source).env("CARGO_TARGET_DIR", copy.join("target")))
+        command.current_dir(&source).env("CARGO_TARGET_DIR", copy.join("target"));
+        test::judge(command)
     };
     let manifest = source.join("Cargo.toml");
     let text = fs::read_to_string(&manifest).map_err(|error| format!("{}: {error}", manifest.display()))?;
@@ -216,7 +216,7 @@ fn oldest_nix() -> Result<Outcome, String> {
     // What has an errno or a process id of nix in it.
     let of_nix = ["error::", "event::", "refusal::", "builder::"];
     run(&[&["test", "--package=userfaultfd", "--lib", "--"], &of_nix[..]].concat())?;
-    passed(run(&["test", "--package=userfaultfd", "--test=drop_in"]))
+    run(&["test", "--package=userfaultfd", "--test=drop_in"])
 }
 
 /// Without `--bench` each benchmark does everything once, with little memory, and measures nothing.
