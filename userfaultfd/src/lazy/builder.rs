@@ -186,7 +186,7 @@ impl LazyBuilder {
     shape_methods!();
 
     /// Sets up sequential access to a slow source, such as a network: reads up to `most` bytes ahead of one fault, 1 MiB at
-    /// a time, with `threads` threads. See [`PagerBuilder::read_ahead_threads`].
+    /// a time, with `threads` threads; with a budget, at most an eighth of it. See [`PagerBuilder::read_ahead_threads`].
     pub fn read_ahead(mut self, threads: usize, most: usize) -> Self {
         self.own = self.own.read_ahead_threads(threads);
         self.fault_around(FaultAround::Adaptive { most })

@@ -320,6 +320,32 @@ fn what_a_drop_cannot_write_is_reported() {
     assert_eq!(shelf.durable()[3 * page()], 7);
 }
 
+/// What must leave is copied in the staging area: all of it is there while the first write goes on.
+#[test]
+fn next_pages_are_staged_while_some_are_written() {
+    require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+    // Two parts.
+    const PAGES: usize = 4096;
+    let (shelf, budget) = (Shelf::of_pages(PAGES), Budget::new(2 * PAGES * page()));
+    let mut memory = builder(&shelf, &budget).build().unwrap();
+    (0..PAGES).for_each(|at| memory[at * page()] ^= 0xff);
+    let expected = memory.to_vec();
+    shelf.set(Mood::Stalls);
+    thread::scope(|scope| {
+        let evicting = scope.spawn(|| memory.evict(0..usize::MAX));
+        proc::wait_until(|| shelf.stalled.load(Ordering::SeqCst) > 0 && budget.statistics().staged == PAGES);
+        assert!(shelf.written().is_empty());
+        shelf.set(Mood::Good);
+        evicting.join().unwrap().unwrap();
+    });
+    assert_eq!((memory.resident(0..usize::MAX), memory.statistics().dirty), (0, 0));
+    assert!(shelf.all() == expected);
+    let mut writes = shelf.written();
+    writes.sort_unstable_by_key(|range| range.start);
+    assert!(writes.windows(2).all(|pair| pair[0].end == pair[1].start), "each page once: {writes:?}");
+    assert!(memory[..] == expected[..]);
+}
+
 #[test]
 fn after_a_failed_sync_what_is_in_memory_is_dirty_again() {
     require!(FeatureFlags::PAGEFAULT_FLAG_WP);

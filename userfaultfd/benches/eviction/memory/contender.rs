@@ -67,9 +67,10 @@ pub(crate) struct Setting {
 }
 
 impl Setting {
-    /// How many there are beside a hot set.
+    /// How many there are beside a hot set: enough that each of its pages is accessed several times while memory warms up.
+    /// What is measured is what stays in memory, not the first accesses.
     pub(crate) fn hot_set_accesses(&self) -> usize {
-        (self.seconds * 100e3) as usize
+        (self.seconds * 200e3) as usize
     }
 }
 

@@ -183,15 +183,18 @@ impl PagedMemory {
     ///
     /// As [`flush`](Self::flush). All others are out of memory all the same.
     pub fn evict(&self, range: Range<usize>) -> Result<(), FlushError> {
-        let written = match self.write_back() {
-            WriteBack::OnFlush => self.memory.check_owner().map_err(|_| FlushError::in_child()),
-            WriteBack::Any => self.write(range.clone(), false),
-        };
-        if self.memory.check_owner().is_ok() {
-            self.memory.wait_for_fills();
-            clean::evict(self.residence(), self.pages_of(range));
+        if self.memory.check_owner().is_err() {
+            return Err(FlushError::in_child());
         }
-        written
+        self.memory.wait_for_fills();
+        let pages = self.pages_of(range);
+        match self.write_back() {
+            WriteBack::OnFlush => {
+                clean::evict(self.residence(), pages);
+                Ok(())
+            }
+            WriteBack::Any => clean::write_and_evict(self.residence(), pages),
+        }
     }
 
     /// Starts to fill the missing pages of a range in the background: in bytes, cut to the memory, and to half of the

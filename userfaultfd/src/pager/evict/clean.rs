@@ -16,13 +16,13 @@
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 use std::{slice, thread};
 
 use super::flush_error::{FlushError, FlushStep};
-use super::frames::Member;
-use super::page_set::ranges_of;
+use super::frames::{Member, Step};
+use super::page_set::{PageSet, ranges_of};
 use super::pins::Pinning;
 use super::residence::{Place, Residence};
 use super::store::{StoreBacking, Turn, WRITE_PAGES};
@@ -34,6 +34,9 @@ use crate::sync_point::{Departure, Point, reach};
 /// The delay until a page is tried again that another thread has claimed: some system calls, or a read of the store.
 const BUSY_DELAY: Duration = Duration::from_micros(50);
 
+/// Pages of a part that is written while the next one is brought to the staging area: 8 MiB of 4 KiB.
+const EVICT_PAGES: usize = 2048;
+
 /// What became of pages that were to be written.
 #[derive(Default)]
 pub(super) struct Written {
@@ -43,6 +46,27 @@ pub(super) struct Written {
     pub(super) error: Option<(FlushStep, io::Error)>,
     /// Those that another thread had claimed, which weren't tried.
     busy: Vec<usize>,
+}
+
+impl Written {
+    /// The result of a flush, with its store's turn.
+    fn into_result(self, member: &Member, turn: &Turn, syncs: bool) -> Result<(), FlushError> {
+        let Self { failed, mut error, .. } = self;
+        let bytes = |pages: &Range<usize>| {
+            let shift = member.region.page_shift;
+            pages.start << shift..pages.end << shift
+        };
+        let lost: Vec<_> = turn.lost.ranges().map(|pages| bytes(&pages)).collect();
+        if error.is_none() && syncs && !lost.is_empty() {
+            let text = "a sync failed before, after these pages had left memory";
+            error = Some((FlushStep::Sync, io::Error::other(text)));
+        }
+        let Some((step, error)) = error else { return Ok(()) };
+        let mut all = PageSet::default();
+        failed.into_iter().for_each(|pages| all.insert(pages));
+        let dirty = all.ranges().map(|pages| bytes(&pages)).collect();
+        Err(FlushError { step, error, dirty, lost })
+    }
 }
 
 /// Whether a page was claimed to be copied.
@@ -263,18 +287,23 @@ pub(super) fn dirty_pages(residence: &Residence, pages: &Range<usize>) -> Vec<us
     dirty
 }
 
-/// Writes pages to the store, and has it make them durable if `syncs`.
-pub(crate) fn flush(residence: &Residence, pages: &Range<usize>, syncs: bool) -> Result<(), FlushError> {
-    let Some(store) = residence.store() else { return Ok(()) };
+/// Writes the dirty ones of some pages to the store, and waits for threads that have claimed some. Returns the turn.
+fn write_dirty<'a>(
+    member: &Member,
+    store: &'a StoreBacking,
+    pages: &Range<usize>,
+    written: &mut Written,
+) -> MutexGuard<'a, Turn> {
+    let residence = member.residence();
+    // Before dirty pages are looked up: what another thread is writing may become dirty again.
     let mut turn = store.turn();
-    let Some(member) = residence.as_member() else { return Ok(()) };
     let number = residence.member();
     if let Some(number) = number {
         residence.pool().lock().begin_write(number);
     }
-    let (mut written, mut rest) = (Written::default(), dirty_pages(residence, pages));
+    let mut rest = dirty_pages(residence, pages);
     loop {
-        write(&member, store, &mut turn, &rest, &mut written);
+        write(member, store, &mut turn, &rest, written);
         if written.busy.is_empty() {
             break;
         }
@@ -286,30 +315,21 @@ pub(crate) fn flush(residence: &Residence, pages: &Range<usize>, syncs: bool) ->
     if let Some(number) = number {
         residence.pool().lock().end_write(number);
     }
-    let Written { failed: mut dirty, mut error, .. } = written;
+    turn
+}
+
+/// Writes pages to the store, and has it make them durable if `syncs`.
+pub(crate) fn flush(residence: &Residence, pages: &Range<usize>, syncs: bool) -> Result<(), FlushError> {
+    let Some(store) = residence.store() else { return Ok(()) };
+    let Some(member) = residence.as_member() else { return Ok(()) };
+    let mut written = Written::default();
+    let mut turn = write_dirty(&member, store, pages, &mut written);
     if syncs {
-        if let Err(failure) = sync(&member, store, &mut turn, &mut dirty) {
-            error.get_or_insert((FlushStep::Sync, failure));
+        if let Err(failure) = sync(&member, store, &mut turn, &mut written.failed) {
+            written.error.get_or_insert((FlushStep::Sync, failure));
         }
     }
-    let bytes = |pages: &Range<usize>| {
-        let shift = member.region.page_shift;
-        pages.start << shift..pages.end << shift
-    };
-    let lost: Vec<_> = turn.lost.ranges().map(|pages| bytes(&pages)).collect();
-    if error.is_none() && syncs && !lost.is_empty() {
-        let text = "a sync failed before, after these pages had left memory";
-        error = Some((FlushStep::Sync, io::Error::other(text)));
-    }
-    match error {
-        None => Ok(()),
-        Some((step, error)) => {
-            let mut all = super::page_set::PageSet::default();
-            dirty.into_iter().for_each(|pages| all.insert(pages));
-            let dirty = all.ranges().map(|pages| bytes(&pages)).collect();
-            Err(FlushError { step, error, dirty, lost })
-        }
-    }
+    written.into_result(&member, &turn, syncs)
 }
 
 /// Has the store make durable what was written. If it doesn't, all of that which is in memory still is dirty again.
@@ -358,14 +378,48 @@ pub(super) fn sync(
     synced
 }
 
-/// Has pages leave memory, which were written to the store before if they may be. They stay where there is no memory to ask
-/// for that.
+/// Has pages leave memory. Those that their store doesn't have stay, and so do others where there is no memory to ask for
+/// that.
 pub(crate) fn evict(residence: &Residence, pages: Range<usize>) {
-    let (pool, mut frames) = (residence.pool(), residence.pool().lock());
-    let Some(member) = residence.member().filter(|_| !pages.is_empty()) else { return };
-    let Some(number) = frames.request(member, pages) else { return };
-    pool.work.notify_one();
-    frames = frames.wait_while(&pool.room, |frames| frames.is_requested(number));
+    let staged = request(residence, pages.clone(), Step::Stage);
+    let dropped = staged.and_then(|_| request(residence, pages, Step::Drop));
+    wait_for(residence, dropped.or(staged));
+}
+
+/// The same, of pages that are written to their store before. They are copied in the staging area, where nothing else has
+/// them; while some are written, the next ones are brought there.
+pub(crate) fn write_and_evict(residence: &Residence, pages: Range<usize>) -> Result<(), FlushError> {
+    let Some(store) = residence.store() else { return Ok(()) };
+    let Some(member) = residence.as_member() else { return Ok(()) };
+    let parts = pages.clone().step_by(EVICT_PAGES);
+    let mut parts = parts.map(|start| start..pages.end.min(start + EVICT_PAGES)).peekable();
+    let stage = |part: Option<&Range<usize>>| request(residence, part?.clone(), Step::Stage);
+    let (mut written, mut staged) = (Written::default(), stage(parts.peek()));
+    while let Some(part) = parts.next() {
+        wait_for(residence, staged);
+        staged = stage(parts.peek());
+        drop(write_dirty(&member, store, &part, &mut written));
+        // Waited for below, as requests are served in order.
+        let _dropped = request(residence, part, Step::Drop);
+    }
+    // Another thread may have been copying some when they were to be staged. It has none that is clean.
+    evict(residence, pages);
+    written.into_result(&member, &store.turn(), false)
+}
+
+/// Asks the evicting thread for a step. `None`: there is nothing to do, or no memory.
+fn request(residence: &Residence, pages: Range<usize>, step: Step) -> Option<u64> {
+    let mut frames = residence.pool().lock();
+    let member = residence.member().filter(|_| !pages.is_empty())?;
+    let number = frames.request(member, pages, step)?;
+    residence.pool().work.notify_one();
+    Some(number)
+}
+
+/// Waits until a request was served, and all before it.
+fn wait_for(residence: &Residence, number: Option<u64>) {
+    let (Some(number), pool) = (number, residence.pool()) else { return };
+    let frames = pool.lock().wait_while(&pool.room, |frames| frames.is_requested(number));
     // What it has in hand of the request.
     drop(pool.wait_for_pass(frames));
 }

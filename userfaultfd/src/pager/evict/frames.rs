@@ -95,6 +95,8 @@ pub(super) struct Victim {
     pub(super) stamp: u32,
     /// Whether it has got as far as it was to.
     pub(super) is_done: bool,
+    /// Whether a caller wants it out, who has it written.
+    pub(super) is_requested: bool,
 }
 
 /// A member, and what there is to write to its store.
@@ -115,14 +117,22 @@ struct Slot {
     is_reported: bool,
 }
 
+/// A step of pages on their way out of memory, which a caller wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// From memory to the staging area.
+    Stage,
+    /// From there to where their content comes from.
+    Drop,
+}
+
 /// Pages that a caller wants out of memory.
 struct Request {
     number: u64,
     member: u32,
     /// Those that are left of it.
     pages: Range<usize>,
-    /// All of it, for the second way through: from the staging area.
-    again: Option<Range<usize>>,
+    step: Step,
 }
 
 /// Which pages are resident. Nothing is allocated or freed while this is locked, no memory that is served is touched, and
@@ -362,7 +372,14 @@ impl Frames {
             }
             match owner.filter(|member| member.region.pages.try_claim_present(page)) {
                 Some(member) => {
-                    victims.push(Victim { member: Arc::clone(member), page, frame, stamp, is_done: false });
+                    victims.push(Victim {
+                        member: Arc::clone(member),
+                        page,
+                        frame,
+                        stamp,
+                        is_done: false,
+                        is_requested: false,
+                    });
                 }
                 // A worker has it: it has just been filled, or is being written for the first time.
                 None => self.policy.insert(&mut self.links, frame, NO_STAMP),
@@ -385,8 +402,8 @@ impl Frames {
             // A fault that has claimed it takes it back.
             match owner.filter(|member| member.region.pages.claim_missing(page).is_some()) {
                 Some(member) => {
-                    let (member, stamp) = (Arc::clone(member), 0);
-                    victims.push(Victim { member, page, frame, stamp, is_done: false });
+                    let (member, stamp) = (Arc::clone(member), NO_STAMP);
+                    victims.push(Victim { member, page, frame, stamp, is_done: false, is_requested: false });
                 }
                 None => self.staged.push(&mut self.links, frame),
             }
@@ -415,7 +432,7 @@ impl Frames {
                 *is_staged = true;
                 let member = *member;
                 self.staged.push(&mut self.links, frame);
-                if place.is_written() {
+                if place.is_written() && !victim.is_requested {
                     self.enqueue(member, victim.page);
                 }
             } else {
@@ -426,20 +443,23 @@ impl Frames {
 
     /// Notes which pages have left, before their claims end; the others are in the staging area still.
     pub(super) fn dropped(&mut self, pool: &Pool, victims: &[Victim]) {
-        let mut left = 0;
-        for victim in victims {
-            let (residence, frame) = (victim.member.residence(), victim.frame);
-            if victim.is_done {
-                residence.change(victim.page, Place::left);
-                residence.count(|counters| &counters.evictions, 1);
-                residence.resident.fetch_sub(1, Ordering::Relaxed);
-                self.release(frame);
-                left += 1;
-            } else {
-                self.staged.push(&mut self.links, frame);
+        let mut all = 0;
+        for victims in victims.chunk_by(|one, next| Arc::ptr_eq(&one.member, &next.member)) {
+            let (residence, mut left) = (victims[0].member.residence(), 0);
+            for Victim { page, frame, is_done, .. } in victims {
+                if *is_done {
+                    residence.change(*page, Place::left);
+                    self.release(*frame);
+                    left += 1;
+                } else {
+                    self.staged.push(&mut self.links, *frame);
+                }
             }
+            residence.count(|counters| &counters.evictions, left);
+            residence.resident.fetch_sub(left, Ordering::Relaxed);
+            all += left;
         }
-        pool.uncharge(left);
+        pool.uncharge(all);
     }
 
     /// Pins pages, unless more would be pinned than a half of `limit`.
@@ -477,15 +497,15 @@ impl Frames {
         self.tenants.len()
     }
 
-    /// Wants pages out of memory. Returns the number of the request; `None` where there is no memory.
-    pub(super) fn request(&mut self, member: u32, pages: Range<usize>) -> Option<u64> {
+    /// Wants a step of pages on their way out of memory: requests are served in order. Returns the number of the request;
+    /// `None` where there is no memory.
+    pub(super) fn request(&mut self, member: u32, pages: Range<usize>, step: Step) -> Option<u64> {
         if !mapped_vec::try_reserve(&mut self.requests) {
             return None;
         }
         self.requested += 1;
-        let (number, again) = (self.requested, Some(pages.clone()));
-        self.requests.push(Request { number, member, pages, again });
-        Some(number)
+        self.requests.push(Request { number: self.requested, member, pages, step });
+        Some(self.requested)
     }
 
     pub(super) fn has_requests(&self) -> bool {
@@ -496,20 +516,20 @@ impl Frames {
         self.requests.iter().any(|request| request.number == number)
     }
 
-    /// Claims pages that a caller wants out of memory, those in the staging area once all of them are there. Returns whether
-    /// that was all.
+    /// Claims pages that a caller wants out of memory, for the step that comes first. Returns whether that was all of it.
     pub(super) fn choose_requested(
         &mut self,
         to_stage: &mut MappedVec<Victim>,
         to_drop: &mut MappedVec<Victim>,
     ) -> bool {
-        let Some(Request { member, pages, again, .. }) = self.requests.first() else { return false };
-        let (slot, is_first) = (*member, again.is_some());
+        let Some(Request { member, pages, step, .. }) = self.requests.first() else { return false };
+        let (slot, step) = (*member, *step);
         let next = pages.start..pages.end.min(pages.start + REQUEST_PAGES);
         let Some(member) = self.owner(slot).cloned() else { return false };
         let (residence, states) = (member.residence(), &member.region.pages);
+        let victims = if step == Step::Stage { to_stage } else { to_drop };
         let mut next_page = next.start;
-        while next_page < next.end && to_stage.len() < BATCH_PAGES && to_drop.len() < BATCH_PAGES {
+        while next_page < next.end && victims.len() < BATCH_PAGES {
             let page = next_page;
             next_page += 1;
             let (place, stamp) = (residence.place(page), NO_STAMP);
@@ -520,25 +540,24 @@ impl Frames {
             if tenant.is_none() || self.must_stay(residence, page) {
                 continue;
             }
-            let is_claimed = match place.is_staged() {
-                false => is_first && states.try_claim_present(page),
-                true => {
-                    !is_first && !self.must_be_written(slot, page) && states.claim_missing(page).is_some()
+            let is_claimed = match (step, place.is_staged()) {
+                (Step::Stage, false) => states.try_claim_present(page),
+                (Step::Drop, true) => {
+                    // What its store doesn't have stays there.
+                    let is_unwritten = residence.store().is_some() && place.is_dirty();
+                    !is_unwritten && states.claim_missing(page).is_some()
                 }
+                _ => false,
             };
             if is_claimed {
                 self.unlink(frame);
-                let victims = if place.is_staged() { &mut *to_drop } else { &mut *to_stage };
-                victims.push(Victim { member: Arc::clone(&member), page, frame, stamp, is_done: false });
+                let member = Arc::clone(&member);
+                victims.push(Victim { member, page, frame, stamp, is_done: false, is_requested: true });
             }
         }
-        let Some(Request { pages, again, .. }) = self.requests.first_mut() else { return false };
+        let Some(Request { pages, .. }) = self.requests.first_mut() else { return false };
         pages.start = next_page;
         if next_page < pages.end {
-            return false;
-        }
-        if let Some(all) = again.take() {
-            *pages = all;
             return false;
         }
         self.requests.remove(0);

@@ -25,6 +25,10 @@ const MAX_RUN_PAGES: usize = 512;
 /// Pages of a budget for each that one fault may fill.
 pub(super) const RUN_SHARE: usize = 8;
 
+/// Pages of a budget for each that may be filled ahead of one fault: they must fit into the policy's small queue, from where
+/// they would leave before they are accessed.
+const AHEAD_SHARE: usize = 16;
+
 /// The delay until the evicting thread looks again whether what couldn't leave can: while threads wait for that, and later.
 const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 pub(super) const STUCK_INTERVAL: Duration = Duration::from_millis(100);
@@ -176,6 +180,11 @@ impl Pool {
     /// Pages that one fault fills at most.
     pub(super) fn max_run(&self) -> usize {
         (self.limit() / RUN_SHARE).clamp(1, MAX_RUN_PAGES)
+    }
+
+    /// Pages that one fault has filled at most ahead of need, in several runs.
+    pub(super) fn max_ahead(&self) -> usize {
+        (self.limit() / AHEAD_SHARE).max(self.max_run())
     }
 
     /// Reserves room for some pages, and waits for it as long as others can leave. Not with a lock held. Returns how long it

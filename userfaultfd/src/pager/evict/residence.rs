@@ -410,6 +410,11 @@ impl Residence {
         self.budget.pool().max_run()
     }
 
+    /// Pages of all loads at most that one fault has made ahead of need.
+    pub(crate) fn max_ahead(&self) -> usize {
+        self.budget.pool().max_ahead()
+    }
+
     /// How many of some pages take room: those that aren't in the staging area. For the thread that has claimed them.
     fn uncounted(&self, pages: Range<usize>) -> usize {
         pages.filter(|page| !self.place(*page).is_staged()).count()

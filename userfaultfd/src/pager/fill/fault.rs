@@ -122,11 +122,13 @@ impl PageFiller {
             let (around, window) = segment.region.fault_around(page);
             let within = segment.pages();
             let around = around.start.max(within.start)..around.end.min(within.end);
-            let around = within_run(around, page, segment.region.max_run());
             let is_slow = self.is_slow() || segment.region.is_async;
             let parallel = context.threads.read_ahead > 0 && is_slow && !removed;
+            let most = if parallel { segment.region.max_ahead() } else { segment.region.max_run() };
+            let around = within_run(around, page, most);
             let now = if parallel {
-                ahead_queue::first_chunk(&segment.region, page, &around)
+                let chunk = ahead_queue::first_chunk(&segment.region, page, &around);
+                within_run(chunk, page, segment.region.max_run())
             } else {
                 around.clone()
             };

@@ -77,6 +77,11 @@ impl ServedRegion {
         self.residence.as_ref().map_or(usize::MAX, |residence| residence.max_run())
     }
 
+    /// How many pages may be filled ahead of one fault, in several runs.
+    pub(crate) fn max_ahead(&self) -> usize {
+        self.residence.as_ref().map_or(usize::MAX, |residence| residence.max_ahead())
+    }
+
     /// Whether missing pages are being poisoned, or filled at once: no thread waits for a source any more.
     pub(crate) fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Relaxed)

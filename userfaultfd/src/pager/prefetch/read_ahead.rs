@@ -45,9 +45,10 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::{Duration, Instant};
 
-    use crate::LazyMemory;
-    use crate::pager::PageData;
     use crate::pager::fill::ahead_queue::CHUNK_BYTES;
+    use crate::pager::{Budget, PageData};
+    use crate::support::proc::wait_until;
+    use crate::{FeatureFlags, LazyMemory};
 
     /// Content by which each word is known.
     fn word(offset: u64) -> [u8; 8] {
@@ -111,5 +112,27 @@ mod tests {
         let statistics = memory.statistics();
         assert_eq!(statistics.poisoned, 0, "{statistics}");
         assert!(statistics.source_errors > 0, "{statistics}");
+    }
+
+    /// With a budget one fault fills no more than 512 pages in one run, and has more read ahead.
+    #[test]
+    fn budget_has_more_read_ahead_than_one_run() {
+        crate::support::require!(FeatureFlags::PAGEFAULT_FLAG_WP);
+        let (page, slow) = (crate::page_size(), Duration::from_millis(1));
+        let source = move |offset: u64, buffer: &mut [u8]| {
+            let start = Instant::now();
+            while start.elapsed() < slow {}
+            buffer.fill((offset >> 20) as u8 | 1);
+            Ok(PageData::Data)
+        };
+        let (budget, most) = (Budget::new(16 * 1024 * page), 1024 * page);
+        let memory = LazyMemory::builder(source).len(4096 * page).read_ahead(2, most).budget(&budget);
+        let memory = memory.build().unwrap();
+        // Each fault comes where the last fill ended, and fills twice as much.
+        for filled in (0..=10).map(|doublings| (1 << doublings) - 1) {
+            assert_ne!(memory[filled * page], 0);
+            wait_until(|| budget.resident() == (2 * filled + 1) * page);
+        }
+        assert_eq!(memory.statistics().faults(), 11);
     }
 }
