@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use memmap2::MmapMut;
 
 use super::page_set::PageSet;
+use crate::pager::fill::buffers::map_for_disk;
 use crate::source::PageStore;
 use crate::source::call::catch_panic;
 
@@ -63,7 +64,7 @@ impl StoreBacking {
         before_write: Option<BeforeWrite>,
     ) -> io::Result<Self> {
         let memory = File::open("/proc/self/mem")?;
-        let buffer = MmapMut::map_anon(WRITE_PAGES * crate::page_size())?;
+        let buffer = map_for_disk(WRITE_PAGES * crate::page_size())?;
         let turn = Mutex::new(Turn { buffer, unsynced: PageSet::default(), lost: PageSet::default() });
         Ok(Self { store, offset, len, write_back, before_write, memory, turn })
     }

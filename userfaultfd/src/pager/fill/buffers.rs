@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use memmap2::{MmapMut, MmapOptions};
+use memmap2::{Advice, MmapMut, MmapOptions};
 
 use crate::Errno;
 use crate::owner::PerProcess;
@@ -13,6 +13,13 @@ const MAX_ASIDE_BYTES: usize = 64 << 20;
 
 /// Spare buffers that a thread keeps, for the content of later deferred fills.
 pub(crate) const MAX_SPARE_BUFFERS: usize = 8;
+
+/// Bytes of the huge pages of which long buffers are made. A disk is given one piece of a buffer for each page, and may take
+/// few at a time: some virtual ones take one.
+const HUGE_BYTES: usize = 2 << 20;
+
+/// Bytes of the least buffer that is made of them: it is mapped twice as long at most.
+const MIN_HUGE_BYTES: usize = HUGE_BYTES / 2;
 
 /// Bytes of content that are kept now, counted in each process on its own.
 static PUT_ASIDE: PerProcess<AtomicUsize> = PerProcess::new();
@@ -76,10 +83,64 @@ pub(crate) fn ensure_capacity(buffer: &mut Option<MmapMut>, len: usize) -> io::R
     buffer.as_mut().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
 
+/// Maps a buffer of at least `len` bytes that a disk may read or write by itself: a long one of huge pages, where the kernel
+/// has some.
+pub(crate) fn map_for_disk(len: usize) -> io::Result<MmapMut> {
+    if len < MIN_HUGE_BYTES {
+        return MmapOptions::new().len(len).no_reserve_swap().map_anon();
+    }
+    // Since Linux 6.7 the kernel aligns mappings of such lengths to their pages.
+    let buffer = MmapOptions::new().len(len.next_multiple_of(HUGE_BYTES)).no_reserve_swap().map_anon()?;
+    // Without them it does as well, and slower.
+    let _advised = buffer.advise(Advice::HugePage);
+    Ok(buffer)
+}
+
+/// As [`ensure_capacity`], of a buffer by [`map_for_disk`].
+pub(crate) fn ensure_capacity_for_disk(buffer: &mut Option<MmapMut>, len: usize) -> io::Result<&mut MmapMut> {
+    if buffer.as_ref().is_none_or(|buffer| buffer.len() < len) {
+        *buffer = Some(map_for_disk(len)?);
+    }
+    buffer.as_mut().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+}
+
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::support::{child, require, test_name};
+
+    /// Where the kernel has huge pages, a mapping that asks for them is known by a flag.
+    #[test]
+    fn long_buffer_for_a_disk_asks_for_huge_pages() {
+        require!();
+        let asks = |buffer: &MmapMut| {
+            let (address, maps) = (buffer.as_ptr().addr(), fs::read_to_string("/proc/self/smaps").unwrap());
+            // It may be one mapping with its neighbours.
+            let has = |line: &&str| {
+                let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+                let number = |text| usize::from_str_radix(text, 16).ok();
+                let range = range.and_then(|(start, end)| Some(number(start)?..number(end)?));
+                range.is_some_and(|range| range.contains(&address))
+            };
+            let mut mapping = maps.lines().skip_while(|line| !has(line));
+            let flags = mapping.find(|line| line.starts_with("VmFlags:")).unwrap();
+            flags.split_whitespace().any(|flag| flag == "hg")
+        };
+        let (long, short) =
+            (map_for_disk(MIN_HUGE_BYTES).unwrap(), map_for_disk(MIN_HUGE_BYTES - 1).unwrap());
+        assert_eq!((long.len(), short.len()), (HUGE_BYTES, MIN_HUGE_BYTES - 1));
+        assert_eq!(asks(&long), fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap());
+        let mut kept = Some(long);
+        let address = kept.as_ref().unwrap().as_ptr();
+        assert_eq!(
+            ensure_capacity_for_disk(&mut kept, HUGE_BYTES).unwrap().as_ptr(),
+            address,
+            "it is long enough"
+        );
+        assert_eq!(ensure_capacity_for_disk(&mut kept, HUGE_BYTES + 1).unwrap().len(), 2 * HUGE_BYTES);
+    }
 
     #[test]
     fn forked_child_counts_only_what_it_puts_aside_itself() {

@@ -8,7 +8,7 @@ use std::{io, slice};
 
 use memmap2::MmapMut;
 
-use super::buffers::{Aside, ensure_capacity};
+use super::buffers::{Aside, ensure_capacity, ensure_capacity_for_disk};
 use super::context::FillContext;
 use super::filler::{Next, PageFiller};
 use super::in_flight::{Answer, Started};
@@ -220,7 +220,7 @@ impl PageFiller {
         }
         span!("load", offset = offset, len = len);
         let (place, is_slow) = (self.place, self.is_slow());
-        let buffer = ensure_capacity(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
+        let buffer = ensure_capacity_for_disk(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
         let counters = context.counters(self.thread);
         let start = Instant::now();
         if let Some(place) = place {
@@ -294,7 +294,7 @@ impl PageFiller {
             return Ok(FillContent::Outside(residence.staged(pages.start).cast_const().cast()));
         }
         self.set_reading(context, region);
-        let buffer = ensure_capacity(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
+        let buffer = ensure_capacity_for_disk(&mut self.buffer, len).map_err(|_| NoContent::NoMemory)?;
         let mut at = pages.start;
         let read = loop {
             if at == pages.end {
