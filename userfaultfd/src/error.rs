@@ -250,6 +250,29 @@ pub enum Error {
         end: usize,
     },
 
+    /// A part of a [`Pristine`](crate::Pristine) can't be brought back to its image. What is outside of the range may have been.
+    ///
+    /// `ENOMEM`: it was unmapped, or moved away. `ENOENT`: something else was mapped there. `EFAULT`: it can't be written,
+    /// such as guard pages (`MADV_GUARD_INSTALL`).
+    #[error("memory at {start:#x}..{end:#x} can't be brought back to its image: {errno}")]
+    NotRestored {
+        /// The first address.
+        start: usize,
+        /// The address behind the last.
+        end: usize,
+        /// The reason.
+        errno: Errno,
+    },
+
+    /// An image to bring memory back to has another length than the memory.
+    #[error("an image of {image} bytes for {memory} bytes of memory")]
+    ImageLength {
+        /// Bytes of the image.
+        image: usize,
+        /// Bytes of the memory.
+        memory: usize,
+    },
+
     /// A tracker of another process's memory was given no descriptor that was made in that process.
     #[error(
         "another process's memory is tracked through a descriptor that was made in it: pass one to Options::descriptor \
@@ -300,7 +323,9 @@ impl Error {
             | Error::SystemError(errno)
             | Error::ZeropageFailed(errno)
             | Error::TrackingFailed(errno) => Some(*errno),
-            Error::Stopped { errno, .. } | Error::Refused { errno, .. } => Some(*errno),
+            Error::Stopped { errno, .. }
+            | Error::Refused { errno, .. }
+            | Error::NotRestored { errno, .. } => Some(*errno),
             #[cfg(any(feature = "tracking", feature = "snapshot"))]
             Error::NotCreatedIn { errno, .. } => Some(*errno),
             Error::PartiallyCopied(_) => Some(Errno::EAGAIN),
@@ -313,6 +338,7 @@ impl Error {
             | Error::AlreadyTracked { .. }
             | Error::NotSwitchable(_)
             | Error::InsidePage { .. }
+            | Error::ImageLength { .. }
             | Error::OtherMemory { .. }
             | Error::MissingServed { .. } => Some(Errno::EINVAL),
             Error::NoDescriptor => Some(Errno::EBADF),

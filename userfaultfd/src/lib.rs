@@ -58,6 +58,7 @@
 //! | the same where a VM monitor or CRIU hands the memory over on a socket | `handoff` (cargo feature), the program [`uffd`](guide::program) |
 //! | content that is loaded once for the memory of many processes | [`pager::SharedImage`] |
 //! | know which pages a program has written since the last look | [`DirtyTracker`] |
+//! | bring memory back to an image, again and again: sandboxes, fuzzers | [`Pristine`] |
 //! | know which pages are in use | [`AccessTracker`] |
 //! | save memory as it is at one moment, while threads go on writing; save the changes since | [`Snapshot`], [`snapshot`] |
 //! | do any of this with guest memory of the crate `vm-memory` | `guest` (cargo feature `vm-memory`) |
@@ -368,6 +369,8 @@ pub use crate::holder::Holder;
 pub use crate::lazy::{
     CloseError, LazyBuilder, LazyMemory, PagedBuilder, PagedMemory, PagedStatistics, Pinned, SigbusBuilder,
 };
+#[cfg(all(feature = "pager", feature = "tracking"))]
+pub use crate::lazy::{Pristine, PristineBuilder, ResetMethod, ResetReport};
 pub use crate::open::{OpenFailure, OpenRefusal, OpenWith};
 #[cfg(feature = "pager")]
 pub use crate::pager::{FlushError, FlushStep, WriteBack};

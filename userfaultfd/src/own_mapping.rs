@@ -3,11 +3,13 @@
 #![expect(unsafe_code, reason = "a mapping of its own")]
 
 use std::io;
+#[cfg(feature = "tracking")]
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
 use crate::holder::{Held, Holder};
 use crate::owner::Owner;
-use crate::sys;
+use crate::{Errno, sys};
 
 /// Private memory, which only the process that made it has. It is unmapped when this is dropped there.
 #[derive(Debug)]
@@ -29,8 +31,23 @@ unsafe impl Sync for OwnMapping {}
 impl OwnMapping {
     /// Maps `len` bytes, whole pages: of 2 to the power of `huge` bytes, or of the system's.
     pub(crate) fn new(len: usize, huge: Option<u8>) -> io::Result<Self> {
-        let owner = Owner::current()?;
-        let (start, locked) = sys::map_empty(len, huge)?;
+        Self::of(len, sys::map_empty(len, huge))
+    }
+
+    /// Maps the first `len` bytes of a file, whole pages, privately.
+    #[cfg(feature = "tracking")]
+    pub(crate) fn of_image(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+        Self::of(len, sys::map_image(file, len))
+    }
+
+    fn of(len: usize, mapped: Result<(NonNull<u8>, bool), Errno>) -> io::Result<Self> {
+        let (start, locked) = mapped?;
+        let unmap = |errno: Errno| {
+            // SAFETY: it was mapped by the caller, and nothing uses it.
+            unsafe { sys::unmap(start, len) };
+            errno
+        };
+        let owner = Owner::current().map_err(unmap)?;
         Ok(Self { owner, start, len, locked, held: Held::new(owner, Holder::LazyMemory) })
     }
 
@@ -94,7 +111,7 @@ impl OwnMapping {
 
 #[cold]
 fn not_here() -> ! {
-    panic!("this LazyMemory was made before a fork, by the parent process: a child hasn't got it")
+    panic!("this memory was made before a fork, by the parent process: a child hasn't got it")
 }
 
 impl Drop for OwnMapping {

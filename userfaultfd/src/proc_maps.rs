@@ -62,6 +62,10 @@ pub(crate) struct Entry {
     pub(crate) anonymous: bool,
     /// Whether any access is allowed.
     pub(crate) accessible: bool,
+    /// Where it begins in its file, in bytes.
+    pub(crate) offset: usize,
+    /// The number of its file; 0 if it has none.
+    pub(crate) inode: u64,
     /// Bytes of a page; 0 if that wasn't asked for.
     pub(crate) page: usize,
     /// `None` if they weren't asked for, or aren't told.
@@ -270,7 +274,8 @@ impl Entry {
     fn of_header(range: Range<usize>, rest: &[u8]) -> Self {
         let mut fields = words(rest);
         let permissions = fields.next().unwrap_or_default();
-        let inode = fields.nth(2);
+        let offset = fields.next().and_then(|offset| number(offset, 16)).unwrap_or_default();
+        let inode = fields.nth(1);
         let name = fields.next().unwrap_or_default();
         // What is shared or of a file has an inode, or at least a path: the first segment of System V has number 0.
         let anonymous = inode == Some(b"0") && !name.starts_with(b"/");
@@ -286,7 +291,8 @@ impl Entry {
             _ => MemoryKind::File,
         };
         let accessible = !permissions.starts_with(b"---");
-        Self { range, memory, anonymous, accessible, page: 0, flags: None }
+        let inode = inode.and_then(|inode| std::str::from_utf8(inode).ok()?.parse().ok()).unwrap_or_default();
+        Self { range, memory, anonymous, accessible, offset, inode, page: 0, flags: None }
     }
 
     /// Of the names behind `VmFlags:`.

@@ -62,12 +62,17 @@
 //! [`DirtyTracker::set_always_dirty`] makes pinned ranges count as written at every look;
 //! [`Series::set_always_dirty`](crate::snapshot::Series::set_always_dirty) saves them in every snapshot.
 //!
+//! # Going back
+//!
+//! [`DirtyTracker::reset`] copies an image back over what was written. For memory that a program makes for this,
+//! such as a sandbox's, `Pristine` does the same, and is safe.
+//!
 //! # What is safe, and why
 //!
-//! All of it is safe. Protection decides when a thread waits, never what it reads. Where the kernel can't protect empty
+//! All of it is safe but [`reset`](DirtyTracker::reset), which writes memory. Protection decides when a thread waits, never what it reads. Where the kernel can't protect empty
 //! pages (private anonymous memory before Linux 6.4), the tracker maps the kernel's page of zeros there, which is what
 //! such pages hold already. It never does so where another handler fills missing pages, or where memory was mapped anew.
-//! A tracker reads and writes no memory of the program.
+//! Otherwise a tracker reads and writes no memory of the program.
 //!
 //! Dropping a tracker lifts its protection, unregisters its ranges, and wakes their waiters. Where another handler fills
 //! missing pages of the same memory ([`Options::read_elsewhere`]), ranges stay registered, since unregistered memory
@@ -84,6 +89,7 @@
 mod access;
 mod changes;
 pub(crate) mod options;
+mod reset;
 mod serve;
 
 use std::fmt;

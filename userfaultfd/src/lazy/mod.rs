@@ -2,10 +2,14 @@
 
 mod builder;
 mod paged;
+#[cfg(feature = "tracking")]
+mod pristine;
 pub(crate) mod sigbus;
 
 pub use self::builder::LazyBuilder;
 pub use self::paged::{CloseError, PagedBuilder, PagedMemory, PagedStatistics};
+#[cfg(feature = "tracking")]
+pub use self::pristine::{Pristine, PristineBuilder, ResetMethod, ResetReport};
 pub use self::sigbus::builder::SigbusBuilder;
 use std::fmt;
 use std::io;

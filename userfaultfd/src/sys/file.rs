@@ -319,6 +319,15 @@ pub(crate) fn seal_as_image(file: BorrowedFd<'_>) -> Result<(), Errno> {
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
 }
 
+/// Seals a memfd: neither its length nor its content can change any more, whatever is done with its descriptors. `EBUSY`:
+/// a mapping could write to it.
+#[cfg(all(feature = "pager", feature = "tracking"))]
+pub(crate) fn seal_content(file: BorrowedFd<'_>) -> Result<(), Errno> {
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE | libc::F_SEAL_SEAL;
+    // SAFETY: the system call takes integers and touches no memory of this process.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
+}
+
 /// write(2) of bytes that Rust must not look at: the kernel copies them, as a fill does.
 #[cfg(test)]
 pub(crate) fn write(fd: BorrowedFd<'_>, bytes: *const libc::c_void, len: usize) -> Result<usize, Errno> {

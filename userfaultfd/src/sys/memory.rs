@@ -1,6 +1,9 @@
 //! Memory of this process, and reading that of others.
 
 use std::ops::Range;
+use std::os::fd::RawFd;
+#[cfg(all(feature = "pager", feature = "tracking"))]
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
@@ -124,10 +127,21 @@ pub(crate) fn map_empty(len: usize, huge: Option<u8>) -> Result<(NonNull<u8>, bo
         Some(bits) => libc::MAP_HUGETLB | libc::c_int::from(bits) << libc::MAP_HUGE_SHIFT,
         None => libc::MAP_NORESERVE,
     };
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | kind;
+    map_unfilled(len, libc::MAP_ANONYMOUS | kind, -1)
+}
+
+/// The same, with the content of a file, whose pages the kernel maps when they are accessed, and copies when they are
+/// written.
+#[cfg(all(feature = "pager", feature = "tracking"))]
+pub(crate) fn map_image(file: BorrowedFd<'_>, len: usize) -> Result<(NonNull<u8>, bool), Errno> {
+    map_unfilled(len, libc::MAP_NORESERVE, file.as_raw_fd())
+}
+
+fn map_unfilled(len: usize, kind: libc::c_int, file: RawFd) -> Result<(NonNull<u8>, bool), Errno> {
     // The kernel fills nothing that can't be accessed.
     // SAFETY: the kernel chooses an address where nothing is.
-    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+    let start =
+        unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, libc::MAP_PRIVATE | kind, file, 0) };
     if start == libc::MAP_FAILED {
         return Err(Errno::last());
     }
@@ -136,7 +150,8 @@ pub(crate) fn map_empty(len: usize, huge: Option<u8>) -> Result<(NonNull<u8>, bo
         check(unsafe { libc::madvise(start, len, libc::MADV_DONTFORK) })?;
         // Of what can be wrong with it, it can only be locked, which huge pages never are.
         // SAFETY: as above.
-        let locked = huge.is_none() && unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) } == -1;
+        let locked =
+            kind & libc::MAP_HUGETLB == 0 && unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) } == -1;
         if locked {
             // SAFETY: as above.
             check(unsafe { libc::munlock(start, len) })?;
@@ -149,6 +164,55 @@ pub(crate) fn map_empty(len: usize, huge: Option<u8>) -> Result<(NonNull<u8>, bo
         // SAFETY: as above.
         unsafe { libc::munmap(start, len) };
     })
+}
+
+/// Whether something is mapped at each address of a range of whole pages.
+#[cfg(all(feature = "pager", feature = "tracking"))]
+pub(crate) fn is_mapped(range: &Range<usize>) -> Result<bool, Errno> {
+    let start = std::ptr::without_provenance_mut(range.start);
+    // SAFETY: MS_ASYNC has the kernel look at the addresses, and do nothing.
+    match check(unsafe { libc::msync(start, range.len(), libc::MS_ASYNC) }) {
+        Err(Errno::ENOMEM) => Ok(false),
+        looked => looked.map(|_| true),
+    }
+}
+
+/// Lets a range be read and written: mprotect(2).
+///
+/// # Safety
+///
+/// - The range is whole pages of memory of the caller's own.
+#[cfg(all(feature = "pager", feature = "tracking"))]
+pub(crate) unsafe fn make_writable(start: *mut u8, len: usize) -> Result<(), Errno> {
+    // SAFETY: as the caller has made sure.
+    check(unsafe { libc::mprotect(start.cast(), len, libc::PROT_READ | libc::PROT_WRITE) }).map(drop)
+}
+
+/// pread(2) into memory that Rust has no reference to. `EFAULT`: a part can't be written. `EIO`: the file ends before.
+///
+/// # Safety
+///
+/// - `len` bytes from `start` on are memory of the caller's own, or addresses where nothing is, and nothing borrows them.
+#[cfg(all(feature = "pager", feature = "tracking"))]
+pub(crate) unsafe fn read_into(
+    file: BorrowedFd<'_>,
+    offset: usize,
+    start: *mut u8,
+    len: usize,
+) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < len {
+        let (to, at) = (start.wrapping_add(done), (offset + done) as libc::off64_t);
+        // SAFETY: as the caller has made sure.
+        let read = unsafe { libc::pread64(file.as_raw_fd(), to.cast(), len - done, at) };
+        match usize::try_from(read) {
+            Ok(0) => return Err(Errno::EIO),
+            Ok(read) => done += read,
+            Err(_) if Errno::last() == Errno::EINTR => {}
+            Err(_) => return Err(Errno::last()),
+        }
+    }
+    Ok(())
 }
 
 /// Has each page of a range locked once it is there: mlock2(2). Linux 4.4.

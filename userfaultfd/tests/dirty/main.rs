@@ -18,6 +18,7 @@ mod injected;
 mod pinned;
 mod process;
 mod ranges;
+mod reset;
 mod ring;
 mod space;
 mod taken_over;
