@@ -146,6 +146,30 @@ mod tests {
         }
     }
 
+    /// Zeros of a source, and data behind them.
+    struct ZerosThenData;
+
+    impl PageSource for ZerosThenData {
+        fn read(&self, offset: u64, page: &mut [u8]) -> io::Result<PageData> {
+            for (at, byte) in (offset..).zip(page) {
+                *byte = u8::from(at >= 4);
+            }
+            Ok(PageData::Data)
+        }
+
+        fn zeros(&self, offset: u64) -> u64 {
+            4_u64.saturating_sub(offset)
+        }
+    }
+
+    #[test]
+    fn zeros_end_where_a_part_has_data_behind_its_own() {
+        crate::support::require!();
+        let mut source = ConcatSource::new();
+        source.push_zeros(3).unwrap().push_part(ZerosThenData, 0..6).unwrap().push_zeros(5).unwrap();
+        assert_eq!([0, 2, 3, 6, 7, 9].map(|offset| source.zeros(offset)), [7, 5, 4, 1, 0, u64::MAX]);
+    }
+
     #[test]
     fn a_page_of_zeros_is_zero_whatever_it_is_made_of() {
         crate::support::require!();
