@@ -80,6 +80,20 @@ impl OwnMapping {
         self.start.as_ptr()
     }
 
+    /// Unmaps some parts, in bytes from the start, and leaves the rest to whoever has mapped it there since: for memory that
+    /// its user may unmap by a raw pointer. It has no bytes afterwards.
+    #[cfg(feature = "tracking")]
+    pub(crate) fn unmap_parts(&mut self, parts: &[std::ops::Range<usize>]) {
+        let len = std::mem::take(&mut self.len);
+        for part in parts.iter().filter(|part| self.is_here() && part.end <= len) {
+            // SAFETY: within the mapping.
+            let start = unsafe { self.start.add(part.start) };
+            // SAFETY: the caller has seen that this part is still there. Nothing uses it after this: the memory has no bytes
+            // any more.
+            unsafe { sys::unmap(start, part.len()) };
+        }
+    }
+
     #[cfg(any(feature = "tracking", feature = "snapshot"))]
     pub(crate) fn len(&self) -> usize {
         self.len
@@ -117,7 +131,7 @@ fn not_here() -> ! {
 impl Drop for OwnMapping {
     fn drop(&mut self) {
         // In another process it isn't mapped.
-        if self.is_here() {
+        if self.is_here() && self.len > 0 {
             // SAFETY: it was mapped by `new`, and nothing uses it after this.
             unsafe { sys::unmap(self.start, self.len) };
         }

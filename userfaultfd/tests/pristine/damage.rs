@@ -5,7 +5,7 @@ use std::ops::Range;
 use userfaultfd::{Errno, Error, Pristine, ResetMethod};
 
 use crate::support::mapping::Mapping;
-use crate::support::{child, page, require, test_name};
+use crate::support::{child, has, page, require, test_name};
 use crate::{image, methods, pristine};
 
 fn at(memory: &Pristine, at: usize) -> *mut libc::c_void {
@@ -86,8 +86,53 @@ fn other_mapping_is_named_and_left_alone() {
             is_not_restored(&mut memory, 4..6);
             // SAFETY: as above.
             assert_eq!(unsafe { other.cast::<u8>().read_volatile() }, 9, "{method:?}");
+            drop(memory);
+            // SAFETY: as above; the memory leaves what isn't its own.
+            assert_eq!(unsafe { other.cast::<u8>().read_volatile() }, 9, "{method:?}");
+            // SAFETY: mapped above.
+            assert_eq!(unsafe { libc::munmap(other, 2 * page()) }, 0);
         }
     });
+}
+
+/// No look at the pages tells of it: all of them count as written.
+#[test]
+fn other_mapping_in_an_always_dirty_range_is_left_alone() {
+    require!();
+    child::run_well(test_name!(), || {
+        for method in methods(test_name!()) {
+            let mut memory = pristine(&image(8), method);
+            memory.set_always_dirty(3 * page()..7 * page(), true).unwrap();
+            memory.fill(1);
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+            // SAFETY: nothing accesses what was there any more.
+            let other = unsafe { libc::mmap(at(&memory, 4), 2 * page(), libc::PROT_READ, flags, -1, 0) };
+            is_not_restored(&mut memory, 4..6);
+            // SAFETY: mapped above.
+            assert_eq!(unsafe { other.cast::<u8>().read_volatile() }, 0, "{method:?}");
+            drop(memory);
+            // SAFETY: mapped above.
+            assert_eq!(unsafe { libc::munmap(other, 2 * page()) }, 0);
+        }
+    });
+}
+
+#[test]
+fn guard_pages_go_by_release() {
+    require!();
+    const MADV_GUARD_INSTALL: libc::c_int = 102;
+    // With a tracker the call doesn't end: see the docs.
+    for method in methods(test_name!()).into_iter().filter(|method| *method == ResetMethod::Drop) {
+        let image = image(8);
+        let mut memory = pristine(&image, method);
+        // SAFETY: nothing accesses the page before the release.
+        let guarded = unsafe { libc::madvise(at(&memory, 2), page(), MADV_GUARD_INSTALL) } == 0;
+        if !has(test_name!(), "guard pages", guarded) {
+            return;
+        }
+        memory.release().unwrap();
+        assert!(memory[..] == image, "{method:?}");
+    }
 }
 
 #[test]

@@ -69,11 +69,11 @@ const SCANNED_BYTES: usize = 64 << 10;
 /// | mlock(2) | counts as a write |
 /// | munmap(2), mremap(2) to elsewhere | is [`NotRestored`](Error::NotRestored), with the range |
 /// | another mapping in the same place | likewise, or [`NotTracked`](Error::NotTracked); that mapping is left alone |
-/// | guard pages (`MADV_GUARD_INSTALL`) | is `NotRestored` with `EFAULT`, if it has to copy there |
+/// | guard pages (`MADV_GUARD_INSTALL`) | takes them away by [`ResetMethod::Drop`]. With [`ResetMethod::CopyBack`] that call itself doesn't return (Linux 6.18): it replaces the kernel's markers of protection, which come back, and retries |
 ///
-/// After such an error the memory is partly restored. Drop it, and build another one.
+/// After such an error the memory is partly restored. Drop it, and build another one: other mappings in its place stay.
 ///
-/// No thread may write to the memory while `reset` runs: that write may stay.
+/// No thread may write to the memory while `reset` runs: that write may stay, until the page is written again.
 ///
 /// # Pinned memory
 ///
@@ -164,10 +164,11 @@ impl Pristine {
     pub fn reset(&mut self) -> Result<ResetReport> {
         self.check_owner()?;
         let all = self.range();
-        let Some(tracker) = &mut self.tracker else { return self.drop_copies() };
-        if !sys::is_mapped(&all)? {
-            return Err(self.damage(Errno::ENOMEM));
+        // First: what else is mapped there must not be written, and not every look of the tracker would tell.
+        if let Some(range) = self.foreign_part()? {
+            return Err(not_restored(range, Errno::ENOENT));
         }
+        let Some(tracker) = &mut self.tracker else { return self.drop_copies() };
         self.hot.begin();
         let (hot, memory, image) = (&mut self.hot, &self.memory, &self.image);
         let mut report = ResetReport { method: ResetMethod::CopyBack, copied_pages: 0, hot_pages: 0 };
@@ -265,8 +266,24 @@ impl Pristine {
             Err(Errno::EINVAL) => report.copied_pages = copy_back(&self.memory, &self.image, 0..len)?,
             dropped => dropped?,
         }
+        sys::remove_guards(self.memory.as_ptr(), len)?;
         make_writable(&self.memory, 0..len)?;
         Ok(report)
+    }
+
+    /// The parts that are mapped to their place in the image, in bytes of the memory.
+    fn own_parts(&self) -> Result<Vec<Range<usize>>> {
+        let all = self.range();
+        let mut own = Vec::new();
+        let looked = Process::Own.each_mapping(Source::Maps, &all, |entry| {
+            let place = entry.range.start.checked_sub(all.start);
+            if entry.inode == self.inode && Some(entry.offset) == place {
+                own.push(entry.range.start - all.start..entry.range.end.min(all.end) - all.start);
+            }
+            ControlFlow::Continue(())
+        });
+        looked.map_err(|error| Error::SystemError(errno_of(&error)))?;
+        Ok(own)
     }
 
     /// The first part that isn't mapped to its place in the image.
@@ -377,6 +394,16 @@ impl DerefMut for Pristine {
     /// In a forked child.
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.memory.bytes_mut()[..self.len]
+    }
+}
+
+impl Drop for Pristine {
+    fn drop(&mut self) {
+        // It registers nothing any more when the memory goes.
+        self.tracker = None;
+        // If it can't be seen what is the image's, all stays mapped.
+        let own = if self.memory.is_here() { self.own_parts().unwrap_or_default() } else { Vec::new() };
+        self.memory.unmap_parts(&own);
     }
 }
 
