@@ -380,12 +380,7 @@ impl ServedProcess {
     pub fn finish(&self, mut progress: impl FnMut(Progress)) -> pager::Result<()> {
         self.memory.iter().try_for_each(|memory| self.pager.finish_region(memory.id, &mut progress))?;
         // Nothing is registered any more.
-        let detached = self.pager.remove(self.descriptor)?;
-        if let Some(state) = self.guest.state() {
-            state.remove();
-        }
-        drop(detached);
-        Ok(())
+        self.pager.remove(self.descriptor).map(drop)
     }
 
     /// Ends serving, and returns what was handed over with the list of missing pages, for another pager, perhaps in another
@@ -400,9 +395,6 @@ impl ServedProcess {
 
     fn take_back(self) -> Result<Handoff, Box<Self>> {
         let Ok(detached) = self.pager.remove(self.descriptor) else { return Err(Box::new(self)) };
-        if let Some(state) = self.guest.state() {
-            state.remove();
-        }
         let missing = Some(detached.missing());
         let Self { memory, guest, dialect, mode, memfds, process, pid, stream, .. } = self;
         let regions = memory.into_iter().map(|memory| memory.region).collect();

@@ -169,7 +169,7 @@ pub struct Unadopted {
 /// ```
 #[doc(alias = "pidfd_getfd")]
 pub fn adopt(dir: impl AsRef<Path>, pid: u32) -> Result<Handoff, AdoptError> {
-    let (state, kept, pidfd) = open(dir.as_ref(), pid)?;
+    let (state, kept, pidfd) = open(dir.as_ref(), pid, None)?;
     let userfaultfd = take_userfaultfd(pidfd.as_fd(), pid, kept.inode)?;
     Ok(handoff(state, kept, pidfd, userfaultfd))
 }
@@ -181,7 +181,10 @@ pub fn adopt(dir: impl AsRef<Path>, pid: u32) -> Result<Handoff, AdoptError> {
 ///
 /// An [`AdoptError`], with the userfaultfd.
 pub fn adopt_with(dir: impl AsRef<Path>, pid: u32, userfaultfd: Uffd) -> Result<Handoff, Box<Unadopted>> {
-    match open(dir.as_ref(), pid) {
+    let opened = inode_of(userfaultfd.as_fd())
+        .map_err(system("the userfaultfd can't be looked at"))
+        .and_then(|inode| open(dir.as_ref(), pid, inode));
+    match opened {
         Ok((state, kept, pidfd)) => Ok(handoff(state, kept, pidfd, userfaultfd)),
         Err(error) => Err(Box::new(Unadopted { userfaultfd, error })),
     }
@@ -228,6 +231,10 @@ pub(super) fn keep(dir: &Path, handoff: &Handoff) -> io::Result<StateFile> {
     let description = Description { missing: None, ..handoff.description() };
     let inode = inode_of(handoff.userfaultfd.as_fd())?;
     let kept = Kept { boot: boot()?, pid, started: started(pid)?, inode, description };
+    if sys::is_readable(pidfd.as_fd()) {
+        // What has its id by now may be another process.
+        return Err(io::Error::from(Errno::ESRCH));
+    }
     let states = states(&kept.description).ok_or(io::ErrorKind::InvalidInput)?;
     let state = StateFile::create((dir, pid), &serde_json::to_vec(&kept)?, states, pidfd)?;
     if !handoff.memfds.is_empty() {
@@ -253,14 +260,17 @@ fn handoff(state: StateFile, kept: Kept, pidfd: OwnedFd, userfaultfd: Uffd) -> H
     Handoff::new(parts, on_end)
 }
 
-/// Opens the file of states of a process: of several the first that nothing has open.
-fn open(dir: &Path, pid: u32) -> Result<(StateFile, Kept, OwnedFd), AdoptError> {
+/// Opens the file of states of a process: of several the first that nothing has open; with an inode, of the userfaultfd that has
+/// it.
+fn open(dir: &Path, pid: u32, inode: Option<u64>) -> Result<(StateFile, Kept, OwnedFd), AdoptError> {
     let until = Instant::now() + END_PATIENCE;
     loop {
         let mut refused = AdoptError::NotLeft { pid, dir: dir.to_owned() };
         let names = state_file::names(dir).map_err(system("the directory can't be read"))?;
         for (_, path) in names.into_iter().filter(|(of, _)| *of == pid) {
             match open_one(&path, pid) {
+                // Without inodes nothing tells userfaultfds apart.
+                Ok((_, kept, _)) if inode.zip(kept.inode).is_some_and(|(given, kept)| given != kept) => {}
                 Ok(opened) => return Ok(opened),
                 Err(error) => refused = error,
             }
@@ -307,8 +317,14 @@ fn find(kept: &Kept, pid: u32) -> Result<OwnedFd, AdoptError> {
         Err(errno) => return Err(system("a pidfd can't be opened")(errno.into())),
     };
     // Afterwards: as long as the process isn't waited for, its id is its own.
-    let is_it = started(pid).is_ok_and(|started| (kept.pid, kept.started) == (pid, started));
-    if is_it && !sys::is_readable(pidfd.as_fd()) { Ok(pidfd) } else { Err(ended) }
+    let started = match started(pid) {
+        // It has ended, whatever else can't be read.
+        _ if sys::is_readable(pidfd.as_fd()) => return Err(ended),
+        Ok(started) => started,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(ended),
+        Err(error) => return Err(system("the start of the process can't be told")(error)),
+    };
+    if (kept.pid, kept.started) == (pid, started) { Ok(pidfd) } else { Err(ended) }
 }
 
 fn open_pidfd(pid: u32) -> Result<OwnedFd, Errno> {

@@ -333,7 +333,9 @@ impl Pager {
         }
         let descriptors = self.shared.table.all().into_iter();
         let detach = |descriptor: Arc<Descriptor>| {
-            self.shared.remove(&descriptor).map(|serving| shutdown::detached(&descriptor, serving))
+            let serving = self.shared.remove(&descriptor)?;
+            descriptor.remove_state();
+            Some(shutdown::detached(&descriptor, serving))
         };
         descriptors.filter_map(detach).collect()
     }

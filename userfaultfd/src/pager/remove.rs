@@ -150,6 +150,7 @@ impl Pager {
             return Err(failed.unfilled(lost.len()));
         }
         let serving = self.shared.remove(&descriptor).ok_or(Error::NotServed)?;
+        descriptor.remove_state();
         Ok(shutdown::detached(&descriptor, serving))
     }
 

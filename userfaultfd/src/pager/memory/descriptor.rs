@@ -262,6 +262,13 @@ impl Descriptor {
         }
     }
 
+    /// Removes its file of states, if it has one: another owner has the memory from now on, or nothing is missing.
+    pub(crate) fn remove_state(&self) {
+        if let Some(state) = &self.state {
+            state.remove();
+        }
+    }
+
     /// Whether it isn't served any more.
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)

@@ -186,7 +186,8 @@ impl StateFile {
         place: (PathBuf, u32),
         process: OwnedFd,
     ) -> io::Result<Self> {
-        let map = MmapOptions::new().map_raw(&file)?;
+        // As long as it was seen to be with the lock.
+        let map = MmapOptions::new().len(states_at(description_len) + states).map_raw(&file)?;
         let states_at = states_at(description_len);
         let start = NonNull::new(map.as_mut_ptr().wrapping_add(crate::page_size()));
         let start = start.expect("a mapping doesn't end at null");
@@ -405,6 +406,10 @@ impl FoundFile {
     pub(crate) fn open(self, process: OwnedFd) -> Result<StateFile, OpenError> {
         self.lock()?;
         let Self { path, file, description, states } = self;
+        // It may have become shorter since it was read. From now on this process alone has it.
+        if file.metadata()?.len() != (states_at(description.len()) + states) as u64 {
+            return Err(OpenError::Form("it hasn't the length that it says"));
+        }
         let state = StateFile::map(file, description.len(), states, (PathBuf::new(), 0), process)?;
         let _once = state.path.set(path);
         Ok(state)

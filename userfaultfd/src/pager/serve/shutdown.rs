@@ -325,6 +325,7 @@ pub(crate) fn give_back(
         serving.layout.segments().iter().any(|segment| segment.region.lease.is_taken())
     };
     if let Some(serving) = shared.remove_if(descriptor, |serving| !is_lent(serving)) {
+        descriptor.remove_state();
         // What is missing where nothing is mapped is no failure.
         poisoned.add(serving.layout.segments(), Pages::is_poisoned);
         unregister(&serving.uffd, serving.layout.everything(), |_| {});
