@@ -192,6 +192,35 @@ fn successor_reads_nothing_twice_and_brings_nothing_back() {
     });
 }
 
+/// However a pager gives memory away or completes it, nothing is left that another handler could take for its own.
+#[test]
+fn memory_that_is_given_away_is_not_left_behind() {
+    require!();
+    child::run_well(test_name!(), || {
+        for how in 0..3 {
+            let (states, path) = (States::new(), path());
+            let mut monitor = Monitor::fork(Style::new(Dialect::Firecracker), path.clone());
+            let mut listener = Listener::bind(&path).unwrap();
+            monitor.go();
+            let pager = Pager::builder().state(&states.0).build().unwrap();
+            let served = pager.serve(listener.accept().unwrap(), |_| Image(PAGES)).unwrap();
+            assert_eq!(states.files(), 1);
+            let given = match how {
+                0 => vec![pager.remove(served.descriptor()).unwrap()],
+                1 => pager.detach(),
+                _ => {
+                    pager.finish(|_| {}).unwrap();
+                    Vec::new()
+                }
+            };
+            // Also while the handle is kept.
+            assert_eq!((states.files(), left_behind(&states.0).unwrap()), (0, Vec::new()), "{how}");
+            drop((served, given));
+            monitor.exit();
+        }
+    });
+}
+
 /// A process that reads, writes and drops pages of its memory in several threads, and checks each byte. Pages of each
 /// thread are its own.
 struct Busy {
