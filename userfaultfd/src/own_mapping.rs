@@ -80,7 +80,7 @@ impl OwnMapping {
         self.start.as_ptr()
     }
 
-    /// Unmaps some parts, in bytes from the start, and leaves the rest to whoever has mapped it there since: for memory that
+    /// Unmaps some parts, in bytes from the start, and leaves what other code has mapped in its place since: for memory that
     /// its user may unmap by a raw pointer. It has no bytes afterwards.
     #[cfg(feature = "tracking")]
     pub(crate) fn unmap_parts(&mut self, parts: &[std::ops::Range<usize>]) {
