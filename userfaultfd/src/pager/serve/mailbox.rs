@@ -165,6 +165,12 @@ impl Mailbox {
         sys::epoll_control(epoll, libc::EPOLL_CTL_ADD, end, events | libc::EPOLLONESHOT, token)
     }
 
+    /// Ends [`watch`](Self::watch), before the descriptor is closed.
+    pub(crate) fn unwatch(&self, end: BorrowedFd<'_>) {
+        // It isn't there if watching it has failed.
+        let _deleted = sys::epoll_control(self.epoll.as_fd(), libc::EPOLL_CTL_DEL, end, 0, 0);
+    }
+
     /// Whether a process has forked whose child isn't served yet.
     pub(crate) fn has_forks(&self) -> bool {
         lock(&self.notes).has_forks()

@@ -197,6 +197,8 @@ impl Shared {
         let serving = descriptor.close_if(may)?;
         self.fill.in_flight.cancel(|of, _| of.id == descriptor.id);
         self.poll.remove(serving.uffd.as_fd());
+        // While their numbers are theirs: others may hold the same descriptions open, and watch them anew.
+        lock(&descriptor.ends).iter().for_each(|(_, end)| self.mailbox.unwatch(end.as_fd()));
         Some(serving)
     }
 
