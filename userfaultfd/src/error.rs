@@ -207,6 +207,10 @@ pub enum Error {
         errno: Errno,
     },
 
+    /// Memory of another process can't be written from here: from [`DirtyTracker::reset`](crate::DirtyTracker::reset).
+    #[error("the tracked memory is another process's: it can't be reset from here")]
+    NotOwnMemory,
+
     /// The page map of this kernel doesn't tell which pages are protected (since Linux 5.13), which a tracker needs beside
     /// another handler of the same descriptor.
     #[error(
@@ -347,7 +351,7 @@ impl Error {
             }
             Error::NoAccess { errno, .. } => Some(*errno),
             Error::AlwaysChanging => Some(Errno::EAGAIN),
-            Error::NeedsProtectionInPagemap => Some(Errno::EOPNOTSUPP),
+            Error::NotOwnMemory | Error::NeedsProtectionInPagemap => Some(Errno::EOPNOTSUPP),
             Error::OtherProcess => Some(Errno::ESRCH),
             Error::FeatureNotPermitted(_) => Some(Errno::EPERM),
             Error::NotUserfaultfd => Some(Errno::ENOTTY),

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{DirtyTracker, Mode};
 use crate::proc_maps::Process;
 use crate::watch::ranges;
-use crate::{Errno, Error, Result, page_size};
+use crate::{Error, Result, page_size};
 
 /// Ranges that are copied back before they are protected again: as many as one scan reports.
 const RANGES_PER_BATCH: usize = 512;
@@ -74,7 +74,7 @@ impl DirtyTracker {
     ///
     /// - [`ImageLength`](Error::ImageLength): the image has another length than the range.
     /// - [`InsidePage`](Error::InsidePage): a bound lies inside a page; nothing was changed.
-    /// - [`SystemError`](Error::SystemError) with `EOPNOTSUPP`: the memory is another process's.
+    /// - [`NotOwnMemory`](Error::NotOwnMemory): the memory is another process's.
     /// - Those of [`dirty`](Self::dirty).
     ///
     /// # Safety
@@ -106,7 +106,7 @@ impl DirtyTracker {
     fn check_image(&self, image: &[u8], memory: usize) -> Result<()> {
         self.0.watch.check()?;
         if self.0.watch.process != Process::Own {
-            return Err(Error::SystemError(Errno::EOPNOTSUPP));
+            return Err(Error::NotOwnMemory);
         }
         if image.len() == memory { Ok(()) } else { Err(Error::ImageLength { image: image.len(), memory }) }
     }

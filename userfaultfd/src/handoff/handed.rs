@@ -2,14 +2,13 @@
 
 use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::orphan::Orphan;
+use super::succession::Adopted;
 use super::{Connection, Credentials, Dialect, MemoryRegion, Process};
 use crate::owner::Owner;
-use crate::pager::memory::state_file::StateFile;
 use crate::pager::{MissingRange, OnEnd};
 use crate::{RegisterMode, Uffd};
 
@@ -50,7 +49,7 @@ pub struct Parts {
     /// The missing pages, if a pager has served the memory before. `None`: all are missing.
     pub missing: Option<Vec<MissingRange>>,
     /// The states of the pages, if a pager that has died has served the memory before.
-    pub(super) state: Option<Arc<StateFile>>,
+    pub(super) state: Option<Adopted>,
 }
 
 /// What is known of a [`Handoff`], without its descriptors, to be written down or sent to another process.
@@ -108,6 +107,10 @@ impl Handoff {
     }
 
     /// Returns a description of what was handed over, without the descriptors.
+    ///
+    /// Of what was [adopted](super::adopt) the states of the pages are known only to the pager that serves it: serve it, and
+    /// describe what [`detach`](super::ServedProcess::detach) returns. The description of an adopted hand-over, and its parts,
+    /// don't say what is missing.
     #[must_use]
     pub fn description(&self) -> Description {
         Description {

@@ -140,7 +140,10 @@ fn serve<S: PageSource + 'static>(
         return Err(unserved(handoff, ServeError::Regions(error)));
     }
     let state = match (&handoff.state, pager.state_dir()) {
-        (Some(state), _) => Some(Arc::clone(state)),
+        (Some(adopted), _) => match adopted.check(&handoff.regions) {
+            Ok(state) => Some(state),
+            Err(error) => return Err(unserved(handoff, ServeError::State(error))),
+        },
         (None, Some(dir)) => match succession::keep(dir, &handoff) {
             Ok(state) => Some(Arc::new(state)),
             Err(error) => return Err(unserved(handoff, ServeError::State(error))),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Description, Handoff, region};
+use super::{Description, Handoff, MemoryRegion, region};
 use crate::pager::memory::state_file::{self, FoundFile, Mark, OpenError, StateFile};
 use crate::sys::process;
 use crate::{Errno, Uffd, sys};
@@ -21,6 +21,30 @@ const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How often it is looked whether they have.
 const END_INTERVAL: Duration = Duration::from_millis(1);
+
+/// The states of the pages of a hand-over that was adopted.
+#[derive(Debug)]
+pub(super) struct Adopted {
+    state: Arc<StateFile>,
+    /// Address, length and page size of the regions, in the order of their states.
+    regions: Vec<[usize; 3]>,
+}
+
+impl Adopted {
+    fn places(regions: &[MemoryRegion]) -> impl Iterator<Item = [usize; 3]> {
+        regions.iter().map(|region| [region.address, region.len, region.page_size])
+    }
+
+    /// Returns the file of states, if these regions are those that it is of.
+    pub(super) fn check(&self, regions: &[MemoryRegion]) -> io::Result<Arc<StateFile>> {
+        if Self::places(regions).eq(self.regions.iter().copied()) {
+            Ok(Arc::clone(&self.state))
+        } else {
+            let reason = "the regions were changed since they were adopted: their pages have other states";
+            Err(io::Error::new(io::ErrorKind::InvalidInput, reason))
+        }
+    }
+}
 
 /// What stands in a file of states beside the states.
 #[derive(Debug, Serialize, Deserialize)]
@@ -169,9 +193,9 @@ pub struct Unadopted {
 /// ```
 #[doc(alias = "pidfd_getfd")]
 pub fn adopt(dir: impl AsRef<Path>, pid: u32) -> Result<Handoff, AdoptError> {
-    let (state, kept, pidfd) = open(dir.as_ref(), pid, None)?;
-    let userfaultfd = take_userfaultfd(pidfd.as_fd(), pid, kept.inode)?;
-    Ok(handoff(state, kept, pidfd, userfaultfd))
+    let take = |kept: &Kept, pidfd: BorrowedFd<'_>| take_userfaultfd(pidfd, pid, kept.inode);
+    let (opened, userfaultfd) = open(dir.as_ref(), pid, take)?;
+    Ok(handoff(opened, userfaultfd))
 }
 
 /// Takes over the memory of a process like [`adopt`], with its userfaultfd given: from a descriptor store, such as
@@ -183,9 +207,9 @@ pub fn adopt(dir: impl AsRef<Path>, pid: u32) -> Result<Handoff, AdoptError> {
 pub fn adopt_with(dir: impl AsRef<Path>, pid: u32, userfaultfd: Uffd) -> Result<Handoff, Box<Unadopted>> {
     let opened = inode_of(userfaultfd.as_fd())
         .map_err(system("the userfaultfd can't be looked at"))
-        .and_then(|inode| open(dir.as_ref(), pid, inode));
+        .and_then(|inode| open(dir.as_ref(), pid, |kept, _| check_inode(kept, pid, inode)));
     match opened {
-        Ok((state, kept, pidfd)) => Ok(handoff(state, kept, pidfd, userfaultfd)),
+        Ok((opened, ())) => Ok(handoff(opened, userfaultfd)),
         Err(error) => Err(Box::new(Unadopted { userfaultfd, error })),
     }
 }
@@ -193,15 +217,16 @@ pub fn adopt_with(dir: impl AsRef<Path>, pid: u32, userfaultfd: Uffd) -> Result<
 /// Returns the processes whose memory handlers have left in a directory, ordered by id: see [`adopt`]. A process that has handed
 /// over several userfaultfds is there once for each.
 ///
-/// Those that a handler serves aren't among them. Files of processes that have ended are removed.
+/// Those that a handler serves aren't among them, for which up to two seconds are waited: a handler that was just killed may still
+/// be ending. Files of processes that have ended are removed.
 ///
 /// # Errors
 ///
 /// Those of reading the directory.
 pub fn left_behind(dir: impl AsRef<Path>) -> io::Result<Vec<u32>> {
-    let mut left = Vec::new();
+    let (mut left, until) = (Vec::new(), Instant::now() + END_PATIENCE);
     for (pid, path) in state_file::names(dir.as_ref())? {
-        match open_one(&path, pid) {
+        match open_ended(until, || open_one(&path, pid)) {
             Err(AdoptError::Served { .. }) => {}
             Err(AdoptError::Ended { .. }) => remove_unused(&path),
             // Closed again, which unlocks it. The reason why it can't be gone on with is told when it is adopted.
@@ -251,39 +276,62 @@ fn states(description: &Description) -> Option<usize> {
 }
 
 /// What is handed over by a predecessor that has died.
-fn handoff(state: StateFile, kept: Kept, pidfd: OwnedFd, userfaultfd: Uffd) -> Handoff {
+fn handoff((state, kept, pidfd): Opened, userfaultfd: Uffd) -> Handoff {
     let on_end = kept.description.on_end;
     let memfds = Vec::new();
     let handoff = Handoff::from_description(kept.description, userfaultfd, memfds, Some(pidfd));
     let mut parts = handoff.into_parts();
-    parts.state = Some(Arc::new(state));
+    let regions = Adopted::places(&parts.regions).collect();
+    parts.state = Some(Adopted { state: Arc::new(state), regions });
     Handoff::new(parts, on_end)
 }
 
-/// Opens the file of states of a process: of several the first that nothing has open; with an inode, of the userfaultfd that has
-/// it.
-fn open(dir: &Path, pid: u32, inode: Option<u64>) -> Result<(StateFile, Kept, OwnedFd), AdoptError> {
-    let until = Instant::now() + END_PATIENCE;
-    loop {
-        let mut refused = AdoptError::NotLeft { pid, dir: dir.to_owned() };
+/// A file of states with what stands in it, and a pidfd of its process.
+type Opened = (StateFile, Kept, OwnedFd);
+
+/// Opens the file of states of a process: of several the first that nothing has open, and of which the userfaultfd can be had
+/// by `take`.
+fn open<T>(
+    dir: &Path,
+    pid: u32,
+    take: impl Fn(&Kept, BorrowedFd<'_>) -> Result<T, AdoptError>,
+) -> Result<(Opened, T), AdoptError> {
+    open_ended(Instant::now() + END_PATIENCE, || {
+        let mut refused = None;
         let names = state_file::names(dir).map_err(system("the directory can't be read"))?;
         for (_, path) in names.into_iter().filter(|(of, _)| *of == pid) {
-            match open_one(&path, pid) {
-                // Without inodes nothing tells userfaultfds apart.
-                Ok((_, kept, _)) if inode.zip(kept.inode).is_some_and(|(given, kept)| given != kept) => {}
-                Ok(opened) => return Ok(opened),
-                Err(error) => refused = error,
+            let opened = open_one(&path, pid).and_then(|opened| {
+                let taken = take(&opened.1, opened.2.as_fd())?;
+                Ok((opened, taken))
+            });
+            match (opened, &refused) {
+                (Ok(opened), _) => return Ok(opened),
+                // What is served may be free in a moment.
+                (Err(_), Some(AdoptError::Served { .. })) => {}
+                (Err(error), _) => refused = Some(error),
             }
         }
-        // The threads of a killed process end one after the other.
-        if !matches!(refused, AdoptError::Served { .. }) || Instant::now() >= until {
-            return Err(refused);
+        Err(refused.unwrap_or_else(|| AdoptError::NotLeft { pid, dir: dir.to_owned() }))
+    })
+}
+
+/// Opens what a handler may still serve: the threads of a killed process end one after the other.
+fn open_ended<T>(until: Instant, mut open: impl FnMut() -> Result<T, AdoptError>) -> Result<T, AdoptError> {
+    loop {
+        match open() {
+            Err(AdoptError::Served { .. }) if Instant::now() < until => thread::sleep(END_INTERVAL),
+            opened => return opened,
         }
-        thread::sleep(END_INTERVAL);
     }
 }
 
-fn open_one(path: &Path, pid: u32) -> Result<(StateFile, Kept, OwnedFd), AdoptError> {
+/// Fails if the inode of a userfaultfd isn't that of the file's. Before Linux 5.13 nothing tells userfaultfds apart.
+fn check_inode(kept: &Kept, pid: u32, inode: Option<u64>) -> Result<(), AdoptError> {
+    let is_another = inode.zip(kept.inode).is_some_and(|(given, kept)| given != kept);
+    if is_another { Err(AdoptError::NoUserfaultfd { pid }) } else { Ok(()) }
+}
+
+fn open_one(path: &Path, pid: u32) -> Result<Opened, AdoptError> {
     let of_file = |reason: String| AdoptError::File { path: path.to_owned(), reason };
     let refused = |error| match error {
         OpenError::InUse => AdoptError::Served { pid, path: path.to_owned() },

@@ -192,6 +192,36 @@ fn successor_reads_nothing_twice_and_brings_nothing_back() {
     });
 }
 
+/// Each region would have the states of another one.
+#[test]
+fn adopted_regions_that_were_changed_are_refused() {
+    require!();
+    child::run_well(test_name!(), || {
+        let (states, path) = (States::new(), path());
+        let mut monitor = Monitor::fork(Style::new(Dialect::Firecracker), path.clone());
+        let mut handler = Handler::listen(&states, &path, |_| Image(PAGES));
+        monitor.go();
+        handler.wait();
+        assert_eq!(monitor.read(0), shown(0));
+        handler.kill();
+        let pid = pid(&monitor.process);
+        let pager = Pager::builder().state(&states.0).build().unwrap();
+        let mut handoff = adopt(&states.0, pid).unwrap();
+        handoff.regions.reverse();
+        let refused = pager.serve(handoff, |_| Image(PAGES)).unwrap_err();
+        assert!(refused.to_string().contains("changed since they were adopted"), "{refused}");
+        // Nothing has happened to it.
+        let mut handoff = *refused.handoff;
+        handoff.regions.reverse();
+        let served = pager.serve(handoff, |_| Image(PAGES)).unwrap();
+        for page in 0..PAGES {
+            assert_eq!(monitor.read(page), shown(page));
+        }
+        drop(served);
+        monitor.exit();
+    });
+}
+
 /// However a pager gives memory away or completes it, nothing is left that another handler could take for its own.
 #[test]
 fn memory_that_is_given_away_is_not_left_behind() {

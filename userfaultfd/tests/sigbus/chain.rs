@@ -427,61 +427,46 @@ fn installing_handlers() -> [(usize, libc::c_int, bool); 4] {
     ]
 }
 
+/// Has each such handler called three times by `stray`, in a child: ours stays installed, and goes on filling.
+fn ours_stays_installed(stray: impl Fn()) {
+    for (number, flags, once) in installing_handlers() {
+        let child = child::fork(|| {
+            handle(number, flags, &[]);
+            let memory = lazy(8);
+            let ours = handler();
+            for calls in 1..=3 {
+                stray();
+                assert_eq!((CALLS.load(Ordering::SeqCst), handler()), (calls, ours));
+                let at = calls * page();
+                assert_eq!(memory[at], byte(at));
+                if once && calls == 2 {
+                    unreachable!("the second is deadly");
+                }
+            }
+        });
+        let status = ExitStatus::from_raw(child.wait());
+        assert_eq!(status.signal(), once.then_some(libc::SIGBUS), "{status:?}");
+        assert!(once || status.success(), "{status:?}");
+    }
+}
+
 /// Repeats an access beyond the end of a file, which the handler makes possible before it installs another action.
 #[test]
 fn handler_that_repairs_and_installs_leaves_ours_installed() {
     require!();
     child::run_well(test_name!(), || {
-        for (number, flags, once) in installing_handlers() {
-            let child = child::fork(|| {
-                handle(number, flags, &[]);
-                let memory = lazy(8);
-                let ours = handler();
-                for calls in 1..=3 {
-                    let foreign = beyond_the_end();
-                    FOREIGN.store(foreign.start.addr(), Ordering::SeqCst);
-                    assert_eq!(read(foreign.start), 0);
-                    assert_eq!((CALLS.load(Ordering::SeqCst), handler()), (calls, ours));
-                    let at = calls * page();
-                    assert_eq!(memory[at], byte(at));
-                    if once && calls == 2 {
-                        unreachable!("the second is deadly");
-                    }
-                }
-            });
-            let status = ExitStatus::from_raw(child.wait());
-            assert_eq!(status.signal(), once.then_some(libc::SIGBUS), "{status:?}");
-            assert!(once || status.success(), "{status:?}");
-        }
+        ours_stays_installed(|| {
+            let foreign = beyond_the_end();
+            FOREIGN.store(foreign.start.addr(), Ordering::SeqCst);
+            assert_eq!(read(foreign.start), 0);
+        });
     });
 }
 
 #[test]
 fn handler_installing_default_leaves_ours_installed() {
     require!();
-    child::run_well(test_name!(), || {
-        for (number, flags, once) in installing_handlers() {
-            for stray in STRAY {
-                let child = child::fork(|| {
-                    handle(number, flags, &[]);
-                    let memory = lazy(8);
-                    let ours = handler();
-                    for calls in 1..=3 {
-                        stray();
-                        assert_eq!((CALLS.load(Ordering::SeqCst), handler()), (calls, ours));
-                        let at = calls * page();
-                        assert_eq!(memory[at], byte(at));
-                        if once && calls == 2 {
-                            unreachable!("the second is deadly");
-                        }
-                    }
-                });
-                let status = ExitStatus::from_raw(child.wait());
-                assert_eq!(status.signal(), once.then_some(libc::SIGBUS), "{status:?}");
-                assert!(once || status.success(), "{status:?}");
-            }
-        }
-    });
+    child::run_well(test_name!(), || STRAY.iter().for_each(ours_stays_installed));
 }
 
 /// What a handler that was installed after ours calls.

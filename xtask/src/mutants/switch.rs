@@ -14,7 +14,7 @@ pub(super) const VARIABLE: &str = "USERFAULTFD_MUTANT";
 /// What is appended to the library's root. A constructor reads the variable, since functions that run in signal handlers, or
 /// must not allocate, ask for it.
 pub(super) const MODULE: &str = r#"
-#[allow(unsafe_code)]
+#[expect(unsafe_code, reason = "reads the environment before main")]
 mod mutant {
     use std::sync::atomic::{AtomicU32, Ordering};
 

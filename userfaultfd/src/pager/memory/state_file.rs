@@ -176,7 +176,9 @@ impl StateFile {
         file.write_all_at(description, description_at() as u64)?;
         // Nothing else can have it open.
         sys::lock_byte(file.as_fd(), 0, FileLock::Exclusive)?;
-        Self::map(file, description.len(), states, (dir.to_owned(), pid), process)
+        // Its name is removed later, wherever the process works then.
+        let dir = std::path::absolute(dir)?;
+        Self::map(file, description.len(), states, (dir, pid), process)
     }
 
     fn map(
@@ -407,9 +409,15 @@ impl FoundFile {
         self.lock()?;
         let Self { path, file, description, states } = self;
         // It may have become shorter since it was read. From now on this process alone has it.
-        if file.metadata()?.len() != (states_at(description.len()) + states) as u64 {
+        let len = states_at(description.len()) + states;
+        if file.metadata()?.len() != len as u64 {
             return Err(OpenError::Form("it hasn't the length that it says"));
         }
+        // As its maker did: a copy of it may lie elsewhere, or have holes.
+        if !sys::is_in_memory(file.as_fd()).map_err(io::Error::from)? {
+            return Err(OpenError::Form("it isn't on a file system in memory, such as tmpfs"));
+        }
+        sys::allocate(file.as_fd(), 0, len).map_err(io::Error::from)?;
         let state = StateFile::map(file, description.len(), states, (PathBuf::new(), 0), process)?;
         let _once = state.path.set(path);
         Ok(state)
